@@ -1,0 +1,194 @@
+"""Every error a user can meet, in one tree.
+
+    ReLoRAError                        exit 1
+    ├── ConfigError                    exit 2   a profile, a setting, an argument
+    │   ├── ProfileNotFoundError
+    │   ├── ProfileInvalidError
+    │   └── RunSettingsChangedError             a run id used again with other settings
+    ├── DataError                      exit 3   a corpus or a tokenizer
+    │   ├── SourceUnreadableError
+    │   ├── CorpusEmptyError
+    │   ├── CorpusTooSmallError
+    │   └── TokenizerError
+    ├── ModelError                     exit 4   a model's shape or weights
+    │   ├── ModelNotFoundError
+    │   ├── NoTargetModulesError
+    │   ├── SequenceTooLongError
+    │   └── VocabularyMismatchError
+    ├── StorageError                   exit 5   a store; missing, denied and unavailable are different
+    │   ├── UnknownStoreSchemeError
+    │   ├── ObjectNotFoundError
+    │   │   └── BucketNotFoundError
+    │   ├── AccessDeniedError
+    │   ├── StoreUnavailableError               retryable
+    │   ├── PreconditionFailedError             another writer was first
+    │   ├── UnsafeStoreError                    the store ignores conditional writes
+    │   └── DiskFullError
+    ├── CheckpointError                exit 6   what a store holds is not what was asked for
+    │   ├── CheckpointNotFoundError
+    │   ├── CheckpointIncompleteError
+    │   ├── CheckpointCorruptError
+    │   └── CheckpointAmbiguousError
+    └── TrainingError                  exit 7   the trainer process
+        ├── DivergedError
+        ├── DeviceError                         no such device, or out of its memory
+        ├── TrainerCrashedError                 retryable
+        └── TrainerInterruptedError             exit 130
+
+A message says what happened, where, why, and what to do now. It never holds a secret.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class ReLoRAError(Exception):
+    """Base of every error this project raises on purpose."""
+
+    exit_code: ClassVar[int] = 1
+    retryable: ClassVar[bool] = False
+    """Whether the same call may succeed later with nothing changed by the user."""
+
+
+class ConfigError(ReLoRAError):
+    exit_code = 2
+
+
+class ProfileNotFoundError(ConfigError):
+    pass
+
+
+class ProfileInvalidError(ConfigError):
+    pass
+
+
+class RunSettingsChangedError(ConfigError):
+    pass
+
+
+class DataError(ReLoRAError):
+    exit_code = 3
+
+
+class SourceUnreadableError(DataError):
+    pass
+
+
+class CorpusEmptyError(DataError):
+    pass
+
+
+class CorpusTooSmallError(DataError):
+    pass
+
+
+class TokenizerError(DataError):
+    pass
+
+
+class ModelError(ReLoRAError):
+    exit_code = 4
+
+
+class ModelNotFoundError(ModelError):
+    pass
+
+
+class NoTargetModulesError(ModelError):
+    pass
+
+
+class SequenceTooLongError(ModelError):
+    pass
+
+
+class VocabularyMismatchError(ModelError):
+    pass
+
+
+class StorageError(ReLoRAError):
+    exit_code = 5
+
+
+class UnknownStoreSchemeError(StorageError):
+    pass
+
+
+class ObjectNotFoundError(StorageError):
+    pass
+
+
+class BucketNotFoundError(ObjectNotFoundError):
+    pass
+
+
+class AccessDeniedError(StorageError):
+    pass
+
+
+class StoreUnavailableError(StorageError):
+    retryable = True
+
+
+class PreconditionFailedError(StorageError):
+    pass
+
+
+class UnsafeStoreError(StorageError):
+    pass
+
+
+class DiskFullError(StorageError):
+    pass
+
+
+class CheckpointError(ReLoRAError):
+    exit_code = 6
+
+
+class CheckpointNotFoundError(CheckpointError):
+    pass
+
+
+class CheckpointIncompleteError(CheckpointError):
+    pass
+
+
+class CheckpointCorruptError(CheckpointError):
+    pass
+
+
+class CheckpointAmbiguousError(CheckpointError):
+    pass
+
+
+class TrainingError(ReLoRAError):
+    exit_code = 7
+
+
+class DivergedError(TrainingError):
+    pass
+
+
+class DeviceError(TrainingError):
+    pass
+
+
+class TrainerCrashedError(TrainingError):
+    retryable = True
+
+
+class TrainerInterruptedError(TrainingError):
+    exit_code = 130
+
+
+def error_named(name: str, message: str) -> ReLoRAError:
+    """Rebuild an error that another process reported by class name; unknown names become TrainerCrashedError."""
+    pending = [ReLoRAError]
+    while pending:
+        candidate = pending.pop()
+        if candidate.__name__ == name:
+            return candidate(message)
+        pending.extend(candidate.__subclasses__())
+    return TrainerCrashedError(f"{name}: {message}")

@@ -1,0 +1,154 @@
+"""What a complete bundle (a checkpoint or a dataset) holds. The bundle exists when its manifest does.
+
+Light: imports no torch, boto3 or prefect.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from datetime import UTC, datetime
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from relora_train.errors import CheckpointCorruptError
+
+MANIFEST_NAME = "manifest.json"
+FORMAT_VERSION = 1
+_HASH_CHUNK_BYTES = 1 << 20
+
+
+class FileEntry(BaseModel):
+    """One file of a bundle, named relative to its prefix."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    path: str
+    size_bytes: int = Field(ge=0)
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+
+    @field_validator("path")
+    @classmethod
+    def path_stays_inside_the_bundle(cls, value: str) -> str:
+        parts = PurePosixPath(value).parts
+        if not re.fullmatch(r"[A-Za-z0-9._/-]+", value) or value.startswith("/") or any(p.startswith(".") for p in parts):
+            raise ValueError(f"{value!r} could leave the bundle")
+        return value
+
+
+class ParentRef(BaseModel):
+    """The checkpoint a stage started from."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    uri: str
+    fingerprint: str
+    step: int
+
+
+class Manifest(BaseModel):
+    """Common part of every bundle's manifest."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format_version: Literal[1] = FORMAT_VERSION
+    kind: str
+    files: tuple[FileEntry, ...]
+    created_at: datetime = Field(default_factory=lambda: datetime.now(UTC))
+    attempt: str
+    """Random per attempt: tells a lost answer to our own write from a rival's write."""
+    versions: dict[str, str] = {}
+    """Package versions that wrote the bundle."""
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(entry.size_bytes for entry in self.files)
+
+    def to_bytes(self) -> bytes:
+        """Readable JSON, the same bytes for the same manifest."""
+        return (self.model_dump_json(indent=1) + "\n").encode()
+
+
+class CheckpointManifest(Manifest):
+    """Manifest of a merge checkpoint."""
+
+    kind: Literal["checkpoint"] = "checkpoint"
+    run_id: str
+    profile: str
+    """Name of the profile, for people; profile.json holds the settings."""
+    stage: str
+    """'warm-start', 'cycle-3', 'full-2' or 'lora'."""
+    step: int = Field(ge=0)
+    cycle: int = Field(ge=0)
+    """Merges done so far."""
+    tokens_seen: int = Field(ge=0)
+    fingerprint: str = Field(pattern=r"^[0-9a-f]{64}$")
+    fingerprint_settings: dict[str, Any]
+    """The settings behind the fingerprint, so that a difference can be named."""
+    parent: ParentRef | None
+    dataset_id: str
+    dataset_uri: str
+    evaluation: dict[str, float] = {}
+    """val_loss, val_perplexity, bits_per_byte, and the same with the suffix _before for the stage's start."""
+    merge_report: dict[str, Any] = {}
+    stage_seconds: float = Field(default=0.0, ge=0)
+    provenance: dict[str, str] = {}
+    """Ids of the orchestrator's runs; informative only."""
+
+
+class DatasetManifest(Manifest):
+    """Manifest of a tokenized dataset."""
+
+    kind: Literal["dataset"] = "dataset"
+    name: str
+    dataset_id: str = Field(pattern=r"^[0-9a-f]{64}$")
+    inputs: dict[str, Any]
+    """Everything hashed into dataset_id."""
+    token_dtype: Literal["uint16", "uint32"]
+    vocab_size: int
+    eos_id: int
+    train_tokens: int
+    train_documents: int
+    train_bytes: int
+    """UTF-8 bytes of the text behind train_tokens."""
+    val_tokens: int
+    val_documents: int
+    val_bytes: int
+    statistics: dict[str, Any] = {}
+    """Informative: duplicates, overlap, tokenization speed."""
+
+
+M = TypeVar("M", bound=Manifest)
+
+
+def parse_manifest(kind: type[M], data: bytes, *, uri: str) -> M:
+    """Read a manifest, or say which object is damaged. Unknown fields and versions are refused."""
+    try:
+        return kind.model_validate_json(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "document"
+        raise CheckpointCorruptError(
+            f"{uri} is not a valid {kind.__name__}: {where}: {first['msg']}. "
+            "It was damaged or written by another version; use another checkpoint or delete this one."
+        ) from None
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hex, read in pieces."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while chunk := stream.read(_HASH_CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def describe_files(directory: Path) -> tuple[FileEntry, ...]:
+    """Every file below a directory except its manifest, sorted by path, with sizes and digests."""
+    paths = sorted(p for p in directory.rglob("*") if p.is_file() and p.name != MANIFEST_NAME)
+    return tuple(
+        FileEntry(path=p.relative_to(directory).as_posix(), size_bytes=p.stat().st_size, sha256=hash_file(p))
+        for p in paths
+    )

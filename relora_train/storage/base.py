@@ -1,0 +1,92 @@
+"""The contract every store keeps. One test suite (tests/test_storage_contract.py) runs over all of them.
+
+Keys are relative, '/'-separated, made of [A-Za-z0-9._-] segments with no leading dot: the same key means the same
+object on a case-sensitive disk and in a bucket, and no key can leave the store's root.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Protocol
+
+from relora_train.errors import StorageError
+
+_KEY = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*(/[A-Za-z0-9_-][A-Za-z0-9._-]*)*")
+
+
+@dataclass(frozen=True)
+class ObjectInfo:
+    """What a listing or a head says of one object."""
+
+    key: str
+    size_bytes: int
+    etag: str
+    modified_at: datetime
+    """Timezone-aware, UTC."""
+
+
+class ObjectStore(Protocol):
+    """Named immutable-or-conditionally-replaced byte strings.
+
+    Errors, for every call: AccessDeniedError, StoreUnavailableError, BucketNotFoundError, DiskFullError;
+    ObjectNotFoundError where a named object must exist.
+    """
+
+    @property
+    def uri(self) -> str:
+        """Root of this store without trailing slash: 'file:///data/relora', 's3://bucket/prefix', 'memory://name'."""
+        ...
+
+    def get_bytes(self, key: str) -> tuple[bytes, str]:
+        """Content and etag of a small object. Raises ObjectNotFoundError."""
+        ...
+
+    def put_bytes(self, key: str, data: bytes, *, if_absent: bool = False, if_match: str | None = None) -> str:
+        """Write a small object atomically and return its etag.
+
+        if_absent: only when no object has this key; if_match: only when its etag is this one. Exactly one of many
+        racing writers succeeds; the others get PreconditionFailedError.
+        """
+        ...
+
+    def put_file(self, key: str, path: Path) -> None:
+        """Upload a file with bounded memory. Readers see all of it or nothing. Replaces what was there."""
+        ...
+
+    def get_file(self, key: str, path: Path) -> None:
+        """Download to `path` with bounded memory. Not verified here: the caller compares size and SHA-256."""
+        ...
+
+    def head(self, key: str) -> ObjectInfo | None:
+        """Facts of one object, or None when it does not exist."""
+        ...
+
+    def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
+        """Objects whose key starts with `prefix` (any string), sorted by key, exactly those that get would find."""
+        ...
+
+    def delete(self, key: str) -> None:
+        """Remove an object; one that is not there is no error."""
+        ...
+
+    def local_path(self, key: str) -> Path | None:
+        """Where the object lies on this machine's disk, for stores that are a directory; else None."""
+        ...
+
+    def preflight(self) -> None:
+        """Four requests that show the store can be written and honours conditions; raises UnsafeStoreError if not."""
+        ...
+
+
+def check_key(key: str) -> str:
+    """Return the key, or refuse one that could leave the root or mean two things on two systems."""
+    if not _KEY.fullmatch(key):
+        raise StorageError(
+            f"{key!r} is not a valid object key: use segments of letters, digits, '.', '_' and '-' "
+            "that do not start with a dot, separated by '/'."
+        )
+    return key
