@@ -33,7 +33,8 @@ class FileEntry(BaseModel):
     @classmethod
     def path_stays_inside_the_bundle(cls, value: str) -> str:
         parts = PurePosixPath(value).parts
-        if not re.fullmatch(r"[A-Za-z0-9._/-]+", value) or value.startswith("/") or any(p.startswith(".") for p in parts):
+        hidden = any(part.startswith(".") for part in parts)
+        if not re.fullmatch(r"[A-Za-z0-9._/-]+", value) or value.startswith("/") or hidden:
             raise ValueError(f"{value!r} could leave the bundle")
         return value
 

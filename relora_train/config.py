@@ -1,0 +1,386 @@
+"""A run's settings: frozen, bounded, explained where they are declared.
+
+A profile is sparse TOML over these defaults; `--set section.key=value` goes over the profile. Unknown keys are
+refused and all faults are shown at once. Light: imports no torch, boto3 or prefect.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Method = Literal["full", "lora", "relora"]
+
+
+class FrozenConfig(BaseModel):
+    """Base of every section: immutable, and a key it does not know is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class ModelConfig(FrozenConfig):
+    """The model: a Llama of this shape, or one to continue from."""
+
+    pretrained: str | None = None
+    """Local directory or hub id to continue from; the shape below is then ignored."""
+
+    revision: str | None = None
+    """Hub revision of `pretrained`."""
+
+    hidden_size: int = Field(256, ge=8)
+    """Width of the residual stream."""
+
+    intermediate_size: int = Field(688, ge=8)
+    """Width inside the MLP."""
+
+    num_hidden_layers: int = Field(4, ge=1)
+    """Number of transformer blocks."""
+
+    num_attention_heads: int = Field(4, ge=1)
+    """Attention heads; must divide hidden_size."""
+
+    num_key_value_heads: int | None = Field(None, ge=1)
+    """Heads of keys and values; as many as attention heads when absent."""
+
+    vocab_size: int | None = Field(None, ge=2)
+    """Rows of the embedding; the tokenizer's size when absent, never less than it."""
+
+    max_position_embeddings: int = Field(1024, ge=8)
+    """Longest sequence the model is made for."""
+
+    initializer_range: float = Field(0.02, gt=0)
+    """Standard deviation of the initial weights."""
+
+    rms_norm_eps: float = Field(1e-6, gt=0)
+    """Added to the variance in RMSNorm."""
+
+    rope_theta: float = Field(10_000.0, gt=0)
+    """Base of the rotary position embedding."""
+
+    tie_word_embeddings: bool = False
+    """Share one matrix between embedding and head."""
+
+    @model_validator(mode="after")
+    def heads_divide_hidden_size(self) -> Self:
+        if self.pretrained is None and self.hidden_size % self.num_attention_heads:
+            raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of {self.num_attention_heads} heads")
+        kv_heads = self.num_key_value_heads
+        if self.pretrained is None and kv_heads and self.num_attention_heads % kv_heads:
+            raise ValueError(f"{self.num_attention_heads} attention heads are not a multiple of {kv_heads} kv heads")
+        return self
+
+
+class TokenizerConfig(FrozenConfig):
+    """The tokenizer: one to load, or a byte-level BPE trained on the training part."""
+
+    path: str | None = None
+    """tokenizer.json, directory or hub id to load; trained when absent."""
+
+    vocab_size: int = Field(4096, ge=257)
+    """Entries of a trained tokenizer, its end-of-text token included."""
+
+    eos_token: str | None = None
+    """The document separator; found by its usual names when absent ('<|endoftext|>' in a trained tokenizer)."""
+
+    training_bytes: int = Field(200_000_000, ge=10_000)
+    """Text a tokenizer is trained on at most."""
+
+
+class DataConfig(FrozenConfig):
+    """Where the text comes from and how it becomes token shards."""
+
+    name: str = Field("corpus", pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")
+    """Folder of the dataset in the store."""
+
+    source: Literal["python-stdlib", "text", "jsonl", "parquet", "hub"] = "python-stdlib"
+    """'python-stdlib' is the standard library's own source, on every machine."""
+
+    paths: tuple[str, ...] = ()
+    """Files, directories, globs or s3:// prefixes, for text, jsonl and parquet."""
+
+    hub_id: str | None = None
+    """Dataset on the hub, for source 'hub'."""
+
+    hub_config: str | None = None
+    """Its configuration, such as 'en'."""
+
+    hub_split: str = "train"
+    """Its split."""
+
+    hub_revision: str | None = None
+    """Its revision; the newest when absent, recorded with the dataset."""
+
+    text_field: str = "text"
+    """Field of a document that holds its text."""
+
+    max_documents: int | None = Field(None, ge=1)
+    """Stop after so many documents of the source."""
+
+    validation_fraction: float = Field(0.05, gt=0, lt=1)
+    """Share of the documents held out, chosen by a hash of their normalised text."""
+
+    shard_tokens: int = Field(8_388_608, ge=1024)
+    """Tokens a shard holds at most."""
+
+    workers: int | None = Field(None, ge=1)
+    """Processes that tokenize; one a core when absent. Does not change the result."""
+
+    engine: Literal["auto", "tokenizers", "tiktoken"] = "auto"
+    """Encoder; both give the same bytes."""
+
+    @model_validator(mode="after")
+    def source_has_what_it_needs(self) -> Self:
+        if self.source in ("text", "jsonl", "parquet") and not self.paths:
+            raise ValueError(f"source {self.source!r} needs paths")
+        if self.source == "hub" and not self.hub_id:
+            raise ValueError("source 'hub' needs hub_id")
+        return self
+
+
+class BatchConfig(FrozenConfig):
+    """Geometry of one optimizer update."""
+
+    sequences: int = Field(32, ge=1)
+    """Sequences in an update, over all ranks and micro-steps."""
+
+    sequence_length: int = Field(256, ge=8)
+    """Tokens in a sequence."""
+
+    micro_sequences: int | None = Field(None, ge=1)
+    """Sequences in one forward pass of one rank; all of a rank's share when absent."""
+
+    @model_validator(mode="after")
+    def micro_sequences_divide_sequences(self) -> Self:
+        if self.micro_sequences and self.sequences % self.micro_sequences:
+            raise ValueError(f"sequences {self.sequences} is not a multiple of micro_sequences {self.micro_sequences}")
+        return self
+
+    @property
+    def tokens(self) -> int:
+        """Tokens in an update."""
+        return self.sequences * self.sequence_length
+
+
+class ScheduleConfig(FrozenConfig):
+    """Steps of every phase. A step is one optimizer update."""
+
+    warm_start_steps: int = Field(200, ge=0)
+    """Full-rank steps before the first cycle."""
+
+    cycles: int = Field(4, ge=1)
+    """Cycles of low-rank training, each ended by a merge."""
+
+    cycle_length: int = Field(200, ge=2)
+    """Steps between two merges."""
+
+    warmup_steps: int = Field(20, ge=0)
+    """Steps of linear warm-up at the start of the warm start and again of the first cycle."""
+
+    restart_warmup_steps: int = Field(10, ge=0)
+    """Steps over which the learning rate climbs back after a merge."""
+
+    min_lr_ratio: float = Field(0.1, ge=0, le=1)
+    """Learning rate at the last step relative to its peak."""
+
+    @model_validator(mode="after")
+    def warmups_fit_in_a_cycle(self) -> Self:
+        if self.restart_warmup_steps >= self.cycle_length:
+            raise ValueError(
+                f"restart_warmup_steps {self.restart_warmup_steps} must be below cycle_length {self.cycle_length}"
+            )
+        if self.warmup_steps > self.cycle_length:
+            raise ValueError(f"warmup_steps {self.warmup_steps} must not exceed cycle_length {self.cycle_length}")
+        return self
+
+    @property
+    def total_steps(self) -> int:
+        """Steps of the whole run; the horizon of the cosine."""
+        return self.warm_start_steps + self.cycles * self.cycle_length
+
+
+class ReLoRAConfig(FrozenConfig):
+    """The low-rank update of methods 'relora' and 'lora'."""
+
+    rank: int = Field(32, ge=1)
+    """Rows of A and columns of B."""
+
+    alpha: float = Field(32.0, gt=0)
+    """Numerator of the scaling."""
+
+    rank_stabilized: bool = False
+    """Scaling alpha / sqrt(rank) instead of alpha / rank."""
+
+    dropout: float = Field(0.1, ge=0, lt=1)
+    """Dropout on the input of A."""
+
+    target_modules: tuple[str, ...] | None = None
+    """Name endings of the linear layers to wrap; attention and MLP of the model's family when absent."""
+
+
+class OptimizerConfig(FrozenConfig):
+    """AdamW."""
+
+    learning_rate: float = Field(1e-3, gt=0)
+    """Peak learning rate of the cycles, or of the whole run of method 'full'."""
+
+    warm_start_learning_rate: float | None = Field(None, gt=0)
+    """Peak of the warm start; half the learning rate when absent (the paper's rule)."""
+
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay of the first and the second moment."""
+
+    eps: float = Field(1e-8, gt=0)
+    """Added to the denominator."""
+
+    weight_decay: float = Field(0.0, ge=0)
+    """Decoupled weight decay on matrices; not on norms and biases."""
+
+    max_grad_norm: float | None = Field(1.0, gt=0)
+    """Gradients are clipped to this global norm."""
+
+    @model_validator(mode="after")
+    def betas_are_below_one(self) -> Self:
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas {self.betas} must lie in [0, 1)")
+        return self
+
+
+class OptimizerResetConfig(FrozenConfig):
+    """What happens to Adam's state of A and B at a merge."""
+
+    mode: Literal["none", "zero", "magnitude", "random"] = "magnitude"
+    """'magnitude' keeps the largest first moments, 'random' a random share, 'zero' nothing."""
+
+    ratio: float = Field(0.99, ge=0, le=1)
+    """Share that is zeroed by 'magnitude' and 'random'."""
+
+    independent_masks: bool = False
+    """Prune both moments by masks of their own, as the paper's code does; can diverge."""
+
+
+class PrecisionConfig(FrozenConfig):
+    """Numbers the model computes with. Checkpoints are fp32 whatever is chosen here."""
+
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """'bfloat16' computes under autocast and holds the frozen weights in bfloat16."""
+
+    matmul_precision: Literal["highest", "high", "medium"] = "highest"
+    """torch.set_float32_matmul_precision; on many CPUs 'medium' is a faster path of the same accuracy."""
+
+    deterministic: bool = True
+    """Deterministic kernels where there is a choice (always so on CPU)."""
+
+
+class EvaluationConfig(FrozenConfig):
+    """Held-out evaluation. Changes no weight."""
+
+    sequences: int = Field(256, ge=1)
+    """Validation sequences scored before and after each stage; fewer when the split is smaller."""
+
+    final_sequences: int = Field(4096, ge=1)
+    """Validation sequences scored by the evaluation task."""
+
+    batch_sequences: int = Field(32, ge=1)
+    """Sequences in one forward pass."""
+
+    sample_prompts: tuple[str, ...] = ()
+    """Texts the model continues after the warm start and after the last cycle."""
+
+    sample_tokens: int = Field(48, ge=1)
+    """Tokens of a continuation."""
+
+
+class LoggingConfig(FrozenConfig):
+    """What a stage reports while it runs. Changes no weight."""
+
+    every_steps: int = Field(10, ge=1)
+    """Steps between two metric records."""
+
+
+class LaunchConfig(FrozenConfig):
+    """How the trainer process is started. Changes no weight beyond float rounding."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """'auto' takes a GPU where there is one."""
+
+    nproc_per_node: int = Field(1, ge=1)
+    """Ranks on this machine, by torch's elastic launcher."""
+
+    threads: int | None = Field(None, ge=1)
+    """CPU threads of a rank; torch's choice when absent."""
+
+
+class Profile(FrozenConfig):
+    """All settings of a run."""
+
+    name: str = "profile"
+    """Name of the profile, for people; not part of any fingerprint."""
+
+    method: Method = "relora"
+    """'relora': warm start, then merged cycles; 'lora': one update merged at the end; 'full': full rank throughout."""
+
+    seed: int = Field(0, ge=0, lt=2**31)
+    """Seed of weights, data order, dropout and re-initialisation."""
+
+    model: ModelConfig = ModelConfig()
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    data: DataConfig = DataConfig()
+    batch: BatchConfig = BatchConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    relora: ReLoRAConfig = ReLoRAConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    optimizer_reset: OptimizerResetConfig = OptimizerResetConfig()
+    precision: PrecisionConfig = PrecisionConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    logging: LoggingConfig = LoggingConfig()
+    launch: LaunchConfig = LaunchConfig()
+
+    @model_validator(mode="after")
+    def sequence_fits_the_model(self) -> Self:
+        if self.model.pretrained is None and self.batch.sequence_length > self.model.max_position_embeddings:
+            raise ValueError(
+                f"batch.sequence_length {self.batch.sequence_length} is longer than "
+                f"model.max_position_embeddings {self.model.max_position_embeddings}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def rank_is_low(self) -> Self:
+        width = min(self.model.hidden_size, self.model.intermediate_size)
+        if self.model.pretrained is None and self.method != "full" and self.relora.rank > width:
+            raise ValueError(f"relora.rank {self.relora.rank} exceeds the model's width {width}")
+        return self
+
+    @model_validator(mode="after")
+    def embedding_holds_the_tokenizer(self) -> Self:
+        rows, entries = self.model.vocab_size, self.tokenizer.vocab_size
+        if self.model.pretrained is None and self.tokenizer.path is None and rows is not None and rows < entries:
+            raise ValueError(f"model.vocab_size {rows} is below tokenizer.vocab_size {entries}")
+        return self
+
+    @property
+    def warm_start_learning_rate(self) -> float:
+        """Peak learning rate of the warm start."""
+        chosen = self.optimizer.warm_start_learning_rate
+        return chosen if chosen is not None else self.optimizer.learning_rate / 2
+
+
+def settings_digest(settings: dict[str, Any]) -> str:
+    """SHA-256 in hex of settings as canonical JSON: the same for the same values in any order."""
+    canonical = json.dumps(settings, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def default_run_id(profile: Profile) -> str:
+    """'<profile>-<8 hex>': the same settings meet their own run again, other settings make another run."""
+    settings = profile.model_dump(mode="json", exclude={"name", "logging", "launch"})
+    return f"{profile.name}-{settings_digest(settings)[:8]}"
+
+
+def profile_from_file(path: Path) -> Profile:
+    """The resolved settings saved beside a checkpoint."""
+    return Profile.model_validate_json(path.read_bytes())

@@ -1,0 +1,65 @@
+"""One stream of events from the work to whoever shows it: log lines, progress bars, artifacts.
+
+An event is a flat JSON object with the key "event". The trainer process writes each as one line of its standard
+output, marked by an ASCII record separator (RFC 7464), so that a library's stray print is never taken for one.
+Inside a process events travel as log records of the logger `relora_train.events`, in the attribute `event`.
+
+    stage_started    stage kind start_step end_step device ranks parameters trainable_parameters
+    progress         stage step start_step end_step loss learning_rate tokens_per_second eta_seconds
+    evaluation       stage step when ('before' | 'after') val_loss val_perplexity bits_per_byte
+    merge            stage step cycle max_relative_output_change relative_update_norm effective_rank optimizer_state_zeroed
+    stage_committed  stage step directory
+    failed           error message
+    dataset_ready    uri name reused train_tokens val_tokens
+    tokenize_progress  phase done_bytes total_bytes (total may be null) megabytes_per_second
+    stage_skipped    stage step uri
+    stage_finished   stage step uri seconds
+    evaluated        uri stage val_loss val_perplexity bits_per_byte reused
+    report_written   html_uri
+
+Light: imports no torch, boto3 or prefect.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from typing import Any
+
+RECORD_SEPARATOR = "\x1e"
+_LOGGER = logging.getLogger("relora_train.events")
+
+Event = dict[str, Any]
+
+
+def emit(event: str, **fields: Any) -> None:
+    """Send an event to the listeners of this process."""
+    _LOGGER.debug("%s", event, extra={"event": {"event": event, **fields}})
+
+
+def listen(handler: logging.Handler) -> None:
+    """Have a handler see every event of this process, as `record.event`."""
+    _LOGGER.setLevel(logging.DEBUG)
+    _LOGGER.propagate = False
+    _LOGGER.addHandler(handler)
+
+
+def unlisten(handler: logging.Handler) -> None:
+    """Undo `listen`."""
+    _LOGGER.removeHandler(handler)
+
+
+def encode(event: str, **fields: Any) -> str:
+    """An event as one line for a pipe."""
+    return f"{RECORD_SEPARATOR}{json.dumps({'event': event, **fields})}\n"
+
+
+def decode(line: str) -> Event | None:
+    """The event in a line, or None when the line is ordinary output."""
+    if not line.startswith(RECORD_SEPARATOR):
+        return None
+    try:
+        event = json.loads(line[1:])
+    except json.JSONDecodeError:
+        return None  # cut off by a kill
+    return event if isinstance(event, dict) and "event" in event else None

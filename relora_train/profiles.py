@@ -1,0 +1,123 @@
+"""Find profiles and turn TOML and overrides into a Profile. Light: imports no torch, boto3 or prefect."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import tomllib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, get_args
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from relora_train.config import Profile
+from relora_train.errors import ConfigError, ProfileInvalidError, ProfileNotFoundError
+
+_PACKAGE = Path(__file__).resolve().parent
+
+
+def profile_directory() -> Path:
+    """The profiles that ship with the project: beside the packages in a checkout, inside the wheel when installed."""
+    inside_wheel = _PACKAGE / "_profiles"
+    return inside_wheel if inside_wheel.is_dir() else _PACKAGE.parent / "profiles"
+
+
+def list_profiles() -> list[Path]:
+    """Paths of the shipped profiles, by name."""
+    return sorted(profile_directory().glob("*.toml"))
+
+
+def load_profile(name_or_path: str | Path, overrides: Iterable[str] | Mapping[str, Any] = ()) -> Profile:
+    """Resolve a shipped profile's name, or a path to a TOML file, under overrides.
+
+    overrides: 'section.key=value' strings (value in TOML, or bare text), or a mapping of dotted keys to values.
+    Raises ProfileNotFoundError, ProfileInvalidError (all faults at once, each with file and field), ConfigError.
+    """
+    path = _find(name_or_path)
+    try:
+        settings = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ProfileInvalidError(f"{path} is not valid TOML: {error}. Correct the file and run again.") from None
+    except OSError as error:
+        raise ProfileNotFoundError(f"{path} cannot be read: {error.strerror}.") from None
+    sources: dict[str, str] = {}
+    items = overrides.items() if isinstance(overrides, Mapping) else map(_parse_override, overrides)
+    for key, value in items:
+        _apply_override(settings, key, value)
+        sources[key] = f"--set {key}"
+    settings.setdefault("name", path.stem)
+    return _validate(settings, path, sources)
+
+
+def _find(name_or_path: str | Path) -> Path:
+    path = Path(name_or_path)
+    if path.is_file():
+        return path
+    shipped = {entry.stem: entry for entry in list_profiles()}
+    if str(name_or_path) in shipped:
+        return shipped[str(name_or_path)]
+    close = difflib.get_close_matches(str(name_or_path), shipped, n=1)
+    hint = f" Did you mean {close[0]!r}?" if close else ""
+    raise ProfileNotFoundError(
+        f"There is no profile {str(name_or_path)!r}, neither shipped nor as a file.{hint} "
+        f"Shipped: {', '.join(shipped)}. Give one of these or the path of a TOML file."
+    )
+
+
+def _parse_override(text: str) -> tuple[str, Any]:
+    key, separator, value = text.partition("=")
+    if not separator or not key.strip():
+        raise ConfigError(f"--set {text!r} has no '='; write it as section.key=value, e.g. relora.rank=16.")
+    try:
+        return key.strip(), tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        return key.strip(), value.strip()
+
+
+def _apply_override(settings: dict[str, Any], key: str, value: Any) -> None:
+    *sections, field = key.split(".")
+    table = settings
+    for section in sections:
+        table = table.setdefault(section, {})
+        if not isinstance(table, dict):
+            raise ConfigError(f"--set {key}: {section!r} is a value, not a section of the profile.")
+    table[field] = copy.deepcopy(value)
+
+
+def _validate(settings: dict[str, Any], path: Path, sources: Mapping[str, str]) -> Profile:
+    try:
+        return Profile.model_validate(settings)
+    except ValidationError as error:
+        faults = "\n".join(f"  - {_describe(fault, sources)}" for fault in error.errors())
+        raise ProfileInvalidError(
+            f"{path} has {error.error_count()} fault{'s' if error.error_count() > 1 else ''}:\n{faults}\n"
+            "Correct them there or in --set and run again; profiles/README.md explains every key."
+        ) from None
+
+
+def _describe(fault: ErrorDetails, sources: Mapping[str, str]) -> str:
+    field = ".".join(str(part) for part in fault["loc"])
+    message = fault["msg"].removeprefix("Value error, ")
+    if fault["type"] == "extra_forbidden":
+        message = f"no such setting{_suggest(fault['loc'])}"
+    elif fault["type"] not in ("value_error",):
+        message = f"{message} (got {fault['input']!r})"
+    origin = f" [{sources[field]}]" if field in sources else ""
+    return f"{field}: {message}{origin}" if field else message
+
+
+def _suggest(location: tuple[int | str, ...]) -> str:
+    section: Any = Profile
+    for part in location[:-1]:
+        section = section.model_fields[str(part)].annotation
+        section = next((t for t in (section, *get_args(section)) if _is_section(t)), None)
+        if section is None:
+            return ""
+    close = difflib.get_close_matches(str(location[-1]), section.model_fields, n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def _is_section(candidate: Any) -> bool:
+    return isinstance(candidate, type) and issubclass(candidate, BaseModel)
