@@ -16,7 +16,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from relora_train.errors import CheckpointCorruptError
 
 MANIFEST_NAME = "manifest.json"
-FORMAT_VERSION = 1
 _HASH_CHUNK_BYTES = 1 << 20
 
 
@@ -54,7 +53,7 @@ class Manifest(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    format_version: Literal[1] = FORMAT_VERSION
+    format_version: Literal[1] = 1
     kind: str
     files: tuple[FileEntry, ...]
     created_at: datetime = Field(default_factory=lambda: datetime.now(UTC))

@@ -6,6 +6,7 @@ result and of its parent's fingerprint, so a checkpoint with that fingerprint is
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -49,8 +50,8 @@ def plan_stages(profile: Profile) -> tuple[Stage, ...]:
     ends = [warm + cycle * length for cycle in range(1, schedule.cycles + 1)]
     if profile.method == "full":
         bounds = [0, *([warm] if warm else []), *ends]
-        pairs = zip(bounds, bounds[1:], strict=False)
-        return tuple(Stage(f"full-{i}", "full", start, end, 0) for i, (start, end) in enumerate(pairs, start=1))
+        pairs = enumerate(itertools.pairwise(bounds), start=1)
+        return tuple(Stage(f"full-{i}", "full", start, end, 0) for i, (start, end) in pairs)
     first = (Stage("warm-start", "warm_start", 0, warm, 0),) if warm else ()
     if profile.method == "lora":
         return (*first, Stage("lora", "lora", warm, schedule.total_steps, 1))
