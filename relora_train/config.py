@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -17,9 +18,9 @@ Method = Literal["full", "lora", "relora"]
 
 
 class FrozenConfig(BaseModel):
-    """Base of every section: immutable, and a key it does not know is an error."""
+    """Base of every section: immutable, numbers are finite, and a key it does not know is an error."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 class ModelConfig(FrozenConfig):
@@ -68,10 +69,33 @@ class ModelConfig(FrozenConfig):
     def heads_divide_hidden_size(self) -> Self:
         if self.pretrained is None and self.hidden_size % self.num_attention_heads:
             raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of {self.num_attention_heads} heads")
+        return self
+
+    @model_validator(mode="after")
+    def heads_are_even_for_rotation(self) -> Self:
+        if self.pretrained is None and self.head_size % 2:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} in {self.num_attention_heads} heads makes heads of {self.head_size}; "
+                "rotary positions need an even number"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def key_value_heads_divide_heads(self) -> Self:
         kv_heads = self.num_key_value_heads
         if self.pretrained is None and kv_heads and self.num_attention_heads % kv_heads:
             raise ValueError(f"{self.num_attention_heads} attention heads are not a multiple of {kv_heads} kv heads")
         return self
+
+    @property
+    def head_size(self) -> int:
+        """Width of one attention head."""
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def key_value_size(self) -> int:
+        """Width of keys and values."""
+        return self.head_size * (self.num_key_value_heads or self.num_attention_heads)
 
 
 class TokenizerConfig(FrozenConfig):
@@ -138,6 +162,14 @@ class DataConfig(FrozenConfig):
             raise ValueError(f"source {self.source!r} needs paths")
         if self.source == "hub" and not self.hub_id:
             raise ValueError("source 'hub' needs hub_id")
+        return self
+
+    @model_validator(mode="after")
+    def paths_have_a_reader(self) -> Self:
+        if self.paths and self.source in ("python-stdlib", "hub"):
+            raise ValueError(
+                f"source {self.source!r} does not read paths; set source to text, jsonl or parquet, or paths to []"
+            )
         return self
 
 
@@ -351,8 +383,20 @@ class Profile(FrozenConfig):
     @model_validator(mode="after")
     def rank_is_low(self) -> Self:
         width = min(self.model.hidden_size, self.model.intermediate_size)
+        if self.relora.target_modules is None:
+            width = min(width, self.model.key_value_size)
         if self.model.pretrained is None and self.method != "full" and self.relora.rank > width:
-            raise ValueError(f"relora.rank {self.relora.rank} exceeds the model's width {width}")
+            raise ValueError(f"relora.rank {self.relora.rank} exceeds {width}, the smallest side of a wrapped layer")
+        return self
+
+    @model_validator(mode="after")
+    def ranks_share_the_batch(self) -> Self:
+        sequences, ranks, micro = self.batch.sequences, self.launch.nproc_per_node, self.batch.micro_sequences or 1
+        if sequences % (ranks * micro):
+            raise ValueError(
+                f"batch.sequences {sequences} is not a multiple of launch.nproc_per_node {ranks} x "
+                f"batch.micro_sequences {micro}"
+            )
         return self
 
     @model_validator(mode="after")
@@ -376,9 +420,15 @@ def settings_digest(settings: dict[str, Any]) -> str:
 
 
 def default_run_id(profile: Profile) -> str:
-    """'<profile>-<8 hex>': the same settings meet their own run again, other settings make another run."""
-    settings = profile.model_dump(mode="json", exclude={"name", "logging", "launch"})
-    return f"{profile.name}-{settings_digest(settings)[:8]}"
+    """'<profile>-<8 hex>': the same settings meet their own run again, other settings make another run.
+
+    Settings that can change no weight (how fast, where, what is reported) make no other run.
+    """
+    whole_sections = dict.fromkeys(("name", "evaluation", "logging", "launch"), True)
+    harmless: dict[str, Any] = {**whole_sections, "data": {"name", "workers", "engine"}}
+    settings = profile.model_dump(mode="json", exclude=harmless)
+    name = re.sub(r"[^a-z0-9._-]+", "-", profile.name.lower()).strip("-.") or "run"
+    return f"{name}-{settings_digest(settings)[:8]}"
 
 
 def profile_from_file(path: Path) -> Profile:

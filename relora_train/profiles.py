@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import difflib
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, get_args
 
@@ -41,7 +41,7 @@ def load_profile(name_or_path: str | Path, overrides: Iterable[str] | Mapping[st
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ProfileInvalidError(f"{path} is not valid TOML: {error}. Correct the file and run again.") from None
     except OSError as error:
-        raise ProfileNotFoundError(f"{path} cannot be read: {error.strerror}.") from None
+        raise ProfileNotFoundError(f"{path} cannot be read: {error.strerror}. Make it readable.") from None
     sources: dict[str, str] = {}
     items = overrides.items() if isinstance(overrides, Mapping) else map(_parse_override, overrides)
     for key, value in items:
@@ -53,11 +53,11 @@ def load_profile(name_or_path: str | Path, overrides: Iterable[str] | Mapping[st
 
 def _find(name_or_path: str | Path) -> Path:
     path = Path(name_or_path)
+    shipped = {entry.stem: entry for entry in list_profiles()}
+    if isinstance(name_or_path, str) and name_or_path in shipped:
+        return shipped[name_or_path]  # a file "smoke" in the working directory is meant by "./smoke"
     if path.is_file():
         return path
-    shipped = {entry.stem: entry for entry in list_profiles()}
-    if str(name_or_path) in shipped:
-        return shipped[str(name_or_path)]
     close = difflib.get_close_matches(str(name_or_path), shipped, n=1)
     hint = f" Did you mean {close[0]!r}?" if close else ""
     raise ProfileNotFoundError(
@@ -104,7 +104,8 @@ def _describe(fault: ErrorDetails, sources: Mapping[str, str]) -> str:
         message = f"no such setting{_suggest(fault['loc'])}"
     elif fault["type"] not in ("value_error",):
         message = f"{message} (got {fault['input']!r})"
-    origin = f" [{sources[field]}]" if field in sources else ""
+    setters = [source for key, source in sources.items() if f"{field}.".startswith(f"{key}.")]
+    origin = f" [{setters[-1]}]" if setters else ""
     return f"{field}: {message}{origin}" if field else message
 
 
@@ -115,8 +116,17 @@ def _suggest(location: tuple[int | str, ...]) -> str:
         section = next((t for t in (section, *get_args(section)) if _is_section(t)), None)
         if section is None:
             return ""
-    close = difflib.get_close_matches(str(location[-1]), section.model_fields, n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""
+    key = str(location[-1])
+    close = difflib.get_close_matches(key, section.model_fields, n=1)
+    elsewhere = [f"{name}.{key}" for name, fields in _sections().items() if key in fields]
+    guess = next(iter([*elsewhere, *close]), None)
+    return f"; did you mean {guess!r}?" if guess else ""
+
+
+def _sections() -> dict[str, Collection[str]]:
+    """The keys of every section."""
+    kinds: dict[str, Any] = {name: field.annotation for name, field in Profile.model_fields.items()}
+    return {name: set(kind.model_fields) for name, kind in kinds.items() if _is_section(kind)}
 
 
 def _is_section(candidate: Any) -> bool:

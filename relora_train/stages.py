@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from relora_train.config import Profile, settings_digest
 from relora_train.errors import ConfigError
+from relora_train.schedule import learning_rate
 
 StageKind = Literal["full", "warm_start", "relora", "lora"]
 
@@ -72,6 +73,27 @@ def stages_after(profile: Profile, step: int) -> tuple[Stage, ...]:
     return tuple(stage for stage in stages if stage.start_step >= step)
 
 
+def stage_learning_rate(profile: Profile, stage: Stage, step: int) -> float:
+    """Learning rate of update `step`, counted from 1, as a function of the profile and the step alone.
+
+    'full' is one cosine over the whole run. 'lora' has the ReLoRA phase as a single cycle, so it never restarts.
+    """
+    schedule = profile.schedule
+    one_phase = stage.kind == "full"
+    phase_steps = schedule.total_steps - schedule.warm_start_steps
+    return learning_rate(
+        step - 1,
+        warm_start_steps=0 if one_phase else schedule.warm_start_steps,
+        total_steps=schedule.total_steps,
+        warmup_steps=schedule.warmup_steps,
+        restart_warmup_steps=schedule.restart_warmup_steps,
+        cycle_length={"full": schedule.total_steps, "lora": phase_steps}.get(stage.kind, schedule.cycle_length),
+        min_lr_ratio=schedule.min_lr_ratio,
+        warm_start_learning_rate=profile.warm_start_learning_rate,
+        learning_rate=profile.optimizer.learning_rate,
+    )
+
+
 def fingerprint_settings(profile: Profile, stage: Stage, dataset_id: str) -> dict[str, Any]:
     """Every setting that can change what the stage computes, as flat dotted keys with JSON values.
 
@@ -102,7 +124,8 @@ def fingerprint_settings(profile: Profile, stage: Stage, dataset_id: str) -> dic
         settings["relora"] = profile.relora.model_dump(mode="json")
     if stage.kind == "relora":
         settings["schedule"]["cycle_length"] = profile.schedule.cycle_length
-        settings["schedule"]["restart_warmup_steps"] = profile.schedule.restart_warmup_steps
+        if stage.cycle > 1:  # the first cycle climbs by warmup_steps
+            settings["schedule"]["restart_warmup_steps"] = profile.schedule.restart_warmup_steps
         settings["optimizer_reset"] = profile.optimizer_reset.model_dump(mode="json")
     return _flatten(settings)
 

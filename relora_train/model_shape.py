@@ -1,0 +1,257 @@
+"""What a model is made of, counted from its shape alone. Light: imports no torch, boto3 or prefect.
+
+Counts Llama and GPT-NeoX, the families that relora.py wraps by default.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from relora_train.config import ModelConfig, Profile
+from relora_train.errors import ConfigError, NoTargetModulesError
+
+
+@dataclass(frozen=True)
+class LinearShape:
+    """A linear layer that every block has once."""
+
+    name: str
+    """Its name inside the block, such as 'self_attn.q_proj'."""
+
+    in_features: int
+    out_features: int
+    bias: bool = False
+
+    @property
+    def weights(self) -> int:
+        return self.in_features * self.out_features
+
+    @property
+    def sides(self) -> int:
+        """in + out: parameters of A and B at rank 1."""
+        return self.in_features + self.out_features
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """A decoder: embedding, equal blocks of linear layers and norms, head."""
+
+    vocab_size: int
+    """Rows of the embedding."""
+
+    hidden_size: int
+    layers: int
+    """Blocks."""
+
+    linears: tuple[LinearShape, ...]
+    """The linear layers of one block."""
+
+    norm_parameters: int
+    """Of all norms together."""
+
+    attention_size: int
+    """Width of all query heads together."""
+
+    tied: bool
+    """Whether embedding and head are one matrix."""
+
+    @property
+    def parameters(self) -> int:
+        """All of them; a tied matrix counts once."""
+        per_block = sum(linear.weights + linear.bias * linear.out_features for linear in self.linears)
+        matrices = 1 if self.tied else 2
+        return matrices * self.vocab_size * self.hidden_size + self.layers * per_block + self.norm_parameters
+
+
+class ShapeUnknownError(Exception):
+    """The shape is not on this machine; the text says why. Not for users: plan() states it and goes on."""
+
+
+def model_shape(profile: Profile) -> ModelShape:
+    """The shape of the model a profile trains. Reads local files only; ShapeUnknownError when they do not suffice."""
+    if profile.model.pretrained is not None:
+        return _shape_of_directory(profile.model.pretrained)
+    return _llama_of_profile(profile.model, _vocabulary(profile))
+
+
+def wrapped_layers(shape: ModelShape, *, target_modules: tuple[str, ...] | None, rank: int) -> tuple[LinearShape, ...]:
+    """The layers of a block that get a low-rank update: those named by their ends, whole segments; None: all.
+
+    Raises NoTargetModulesError, and ConfigError where the rank exceeds a side of such a layer.
+    """
+    names = tuple(linear.name for linear in shape.linears)
+    suffixes = names if target_modules is None else target_modules
+    wrapped = tuple(li for li in shape.linears if any(f".{li.name}".endswith(f".{suffix}") for suffix in suffixes))
+    if not wrapped:
+        raise NoTargetModulesError(
+            f"No linear layer is named by relora.target_modules = {list(suffixes)}. "
+            f"A block has {', '.join(names)}: set relora.target_modules to ends of some of these."
+        )
+    for linear in wrapped:
+        if rank > min(linear.in_features, linear.out_features):
+            raise ConfigError(
+                f"relora.rank {rank} exceeds the smaller side of {linear.name} ({linear.in_features} -> "
+                f"{linear.out_features}). Lower relora.rank, or leave the layer out of relora.target_modules."
+            )
+    return wrapped
+
+
+def full_flops_per_token(shape: ModelShape, *, sequence_length: int) -> int:
+    """FLOPs of forward and backward for one token at full rank: 6 for each weight, and causal attention."""
+    linears = sum(6 * linear.weights for linear in shape.linears)
+    return shape.layers * (linears + _attention_flops(shape, sequence_length)) + _head_flops(shape)
+
+
+def low_rank_flops_per_token(
+    shape: ModelShape,
+    *,
+    sequence_length: int,
+    wrapped: tuple[LinearShape, ...],
+    rank: int,
+    dropout: bool,
+    tokens: int,
+) -> int:
+    """The same with the wrapped weights frozen beside A and B, in the cheapest order of products for each layer.
+
+    tokens: in one forward pass of one rank; a cost per pass is spread over them. Not counted: the merges.
+    """
+    linears = sum(
+        _low_rank_layer_flops(linear, rank=rank, dropout=dropout, tokens=tokens)
+        if linear in wrapped
+        else 6 * linear.weights
+        for linear in shape.linears
+    )
+    return round(shape.layers * (linears + _attention_flops(shape, sequence_length)) + _head_flops(shape))
+
+
+def _low_rank_layer_flops(linear: LinearShape, *, rank: int, dropout: bool, tokens: int) -> float:
+    D, S = linear.weights, linear.sides
+    split = 4 * D + 6 * rank * S  # Wx + s B(Ax), as the paper's code has it
+    if dropout:
+        return split  # the two routes see different inputs, so W + sBA cannot serve both
+    merged = 4 * D + 4 * rank * S + 2 * rank * D / tokens  # (W + sBA)x, gradients of A and B from the low-rank route
+    dense = 6 * D + (2 * rank * D + 4 * rank * D) / tokens  # (W + sBA)x, gradients of A and B from the dense one
+    return min(split, merged, dense)
+
+
+def _attention_flops(shape: ModelShape, sequence_length: int) -> int:
+    """Scores and their product with the values, forward and backward, half of them masked."""
+    return 6 * shape.attention_size * sequence_length
+
+
+def _head_flops(shape: ModelShape) -> int:
+    return 6 * shape.vocab_size * shape.hidden_size
+
+
+def _llama_of_profile(model: ModelConfig, vocab_size: int) -> ModelShape:
+    return _llama(
+        vocab_size=vocab_size,
+        hidden=model.hidden_size,
+        intermediate=model.intermediate_size,
+        layers=model.num_hidden_layers,
+        attention=model.hidden_size,
+        key_value=model.key_value_size,
+        tied=model.tie_word_embeddings,
+    )
+
+
+def _vocabulary(profile: Profile) -> int:
+    """Rows of the embedding: as set, or the entries of the tokenizer."""
+    if profile.model.vocab_size is not None:
+        return profile.model.vocab_size
+    if profile.tokenizer.path is None:
+        return profile.tokenizer.vocab_size
+    path = Path(profile.tokenizer.path)
+    content = _read_json(
+        path / "tokenizer.json" if path.is_dir() else path,
+        f"the tokenizer {profile.tokenizer.path!r} is loaded; set model.vocab_size to know them now",
+    )
+    try:
+        vocabulary = content["model"]["vocab"]
+        entries = {entry if isinstance(entry, str) else entry[0] for entry in vocabulary}
+        return len(entries | {added["content"] for added in content.get("added_tokens") or ()})
+    except (KeyError, TypeError, IndexError):
+        raise ShapeUnknownError(f"{path} is not a tokenizer.json with a vocabulary; set model.vocab_size") from None
+
+
+def _shape_of_directory(pretrained: str) -> ModelShape:
+    path = Path(pretrained) / "config.json"
+    config = _read_json(path, f"{pretrained!r} is downloaded")
+    family = config.get("model_type")
+    readers = {"llama": _llama_of_config, "gpt_neox": _neox_of_config}
+    if family not in readers:
+        raise ShapeUnknownError(f"models of type {family!r} are not counted, only {' and '.join(readers)}")
+    try:
+        return readers[family](config)
+    except (KeyError, TypeError, ZeroDivisionError) as error:
+        raise ShapeUnknownError(f"{path} lacks a usable shape ({type(error).__name__}: {error})") from None
+
+
+def _read_json(path: Path, until: str) -> dict[str, Any]:
+    if not path.is_file():
+        raise ShapeUnknownError(f"not known until {until}")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ShapeUnknownError(f"{path} cannot be read as JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise ShapeUnknownError(f"{path} is not a JSON object")
+    return content
+
+
+def _llama_of_config(config: dict[str, Any]) -> ModelShape:
+    hidden, heads = config["hidden_size"], config["num_attention_heads"]
+    head_size = config.get("head_dim") or hidden // heads
+    return _llama(
+        vocab_size=config["vocab_size"],
+        hidden=hidden,
+        intermediate=config["intermediate_size"],
+        layers=config["num_hidden_layers"],
+        attention=heads * head_size,
+        key_value=(config.get("num_key_value_heads") or heads) * head_size,
+        tied=config.get("tie_word_embeddings", False),
+        attention_bias=config.get("attention_bias", False),
+        mlp_bias=config.get("mlp_bias", False),
+    )
+
+
+def _llama(
+    *,
+    vocab_size: int,
+    hidden: int,
+    intermediate: int,
+    layers: int,
+    attention: int,
+    key_value: int,
+    tied: bool,
+    attention_bias: bool = False,
+    mlp_bias: bool = False,
+) -> ModelShape:
+    linears = (
+        LinearShape("self_attn.q_proj", hidden, attention, attention_bias),
+        LinearShape("self_attn.k_proj", hidden, key_value, attention_bias),
+        LinearShape("self_attn.v_proj", hidden, key_value, attention_bias),
+        LinearShape("self_attn.o_proj", attention, hidden, attention_bias),
+        LinearShape("mlp.gate_proj", hidden, intermediate, mlp_bias),
+        LinearShape("mlp.up_proj", hidden, intermediate, mlp_bias),
+        LinearShape("mlp.down_proj", intermediate, hidden, mlp_bias),
+    )
+    norms = (2 * layers + 1) * hidden  # RMSNorm has no bias
+    return ModelShape(vocab_size, hidden, layers, linears, norms, attention, tied)
+
+
+def _neox_of_config(config: dict[str, Any]) -> ModelShape:
+    hidden, intermediate, layers = config["hidden_size"], config["intermediate_size"], config["num_hidden_layers"]
+    bias = config.get("attention_bias", True)
+    linears = (
+        LinearShape("attention.query_key_value", hidden, 3 * hidden, bias),
+        LinearShape("attention.dense", hidden, hidden, bias),
+        LinearShape("mlp.dense_h_to_4h", hidden, intermediate, True),
+        LinearShape("mlp.dense_4h_to_h", intermediate, hidden, True),
+    )
+    norms = (2 * layers + 1) * 2 * hidden  # LayerNorm has a bias
+    tied = config.get("tie_word_embeddings", False)
+    return ModelShape(config["vocab_size"], hidden, layers, linears, norms, hidden, tied)

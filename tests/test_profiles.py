@@ -1,0 +1,249 @@
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+from pydantic import BaseModel
+
+from relora_train.config import Profile
+from relora_train.errors import ConfigError, ProfileInvalidError, ProfileNotFoundError
+from relora_train.plan import plan
+from relora_train.profiles import list_profiles, load_profile, profile_directory
+from relora_train.schedule import check_jagged_cosine, is_merge_step
+from relora_train.stages import plan_stages
+
+SHIPPED = [path.stem for path in list_profiles()]
+PAPER_SIZES = ["llama_60m", "llama_130m", "llama_250m", "llama_350m", "llama_1b"]
+C4_TOKENS_A_DOCUMENT = 400
+"""A low estimate: 2,270 bytes a document on average, and a little over four bytes a token."""
+
+
+def write(directory: Path, text: str, name: str = "mine.toml") -> Path:
+    path = directory / name
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def refusal(source: str | Path, *overrides: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load_profile(source, overrides)
+    return str(caught.value)
+
+
+def test_a_file_of_ones_own_is_a_profile(tmp_path):
+    path = write(tmp_path, "seed = 3\n[relora]\nrank = 8\n")
+    profile = load_profile(path)
+    assert (profile.name, profile.seed, profile.relora.rank) == ("mine", 3, 8)
+    assert load_profile(str(path)) == profile
+
+
+def test_a_misspelt_profile_is_answered_with_the_name_that_was_meant():
+    with pytest.raises(ProfileNotFoundError, match="Did you mean 'quickstart'") as caught:
+        load_profile("quikstart")
+    assert all(name in str(caught.value) for name in SHIPPED)
+
+
+def test_a_name_like_no_other_gets_the_list_and_no_guess():
+    with pytest.raises(ProfileNotFoundError) as caught:
+        load_profile("zzz")
+    assert "Did you mean" not in str(caught.value)
+    assert "quickstart" in str(caught.value)
+
+
+def test_a_shipped_name_is_not_hidden_by_a_file_in_the_working_directory(tmp_path, monkeypatch):
+    write(tmp_path, "seed = 7", name="smoke")
+    monkeypatch.chdir(tmp_path)
+    assert load_profile("smoke").seed == 0
+    assert load_profile("./smoke").seed == 7
+
+
+def test_broken_toml_names_file_and_line(tmp_path):
+    path = write(tmp_path, "[relora\nrank = 8\n")
+    assert re.search(rf"{re.escape(str(path))} is not valid TOML: .*line 1", refusal(path))
+
+
+def test_a_file_that_is_not_text_is_refused(tmp_path):
+    (tmp_path / "mine.toml").write_bytes(b"\xff\xfe\x00")
+    assert "is not valid TOML" in refusal(tmp_path / "mine.toml")
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("[relora]\nrnak = 8", "relora.rnak: no such setting; did you mean 'rank'?"),
+        ("[optimizer]\nrank = 8", "optimizer.rank: no such setting; did you mean 'relora.rank'?"),
+        ("rank = 8", "rank: no such setting; did you mean 'relora.rank'?"),
+        ("[shedule]\ncycles = 8", "shedule: no such setting; did you mean 'schedule'?"),
+        ("zzzzz = 8", "zzzzz: no such setting\n"),
+    ],
+)
+def test_an_unknown_key_is_answered_with_the_one_that_was_meant(tmp_path, text, answer):
+    assert answer in refusal(write(tmp_path, text))
+
+
+def test_all_faults_are_shown_at_once_with_file_and_field(tmp_path):
+    path = write(tmp_path, "seed = -1\n[relora]\nrank = 0\nalpah = 1\n[batch]\nsequences = 'many'\n")
+    message = refusal(path, "schedule.cycles=0")
+    assert message.startswith(f"{path} has 5 faults:")
+    assert "seed: Input should be greater than or equal to 0 (got -1)" in message
+    assert "relora.rank: Input should be greater than or equal to 1 (got 0)" in message
+    assert "relora.alpah: no such setting; did you mean 'alpha'?" in message
+    assert "batch.sequences: Input should be a valid integer" in message
+    assert "schedule.cycles: Input should be greater than or equal to 1 (got 0) [--set schedule.cycles]" in message
+    assert "profiles/README.md" in message
+
+
+@pytest.mark.parametrize("override", ["relora.rank=0", "relora={rank = 0}"])
+def test_a_fault_made_by_an_override_says_so(override):
+    assert f"(got 0) [--set {override.partition('=')[0]}]" in refusal("smoke", override)
+
+
+def test_a_contradiction_between_sections_is_a_fault_of_the_profile():
+    message = refusal("smoke", "relora.rank=65")
+    assert "has 1 fault:" in message
+    assert "relora.rank 65 exceeds 64" in message
+
+
+@pytest.mark.parametrize(
+    ("override", "read"),
+    [
+        ("relora.rank=16", lambda p: p.relora.rank == 16),
+        (" relora.rank = 16 ", lambda p: p.relora.rank == 16),
+        ("schedule.cycles=1_0", lambda p: p.schedule.cycles == 10),
+        ("optimizer.learning_rate=1e-4", lambda p: p.optimizer.learning_rate == 1e-4),
+        ("precision.deterministic=false", lambda p: p.precision.deterministic is False),
+        ("method=full", lambda p: p.method == "full"),
+        ('method="full"', lambda p: p.method == "full"),
+        ("launch.device=cpu", lambda p: p.launch.device == "cpu"),
+        ("tokenizer.path=a=b/c", lambda p: p.tokenizer.path == "a=b/c"),
+        ("name=", lambda p: p.name == ""),
+        ("optimizer.betas=[0.8, 0.9]", lambda p: p.optimizer.betas == (0.8, 0.9)),
+        ('evaluation.sample_prompts=["def ", "class "]', lambda p: p.evaluation.sample_prompts == ("def ", "class ")),
+        ("relora={rank = 4, dropout = 0.0}", lambda p: (p.relora.rank, p.relora.dropout) == (4, 0)),
+    ],
+)
+def test_an_override_is_toml_or_bare_text(override, read):
+    assert read(load_profile("smoke", [override]))
+
+
+def test_overrides_go_over_the_profile_and_over_each_other():
+    profile = load_profile("smoke", ["relora={rank = 4}", "relora.rank=2"])
+    assert profile.relora.rank == 2
+    assert profile.batch == load_profile("smoke").batch
+
+
+def test_a_mapping_of_overrides_is_left_alone_and_may_hold_none():
+    overrides = {"relora": {"rank": 4}, "relora.rank": 2, "optimizer.max_grad_norm": None}
+    assert load_profile("smoke", overrides).optimizer.max_grad_norm is None
+    assert overrides["relora"] == {"rank": 4}
+
+
+def test_an_override_without_a_value_is_refused():
+    assert "has no '='; write it as section.key=value" in refusal("smoke", "relora.rank")
+
+
+def test_an_override_below_a_plain_value_is_refused(tmp_path):
+    assert "'seed' is a value, not a section" in refusal(write(tmp_path, "seed = 3"), "seed.x=1")
+
+
+def test_the_profiles_that_were_promised_are_shipped():
+    assert {"quickstart", "smoke", "text", *PAPER_SIZES} <= set(SHIPPED)
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_shipped_profile_loads_and_plans_without_network_or_files(name):
+    planned = plan(load_profile(name))
+    assert planned.profile == name
+    assert planned.unknown is None
+    assert planned.disk_bytes
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_shipped_profile_begins_with_source_hardware_and_expected_loss(name):
+    header = (profile_directory() / f"{name}.toml").read_text().partition("\n\n")[0]
+    labels = [line[2:].partition(":")[0] for line in header.splitlines() if re.match(r"# \w+: ", line)]
+    assert labels == ["Source", "Verified", "Expected"]
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_the_merges_of_a_shipped_profile_fall_on_the_restarts_of_its_schedule(name):
+    profile = load_profile(name)
+    schedule = profile.schedule
+    check_jagged_cosine(
+        total_steps=schedule.total_steps - schedule.warm_start_steps,
+        warmup_steps=schedule.warmup_steps,
+        restart_warmup_steps=schedule.restart_warmup_steps,
+        cycle_length=schedule.cycle_length,
+        min_lr_ratio=schedule.min_lr_ratio,
+    )
+    for stage in plan_stages(profile):
+        merges = {"warm_start_steps": schedule.warm_start_steps, "cycle_length": schedule.cycle_length}
+        assert is_merge_step(stage.end_step, **merges) == stage.low_rank
+
+
+@pytest.mark.parametrize("name", PAPER_SIZES)
+def test_the_papers_profiles_hold_one_epoch_of_their_run(name):
+    profile = load_profile(name)
+    documents = profile.data.max_documents * (1 - profile.data.validation_fraction)
+    needed = profile.schedule.total_steps * profile.batch.tokens
+    assert needed <= documents * C4_TOKENS_A_DOCUMENT < 1.2 * needed
+    assert profile.data.max_documents < 364_868_892  # documents of C4 'en'
+
+
+@pytest.mark.parametrize("name", PAPER_SIZES)
+def test_the_papers_profiles_hold_out_what_they_score(name):
+    profile = load_profile(name)
+    held_out = profile.data.max_documents * profile.data.validation_fraction * C4_TOKENS_A_DOCUMENT
+    assert held_out >= profile.evaluation.final_sequences * profile.batch.sequence_length
+
+
+@pytest.mark.parametrize("name", PAPER_SIZES)
+@pytest.mark.parametrize("ranks", [1, 2, 4, 8])
+def test_the_papers_profiles_run_on_several_devices(name, ranks):
+    assert load_profile(name, [f"launch.nproc_per_node={ranks}"]).launch.nproc_per_node == ranks
+
+
+README = profile_directory() / "README.md"
+
+
+def documented_defaults() -> dict[str, object]:
+    """'section.key' -> default, as the README's tables have it."""
+    section, found = "", {}
+    for line in README.read_text().partition("## Every key")[2].splitlines():
+        if heading := re.match(r"### `\[(\w+)\]`", line):
+            section = f"{heading[1]}."
+        elif row := re.match(r"\| `(\w+)` \| (?:`(.+?)`|–) \|.* \| (.+) \|$", line):
+            found[section + row[1]] = None if row[2] is None else tomllib.loads(f"value = {row[2]}")["value"]
+    return found
+
+
+def real_defaults() -> dict[str, object]:
+    found: dict[str, object] = {}
+    for name, field in Profile.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            values = field.annotation().model_dump()
+            found |= {f"{name}.{key}": list(v) if isinstance(v, tuple) else v for key, v in values.items()}
+        else:
+            found[name] = field.default
+    return found
+
+
+def test_the_readme_explains_every_key_with_its_default():
+    assert documented_defaults() == real_defaults()
+
+
+def test_the_readme_lists_every_shipped_profile_and_no_other():
+    table = README.read_text().partition("## Shipped")[2].partition("\n## ")[0]
+    assert sorted(re.findall(r"^\| `(\w+)` \|", table, flags=re.MULTILINE)) == SHIPPED
+
+
+def test_the_commands_of_the_readme_load():
+    commands = re.findall(r"^relora plan (\w+)((?: --set (?:'[^']+'|\S+))+)$", README.read_text(), flags=re.MULTILINE)
+    assert len(commands) == 3
+    for name, overrides in commands:
+        load_profile(name, [text.strip("'") for text in re.findall(r"--set ('[^']+'|\S+)", overrides)])
+
+
+def test_a_fault_of_a_shipped_profile_is_a_profile_fault():
+    with pytest.raises(ProfileInvalidError):
+        load_profile("quickstart", ["seed=-1"])

@@ -1,0 +1,351 @@
+import json
+import re
+from itertools import pairwise
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import BaseModel
+
+from relora_train.config import Profile, default_run_id
+from relora_train.errors import ConfigError
+from relora_train.profiles import profile_directory
+from relora_train.stages import (
+    differing_settings,
+    fingerprint_settings,
+    plan_stages,
+    stage_fingerprint,
+    stage_learning_rate,
+    stages_after,
+)
+
+DATASET = "d" * 64
+
+CHANGES = {
+    "method": "lora",
+    "seed": 1,
+    "model.pretrained": "some/model",
+    "model.revision": "v2",
+    "model.hidden_size": 512,
+    "model.intermediate_size": 512,
+    "model.num_hidden_layers": 5,
+    "model.num_attention_heads": 8,
+    "model.num_key_value_heads": 2,
+    "model.vocab_size": 8192,
+    "model.max_position_embeddings": 2048,
+    "model.initializer_range": 0.03,
+    "model.rms_norm_eps": 1e-5,
+    "model.rope_theta": 500_000.0,
+    "model.tie_word_embeddings": True,
+    "batch.sequences": 64,
+    "batch.sequence_length": 128,
+    "batch.micro_sequences": 8,
+    "schedule.warm_start_steps": 100,
+    "schedule.cycles": 5,
+    "schedule.cycle_length": 300,
+    "schedule.warmup_steps": 30,
+    "schedule.restart_warmup_steps": 20,
+    "schedule.min_lr_ratio": 0.2,
+    "relora.rank": 16,
+    "relora.alpha": 16.0,
+    "relora.rank_stabilized": True,
+    "relora.dropout": 0.0,
+    "relora.target_modules": ("q_proj",),
+    "optimizer.learning_rate": 2e-3,
+    "optimizer.warm_start_learning_rate": 3e-4,
+    "optimizer.betas": (0.9, 0.95),
+    "optimizer.eps": 1e-6,
+    "optimizer.weight_decay": 0.01,
+    "optimizer.max_grad_norm": None,
+    "optimizer_reset.mode": "zero",
+    "optimizer_reset.ratio": 0.9,
+    "optimizer_reset.independent_masks": True,
+    "precision.dtype": "bfloat16",
+    "precision.matmul_precision": "medium",
+    "precision.deterministic": False,
+}
+"""Settings that change what a ReLoRA run computes, each with another value than its default."""
+
+THROUGH_THE_DATASET = {
+    "tokenizer.path": "some/tokenizer",
+    "tokenizer.vocab_size": 2048,
+    "tokenizer.eos_token": "</s>",
+    "tokenizer.training_bytes": 1_000_000,
+    "data.source": "hub",
+    "data.hub_id": "some/corpus",
+    "data.hub_config": "en",
+    "data.hub_split": "test",
+    "data.hub_revision": "v2",
+    "data.paths": (),
+    "data.text_field": "content",
+    "data.max_documents": 10,
+    "data.validation_fraction": 0.1,
+    "data.shard_tokens": 4096,
+}
+"""Settings that change the dataset, whose id is part of every fingerprint."""
+
+CHANGES_NOTHING = {
+    "name": "other",
+    "data.name": "other",
+    "data.workers": 2,
+    "data.engine": "tokenizers",
+    "evaluation.sequences": 64,
+    "evaluation.final_sequences": 64,
+    "evaluation.batch_sequences": 8,
+    "evaluation.sample_prompts": ("def ",),
+    "evaluation.sample_tokens": 8,
+    "logging.every_steps": 1,
+    "launch.device": "cpu",
+    "launch.nproc_per_node": 4,
+    "launch.threads": 2,
+}
+"""Settings that change no weight beyond the order of sums."""
+
+
+def leaf_settings() -> set[str]:
+    def leaves(model: type[BaseModel], prefix: str) -> set[str]:
+        found = set()
+        for name, field in model.model_fields.items():
+            if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+                found |= leaves(field.annotation, f"{prefix}{name}.")
+            else:
+                found.add(prefix + name)
+        return found
+
+    return leaves(Profile, "")
+
+
+def profile_with(changes: dict) -> Profile:
+    settings: dict = {}
+    for key, value in changes.items():
+        section, _, field = key.rpartition(".")
+        (settings.setdefault(section, {}) if section else settings)[field] = value
+    return Profile.model_validate(settings)
+
+
+def fingerprints(profile: Profile, dataset_id: str = DATASET) -> dict[str, str]:
+    """Fingerprint of every stage of a run from its first step."""
+    chain: dict[str, str] = {}
+    parent = None
+    for stage in plan_stages(profile):
+        parent = chain[stage.name] = stage_fingerprint(fingerprint_settings(profile, stage, dataset_id), parent)
+    return chain
+
+
+def last_fingerprint(profile: Profile, dataset_id: str = DATASET) -> str:
+    return list(fingerprints(profile, dataset_id).values())[-1]
+
+
+def test_every_setting_is_classified():
+    """A new setting must be put in one of the lists above, and in fingerprint_settings() if it changes a result."""
+    classes = [set(CHANGES), set(THROUGH_THE_DATASET), set(CHANGES_NOTHING)]
+    assert set.union(*classes) == leaf_settings()
+    assert sum(map(len, classes)) == len(leaf_settings())
+
+
+@pytest.mark.parametrize("key", CHANGES)
+def test_a_setting_that_changes_the_result_changes_the_fingerprint(key):
+    assert last_fingerprint(profile_with({key: CHANGES[key]})) != last_fingerprint(Profile())
+
+
+@given(st.lists(st.sampled_from(sorted(CHANGES)), unique=True), st.lists(st.sampled_from(sorted(CHANGES)), unique=True))
+def test_two_sets_of_changes_have_one_fingerprint_only_when_they_are_equal(ours, theirs):
+    """No change hides another."""
+    profiles = [profile_with({key: CHANGES[key] for key in keys if key != "method"}) for keys in (ours, theirs)]
+    same = last_fingerprint(profiles[0]) == last_fingerprint(profiles[1])
+    assert same == ({*ours} - {"method"} == {*theirs} - {"method"})
+
+
+@given(st.lists(st.sampled_from(sorted({*CHANGES_NOTHING, *THROUGH_THE_DATASET})), unique=True))
+def test_settings_that_change_no_weight_leave_every_fingerprint_as_it_is(keys):
+    changes = {key: value for key, value in {**CHANGES_NOTHING, **THROUGH_THE_DATASET}.items() if key in keys}
+    if changes.get("data.source") == "hub":
+        changes["data.hub_id"] = "some/corpus"
+    assert fingerprints(profile_with(changes)) == fingerprints(Profile())
+
+
+def test_another_dataset_changes_every_fingerprint():
+    ours, theirs = fingerprints(Profile()), fingerprints(Profile(), "e" * 64)
+    assert all(ours[name] != theirs[name] for name in ours)
+
+
+@pytest.mark.parametrize("key", sorted({*CHANGES, *THROUGH_THE_DATASET} - {"data.paths", "data.source"}))
+def test_a_setting_that_changes_the_result_makes_another_run(key):
+    assert default_run_id(profile_with({key: {**CHANGES, **THROUGH_THE_DATASET}[key]})) != default_run_id(Profile())
+
+
+@pytest.mark.parametrize("key", sorted(set(CHANGES_NOTHING) - {"name"}))
+def test_a_setting_that_changes_no_weight_meets_its_own_run_again(key):
+    assert default_run_id(profile_with({key: CHANGES_NOTHING[key]})) == default_run_id(Profile())
+
+
+LATER_ONLY = {
+    "relora.rank": "cycle-1",
+    "relora.dropout": "cycle-1",
+    "relora.target_modules": "cycle-1",
+    "optimizer_reset.mode": "cycle-1",
+    "schedule.restart_warmup_steps": "cycle-2",
+}
+"""Setting -> the first stage it can touch."""
+
+
+@pytest.mark.parametrize(("key", "first"), LATER_ONLY.items())
+def test_a_setting_of_later_stages_leaves_the_earlier_ones_alone(key, first):
+    ours, theirs = fingerprints(Profile()), fingerprints(profile_with({key: CHANGES[key]}))
+    names = list(ours)
+    assert [name for name in names if ours[name] == theirs[name]] == names[: names.index(first)]
+
+
+def test_the_learning_rate_of_the_cycles_leaves_a_warm_start_with_its_own_alone():
+    ours = profile_with({"optimizer.warm_start_learning_rate": 5e-4, "optimizer.learning_rate": 1e-3})
+    theirs = profile_with({"optimizer.warm_start_learning_rate": 5e-4, "optimizer.learning_rate": 2e-3})
+    assert fingerprints(ours)["warm-start"] == fingerprints(theirs)["warm-start"]
+    assert fingerprints(ours)["cycle-1"] != fingerprints(theirs)["cycle-1"]
+
+
+def test_relora_and_lora_share_their_warm_start():
+    assert fingerprints(Profile())["warm-start"] == fingerprints(Profile(method="lora"))["warm-start"]
+
+
+@pytest.mark.parametrize("key", [key for key in CHANGES if key.startswith(("relora.", "optimizer_reset."))])
+def test_full_rank_training_does_not_depend_on_the_low_rank_settings(key):
+    changed = profile_with({"method": "full", key: CHANGES[key]})
+    assert fingerprints(changed) == fingerprints(Profile(method="full"))
+
+
+@given(st.text(), st.text())
+def test_the_parents_fingerprint_changes_the_childs(ours, theirs):
+    settings = fingerprint_settings(Profile(), plan_stages(Profile())[1], DATASET)
+    same = stage_fingerprint(settings, ours) == stage_fingerprint(settings, theirs)
+    assert same == (ours == theirs)
+    assert stage_fingerprint(settings, None) != stage_fingerprint(settings, ours)
+
+
+def test_settings_behind_a_fingerprint_survive_json():
+    """They are stored in the manifest, and compared with those of a later run."""
+    settings = fingerprint_settings(
+        profile_with({"relora.target_modules": ("a", "b")}), plan_stages(Profile())[1], DATASET
+    )
+    assert differing_settings(settings, json.loads(json.dumps(settings))) == []
+
+
+def test_differences_are_named_with_both_values():
+    stage = plan_stages(Profile())[1]
+    ours = fingerprint_settings(profile_with({"relora.rank": 16, "seed": 3}), stage, DATASET)
+    theirs = fingerprint_settings(Profile(), stage, DATASET)
+    assert differing_settings(ours, theirs) == ["relora.rank: 32 -> 16", "seed: 0 -> 3"]
+
+
+SCHEDULES = st.builds(
+    lambda warm, cycles, length: {
+        "warm_start_steps": warm,
+        "cycles": cycles,
+        "cycle_length": length,
+        "warmup_steps": min(20, length),
+        "restart_warmup_steps": min(10, length - 1),
+    },
+    st.integers(0, 500),
+    st.integers(1, 12),
+    st.integers(2, 300),
+)
+
+
+@given(SCHEDULES, st.sampled_from(["full", "lora", "relora"]))
+def test_stages_cover_every_step_once_and_in_order(schedule, method):
+    profile = Profile.model_validate({"schedule": schedule, "method": method})
+    stages = plan_stages(profile)
+    assert stages[0].start_step == 0
+    assert all(before.end_step == after.start_step for before, after in pairwise(stages))
+    assert stages[-1].end_step == profile.schedule.total_steps
+    assert all(stage.steps > 0 for stage in stages)
+    assert len({stage.name for stage in stages}) == len(stages)
+
+
+@given(SCHEDULES)
+def test_every_relora_stage_after_the_warm_start_is_one_cycle(schedule):
+    profile = Profile.model_validate({"schedule": schedule})
+    cycles = [stage for stage in plan_stages(profile) if stage.kind == "relora"]
+    assert [stage.cycle for stage in cycles] == list(range(1, schedule["cycles"] + 1))
+    assert {stage.steps for stage in cycles} == {schedule["cycle_length"]}
+    assert cycles[0].start_step == schedule["warm_start_steps"]
+
+
+def described(profile: Profile) -> list[tuple]:
+    return [(stage.name, stage.kind, stage.start_step, stage.end_step, stage.cycle) for stage in plan_stages(profile)]
+
+
+SMALL = {"warm_start_steps": 100, "cycles": 2, "cycle_length": 50}
+
+
+def test_stages_of_each_method():
+    assert described(Profile.model_validate({"schedule": SMALL})) == [
+        ("warm-start", "warm_start", 0, 100, 0),
+        ("cycle-1", "relora", 100, 150, 1),
+        ("cycle-2", "relora", 150, 200, 2),
+    ]
+    assert described(Profile.model_validate({"schedule": SMALL, "method": "lora"})) == [
+        ("warm-start", "warm_start", 0, 100, 0),
+        ("lora", "lora", 100, 200, 1),
+    ]
+    assert described(Profile.model_validate({"schedule": SMALL, "method": "full"})) == [
+        ("full-1", "full", 0, 100, 0),
+        ("full-2", "full", 100, 150, 0),
+        ("full-3", "full", 150, 200, 0),
+    ]
+
+
+@pytest.mark.parametrize(("method", "first"), [("relora", "cycle-1"), ("lora", "lora"), ("full", "full-1")])
+def test_without_a_warm_start_the_first_stage_is_the_methods_own(method, first):
+    profile = Profile.model_validate({"schedule": {**SMALL, "warm_start_steps": 0}, "method": method})
+    assert plan_stages(profile)[0].name == first
+
+
+def test_stages_after_a_checkpoint_are_the_rest():
+    profile = Profile.model_validate({"schedule": SMALL})
+    names = {step: [stage.name for stage in stages_after(profile, step)] for step in (0, 100, 150, 200)}
+    assert names == {0: ["warm-start", "cycle-1", "cycle-2"], 100: ["cycle-1", "cycle-2"], 150: ["cycle-2"], 200: []}
+
+
+def test_a_checkpoint_inside_a_stage_is_refused_with_the_steps_that_would_do():
+    with pytest.raises(ConfigError, match=r"step 120, but .* end at 100, 150, 200\."):
+        stages_after(Profile.model_validate({"schedule": SMALL}), 120)
+
+
+def rates(profile: Profile) -> list[float]:
+    return [
+        stage_learning_rate(profile, stage, step)
+        for stage in plan_stages(profile)
+        for step in range(stage.start_step + 1, stage.end_step + 1)
+    ]
+
+
+def restarts(profile: Profile) -> list[int]:
+    """Updates, counted from 1, that run at a rate of zero."""
+    return [step for step, rate in enumerate(rates(profile), start=1) if rate == 0]
+
+
+def test_the_learning_rate_falls_to_zero_at_each_phase_and_after_each_merge_only():
+    schedule = {**SMALL, "cycles": 3, "warmup_steps": 10, "restart_warmup_steps": 5}
+    assert restarts(Profile.model_validate({"schedule": schedule})) == [1, 101, 151, 201]
+    assert restarts(Profile.model_validate({"schedule": schedule, "method": "lora"})) == [1, 101]
+    assert restarts(Profile.model_validate({"schedule": schedule, "method": "full"})) == [1]
+
+
+def test_the_phases_peak_at_their_own_learning_rates():
+    profile = Profile.model_validate({"schedule": SMALL, "optimizer": {"learning_rate": 4e-3}})
+    assert max(rates(profile)[:100]) == pytest.approx(2e-3)
+    assert max(rates(profile)[100:]) == pytest.approx(4e-3)
+    assert max(rates(profile.model_copy(update={"method": "full"}))) == pytest.approx(4e-3)
+
+
+def test_the_readme_marks_what_each_setting_changes():
+    section, marks = "", {}
+    for line in (profile_directory() / "README.md").read_text().partition("## Every key")[2].splitlines():
+        if heading := re.match(r"### `\[(\w+)\]`", line):
+            section = f"{heading[1]}."
+        elif row := re.match(r"\| `(\w+)` \|[^|]+\|([^|]*)\|", line):
+            marks[section + row[1]] = row[2].strip()
+    expected = (
+        dict.fromkeys(CHANGES, "") | dict.fromkeys(THROUGH_THE_DATASET, "◇") | dict.fromkeys(CHANGES_NOTHING, "○")
+    )
+    assert marks == expected
