@@ -1,0 +1,60 @@
+"""Pretrain a model with ReLoRA: tokenize, warm start, one cycle at a time, evaluate, report."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from prefect import flow
+
+from relora_train.profiles import load_profile
+from relora_train.run import Run, choose_run_id, first_and_last, line_of
+from relora_train.stages import stages_after
+from relora_train.summary import RunSummary, summarize_run
+from tasks.evaluate import evaluate_checkpoint
+from tasks.report import write_report
+from tasks.store import open_run_store, resolve_parent
+from tasks.tokenize import tokenize
+from tasks.train import train_cycle, warm_start
+
+
+@flow(name="pretrain", flow_run_name="pretrain-{profile}", persist_result=False)
+def pretrain(
+    profile: str = "quickstart",
+    overrides: dict[str, Any] | None = None,
+    run_id: str | None = None,
+    store: str | None = None,
+    resume_from: str | None = None,
+) -> RunSummary:
+    """Bring a run to its end from wherever it stands; stages that are committed already are skipped.
+
+    Args:
+        profile: name of a shipped profile, or path of a TOML file
+        overrides: settings over the profile, by dotted key: {"relora.rank": 16}
+        run_id: name of the run; the same name continues it; derived from the settings when absent
+        store: directory, file:// or s3://bucket/prefix; $RELORA_STORE, else ./relora-store, when absent
+        resume_from: checkpoint to start from: RUN@cycle-2, RUN@latest, or a URI in any store
+    """
+    settings = load_profile(profile, overrides or {})
+    store_uri = open_run_store(store)
+    parent = resolve_parent(resume_from, store_uri) if resume_from else None
+    run = Run(run_id or choose_run_id(settings, parent), store_uri, settings, branches=parent is not None)
+    stages = stages_after(settings, parent.step if parent else 0)
+    prepared = tokenize(run)
+    outcomes = []
+    for stage in stages:
+        train = train_cycle if stage.low_rank else warm_start
+        outcome = train(run, stage, prepared.dataset, parent)
+        outcomes.append(outcome)
+        parent = outcome.checkpoint
+    line = line_of(parent)
+    evaluations = [evaluate_checkpoint(run, checkpoint, prepared.dataset) for checkpoint in first_and_last(line)]
+    report = write_report(run, line, [evaluation.record for evaluation in evaluations])
+    return summarize_run(
+        run,
+        prepared.dataset,
+        outcomes,
+        evaluations,
+        dataset_reused=prepared.reused,
+        report_uri=report.html_uri,
+        picture_uris=report.picture_uris,
+    )

@@ -1,0 +1,104 @@
+"""Write what a stage produced as a committed checkpoint directory."""
+
+from __future__ import annotations
+
+import shutil
+from typing import Any
+
+from torch import Tensor
+
+from relora_train.checkpoint import (
+    ADAPTER_DIRECTORY,
+    METRICS_FILE,
+    OPTIMIZER_FILE,
+    PROFILE_FILE,
+    STATE_FILE,
+    copy_tokenizer,
+    new_attempt,
+    package_versions,
+    save_adapter,
+    save_model,
+    save_optimizer_state,
+    write_manifest,
+    write_metrics,
+)
+from relora_train.evaluate import Evaluation
+from relora_train.manifest import CheckpointManifest, describe_files
+from relora_train.optimizer import optimizer_state_by_name
+from relora_train.training import StageTraining
+
+_HANDED_ON = ("relora", "full")
+"""Kinds of stages whose successor continues with the optimizer's state; a warm start's and a LoRA's end with them."""
+
+
+def commit_stage(
+    training: StageTraining,
+    *,
+    metrics: list[dict[str, Any]],
+    merge_report: dict[str, Any],
+    before: Evaluation,
+    after: Evaluation,
+    evaluation_key: str,
+    stage_seconds: float,
+) -> CheckpointManifest:
+    """Write every file of the checkpoint, the manifest last. What a failed attempt left in the directory is removed."""
+    request, stage, profile = training.request, training.stage, training.profile
+    directory = request.output_directory
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir(parents=True)
+    save_model(training.model, directory, weights=merged_weights(training))
+    copy_tokenizer(request.dataset_directory, directory)
+    handed_on = optimizer_state_by_name(training.optimizer, training.model) if stage.kind in _HANDED_ON else {}
+    save_optimizer_state(handed_on, directory / OPTIMIZER_FILE)
+    if training.merged_adapter is not None:
+        tensors, config = training.merged_adapter
+        save_adapter(tensors, config, directory / ADAPTER_DIRECTORY)
+    state = training.start.model_copy(
+        update={
+            "step": stage.end_step,
+            "cycle": stage.cycle,
+            "stage_kind": stage.kind,
+            "tokens_seen": training.tokens_seen(stage.end_step),
+            "samples_seen": training.samples_seen(stage.end_step),
+            "evaluation": after.as_record(),
+            "evaluation_key": evaluation_key,
+        }
+    )
+    (directory / STATE_FILE).write_text(state.model_dump_json(indent=1) + "\n")
+    (directory / PROFILE_FILE).write_text(profile.model_dump_json(indent=1) + "\n")
+    write_metrics(metrics, directory / METRICS_FILE)
+    evaluation = after.as_record() | {f"{key}_before": value for key, value in before.as_record().items()}
+    manifest = CheckpointManifest(
+        files=describe_files(directory),
+        attempt=new_attempt(),
+        versions=package_versions(),
+        run_id=request.run_id,
+        profile=profile.name,
+        stage=stage.name,
+        step=stage.end_step,
+        cycle=stage.cycle,
+        tokens_seen=state.tokens_seen,
+        fingerprint=request.fingerprint,
+        fingerprint_settings=request.fingerprint_settings,
+        parent=request.parent,
+        dataset_id=request.dataset_id,
+        dataset_uri=request.dataset_uri,
+        evaluation=evaluation,
+        merge_report=merge_report,
+        stage_seconds=stage_seconds,
+        provenance=request.provenance,
+    )
+    write_manifest(manifest, directory)
+    return manifest
+
+
+def merged_weights(training: StageTraining) -> dict[str, Tensor]:
+    """The model's state under its Hugging Face names: A and B left out, exact weights for rounded ones."""
+    weights = {
+        name: tensor.detach()
+        for name, tensor in training.model.state_dict().items()
+        if name.rpartition(".")[2] not in ("lora_A", "lora_B")
+    }
+    if training.masters is not None:
+        weights |= dict(training.masters.items())
+    return weights

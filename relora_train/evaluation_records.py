@@ -1,0 +1,89 @@
+"""Scores of committed checkpoints, kept in the store beside the run so that they are made once. Light."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from relora_train.bundle import read_manifest
+from relora_train.checkpoint_layout import check_run_id
+from relora_train.checkpoint_store import CheckpointRef
+from relora_train.config import Profile, settings_digest
+from relora_train.errors import ObjectNotFoundError
+from relora_train.launch import run_worker
+from relora_train.manifest import DatasetManifest
+from relora_train.requests import EvaluationRequest
+from relora_train.run import DatasetRef, OnEvent, fetch_dataset, fetch_parent
+from relora_train.storage.base import ObjectStore
+from relora_train.storage.opening import open_store
+from relora_train.workspace import work_directory
+
+
+@dataclass(frozen=True)
+class EvaluationOutcome:
+    """checkpoint_uri, stage, step, val_loss, val_perplexity, bits_per_byte, val_tokens, samples; reused or made now."""
+
+    record: dict[str, Any]
+    reused: bool
+
+
+def dataset_of(checkpoint: CheckpointRef) -> DatasetRef:
+    """The dataset a checkpoint was trained on, where its manifest says it lies. Raises ObjectNotFoundError."""
+    uri = checkpoint.manifest.dataset_uri
+    root, _, rest = uri.rpartition("/datasets/")
+    store, prefix = open_store(root), f"datasets/{rest}"
+    manifest = read_manifest(store, prefix, DatasetManifest)
+    if manifest is None:
+        raise ObjectNotFoundError(
+            f"The dataset of {checkpoint.uri} is not at {uri} any more. Prepare it again with the profile of the run, "
+            "or copy it back."
+        )
+    return DatasetRef(uri, store.uri, prefix, manifest)
+
+
+def evaluate_or_reuse(
+    profile: Profile, checkpoint: CheckpointRef, dataset: DatasetRef, store: ObjectStore, *, on_event: OnEvent
+) -> EvaluationOutcome:
+    """Score a checkpoint on the validation split and sample from it, or return what was recorded for the same settings.
+
+    Runs in a process of its own that loads the checkpoint with plain `from_pretrained`.
+    """
+    key = _key(profile, checkpoint, dataset)
+    try:
+        return EvaluationOutcome(json.loads(store.get_bytes(key)[0]), reused=True)
+    except ObjectNotFoundError:
+        pass
+    name = f"{checkpoint.manifest.stage}-{checkpoint.fingerprint[:12]}"
+    with work_directory(checkpoint.manifest.run_id, f"evaluate-{name}") as directory:
+        request = EvaluationRequest(
+            profile=profile,
+            checkpoint_directory=fetch_parent(checkpoint),
+            dataset_directory=fetch_dataset(dataset),
+            result_path=directory / "result.json",
+            sequences=profile.evaluation.final_sequences,
+        )
+        run_worker("relora_train.evaluate", request, directory / "request.json", on_event=on_event)
+        record = {
+            "checkpoint_uri": checkpoint.uri,
+            "run_id": checkpoint.manifest.run_id,
+            "stage": checkpoint.manifest.stage,
+            "step": checkpoint.step,
+            "dataset_id": dataset.dataset_id,
+            **json.loads(request.result_path.read_text()),
+        }
+        store.put_bytes(key, (json.dumps(record, indent=1) + "\n").encode())
+    return EvaluationOutcome(record, reused=False)
+
+
+def _key(profile: Profile, checkpoint: CheckpointRef, dataset: DatasetRef) -> str:
+    settings = {
+        "evaluation": profile.evaluation.model_dump(mode="json"),
+        "sequence_length": profile.batch.sequence_length,
+        "precision": profile.precision.model_dump(mode="json"),
+        "seed": profile.seed,
+        "dataset_id": dataset.dataset_id,
+    }
+    run_id = check_run_id(checkpoint.manifest.run_id)
+    place = f"step-{checkpoint.step:08d}-{checkpoint.fingerprint[:12]}-{settings_digest(settings)[:8]}"
+    return f"runs/{run_id}/evaluations/{place}.json"

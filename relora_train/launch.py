@@ -1,0 +1,148 @@
+"""Start a worker process, stream its events, map its end to an error. Light: imports no torch, boto3 or prefect."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO
+
+from relora_train import events
+from relora_train.config import FrozenConfig
+from relora_train.errors import ReLoRAError, TrainerCrashedError, error_named
+from relora_train.events import Event
+
+_LOGGER = logging.getLogger(__name__)
+
+PARENT_PIPE_VARIABLE = "RELORA_PARENT_PIPE"
+"""Tells a worker that its standard input stays open as long as its parent lives."""
+
+STOP_SECONDS = 25.0
+"""How long a worker may take to end after SIGTERM; Prefect kills the whole run after 30."""
+
+_TAIL_LINES = 20
+_SECRETS = ("AWS_", "PREFECT_API_KEY", "PREFECT_API_AUTH_STRING", "PREFECT_SERVER_API_AUTH_STRING")
+
+
+def run_worker(
+    module: str,
+    request: FrozenConfig,
+    request_path: Path,
+    *,
+    on_event: Callable[[Event], None],
+    nproc_per_node: int = 1,
+    keep_secrets: bool = False,
+) -> None:
+    """Run `python -m module --request request_path` to its end, under torch's elastic launcher for several ranks.
+
+    Every event of the worker goes to on_event, every other line of its output to this module's logger. The worker sees
+    no credentials unless keep_secrets. Whatever ends this call early (an exception, Ctrl-C, a cancelled run) ends the
+    worker first: SIGTERM, and SIGKILL after 25 s.
+
+    Raises the error the worker reported, else TrainerCrashedError with its exit status and last lines.
+    """
+    request_path.parent.mkdir(parents=True, exist_ok=True)
+    request_path.write_text(request.model_dump_json())
+    process = subprocess.Popen(  # noqa: S603 (our own module and interpreter)
+        _command(module, request_path, nproc_per_node),
+        stdin=subprocess.PIPE,  # open as long as we live: its end tells an orphan to stop
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env=_environment(keep_secrets=keep_secrets),
+        text=True,
+        errors="replace",
+        start_new_session=True,  # Ctrl-C in the terminal reaches us alone, and we stop the worker in order
+    )
+    failures: list[Event] = []
+    tail: deque[str] = deque(maxlen=_TAIL_LINES)
+    try:
+        for event in _events(process.stdout, tail):
+            if event["event"] == "failed":
+                failures.append(event)
+            else:
+                on_event(event)
+        status = process.wait()
+    except BaseException:
+        stop_worker(process)
+        raise
+    finally:
+        for stream in (process.stdin, process.stdout):
+            if stream is not None:
+                with contextlib.suppress(BrokenPipeError):
+                    stream.close()
+    if failures or status != 0:
+        raise _error(module, failures, status, tail)
+
+
+def _command(module: str, request_path: Path, nproc_per_node: int) -> list[str]:
+    launcher = ["-m", module]
+    if nproc_per_node > 1:
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={nproc_per_node}", "-m", module]
+    return [sys.executable, *launcher, "--request", str(request_path)]
+
+
+def _environment(*, keep_secrets: bool) -> dict[str, str]:
+    kept = {k: v for k, v in os.environ.items() if keep_secrets or not k.startswith(_SECRETS)}
+    return {
+        **kept,
+        PARENT_PIPE_VARIABLE: "1",
+        "PYTHONUNBUFFERED": "1",
+        "TOKENIZERS_PARALLELISM": "false",  # a warning about forks otherwise; workers are processes of their own
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "TRANSFORMERS_VERBOSITY": "error",
+    }
+
+
+def _events(stream: IO[str] | None, tail: deque[str]) -> Iterator[Event]:
+    for line in stream or ():
+        event = events.decode(line)
+        if event is not None:
+            yield event
+        elif line.strip():
+            tail.append(line.rstrip())
+            _LOGGER.debug("%s", line.rstrip())
+
+
+def stop_worker(process: subprocess.Popen[str], *, seconds: float = STOP_SECONDS) -> None:
+    """End a worker and its ranks: ask, wait, then kill its whole session."""
+    if process.poll() is None:
+        process.terminate()
+        if process.stdin is not None:
+            with contextlib.suppress(OSError):
+                process.stdin.close()
+    deadline = time.monotonic() + seconds
+    while process.poll() is None and time.monotonic() < deadline:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=0.2)
+    if process.poll() is None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def _error(module: str, failures: list[Event], status: int, tail: deque[str]) -> ReLoRAError:
+    last_lines = "\n".join(f"    {line}" for line in tail)
+    if failures:
+        first = failures[0]
+        error = error_named(str(first["error"]), str(first["message"]))
+        if isinstance(error, TrainerCrashedError) and tail:
+            return TrainerCrashedError(f"{error}\n  Last output:\n{last_lines}")
+        return error
+    if status < 0:
+        name = signal.Signals(-status).name
+        hint = " The system's out-of-memory killer does this: see batch.micro_sequences." if name == "SIGKILL" else ""
+        what = f"was killed by {name}.{hint}"
+    else:
+        what = f"ended with status {status}."
+    shown = f"\n  Last output:\n{last_lines}" if tail else ""
+    return TrainerCrashedError(
+        f"The process {module} {what} Nothing of its stage was committed; the same command runs it again.{shown}"
+    )

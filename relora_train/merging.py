@@ -1,0 +1,98 @@
+"""The end of a cycle: merge → re-init → optimizer reset, with a report that the model's function stayed the same."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from relora_train.errors import TrainingError
+from relora_train.evaluate import autocast
+from relora_train.model import logits
+from relora_train.optimizer import reset_optimizer_state
+from relora_train.process import Emit
+from relora_train.relora import LayerMerge, adapter_config, adapter_state, lora_parameters, merge_and_reinit
+from relora_train.training import StageTraining
+
+_PROBE_SEQUENCES = 4
+_PROBE_TOKENS = 64
+_ROUNDING = {"float32": 1e-4, "bfloat16": 0.1}
+"""Largest change of the output that rounding alone can explain, relative to the largest logit."""
+
+
+def finish_cycle(training: StageTraining, metrics: list[dict[str, Any]], emit: Emit) -> dict[str, Any]:
+    """Merge, redraw A, zero B, prune Adam's state; keep the merged A and B for the adapter; return the merge report.
+
+    Raises TrainingError when the output changed by more than rounding: such a checkpoint is not to be trusted.
+    """
+    stage, profile = training.stage, training.profile
+    training.merged_adapter = (adapter_state(training.model), adapter_config(training.model))
+    before = _probe_output(training)
+    layers = merge_and_reinit(training.model, cycle=stage.cycle, seed=profile.seed, masters=training.masters)
+    change = _relative_change(before, _probe_output(training))
+    reset = reset_optimizer_state(
+        training.optimizer,
+        lora_parameters(training.model),
+        mode=profile.optimizer_reset.mode,
+        ratio=profile.optimizer_reset.ratio,
+        independent_masks=profile.optimizer_reset.independent_masks,
+        seed=profile.seed,
+        cycle=stage.cycle,
+    )
+    summary = {
+        "cycle": stage.cycle,
+        "max_relative_output_change": change,
+        "relative_update_norm": _overall(layers),
+        "effective_rank": sum(layer.effective_rank for layer in layers.values()) / len(layers),
+        "optimizer_state_zeroed": reset.share_zeroed,
+    }
+    metrics.append({"kind": "merge", "step": stage.end_step, **summary})
+    emit("merge", stage=stage.name, step=stage.end_step, **summary)
+    _check_unchanged(training, change)
+    return {**summary, "layers": {f"{name}.weight": _as_record(layer) for name, layer in layers.items()}}
+
+
+@torch.no_grad()
+def _probe_output(training: StageTraining) -> Tensor:
+    """Logits of a few held-out sequences, without dropout."""
+    blocks = training.val_data.read_blocks(0, min(_PROBE_SEQUENCES, training.val_data.blocks))
+    tokens = torch.from_numpy(blocks[:, :_PROBE_TOKENS]).to(training.ranks.device)
+    training.model.eval()
+    try:
+        with autocast(training.profile.precision, training.ranks.device):
+            return logits(training.model, tokens).float()
+    finally:
+        training.model.train()
+
+
+def _relative_change(before: Tensor, after: Tensor) -> float:
+    return float((after - before).abs().max() / before.abs().max())
+
+
+def _check_unchanged(training: StageTraining, change: float) -> None:
+    precision = training.profile.precision
+    exact = precision.dtype == "float32" and precision.matmul_precision == "highest"
+    limit = _ROUNDING["float32" if exact else "bfloat16"]
+    if not change <= limit:
+        raise TrainingError(
+            f"Merging cycle {training.stage.cycle} changed the model's output by {change:.2g} of its largest logit, "
+            f"more than rounding can ({limit:g}). Nothing was committed. This is a fault of the merge: please report "
+            "it with the profile; precision.dtype = 'float32' may avoid it."
+        )
+
+
+def _overall(layers: dict[str, LayerMerge]) -> float:
+    """Norm of all updates together over the norm of all weights together."""
+    update = sum(layer.update_norm**2 for layer in layers.values())
+    weight = sum(layer.weight_norm**2 for layer in layers.values())
+    return float((update / weight) ** 0.5) if weight else 0.0
+
+
+def _as_record(layer: LayerMerge) -> dict[str, float]:
+    return {
+        "update_norm": layer.update_norm,
+        "weight_norm": layer.weight_norm,
+        "relative_update_norm": layer.relative_norm,
+        "effective_rank": layer.effective_rank,
+    }

@@ -1,0 +1,148 @@
+"""Build or load a causal language model, and its training loss without a matrix of all logits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from relora_train.config import ModelConfig
+from relora_train.errors import ModelNotFoundError, SequenceTooLongError, VocabularyMismatchError
+
+_FUSED_LOSS = nn.LinearCrossEntropyOptions(acc_policy="accurate")
+_EVALUATION_ROWS = 1024  # logits of so many tokens exist at once during evaluation
+
+
+def build_model(config: ModelConfig, *, vocab_size: int, eos_id: int, sequence_length: int, seed: int) -> nn.Module:
+    """A transformers causal LM in float32: random weights drawn from `seed` alone, or the pretrained ones.
+
+    vocab_size: entries of the tokenizer; the embedding has at least as many rows.
+    Raises ModelNotFoundError, VocabularyMismatchError, SequenceTooLongError.
+    """
+    if config.pretrained is not None:
+        model = load_model(config.pretrained, revision=config.revision)
+    else:
+        model = _random_llama(config, vocab_size=vocab_size, eos_id=eos_id, seed=seed)
+    check_fits(model, vocab_size=vocab_size, sequence_length=sequence_length)
+    return model
+
+
+def load_model(path: str | Path, *, revision: str | None = None) -> nn.Module:
+    """Any causal LM that transformers knows, from a directory or the hub, in float32. No pickle is ever loaded."""
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            str(path), revision=revision, dtype=torch.float32, attn_implementation="sdpa", use_safetensors=True
+        )
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ModelNotFoundError(
+            f"model.pretrained {str(path)!r} could not be loaded: {reason} "
+            "Give a directory with config.json and safetensors weights, or a hub id this machine can reach."
+        ) from None
+    return cast(nn.Module, model)
+
+
+def _random_llama(config: ModelConfig, *, vocab_size: int, eos_id: int, seed: int) -> nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    shape = config.model_dump(exclude={"pretrained", "revision", "vocab_size", "rope_theta"})
+    llama = LlamaConfig(
+        **shape,
+        vocab_size=config.vocab_size or vocab_size,
+        rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
+        bos_token_id=eos_id,
+        eos_token_id=eos_id,
+        pad_token_id=None,
+        attn_implementation="sdpa",
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return cast(nn.Module, LlamaForCausalLM(llama).float())
+
+
+def check_fits(model: nn.Module, *, vocab_size: int, sequence_length: int) -> None:
+    """Refuse a tokenizer with ids the embedding lacks, and sequences longer than the model's positions."""
+    rows = embedding(model).num_embeddings
+    if vocab_size > rows:
+        raise VocabularyMismatchError(
+            f"The tokenizer has {vocab_size} entries, the model's embedding only {rows} rows. "
+            "Use the model's own tokenizer (tokenizer.path), or set model.vocab_size to at least that many."
+        )
+    longest = getattr(cast(Any, model).config, "max_position_embeddings", None)
+    if longest is not None and sequence_length > longest:
+        raise SequenceTooLongError(
+            f"batch.sequence_length {sequence_length} is longer than the model's {longest} positions. "
+            f"Set batch.sequence_length to {longest} or less."
+        )
+
+
+def embedding(model: nn.Module) -> nn.Embedding:
+    """The token embedding."""
+    return cast(nn.Embedding, cast(Any, model).get_input_embeddings())
+
+
+def head(model: nn.Module) -> nn.Linear:
+    """The linear layer from hidden states to logits."""
+    return cast(nn.Linear, cast(Any, model).get_output_embeddings())
+
+
+def logits(model: nn.Module, inputs: Tensor) -> Tensor:
+    """Logits (batch, length, vocabulary) of token ids (batch, length)."""
+    return cast(Tensor, model(input_ids=inputs, use_cache=False).logits)
+
+
+def next_token_loss(model: nn.Module, tokens: Tensor, *, fused: bool = True) -> Tensor:
+    """Sum of the cross-entropies in nats of tokens[:, 1:] given what stands before each.
+
+    tokens: ids (batch, length + 1). fused: go from hidden states to the loss in chunks, so that the logits of the
+    whole batch never exist; only for models whose head is a plain matrix (see `head_is_plain`).
+    """
+    inputs, targets = tokens[:, :-1], tokens[:, 1:].reshape(-1)
+    if not fused:
+        scores = logits(model, inputs)
+        return F.cross_entropy(scores.flatten(0, 1).float(), targets, reduction="sum")
+    backbone = cast(Any, model).base_model
+    hidden = backbone(input_ids=inputs, use_cache=False).last_hidden_state.flatten(0, 1)  # (batch * length, hidden)
+    weight: Tensor = head(model).weight
+    bias: Tensor | None = head(model).bias
+    if torch.is_autocast_enabled(hidden.device.type):
+        dtype = torch.get_autocast_dtype(hidden.device.type)
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+    if not torch.is_grad_enabled():
+        return _chunked_loss(hidden, weight, bias, targets)
+    # Under bfloat16 torch rounds this sum to bfloat16; the gradients are exact, the logged loss has three digits.
+    total = F.linear_cross_entropy(hidden, weight, targets, linear_bias=bias, reduction="sum", options=_FUSED_LOSS)
+    return total.float()
+
+
+def _chunked_loss(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
+    """The same sum without gradients, accumulated in float32."""
+    total = torch.zeros((), device=hidden.device)
+    for rows, answers in zip(
+        torch.split(hidden, _EVALUATION_ROWS), torch.split(targets, _EVALUATION_ROWS), strict=True
+    ):
+        total += F.cross_entropy(F.linear(rows, weight, bias).float(), answers, reduction="sum")
+    return total
+
+
+@torch.no_grad()
+def head_is_plain(model: nn.Module) -> bool:
+    """Whether the fused loss equals the model's own on a short probe: no scaled, capped or extended logits."""
+    if not isinstance(head(model), nn.Linear):
+        return False
+    was_training = model.training
+    model.eval()
+    rows = embedding(model).num_embeddings
+    probe = (torch.arange(18, device=embedding(model).weight.device) * 7919 % rows).reshape(2, 9)
+    try:
+        ours = next_token_loss(model, probe, fused=True)
+        theirs = next_token_loss(model, probe, fused=False)
+    finally:
+        model.train(was_training)
+    return bool(torch.isclose(ours, theirs, rtol=1e-4))

@@ -1,0 +1,100 @@
+"""What every worker process shares: read a request, report events, end with a documented status.
+
+A worker is told to stop by SIGTERM or SIGINT, or by the end of its standard input when its parent died.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import logging
+import os
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Protocol, TypeVar
+
+from relora_train import events
+from relora_train.config import FrozenConfig
+from relora_train.errors import DiskFullError, ReLoRAError
+from relora_train.launch import PARENT_PIPE_VARIABLE
+
+R = TypeVar("R", bound=FrozenConfig)
+
+
+class Emit(Protocol):
+    """Send one event to the parent."""
+
+    def __call__(self, event: str, **fields: object) -> None: ...
+
+
+def serve_request(kind: type[R], work: Callable[[R, Emit], None]) -> None:
+    """Run `work` on the request named on the command line, then exit: 0, or an error's status after its event."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--request", type=Path, required=True)
+    path = parser.parse_args().request
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    request = kind.model_validate_json(path.read_bytes())
+    sys.exit(_run(lambda: work(request, emit)))
+
+
+def emit(event: str, **fields: object) -> None:
+    """Write an event as one line of standard output."""
+    sys.stdout.write(events.encode(event, **fields))
+    sys.stdout.flush()
+
+
+def _run(work: Callable[[], None]) -> int:
+    try:
+        work()
+    except ReLoRAError as error:
+        emit("failed", error=type(error).__name__, message=str(error))
+        return error.exit_code
+    except Exception as error:
+        return _crash(error)
+    return 0
+
+
+def _crash(error: Exception) -> int:
+    if os.strerror(errno.ENOSPC) in str(error):  # safetensors hides the errno
+        message = f"The disk is full ({error}). Free space, or set RELORA_CACHE to a larger disk, and run again."
+        emit("failed", error=DiskFullError.__name__, message=message)
+        return DiskFullError.exit_code
+    traceback.print_exc()
+    if type(error).__name__ == "OutOfMemoryError":
+        message = f"{error} Lower batch.micro_sequences or batch.sequence_length, or use a larger device."
+        emit("failed", error="DeviceError", message=message.replace("\n", " "))
+    else:
+        emit("failed", error="TrainerCrashedError", message=f"{type(error).__name__}: {error}")
+    return 1
+
+
+class StopRequest:
+    """A flag that SIGTERM, SIGINT or the parent's death sets; read between two steps."""
+
+    def __init__(self) -> None:
+        self._flag = threading.Event()
+        self.reason = ""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._on_signal)
+        if os.environ.get(PARENT_PIPE_VARIABLE):
+            threading.Thread(target=self._watch_parent, daemon=True).start()
+
+    def is_set(self) -> bool:
+        return self._flag.is_set()
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self._set(signal.Signals(number).name)
+
+    def _watch_parent(self) -> None:
+        while os.read(0, 1024):
+            pass
+        self._set("the end of its parent process")
+
+    def _set(self, reason: str) -> None:
+        self.reason = self.reason or reason
+        self._flag.set()

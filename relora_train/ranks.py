@@ -1,0 +1,84 @@
+"""The processes that train one model together, as torch's launcher started them; one process is the simple case."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from relora_train.errors import DeviceError
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among its peers."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process writes files and events."""
+        return self.rank == 0
+
+    def sum_gradients(self, parameters: Iterable[Tensor]) -> None:
+        """Add every parameter's gradient over all ranks, in one message a dtype; once per update."""
+        if self.world_size == 1:
+            return
+        by_dtype: dict[torch.dtype, list[Tensor]] = {}
+        for parameter in parameters:
+            if parameter.grad is not None:
+                by_dtype.setdefault(parameter.grad.dtype, []).append(parameter.grad)
+        for gradients in by_dtype.values():
+            flat = torch.cat([gradient.flatten() for gradient in gradients])
+            dist.all_reduce(flat)
+            pieces = torch.split(flat, [gradient.numel() for gradient in gradients])
+            for gradient, summed in zip(gradients, pieces, strict=True):
+                gradient.copy_(summed.view_as(gradient))
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The elementwise sum over all ranks."""
+        if self.world_size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on at least one rank; the same answer on all."""
+        if self.world_size == 1:
+            return flag
+        return bool(self.sum(torch.tensor(float(flag), device=self.device)).item())
+
+    def barrier(self) -> None:
+        """Wait for all."""
+        if self.world_size > 1:
+            dist.barrier()
+
+
+@contextmanager
+def joined_ranks(device: str) -> Iterator[Ranks]:
+    """Join the group that the launcher's environment names; leave it at the end.
+
+    device: 'auto', 'cpu' or 'cuda'. Raises DeviceError when a GPU is asked for and there is none.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise DeviceError("launch.device is 'cuda', but torch sees no GPU here. Set launch.device to 'cpu' or 'auto'.")
+    on_gpu = device == "cuda" or (device == "auto" and torch.cuda.is_available())
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    rank = int(os.environ.get("RANK", "0"))
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    chosen = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
+    if on_gpu:
+        torch.cuda.set_device(chosen)
+    if world_size > 1:
+        dist.init_process_group("nccl" if on_gpu else "gloo")
+    try:
+        yield Ranks(rank=rank, world_size=world_size, device=chosen)
+    finally:
+        if world_size > 1:
+            dist.destroy_process_group()

@@ -1,0 +1,46 @@
+"""What a worker process is asked to do, as files: plain data between the tasks and the processes. Light."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from relora_train.config import FrozenConfig, Profile
+from relora_train.manifest import ParentRef
+
+
+class StageRequest(FrozenConfig):
+    """Train one stage: `python -m relora_train.trainer --request FILE`."""
+
+    run_id: str
+    profile: Profile
+    stage: str
+    """Name of a stage of the profile's plan."""
+
+    fingerprint: str
+    fingerprint_settings: dict[str, Any]
+    parent: ParentRef | None = None
+    parent_directory: Path | None = None
+    """The parent checkpoint on this machine's disk, already verified."""
+
+    dataset_uri: str
+    dataset_id: str
+    dataset_directory: Path
+    output_directory: Path
+    """Where the committed checkpoint appears; what a failed attempt left there is removed."""
+
+    provenance: dict[str, str] = Field(default_factory=dict)
+
+
+class EvaluationRequest(FrozenConfig):
+    """Score one checkpoint and sample from it: `python -m relora_train.evaluate --request FILE`."""
+
+    profile: Profile
+    checkpoint_directory: Path
+    dataset_directory: Path
+    result_path: Path
+    """JSON: val_loss, val_perplexity, bits_per_byte, val_tokens, samples."""
+
+    sequences: int = Field(ge=1)

@@ -1,0 +1,227 @@
+"""One run and its stages in a store: what is done already, and doing what is not. No Prefect, no torch. Light.
+
+The tasks are thin shells around this module. What has been done is what the store's manifests say, nothing else.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from relora_train.bundle import fetch_bundle
+from relora_train.checkpoint_layout import dataset_prefix, split_checkpoint_uri
+from relora_train.checkpoint_store import CheckpointRef, CheckpointStore, find_dataset, read_checkpoint
+from relora_train.config import Profile, default_run_id, settings_digest
+from relora_train.errors import ObjectNotFoundError, ReLoRAError, RunSettingsChangedError
+from relora_train.events import Event
+from relora_train.launch import run_worker
+from relora_train.manifest import CheckpointManifest, DatasetManifest, ParentRef, parse_manifest
+from relora_train.requests import StageRequest
+from relora_train.stages import Stage, differing_settings, fingerprint_settings, stage_fingerprint
+from relora_train.storage.base import ObjectStore
+from relora_train.storage.opening import open_store
+from relora_train.workspace import checkpoint_cache, dataset_cache, work_directory
+
+STORE_VARIABLE = "RELORA_STORE"
+DEFAULT_STORE = "relora-store"
+
+OnEvent = Callable[[Event], None]
+
+
+@dataclass(frozen=True)
+class Run:
+    """Identity and settings of one run."""
+
+    run_id: str
+    store_uri: str
+    profile: Profile
+    branches: bool = False
+    """Started from a named checkpoint: other settings are then meant, and live beside the run's own line."""
+
+    @cached_property
+    def store(self) -> ObjectStore:
+        return open_store(self.store_uri)
+
+    @property
+    def checkpoints(self) -> CheckpointStore:
+        return CheckpointStore(self.store, self.run_id)
+
+
+@dataclass(frozen=True)
+class DatasetRef:
+    """One committed dataset in a store."""
+
+    uri: str
+    store_uri: str
+    prefix: str
+    manifest: DatasetManifest
+
+    @property
+    def dataset_id(self) -> str:
+        return self.manifest.dataset_id
+
+
+@dataclass(frozen=True)
+class StageOutcome:
+    """A stage's checkpoint, and whether it was there already."""
+
+    checkpoint: CheckpointRef
+    reused: bool
+
+
+def default_store_uri() -> str:
+    """$RELORA_STORE, else the directory relora-store where the command was given."""
+    return os.environ.get(STORE_VARIABLE) or str(Path(DEFAULT_STORE).resolve())
+
+
+def choose_run_id(profile: Profile, parent: CheckpointRef | None) -> str:
+    """A run id for settings that were given none: the same settings, and the same parent, meet their own run again."""
+    own = default_run_id(profile)
+    if parent is None or parent.manifest.run_id == own:
+        return own
+    return f"{profile.name}-{settings_digest({'run': own, 'parent': parent.fingerprint})[:8]}"
+
+
+def find_committed_dataset(store: ObjectStore, name: str, dataset_id: str) -> DatasetRef | None:
+    """The dataset of exactly this id, or None."""
+    manifest = find_dataset(store, name, dataset_id)
+    return None if manifest is None else dataset_ref(store, manifest)
+
+
+def dataset_ref(store: ObjectStore, manifest: DatasetManifest) -> DatasetRef:
+    prefix = dataset_prefix(manifest.name, manifest.dataset_id)
+    return DatasetRef(f"{store.uri}/{prefix}", store.uri, prefix, manifest)
+
+
+def fetch_dataset(dataset: DatasetRef) -> Path:
+    """The dataset's verified files on this machine's disk."""
+    store = open_store(dataset.store_uri)
+    return fetch_bundle(store, dataset.prefix, dataset.manifest, dataset_cache(dataset.dataset_id))
+
+
+def fetch_parent(parent: CheckpointRef) -> Path:
+    """A checkpoint's verified files on this machine's disk."""
+    store = open_store(parent.store_uri)
+    return CheckpointStore(store, parent.manifest.run_id).fetch(parent, checkpoint_cache(parent.manifest.run_id))
+
+
+def find_stage(run: Run, stage: Stage, dataset: DatasetRef, parent: CheckpointRef | None) -> CheckpointRef | None:
+    """The stage's committed checkpoint, or None when it has yet to be trained.
+
+    Raises RunSettingsChangedError when this run holds a checkpoint of the same stage made with other settings.
+    """
+    settings = fingerprint_settings(run.profile, stage, dataset.dataset_id)
+    fingerprint = stage_fingerprint(settings, parent.fingerprint if parent else None)
+    found = run.checkpoints.find(fingerprint)
+    if found is None and not run.branches:
+        for other in run.checkpoints.list():
+            if other.step == stage.end_step or other.manifest.stage == stage.name:
+                raise _settings_changed(run, stage, settings, other)
+    return found
+
+
+def _settings_changed(run: Run, stage: Stage, ours: dict[str, Any], other: CheckpointRef) -> RunSettingsChangedError:
+    lines = differing_settings(ours, other.manifest.fingerprint_settings) or ["the checkpoint it started from"]
+    shown = "\n".join(f"  - {line}" for line in lines)
+    return RunSettingsChangedError(
+        f"Run {run.run_id!r} already holds stage {other.manifest.stage} made with other settings ({other.uri}).\n"
+        f"Differing (there -> now), at stage {stage.name}:\n{shown}\n"
+        "Nothing was changed. Give these settings a run of their own with another --run-id, or branch from a "
+        f"checkpoint with --resume-from, e.g. --resume-from {run.run_id}@{other.manifest.stage}."
+    )
+
+
+def train_stage(
+    run: Run,
+    stage: Stage,
+    dataset: DatasetRef,
+    parent: CheckpointRef | None,
+    *,
+    on_event: OnEvent,
+    provenance: Mapping[str, str],
+) -> StageOutcome:
+    """Return the stage's committed checkpoint, training it first in a process of its own if there is none yet.
+
+    Safe to repeat and to race: the first commit wins and every other attempt adopts it.
+    """
+    found = find_stage(run, stage, dataset, parent)
+    if found is not None:
+        run.checkpoints.set_head(found)
+        return StageOutcome(found, reused=True)
+    settings = fingerprint_settings(run.profile, stage, dataset.dataset_id)
+    fingerprint = stage_fingerprint(settings, parent.fingerprint if parent else None)
+    with work_directory(run.run_id, f"{stage.name}-{fingerprint[:12]}") as directory:
+        request = StageRequest(
+            run_id=run.run_id,
+            profile=run.profile,
+            stage=stage.name,
+            fingerprint=fingerprint,
+            fingerprint_settings=settings,
+            parent=ParentRef(uri=parent.uri, fingerprint=parent.fingerprint, step=parent.step) if parent else None,
+            parent_directory=fetch_parent(parent) if parent else None,
+            dataset_uri=dataset.uri,
+            dataset_id=dataset.dataset_id,
+            dataset_directory=fetch_dataset(dataset),
+            output_directory=directory / "checkpoint",
+            provenance=dict(provenance),
+        )
+        output = _committed_output(request)
+        if output is None:
+            run_worker(
+                "relora_train.trainer",
+                request,
+                directory / "request.json",
+                on_event=on_event,
+                nproc_per_node=run.profile.launch.nproc_per_node,
+            )
+            output = _committed_output(request)
+        if output is None:
+            raise ObjectNotFoundError(f"The trainer ended well but left no manifest in {request.output_directory}.")
+        checkpoint = run.checkpoints.commit(request.output_directory, output)
+        run.checkpoints.set_head(checkpoint)
+    return StageOutcome(checkpoint, reused=False)
+
+
+def _committed_output(request: StageRequest) -> CheckpointManifest | None:
+    """What an attempt committed on this disk, perhaps an earlier one whose upload failed; else None."""
+    path = request.output_directory / "manifest.json"
+    if not path.is_file():
+        return None
+    manifest = parse_manifest(CheckpointManifest, path.read_bytes(), uri=path.as_uri())
+    return manifest if manifest.fingerprint == request.fingerprint else None
+
+
+def line_of(checkpoint: CheckpointRef) -> list[CheckpointRef]:
+    """The checkpoints that led to this one, oldest first, itself last, across runs and stores.
+
+    Ends early, without an error, where an ancestor was deleted: every checkpoint is complete without its parents.
+    """
+    line: list[CheckpointRef] = []
+    current: CheckpointRef | None = checkpoint
+    while current is not None:
+        run = CheckpointStore(open_store(current.store_uri), current.manifest.run_id)
+        line = [*run.ancestry(current), *line]
+        parent = line[0].manifest.parent
+        current = (
+            _read_if_there(parent.uri) if parent and parent.fingerprint not in {c.fingerprint for c in line} else None
+        )
+    return line
+
+
+def _read_if_there(uri: str) -> CheckpointRef | None:
+    store_uri, prefix = split_checkpoint_uri(uri)
+    try:
+        return read_checkpoint(open_store(store_uri), prefix)
+    except ReLoRAError:
+        return None
+
+
+def first_and_last(line: Sequence[CheckpointRef]) -> list[CheckpointRef]:
+    """The checkpoints that are sampled from: the last one before any merge, and the last one."""
+    before = [checkpoint for checkpoint in line if checkpoint.manifest.cycle == 0]
+    chosen = [before[-1] if before else line[0], line[-1]]
+    return chosen[:1] if chosen[0].fingerprint == chosen[1].fingerprint else chosen

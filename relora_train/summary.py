@@ -1,0 +1,86 @@
+"""What a run did, in the form that the command line prints and scripts read. Light."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from relora_train.config import FrozenConfig
+from relora_train.evaluation_records import EvaluationOutcome
+from relora_train.run import DatasetRef, Run, StageOutcome
+
+
+class StageSummary(FrozenConfig):
+    """One row of the final table."""
+
+    stage: str
+    start_step: int
+    end_step: int
+    tokens: int
+    val_perplexity_before: float | None
+    val_perplexity: float | None
+    bits_per_byte_before: float | None
+    bits_per_byte: float | None
+    seconds: float
+    uri: str
+    reused: bool
+
+
+class RunSummary(FrozenConfig):
+    """A finished flow run."""
+
+    run_id: str
+    store_uri: str
+    dataset_uri: str
+    dataset_reused: bool
+    stages: tuple[StageSummary, ...]
+    evaluations: tuple[dict[str, Any], ...]
+    """Scores and samples by the evaluation task."""
+
+    evaluations_reused: int
+    report_uri: str
+    picture_uris: tuple[str, ...]
+
+
+def summarize_stage(run: Run, outcome: StageOutcome) -> StageSummary:
+    """A stage's row, from its manifest."""
+    manifest = outcome.checkpoint.manifest
+    start = manifest.parent.step if manifest.parent else 0
+    scores = manifest.evaluation
+    return StageSummary(
+        stage=manifest.stage,
+        start_step=start,
+        end_step=manifest.step,
+        tokens=(manifest.step - start) * run.profile.batch.tokens,
+        val_perplexity_before=scores.get("val_perplexity_before"),
+        val_perplexity=scores.get("val_perplexity"),
+        bits_per_byte_before=scores.get("bits_per_byte_before"),
+        bits_per_byte=scores.get("bits_per_byte"),
+        seconds=manifest.stage_seconds,
+        uri=outcome.checkpoint.uri,
+        reused=outcome.reused,
+    )
+
+
+def summarize_run(
+    run: Run,
+    dataset: DatasetRef,
+    stages: Sequence[StageOutcome],
+    evaluations: Sequence[EvaluationOutcome],
+    *,
+    dataset_reused: bool,
+    report_uri: str,
+    picture_uris: Sequence[str],
+) -> RunSummary:
+    """All of a finished flow run."""
+    return RunSummary(
+        run_id=run.run_id,
+        store_uri=run.store_uri,
+        dataset_uri=dataset.uri,
+        dataset_reused=dataset_reused,
+        stages=tuple(summarize_stage(run, outcome) for outcome in stages),
+        evaluations=tuple(evaluation.record for evaluation in evaluations),
+        evaluations_reused=sum(evaluation.reused for evaluation in evaluations),
+        report_uri=report_uri,
+        picture_uris=tuple(picture_uris),
+    )

@@ -1,0 +1,223 @@
+"""Train one stage in a process of its own: `python -m relora_train.trainer --request FILE`, under torchrun for several
+ranks. No orchestrator, no network beyond the ranks', no credentials. Events go to standard output (events.py).
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from typing import Any
+
+import torch
+
+from relora_train.commit import commit_stage
+from relora_train.config import Profile, settings_digest
+from relora_train.errors import DivergedError, TrainerInterruptedError
+from relora_train.evaluate import Evaluation, evaluate_model
+from relora_train.merging import finish_cycle
+from relora_train.process import Emit, StopRequest, serve_request
+from relora_train.ranks import joined_ranks
+from relora_train.relora import lora_parameters
+from relora_train.requests import StageRequest
+from relora_train.training import StageTraining, prepare_stage
+
+_PROGRESS_SECONDS = 0.5
+_FIRST_STEPS = 5  # of a stage are recorded one by one: they show that A and B are alive after a merge
+
+
+def run_stage(request: StageRequest, emit: Emit) -> None:
+    """Train the stage and leave a committed checkpoint in request.output_directory, or raise and leave none.
+
+    Raises DivergedError on a loss that is not finite or worse than twice guessing, TrainerInterruptedError when told
+    to stop, and the errors of loading model and data.
+    """
+    stop = StopRequest()
+    configure_torch(request.profile)
+    started = time.monotonic()
+    with joined_ranks(request.profile.launch.device) as ranks:
+        if not ranks.is_first:
+            emit = _silent
+        training = prepare_stage(request, ranks)
+        emit("stage_started", **_describe(training))
+        metrics: list[dict[str, Any]] = []
+        before = _evaluate(training, metrics, emit, when="before")
+        _train(training, metrics, emit, stop, started)
+        merge_report = finish_cycle(training, metrics, emit) if training.stage.low_rank else {}
+        after = _evaluate(training, metrics, emit, when="after")
+        if not math.isfinite(after.val_loss):
+            raise DivergedError(_diverged(training, training.stage.end_step, after.val_loss, "validation loss"))
+        if ranks.is_first:
+            commit_stage(
+                training,
+                metrics=metrics,
+                merge_report=merge_report,
+                before=before,
+                after=after,
+                evaluation_key=evaluation_key(request),
+                stage_seconds=time.monotonic() - started,
+            )
+            emit(
+                "stage_committed",
+                stage=training.stage.name,
+                step=training.stage.end_step,
+                directory=str(request.output_directory),
+            )
+        ranks.barrier()
+
+
+def _silent(event: str, **fields: object) -> None:
+    """Ranks other than the first report nothing but failures."""
+
+
+def configure_torch(profile: Profile) -> None:
+    """Settings of the process that decide numbers and speed."""
+    torch.set_float32_matmul_precision(profile.precision.matmul_precision)
+    if profile.launch.threads:
+        torch.set_num_threads(profile.launch.threads)
+    if profile.precision.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
+def _describe(training: StageTraining) -> dict[str, Any]:
+    stage, parameters = training.stage, list(training.model.parameters())
+    return {
+        "stage": stage.name,
+        "kind": stage.kind,
+        "start_step": stage.start_step,
+        "end_step": stage.end_step,
+        "device": str(training.ranks.device),
+        "ranks": training.ranks.world_size,
+        "parameters": sum(p.numel() for p in parameters),
+        "trainable_parameters": sum(p.numel() for p in parameters if p.requires_grad),
+    }
+
+
+def _train(
+    training: StageTraining, metrics: list[dict[str, Any]], emit: Emit, stop: StopRequest, started: float
+) -> None:
+    stage, every = training.stage, training.profile.logging.every_steps
+    losses = torch.zeros((), dtype=torch.float64, device=training.ranks.device)
+    summed, last_record, last_progress = 0, time.monotonic(), 0.0
+    first_step_at = time.monotonic()
+    for step in range(stage.start_step + 1, stage.end_step + 1):
+        loss, norm = training.update(step)
+        losses += loss
+        summed += 1
+        now = time.monotonic()
+        first_steps = step <= stage.start_step + _FIRST_STEPS
+        if step % every == 0 or step == stage.end_step or first_steps:
+            mean = float(losses) / summed
+            check_loss(training, step, mean)
+            record = {
+                "kind": "train",
+                "step": step,
+                "loss": mean,
+                "learning_rate": training.learning_rate(step),
+                "grad_norm": float(norm),
+                "tokens_per_second": summed * training.profile.batch.tokens / max(now - last_record, 1e-9),
+                "tokens_seen": training.tokens_seen(step),
+                "seconds": now - started,
+            }
+            if first_steps and stage.low_rank:
+                record |= _low_rank_gradient_norms(training)
+            metrics.append(record)
+            losses.zero_()
+            summed, last_record = 0, now
+        training.optimizer.zero_grad(set_to_none=True)
+        if metrics[-1]["kind"] == "train" and (now - last_progress >= _PROGRESS_SECONDS or step == stage.end_step):
+            last_progress = now
+            done = step - stage.start_step
+            eta = (now - first_step_at) / done * (stage.steps - done)
+            emit("progress", **_progress(training, step, metrics[-1], eta=eta))
+        if training.ranks.any(stop.is_set()) and step < stage.end_step:
+            cause = stop.reason or "another rank"
+            raise TrainerInterruptedError(
+                f"Stage {stage.name} was stopped by {cause} at step {step} of {stage.end_step}. "
+                "Run the same command again to continue."
+            )
+
+
+def _progress(training: StageTraining, step: int, record: dict[str, Any], *, eta: float) -> dict[str, Any]:
+    stage = training.stage
+    return {
+        "stage": stage.name,
+        "step": step,
+        "start_step": stage.start_step,
+        "end_step": stage.end_step,
+        "loss": record["loss"],
+        "learning_rate": training.learning_rate(step),
+        "tokens_per_second": record["tokens_per_second"],
+        "eta_seconds": eta,
+    }
+
+
+def _low_rank_gradient_norms(training: StageTraining) -> dict[str, float]:
+    """Norms over all layers, after clipping; both zero would mean a dead low-rank update."""
+    squares = {"lora_A": 0.0, "lora_B": 0.0}
+    for name, parameter in lora_parameters(training.model):
+        if parameter.grad is not None:
+            squares[name.rpartition(".")[2]] += float(parameter.grad.double().square().sum())
+    return {f"{factor}_grad_norm": math.sqrt(square) for factor, square in squares.items()}
+
+
+def check_loss(training: StageTraining, step: int, loss: float) -> None:
+    """Refuse a loss that is not finite, or above twice that of guessing every token alike."""
+    limit = 2 * math.log(training.train_data.manifest.vocab_size)
+    if not loss <= limit:  # also true for NaN
+        raise DivergedError(_diverged(training, step, loss, "training loss"))
+
+
+def _diverged(training: StageTraining, step: int, loss: float, what: str) -> str:
+    rate = training.learning_rate(min(step, training.stage.end_step))
+    return (
+        f"The {what} is {loss:.4g} at step {step} of stage {training.stage.name} (learning rate {rate:.3g}): the run "
+        "diverged and nothing of this stage was committed. Lower optimizer.learning_rate, raise "
+        "schedule.restart_warmup_steps or use optimizer_reset.mode = 'zero', under a new run id or from an earlier "
+        "checkpoint with --resume-from."
+    )
+
+
+def evaluation_key(request: StageRequest) -> str:
+    """Digest of everything a validation loss depends on beside the weights."""
+    profile = request.profile
+    return settings_digest(
+        {
+            "dataset_id": request.dataset_id,
+            "sequences": profile.evaluation.sequences,
+            "sequence_length": profile.batch.sequence_length,
+            "precision": profile.precision.model_dump(mode="json"),
+        }
+    )
+
+
+def _evaluate(training: StageTraining, metrics: list[dict[str, Any]], emit: Emit, *, when: str) -> Evaluation:
+    start, profile = training.start, training.profile
+    step = training.stage.start_step if when == "before" else training.stage.end_step
+    if when == "before" and start.evaluation and start.evaluation_key == evaluation_key(training.request):
+        saved = start.evaluation
+        result = Evaluation(
+            val_loss=saved["val_loss"],
+            val_perplexity=saved["val_perplexity"],
+            bits_per_byte=saved["bits_per_byte"],
+            val_tokens=int(saved["val_tokens"]),
+        )
+    else:
+        result = evaluate_model(
+            training.model,
+            training.val_data,
+            sequences=profile.evaluation.sequences,
+            batch_sequences=profile.evaluation.batch_sequences,
+            precision=profile.precision,
+            ranks=training.ranks,
+            fused=training.fused_loss,
+        )
+    metrics.append({"kind": "evaluation", "step": step, "when": when, **result.as_record()})
+    emit("evaluation", stage=training.stage.name, step=step, when=when, **result.as_record())
+    return result
+
+
+if __name__ == "__main__":
+    serve_request(StageRequest, run_stage)

@@ -1,0 +1,233 @@
+"""One stage's model, optimizer and data, and one optimizer update. The loop around it is trainer.py."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, MutableMapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from relora_train.checkpoint import (
+    OPTIMIZER_FILE,
+    TrainingState,
+    load_optimizer_state,
+    read_tensor,
+    read_training_state,
+)
+from relora_train.config import Profile
+from relora_train.dataset import TokenDataset
+from relora_train.evaluate import autocast
+from relora_train.model import build_model, check_fits, head_is_plain, load_model, next_token_loss
+from relora_train.optimizer import build_optimizer, load_optimizer_state_by_name
+from relora_train.ranks import Ranks
+from relora_train.relora import apply_relora, relora_layers
+from relora_train.requests import StageRequest
+from relora_train.stages import Stage, plan_stages, stage_learning_rate
+
+
+@dataclass
+class StageTraining:
+    """Everything one rank holds during a stage."""
+
+    request: StageRequest
+    stage: Stage
+    ranks: Ranks
+    model: nn.Module
+    optimizer: torch.optim.AdamW
+    train_data: TokenDataset
+    val_data: TokenDataset
+    start: TrainingState
+    """Where the stage starts: the parent's end, or the beginning."""
+
+    masters: MasterWeights | None
+    """Exact frozen weights, when the device holds rounded ones."""
+
+    fused_loss: bool
+    merged_adapter: tuple[dict[str, Tensor], dict[str, Any]] | None = None
+    """The A and B that the merge of this stage consumed, and their PEFT configuration."""
+
+    @property
+    def profile(self) -> Profile:
+        return self.request.profile
+
+    @property
+    def trainable(self) -> list[nn.Parameter]:
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
+
+    def learning_rate(self, step: int) -> float:
+        """Of update `step`, counted from 1."""
+        return stage_learning_rate(self.profile, self.stage, step)
+
+    def samples_seen(self, step: int) -> int:
+        """Data position after update `step`."""
+        return self.start.samples_seen + (step - self.start.step) * self.profile.batch.sequences
+
+    def tokens_seen(self, step: int) -> int:
+        """Tokens trained on after update `step`."""
+        return self.start.tokens_seen + (step - self.start.step) * self.profile.batch.tokens
+
+    def update(self, step: int) -> tuple[Tensor, Tensor]:
+        """Do update `step` and return its mean loss in nats per token and the gradient norm before clipping.
+
+        Both stay on the device. A function of the weights, the optimizer state and `step` alone: batch and dropout
+        follow from the profile's seed.
+        """
+        batch, rank = self.profile.batch, self.ranks
+        blocks = self.train_data.read_batch(
+            self.samples_seen(step - 1), batch.sequences, rank=rank.rank, world_size=rank.world_size
+        )
+        tokens = torch.from_numpy(blocks).to(rank.device, non_blocking=True)
+        total = torch.zeros((), device=rank.device)
+        for micro_step, part in enumerate(torch.split(tokens, batch.micro_sequences or len(tokens))):
+            torch.manual_seed(_draw_seed(self.profile.seed, step, micro_step, rank.rank))
+            with autocast(self.profile.precision, rank.device):
+                loss = next_token_loss(self.model, part, fused=self.fused_loss) / batch.tokens
+            loss.backward()  # type: ignore[no-untyped-call]
+            total += loss.detach()
+        rank.sum_gradients(self.trainable)
+        norm = self._clip()
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate(step)
+        self.optimizer.step()
+        return rank.sum(total), norm
+
+    def _clip(self) -> Tensor:
+        limit = self.profile.optimizer.max_grad_norm
+        return nn.utils.clip_grad_norm_(self.trainable, limit if limit is not None else float("inf"))
+
+
+def _draw_seed(seed: int, step: int, micro_step: int, rank: int) -> int:
+    """Seed of one forward pass's dropout: different for every rank and micro-step, and needing no saved state."""
+    digest = hashlib.blake2b(f"{seed}/{step}/{micro_step}/{rank}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+class MasterWeights(MutableMapping[str, Tensor]):
+    """float32 weights by name: the parent checkpoint's until overwritten, read from disk one at a time."""
+
+    def __init__(self, names: list[str], read: Callable[[str], Tensor]) -> None:
+        self._names, self._read = set(names), read
+        self._written: dict[str, Tensor] = {}
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._written[name] if name in self._written else self._read(name)
+
+    def __setitem__(self, name: str, value: Tensor) -> None:
+        self._written[name] = value
+
+    def __delitem__(self, name: str) -> None:
+        raise TypeError("a master weight cannot be removed")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(sorted(self._names))
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def prepare_stage(request: StageRequest, ranks: Ranks) -> StageTraining:
+    """Load the parent, or build the model, and wrap it as the stage asks. Every rank holds the same."""
+    profile = request.profile
+    stage = next(stage for stage in plan_stages(profile) if stage.name == request.stage)
+    length = profile.batch.sequence_length
+    train_data = TokenDataset(request.dataset_directory, "train", sequence_length=length, seed=profile.seed)
+    val_data = TokenDataset(request.dataset_directory, "val", sequence_length=length)
+    train_data.require(profile.batch.sequences)
+    val_data.require(1)
+    model = _parent_model(request, train_data)
+    start = _start(request)
+    masters = None
+    if stage.low_rank:
+        relora = profile.relora
+        apply_relora(
+            model,
+            rank=relora.rank,
+            alpha=relora.alpha,
+            dropout=relora.dropout,
+            target_modules=relora.target_modules,
+            rank_stabilized=relora.rank_stabilized,
+            seed=profile.seed,
+            cycle=stage.cycle,
+        )
+        if profile.precision.dtype == "bfloat16":
+            masters = _round_frozen_weights(model, request.parent_directory)
+    fused_loss = head_is_plain(model)
+    model.to(ranks.device).train()
+    optimizer = _optimizer(request, stage, model)
+    return StageTraining(request, stage, ranks, model, optimizer, train_data, val_data, start, masters, fused_loss)
+
+
+def _parent_model(request: StageRequest, data: TokenDataset) -> nn.Module:
+    profile, length = request.profile, request.profile.batch.sequence_length
+    vocab_size = data.manifest.vocab_size
+    if request.parent_directory is None:
+        eos_id = data.manifest.eos_id
+        return build_model(
+            profile.model, vocab_size=vocab_size, eos_id=eos_id, sequence_length=length, seed=profile.seed
+        )
+    model = load_model(request.parent_directory)
+    check_fits(model, vocab_size=vocab_size, sequence_length=length)
+    return model
+
+
+def _start(request: StageRequest) -> TrainingState:
+    """The parent's state; on another dataset the data position starts again."""
+    profile, dataset_id = request.profile, request.dataset_id
+    schedule = profile.schedule.model_dump(mode="json")
+    update = {"dataset_id": dataset_id, "seed": profile.seed, "schedule": schedule}
+    if request.parent_directory is None:
+        return TrainingState(step=0, cycle=0, stage_kind="", tokens_seen=0, samples_seen=0, **update)
+    parent = read_training_state(request.parent_directory)
+    if parent.dataset_id != dataset_id:
+        update["samples_seen"] = 0
+    return parent.model_copy(update=update)
+
+
+def _round_frozen_weights(model: nn.Module, parent: Path | None) -> MasterWeights:
+    """Hold the wrapped weights in bfloat16; the exact ones stay in the parent's files, or else in memory."""
+    in_memory: dict[str, Tensor] = {}
+    names = []
+    for module, layer in relora_layers(model):
+        name = f"{module}.weight"
+        names.append(name)
+        if parent is None or read_tensor(parent, name) is None:
+            in_memory[name] = layer.weight.detach().clone()
+        layer.weight.data = layer.weight.data.to(torch.bfloat16)
+
+    def read(name: str) -> Tensor:
+        if name in in_memory:
+            return in_memory[name]
+        tensor = read_tensor(parent, name) if parent is not None else None
+        if tensor is None:
+            raise KeyError(name)
+        return tensor
+
+    return MasterWeights(names, read)
+
+
+def _optimizer(request: StageRequest, stage: Stage, model: nn.Module) -> torch.optim.AdamW:
+    """AdamW, with the parent's state where the parent is an earlier stage of the same phase.
+
+    The first cycle after a warm start begins with a fresh optimizer and its own warm-up, as in the paper's code.
+    """
+    settings = request.profile.optimizer
+    optimizer = build_optimizer(
+        model,
+        learning_rate=settings.learning_rate,
+        betas=settings.betas,
+        eps=settings.eps,
+        weight_decay=settings.weight_decay,
+    )
+    if request.parent_directory is None or read_training_state(request.parent_directory).stage_kind != stage.kind:
+        return optimizer
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters() if parameter.requires_grad}
+    state = load_optimizer_state(request.parent_directory / OPTIMIZER_FILE)
+    usable = {name: entries for name, entries in state.items() if shapes.get(name) == entries["exp_avg"].shape}
+    load_optimizer_state_by_name(optimizer, model, usable)
+    return optimizer

@@ -1,0 +1,73 @@
+"""Turn worker events into log lines of the task run, at a bounded rate, and pass them on to this process's listeners."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+from prefect.context import get_run_context
+from prefect.logging import get_run_logger
+
+from relora_train import events
+from relora_train.events import Event
+
+_LOG_SECONDS = 10.0
+
+
+def forward_events() -> Callable[[Event], None]:
+    """A listener for run_worker: progress is logged every ten seconds, everything else at once."""
+    logger = get_run_logger()
+    last_logged = time.monotonic()
+
+    def on_event(event: Event) -> None:
+        nonlocal last_logged
+        events.emit(**event)
+        now = time.monotonic()
+        if event["event"] in ("progress", "tokenize_progress"):
+            if now - last_logged < _LOG_SECONDS:
+                return
+            last_logged = now
+        logger.info(describe(event))
+
+    return on_event
+
+
+def describe(event: Event) -> str:
+    """One line for people."""
+    match event["event"]:
+        case "progress":
+            return (
+                f"step {event['step']}/{event['end_step']}  loss {event['loss']:.4f}  lr {event['learning_rate']:.2e}  "
+                f"{event['tokens_per_second']:,.0f} tokens/s  {event['eta_seconds']:.0f} s left"
+            )
+        case "evaluation" if "when" in event:
+            return (
+                f"{event['when']} step {event['step']}: validation perplexity {event['val_perplexity']:.2f}, "
+                f"{event['bits_per_byte']:.4f} bits per byte"
+            )
+        case "merge":
+            return (
+                f"merged cycle {event['cycle']}: output changed by {event['max_relative_output_change']:.1e}, "
+                f"update/weight norm {event['relative_update_norm']:.4f}, effective rank {event['effective_rank']:.1f}, "
+                f"{event['optimizer_state_zeroed']:.1%} of the optimizer state of A and B zeroed"
+            )
+        case "stage_started":
+            return (
+                f"stage {event['stage']}: steps {event['start_step']} to {event['end_step']} on {event['device']}, "
+                f"{event['trainable_parameters']:,} of {event['parameters']:,} parameters trained"
+            )
+        case name:
+            return f"{name}: " + ", ".join(f"{key}={_short(value)}" for key, value in event.items() if key != "event")
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def provenance() -> dict[str, str]:
+    """Ids of the run around us, for the manifest; informative only."""
+    task_run = getattr(get_run_context(), "task_run", None)
+    if task_run is None:
+        return {}
+    return {"prefect_flow_run_id": str(task_run.flow_run_id), "prefect_task_run_id": str(task_run.id)}

@@ -1,0 +1,41 @@
+"""Named retry policies. What failed for a reason that stays (a setting, a diverged loss, denied access) is not retried.
+
+No task keeps results or caches: what has been done is what the store's manifests say.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from prefect import Task
+from prefect.cache_policies import NO_CACHE
+from prefect.client.schemas.objects import State, TaskRun
+
+from relora_train.errors import ReLoRAError
+
+
+async def worth_retrying(task: Task[..., Any], task_run: TaskRun, state: State[Any]) -> bool:
+    """Whether the same call may succeed later: errors of ours say so themselves, unknown ones get the chance."""
+    error = await state.aresult(raise_on_failure=False)
+    return error.retryable if isinstance(error, ReLoRAError) else isinstance(error, Exception)
+
+
+_NOTHING_KEPT: dict[str, Any] = {"cache_policy": NO_CACHE, "persist_result": False}
+
+STORE_IO: dict[str, Any] = {
+    "retries": 3,
+    "retry_delay_seconds": [2, 15, 60],
+    "retry_jitter_factor": 0.2,
+    "retry_condition_fn": worth_retrying,
+    **_NOTHING_KEPT,
+}
+"""Reading and writing a store, and work that is cheap to repeat."""
+
+TRAINING: dict[str, Any] = {
+    "retries": 2,
+    "retry_delay_seconds": [2, 60],
+    "retry_jitter_factor": 0.2,
+    "retry_condition_fn": worth_retrying,
+    **_NOTHING_KEPT,
+}
+"""One stage on a device that may vanish. No timeout: the trainer bounds itself."""

@@ -1,0 +1,45 @@
+"""Train one stage: from one committed checkpoint to the next."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from prefect import task
+from prefect.states import Completed
+
+from relora_train import events
+from relora_train.checkpoint_store import CheckpointRef
+from relora_train.run import DatasetRef, Run, StageOutcome, train_stage
+from relora_train.stages import Stage
+from tasks.observe import forward_events, provenance
+from tasks.policies import TRAINING
+
+
+@task(**TRAINING, name="warm-start", task_run_name="{stage.name}-from-step-{stage.start_step}")
+def warm_start(run: Run, stage: Stage, dataset: DatasetRef, parent: CheckpointRef | None) -> Any:
+    """Train the full-rank stage and return its StageOutcome; one that is committed already is shown as Skipped."""
+    return _train(run, stage, dataset, parent)
+
+
+@task(**TRAINING, name="train-cycle", task_run_name="{stage.name}-from-step-{stage.start_step}")
+def train_cycle(run: Run, stage: Stage, dataset: DatasetRef, parent: CheckpointRef | None) -> Any:
+    """Train one low-rank cycle, merge it and return its StageOutcome; a committed one is shown as Skipped."""
+    return _train(run, stage, dataset, parent)
+
+
+def _train(run: Run, stage: Stage, dataset: DatasetRef, parent: CheckpointRef | None) -> Any:
+    outcome = train_stage(run, stage, dataset, parent, on_event=forward_events(), provenance=provenance())
+    manifest = outcome.checkpoint.manifest
+    events.emit(
+        "stage_skipped" if outcome.reused else "stage_finished",
+        stage=stage.name,
+        step=stage.end_step,
+        uri=outcome.checkpoint.uri,
+        seconds=manifest.stage_seconds,
+        val_perplexity=manifest.evaluation.get("val_perplexity"),
+    )
+    return _skipped(outcome) if outcome.reused else outcome
+
+
+def _skipped(outcome: StageOutcome) -> Any:
+    return Completed(name="Skipped", message=f"{outcome.checkpoint.uri} is committed already", data=outcome)
