@@ -4,7 +4,7 @@ An event is a flat JSON object with the key "event". The trainer process writes 
 output, marked by an ASCII record separator (RFC 7464), so that a library's stray print is never taken for one.
 Inside a process events travel as log records of the logger `relora_train.events`, in the attribute `event`.
 
-    stage_started    stage kind start_step end_step device ranks parameters trainable_parameters
+    stage_started    stage kind start_step end_step pid device ranks parameters trainable_parameters
     progress         stage step start_step end_step loss learning_rate tokens_per_second eta_seconds
     evaluation       stage step when ('before' | 'after') val_loss val_perplexity bits_per_byte
     merge            stage step cycle max_relative_output_change relative_update_norm effective_rank

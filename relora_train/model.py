@@ -33,7 +33,9 @@ def build_model(config: ModelConfig, *, vocab_size: int, eos_id: int, sequence_l
 def load_model(path: str | Path, *, revision: str | None = None) -> nn.Module:
     """Any causal LM that transformers knows, from a directory or the hub, in float32. No pickle is ever loaded."""
     from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     try:
         model = AutoModelForCausalLM.from_pretrained(
             str(path), revision=revision, dtype=torch.float32, attn_implementation="sdpa", use_safetensors=True

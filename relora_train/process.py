@@ -16,7 +16,7 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
-from typing import Protocol, TypeVar
+from typing import Protocol, Self, TypeVar
 
 from relora_train import events
 from relora_train.config import FrozenConfig
@@ -74,15 +74,23 @@ def _crash(error: Exception) -> int:
 
 
 class StopRequest:
-    """A flag that SIGTERM, SIGINT or the parent's death sets; read between two steps."""
+    """A flag that SIGTERM, SIGINT or the parent's death sets; read between two steps. Holds the signals in a `with`."""
 
     def __init__(self) -> None:
         self._flag = threading.Event()
         self.reason = ""
+        self._previous: dict[signal.Signals, signal._HANDLER] = {}
+
+    def __enter__(self) -> Self:
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._on_signal)
+            self._previous[number] = signal.signal(number, self._on_signal)
         if os.environ.get(PARENT_PIPE_VARIABLE):
             threading.Thread(target=self._watch_parent, daemon=True).start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
 
     def is_set(self) -> bool:
         return self._flag.is_set()

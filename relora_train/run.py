@@ -15,11 +15,11 @@ from typing import Any
 from relora_train.bundle import fetch_bundle
 from relora_train.checkpoint_layout import dataset_prefix, split_checkpoint_uri
 from relora_train.checkpoint_store import CheckpointRef, CheckpointStore, find_dataset, read_checkpoint
-from relora_train.config import Profile, default_run_id, settings_digest
+from relora_train.config import ModelConfig, Profile, default_run_id, settings_digest
 from relora_train.errors import ObjectNotFoundError, ReLoRAError, RunSettingsChangedError
 from relora_train.events import Event
 from relora_train.launch import run_worker
-from relora_train.manifest import CheckpointManifest, DatasetManifest, ParentRef, parse_manifest
+from relora_train.manifest import CheckpointManifest, DatasetManifest, ParentRef, hash_file, parse_manifest
 from relora_train.requests import StageRequest
 from relora_train.stages import Stage, differing_settings, fingerprint_settings, stage_fingerprint
 from relora_train.storage.base import ObjectStore
@@ -114,14 +114,32 @@ def find_stage(run: Run, stage: Stage, dataset: DatasetRef, parent: CheckpointRe
 
     Raises RunSettingsChangedError when this run holds a checkpoint of the same stage made with other settings.
     """
-    settings = fingerprint_settings(run.profile, stage, dataset.dataset_id)
-    fingerprint = stage_fingerprint(settings, parent.fingerprint if parent else None)
+    settings, fingerprint = _identity(run, stage, dataset, parent)
     found = run.checkpoints.find(fingerprint)
     if found is None and not run.branches:
         for other in run.checkpoints.list():
             if other.step == stage.end_step or other.manifest.stage == stage.name:
                 raise _settings_changed(run, stage, settings, other)
     return found
+
+
+def _identity(run: Run, stage: Stage, dataset: DatasetRef, parent: CheckpointRef | None) -> tuple[dict[str, Any], str]:
+    """The stage's settings and their fingerprint."""
+    content = None if parent else pretrained_content(run.profile.model)
+    settings = fingerprint_settings(run.profile, stage, dataset.dataset_id, pretrained_content=content)
+    return settings, stage_fingerprint(settings, parent.fingerprint if parent else None)
+
+
+def pretrained_content(model: ModelConfig) -> str | None:
+    """Digest of the files of a local model.pretrained, so that other weights at the same path make another stage.
+
+    None without a local directory: a hub id is told apart by model.revision alone.
+    """
+    directory = Path(model.pretrained).expanduser() if model.pretrained else None
+    if directory is None or not directory.is_dir():
+        return None
+    files = sorted(path for path in directory.iterdir() if path.suffix in (".json", ".safetensors"))
+    return settings_digest({path.name: hash_file(path) for path in files})
 
 
 def _settings_changed(run: Run, stage: Stage, ours: dict[str, Any], other: CheckpointRef) -> RunSettingsChangedError:
@@ -152,8 +170,7 @@ def train_stage(
     if found is not None:
         run.checkpoints.set_head(found)
         return StageOutcome(found, reused=True)
-    settings = fingerprint_settings(run.profile, stage, dataset.dataset_id)
-    fingerprint = stage_fingerprint(settings, parent.fingerprint if parent else None)
+    settings, fingerprint = _identity(run, stage, dataset, parent)
     with work_directory(run.run_id, f"{stage.name}-{fingerprint[:12]}") as directory:
         request = StageRequest(
             run_id=run.run_id,
@@ -195,13 +212,13 @@ def _committed_output(request: StageRequest) -> CheckpointManifest | None:
     return manifest if manifest.fingerprint == request.fingerprint else None
 
 
-def line_of(checkpoint: CheckpointRef) -> list[CheckpointRef]:
+def line_of(checkpoint: CheckpointRef | None) -> list[CheckpointRef]:
     """The checkpoints that led to this one, oldest first, itself last, across runs and stores.
 
     Ends early, without an error, where an ancestor was deleted: every checkpoint is complete without its parents.
     """
     line: list[CheckpointRef] = []
-    current: CheckpointRef | None = checkpoint
+    current = checkpoint
     while current is not None:
         run = CheckpointStore(open_store(current.store_uri), current.manifest.run_id)
         line = [*run.ancestry(current), *line]

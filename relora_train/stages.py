@@ -94,11 +94,14 @@ def stage_learning_rate(profile: Profile, stage: Stage, step: int) -> float:
     )
 
 
-def fingerprint_settings(profile: Profile, stage: Stage, dataset_id: str) -> dict[str, Any]:
+def fingerprint_settings(
+    profile: Profile, stage: Stage, dataset_id: str, *, pretrained_content: str | None = None
+) -> dict[str, Any]:
     """Every setting that can change what the stage computes, as flat dotted keys with JSON values.
 
     Left out because they cannot: names, paths, logging, evaluation, number of ranks (data order and re-initialisation
     do not depend on it; sums may round differently), and whatever belongs to later stages or other methods only.
+    pretrained_content: digest of the files of model.pretrained, when the stage starts from them.
     """
     optimizer = profile.optimizer.model_dump(mode="json", exclude={"learning_rate", "warm_start_learning_rate"})
     settings: dict[str, Any] = {
@@ -115,6 +118,8 @@ def fingerprint_settings(profile: Profile, stage: Stage, dataset_id: str) -> dic
             "min_lr_ratio": profile.schedule.min_lr_ratio,
         },
     }
+    if pretrained_content is not None:
+        settings["model"]["pretrained_content"] = pretrained_content
     if stage.kind == "warm_start":
         optimizer["warm_start_learning_rate"] = profile.warm_start_learning_rate
     else:

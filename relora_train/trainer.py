@@ -32,10 +32,9 @@ def run_stage(request: StageRequest, emit: Emit) -> None:
     Raises DivergedError on a loss that is not finite or worse than twice guessing, TrainerInterruptedError when told
     to stop, and the errors of loading model and data.
     """
-    stop = StopRequest()
     configure_torch(request.profile)
     started = time.monotonic()
-    with joined_ranks(request.profile.launch.device) as ranks:
+    with StopRequest() as stop, joined_ranks(request.profile.launch.device) as ranks:
         if not ranks.is_first:
             emit = _silent
         training = prepare_stage(request, ranks)
@@ -88,6 +87,7 @@ def _describe(training: StageTraining) -> dict[str, Any]:
         "kind": stage.kind,
         "start_step": stage.start_step,
         "end_step": stage.end_step,
+        "pid": os.getpid(),
         "device": str(training.ranks.device),
         "ranks": training.ranks.world_size,
         "parameters": sum(p.numel() for p in parameters),

@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from prefect import task
-from prefect.states import Completed
 
 from relora_train import events
 from relora_train.checkpoint_store import CheckpointRef
 from relora_train.evaluation_records import EvaluationOutcome, evaluate_or_reuse
 from relora_train.run import DatasetRef, Run
-from tasks.observe import forward_events
+from tasks.observe import forward_events, skipped
 from tasks.policies import STORE_IO
 
 
 @task(**STORE_IO, name="evaluate-checkpoint", task_run_name="evaluate-{checkpoint.manifest.stage}")
-def evaluate_checkpoint(run: Run, checkpoint: CheckpointRef, dataset: DatasetRef) -> Any:
+def evaluate_checkpoint(run: Run, checkpoint: CheckpointRef, dataset: DatasetRef) -> EvaluationOutcome:
     """Return the EvaluationOutcome of a checkpoint; scores that are recorded already are shown as Skipped."""
     outcome = evaluate_or_reuse(run.profile, checkpoint, dataset, run.store, on_event=forward_events())
     scores = {key: outcome.record[key] for key in ("val_loss", "val_perplexity", "bits_per_byte")}
     events.emit("evaluated", uri=checkpoint.uri, stage=checkpoint.manifest.stage, reused=outcome.reused, **scores)
-    return _skipped(outcome) if outcome.reused else outcome
-
-
-def _skipped(outcome: EvaluationOutcome) -> Any:
-    return Completed(name="Skipped", message="the scores are recorded already", data=outcome)
+    return skipped(outcome, "the scores") if outcome.reused else outcome

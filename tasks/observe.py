@@ -1,18 +1,21 @@
-"""Turn worker events into log lines of the task run, at a bounded rate, and pass them on to this process's listeners."""
+"""What a task run shows: log lines at a bounded rate, states named for what happened, the origin of its results."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from prefect.context import get_run_context
 from prefect.logging import get_run_logger
+from prefect.states import Completed
 
 from relora_train import events
 from relora_train.events import Event
 
 _LOG_SECONDS = 10.0
+
+T = TypeVar("T")
 
 
 def forward_events() -> Callable[[Event], None]:
@@ -49,7 +52,8 @@ def describe(event: Event) -> str:
         case "merge":
             return (
                 f"merged cycle {event['cycle']}: output changed by {event['max_relative_output_change']:.1e}, "
-                f"update/weight norm {event['relative_update_norm']:.4f}, effective rank {event['effective_rank']:.1f}, "
+                f"update/weight norm {event['relative_update_norm']:.4f}, "
+                f"effective rank {event['effective_rank']:.1f}, "
                 f"{event['optimizer_state_zeroed']:.1%} of the optimizer state of A and B zeroed"
             )
         case "stage_started":
@@ -71,3 +75,8 @@ def provenance() -> dict[str, str]:
     if task_run is None:
         return {}
     return {"prefect_flow_run_id": str(task_run.flow_run_id), "prefect_task_run_id": str(task_run.id)}
+
+
+def skipped(outcome: T, what: str) -> T:
+    """Return this from a task to give its caller the outcome and show the task run as Skipped, with the reason."""
+    return cast(T, Completed(name="Skipped", message=f"{what}: there already", data=outcome))

@@ -12,15 +12,14 @@ from prefect.logging import get_run_logger
 
 from relora_train import events
 from relora_train.checkpoint_store import CheckpointRef
+from relora_train.report_store import StoredReport, report_run
 from relora_train.run import Run
 from tasks.policies import STORE_IO
 
 
 @task(**STORE_IO, task_run_name="report-{run.run_id}")
-def write_report(run: Run, line: Sequence[CheckpointRef], evaluations: Sequence[dict[str, Any]]) -> Any:
+def write_report(run: Run, line: Sequence[CheckpointRef], evaluations: Sequence[dict[str, Any]]) -> StoredReport:
     """Write HTML, plots and summary to the store, and table and plot as an artifact; return the StoredReport."""
-    from relora_train.report_store import report_run  # matplotlib is loaded when there is something to draw
-
     report = report_run(line, evaluations, run.store, run.run_id)
     publish_markdown(f"report-{run.run_id}", report.markdown, f"Report of run {run.run_id}: {report.html_uri}")
     events.emit("report_written", html_uri=report.html_uri)

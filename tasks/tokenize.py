@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from prefect import task
-from prefect.states import Completed
 
 from relora_train import events
 from relora_train.dataset_store import DatasetOutcome, prepare_or_reuse
 from relora_train.run import Run
-from tasks.observe import forward_events
+from tasks.observe import forward_events, skipped
 from tasks.policies import STORE_IO
 
 
 @task(**STORE_IO, task_run_name="tokenize-{run.profile.data.name}")
-def tokenize(run: Run) -> Any:
+def tokenize(run: Run) -> DatasetOutcome:
     """Return the DatasetOutcome of the profile's corpus; one that is committed already is shown as Skipped."""
     outcome = prepare_or_reuse(run.profile, run.store, on_event=forward_events())
     manifest = outcome.dataset.manifest
@@ -27,8 +24,4 @@ def tokenize(run: Run) -> Any:
         train_tokens=manifest.train_tokens,
         val_tokens=manifest.val_tokens,
     )
-    return _skipped(outcome) if outcome.reused else outcome
-
-
-def _skipped(outcome: DatasetOutcome) -> Any:
-    return Completed(name="Skipped", message=f"{outcome.dataset.uri} is committed already", data=outcome)
+    return skipped(outcome, outcome.dataset.uri) if outcome.reused else outcome

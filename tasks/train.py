@@ -2,32 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from prefect import task
-from prefect.states import Completed
 
 from relora_train import events
 from relora_train.checkpoint_store import CheckpointRef
 from relora_train.run import DatasetRef, Run, StageOutcome, train_stage
 from relora_train.stages import Stage
-from tasks.observe import forward_events, provenance
+from tasks.observe import forward_events, provenance, skipped
 from tasks.policies import TRAINING
 
 
 @task(**TRAINING, name="warm-start", task_run_name="{stage.name}-from-step-{stage.start_step}")
-def warm_start(run: Run, stage: Stage, dataset: DatasetRef, parent: CheckpointRef | None) -> Any:
+def warm_start(run: Run, stage: Stage, dataset: DatasetRef, parent: CheckpointRef | None) -> StageOutcome:
     """Train the full-rank stage and return its StageOutcome; one that is committed already is shown as Skipped."""
     return _train(run, stage, dataset, parent)
 
 
 @task(**TRAINING, name="train-cycle", task_run_name="{stage.name}-from-step-{stage.start_step}")
-def train_cycle(run: Run, stage: Stage, dataset: DatasetRef, parent: CheckpointRef | None) -> Any:
+def train_cycle(run: Run, stage: Stage, dataset: DatasetRef, parent: CheckpointRef | None) -> StageOutcome:
     """Train one low-rank cycle, merge it and return its StageOutcome; a committed one is shown as Skipped."""
     return _train(run, stage, dataset, parent)
 
 
-def _train(run: Run, stage: Stage, dataset: DatasetRef, parent: CheckpointRef | None) -> Any:
+def _train(run: Run, stage: Stage, dataset: DatasetRef, parent: CheckpointRef | None) -> StageOutcome:
     outcome = train_stage(run, stage, dataset, parent, on_event=forward_events(), provenance=provenance())
     manifest = outcome.checkpoint.manifest
     events.emit(
@@ -38,8 +35,4 @@ def _train(run: Run, stage: Stage, dataset: DatasetRef, parent: CheckpointRef | 
         seconds=manifest.stage_seconds,
         val_perplexity=manifest.evaluation.get("val_perplexity"),
     )
-    return _skipped(outcome) if outcome.reused else outcome
-
-
-def _skipped(outcome: StageOutcome) -> Any:
-    return Completed(name="Skipped", message=f"{outcome.checkpoint.uri} is committed already", data=outcome)
+    return skipped(outcome, outcome.checkpoint.uri) if outcome.reused else outcome

@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# Set up .venv and run every check: format, lint, types, import contracts, tests. Arguments go to pytest.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/venv.sh" "[dev]"
+ruff format --check .
+ruff check .
+mypy
+lint-imports
+exec python -m pytest "$@"

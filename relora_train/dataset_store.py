@@ -1,0 +1,46 @@
+"""The committed dataset of a profile: found by content in the store, or prepared in a process and put there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from relora_train.bundle import commit_bundle
+from relora_train.checkpoint_layout import dataset_prefix
+from relora_train.config import Profile
+from relora_train.launch import run_worker
+from relora_train.prepare import PrepareRequest, describe_dataset, read_result
+from relora_train.run import DatasetRef, OnEvent, dataset_ref, find_committed_dataset
+from relora_train.storage.base import ObjectStore
+from relora_train.workspace import work_directory
+
+
+@dataclass(frozen=True)
+class DatasetOutcome:
+    """A dataset, and whether it was there already."""
+
+    dataset: DatasetRef
+    reused: bool
+
+
+def prepare_or_reuse(profile: Profile, store: ObjectStore, *, on_event: OnEvent) -> DatasetOutcome:
+    """Return the committed dataset of the profile's corpus and tokenizer, tokenizing only what no attempt has yet.
+
+    Safe to repeat and to race: the first commit wins, and what a killed attempt finished on this machine is used.
+    """
+    dataset_id, _ = describe_dataset(profile.data, profile.tokenizer)
+    found = find_committed_dataset(store, profile.data.name, dataset_id)
+    if found is not None:
+        return DatasetOutcome(found, reused=True)
+    with work_directory("datasets", f"{profile.data.name}-{dataset_id[:16]}") as directory:
+        request = PrepareRequest(
+            data=profile.data,
+            tokenizer=profile.tokenizer,
+            work_directory=directory,
+            result_path=directory / "result.json",
+        )
+        # The source may lie in a store or on a hub, so this worker keeps the credentials.
+        run_worker("relora_train.prepare", request, directory / "request.json", on_event=on_event, keep_secrets=True)
+        prepared = read_result(request.result_path)
+        prefix = dataset_prefix(prepared.manifest.name, prepared.manifest.dataset_id)
+        manifest = commit_bundle(store, prefix, prepared.directory, prepared.manifest)
+    return DatasetOutcome(dataset_ref(store, manifest), reused=False)
