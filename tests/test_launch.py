@@ -1,0 +1,152 @@
+"""Worker processes: their events, their failures, their end."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from stage_runs import manifest_of, stage_request, tiny_profile
+from tiny_data import write_tiny_dataset
+
+from relora_train.errors import CorpusTooSmallError, TrainerCrashedError, TrainerInterruptedError
+from relora_train.events import Event
+from relora_train.launch import run_worker
+
+
+def endless(tmp_path: Path):
+    """A request that would train for hours."""
+    profile = tiny_profile(schedule={"warm_start_steps": 10_000_000}, launch={"threads": 1})
+    dataset = write_tiny_dataset(tmp_path / "data")
+    return stage_request(profile, "warm-start", dataset, tmp_path / "out")
+
+
+def is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return not Path(f"/proc/{pid}/stat").exists() or Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"
+
+
+def wait_until_gone(pid: int, seconds: float = 30) -> None:
+    deadline = time.monotonic() + seconds
+    while is_running(pid):
+        assert time.monotonic() < deadline, f"process {pid} is still there"
+        time.sleep(0.05)
+
+
+def test_a_stage_in_a_process_reports_its_course_and_commits(tmp_path: Path):
+    request = stage_request(tiny_profile(), "warm-start", write_tiny_dataset(tmp_path / "data"), tmp_path / "out")
+    seen: list[Event] = []
+    run_worker("relora_train.trainer", request, tmp_path / "request.json", on_event=seen.append)
+    names = [event["event"] for event in seen]
+    assert names[0] == "stage_started" and names[-1] == "stage_committed" and "progress" in names
+    assert seen[0]["pid"] != os.getpid()
+    assert manifest_of(tmp_path / "out")["step"] == 6
+
+
+def test_an_error_of_ours_comes_back_as_itself(tmp_path: Path):
+    dataset = write_tiny_dataset(tmp_path / "data", train_tokens=100)
+    request = stage_request(tiny_profile(), "warm-start", dataset, tmp_path / "out")
+    with pytest.raises(CorpusTooSmallError, match="100 tokens"):
+        run_worker("relora_train.trainer", request, tmp_path / "request.json", on_event=lambda event: None)
+
+
+def test_a_killed_worker_is_a_crash_that_may_be_retried_and_commits_nothing(tmp_path: Path):
+    def kill(event: Event) -> None:
+        if event["event"] == "stage_started":
+            os.kill(event["pid"], signal.SIGKILL)
+
+    with pytest.raises(TrainerCrashedError, match="killed by SIGKILL") as caught:
+        run_worker("relora_train.trainer", endless(tmp_path), tmp_path / "request.json", on_event=kill)
+    assert caught.value.retryable
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_worker_asked_to_stop_says_so_and_is_not_retried(tmp_path: Path):
+    def stop(event: Event) -> None:
+        if event["event"] == "stage_started":
+            os.kill(event["pid"], signal.SIGTERM)
+
+    with pytest.raises(TrainerInterruptedError, match="stopped by SIGTERM") as caught:
+        run_worker("relora_train.trainer", endless(tmp_path), tmp_path / "request.json", on_event=stop)
+    assert not caught.value.retryable
+
+
+def test_whatever_ends_the_caller_ends_the_worker_first(tmp_path: Path):
+    pids: list[int] = []
+
+    def interrupt(event: Event) -> None:
+        if event["event"] == "stage_started":
+            pids.append(event["pid"])
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_worker("relora_train.trainer", endless(tmp_path), tmp_path / "request.json", on_event=interrupt)
+    assert not is_running(pids[0])
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_worker_ends_when_its_parent_is_killed(tmp_path: Path, ranks: int):
+    request = endless(tmp_path)
+    request = request.model_copy(
+        update={"profile": tiny_profile(schedule={"warm_start_steps": 10_000_000}, launch={"nproc_per_node": ranks})}
+    )
+    (tmp_path / "request-in.json").write_text(request.model_dump_json())
+    script = (
+        "import sys\n"
+        "from pathlib import Path\n"
+        "from relora_train.launch import run_worker\n"
+        "from relora_train.requests import StageRequest\n"
+        f"request = StageRequest.model_validate_json(Path({str(tmp_path / 'request-in.json')!r}).read_text())\n"
+        "show = lambda event: (sys.stdout.write(f\"{event['event']} {event.get('pid', '')}\\n\"), sys.stdout.flush())\n"
+        f"run_worker('relora_train.trainer', request, Path({str(tmp_path / 'request.json')!r}), on_event=show,\n"
+        f"           nproc_per_node={ranks})\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    ) as parent:
+        name, pid = parent.stdout.readline().split()
+        assert name == "stage_started"
+        while not parent.stdout.readline().startswith("progress"):
+            pass
+        parent.kill()
+    wait_until_gone(int(pid))
+
+
+def test_two_ranks_give_the_single_process_result_up_to_rounding(tmp_path: Path):
+    dataset = write_tiny_dataset(tmp_path / "data")
+    losses = []
+    for ranks in (1, 2):
+        out = tmp_path / f"out-{ranks}"
+        profile = tiny_profile(launch={"nproc_per_node": ranks, "threads": 1})
+        request = stage_request(profile, "warm-start", dataset, out)
+        run_worker(
+            "relora_train.trainer",
+            request,
+            tmp_path / "request.json",
+            on_event=lambda event: None,
+            nproc_per_node=ranks,
+        )
+        losses.append(manifest_of(out)["evaluation"]["val_loss"])
+    assert abs(losses[0] - losses[1]) < 1e-4 * losses[0]  # float32 gradients summed in another order
+
+
+def test_the_worker_sees_no_credentials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "canary")
+    monkeypatch.setenv("PREFECT_API_KEY", "canary")
+    found: list[bool] = []
+
+    def look(event: Event) -> None:
+        if event["event"] == "stage_started":
+            found.append(b"canary" in Path(f"/proc/{event['pid']}/environ").read_bytes())
+            os.kill(event["pid"], signal.SIGTERM)
+
+    with pytest.raises(TrainerInterruptedError):
+        run_worker("relora_train.trainer", endless(tmp_path), tmp_path / "request.json", on_event=look)
+    assert found == [False]

@@ -1,0 +1,197 @@
+import math
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from relora_train.schedule import cosine, cycle_of_step, is_merge_step, jagged_cosine, learning_rate
+
+PAPER = {
+    "total_steps": 15_000,
+    "warmup_steps": 500,
+    "restart_warmup_steps": 100,
+    "cycle_length": 5_000,
+    "min_lr_ratio": 0.1,
+}
+"""The 250M run of arXiv 2307.05695 after its warm start."""
+
+SETTINGS = [
+    PAPER,
+    {"total_steps": 400, "warmup_steps": 20, "restart_warmup_steps": 10, "cycle_length": 100, "min_lr_ratio": 0.1},
+    {"total_steps": 400, "warmup_steps": 0, "restart_warmup_steps": 0, "cycle_length": 100, "min_lr_ratio": 0.0},
+    {"total_steps": 12, "warmup_steps": 4, "restart_warmup_steps": 3, "cycle_length": 4, "min_lr_ratio": 1.0},
+    {"total_steps": 5, "warmup_steps": 5, "restart_warmup_steps": 4, "cycle_length": 5, "min_lr_ratio": 0.5},
+    {"total_steps": 3, "warmup_steps": 0, "restart_warmup_steps": 0, "cycle_length": 1, "min_lr_ratio": 0.1},
+]
+
+
+@st.composite
+def valid_settings(draw):
+    cycle_length = draw(st.integers(1, 60))
+    return {
+        "cycle_length": cycle_length,
+        "total_steps": cycle_length * draw(st.integers(1, 6)),
+        "warmup_steps": draw(st.integers(0, cycle_length)),
+        "restart_warmup_steps": draw(st.integers(0, cycle_length - 1)),
+        "min_lr_ratio": draw(st.floats(0, 1)),
+    }
+
+
+def official(t, *, total_steps, warmup_steps, restart_warmup_steps, cycle_length, min_lr_ratio):
+    """The three cases of `cosine_restarts` in Guitaricet/relora."""
+    m, C, W1, Wr = min_lr_ratio, cycle_length, warmup_steps, restart_warmup_steps
+
+    def decayed(p):
+        return m + (1 - m) * (0.5 * (1 + math.cos(math.pi * p)))
+
+    if t < W1:
+        return t / max(1, W1)
+    if t >= C and t % C < Wr:
+        return (t % C) / max(1, Wr) * decayed(((t // C) * C + Wr - W1) / max(1, total_steps - W1))
+    return decayed((t - W1) / max(1, total_steps - W1))
+
+
+@pytest.mark.parametrize("setting", SETTINGS, ids=lambda s: f"C{s['cycle_length']}-of-{s['total_steps']}")
+def test_the_jagged_cosine_is_the_official_formula_at_every_step(setting):
+    for step in range(setting["total_steps"]):
+        # Same arithmetic in another order of products: two roundings of float64.
+        assert jagged_cosine(step, **setting) == pytest.approx(official(step, **setting), rel=1e-15, abs=0)
+
+
+@settings(deadline=None)  # a shared machine may pause in mid-example
+@given(valid_settings())
+def test_any_valid_setting_gives_the_official_formula_within_zero_and_one(setting):
+    for step in range(setting["total_steps"]):
+        factor = jagged_cosine(step, **setting)
+        assert factor == pytest.approx(official(step, **setting), rel=1e-15, abs=0)
+        assert 0 <= factor <= 1
+
+
+def test_the_points_a_reader_of_the_paper_can_check_by_hand():
+    def at(step):
+        return jagged_cosine(step, **PAPER)
+
+    middle = (15_000 + 500) // 2  # half-way through the decay: the mean of 1 and min_lr_ratio
+    assert at(0) == 0
+    assert at(250) == 0.5
+    assert at(500) == 1
+    assert at(middle) == pytest.approx(0.55, rel=1e-15)
+    assert at(5_000) == 0
+    assert at(5_050) == pytest.approx(at(5_100) / 2, rel=1e-15)
+    assert 0.1 < at(14_999) < 0.1 + 1e-7
+
+
+@settings(deadline=None)  # a shared machine may pause in mid-example
+@given(valid_settings())
+def test_a_climb_after_a_merge_is_linear_and_ends_on_the_cosine(setting):
+    climb = setting["restart_warmup_steps"]
+    smooth = {**setting, "restart_warmup_steps": 0}
+    for restart in range(setting["cycle_length"], setting["total_steps"], setting["cycle_length"]):
+        top = jagged_cosine(restart + climb, **setting)
+        assert top == jagged_cosine(restart + climb, **smooth)
+        for i in range(climb):
+            assert jagged_cosine(restart + i, **setting) == pytest.approx(top * i / climb, rel=1e-14, abs=0)
+
+
+@settings(deadline=None)  # a shared machine may pause in mid-example
+@given(valid_settings(), st.integers(0, 50))
+def test_a_cycle_ends_where_a_merge_is(setting, warm_start_steps):
+    """The cycles tile the ReLoRA phase, each ends in exactly one merge, and the last step of the run is one of them."""
+    where = {"warm_start_steps": warm_start_steps, "cycle_length": setting["cycle_length"]}
+    last = warm_start_steps + setting["total_steps"]
+    cycles = [cycle_of_step(step, **where) for step in range(1, last + 1)]
+    expected = [0] * warm_start_steps
+    for cycle in range(1, setting["total_steps"] // setting["cycle_length"] + 1):
+        expected += [cycle] * setting["cycle_length"]
+    assert cycles == expected
+    for step in range(warm_start_steps, last + 1):
+        ends_a_cycle = cycle_of_step(step + 1, **where) > cycle_of_step(step, **where) >= 1
+        assert is_merge_step(step, **where) == ends_a_cycle
+    assert not any(is_merge_step(step, **where) for step in range(warm_start_steps + 1))
+
+
+def test_a_plain_cosine_warms_up_and_decays_to_its_minimum():
+    setting = {"total_steps": 110, "warmup_steps": 10, "min_lr_ratio": 0.2}
+    assert [cosine(step, **setting) for step in range(10)] == [i / 10 for i in range(10)]
+    assert cosine(10, **setting) == 1
+    assert cosine(60, **setting) == pytest.approx(0.6, rel=1e-15)  # the mean of 1 and 0.2
+    assert cosine(110, **setting) == 0.2
+    falling = [cosine(step, **setting) for step in range(10, 111)]
+    assert falling == sorted(falling, reverse=True)
+
+
+RUN = {
+    "warm_start_steps": 100,
+    "total_steps": 400,
+    "warmup_steps": 20,
+    "restart_warmup_steps": 10,
+    "cycle_length": 100,
+    "min_lr_ratio": 0.1,
+    "warm_start_learning_rate": 5e-4,
+    "learning_rate": 1e-3,
+}
+
+
+def test_the_warm_start_is_the_start_of_a_cosine_over_the_whole_run():
+    for step in range(100):
+        expected = 5e-4 * cosine(step, total_steps=400, warmup_steps=20, min_lr_ratio=0.1)
+        assert learning_rate(step, **RUN) == expected
+
+
+def test_the_relora_phase_warms_up_anew_and_decays_over_what_is_left():
+    phase = {"total_steps": 300, "warmup_steps": 20, "restart_warmup_steps": 10, "cycle_length": 100}
+    for step in range(100, 401):
+        assert learning_rate(step, **RUN) == 1e-3 * jagged_cosine(step - 100, **phase, min_lr_ratio=0.1)
+    assert learning_rate(100, **RUN) == 0
+    assert learning_rate(120, **RUN) == 1e-3
+
+
+def test_a_run_that_is_all_warm_start_is_one_cosine():
+    setting = {**RUN, "warm_start_steps": 400}
+    for step in range(401):
+        assert learning_rate(step, **setting) == 5e-4 * cosine(step, total_steps=400, warmup_steps=20, min_lr_ratio=0.1)
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        ({"restart_warmup_steps": 100}, "restart_warmup_steps = 100 .* cycle_length = 100"),
+        ({"restart_warmup_steps": -1}, "restart_warmup_steps = -1"),
+        ({"warmup_steps": 101}, "warmup_steps = 101 .* cycle_length = 100"),
+        ({"warmup_steps": -1}, "warmup_steps = -1"),
+        ({"total_steps": 350}, "total_steps = 350 .* cycle_length = 100"),
+        ({"total_steps": 0}, "total_steps = 0"),
+        ({"cycle_length": 0}, "cycle_length = 0"),
+        ({"min_lr_ratio": 1.1}, "min_lr_ratio = 1.1"),
+        ({"step": -1}, "step = -1"),
+        ({"step": 401}, "step = 401 .* total_steps = 400"),
+    ],
+)
+def test_settings_that_do_not_fit_together_are_refused_with_names_and_values(changed, named):
+    with pytest.raises(ValueError, match=named):
+        jagged_cosine(**{"step": 0, **SETTINGS[1], **changed})
+
+
+@pytest.mark.parametrize(
+    ("call", "named"),
+    [
+        (lambda: cosine(0, total_steps=5, warmup_steps=6, min_lr_ratio=0), "warmup_steps = 6 .* total_steps = 5"),
+        (lambda: cosine(6, total_steps=5, warmup_steps=1, min_lr_ratio=0), "step = 6 .* total_steps = 5"),
+        (lambda: is_merge_step(1, warm_start_steps=0, cycle_length=0), "cycle_length = 0"),
+        (lambda: is_merge_step(-1, warm_start_steps=0, cycle_length=5), "step = -1"),
+        (lambda: cycle_of_step(1, warm_start_steps=-1, cycle_length=5), "warm_start_steps = -1"),
+        (lambda: learning_rate(0, **{**RUN, "warm_start_steps": 401}), "warm_start_steps = 401 .* total_steps = 400"),
+        (lambda: learning_rate(150, **{**RUN, "warm_start_steps": 50}), "total_steps = 350 .* cycle_length = 100"),
+    ],
+)
+def test_every_function_refuses_what_it_cannot_mean(call, named):
+    with pytest.raises(ValueError, match=named):
+        call()
+
+
+def test_the_schedule_is_light():
+    """A planner imports it in a process that must stay small."""
+    code = "import sys, relora_train.schedule; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

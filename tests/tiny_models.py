@@ -1,0 +1,72 @@
+"""Real transformers models small enough for a unit test, and real training of them."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM
+
+VOCABULARY = 64
+
+
+def tiny_llama(*, tie_word_embeddings: bool = False, seed: int = 0) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=32,
+            tie_word_embeddings=tie_word_embeddings,
+        )
+    )
+
+
+def tiny_gpt_neox(*, seed: int = 0) -> GPTNeoXForCausalLM:
+    torch.manual_seed(seed)
+    return GPTNeoXForCausalLM(
+        GPTNeoXConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=32,
+        )
+    )
+
+
+def token_batch(*, seed: int = 0, sequences: int = 4, length: int = 16) -> Tensor:
+    return torch.randint(VOCABULARY, (sequences, length), generator=torch.Generator().manual_seed(seed))
+
+
+def backward(model: nn.Module, *, seed: int = 0) -> Tensor:
+    """The loss on one batch, its gradients fresh in every parameter."""
+    model.zero_grad(set_to_none=True)
+    tokens = token_batch(seed=seed)
+    loss = model(input_ids=tokens, labels=tokens).loss
+    loss.backward()
+    return loss.detach()
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, batches: Iterable[int]) -> None:
+    for seed in batches:
+        backward(model, seed=seed)
+        optimizer.step()
+
+
+@torch.no_grad()
+def logits(model: nn.Module, *, seed: int = 99) -> Tensor:
+    """What the model says in eval mode, where dropout is off."""
+    training = model.training
+    model.eval()
+    output = model(input_ids=token_batch(seed=seed)).logits
+    model.train(training)
+    return output
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """Largest deviation relative to the largest expected value."""
+    return ((actual - expected).abs().max() / expected.abs().max()).item()
