@@ -32,8 +32,8 @@ class FileEntry(BaseModel):
     @classmethod
     def path_stays_inside_the_bundle(cls, value: str) -> str:
         parts = PurePosixPath(value).parts
-        hidden = any(part.startswith(".") for part in parts)
-        if not re.fullmatch(r"[A-Za-z0-9._/-]+", value) or value.startswith("/") or hidden:
+        allowed = re.fullmatch(r"[A-Za-z0-9._/-]+", value) and not any(part.startswith((".", "/")) for part in parts)
+        if not allowed or PurePosixPath(value).as_posix() != value:  # 'a//b' and 'a/' are second names of one file
             raise ValueError(f"{value!r} could leave the bundle")
         return value
 
@@ -56,11 +56,22 @@ class Manifest(BaseModel):
     format_version: Literal[1] = 1
     kind: str
     files: tuple[FileEntry, ...]
+    files_prefix: str = Field(default="", pattern=r"^(variant-[0-9a-f]{16})?$")
+    """Where the files lie below the bundle's prefix: beside the manifest, or, for an attempt that found other bytes
+    promised there, in a directory named by their content. Set by commit_bundle; see relora_train/bundle.py."""
     created_at: datetime = Field(default_factory=lambda: datetime.now(UTC))
     attempt: str
     """Random per attempt: tells a lost answer to our own write from a rival's write."""
     versions: dict[str, str] = {}
     """Package versions that wrote the bundle."""
+
+    @field_validator("files")
+    @classmethod
+    def each_file_is_listed_once(cls, value: tuple[FileEntry, ...]) -> tuple[FileEntry, ...]:
+        paths = [entry.path.lower() for entry in value]  # lower: some disks cannot tell A from a
+        if len(set(paths)) < len(paths):
+            raise ValueError("a file is listed twice")
+        return value
 
     @property
     def size_bytes(self) -> int:

@@ -78,13 +78,18 @@ class ObjectStore(Protocol):
         ...
 
     def preflight(self) -> None:
-        """Four requests that show the store can be written and honours conditions; raises UnsafeStoreError if not."""
+        """A few requests that show the store can be written and honours conditions; UnsafeStoreError if not."""
         ...
+
+
+def is_key(key: str) -> bool:
+    """Whether a name found in a store is one that this project may have written and can read."""
+    return _KEY.fullmatch(key) is not None
 
 
 def check_key(key: str) -> str:
     """Return the key, or refuse one that could leave the root or mean two things on two systems."""
-    if not _KEY.fullmatch(key):
+    if not is_key(key):
         raise StorageError(
             f"{key!r} is not a valid object key: use segments of letters, digits, '.', '_' and '-' "
             "that do not start with a dot, separated by '/'."

@@ -1,0 +1,215 @@
+"""Gathers a run from its line of checkpoints alone: manifests, metrics.jsonl, profile.json and weights.
+
+Any line will do: a warm start only, method full or lora, or a run whose earlier stages are another run's checkpoints.
+Imports no torch; only the files that are read are fetched, never an optimizer state.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import UTC
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from relora_train.analysis import WEIGHTS_NAME, LayerSpectrum, update_spectra
+from relora_train.bundle import fetch_bundle
+from relora_train.checkpoint_store import CheckpointRef
+from relora_train.errors import CheckpointCorruptError, CheckpointIncompleteError, CheckpointNotFoundError
+from relora_train.manifest import CheckpointManifest
+from relora_train.run_data import TRAIN_FIELDS, Evaluation, MergeRow, RunData, Sample, Scores, StageRow, TrainCurve
+from relora_train.storage.opening import open_store
+
+_WEIGHTS = re.compile(r"model(-[^/]+)?\.safetensors(\.index\.json)?")
+
+FetchFiles = Callable[[CheckpointRef, Sequence[str]], Path]
+"""Gives a local directory in which the named files of a checkpoint lie, and maybe others."""
+
+
+def collect_run_data(
+    line: Sequence[CheckpointRef],
+    fetch_files: FetchFiles,
+    *,
+    evaluations: Sequence[Mapping[str, Any]] = (),
+    spectra: bool = True,
+) -> RunData:
+    """Gather a run from its checkpoints, oldest first; the last one is the run's result.
+
+    Reads metrics.jsonl of every checkpoint, profile.json of the last, and with `spectra` the weights of two: the last
+    one before the low-rank stages (else the first) and the last. Raises CheckpointNotFoundError for an empty line.
+    """
+    if not line:
+        raise CheckpointNotFoundError("There is no checkpoint to report on. Run at least one stage first.")
+    last = line[-1].manifest
+    records = [record for checkpoint in line for record in _metrics(checkpoint, fetch_files)]
+    settings = json.loads((fetch_files(line[-1], ["profile.json"]) / "profile.json").read_bytes())
+    between = spectra_ends(line) if spectra else None
+    return RunData(
+        run_id=last.run_id,
+        profile=last.profile,
+        method=str(settings.get("method", "")),
+        stages=_stage_rows(line),
+        train=train_curve(records),
+        merges=_merge_rows(line),
+        evaluations=tuple(_evaluation(item) for item in evaluations),
+        samples=tuple(
+            Sample(str(item["stage"]), int(item["step"]), str(sample["prompt"]), str(sample["text"]))
+            for item in evaluations
+            for sample in item.get("samples", ())
+        ),
+        spectra=_total_update(between, fetch_files) if between else (),
+        spectra_between=None if between is None else (between[0].manifest.stage, between[1].manifest.stage),
+        settings=settings,
+        versions=last.versions,
+        dataset_id=last.dataset_id,
+        dataset_uri=last.dataset_uri,
+        finished_at=last.created_at.astimezone(UTC),
+    )
+
+
+def files_in_directories(directories: Mapping[str, Path]) -> FetchFiles:
+    """Files of checkpoints that lie in local directories already, given by checkpoint URI. Nothing is verified."""
+
+    def fetch(ref: CheckpointRef, names: Sequence[str]) -> Path:
+        return directories[ref.uri]
+
+    return fetch
+
+
+def files_in_stores(cache_dir: Path) -> FetchFiles:
+    """Files of checkpoints in the stores they were found in, verified by size and SHA-256 as by `fetch_checkpoint`.
+
+    In place for a store on this machine's disk; else downloaded below `cache_dir`, only the files asked for, once.
+    """
+
+    def fetch(ref: CheckpointRef, names: Sequence[str]) -> Path:
+        entries = tuple(entry for entry in ref.manifest.files if entry.path in names)
+        if missing := sorted(set(names) - {entry.path for entry in entries}):
+            raise CheckpointIncompleteError(
+                f"{ref.uri} holds no {' and no '.join(missing)}: its manifest names none. Use another checkpoint."
+            )
+        part = ref.manifest.model_copy(update={"files": entries})
+        directory = cache_dir / f"report-{ref.fingerprint[:12]}-{ref.manifest.attempt}"
+        return fetch_bundle(open_store(ref.store_uri), ref.prefix, part, directory)
+
+    return fetch
+
+
+def spectra_ends(line: Sequence[CheckpointRef]) -> tuple[CheckpointRef, CheckpointRef] | None:
+    """The two checkpoints whose difference is the total update: the last before any merge (else the first) and the
+    last. For method full the first and the last. None when they are the same one."""
+    warm = [checkpoint for checkpoint in line if checkpoint.manifest.stage == "warm-start"]
+    start, end = (warm[-1] if warm else line[0]), line[-1]
+    return None if start.uri == end.uri else (start, end)
+
+
+def train_curve(records: Sequence[Mapping[str, Any]]) -> TrainCurve:
+    """The records of kind 'train' as arrays; those of other kinds are left out."""
+    by_step = {int(record["step"]): record for record in records if record.get("kind") == "train"}
+    steps = sorted(by_step)
+    values = {name: np.array([_number_or_nan(by_step[step].get(name)) for step in steps]) for name in TRAIN_FIELDS}
+    return TrainCurve(np.array(steps, dtype=np.int64), values)
+
+
+def _metrics(checkpoint: CheckpointRef, fetch_files: FetchFiles) -> Iterator[dict[str, Any]]:
+    if not any(entry.path == "metrics.jsonl" for entry in checkpoint.manifest.files):
+        return
+    lines = (fetch_files(checkpoint, ["metrics.jsonl"]) / "metrics.jsonl").read_bytes().split(b"\n")
+    for number, text in enumerate(lines, start=1):
+        try:
+            record = json.loads(text or b"null")
+        except ValueError as error:
+            raise CheckpointCorruptError(
+                f"Line {number} of metrics.jsonl of {checkpoint.uri} is not JSON: {error}. Use another checkpoint."
+            ) from None
+        if isinstance(record, dict):
+            yield record
+
+
+def _stage_rows(line: Sequence[CheckpointRef]) -> tuple[StageRow, ...]:
+    manifests = {ref.fingerprint: ref.manifest for ref in line}  # not by URI: a store may have been moved
+    rows = []
+    for checkpoint in line:
+        manifest = checkpoint.manifest
+        parent = manifest.parent
+        before = {key.removesuffix("_before"): v for key, v in manifest.evaluation.items() if key.endswith("_before")}
+        settings = manifest.fingerprint_settings
+        rows.append(
+            StageRow(
+                stage=manifest.stage,
+                run_id=manifest.run_id,
+                uri=checkpoint.uri,
+                parent_uri=parent.uri if parent else None,
+                start_step=parent.step if parent else 0,
+                end_step=manifest.step,
+                cycle=manifest.cycle,
+                tokens=_stage_tokens(manifest, manifests.get(parent.fingerprint) if parent else None),
+                seconds=manifest.stage_seconds,
+                before=_scores(before),
+                after=_scores(manifest.evaluation),
+                rank=settings.get("relora.rank"),
+                fingerprint=manifest.fingerprint,
+                size_bytes=manifest.size_bytes,
+            )
+        )
+    return tuple(rows)
+
+
+def _stage_tokens(manifest: CheckpointManifest, parent: CheckpointManifest | None) -> int | None:
+    if manifest.parent is None:
+        return manifest.tokens_seen
+    if parent is not None:
+        return manifest.tokens_seen - parent.tokens_seen
+    settings = manifest.fingerprint_settings
+    sequences, length = settings.get("batch.sequences"), settings.get("batch.sequence_length")
+    if not isinstance(sequences, int) or not isinstance(length, int):
+        return None
+    return sequences * length * (manifest.step - manifest.parent.step)
+
+
+def _merge_rows(line: Sequence[CheckpointRef]) -> tuple[MergeRow, ...]:
+    rows = []
+    for manifest in (checkpoint.manifest for checkpoint in line):
+        report = manifest.merge_report
+        if report:
+            rows.append(
+                MergeRow(
+                    stage=manifest.stage,
+                    step=manifest.step,
+                    cycle=int(report.get("cycle", manifest.cycle)),
+                    max_relative_output_change=report.get("max_relative_output_change"),
+                    relative_update_norm=report.get("relative_update_norm"),
+                    effective_rank=report.get("effective_rank"),
+                    optimizer_state_zeroed=report.get("optimizer_state_zeroed"),
+                    layers=report.get("layers", {}),
+                )
+            )
+    return tuple(rows)
+
+
+def _evaluation(item: Mapping[str, Any]) -> Evaluation:
+    return Evaluation(
+        str(item["checkpoint_uri"]), str(item["stage"]), int(item["step"]), _scores(item), item.get("val_tokens")
+    )
+
+
+def _scores(values: Mapping[str, Any]) -> Scores:
+    return Scores(values.get("val_loss"), values.get("val_perplexity"), values.get("bits_per_byte"))
+
+
+def _total_update(between: tuple[CheckpointRef, CheckpointRef], fetch_files: FetchFiles) -> tuple[LayerSpectrum, ...]:
+    start, end = (_weights(ref, fetch_files) for ref in between)
+    return tuple(update_spectra(start, end))
+
+
+def _weights(ref: CheckpointRef, fetch_files: FetchFiles) -> Path:
+    names = [entry.path for entry in ref.manifest.files if _WEIGHTS.fullmatch(entry.path)]
+    return fetch_files(ref, names or [WEIGHTS_NAME])
+
+
+def _number_or_nan(value: Any) -> float:
+    return float(value) if isinstance(value, (int, float)) else math.nan

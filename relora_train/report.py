@@ -1,0 +1,137 @@
+"""The report of a run: one self-contained HTML file, its figures as PNG files, and the same numbers as JSON.
+
+The same RunData gives the same bytes. Nothing is loaded from elsewhere: no script, font, style or image. Infinite and
+NaN numbers are shown as such in HTML and become null in JSON. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from relora_train.analysis import PAPER_THRESHOLD, LayerSpectrum
+from relora_train.plot_style import DARK, LIGHT
+from relora_train.plots import draw_plots, overview_png
+from relora_train.report_page import render_page
+from relora_train.report_text import count, decimal, duration, headline, scores_change, stage_steps
+from relora_train.run_data import RunData, StageRow
+
+HTML_NAME = "report.html"
+SUMMARY_NAME = "summary.json"
+OVERVIEW_NAME = "overview.png"
+
+
+@dataclass(frozen=True)
+class ReportFiles:
+    """Where a report was written."""
+
+    html: Path
+    pngs: tuple[Path, ...]
+    summary_json: Path
+
+
+def write_report(data: RunData, output_dir: Path) -> ReportFiles:
+    """Write report.html, summary.json, overview.png and the figures; files of an earlier report are replaced."""
+    output_dir.mkdir(parents=True, exist_ok=True)
+    light, dark = draw_plots(data, LIGHT), draw_plots(data, DARK)
+    pictures = {name: (light[name], dark[name]) for name in light}
+    pngs = []
+    for name, png in {OVERVIEW_NAME: overview_png(data), **light}.items():
+        pngs.append(output_dir / name)
+        pngs[-1].write_bytes(png)
+    summary_json, html = output_dir / SUMMARY_NAME, output_dir / HTML_NAME
+    text = json.dumps(summarize(data), indent=1, ensure_ascii=True, allow_nan=False)
+    summary_json.write_text(text + "\n", encoding="utf-8")
+    html.write_text(render_page(data, pictures), encoding="utf-8")
+    return ReportFiles(html, tuple(pngs), summary_json)
+
+
+def summarize(data: RunData) -> dict[str, Any]:
+    """The report's numbers as JSON values; a number that is not finite is None."""
+    summary = {
+        "run_id": data.run_id,
+        "profile": data.profile,
+        "method": data.method,
+        "finished_at": data.finished_at.isoformat(timespec="seconds"),
+        "dataset_id": data.dataset_id,
+        "dataset_uri": data.dataset_uri,
+        "stages": [
+            {**asdict(row), "steps": row.steps, "tokens_per_second": row.tokens_per_second} for row in data.stages
+        ],
+        "merges": [asdict(row) for row in data.merges],
+        "evaluations": [asdict(item) for item in data.evaluations],
+        "samples": [asdict(sample) for sample in data.samples],
+        "spectra_between": data.spectra_between,
+        "spectra": [_spectrum_summary(spectrum) for spectrum in data.spectra],
+        "train_records": len(data.train),
+        "train_records_not_finite": data.train.not_finite,
+        "settings": data.settings,
+        "versions": data.versions,
+    }
+    return {key: _json_value(value) for key, value in summary.items()}
+
+
+def stage_table_markdown(data: RunData) -> str:
+    """One row a stage, as a GitHub-flavoured Markdown table; no cell can break out of it."""
+    header = ("Stage", "Steps", "Tokens", "Validation perplexity", "Bits per byte", "Time", "Tokens/s", "Checkpoint")
+    lines = [f"| {' | '.join(header)} |", "|:--|--:|--:|--:|--:|--:|--:|:--|"]
+    for row in data.stages:
+        cells = (*(_markdown_cell(cell) for cell in _stage_cells(row)), f"`{_markdown_cell(row.uri, code=True)}`")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def overview_markdown(data: RunData) -> str:
+    """A heading, the result in one sentence, one figure as a data URL (below 85 kB) and the table of stages."""
+    image = base64.b64encode(overview_png(data)).decode("ascii")
+    alt = "Training loss, learning rate and validation perplexity by step"
+    return (
+        f"# {_markdown_cell(data.run_id)}\n\n{_markdown_cell(headline(data))}\n\n"
+        f"![{alt}](data:image/png;base64,{image})\n\n{stage_table_markdown(data)}"
+    )
+
+
+def _stage_cells(row: StageRow) -> tuple[str, ...]:
+    return (
+        row.stage,
+        stage_steps(row),
+        count(row.tokens),
+        scores_change(row.before.val_perplexity, row.after.val_perplexity, digits=2),
+        scores_change(row.before.bits_per_byte, row.after.bits_per_byte, digits=3),
+        duration(row.seconds),
+        decimal(row.tokens_per_second, 0),
+    )
+
+
+def _markdown_cell(text: str, *, code: bool = False) -> str:
+    flat = " ".join(text.split()).replace("|", "\\|").replace("`", "'")
+    return flat if code else flat.replace("&", "&amp;").replace("<", "&lt;").replace("[", "\\[").replace("*", "\\*")
+
+
+def _spectrum_summary(spectrum: LayerSpectrum) -> dict[str, Any]:
+    return {
+        "name": spectrum.name,
+        "shape": spectrum.shape,
+        "largest": float(spectrum.values[0]),
+        "below": {"threshold": PAPER_THRESHOLD, "count": spectrum.below_threshold},
+        "effective_rank": spectrum.effective_rank,
+        "stable_rank": spectrum.stable_rank,
+        "numerical_rank": spectrum.numerical_rank,
+        "tolerance": spectrum.tolerance,
+        "relative_update_norm": spectrum.relative_update_norm,
+        "singular_values": [float(f"{value:.6g}") for value in spectrum.values],
+    }
+
+
+def _json_value(value: Any) -> Any:
+    """The value with every non-finite float as None, all the way down."""
+    if isinstance(value, Mapping):
+        return {str(key): _json_value(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_json_value(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,97 @@
+"""Numbers as people read them, in a report and beside it: thousand separators, units, '–' for what is missing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from relora_train.run_data import RunData, StageRow
+
+MISSING = "–"
+
+
+def count(value: int | float | None) -> str:
+    """'12,345'."""
+    return _shown(value, lambda number: f"{number:,.0f}")
+
+
+def decimal(value: float | None, digits: int) -> str:
+    """'1,234.56' for two digits."""
+    return _shown(value, lambda number: f"{number:,.{digits}f}")
+
+
+def scientific(value: float | None) -> str:
+    """'3.1e-7', and plain '0' for zero."""
+    return _shown(value, lambda number: f"{number:.1e}".replace("e-0", "e-").replace("e+0", "e+") if number else "0")
+
+
+def percent(value: float | None, digits: int = 1) -> str:
+    """'98.7 %' for 0.987."""
+    return _shown(value, lambda number: f"{100 * number:,.{digits}f} %")
+
+
+def duration(seconds: float | None) -> str:
+    """'4.2 s', '3 min 20 s', '1 h 02 min', '2 d 04 h'."""
+    return _shown(seconds, _duration)
+
+
+def size(size_bytes: int | None) -> str:
+    """'1.5 GB', in powers of 1000."""
+    return _shown(size_bytes, _size)
+
+
+def change(before: float | None, after: float | None) -> str:
+    """'−12.3 %' from before to after; empty where one is missing, zero or not finite."""
+    if before is None or after is None or not before or not math.isfinite(before) or not math.isfinite(after):
+        return ""
+    relative = f"{100 * (after / before - 1):+,.1f} %"
+    return relative.replace("-", "−")
+
+
+def scores_change(before: float | None, after: float | None, *, digits: int) -> str:
+    """'45.20 → 31.70'; only the latter where the former is missing."""
+    return decimal(after, digits) if before is None else f"{decimal(before, digits)} → {decimal(after, digits)}"
+
+
+def stage_steps(row: StageRow) -> str:
+    """'201–400': the first and the last update of the stage."""
+    return f"{row.start_step + 1:,}–{row.end_step:,}"
+
+
+def headline(data: RunData) -> str:
+    """The run's result in one sentence."""
+    last = data.stages[-1]
+    first = next((row for row in data.stages if row.stage == "warm-start"), data.stages[0])
+    end = f"{decimal(last.after.val_perplexity, 2)} after {last.stage} (step {count(last.end_step)})"
+    if first is last:
+        return f"Validation perplexity is {end}."
+    start = f"{decimal(first.after.val_perplexity, 2)} after {first.stage}"
+    return f"Validation perplexity went from {start} to {end}."
+
+
+def _shown(value: float | None, form: Callable[[float], str]) -> str:
+    if value is None:
+        return MISSING
+    if math.isnan(value):
+        return "NaN"
+    if math.isinf(value):
+        return "∞" if value > 0 else "−∞"
+    return form(value)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 59.95:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours < 48 else f"{hours // 24} d {hours % 24:02d} h"
+
+
+def _size(size_bytes: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if size_bytes < 1000:
+            return f"{size_bytes:.0f} B" if unit == "B" else f"{size_bytes:.1f} {unit}"
+        size_bytes /= 1000
+    return f"{size_bytes:,.1f} TB"
