@@ -11,6 +11,7 @@ from relora_train.run import Run, choose_run_id, first_and_last, line_of
 from relora_train.stages import stages_after
 from relora_train.summary import RunSummary, summarize_run
 from tasks.evaluate import evaluate_checkpoint
+from tasks.observe import done
 from tasks.report import write_report
 from tasks.store import open_run_store, resolve_parent
 from tasks.tokenize import tokenize
@@ -39,15 +40,15 @@ def pretrain(
     parent = resolve_parent(resume_from, store_uri) if resume_from else None
     run = Run(run_id or choose_run_id(settings, parent), store_uri, settings, branches=parent is not None)
     stages = stages_after(settings, parent.step if parent else 0)
-    prepared = tokenize(run)
+    prepared = done(tokenize(run))
     outcomes = []
     for stage in stages:
         train = train_cycle if stage.low_rank else warm_start
-        outcome = train(run, stage, prepared.dataset, parent)
+        outcome = done(train(run, stage, prepared.dataset, parent))
         outcomes.append(outcome)
         parent = outcome.checkpoint
     line = line_of(parent)
-    evaluations = [evaluate_checkpoint(run, checkpoint, prepared.dataset) for checkpoint in first_and_last(line)]
+    evaluations = [done(evaluate_checkpoint(run, ref, prepared.dataset)) for ref in first_and_last(line)]
     report = write_report(run, line, [evaluation.record for evaluation in evaluations])
     return summarize_run(
         run,

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
+from prefect.client.schemas.objects import State
 from prefect.context import get_run_context
 from prefect.logging import get_run_logger
 from prefect.states import Completed
@@ -78,5 +79,10 @@ def provenance() -> dict[str, str]:
 
 
 def skipped(outcome: T, what: str) -> T:
-    """Return this from a task to give its caller the outcome and show the task run as Skipped, with the reason."""
+    """Return this from a task to show its run as Skipped, with the reason; the caller takes the outcome by `done`."""
     return cast(T, Completed(name="Skipped", message=f"{what}: there already", data=outcome))
+
+
+def done(value: T) -> T:
+    """The outcome of a task call. Prefect hands a state that a task returned to the caller as it is."""
+    return cast(T, value.data) if isinstance(value, State) else value

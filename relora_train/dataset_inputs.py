@@ -1,0 +1,60 @@
+"""What a dataset is made from, and the id that follows from it before any text is tokenized. Light."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from relora_train.config import DataConfig, TokenizerConfig, settings_digest
+from relora_train.sources import Source, resolve_source
+from relora_train.staging import PIECE_BYTES, SPLIT_RULE
+from relora_train.tokenizer import DEFAULT_EOS_TOKEN, DocumentTokenizer, load_tokenizer
+
+DATASET_FORMAT = 1
+"""Raised whenever the same inputs would give other bytes."""
+
+
+@dataclass(frozen=True)
+class DatasetInputs:
+    """Source and tokenizer, found and hashed, with nothing done yet."""
+
+    data: DataConfig
+    settings: TokenizerConfig
+    source: Source
+    loaded: DocumentTokenizer | None
+    """None when one is to be trained."""
+
+    @property
+    def dataset_id(self) -> str:
+        return settings_digest(self.hashed())
+
+    @property
+    def eos_token(self) -> str:
+        return self.loaded.eos_token if self.loaded else self.settings.eos_token or DEFAULT_EOS_TOKEN
+
+    def hashed(self) -> dict[str, Any]:
+        """Everything that can change a byte of the dataset, and nothing else: no path, no number of workers."""
+        data, settings = self.data, self.settings
+        trained = {
+            "trained": "byte-level BPE",
+            "vocab_size": settings.vocab_size,
+            "training_bytes": settings.training_bytes,
+        }
+        return {
+            "dataset_format": DATASET_FORMAT,
+            "source": self.source.identity,
+            "text_field": data.text_field if data.source in ("jsonl", "parquet", "hub") else None,
+            "max_documents": data.max_documents,
+            "tokenizer": {"sha256": self.loaded.sha256} if self.loaded else trained,
+            "eos_token": self.eos_token,
+            "split": {"rule": SPLIT_RULE, "validation_fraction": data.validation_fraction},
+            "shard_tokens": data.shard_tokens,
+            "piece_bytes": PIECE_BYTES,
+        }
+
+
+def resolve_inputs(data: DataConfig, settings: TokenizerConfig, cache_directory: Path | None = None) -> DatasetInputs:
+    """Look everything up. Raises SourceUnreadableError, TokenizerError and the errors of the source's store."""
+    loaded = load_tokenizer(settings.path, eos_token=settings.eos_token) if settings.path else None
+    return DatasetInputs(data, settings, resolve_source(data, cache_directory), loaded)

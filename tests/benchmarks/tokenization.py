@@ -1,0 +1,160 @@
+"""How fast a corpus becomes token shards and shards become batches, beside raw `tokenizers`.
+
+    python tests/benchmarks/tokenization.py --megabytes 40 --rounds 3
+
+The corpus is the Python source in this environment's site-packages. The unit is MB per CPU-second, children included,
+so that other load on the machine matters little; the contestants take turns and the median round counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import resource
+import statistics
+import sys
+import sysconfig
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from relora_train.config import DataConfig, TokenizerConfig
+from relora_train.dataset import TokenDataset
+from relora_train.prepare import PreparedDataset, prepare_dataset
+from relora_train.tokenizer import train_tokenizer
+
+VOCAB_SIZE = 16_384
+
+
+def cpu_seconds() -> float:
+    """Of this process and of the children it has waited for."""
+    usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
+
+
+def measured(work: Callable[[], object]) -> tuple[float, float]:
+    """CPU-seconds and seconds."""
+    cpu, clock = cpu_seconds(), time.perf_counter()
+    work()
+    return cpu_seconds() - cpu, time.perf_counter() - clock
+
+
+class WorkerMemory(threading.Thread):
+    """Watches the largest resident size that any child of this process reaches, in MB.
+
+    From /proc, since ru_maxrss of a child begins with the size of the parent it was started from.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.largest_mb = 0.0
+
+    def run(self) -> None:
+        children = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children")
+        while True:
+            for child in children.read_text().split():
+                with suppress(OSError, IndexError):
+                    peak = Path(f"/proc/{child}/status").read_text().split("VmHWM:")[1].split()[0]
+                    is_worker = b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()
+                    self.largest_mb = max(self.largest_mb, int(peak) / 1024) if is_worker else self.largest_mb
+            time.sleep(0.05)
+
+
+def copy_corpus(directory: Path, megabytes: float) -> list[str]:
+    """Copy source files until there are so many megabytes; return their texts."""
+    texts: list[str] = []
+    size = 0
+    for path in sorted(Path(sysconfig.get_paths()["purelib"]).rglob("*.py")):
+        raw = path.read_bytes()
+        try:
+            text = raw.decode()
+        except UnicodeDecodeError:
+            continue
+        if raw:
+            (directory / f"{len(texts):05d}.py").write_bytes(raw)
+            texts.append(text)
+            size += len(raw)
+        if size >= megabytes * 1e6:
+            break
+    return texts
+
+
+def encode_raw(tokenizer_path: Path, texts: list[str]) -> None:
+    """`tokenizers` alone: no reading, no splitting, no writing."""
+    tokenizer = Tokenizer.from_file(str(tokenizer_path))
+    for start in range(0, len(texts), 64):
+        for encoding in tokenizer.encode_batch(texts[start : start + 64], add_special_tokens=False):
+            np.array(encoding.ids, dtype=np.uint16)
+
+
+def read_all(dataset: TokenDataset, *, shuffled: bool, batch: int = 16) -> int:
+    """Tokens read in batches, one epoch."""
+    read = dataset.read_batch if shuffled else dataset.read_blocks
+    return sum(read(start, batch).size for start in range(0, dataset.blocks - batch, batch))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--megabytes", type=float, default=40)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--workers", type=int, default=1)
+    chosen = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        run(Path(scratch), chosen.megabytes, chosen.rounds, chosen.workers)
+
+
+def run(scratch: Path, megabytes: float, rounds: int, workers: int) -> None:
+    (scratch / "corpus").mkdir()
+    texts = copy_corpus(scratch / "corpus", megabytes)
+    size = sum(len(text.encode()) for text in texts) / 1e6
+    training_cpu, _ = measured(lambda: train_tokenizer(texts, vocab_size=VOCAB_SIZE).save(scratch))
+    show(
+        f"{len(texts)} documents, {size:.1f} MB; tokenizer of {VOCAB_SIZE} entries: {size / training_cpu:.1f} MB/CPU-s"
+    )
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    settings = TokenizerConfig(path=str(scratch / "tokenizer.json"))
+    data = DataConfig(source="text", paths=(str(scratch / "corpus"),), workers=workers)
+    results: dict[str, list[float]] = {"raw encode_batch": [], "prepare, tokenizers": [], "prepare, tiktoken": []}
+    made: list[PreparedDataset] = []
+    memory = WorkerMemory()
+    memory.start()
+    for number in range(rounds):
+        results["raw encode_batch"].append(measured(lambda: encode_raw(scratch / "tokenizer.json", texts))[0])
+        for engine in ("tokenizers", "tiktoken"):
+            engine_data = data.model_copy(update={"engine": engine})
+            work = scratch / f"{engine}-{number}"
+            spent, _ = measured(lambda d=engine_data, w=work: made.append(prepare_dataset(d, settings, w)))
+            results[f"prepare, {engine}"].append(spent)
+    raw = statistics.median(results["raw encode_batch"])
+    targets = {"raw encode_batch": "", "prepare, tokenizers": "2 and 0.8 of raw", "prepare, tiktoken": "10"}
+    show(f"\n{'':24}{'MB/CPU-s':>10}{'of raw':>9}   target")
+    for name, spent in results.items():
+        median = statistics.median(spent)
+        show(f"{name:24}{size / median:10.2f}{raw / median:9.2f}   {targets[name]}")
+    same = {tuple(entry.sha256 for entry in prepared.manifest.files) for prepared in made}
+    show(f"\nall shards the same bytes: {len(same) == 1}; largest worker {memory.largest_mb:.0f} MB (target 300)")
+    _, rerun = measured(lambda: prepare_dataset(data, settings, scratch / "tiktoken-0"))
+    show(f"prepared again: {rerun:.2f} s (target 1)")
+    manifest = made[0].manifest
+    show(f"{manifest.train_tokens + manifest.val_tokens:,} tokens; statistics {manifest.statistics}")
+    dataset = TokenDataset(made[0].directory, "train", sequence_length=512, manifest=manifest)
+    for shuffled in (False, True):
+        read_all(dataset, shuffled=shuffled)  # pages in memory
+        spent, _ = measured(lambda s=shuffled: [read_all(dataset, shuffled=s) for _ in range(5)])
+        speed = 5 * dataset.blocks * 513 / 1e6 / spent
+        show(f"reader, {'shuffled' if shuffled else 'in order':9}{speed:8.0f} Mtok/CPU-s (target 200)")
+
+
+def show(line: str) -> None:
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()

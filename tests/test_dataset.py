@@ -1,0 +1,145 @@
+"""Batches are a pure function of (dataset, seed, position)."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from relora_train.dataset import TokenDataset, read_dataset_manifest, sample_order
+from relora_train.errors import CheckpointCorruptError, CheckpointIncompleteError, CorpusTooSmallError
+from relora_train.manifest import MANIFEST_NAME, DatasetManifest, describe_files
+
+LENGTH = 8
+SHARD_TOKENS = (50, 8, 9, 131)  # blocks of 8 + 1 tokens: 6, 0, 1, 16
+BLOCKS = 23
+GOLDEN_ORDER = [3, 5, 4, 7, 8, 0, 9, 2, 1, 6]
+
+
+def write_dataset(directory, shard_tokens=SHARD_TOKENS, dtype="uint16"):
+    """A dataset whose token values count upwards, so that a block shows where it came from."""
+    first = 0
+    for split in ("train", "val"):
+        (directory / split).mkdir(parents=True)
+    for index, tokens in enumerate(shard_tokens):
+        values = np.arange(first, first + tokens, dtype=dtype)
+        values.tofile(directory / "train" / f"shard-{index:05d}.bin")
+        values[: tokens // 2].tofile(directory / "val" / f"shard-{index:05d}.bin")
+        first += tokens
+    manifest = DatasetManifest(
+        files=describe_files(directory), attempt="1", name="counting", dataset_id="0" * 64, inputs={},
+        token_dtype=dtype, vocab_size=100_000, eos_id=0, train_tokens=first, train_documents=1, train_bytes=3 * first,
+        val_tokens=first // 2, val_documents=1, val_bytes=first,
+    )  # fmt: skip
+    (directory / MANIFEST_NAME).write_bytes(manifest.to_bytes())
+    return directory
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    return write_dataset(tmp_path_factory.mktemp("dataset"))
+
+
+@pytest.fixture(scope="module")
+def dataset(directory):
+    return TokenDataset(directory, "train", sequence_length=LENGTH, seed=7)
+
+
+def test_a_block_is_its_inputs_and_the_token_after_them(dataset):
+    blocks = dataset.read_blocks(0, dataset.blocks)
+    assert blocks.shape == (BLOCKS, LENGTH + 1)
+    assert blocks.dtype == np.int64
+    assert blocks[0].tolist() == list(range(9))
+    assert blocks[6].tolist() == list(range(58, 67))  # the second shard holds 8 tokens, too few
+    assert (np.diff(blocks) == 1).all()  # never across two shards
+
+
+def test_every_token_is_predicted_at_most_once_and_all_but_the_rests_are(dataset):
+    predicted = dataset.read_blocks(0, dataset.blocks)[:, 1:].ravel()
+    assert len(set(predicted.tolist())) == len(predicted) == BLOCKS * LENGTH
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 2**31 - 1), epoch=st.integers(0, 1000), blocks=st.integers(1, 500))
+def test_an_epoch_holds_every_block_exactly_once(seed, epoch, blocks):
+    assert sorted(sample_order(seed, epoch, blocks).tolist()) == list(range(blocks))
+
+
+def test_the_order_is_the_one_that_checkpoints_were_made_with():
+    # Recorded with numpy 2.4. If a numpy changes it, resumed runs would see other batches: raise DATASET_FORMAT.
+    assert sample_order(7, 3, 10).tolist() == GOLDEN_ORDER
+
+
+def test_epochs_differ_and_follow_one_another_without_a_gap(dataset):
+    two_epochs = np.concatenate([dataset.read_batch(p, 1) for p in range(2 * BLOCKS)])
+    first, second = two_epochs[:BLOCKS, 0], two_epochs[BLOCKS:, 0]
+    assert sorted(first) == sorted(second)
+    assert first.tolist() != second.tolist()
+    assert np.array_equal(dataset.read_batch(BLOCKS - 2, 4), two_epochs[BLOCKS - 2 : BLOCKS + 2])
+
+
+@settings(max_examples=50, deadline=None)
+@given(position=st.integers(0, 200), share=st.integers(1, 5), world_size=st.sampled_from([1, 2, 3, 4]))
+def test_any_number_of_ranks_reads_the_same_global_batch(dataset, position, share, world_size):
+    count = share * world_size
+    alone = dataset.read_batch(position, count)
+    together = np.empty_like(alone)
+    for rank in range(world_size):
+        together[rank::world_size] = dataset.read_batch(position, count, rank=rank, world_size=world_size)
+    assert np.array_equal(alone, together)
+
+
+def test_a_reader_opened_later_continues_exactly_where_another_stopped(dataset, directory):
+    expected = [dataset.read_batch(p, 4) for p in range(0, 60, 4)]
+    for number, batch in enumerate(expected):
+        fresh = TokenDataset(directory, "train", sequence_length=LENGTH, seed=7)
+        assert np.array_equal(fresh.read_batch(4 * number, 4), batch)
+
+
+def test_a_batch_that_ranks_cannot_share_equally_is_refused(dataset):
+    with pytest.raises(ValueError, match="6 sequences cannot be shared equally by 4 ranks"):
+        dataset.read_batch(0, 6, world_size=4)
+
+
+def test_a_corpus_smaller_than_a_batch_is_refused_with_numbers_and_remedies(directory):
+    dataset = TokenDataset(directory, "train", sequence_length=LENGTH)
+    with pytest.raises(
+        CorpusTooSmallError, match=r"198 tokens in 4 shards.* 23 sequences of 8.*24 are needed"
+    ) as error:
+        dataset.read_batch(0, 24)
+    assert "lower batch.sequences" in str(error.value)
+    long = TokenDataset(directory, "val", sequence_length=1000)
+    with pytest.raises(CorpusTooSmallError, match=r"raise data\.validation_fraction"):
+        long.require(1)
+
+
+def test_bytes_per_token_is_that_of_the_split(directory):
+    assert TokenDataset(directory, "train", sequence_length=LENGTH).bytes_per_token == 3
+    assert TokenDataset(directory, "val", sequence_length=LENGTH).bytes_per_token == 2
+
+
+def test_ids_above_sixteen_bits_are_read_whole(tmp_path):
+    dataset = TokenDataset(write_dataset(tmp_path, (70_000,), "uint32"), "train", sequence_length=100)
+    assert dataset.read_blocks(dataset.blocks - 1, 1).max() == 69_900
+
+
+def test_a_cut_or_missing_shard_is_named(tmp_path):
+    shard = write_dataset(tmp_path) / "train" / "shard-00003.bin"
+    shard.write_bytes(shard.read_bytes()[:-1])
+    with pytest.raises(CheckpointCorruptError, match=r"shard-00003\.bin has 261 bytes, its manifest says 262"):
+        TokenDataset(tmp_path, "train", sequence_length=LENGTH)
+    shard.unlink()
+    with pytest.raises(CheckpointIncompleteError, match=r"shard-00003\.bin"):
+        TokenDataset(tmp_path, "train", sequence_length=LENGTH)
+
+
+def test_a_directory_without_a_manifest_is_no_dataset(tmp_path):
+    with pytest.raises(CheckpointIncompleteError, match=r"no manifest\.json"):
+        read_dataset_manifest(tmp_path)
+
+
+def test_an_attempt_that_came_second_is_read_beside_the_manifest_it_shares(tmp_path):
+    variant = write_dataset(tmp_path / "variant-0123456789abcdef")
+    (variant / MANIFEST_NAME).replace(tmp_path / MANIFEST_NAME)
+    assert TokenDataset(variant, "train", sequence_length=LENGTH).blocks == BLOCKS

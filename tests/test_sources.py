@@ -1,0 +1,232 @@
+"""Documents from every source: the same texts, the same identity, and errors that name the place."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from relora_train.config import DataConfig
+from relora_train.errors import SourceUnreadableError
+from relora_train.sources import read_documents, resolve_source
+from relora_train.storage.memory import MemoryStore
+from relora_train.storage.opening import open_store
+
+TEXTS = ["one\n\ntwo\r\n", "", "naïve 漢字 👩‍👩‍👧", 'quotes " and \\ and \u2028 separators', "x" * 70_000]
+
+
+def read(source: str, *paths: Path | str, **settings) -> list[str]:
+    return list(read_documents(resolve(source, *paths, **settings)))
+
+
+def resolve(source: str, *paths: Path | str, cache_directory: Path | None = None, **settings):
+    data = DataConfig(source=source, paths=tuple(str(path) for path in paths), **settings)
+    return resolve_source(data, cache_directory)
+
+
+def write_jsonl(path: Path, texts=TEXTS, **extra) -> Path:
+    path.write_text("".join(json.dumps({"id": i, "text": text, **extra}) + "\n" for i, text in enumerate(texts)))
+    return path
+
+
+def write_parquet(path: Path, texts=TEXTS) -> Path:
+    pq.write_table(pa.table({"id": list(range(len(texts))), "text": texts}), path, row_group_size=2)
+    return path
+
+
+def test_the_standard_library_is_real_code_without_tests_and_always_the_same():
+    source = resolve_source(DataConfig())
+    documents = list(read_documents(source))
+    assert len(documents) > 500
+    assert any("class JSONDecodeError" in text for text in documents)
+    assert not any(part in ("test", "tests", "site-packages") for file in source.files for part in file.path.parts)
+    assert resolve_source(DataConfig()).identity == source.identity
+
+
+def test_a_text_file_is_one_document_byte_for_byte(tmp_path):
+    for number, text in enumerate(TEXTS):
+        (tmp_path / f"{number}.txt").write_bytes(text.encode())
+    (tmp_path / "9.txt.gz").write_bytes(gzip.compress(TEXTS[0].encode()))
+    assert read("text", tmp_path) == [*TEXTS, TEXTS[0]]
+
+
+def test_directories_globs_and_files_are_read_in_order_and_each_file_once(tmp_path):
+    (tmp_path / "b").mkdir()
+    for name in ("b/2.md", "b/1.txt", "a.txt", ".hidden"):
+        (tmp_path / name).write_text(name)
+    assert read("text", tmp_path) == ["a.txt", "b/1.txt", "b/2.md"]
+    assert read("text", tmp_path / "**" / "*.txt") == ["a.txt", "b/1.txt"]
+    assert read("text", tmp_path / "b" / "2.md", tmp_path) == ["b/2.md", "a.txt", "b/1.txt"]
+    assert read("text", (tmp_path / "b").as_uri()) == ["b/1.txt", "b/2.md"]
+
+
+def test_json_lines_are_read_as_the_datasets_library_reads_them(tmp_path):
+    import datasets
+
+    path = write_jsonl(tmp_path / "a.jsonl")
+    theirs = datasets.load_dataset("json", data_files=[str(path)], split="train", streaming=True)
+    assert read("jsonl", path) == [row["text"] for row in theirs] == TEXTS
+
+
+def test_compressed_and_parquet_files_give_the_same_documents(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl")
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(b"\xef\xbb\xbf" + path.read_bytes() + b"\n\n"))
+    assert read("jsonl", tmp_path) == [*TEXTS, *TEXTS]
+    assert read("parquet", write_parquet(tmp_path / "c.parquet")) == TEXTS
+
+
+@pytest.mark.parametrize("source", ["text", "jsonl", "parquet"])
+def test_all_bytes_of_a_source_are_told_as_they_are_read(tmp_path, source):
+    (tmp_path / "a.txt").write_text("text")
+    found = resolve(source, {"text": tmp_path / "a.txt", "jsonl": write_jsonl(tmp_path / "a.jsonl"),
+                             "parquet": write_parquet(tmp_path / "a.parquet")}[source])  # fmt: skip
+    told: list[int] = []
+    list(read_documents(found, told.append))
+    assert sum(told) == found.size_bytes
+
+
+def test_a_null_text_is_an_empty_document(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": null}\n{"text": "b"}\n')
+    assert read("jsonl", tmp_path / "a.jsonl") == read("parquet", write_parquet(tmp_path / "a.parquet", [None, "b"]))
+
+
+def test_max_documents_ends_the_source(tmp_path):
+    assert read("jsonl", write_jsonl(tmp_path / "a.jsonl"), max_documents=3) == TEXTS[:3]
+
+
+def test_identity_is_content_not_place_and_changes_with_any_byte(tmp_path):
+    (tmp_path / "here").mkdir()
+    path = write_jsonl(tmp_path / "here" / "a.jsonl")
+    first = resolve("jsonl", path).identity
+    (tmp_path / "here").rename(tmp_path / "there")
+    moved = tmp_path / "there" / "a.jsonl"
+    assert resolve("jsonl", tmp_path / "there").identity == first
+    moved.write_bytes(moved.read_bytes() + b"\n")
+    assert resolve("jsonl", moved).identity != first
+
+
+def test_a_file_that_changes_after_it_was_hashed_is_refused(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl")
+    source = resolve("jsonl", path)
+    path.write_text('{"text": "other"}\n')
+    with pytest.raises(SourceUnreadableError, match="changed while it was being prepared"):
+        list(read_documents(source))
+
+
+FAULTS = {
+    "line 2 is not valid JSON": ("jsonl", b'{"text": "a"}\n{"text": "b"\n'),
+    "line 1 is not valid JSON": ("jsonl", b"[" * 100_000),
+    "line 2 is not UTF-8": ("jsonl", b'{"text": "a"}\n{"text": "\xff"}\n'),
+    "line 1 has no field 'text'. It has: 'id', 'body'": ("jsonl", b'{"id": 1, "body": "b"}\n'),
+    "line 1: the field 'text' holds a int": ("jsonl", b'{"text": 3}\n'),
+    "line 1 holds a JSON list": ("jsonl", b'[{"text": "a"}]\n'),
+    "line 1: character 1 is half of a surrogate pair": ("jsonl", b'{"text": "a\\ud800"}\n'),
+    "is not UTF-8 text: byte 2 (0xff)": ("text", b"ab\xff"),
+    "is no parquet file": ("parquet", b"PAR1 but not really"),
+}
+
+
+@pytest.mark.parametrize("message", FAULTS)
+def test_a_fault_in_a_file_names_the_file_and_the_place(tmp_path, message):
+    source, content = FAULTS[message]
+    path = tmp_path / f"some-file.{source}"
+    path.write_bytes(content)
+    with pytest.raises(SourceUnreadableError) as error:
+        read(source, path)
+    assert str(path) in str(error.value)
+    assert message in str(error.value)
+
+
+def test_a_damaged_archive_and_a_foreign_compression_are_named(tmp_path):
+    whole = gzip.compress(os.urandom(10_000))
+    (tmp_path / "a.txt.gz").write_bytes(whole[:5000])
+    with pytest.raises(SourceUnreadableError, match=r"a\.txt\.gz cannot be read"):
+        read("text", tmp_path / "a.txt.gz")
+    (tmp_path / "b.jsonl.zst").write_bytes(b"")
+    with pytest.raises(SourceUnreadableError, match=r"use plain files or \.gz"):
+        read("jsonl", tmp_path / "b.jsonl.zst")
+
+
+def test_parquet_names_the_fields_there_are_and_a_column_that_is_no_text(tmp_path):
+    path = write_parquet(tmp_path / "a.parquet")
+    with pytest.raises(SourceUnreadableError, match=r"has no field 'body'\. It has: 'id', 'text'"):
+        read("parquet", path, text_field="body")
+    with pytest.raises(SourceUnreadableError, match="row 1: the field 'id' holds a int"):
+        read("parquet", path, text_field="id")
+
+
+def test_a_path_that_names_nothing_is_an_error(tmp_path):
+    for path in (tmp_path / "nothing.txt", tmp_path / "*.txt", "memory://no-such/file.txt", "memory://no-such/*.txt"):
+        with pytest.raises(SourceUnreadableError, match="names no file, directory, glob or prefix"):
+            read("text", path)
+    with pytest.raises(SourceUnreadableError, match=r"holds no file for source 'parquet' \(\.parquet\)"):
+        read("parquet", tmp_path)
+
+
+def test_a_store_gives_the_same_documents_and_identity_as_the_disk(tmp_path):
+    store = MemoryStore.shared("sources-test")
+    write_jsonl(tmp_path / "a.jsonl")
+    write_jsonl(tmp_path / "b.jsonl", ["last"])
+    for name in ("a", "b"):
+        store.put_file(f"corpus/{name}.jsonl", tmp_path / f"{name}.jsonl")
+    store.put_bytes("corpus/readme.md", b"not a document")
+    on_disk = resolve("jsonl", tmp_path / "a.jsonl", tmp_path / "b.jsonl")
+    for path in ("corpus", "corpus/", "corpus/*.jsonl", "**/*.jsonl"):
+        in_store = resolve("jsonl", f"memory://sources-test/{path}", cache_directory=tmp_path / "cache")
+        assert in_store.identity == on_disk.identity
+        assert list(read_documents(in_store)) == [*TEXTS, "last"]
+    assert len(resolve("jsonl", "memory://sources-test/corpus/b.jsonl", cache_directory=tmp_path / "cache").files) == 1
+
+
+def test_an_object_is_fetched_once_and_again_when_it_changed(tmp_path):
+    store = MemoryStore.shared("sources-cache-test")
+    store.put_bytes("a.txt", b"one")
+    cached = resolve("text", "memory://sources-cache-test/a.txt", cache_directory=tmp_path).files[0]
+    fetched_at = cached.path.stat().st_mtime_ns
+    assert resolve("text", "memory://sources-cache-test/a.txt", cache_directory=tmp_path).files == (cached,)
+    assert cached.path.stat().st_mtime_ns == fetched_at
+    cached.path.write_bytes(b"damaged")
+    assert read("text", "memory://sources-cache-test/a.txt", cache_directory=tmp_path) == ["one"]
+    store.put_bytes("a.txt", b"two")
+    assert read("text", "memory://sources-cache-test/a.txt", cache_directory=tmp_path) == ["two"]
+
+
+def test_files_in_s3_are_documents(s3_store_uri, tmp_path):
+    store = open_store(s3_store_uri)
+    store.put_file("corpus/a.parquet", write_parquet(tmp_path / "a.parquet"))
+    assert read("parquet", f"{s3_store_uri}/corpus", cache_directory=tmp_path / "cache") == TEXTS
+    assert read("parquet", f"{s3_store_uri}/corpus/a.parquet", cache_directory=tmp_path / "cache") == TEXTS
+
+
+def test_the_hub_without_a_network_is_a_clear_error():
+    code = (
+        "from relora_train.config import DataConfig; from relora_train.sources import *\n"
+        "read_documents(resolve_source(DataConfig(source='hub', hub_id='some/corpus'))).__next__()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], env={**os.environ, "HF_HUB_OFFLINE": "1"}, capture_output=True,
+                          text=True)  # fmt: skip
+    assert done.returncode == 1
+    assert "SourceUnreadableError: some/corpus cannot be read" in done.stderr
+    assert "use source 'parquet' or 'jsonl'" in done.stderr
+
+
+def test_a_full_commit_of_the_hub_is_an_identity_without_a_network():
+    data = DataConfig(source="hub", hub_id="some/corpus", hub_revision="0123456789" * 4)
+    assert resolve_source(data).identity["revision"] == data.hub_revision
+
+
+def test_a_dataset_repository_is_streamed_row_by_row(tmp_path):
+    # A repository on disk stands for one on the hub: the same loader, without the network.
+    (tmp_path / "corpus").mkdir()
+    write_parquet(tmp_path / "corpus" / "train-00000.parquet")
+    data = DataConfig(source="hub", hub_id=str(tmp_path / "corpus"), hub_revision="0123456789" * 4)
+    assert list(read_documents(resolve_source(data))) == TEXTS
+    with pytest.raises(SourceUnreadableError, match=r"has no field 'body'\. It has: 'id', 'text'"):
+        list(read_documents(resolve_source(data.model_copy(update={"text_field": "body"}))))

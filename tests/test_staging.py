@@ -1,0 +1,77 @@
+"""Where documents go and where long ones are cut."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from made_up_corpus import made_up_text
+
+from relora_train.errors import DataError
+from relora_train.overlap import ngram_overlap
+from relora_train.staging import PIECE_BYTES, cut_into_pieces, read_pieces, split_digest, split_of, stage_documents
+from relora_train.tokenizer import train_tokenizer
+
+
+@settings(max_examples=100, deadline=None)
+@given(words=st.lists(st.text(min_size=1), min_size=1, max_size=5), fraction=st.floats(0.01, 0.99))
+def test_case_and_white_space_do_not_move_a_document_to_the_other_side(words, fraction):
+    plain, shouted = " ".join(words), "\n\t ".join(words).lower()
+    assert split_of(split_digest(plain), fraction) == split_of(split_digest(shouted), fraction)
+
+
+def test_the_held_out_share_is_the_one_asked_for():
+    held_out = sum(split_of(split_digest(f"document {n}"), 0.2) == "val" for n in range(10_000))
+    assert abs(held_out - 2000) < 5 * 40  # five standard deviations of a binomial
+
+
+@settings(max_examples=200, deadline=None)
+@given(text=st.text(alphabet="a é漢👩\n ", max_size=300), limit=st.integers(4, 50))
+def test_pieces_are_bounded_whole_characters_that_join_to_the_text(text, limit):
+    pieces = list(cut_into_pieces(text, limit))
+    assert b"".join(pieces) == text.encode()
+    assert all(len(piece) <= limit and piece.decode() for piece in pieces if text)
+
+
+def test_a_cut_document_has_the_ids_of_the_whole_one():
+    text = " ".join(made_up_text(seed) for seed in range(2400))
+    tokenizer = train_tokenizer([text], vocab_size=500).encoder()
+    pieces = [piece.decode() for piece in cut_into_pieces(text, PIECE_BYTES)]
+    assert len(pieces) > 3
+    whole = tokenizer.encode(text, add_special_tokens=False).ids
+    assert [i for piece in pieces for i in tokenizer.encode(piece, add_special_tokens=False).ids] == whole
+
+
+def test_duplicates_land_on_one_side_and_are_counted(tmp_path):
+    texts = [made_up_text(seed % 50) for seed in range(150)]
+    staged = stage_documents(["", *texts], tmp_path / "s", validation_fraction=0.3, range_bytes=10_000)
+    assert (staged.empty_documents, staged.duplicate_documents) == (1, 100)
+    sides = {"train": set(), "val": set()}
+    for part in staged.ranges:
+        sides[part.split] |= {text for text, _ in read_pieces(tmp_path / "s", part)}
+    assert len(sides["train"]) + len(sides["val"]) == 50
+    assert sides["train"].isdisjoint(sides["val"])
+
+
+def test_staged_text_that_was_damaged_is_not_tokenized(tmp_path):
+    staged = stage_documents(["some text", "more text"], tmp_path / "s", validation_fraction=0.001, range_bytes=10_000)
+    path = tmp_path / "s" / f"{staged.ranges[0].name}.text"
+    path.write_bytes(path.read_bytes().replace(b"more", b"less"))
+    with pytest.raises(DataError, match="was damaged"):
+        list(read_pieces(tmp_path / "s", staged.ranges[0]))
+
+
+def test_overlap_is_one_for_copies_nought_for_strangers_and_the_share_between(tmp_path):
+    rng = np.random.default_rng(0)
+    dtype = np.dtype("<u2")
+    mine, other = (rng.integers(1, 60_000, 80_000).astype(dtype) for _ in range(2))
+    for name, tokens in {"mine": mine, "other": other, "half": np.concatenate([mine[:40_000], other[40_000:]])}.items():
+        tokens.tofile(tmp_path / name)
+    overlaps = {
+        name: ngram_overlap([tmp_path / name], [tmp_path / "mine"], dtype=dtype, eos_id=0)
+        for name in ("mine", "other", "half")
+    }
+    assert overlaps["mine"] == 1
+    assert overlaps["other"] == 0
+    assert abs(overlaps["half"] - 0.5) < 0.03  # five standard deviations over 10,000 sampled grams
