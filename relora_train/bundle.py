@@ -1,0 +1,342 @@
+"""A directory <-> a store, for checkpoints and datasets. Light: imports no torch, boto3 or prefect.
+
+A bundle is the files below `<prefix>/` that `<prefix>/manifest.json` lists. It exists when its manifest does.
+
+Guarantees, with any number of writers, a crash at any point, and only conditional single puts to build on:
+1. Who sees a manifest sees exactly the files its writer had. Files of two writers never mix.
+2. The first manifest wins and never changes. Every other writer of the same work adopts it.
+3. Whatever a dead writer left behind is invisible, and a retry completes, reusing what is already uploaded.
+
+How. An object's name fixes its bytes for ever, so that writing it twice, late or at once changes nothing:
+- `<prefix>/claim.json`, put if absent before any file, promises the plain names `<prefix>/<file>` to one content (the
+  digest of all names, sizes and SHA-256s). Only attempts with exactly this content ever write plain names.
+- An attempt with other bytes writes to `<prefix>/variant-<16 hex of its own content digest>/<file>`.
+- The manifest says where its files lie (`files_prefix`: empty or the variant).
+So the usual bundle is a plain directory that from_pretrained opens as it is; a variant directory is one too. Claims
+are not leases: a dead claimant keeps the plain names, and the retry wins from a variant. Whoever then knows the winner
+removes the plain files, so that nobody who ignores manifests loads what was not committed.
+Whoever prunes a bundle must delete the manifest first and the claim last.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from relora_train.errors import (
+    BucketNotFoundError,
+    CheckpointCorruptError,
+    CheckpointIncompleteError,
+    DiskFullError,
+    ObjectNotFoundError,
+    PreconditionFailedError,
+    StorageError,
+    StoreUnavailableError,
+)
+from relora_train.manifest import (
+    MANIFEST_NAME,
+    CheckpointManifest,
+    DatasetManifest,
+    FileEntry,
+    M,
+    Manifest,
+    hash_file,
+    parse_manifest,
+)
+from relora_train.storage.base import ObjectStore
+from relora_train.storage.os_errors import disk_error
+
+CLAIM_NAME = "claim.json"
+_log = logging.getLogger("relora_train.bundle")
+
+
+def read_manifest(store: ObjectStore, prefix: str, kind: type[M]) -> M | None:
+    """The manifest of the bundle at this prefix, or None when no bundle was committed there."""
+    key = _join(prefix, MANIFEST_NAME)
+    try:
+        data, _ = store.get_bytes(key)
+    except BucketNotFoundError:
+        raise
+    except ObjectNotFoundError:
+        return None
+    return parse_manifest(kind, data, uri=f"{store.uri}/{key}")
+
+
+def commit_bundle(store: ObjectStore, prefix: str, directory: Path, manifest: M) -> M:
+    """Make the files of `directory` visible all at once, or adopt what another writer committed first.
+
+    Returns the manifest that the store holds from now on: use it, not the argument. Safe to repeat after any failure;
+    what is already uploaded is not uploaded again. Raises PreconditionFailedError if the prefix holds other work,
+    CheckpointCorruptError or CheckpointIncompleteError if `directory` is not what the manifest says.
+    """
+    if winner := read_manifest(store, prefix, type(manifest)):
+        return _adopt(store, prefix, manifest, winner)
+    _check_names(manifest)
+    for entry in manifest.files:
+        _check_file(directory / entry.path, entry, uri=(directory / entry.path).as_uri())
+    files_prefix, was_claimed = _claim(store, prefix, manifest)
+    placed = manifest.model_copy(update={"files_prefix": files_prefix})
+    for entry in placed.files:
+        key = _key(prefix, placed, entry)
+        # Under a claim older than this call the name fixes the bytes; otherwise nothing is known of what lies there.
+        if not (was_claimed and _is_uploaded(store, key, entry)):
+            store.put_file(key, directory / entry.path)
+    try:
+        _check_uploads(store, prefix, placed)
+        store.put_bytes(_join(prefix, MANIFEST_NAME), placed.to_bytes(), if_absent=True)
+    except (PreconditionFailedError, StoreUnavailableError):
+        winner = read_manifest(store, prefix, type(manifest))
+        if winner is None:
+            raise
+        return _adopt(store, prefix, manifest, winner)
+    _remove_leftovers(store, prefix, placed, placed)
+    return placed
+
+
+def fetch_bundle(store: ObjectStore, prefix: str, manifest: Manifest, directory: Path) -> Path:
+    """A local directory that holds exactly the bundle's bytes, every file checked by size and SHA-256 in this call.
+
+    For a store that is a local directory it is the bundle's own, without a copy: treat it as read-only. Otherwise
+    files go to `directory`, intact ones found there are reused, and several processes may ask for the same at once.
+    Never falls back to anything else: CheckpointCorruptError or CheckpointIncompleteError says which file and why.
+    """
+    in_place = _local_directory(store, prefix, manifest)
+    if in_place is not None:
+        verify_bundle(store, prefix, manifest)
+        return in_place
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with _one_process_at_a_time(directory):
+            missing = [entry for entry in manifest.files if not _is_intact(directory / entry.path, entry)]
+            _check_free_space(directory, missing)
+            for entry in missing:
+                _download(store, _key(prefix, manifest, entry), entry, directory)
+            # Here the files lie beside the manifest, also those of a variant: the directory is a bundle of its own.
+            placed = manifest.model_copy(update={"files_prefix": ""})
+            _write_durably(directory / MANIFEST_NAME, placed.to_bytes())
+    except OSError as error:
+        raise disk_error(error, f"write {error.filename or directory} from {_uri(store, prefix)}") from error
+    return directory
+
+
+def verify_bundle(store: ObjectStore, prefix: str, manifest: Manifest) -> None:
+    """Read every byte of a bundle and return only if all are as committed. Needs disk space for one file."""
+    in_place = _local_directory(store, prefix, manifest)
+    if in_place is not None:
+        for entry in manifest.files:
+            _check_file(in_place / entry.path, entry, uri=f"{store.uri}/{_key(prefix, manifest, entry)}")
+        return
+    with tempfile.TemporaryDirectory(prefix="relora-verify-") as scratch:
+        for entry in manifest.files:
+            _check_free_space(Path(scratch), [entry])
+            _download(store, _key(prefix, manifest, entry), entry, Path(scratch)).unlink()
+
+
+def content_digest(manifest: Manifest) -> str:
+    """SHA-256 over names, sizes and digests of a bundle's files: equal exactly when all bytes are equal."""
+    listing = sorted((entry.path, entry.size_bytes, entry.sha256) for entry in manifest.files)
+    return hashlib.sha256(json.dumps(listing).encode()).hexdigest()
+
+
+def _claim(store: ObjectStore, prefix: str, manifest: Manifest) -> tuple[str, bool]:
+    """Where this content may be written, and whether that was settled before this call."""
+    key, content = _join(prefix, CLAIM_NAME), content_digest(manifest)
+    claim = json.dumps({"content": content, "attempt": manifest.attempt}) + "\n"
+    try:
+        store.put_bytes(key, claim.encode(), if_absent=True)
+        return "", False
+    except PreconditionFailedError:
+        data, _ = store.get_bytes(key)
+    # A claim that cannot be read promises nothing to us: the variant is safe whatever it says.
+    if f'"content": "{content}"'.encode() in data:
+        return "", True
+    _log.info("%s: plain names are promised to another attempt; writing beside them.", _uri(store, prefix))
+    return _variant_of(manifest), True
+
+
+def _variant_of(manifest: Manifest) -> str:
+    return f"variant-{content_digest(manifest)[:16]}"
+
+
+def _adopt(store: ObjectStore, prefix: str, ours: M, winner: M) -> M:
+    if _work(winner) != _work(ours):
+        raise PreconditionFailedError(
+            f"{_uri(store, prefix)} already holds other work: {_work(winner)}, while this is {_work(ours)}. "
+            "Nothing was changed there. Use another run id or name."
+        )
+    if winner.attempt != ours.attempt:
+        _log.warning(
+            "%s was committed by another attempt (%s, at %s); this attempt (%s) is dropped and the committed one used.",
+            _uri(store, prefix), winner.attempt, winner.created_at.isoformat(timespec="seconds"), ours.attempt,
+        )  # fmt: skip
+    _remove_leftovers(store, prefix, ours, winner)
+    return winner
+
+
+def _work(manifest: Manifest) -> str:
+    """What two attempts must share to stand for one another."""
+    match manifest:
+        case CheckpointManifest():
+            return f"run {manifest.run_id!r}, fingerprint {manifest.fingerprint}"
+        case DatasetManifest():
+            return f"dataset {manifest.dataset_id}"
+        case _:
+            return f"content {content_digest(manifest)}"
+
+
+def _remove_leftovers(store: ObjectStore, prefix: str, ours: Manifest, winner: Manifest) -> None:
+    """Remove what this attempt, or a dead claimant of the plain names, wrote elsewhere than the winner.
+
+    No manifest can ever list these objects: the only one that counts is there and lists others.
+    """
+    if content_digest(ours) == content_digest(winner) and not winner.files_prefix:
+        return
+    try:
+        for place in {"", _variant_of(ours)} - {winner.files_prefix}:
+            for entry in ours.files:
+                store.delete(_join(prefix, place, entry.path))
+    except StorageError as error:
+        _log.warning("%s: leftovers of a dropped attempt stay there: %s", _uri(store, prefix), error)
+
+
+def _is_uploaded(store: ObjectStore, key: str, entry: FileEntry) -> bool:
+    found = store.head(key)
+    if found is None or found.size_bytes != entry.size_bytes:
+        return False
+    path = store.local_path(key)
+    return path is None or _is_intact(path, entry)
+
+
+def _check_uploads(store: ObjectStore, prefix: str, manifest: Manifest) -> None:
+    for entry in manifest.files:
+        key = _key(prefix, manifest, entry)
+        found = store.head(key)
+        if found is None or found.size_bytes != entry.size_bytes:
+            shown = "no such object" if found is None else f"{found.size_bytes} bytes"
+            raise StoreUnavailableError(
+                f"{store.uri}/{key} was uploaded with {entry.size_bytes} bytes but the store shows {shown}. "
+                "Nothing was committed. Run again; if it repeats, something else deletes or writes there."
+            )
+
+
+def _check_file(path: Path, entry: FileEntry, *, uri: str) -> None:
+    """Return only if the file is as the manifest says."""
+    if not path.is_file():
+        raise _not_there(uri)
+    found_bytes = path.stat().st_size
+    if found_bytes != entry.size_bytes:
+        expected, found = f"{entry.size_bytes} bytes", f"{found_bytes} bytes"
+    else:
+        expected, found = f"SHA-256 {entry.sha256}", f"SHA-256 {hash_file(path)}"
+    if expected != found:
+        raise CheckpointCorruptError(
+            f"{uri} is damaged: its manifest says {expected}, found {found}. It is not used. "
+            "Use another checkpoint, or delete the whole prefix and make it again."
+        )
+
+
+def _not_there(uri: str) -> CheckpointIncompleteError:
+    return CheckpointIncompleteError(
+        f"{uri} is listed in its manifest but is not there. "
+        "Use another checkpoint, or delete the whole prefix and make it again."
+    )
+
+
+def _is_intact(path: Path, entry: FileEntry) -> bool:
+    return path.is_file() and path.stat().st_size == entry.size_bytes and hash_file(path) == entry.sha256
+
+
+def _download(store: ObjectStore, key: str, entry: FileEntry, directory: Path) -> Path:
+    """Put one verified file in its place. Repeats once: a bit may flip on the way, which no one else would notice."""
+    uri, target = f"{store.uri}/{key}", directory / entry.path
+    if not target.resolve().is_relative_to(directory.resolve()):
+        raise CheckpointCorruptError(f"{uri} would be written outside {directory}: a symbolic link leads there.")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    part = target.with_name(f".{target.name}.part")
+    try:
+        for is_last_attempt in (False, True):
+            store.get_file(key, part)
+            try:
+                _check_file(part, entry, uri=uri)
+                break
+            except CheckpointCorruptError as error:
+                if is_last_attempt:
+                    raise
+                _log.warning("%s Downloading it once more, in case it was damaged on the way.", error)
+        _replace_durably(part, target)
+    except BucketNotFoundError:
+        raise
+    except ObjectNotFoundError as error:
+        raise _not_there(uri) from error
+    finally:
+        part.unlink(missing_ok=True)  # a full disk must not stay full of it
+    return target
+
+
+def _check_free_space(directory: Path, entries: list[FileEntry]) -> None:
+    needed, free = sum(entry.size_bytes for entry in entries), shutil.disk_usage(directory).free
+    if needed > free:
+        raise DiskFullError(
+            f"{directory} has {free} bytes free and {needed} are needed. "
+            "Free some space or use another cache directory, then run again."
+        )
+
+
+@contextmanager
+def _one_process_at_a_time(directory: Path) -> Iterator[None]:
+    """Hold the directory's lock, so that a second process waits and finds the files instead of downloading them."""
+    descriptor = os.open(directory / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _write_durably(path: Path, data: bytes) -> None:
+    part = path.with_name(f".{path.name}.part")
+    part.write_bytes(data)
+    _replace_durably(part, path)
+
+
+def _replace_durably(part: Path, target: Path) -> None:
+    for path in (part, target.parent):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        if path is part:
+            part.replace(target)
+
+
+def _local_directory(store: ObjectStore, prefix: str, manifest: Manifest) -> Path | None:
+    inside = store.local_path(_join(prefix, manifest.files_prefix, MANIFEST_NAME))
+    return None if inside is None else inside.parent
+
+
+def _check_names(manifest: Manifest) -> None:
+    for entry in manifest.files:
+        first = entry.path.partition("/")[0]
+        if first in (MANIFEST_NAME, CLAIM_NAME) or first.startswith("variant-"):
+            raise StorageError(f"A bundle cannot hold a file named {entry.path!r}: the name is reserved. Rename it.")
+
+
+def _join(*parts: str) -> str:
+    return "/".join(part for part in parts if part)
+
+
+def _key(prefix: str, manifest: Manifest, entry: FileEntry) -> str:
+    return _join(prefix, manifest.files_prefix, entry.path)
+
+
+def _uri(store: ObjectStore, prefix: str) -> str:
+    return _join(store.uri, prefix)

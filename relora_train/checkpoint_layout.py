@@ -1,0 +1,76 @@
+"""Names of things in a store. Pure functions; light.
+
+runs/<run_id>/checkpoints/step-00000400-<12 hex of the fingerprint>/    one merge checkpoint (a bundle)
+runs/<run_id>/refs/head.json                                            which line of checkpoints is the run's
+datasets/<name>/<16 hex of dataset_id>/                                 one tokenized dataset (a bundle)
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from relora_train.errors import ConfigError
+
+RUN_ID_PATTERN = r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}"
+_CHECKPOINT_PREFIX = re.compile(
+    rf"runs/(?P<run_id>{RUN_ID_PATTERN})/checkpoints/step-(?P<step>\d{{8,}})-(?P<short>[0-9a-f]{{12}})"
+)
+
+
+@dataclass(frozen=True)
+class CheckpointPlace:
+    """What a checkpoint's prefix says of it."""
+
+    prefix: str
+    run_id: str
+    step: int
+    short_fingerprint: str
+
+
+def check_run_id(run_id: str) -> str:
+    """Return the run id, or refuse one that could not be a folder and a part of a URI."""
+    if not re.fullmatch(RUN_ID_PATTERN, run_id):
+        raise ConfigError(
+            f"{run_id!r} is not a valid run id: use 1 to 100 letters, digits, '.', '_' and '-', "
+            "beginning with a letter or a digit."
+        )
+    return run_id
+
+
+def checkpoint_prefix(run_id: str, step: int, fingerprint: str) -> str:
+    """Where the checkpoint of this work goes: a retry meets its own name, other settings never do."""
+    return f"{checkpoints_prefix(run_id)}step-{step:08d}-{fingerprint[:12]}"
+
+
+def checkpoints_prefix(run_id: str) -> str:
+    return f"runs/{check_run_id(run_id)}/checkpoints/"
+
+
+def head_key(run_id: str) -> str:
+    return f"runs/{check_run_id(run_id)}/refs/head.json"
+
+
+def parse_checkpoint_prefix(prefix: str) -> CheckpointPlace | None:
+    """The reverse of checkpoint_prefix; None for any other string."""
+    match = _CHECKPOINT_PREFIX.fullmatch(prefix)
+    return match and CheckpointPlace(prefix, match["run_id"], int(match["step"]), match["short"])
+
+
+def split_checkpoint_uri(uri: str) -> tuple[str, str]:
+    """Store URI and prefix of a checkpoint's URI. A checkpoint outside the layout is a store of its own, prefix ''."""
+    uri = uri.rstrip("/")
+    root, separator, rest = uri.rpartition("/runs/")
+    if separator and parse_checkpoint_prefix(f"runs/{rest}"):
+        return root, f"runs/{rest}"
+    return uri, ""
+
+
+def dataset_prefix(name: str, dataset_id: str) -> str:
+    """Where a tokenized dataset goes: named by everything that decides its bytes."""
+    if not re.fullmatch(RUN_ID_PATTERN, name):
+        raise ConfigError(
+            f"{name!r} is not a valid dataset name: use 1 to 100 letters, digits, '.', '_' and '-', "
+            "beginning with a letter or a digit."
+        )
+    return f"datasets/{name}/{dataset_id[:16]}"

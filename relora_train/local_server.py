@@ -1,0 +1,129 @@
+"""A Prefect server of one's own, for as long as this process lives: nothing to set up before and nothing to stop after.
+
+Prefect can start one by itself, but that one shares our terminal and outlives us: Ctrl-C kills it before the run can be
+recorded as stopped, and SIGKILL leaves it behind for ever. Ours is in a session of its own and watches its parent.
+This module is both sides: what starts the server, and with `python -m` the server's process. Imports no Prefect.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import runpy
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.error
+import urllib.request
+from dataclasses import dataclass
+from typing import IO
+
+from relora_train.errors import ReLoRAError
+
+_APP = "prefect.server.api.server:create_app"
+_HOST = "127.0.0.1"
+_AS_PREFECT_STARTS_IT = {
+    "PREFECT_UI_ENABLED": "0",
+    "PREFECT__SERVER_EPHEMERAL": "1",  # no schedulers, no web pages
+    "PREFECT__SERVER_FINAL": "1",
+}
+_TIMEOUT_VARIABLE = "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS"
+_STOP_SECONDS = 10.0
+_WATCH_SECONDS = 1.0
+_OUTPUT_TAIL_BYTES = 2000
+
+
+@dataclass(frozen=True)
+class LocalServer:
+    """A server that was started and may not answer yet."""
+
+    api_url: str
+    process: subprocess.Popen[bytes]
+    output: IO[bytes]
+
+    def wait_until_ready(self) -> None:
+        """Return when it answers. Raises ReLoRAError with its last words if it ends or takes too long."""
+        seconds = float(os.environ.get(_TIMEOUT_VARIABLE, "120"))
+        deadline = time.monotonic() + seconds
+        while not _answers(f"{self.api_url}/health"):
+            if self.process.poll() is not None:
+                raise ReLoRAError(f"Prefect's server ended with status {self.process.returncode}.{self._last_words()}")
+            if time.monotonic() > deadline:
+                raise ReLoRAError(
+                    f"Prefect's server did not answer within {seconds:.0f} s. Run again when the machine is less busy, "
+                    f"or set {_TIMEOUT_VARIABLE} higher.{self._last_words()}"
+                )
+            time.sleep(0.1)
+
+    def stop(self) -> None:
+        """End it in order, or by force after ten seconds. Safe to repeat."""
+        self.process.terminate()
+        try:
+            self.process.wait(timeout=_STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
+    def _last_words(self) -> str:
+        self.output.seek(max(0, self.output.seek(0, os.SEEK_END) - _OUTPUT_TAIL_BYTES))
+        lines = self.output.read().decode(errors="replace").strip().splitlines()[-10:]
+        return "".join(f"\n    {line}" for line in lines)
+
+
+def start_local_server() -> LocalServer:
+    """Start a server on a free port of this machine; it ends with this process, however this process ends.
+
+    It stops last of all at exit, so that what Prefect still wants to record then arrives: to be called before Prefect
+    is imported.
+    """
+    port = _free_port()
+    output = tempfile.TemporaryFile()  # noqa: SIM115 (lives as long as the server)
+    process = subprocess.Popen(  # noqa: S603 (our own module and interpreter)
+        [sys.executable, "-P", "-m", "relora_train.local_server", str(port), str(os.getpid())],
+        env={**os.environ, **_AS_PREFECT_STARTS_IT},
+        stdin=subprocess.DEVNULL,
+        stdout=output,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+    server = LocalServer(f"http://{_HOST}:{port}/api", process, output)
+    atexit.register(server.stop)
+    return server
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind((_HOST, 0))
+        return int(probe.getsockname()[1])
+
+
+def _answers(url: str) -> bool:
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with opener.open(url, timeout=5) as response:
+            return bool(response.status == 200)
+    except (urllib.error.URLError, OSError):
+        return False
+
+
+def _serve(port: int, owner: int) -> None:
+    threading.Thread(target=_leave_with, args=(owner,), daemon=True).start()
+    sys.argv = ["uvicorn", "--factory", _APP, "--host", _HOST, "--port", str(port), "--log-level", "error"]
+    sys.argv += ["--lifespan", "on"]
+    runpy.run_module("uvicorn", run_name="__main__", alter_sys=True)
+
+
+def _leave_with(owner: int) -> None:
+    while os.getppid() == owner:
+        time.sleep(_WATCH_SECONDS)
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(_STOP_SECONDS)
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    _serve(int(sys.argv[1]), int(sys.argv[2]))

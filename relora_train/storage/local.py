@@ -1,0 +1,243 @@
+"""A directory on this machine as a store. Several processes may share it; several machines may not.
+
+Every write goes to a dot-named temporary file in the target's own directory, is fsynced, and appears under its key in
+one step: readers see all of an object or none of it, also after a power cut. Dot names are never listed.
+Not covered: NFS (flock does not hold between hosts everywhere), file systems without hard links (exFAT).
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import BinaryIO
+
+from relora_train.errors import ObjectNotFoundError, PreconditionFailedError, StorageError
+from relora_train.storage.base import ObjectInfo, check_key
+from relora_train.storage.os_errors import disk_error
+from relora_train.storage.preflight import probe_conditions
+
+_HASHED_UP_TO_BYTES = 64 * 1024
+"""Etags of small objects are digests; hashing a whole checkpoint for a listing would be absurd."""
+_COPY_CHUNK_BYTES = 4 << 20
+_LISTED_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
+
+
+class LocalStore:
+    """Keeps the contract of ObjectStore on a local file system with hard links."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = Path(os.path.normpath(root.absolute()))  # not resolve(): a symlinked root keeps its stable name
+
+    @property
+    def uri(self) -> str:
+        return self._root.as_uri().rstrip("/")
+
+    def get_bytes(self, key: str) -> tuple[bytes, str]:
+        with self._translated("read", key), self._path(key).open("rb") as stream:
+            data = stream.read()
+            return data, _etag(os.fstat(stream.fileno()), data)
+
+    def put_bytes(self, key: str, data: bytes, *, if_absent: bool = False, if_match: str | None = None) -> str:
+        path = self._path(key)
+        with self._translated("write", key), self._spooled(path) as (temporary, stream):
+            stream.write(data)
+            _flush_to_disk(stream)
+            # Inode and mtime survive link and rename, so this is also the etag under the final name.
+            etag = _etag(os.fstat(stream.fileno()), data)
+            with self._locked():
+                if if_absent:
+                    self._link(temporary, path, key)
+                else:
+                    if if_match is not None and self._etag_of(path) != if_match:
+                        raise PreconditionFailedError(
+                            f"{self._uri_of(key)} was changed by another writer: read it again and decide anew."
+                        )
+                    temporary.replace(path)
+                _sync_directory(path.parent)
+        return etag
+
+    def put_file(self, key: str, path: Path) -> None:
+        target = self._path(key)
+        with (
+            path.open("rb") as source,
+            self._translated("write", key),
+            self._spooled(target) as (temporary, stream),
+        ):
+            shutil.copyfileobj(source, stream, _COPY_CHUNK_BYTES)
+            _flush_to_disk(stream)
+            with self._locked():
+                temporary.replace(target)
+                _sync_directory(target.parent)
+
+    def get_file(self, key: str, path: Path) -> None:
+        with self._translated("read", key), self._path(key).open("rb") as source:
+            try:
+                with path.open("wb") as target:
+                    shutil.copyfileobj(source, target, _COPY_CHUNK_BYTES)
+            except OSError as error:
+                raise disk_error(error, f"write {path} from {self._uri_of(key)}") from error
+
+    def head(self, key: str) -> ObjectInfo | None:
+        path = self._path(key)
+        with self._translated("read", key):
+            try:
+                return _info(key, path)
+            except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+                return None
+
+    def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
+        with self._translated("list", prefix):
+            keys = sorted(key for key in self._keys_below(prefix.rpartition("/")[0]) if key.startswith(prefix))
+        for key in keys:
+            if info := self.head(key):  # it may have been deleted since
+                yield info
+
+    def delete(self, key: str) -> None:
+        path = self._path(key)
+        with self._translated("delete", key):
+            if not path.is_file():
+                return
+            with self._locked():
+                path.unlink(missing_ok=True)
+                _sync_directory(path.parent)
+                self._remove_empty_parents(path)
+
+    def local_path(self, key: str) -> Path | None:
+        return self._path(key)
+
+    def preflight(self) -> None:
+        probe_conditions(self)
+
+    def _path(self, key: str) -> Path:
+        return self._root / check_key(key)
+
+    def _uri_of(self, key: str) -> str:
+        return f"{self.uri}/{key}"
+
+    def _keys_below(self, directory_key: str) -> Iterator[str]:
+        """Keys of all files below one directory, found without walking the rest of the store."""
+        start = self._root / directory_key
+        if any(not _LISTED_NAME.fullmatch(part) for part in directory_key.split("/") if directory_key):
+            return
+        for directory, names, files in os.walk(start, onerror=_raise_unless_absent):
+            names[:] = [name for name in names if _LISTED_NAME.fullmatch(name)]
+            for name in files:
+                if _LISTED_NAME.fullmatch(name):
+                    yield (Path(directory) / name).relative_to(self._root).as_posix()
+
+    @contextmanager
+    def _spooled(self, path: Path) -> Iterator[tuple[Path, BinaryIO]]:
+        """A new temporary file beside `path`, gone afterwards unless it was renamed."""
+        temporary = path.with_name(f".tmp-{secrets.token_hex(8)}")
+        descriptor = _create(temporary)
+        try:
+            with os.fdopen(descriptor, "wb") as stream:
+                yield temporary, stream
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        """One writer of this store at a time, for the moment in which a name changes hands; freed by the kernel."""
+        descriptor = os.open(self._root / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(descriptor)
+
+    def _link(self, temporary: Path, path: Path, key: str) -> None:
+        try:
+            os.link(temporary, path)  # the one call that is atomic and refuses to overwrite
+        except FileExistsError:
+            raise PreconditionFailedError(
+                f"{self._uri_of(key)} already exists: another writer was first. Read it and use what it holds."
+            ) from None
+
+    def _etag_of(self, path: Path) -> str | None:
+        try:
+            return _info("", path).etag
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
+    def _remove_empty_parents(self, path: Path) -> None:
+        """Leave no empty directory behind. Under the lock; a writer that loses its directory makes it again."""
+        for parent in path.parents:
+            if parent == self._root:
+                return
+            try:
+                parent.rmdir()
+            except OSError:
+                return
+
+    @contextmanager
+    def _translated(self, verb: str, key: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if verb == "read" and error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR):
+                raise ObjectNotFoundError(
+                    f"Cannot read {self._uri_of(key)}: it does not exist. List the store to see what does."
+                ) from error
+            raise disk_error(error, f"{verb} {self._uri_of(key)}") from error
+
+
+def _create(path: Path) -> int:
+    """Create a file that was not there; its directory too, also if a delete removes it in between."""
+    for _ in range(100):
+        try:
+            _make_directory(path.parent)
+            return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)  # the umask decides, as for any file
+        except FileNotFoundError:
+            continue
+    raise StorageError(f"Cannot create files in {path.parent}: something keeps removing it. Look for a clean-up job.")
+
+
+def _make_directory(directory: Path) -> None:
+    """Like mkdir -p, and each new name is on disk before anything is written below it."""
+    if directory.is_dir():
+        return
+    _make_directory(directory.parent)
+    directory.mkdir(exist_ok=True)
+    _sync_directory(directory.parent)
+
+
+def _info(key: str, path: Path) -> ObjectInfo:
+    with path.open("rb") as stream:  # one open file: size, time and digest are of the same object
+        facts = os.fstat(stream.fileno())
+        small = facts.st_size <= _HASHED_UP_TO_BYTES
+        etag = _etag(facts, stream.read() if small else b"")
+    return ObjectInfo(key, facts.st_size, etag, datetime.fromtimestamp(facts.st_mtime, UTC))
+
+
+def _etag(facts: os.stat_result, data: bytes) -> str:
+    if facts.st_size <= _HASHED_UP_TO_BYTES:
+        return hashlib.sha256(data).hexdigest()
+    return f"{facts.st_size:x}-{facts.st_mtime_ns:x}-{facts.st_ino:x}"
+
+
+def _flush_to_disk(stream: BinaryIO) -> None:
+    stream.flush()
+    os.fsync(stream.fileno())
+
+
+def _sync_directory(directory: Path) -> None:
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _raise_unless_absent(error: OSError) -> None:
+    if not isinstance(error, (FileNotFoundError, NotADirectoryError)):
+        raise error

@@ -1,0 +1,52 @@
+"""From a URI to a store. Light: boto3 is imported only when an s3:// URI is opened."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+from relora_train.errors import UnknownStoreSchemeError
+from relora_train.storage.base import ObjectStore
+
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
+_ALLOWED = "Allowed are a directory path, file:///directory, s3://bucket/prefix and memory://name."
+
+
+def open_store(uri: str | Path) -> ObjectStore:
+    """The store a URI names. Opens nothing and needs no network until the first call.
+
+    A path or file:// is a directory on this machine (made on first write); s3:// takes endpoint and credentials from
+    the standard AWS environment and configuration files only; memory:// is shared by name within the process.
+    """
+    text = str(uri)
+    match = None if isinstance(uri, Path) else _SCHEME.match(text)
+    scheme = match.group(1).lower() if match else "file"
+    if scheme == "file":
+        from relora_train.storage.local import LocalStore
+
+        return LocalStore(uri_to_path(text) if match else Path(text).expanduser())
+    if scheme == "memory":
+        from relora_train.storage.memory import MemoryStore
+
+        return MemoryStore.shared(text.partition("://")[2].rstrip("/"))
+    if scheme == "s3":
+        from relora_train.storage.s3 import S3Store
+
+        bucket, _, prefix = text.partition("://")[2].partition("/")
+        if not bucket:
+            raise UnknownStoreSchemeError(f"{text!r} names no bucket. {_ALLOWED}")
+        return S3Store(bucket, prefix)
+    raise UnknownStoreSchemeError(f"{text!r} has the unknown scheme {scheme!r}. {_ALLOWED}")
+
+
+def uri_to_path(uri: str) -> Path:
+    """The directory a file:// URI names; a host other than this machine is refused."""
+    parts = urlsplit(uri)
+    if parts.netloc not in ("", "localhost"):
+        raise UnknownStoreSchemeError(
+            f"{uri!r} names the host {parts.netloc!r}; a file URI has three slashes: "
+            f"file:///{parts.netloc}{parts.path}. {_ALLOWED}"
+        )
+    # Not parts.path: '#' and '?' are ordinary characters in a hand-written path.
+    return Path(unquote(uri.partition("://")[2].removeprefix("localhost")))

@@ -1,0 +1,24 @@
+"""What the operating system says when a disk will not do something, as this project's errors."""
+
+from __future__ import annotations
+
+import errno
+import os
+
+from relora_train.errors import AccessDeniedError, DiskFullError, StorageError
+
+
+def disk_error(error: OSError, action: str) -> StorageError:
+    """One error class for each thing a user can do about it. `action` completes "Cannot ...", with the path in full."""
+    reason = error.strerror or str(error)
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return DiskFullError(f"Cannot {action}: {reason}. Free some space or use another directory, then run again.")
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return AccessDeniedError(
+            f"Cannot {action}: {reason}. Let this user (uid {os.getuid()}) write there or use another directory."
+        )
+    if error.errno in (errno.ENOTDIR, errno.EISDIR, errno.EEXIST):
+        return StorageError(
+            f"Cannot {action}: {reason}. In a directory no name can be a file and a folder; rename or remove one."
+        )
+    return StorageError(f"Cannot {action}: {reason}.")

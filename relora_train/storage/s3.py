@@ -1,0 +1,276 @@
+"""A bucket of any S3-compatible server as a store. The only file that imports boto3, and only when a request is made.
+
+Endpoint, region, credentials: from the standard AWS environment and configuration files, nothing else. Request
+checksums stay at botocore's default (`when_supported`): without them a flipped bit is stored silently.
+Time: a call tries at most RELORA_S3_MAX_ATTEMPTS times (default 8), about a minute when connections are refused; an
+outage longer than that is a StoreUnavailableError, which is retryable from outside and cheap to retry.
+"""
+
+from __future__ import annotations
+
+import functools
+import ipaddress
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+from urllib.parse import urlsplit
+
+from relora_train.errors import (
+    BucketNotFoundError,
+    ConfigError,
+    ObjectNotFoundError,
+    PreconditionFailedError,
+    StorageError,
+)
+from relora_train.storage.base import ObjectInfo, check_key, is_key
+from relora_train.storage.os_errors import disk_error
+from relora_train.storage.preflight import probe_conditions
+from relora_train.storage.s3_errors import (
+    code_and_status,
+    innermost,
+    is_worth_repeating,
+    retries_made,
+    storage_error,
+)
+
+if TYPE_CHECKING:
+    from boto3.s3.transfer import TransferConfig
+    from botocore.config import Config
+    from mypy_boto3_s3 import S3Client
+    from mypy_boto3_s3.type_defs import PutObjectRequestTypeDef
+
+_log = logging.getLogger("relora_train.storage.s3")
+
+_PART_BYTES = 64 << 20
+_TRANSFER_THREADS = 4
+_POOL_CONNECTIONS = 16
+_REPEATS = 5
+"""How often this module tries what botocore does not retry: 409, BadDigest, a body cut while it was read."""
+
+T = TypeVar("T")
+
+
+class S3Store:
+    """Keeps the contract of ObjectStore on a bucket, or on a prefix of one. Safe to share between threads."""
+
+    def __init__(self, bucket: str, prefix: str = "", *, page_size: int = 1000) -> None:
+        self._bucket = bucket
+        self._root = f"{prefix.strip('/')}/" if prefix.strip("/") else ""
+        self._page_size = page_size
+        self._bucket_was_seen = False
+
+    @property
+    def uri(self) -> str:
+        return f"s3://{self._bucket}/{self._root}".rstrip("/")
+
+    @functools.cached_property
+    def _client(self) -> S3Client:
+        """Made by the first request, so that opening a store reads no configuration and cannot fail."""
+        return make_client()
+
+    def get_bytes(self, key: str) -> tuple[bytes, str]:
+        def get() -> tuple[bytes, str]:
+            answer = self._client.get_object(Bucket=self._bucket, Key=self._root + key)
+            # closing(): as its own context manager the body would give its raw stream, which verifies no checksum.
+            with closing(answer["Body"]) as body:
+                return body.read(), answer["ETag"]
+
+        return self._call(check_key(key), get)
+
+    def put_bytes(self, key: str, data: bytes, *, if_absent: bool = False, if_match: str | None = None) -> str:
+        """As in the contract, and a retry that meets our own write, because its answer was lost, counts as success.
+
+        Our own is told from a rival's by the bytes, so racing writers must put something random in them.
+        """
+        request: PutObjectRequestTypeDef = {"Bucket": self._bucket, "Key": self._root + check_key(key), "Body": data}
+        if if_absent:
+            request["IfNoneMatch"] = "*"
+        elif if_match is not None:
+            request["IfMatch"] = if_match
+        try:
+            return self._call(key, lambda: self._client.put_object(**request)["ETag"])
+        except BucketNotFoundError:
+            raise
+        except (PreconditionFailedError, ObjectNotFoundError) as error:  # 404: If-Match on an absent key
+            cause = error.__cause__
+            if cause is not None and retries_made(cause) > 0:
+                current, etag = self.get_bytes(key)
+                if current == data:
+                    return etag
+            if isinstance(error, PreconditionFailedError):
+                raise
+            raise PreconditionFailedError(f"{self._uri_of(key)} is gone: another writer deleted it.") from error
+
+    def put_file(self, key: str, path: Path) -> None:
+        full_key = self._root + check_key(key)
+        self._call(
+            key, lambda: self._client.upload_file(str(path), self._bucket, full_key, Config=_transfer_settings())
+        )
+
+    def get_file(self, key: str, path: Path) -> None:
+        def download() -> None:
+            try:
+                # Not download_file: its own temporary file would be left behind by a SIGKILL under a random name.
+                with path.open("wb") as target:
+                    self._client.download_fileobj(self._bucket, self._root + key, target, Config=_transfer_settings())
+            except ConnectionError:
+                raise
+            except OSError as error:
+                raise disk_error(error, f"write {path} from {self._uri_of(key)}") from error
+
+        self._call(check_key(key), download)
+
+    def head(self, key: str) -> ObjectInfo | None:
+        try:
+            answer = self._call(
+                check_key(key), lambda: self._client.head_object(Bucket=self._bucket, Key=self._root + key)
+            )
+        except BucketNotFoundError:
+            raise
+        except ObjectNotFoundError:
+            return None
+        return ObjectInfo(key, answer["ContentLength"], answer["ETag"], answer["LastModified"])
+
+    def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
+        def list_all() -> tuple[ObjectInfo, ...]:
+            pages = self._client.get_paginator("list_objects_v2").paginate(
+                Bucket=self._bucket, Prefix=self._root + prefix, PaginationConfig={"PageSize": self._page_size}
+            )
+            return tuple(
+                ObjectInfo(found["Key"].removeprefix(self._root), found["Size"], found["ETag"], found["LastModified"])
+                for page in pages
+                for found in page.get("Contents", ())
+            )
+
+        # Sorted here: SeaweedFS lists 'a/b' before 'a-b'. Names that no call accepts ("folder/") are not ours.
+        found = self._call(prefix, list_all)
+        yield from sorted((info for info in found if is_key(info.key)), key=lambda info: info.key)
+
+    def delete(self, key: str) -> None:
+        self._call(check_key(key), lambda: self._client.delete_object(Bucket=self._bucket, Key=self._root + key))
+
+    def local_path(self, key: str) -> Path | None:
+        check_key(key)
+        return None
+
+    def preflight(self) -> None:
+        probe_conditions(self)
+
+    def _uri_of(self, key: str) -> str:
+        return f"{self.uri}/{key}"
+
+    def _call(self, key: str, request: Callable[[], T]) -> T:
+        """Make a request; its failure as one of our errors, after the repeats that can help."""
+        for attempt in range(_REPEATS):
+            try:
+                return request()
+            except (StorageError, ConfigError):
+                raise
+            except Exception as error:
+                cause = innermost(error)
+                if attempt == _REPEATS - 1 or not is_worth_repeating(cause):
+                    # A HEAD says only 404, and some servers name the key even when the bucket is missing.
+                    missing = code_and_status(cause)[1] == 404 and not self._bucket_exists()
+                    endpoint = _without_secrets(self._client.meta.endpoint_url)
+                    ours = storage_error(cause, uri=self._uri_of(key), endpoint=endpoint, bucket_is_missing=missing)
+                    if ours is None:
+                        raise
+                    raise ours from cause
+            time.sleep(0.1 * 2**attempt)
+        raise AssertionError("the last attempt returns or raises")
+
+    def _bucket_exists(self) -> bool:
+        """False only if the server says so; being denied is no proof. Remembered once true."""
+        if not self._bucket_was_seen:
+            try:
+                self._client.head_bucket(Bucket=self._bucket)
+            except Exception as error:
+                return code_and_status(error)[1] != 404
+            self._bucket_was_seen = True
+        return True
+
+
+def make_client() -> S3Client:
+    """A client as the standard AWS environment describes it; region us-east-1 if none is set."""
+    import boto3
+    from botocore.exceptions import BotoCoreError
+
+    try:
+        session = boto3.session.Session()
+        region = session.region_name or "us-east-1"
+        client = session.client("s3", region_name=region, config=_client_settings())
+        endpoint = client.meta.endpoint_url
+        if _is_custom(endpoint) and not _user_chose_addressing(client):
+            client.close()
+            client = session.client("s3", region_name=region, config=_client_settings(path_addressing=True))
+    except (BotoCoreError, ValueError) as error:
+        denied = storage_error(error, uri="s3://", endpoint="as configured")
+        raise denied or ConfigError(
+            f"The S3 settings of this environment are not valid: {error}. Check AWS_ENDPOINT_URL_S3 and ~/.aws/config."
+        ) from error
+    _warn_if_readable_on_the_wire(_without_secrets(endpoint))
+    return client
+
+
+def _user_chose_addressing(client: S3Client) -> bool:
+    chosen = client.meta.config.s3  # type: ignore[attr-defined]  # the stubs leave out this option
+    return "addressing_style" in (chosen or {})
+
+
+def _client_settings(*, path_addressing: bool = False) -> Config:
+    from botocore.config import Config
+
+    settings = Config(
+        retries={"mode": "standard", "total_max_attempts": _max_attempts()},
+        connect_timeout=5,
+        read_timeout=60,
+        max_pool_connections=_POOL_CONNECTIONS,
+        user_agent_extra="relora-train",
+    )
+    return settings.merge(Config(s3={"addressing_style": "path"})) if path_addressing else settings
+
+
+def _max_attempts() -> int:
+    text = os.environ.get("RELORA_S3_MAX_ATTEMPTS", "8")
+    if not text.isdigit() or int(text) < 1:
+        raise ConfigError(f"RELORA_S3_MAX_ATTEMPTS={text!r} must be a whole number of at least 1; unset it for 8.")
+    return int(text)
+
+
+def _transfer_settings() -> TransferConfig:
+    from boto3.s3.transfer import TransferConfig
+
+    return TransferConfig(
+        multipart_threshold=_PART_BYTES,
+        multipart_chunksize=_PART_BYTES,
+        max_concurrency=_TRANSFER_THREADS,
+        preferred_transfer_client="classic",  # the other one ignores endpoint_url and talks to AWS
+    )
+
+
+def _without_secrets(endpoint: str) -> str:
+    """The endpoint as messages may show it: some people put user:password@ into URLs."""
+    parts = urlsplit(endpoint)
+    return parts._replace(netloc=parts.netloc.rpartition("@")[2], query="").geturl()
+
+
+def _is_custom(endpoint: str) -> bool:
+    host = urlsplit(endpoint).hostname or ""
+    return not host.endswith((".amazonaws.com", ".amazonaws.com.cn"))
+
+
+@functools.cache
+def _warn_if_readable_on_the_wire(endpoint: str) -> None:
+    """Once per endpoint and process."""
+    parts = urlsplit(endpoint)
+    host = parts.hostname or ""
+    try:
+        loopback = ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        loopback = host == "localhost" or host.endswith(".localhost")
+    if parts.scheme == "http" and not loopback:
+        _log.warning("%s is not encrypted: others on the network can read and change checkpoints. Use https.", endpoint)

@@ -1,0 +1,28 @@
+"""Fixtures shared by many tests. What they need to know of servers is in seaweed.py."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterator
+
+import pytest
+from seaweed import Seaweed, running_seaweed
+
+
+@pytest.fixture(scope="session")
+def seaweed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Seaweed]:
+    """One real S3 server for the session, started by the first test that needs it."""
+    with running_seaweed(tmp_path_factory.mktemp("seaweed")) as server:
+        yield server
+
+
+@pytest.fixture
+def s3_store_uri(seaweed: Seaweed, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A fresh bucket, and the environment that leads to it."""
+    for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_REGION", "AWS_DEFAULT_REGION"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in seaweed.environment.items():
+        monkeypatch.setenv(name, value)
+    bucket = f"test-{uuid.uuid4().hex[:12]}"
+    seaweed.create_bucket(bucket)
+    return f"s3://{bucket}/some/prefix"

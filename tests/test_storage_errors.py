@@ -1,0 +1,426 @@
+"""What a store says when it cannot: every fault is a real one, of a disk, a server or the network between."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from botocore.exceptions import ClientError
+from fault_proxy import (
+    Faults,
+    answer_instead,
+    cut_the_answer,
+    faulty_way_to,
+    flip_a_bit_of_the_answer,
+    flip_a_bit_of_the_request,
+    lose_the_answer,
+)
+
+from relora_train.errors import (
+    AccessDeniedError,
+    BucketNotFoundError,
+    ConfigError,
+    DiskFullError,
+    ObjectNotFoundError,
+    PreconditionFailedError,
+    StorageError,
+    StoreUnavailableError,
+    UnknownStoreSchemeError,
+    UnsafeStoreError,
+)
+from relora_train.storage.memory import MemoryStore
+from relora_train.storage.opening import open_store
+from relora_train.storage.preflight import probe_conditions
+from relora_train.storage.s3 import make_client
+from relora_train.storage.s3_errors import storage_error
+
+
+@pytest.fixture
+def faults(seaweed, s3_store_uri, monkeypatch) -> Iterator[Faults]:
+    """The way to the S3 server leads through a proxy."""
+    with faulty_way_to(seaweed.endpoint) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", proxy.endpoint)
+        yield proxy
+
+
+# --- which store ---
+
+
+@pytest.mark.parametrize("uri", ["gs://bucket/x", "http://host/x", "S4://x", "s3://", "s3:///key", "file://host/dir"])
+def test_an_unknown_store_is_refused_with_the_list_of_known_ones(uri):
+    with pytest.raises(UnknownStoreSchemeError) as caught:
+        open_store(uri)
+    assert uri in str(caught.value)
+    assert all(known in str(caught.value) for known in ("file://", "s3://", "memory://"))
+
+
+def test_all_ways_to_write_a_directory_name_the_same_store(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    directory = tmp_path / "with space#and?"
+    spellings = [
+        directory,
+        str(directory),
+        "with space#and?",
+        "~/with space#and?",
+        f"{directory}/",
+        f"{directory}/x/..",
+    ]
+    assert {open_store(spelling).uri for spelling in spellings} == {directory.as_uri()}
+    assert open_store(directory.as_uri()).uri == directory.as_uri()
+    assert open_store(f"file://{tmp_path}/plain").uri == open_store(tmp_path / "plain").uri
+
+
+def test_a_memory_store_is_shared_by_its_name():
+    open_store("memory://shared-by-name").put_bytes("a", b"1")
+    assert open_store("memory://shared-by-name/").get_bytes("a")[0] == b"1"
+    assert open_store("memory://another").head("a") is None
+
+
+# --- missing, denied, unavailable ---
+
+
+def every_call(store, directory: Path):
+    file = directory / "file"
+    file.write_bytes(b"content")
+    return [
+        lambda: store.get_bytes("key"),
+        lambda: store.head("key"),
+        lambda: list(store.list()),
+        lambda: store.delete("key"),
+        lambda: store.put_bytes("key", b"1"),
+        lambda: store.put_bytes("key", b"1", if_absent=True),
+        lambda: store.put_file("key", file),
+        lambda: store.get_file("key", directory / "target"),
+        store.preflight,
+    ]
+
+
+def test_a_missing_bucket_is_named_by_every_call(s3_store_uri, tmp_path):
+    for call in every_call(open_store("s3://no-such-bucket/prefix"), tmp_path):
+        with pytest.raises(BucketNotFoundError, match=r"'no-such-bucket'.*s3://no-such-bucket/prefix") as caught:
+            call()
+        assert "Create it" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "reason"),
+    [
+        ({"AWS_SECRET_ACCESS_KEY": "not-the-secret"}, "AWS_SECRET_ACCESS_KEY|403"),
+        ({"AWS_ACCESS_KEY_ID": "NOT-THE-KEY"}, "AWS_ACCESS_KEY_ID|403"),
+        ({"AWS_ACCESS_KEY_ID": None, "AWS_SECRET_ACCESS_KEY": None}, "no credentials found"),
+        ({"AWS_SECRET_ACCESS_KEY": None}, "credentials are incomplete"),
+        ({"AWS_PROFILE": "no-such-profile"}, "AWS_PROFILE"),
+    ],
+)
+def test_wrong_or_missing_credentials_are_denied_and_never_shown(s3_store_uri, tmp_path, monkeypatch, wrong, reason):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
+    for name, value in wrong.items():
+        monkeypatch.setenv(name, value) if value else monkeypatch.delenv(name)
+    for call in every_call(open_store(s3_store_uri), tmp_path):
+        with pytest.raises(AccessDeniedError, match=reason) as caught:
+            call()
+        assert not caught.value.retryable
+        assert not any(value in str(caught.value) for name, value in wrong.items() if value and name != "AWS_PROFILE")
+
+
+def test_an_unreachable_endpoint_is_unavailable_within_a_bounded_time(s3_store_uri, tmp_path, monkeypatch):
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://127.0.0.1:9")
+    monkeypatch.setenv("RELORA_S3_MAX_ATTEMPTS", "2")
+    started = time.monotonic()
+    for call in every_call(open_store(s3_store_uri), tmp_path):
+        with pytest.raises(StoreUnavailableError, match="AWS_ENDPOINT_URL_S3") as caught:
+            call()
+        assert caught.value.retryable
+        assert "http://127.0.0.1:9" in str(caught.value)
+    assert time.monotonic() - started < 60  # nine calls of two attempts, each with at most one second of backoff
+
+
+def test_a_password_in_the_endpoint_is_not_repeated(s3_store_uri, monkeypatch):
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://user:hunter2@127.0.0.1:9")
+    monkeypatch.setenv("RELORA_S3_MAX_ATTEMPTS", "1")
+    with pytest.raises(StorageError) as caught:
+        open_store(s3_store_uri).head("key")
+    assert "hunter2" not in str(caught.value)
+
+
+def test_settings_that_make_no_sense_are_configuration_errors(s3_store_uri, monkeypatch):
+    monkeypatch.setenv("RELORA_S3_MAX_ATTEMPTS", "many")
+    with pytest.raises(ConfigError, match="RELORA_S3_MAX_ATTEMPTS='many'"):
+        open_store(s3_store_uri).head("key")
+    monkeypatch.delenv("RELORA_S3_MAX_ATTEMPTS")
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "no endpoint")
+    with pytest.raises(ConfigError, match="AWS_ENDPOINT_URL_S3"):
+        open_store(s3_store_uri).head("key")
+
+
+@pytest.mark.parametrize(
+    ("code", "status", "expected"),
+    [
+        ("NoSuchBucket", 404, BucketNotFoundError),
+        ("NoSuchKey", 404, ObjectNotFoundError),
+        ("AccessDenied", 403, AccessDeniedError),
+        ("ExpiredToken", 400, AccessDeniedError),
+        ("InvalidAccessKeyId", 403, AccessDeniedError),
+        ("SignatureDoesNotMatch", 403, AccessDeniedError),
+        ("RequestTimeTooSkewed", 403, AccessDeniedError),
+        ("SomethingNew", 403, AccessDeniedError),
+        ("PreconditionFailed", 412, PreconditionFailedError),
+        ("ConditionalRequestConflict", 409, StoreUnavailableError),
+        ("BadDigest", 400, StoreUnavailableError),
+        ("SlowDown", 503, StoreUnavailableError),
+        ("InternalError", 500, StoreUnavailableError),
+        ("", 502, StoreUnavailableError),
+        ("TooManyRequests", 429, StoreUnavailableError),
+        ("XMinioStorageFull", 507, DiskFullError),
+        ("InvalidBucketName", 400, StorageError),
+    ],
+)
+def test_each_answer_of_a_server_becomes_the_error_whose_remedy_fits(code, status, expected):
+    answer = {"Error": {"Code": code, "Message": "m"}, "ResponseMetadata": {"HTTPStatusCode": status}}
+    error = storage_error(ClientError(answer, "PutObject"), uri="s3://bucket/key", endpoint="https://host")
+    assert type(error) is expected
+    assert "bucket" in str(error)
+
+
+def test_an_unencrypted_way_to_another_host_is_warned_of_once(monkeypatch, caplog):
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://store.example:9000")
+    for _ in range(2):
+        make_client().close()
+    assert [record.levelname for record in caplog.records if "store.example:9000" in record.message] == ["WARNING"]
+    caplog.clear()
+    for endpoint in ("http://127.0.0.1:1", "http://localhost:1", "http://[::1]:1", "https://store.example"):
+        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", endpoint)
+        make_client().close()
+    assert not [record for record in caplog.records if record.name.startswith("relora_train")]
+
+
+def test_a_custom_server_is_addressed_by_path_unless_the_user_chose_otherwise(monkeypatch, tmp_path):
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "https://store.example")
+    config = tmp_path / "config"
+    config.write_text("[default]\ns3 =\n  addressing_style = virtual\n")
+    for chosen, expected in ((tmp_path / "none", "path"), (config, "virtual")):
+        monkeypatch.setenv("AWS_CONFIG_FILE", str(chosen))
+        client = make_client()
+        assert client.meta.config.s3["addressing_style"] == expected
+        client.close()
+
+
+# --- conditions that are not kept ---
+
+
+class ForgetfulStore(MemoryStore):
+    """A server that acknowledges conditional writes without looking at one of the conditions."""
+
+    def __init__(self, *forgets: str) -> None:
+        super().__init__("forgetful")
+        self.forgets = forgets
+
+    def put_bytes(self, key, data, *, if_absent=False, if_match=None):
+        if "if_match when absent" in self.forgets and self.head(key) is None:
+            if_match = None
+        if "if_match" in self.forgets:
+            if_match = None
+        return super().put_bytes(key, data, if_absent=if_absent and "if_absent" not in self.forgets, if_match=if_match)
+
+
+@pytest.mark.parametrize(
+    "forgets", [("if_absent",), ("if_match",), ("if_absent", "if_match"), ("if_match when absent",)]
+)
+def test_a_store_that_ignores_conditions_is_refused_and_left_clean(forgets):
+    store = ForgetfulStore(*forgets)
+    with pytest.raises(UnsafeStoreError, match="memory://forgetful"):
+        probe_conditions(store)
+    assert list(store.list()) == []
+    probe_conditions(ForgetfulStore())
+
+
+def test_a_store_that_refuses_every_if_match_is_refused_too():
+    class NeverMatches(MemoryStore):
+        def put_bytes(self, key, data, *, if_absent=False, if_match=None):
+            return super().put_bytes(key, data, if_absent=if_absent, if_match=if_match and "no etag")
+
+    with pytest.raises(UnsafeStoreError, match="did match"):
+        probe_conditions(NeverMatches())
+
+
+# --- the network ---
+
+
+def test_a_conditional_put_whose_answer_was_lost_is_known_as_our_own(faults, s3_store_uri):
+    store = open_store(s3_store_uri)
+    faults.plan("PUT", "once", lose_the_answer)
+    etag = store.put_bytes("once", b"mine 4711", if_absent=True)
+    assert store.get_bytes("once") == (b"mine 4711", etag)
+    faults.plan("PUT", "once", lose_the_answer)
+    assert store.put_bytes("once", b"mine 4712", if_match=etag) == store.get_bytes("once")[1]
+    assert faults.met == 2
+
+
+def test_a_rivals_write_is_not_taken_for_our_own_when_an_answer_was_lost(faults, s3_store_uri):
+    store = open_store(s3_store_uri)
+    etag = store.put_bytes("once", b"rival 1", if_absent=True)
+    for condition in ({"if_absent": True}, {"if_match": '"another"'}):
+        faults.plan("PUT", "once", lose_the_answer)
+        with pytest.raises(PreconditionFailedError):
+            store.put_bytes("once", b"mine 1", **condition)
+    assert store.get_bytes("once") == (b"rival 1", etag)
+
+
+def test_faults_that_pass_are_not_seen(faults, s3_store_uri, tmp_path):
+    store, source, target = open_store(s3_store_uri), tmp_path / "source", tmp_path / "target"
+    source.write_bytes(b"weights" * 10_000)
+    conflict, damaged = answer_instead(409, "ConditionalRequestConflict"), answer_instead(400, "BadDigest")
+    faults.plan("PUT", "a", answer_instead(503, "SlowDown"), answer_instead(500, "InternalError"))
+    store.put_bytes("a", b"content")
+    faults.plan("PUT", "b", conflict, conflict)
+    store.put_bytes("b", b"content", if_absent=True)
+    faults.plan("PUT", "c", damaged, damaged)
+    store.put_file("c", source)
+    faults.plan("GET", "a", cut_the_answer, cut_the_answer)
+    assert store.get_bytes("a")[0] == b"content"
+    faults.plan("GET", "c", cut_the_answer, lose_the_answer)
+    store.get_file("c", target)
+    assert target.read_bytes() == source.read_bytes()
+    assert (faults.met, faults.planned) == (10, [])
+
+
+def test_a_bit_flipped_on_the_way_is_noticed_and_sent_again(faults, s3_store_uri, tmp_path):
+    store, source = open_store(s3_store_uri), tmp_path / "source"
+    source.write_bytes(b"weights" * 10_000)
+    faults.plan("PUT", "", flip_a_bit_of_the_request, flip_a_bit_of_the_request)
+    store.put_file("file", source)
+    store.put_bytes("bytes", b"content")
+    faults.plan("GET", "", flip_a_bit_of_the_answer, flip_a_bit_of_the_answer)
+    assert store.get_bytes("file")[0] == source.read_bytes()
+    assert store.get_bytes("bytes")[0] == b"content"
+    assert (faults.met, faults.planned) == (4, [])
+
+
+def test_a_fault_that_does_not_pass_is_unavailable_in_the_end(faults, s3_store_uri, tmp_path, monkeypatch):
+    monkeypatch.setenv("RELORA_S3_MAX_ATTEMPTS", "2")
+    store, source = open_store(s3_store_uri), tmp_path / "source"
+    source.write_bytes(b"weights")
+    faults.plan("PUT", "", *[answer_instead(503, "SlowDown")] * 4)
+    for call in (lambda: store.put_bytes("a", b"1"), lambda: store.put_file("a", source)):
+        with pytest.raises(StoreUnavailableError, match="SlowDown"):
+            call()
+    faults.plan("PUT", "", *[answer_instead(409, "ConditionalRequestConflict")] * 5)
+    with pytest.raises(StoreUnavailableError, match="ConditionalRequestConflict"):
+        store.put_bytes("a", b"1", if_absent=True)
+    assert faults.planned == []
+    assert store.head("a") is None
+
+
+# --- the disk ---
+
+
+def run_in_own_mounts(mount: str, program: str, *arguments: str) -> str:
+    """Run a Python program where `mount` holds for it alone; skip where the system does not allow that."""
+    unshare = ["unshare", "--mount", "--map-root-user", "sh", "-ec"]
+    try:
+        subprocess.run([*unshare, mount], check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"no mount namespaces here: {error}")
+    command = [*unshare, f'{mount}; exec "$@"', "sh", sys.executable, "-c", program, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+FILL = """
+import sys, os
+from pathlib import Path
+from relora_train.errors import DiskFullError
+from relora_train.storage.opening import open_store
+uri, small_disk, source = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
+store = open_store(uri)
+def refused(call, *names):
+    try:
+        call()
+    except DiskFullError as error:
+        assert all(name in str(error) for name in names), error
+        assert "run again" in str(error)
+    else:
+        raise AssertionError("no DiskFullError")
+if uri.startswith("s3"):
+    store.put_file("large", source)
+    refused(lambda: store.get_file("large", small_disk / "target"), uri, str(small_disk))
+else:
+    store.put_bytes("before", b"1")
+    refused(lambda: store.put_file("large", source), "large", "file://")
+    refused(lambda: store.put_bytes("large", source.read_bytes(), if_absent=True), "large", "file://")
+    assert [info.key for info in store.list()] == ["before"]
+    assert not [name for name in os.listdir(small_disk / "store") if name.startswith(".tmp")]
+    store.put_bytes("after", b"1")
+print("passed")
+"""
+
+
+@pytest.mark.parametrize("backend", ["local", "s3"])
+def test_a_full_disk_is_said_to_be_full_and_nothing_half_written_stays(backend, tmp_path, request):
+    source, small_disk = tmp_path / "source", tmp_path / "small"
+    source.write_bytes(b"x" * 3_000_000)
+    small_disk.mkdir()
+    uri = request.getfixturevalue("s3_store_uri") if backend == "s3" else str(small_disk / "store")
+    mount = f"mount -t tmpfs -o size=1m tmpfs '{small_disk}'"
+    assert run_in_own_mounts(mount, FILL, uri, str(small_disk), str(source)) == "passed\n"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+def test_a_download_to_a_full_disk_says_so(tmp_path):
+    store = open_store(tmp_path)
+    store.put_bytes("key", b"1" * 10_000)
+    with pytest.raises(DiskFullError, match="/dev/full"):
+        store.get_file("key", Path("/dev/full"))
+
+
+DENIED = """
+import os, sys
+from pathlib import Path
+from relora_train.errors import AccessDeniedError
+from relora_train.storage.opening import open_store
+store = open_store(sys.argv[1])
+if len(sys.argv) > 3:
+    os.setgroups([]), os.setgid(int(sys.argv[3])), os.setuid(int(sys.argv[3]))
+assert store.get_bytes("key")[0] == b"1"
+for call in (lambda: store.put_bytes("a/new", b"2", if_absent=True), lambda: store.put_file("key", Path(sys.argv[2])),
+             lambda: store.delete("key"), store.preflight):
+    try:
+        call()
+    except AccessDeniedError as error:
+        assert "file://" in str(error) and "use another directory" in str(error), error
+    else:
+        raise AssertionError("no AccessDeniedError")
+assert [info.key for info in store.list()] == ["key"]
+print("passed")
+"""
+
+
+def test_a_read_only_file_system_is_denied_and_can_still_be_read(tmp_path):
+    directory, source = tmp_path / "store", tmp_path / "source"
+    open_store(directory).put_bytes("key", b"1")
+    source.write_bytes(b"2")
+    mount = f"mount --bind '{directory}' '{directory}'; mount -o remount,bind,ro '{directory}'"
+    assert run_in_own_mounts(mount, DENIED, str(directory), str(source)) == "passed\n"
+
+
+def test_a_directory_of_someone_else_is_denied_and_can_still_be_read():
+    if os.getuid() != 0:
+        pytest.skip("only root can act as someone else")
+    with tempfile.TemporaryDirectory() as name:  # pytest's own directories are closed to others
+        directory, source = Path(name) / "store", Path(name) / "source"
+        open_store(directory).put_bytes("key", b"1")
+        source.write_bytes(b"2")
+        Path(name).chmod(0o755)
+        command = [sys.executable, "-c", DENIED, str(directory), str(source), "65534"]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert (done.stdout, done.returncode) == ("passed\n", 0), done.stderr
