@@ -128,7 +128,7 @@ def _at_uri(uri: str) -> CheckpointRef:
         )
     raise (CheckpointIncompleteError if has_files else CheckpointNotFoundError)(
         f"{uri} holds no manifest.json, so it is no complete checkpoint. Give the URI of a checkpoint itself, "
-        "as `relora list` shows it."
+        "as `relora checkpoints RUN` shows it."
     )
 
 

@@ -126,6 +126,14 @@ class TokenDataset:
         self.require(start + count)
         return self._gather(list(range(start, start + count)))
 
+    def read_spread(self, start: int, count: int, *, of: int) -> Tokens:
+        """Samples start … start + count - 1 of `of` blocks spread evenly over the split: (count, sequence_length + 1).
+
+        No block is among them twice, so a part of the split stands for all of it and no token is scored twice.
+        """
+        self.require(of)
+        return self._gather([sample * self.blocks // of for sample in range(start, start + count)])
+
     def _block_at(self, position: int) -> int:
         epoch, index = divmod(position, self.blocks)
         if self._order is None or self._order[0] != epoch:

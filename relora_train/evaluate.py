@@ -61,7 +61,7 @@ def evaluate_model(
     ranks: Ranks,
     fused: bool,
 ) -> Evaluation:
-    """Score the first `sequences` blocks of the validation split, each token once; the same for any batch size.
+    """Score `sequences` blocks spread evenly over the validation split, or all; the same for any batch size.
 
     Sums in float64, so batches of unequal size weigh by their tokens. Leaves the model's mode as it was.
     """
@@ -70,7 +70,7 @@ def evaluate_model(
     sums = torch.zeros(2, dtype=torch.float64, device=ranks.device)  # nats, tokens
     count = min(sequences, dataset.blocks)
     for start in range(ranks.rank * batch_sequences, count, ranks.world_size * batch_sequences):
-        blocks = dataset.read_blocks(start, min(batch_sequences, count - start))
+        blocks = dataset.read_spread(start, min(batch_sequences, count - start), of=count)
         tokens = torch.from_numpy(blocks).to(ranks.device)
         with autocast(precision, ranks.device):
             nats = next_token_loss(model, tokens, fused=fused)

@@ -25,18 +25,18 @@ from pathlib import Path
 from typing import Any
 
 from relora_train.config import DataConfig, FrozenConfig, TokenizerConfig
-from relora_train.dataset_inputs import DatasetInputs, resolve_inputs
+from relora_train.corpus.dataset_inputs import DatasetInputs, resolve_inputs
+from relora_train.corpus.engines import choose_engine
+from relora_train.corpus.meter import Meter, OnProgress
+from relora_train.corpus.overlap import ngram_overlap
+from relora_train.corpus.shards import ShardPlan, ShardRecord, write_shards
+from relora_train.corpus.sources import read_documents
+from relora_train.corpus.staging import StagedCorpus, read_pieces, read_sample, stage_documents
 from relora_train.durable import write_durably
-from relora_train.engines import choose_engine
 from relora_train.errors import CorpusEmptyError, CorpusTooSmallError, TrainerInterruptedError
 from relora_train.launch import PARENT_PIPE_VARIABLE
 from relora_train.manifest import DatasetManifest, FileEntry, hash_file, parse_manifest
-from relora_train.meter import Meter, OnProgress
-from relora_train.overlap import ngram_overlap
 from relora_train.process import Emit, serve_request
-from relora_train.shards import ShardPlan, ShardRecord, write_shards
-from relora_train.sources import read_documents
-from relora_train.staging import StagedCorpus, read_pieces, read_sample, stage_documents
 from relora_train.storage.os_errors import disk_error
 from relora_train.tokenizer import (
     TOKENIZER_CONFIG_FILE,

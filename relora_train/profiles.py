@@ -43,7 +43,7 @@ def load_profile(name_or_path: str | Path, overrides: Iterable[str] | Mapping[st
     except OSError as error:
         raise ProfileNotFoundError(f"{path} cannot be read: {error.strerror}. Make it readable.") from None
     sources: dict[str, str] = {}
-    items = overrides.items() if isinstance(overrides, Mapping) else map(_parse_override, overrides)
+    items = overrides.items() if isinstance(overrides, Mapping) else map(parse_override, overrides)
     for key, value in items:
         _apply_override(settings, key, value)
         sources[key] = f"--set {key}"
@@ -66,7 +66,8 @@ def _find(name_or_path: str | Path) -> Path:
     )
 
 
-def _parse_override(text: str) -> tuple[str, Any]:
+def parse_override(text: str) -> tuple[str, Any]:
+    """Key and value of a `--set section.key=value`; the value is TOML, or bare text. Raises ConfigError."""
     key, separator, value = text.partition("=")
     if not separator or not key.strip():
         raise ConfigError(f"--set {text!r} has no '='; write it as section.key=value, e.g. relora.rank=16.")

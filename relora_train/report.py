@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from relora_train.analysis import PAPER_THRESHOLD, LayerSpectrum
-from relora_train.plot_style import DARK, LIGHT
-from relora_train.plots import draw_plots, overview_png
-from relora_train.report_page import render_page
-from relora_train.report_text import count, decimal, duration, headline, scores_change, stage_steps
-from relora_train.run_data import RunData, StageRow
+from relora_train.reporting.page import render_page
+from relora_train.reporting.plot_style import DARK, LIGHT
+from relora_train.reporting.plots import draw_plots, overview_png
+from relora_train.reporting.run_data import RunData, StageRow
+from relora_train.reporting.text import count, decimal, duration, headline, scores_change, stage_steps
 
 HTML_NAME = "report.html"
 SUMMARY_NAME = "summary.json"

@@ -84,5 +84,5 @@ def skipped(outcome: T, what: str) -> T:
 
 
 def done(value: T) -> T:
-    """The outcome of a task call. Prefect hands a state that a task returned to the caller as it is."""
-    return cast(T, value.data) if isinstance(value, State) else value
+    """The outcome of a task call. Prefect hands the caller a state that a task returned, with its data wrapped."""
+    return cast(T, getattr(value.data, "result", value.data)) if isinstance(value, State) else value

@@ -12,7 +12,7 @@ from prefect.logging import get_run_logger
 
 from relora_train import events
 from relora_train.checkpoint_store import CheckpointRef
-from relora_train.report_store import StoredReport, report_run
+from relora_train.reporting.store import StoredReport, report_run
 from relora_train.run import Run
 from tasks.policies import STORE_IO
 

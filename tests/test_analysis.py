@@ -226,7 +226,8 @@ def test_a_model_without_blocks_has_no_representative_layers():
 
 
 def test_analysis_and_report_import_no_torch_and_no_pyplot():
-    code = "import sys, relora_train.analysis, relora_train.collect, relora_train.report as r; print(*sys.modules)"
+    modules = "relora_train.analysis, relora_train.reporting.collect, relora_train.report"
+    code = f"import sys, {modules}; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split()
     assert "matplotlib.figure" in loaded
     assert not {"torch", "boto3", "prefect", "transformers", "matplotlib.pyplot"} & set(loaded)

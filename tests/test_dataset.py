@@ -61,6 +61,17 @@ def test_every_token_is_predicted_at_most_once_and_all_but_the_rests_are(dataset
 
 
 @settings(max_examples=30, deadline=None)
+@given(of=st.integers(1, BLOCKS), batch=st.integers(1, BLOCKS))
+def test_a_spread_sample_holds_no_block_twice_whatever_the_batch(dataset, of, batch):
+    parts = [dataset.read_spread(start, min(batch, of - start), of=of) for start in range(0, of, batch)]
+    firsts = np.concatenate(parts)[:, 0].tolist()
+    assert len(set(firsts)) == of
+    assert firsts == sorted(firsts)
+    everything = dataset.read_blocks(0, dataset.blocks)
+    assert np.array_equal(np.concatenate(parts), everything) or of < BLOCKS
+
+
+@settings(max_examples=30, deadline=None)
 @given(seed=st.integers(0, 2**31 - 1), epoch=st.integers(0, 1000), blocks=st.integers(1, 500))
 def test_an_epoch_holds_every_block_exactly_once(seed, epoch, blocks):
     assert sorted(sample_order(seed, epoch, blocks).tolist()) == list(range(blocks))

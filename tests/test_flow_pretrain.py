@@ -24,6 +24,7 @@ from relora_train.errors import (
     StoreUnavailableError,
 )
 from relora_train.events import Event
+from relora_train.run import fetch_parent
 from relora_train.storage.opening import open_store
 from relora_train.summary import RunSummary
 
@@ -86,8 +87,7 @@ def model_bytes(summary: RunSummary) -> list[bytes]:
     contents = []
     for stage in summary.stages:
         checkpoint = resolve_checkpoint(stage.uri, open_store(summary.store_uri))
-        store = open_store(checkpoint.store_uri)
-        contents.append(store.get_bytes(f"{checkpoint.prefix}/model.safetensors")[0])
+        contents.append((fetch_parent(checkpoint) / "model.safetensors").read_bytes())
     return contents
 
 

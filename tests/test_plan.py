@@ -6,10 +6,10 @@ import pytest
 from tokenizers import Tokenizer, models, trainers
 
 from relora_train.config import Profile
+from relora_train.console.plan_tables import sections
 from relora_train.errors import ConfigError, NoTargetModulesError
 from relora_train.model_shape import model_shape
 from relora_train.plan import Plan, plan
-from relora_train.plan_tables import sections
 from relora_train.profiles import list_profiles, load_profile
 
 SHAPES = {

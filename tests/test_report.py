@@ -11,15 +11,15 @@ from synthetic_run import commit_run, evaluation_of, synthetic_profile
 
 from relora_train.bundle import read_manifest
 from relora_train.checkpoint_store import CheckpointStore
-from relora_train.collect import collect_run_data, files_in_directories, files_in_stores
 from relora_train.config import BatchConfig, ScheduleConfig
 from relora_train.errors import CheckpointCorruptError, CheckpointIncompleteError, CheckpointNotFoundError
 from relora_train.manifest import CheckpointManifest
-from relora_train.plot_style import MAX_POINTS, downsample, running_mean
-from relora_train.plots import OVERVIEW_BYTES, overview_png
 from relora_train.report import overview_markdown, stage_table_markdown, summarize, write_report
-from relora_train.report_text import change, count, decimal, duration, percent, scientific, size
-from relora_train.run_data import Evaluation, MergeRow, Sample, Scores
+from relora_train.reporting.collect import collect_run_data, files_in_directories, files_in_stores
+from relora_train.reporting.plot_style import MAX_POINTS, downsample, running_mean
+from relora_train.reporting.plots import OVERVIEW_BYTES, overview_png
+from relora_train.reporting.run_data import Evaluation, MergeRow, Sample, Scores
+from relora_train.reporting.text import change, count, decimal, duration, percent, scientific, size
 from relora_train.stages import plan_stages
 from relora_train.storage.memory import MemoryStore
 from relora_train.storage.opening import open_store

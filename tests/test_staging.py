@@ -8,9 +8,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from made_up_corpus import made_up_text
 
+from relora_train.corpus.overlap import ngram_overlap
+from relora_train.corpus.staging import (
+    PIECE_BYTES,
+    cut_into_pieces,
+    read_pieces,
+    split_digest,
+    split_of,
+    stage_documents,
+)
 from relora_train.errors import DataError
-from relora_train.overlap import ngram_overlap
-from relora_train.staging import PIECE_BYTES, cut_into_pieces, read_pieces, split_digest, split_of, stage_documents
 from relora_train.tokenizer import train_tokenizer
 
 

@@ -83,8 +83,8 @@ def test_two_runs_give_the_same_bytes(checkpoints: dict[str, Path], dataset: Pat
 
 
 def test_the_low_rank_gradients_are_alive_by_the_second_step_of_every_cycle(checkpoints: dict[str, Path]):
-    """Fault B1: with A and B both zero no gradient reaches either. B = 0 alone keeps A's gradient at zero until B moved;
-    the first update after a merge runs at learning rate zero, so A follows in the third."""
+    """Fault B1: with A and B both zero no gradient reaches either. While B = 0 the gradient of A is zero; as the first
+    update after a merge runs at learning rate zero, A follows in the third."""
     for stage, start in (("cycle-1", 6), ("cycle-2", 14)):
         by_step = {record["step"]: record for record in metrics_of(checkpoints[stage])}
         assert by_step[start + 1]["learning_rate"] == 0
@@ -220,11 +220,13 @@ def test_a_diverging_run_commits_nothing(dataset: Path, tmp_path: Path):
 def test_a_tokenizer_larger_than_the_embedding_is_refused(dataset: Path, tmp_path: Path):
     tiny_gpt_neox().save_pretrained(tmp_path / "small")
     profile = tiny_profile(model={"pretrained": str(tmp_path / "small")}, batch={"sequence_length": 16})
-    with pytest.raises(VocabularyMismatchError, match="257 entries.*64 rows"):
+    with pytest.raises(VocabularyMismatchError, match=r"257 entries.*64 rows"):
         run_stage(stage_request(profile, "warm-start", dataset, tmp_path / "out"), ignore)
 
 
-def test_sequences_longer_than_the_pretrained_model_allows_are_refused(checkpoints: dict, dataset: Path, tmp_path: Path):
+def test_sequences_longer_than_the_pretrained_model_allows_are_refused(
+    checkpoints: dict, dataset: Path, tmp_path: Path
+):
     profile = tiny_profile(model={"pretrained": str(checkpoints["warm-start"])}, batch={"sequence_length": 128})
     with pytest.raises(SequenceTooLongError, match="128 is longer than the model's 64"):
         run_stage(stage_request(profile, "warm-start", dataset, tmp_path / "out"), ignore)

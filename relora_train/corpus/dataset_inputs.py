@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from relora_train.config import DataConfig, TokenizerConfig, settings_digest
-from relora_train.sources import Source, resolve_source
-from relora_train.staging import PIECE_BYTES, SPLIT_RULE
+from relora_train.corpus.sources import Source, resolve_source
+from relora_train.corpus.staging import PIECE_BYTES, SPLIT_RULE
 from relora_train.tokenizer import DEFAULT_EOS_TOKEN, DocumentTokenizer, load_tokenizer
 
 DATASET_FORMAT = 1

@@ -22,7 +22,7 @@ import urllib.request
 from dataclasses import dataclass
 from typing import IO
 
-from relora_train.errors import ReLoRAError
+from relora_train.errors import ConfigError, ReLoRAError
 
 _APP = "prefect.server.api.server:create_app"
 _HOST = "127.0.0.1"
@@ -83,7 +83,7 @@ def start_local_server() -> LocalServer:
     port = _free_port()
     output = tempfile.TemporaryFile()  # noqa: SIM115 (lives as long as the server)
     process = subprocess.Popen(  # noqa: S603 (our own module and interpreter)
-        [sys.executable, "-P", "-m", "relora_train.local_server", str(port), str(os.getpid())],
+        [sys.executable, "-P", "-m", "relora_train.console.local_server", str(port), str(os.getpid())],
         env={**os.environ, **_AS_PREFECT_STARTS_IT},
         stdin=subprocess.DEVNULL,
         stdout=output,
@@ -93,6 +93,21 @@ def start_local_server() -> LocalServer:
     server = LocalServer(f"http://{_HOST}:{port}/api", process, output)
     atexit.register(server.stop)
     return server
+
+
+def check_server(api_url: str) -> None:
+    """Return when somebody answers there; ConfigError for a server of the user's that does not."""
+    try:
+        with urllib.request.urlopen(f"{api_url}/health", timeout=10):  # noqa: S310 (the user's own setting)
+            return
+    except urllib.error.HTTPError:
+        return  # an answer; what it thinks of us, Prefect will say
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "reason", error)
+        raise ConfigError(
+            f"No Prefect server answers at {api_url}, which PREFECT_API_URL names: {reason}. Start it, correct the "
+            "variable, or unset it: then a server of the run's own is used."
+        ) from None
 
 
 def _free_port() -> int:
@@ -106,7 +121,7 @@ def _answers(url: str) -> bool:
     try:
         with opener.open(url, timeout=5) as response:
             return bool(response.status == 200)
-    except (urllib.error.URLError, OSError):
+    except OSError:
         return False
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from relora_train.run_data import RunData, StageRow
+from relora_train.reporting.run_data import RunData, StageRow
 
 MISSING = "–"
 

@@ -10,8 +10,8 @@ from typing import Any
 
 from relora_train.checkpoint_layout import check_run_id
 from relora_train.checkpoint_store import CheckpointRef
-from relora_train.collect import collect_run_data, files_in_stores
 from relora_train.report import overview_markdown, summarize, write_report
+from relora_train.reporting.collect import collect_run_data, files_in_stores
 from relora_train.storage.base import ObjectStore
 from relora_train.workspace import checkpoint_cache
 

@@ -18,7 +18,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocato
 from numpy.typing import NDArray
 from PIL import Image  # matplotlib draws PNG with it, so it is there
 
-from relora_train.run_data import StageRow
+from relora_train.reporting.run_data import StageRow
 
 Floats = NDArray[np.float64]
 

@@ -19,7 +19,7 @@ from relora_train.storage.opening import open_store, uri_to_path
 from relora_train.storage.os_errors import disk_error
 from relora_train.workspace import cache_root
 
-_log = logging.getLogger("relora_train.sources")
+_log = logging.getLogger("relora_train.corpus.sources")
 
 # What a directory or prefix contributes; a file that is named itself, or by a glob, may be called anything.
 _ENDINGS = {

@@ -25,11 +25,11 @@ from typing import IO
 import numpy as np
 from numpy.typing import NDArray
 
+from relora_train.corpus.engines import Encoder, Engine, make_encoder
+from relora_train.corpus.staging import Split, StagedRange, delete_range, read_pieces
 from relora_train.durable import replace_durably, write_durably
-from relora_train.engines import Encoder, Engine, make_encoder
 from relora_train.errors import DataError
 from relora_train.manifest import FileEntry
-from relora_train.staging import Split, StagedRange, delete_range, read_pieces
 from relora_train.tokenizer import DocumentTokenizer
 
 # An encoding of `tokenizers` takes half a kilobyte a token: 150 MB if every byte of a batch becomes one.

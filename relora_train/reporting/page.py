@@ -8,11 +8,12 @@ import re
 from collections.abc import Mapping, Sequence
 
 from relora_train.analysis import PAPER_THRESHOLD
-from relora_train.plot_style import MAX_POINTS
-from relora_train.plots import loss_ceiling
-from relora_train.report_html import Cell, Html, details, escape, figure, note, table
-from relora_train.report_style import STYLE
-from relora_train.report_text import (
+from relora_train.reporting.html import Cell, Html, details, escape, figure, note, table
+from relora_train.reporting.plot_style import MAX_POINTS
+from relora_train.reporting.plots import loss_ceiling
+from relora_train.reporting.run_data import RunData, Sample, Scores, StageRow
+from relora_train.reporting.style import STYLE
+from relora_train.reporting.text import (
     change,
     count,
     decimal,
@@ -24,7 +25,6 @@ from relora_train.report_text import (
     size,
     stage_steps,
 )
-from relora_train.run_data import RunData, Sample, Scores, StageRow
 
 Pictures = Mapping[str, tuple[bytes, bytes]]
 """PNG bytes by name, for a light and for a dark page."""

@@ -21,7 +21,16 @@ from relora_train.bundle import fetch_bundle
 from relora_train.checkpoint_store import CheckpointRef
 from relora_train.errors import CheckpointCorruptError, CheckpointIncompleteError, CheckpointNotFoundError
 from relora_train.manifest import CheckpointManifest
-from relora_train.run_data import TRAIN_FIELDS, Evaluation, MergeRow, RunData, Sample, Scores, StageRow, TrainCurve
+from relora_train.reporting.run_data import (
+    TRAIN_FIELDS,
+    Evaluation,
+    MergeRow,
+    RunData,
+    Sample,
+    Scores,
+    StageRow,
+    TrainCurve,
+)
 from relora_train.storage.opening import open_store
 
 _WEIGHTS = re.compile(r"model(-[^/]+)?\.safetensors(\.index\.json)?")

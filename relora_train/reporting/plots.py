@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
 from relora_train.analysis import PAPER_THRESHOLD, LayerSpectrum
-from relora_train.plot_style import (
+from relora_train.reporting.plot_style import (
     LIGHT,
     MAX_STAGE_LABELS,
     Floats,
@@ -31,7 +31,7 @@ from relora_train.plot_style import (
     smoothed_curve,
     to_png,
 )
-from relora_train.run_data import RunData, StageRow
+from relora_train.reporting.run_data import RunData, StageRow
 
 OVERVIEW_BYTES = 60_000
 MAX_PANELS = 8

@@ -20,14 +20,17 @@ from pathlib import Path
 from typing import IO, Any
 
 from relora_train.config import DataConfig
+from relora_train.corpus.hf_sources import hub_rows, parquet_rows, resolve_hub_revision
+from relora_train.corpus.source_files import SourceFile, find_files
 from relora_train.errors import SourceUnreadableError
-from relora_train.hf_sources import hub_rows, parquet_rows, resolve_hub_revision
-from relora_train.source_files import SourceFile, find_files
 
 Advance = Callable[[int], None]
 """Told how many bytes of the source were read since the last call."""
 
-_NOT_TRAINING_TEXT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
+_GENERATED_TABLES = {"encodings", "pydoc_data"}  # an eighth of the library, and not how people write Python
+_NOT_TRAINING_TEXT = _GENERATED_TABLES | {
+    "site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

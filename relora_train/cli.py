@@ -1,0 +1,304 @@
+"""The `relora` command. Its start is light: torch, Prefect and boto3 are imported by the commands that need them."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from rich.text import Text
+
+from relora_train.console.output import complain, console_for_people, describe_fault, tell
+from relora_train.errors import ReLoRAError, TrainerInterruptedError
+
+_EXIT_CODES = """
+[bold]Exit codes[/bold]
+
+0 done · 1 an unexpected fault · 2 a command line, profile or setting
+
+3 a corpus or tokenizer · 4 a model · 5 a store · 6 a checkpoint · 7 training
+
+130 stopped by Ctrl-C · 143 stopped by SIGTERM
+
+With --json standard output is JSON alone; progress and messages go to standard error.
+"""
+
+app = typer.Typer(
+    name="relora",
+    help="Train language models with ReLoRA: a warm start at full rank, then low-rank cycles, each merged into the "
+    "weights. Every stage ends in a checkpoint that is complete or absent; the same command goes on from there.",
+    epilog=_EXIT_CODES,
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+)
+
+Sets = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="A setting over the profile, e.g. relora.rank=16. Repeatable."),
+]
+Store = Annotated[
+    str | None,
+    typer.Option(
+        metavar="URI",
+        help="A directory, file:// or s3://bucket/prefix. Without it $RELORA_STORE, else ./relora-store.",
+        show_default=False,
+    ),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
+ProfileName = Annotated[str, typer.Argument(help="Name of a shipped profile, or path of a TOML file.")]
+CheckpointName = Annotated[
+    str,
+    typer.Argument(
+        help="RUN, RUN@latest, RUN@warm-start, RUN@cycle-2, RUN@step-400, or a checkpoint's URI or directory."
+    ),
+]
+RunName = Annotated[str, typer.Argument(help="Run id, as `relora runs` shows it.")]
+
+
+@app.callback(invoke_without_command=True)
+def relora(
+    version: Annotated[bool, typer.Option("--version", help="Show the version and exit.", is_eager=True)] = False,
+) -> None:
+    if version:
+        from importlib.metadata import version as version_of
+
+        typer.echo(f"relora-train {version_of('relora-train')}")
+        raise typer.Exit
+
+
+@app.command()
+def run(
+    profile: ProfileName,
+    sets: Sets = None,
+    run_id: Annotated[
+        str | None,
+        typer.Option(help="Name of the run; the same name continues it. Derived from the settings when absent."),
+    ] = None,
+    store: Store = None,
+    resume_from: Annotated[
+        str | None,
+        typer.Option(metavar="CHECKPOINT", help="Start from this checkpoint of any run; other settings make a branch."),
+    ] = None,
+    as_json: AsJson = False,
+    verbose: Annotated[bool, typer.Option("--verbose", help="Show Prefect's log in place of the progress.")] = False,
+) -> None:
+    """Train a profile from wherever its run stands: tokenize, warm start, cycles, evaluation, report."""
+    from relora_train.console.run import run_profile
+
+    started = time.monotonic()
+    console = console_for_people(to_stderr=as_json)
+    summary = run_profile(
+        profile,
+        sets or (),
+        run_id=run_id,
+        store_uri=store,
+        resume_from=resume_from,
+        console=console,
+        verbose=verbose,
+    )
+    if as_json:
+        typer.echo(summary.model_dump_json(indent=1))
+        return
+    from relora_train.console.summary import print_summary
+
+    print_summary(console, summary, seconds=time.monotonic() - started)
+
+
+@app.command()
+def plan(profile: ProfileName, sets: Sets = None, as_json: AsJson = False) -> None:
+    """Show what a profile comes to before anything starts: stages, tokens, parameters, memory, FLOPs."""
+    from relora_train.console.tables import plan_view
+    from relora_train.console.tables import show as show_view
+    from relora_train.plan import plan as plan_profile
+    from relora_train.profiles import load_profile
+
+    planned = plan_profile(load_profile(profile, sets or ()))
+    if as_json:
+        typer.echo(planned.model_dump_json(indent=1))
+    else:
+        show_view(console_for_people(), plan_view(planned))
+
+
+@app.command()
+def profiles(as_json: AsJson = False) -> None:
+    """List the shipped profiles."""
+    from relora_train.console.tables import add_row, table
+    from relora_train.profiles import list_profiles
+
+    described = [{"name": path.stem, "about": _first_comment(path), "path": str(path)} for path in list_profiles()]
+    if as_json:
+        _echo_json(described)
+        return
+    made = table("profile", "about", left=("about",))
+    for item in described:
+        add_row(made, item["name"], item["about"])
+    console_for_people().print(made, highlight=False)
+
+
+@app.command()
+def runs(store: Store = None, as_json: AsJson = False) -> None:
+    """List the runs of a store."""
+    from relora_train.checkpoint_store import list_runs
+    from relora_train.console.tables import runs_view
+    from relora_train.console.tables import show as show_view
+
+    opened = _open(store)
+    found = list_runs(opened)
+    if as_json:
+        _echo_json([{**vars(info), "modified_at": info.modified_at.isoformat()} for info in found])
+    elif found:
+        show_view(console_for_people(), [Text(f"In {opened.uri}"), *runs_view(found)])
+    else:
+        typer.echo(f"No run has a checkpoint in {opened.uri} yet.")
+
+
+@app.command()
+def checkpoints(run: RunName, store: Store = None, as_json: AsJson = False) -> None:
+    """List the committed checkpoints of a run."""
+    from relora_train.checkpoint_resolve import resolve_checkpoint
+    from relora_train.checkpoint_store import CheckpointStore, line_to
+    from relora_train.console.tables import checkpoints_view
+    from relora_train.console.tables import show as show_view
+    from relora_train.errors import CheckpointAmbiguousError
+
+    held = CheckpointStore(_open(store), run)
+    refs = held.list()
+    if not refs:
+        resolve_checkpoint(f"{run}@latest", held.store)  # raises what is to be said of a run without checkpoints
+    try:
+        latest = held.latest()
+    except CheckpointAmbiguousError:
+        latest = None
+    line = line_to(latest, refs) if latest else ()
+    if as_json:
+        _echo_json([{**_checkpoint_json(ref), "on_line": ref in line} for ref in refs])
+    else:
+        show_view(console_for_people(), checkpoints_view(refs, line))
+
+
+@app.command()
+def show(
+    checkpoint: CheckpointName,
+    verify: Annotated[bool, typer.Option("--verify", help="Read every byte and check it first.")] = False,
+    store: Store = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show all that is known of a checkpoint: scores, lineage, files, merge."""
+    from relora_train.bundle import verify_bundle
+    from relora_train.console.tables import checkpoint_view
+    from relora_train.console.tables import show as show_view
+    from relora_train.run import line_of
+
+    ref = _resolve(checkpoint, store)
+    if verify:
+        verify_bundle(_open(ref.store_uri), ref.prefix, ref.manifest)
+    line = line_of(ref)
+    if as_json:
+        lineage = [{"stage": one.manifest.stage, "step": one.step, "uri": one.uri} for one in line]
+        _echo_json({**_checkpoint_json(ref), "lineage": lineage, "verified": verify})
+        return
+    verified = [Text("Every file is as its manifest says.")] if verify else []
+    show_view(console_for_people(), [*checkpoint_view(ref, line), *verified])
+
+
+@app.command()
+def evaluate(checkpoint: CheckpointName, store: Store = None, as_json: AsJson = False) -> None:
+    """Score a checkpoint on its dataset's validation split and sample from it; recorded scores are reused."""
+    from relora_train.console.run import evaluate_checkpoint
+    from relora_train.console.tables import evaluation_view
+    from relora_train.console.tables import show as show_view
+
+    console = console_for_people(to_stderr=as_json)
+    outcome = evaluate_checkpoint(_resolve(checkpoint, store), console)
+    if as_json:
+        _echo_json({**outcome.record, "reused": outcome.reused})
+    else:
+        show_view(console, evaluation_view(outcome.record, reused=outcome.reused))
+
+
+@app.command()
+def export(
+    checkpoint: CheckpointName,
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Where the model goes: new or empty.")],
+    force: Annotated[bool, typer.Option("--force", help="Replace the model in a directory that is not empty.")] = False,
+    store: Store = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write the merged model of a checkpoint for transformers, every byte verified."""
+    from relora_train.console.export import export_model
+    from relora_train.console.tables import size_text
+
+    written = export_model(_resolve(checkpoint, store), directory, force=force)
+    if as_json:
+        names = [entry.path for entry in written.files]
+        _echo_json({"directory": str(written.directory), "checkpoint_uri": written.checkpoint_uri, "files": names})
+        return
+    typer.echo(f"{len(written.files)} files, {size_text(written.size_bytes)}, in {written.directory}")
+    typer.echo(f'Load it with AutoModelForCausalLM.from_pretrained("{written.directory}").')
+
+
+@app.command()
+def report(run: RunName, store: Store = None, as_json: AsJson = False) -> None:
+    """Write the report of a run again from its checkpoints and recorded evaluations."""
+    from relora_train.console.run import write_report
+    from relora_train.console.summary import place
+
+    console = console_for_people(to_stderr=as_json)
+    written = write_report(_resolve(run, store), console)
+    if as_json:
+        _echo_json({"report_uri": written.html_uri, "picture_uris": written.picture_uris, "summary": written.summary})
+    else:
+        typer.echo(f"Report: {place(written.html_uri)}")
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """The console entry point. Ends with a documented exit code; an error of ours is one message and no traceback."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        typer.main.get_command(app)(given, prog_name="relora")
+    except TrainerInterruptedError as error:
+        tell(str(error))
+        sys.exit(error.exit_code)
+    except ReLoRAError as error:
+        complain(str(error))
+        sys.exit(error.exit_code)
+    except Exception as error:
+        complain(describe_fault(error, verbose="--verbose" in given))
+        sys.exit(1)
+    sys.exit(0)
+
+
+def _open(uri: str | None) -> Any:
+    from relora_train.run import default_store_uri
+    from relora_train.storage.opening import open_store
+
+    return open_store(uri or default_store_uri())
+
+
+def _resolve(name: str, store: str | None) -> Any:
+    from relora_train.checkpoint_resolve import resolve_checkpoint
+
+    return resolve_checkpoint(name, _open(store))
+
+
+def _checkpoint_json(ref: Any) -> dict[str, Any]:
+    return {"uri": ref.uri, **ref.manifest.model_dump(mode="json")}
+
+
+def _echo_json(value: Any) -> None:
+    typer.echo(json.dumps(value, indent=1, ensure_ascii=False))
+
+
+def _first_comment(path: Path) -> str:
+    first = path.read_text(encoding="utf-8").partition("\n")[0]
+    return first.removeprefix("#").strip() if first.startswith("#") else ""
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,93 @@
+"""A checkpoint's model as a plain directory for transformers and everything that reads its format. Imports no torch."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from relora_train.bundle import fetch_bundle
+from relora_train.checkpoint_store import CheckpointRef
+from relora_train.errors import CheckpointCorruptError, CheckpointIncompleteError, ConfigError
+from relora_train.manifest import FileEntry, hash_file
+from relora_train.storage.opening import open_store
+from relora_train.storage.os_errors import disk_error
+
+_WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json")
+_MODEL = re.compile(
+    rf"{_WEIGHTS.pattern}|(generation_)?config\.json|tokenizer.*|special_tokens_map\.json|chat_template.*"
+)
+
+
+@dataclass(frozen=True)
+class ExportedModel:
+    """What was written."""
+
+    directory: Path
+    checkpoint_uri: str
+    files: tuple[FileEntry, ...]
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(entry.size_bytes for entry in self.files)
+
+
+def export_model(checkpoint: CheckpointRef, directory: Path, *, force: bool = False) -> ExportedModel:
+    """Write the merged model and its tokenizer, every byte verified, so that `from_pretrained(directory)` works.
+
+    The directory appears complete or not at all. One that holds something already is refused, unless `force`: then
+    its model is replaced and other files stay.
+    """
+    entries = tuple(entry for entry in checkpoint.manifest.files if _MODEL.fullmatch(entry.path))
+    if not any(_WEIGHTS.fullmatch(entry.path) for entry in entries):
+        raise CheckpointIncompleteError(f"{checkpoint.uri} holds no model.safetensors. Use another checkpoint.")
+    directory = directory.expanduser().absolute()
+    _refuse_what_is_there(directory, force=force)
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{directory.name}-", dir=directory.parent) as scratch:
+            _collect(checkpoint, entries, Path(scratch))
+            _move(entries, Path(scratch) / "model", directory)
+    except OSError as error:
+        raise disk_error(error, f"write the model to {directory}") from error
+    return ExportedModel(directory, checkpoint.uri, entries)
+
+
+def _refuse_what_is_there(directory: Path, *, force: bool) -> None:
+    if directory.exists() and not directory.is_dir():
+        raise ConfigError(f"{directory} is a file. Give a directory that is new or empty.")
+    if directory.is_dir() and any(directory.iterdir()) and not force:
+        raise ConfigError(
+            f"{directory} is not empty, and nothing in it was changed. Give a directory that is new or empty, or "
+            "--force to replace the model in it."
+        )
+
+
+def _collect(checkpoint: CheckpointRef, entries: tuple[FileEntry, ...], scratch: Path) -> None:
+    """Put verified copies into scratch/model."""
+    part = checkpoint.manifest.model_copy(update={"files": entries})
+    fetched = fetch_bundle(open_store(checkpoint.store_uri), checkpoint.prefix, part, scratch / "fetched")
+    (scratch / "model").mkdir()
+    for entry in entries:
+        copy = scratch / "model" / entry.path
+        if fetched.is_relative_to(scratch):
+            (fetched / entry.path).rename(copy)
+            continue
+        shutil.copyfile(fetched / entry.path, copy)  # the store's own file
+        if hash_file(copy) != entry.sha256:
+            raise CheckpointCorruptError(f"{entry.path} changed while it was copied to {copy}. Export once more.")
+
+
+def _move(entries: tuple[FileEntry, ...], source: Path, directory: Path) -> None:
+    if not directory.exists() or not any(directory.iterdir()):
+        directory.unlink() if directory.is_symlink() else None
+        source.chmod(0o755)
+        source.replace(directory)
+        return
+    for old in directory.iterdir():
+        if _WEIGHTS.fullmatch(old.name):
+            old.unlink()  # a shard of another model, left beside the new ones, would be loaded with them
+    for entry in entries:
+        (source / entry.path).replace(directory / entry.path)

@@ -1,0 +1,132 @@
+"""The commands that take longer: run a profile, score a checkpoint, write a report. Imports no torch and no Prefect."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from relora_train import profiles
+from relora_train.checkpoint_layout import check_run_id
+from relora_train.checkpoint_resolve import resolve_checkpoint
+from relora_train.checkpoint_store import CheckpointRef
+from relora_train.config import profile_from_file
+from relora_train.console.local_flow import TerminatedError, run_flow
+from relora_train.console.output import tell
+from relora_train.console.progress import RunProgress, shown_progress
+from relora_train.errors import TrainerInterruptedError
+from relora_train.evaluation_records import EvaluationOutcome, dataset_of, evaluate_or_reuse
+from relora_train.reporting.collect import files_in_stores
+from relora_train.run import default_store_uri, line_of
+from relora_train.stages import plan_stages, stages_after
+from relora_train.storage.base import ObjectStore
+from relora_train.storage.opening import open_store
+from relora_train.summary import RunSummary
+from relora_train.workspace import checkpoint_cache
+
+if TYPE_CHECKING:
+    from relora_train.reporting.store import StoredReport
+
+_STARTING = "starting Prefect, which takes ten to twenty seconds"
+_CONTINUE = "Every committed stage is kept; the same command goes on from there."
+
+
+def run_profile(
+    name: str,
+    sets: Sequence[str],
+    *,
+    run_id: str | None,
+    store_uri: str | None,
+    resume_from: str | None,
+    console: Console,
+    verbose: bool,
+) -> RunSummary:
+    """Run the flow `pretrain` and return its summary; what can be refused is refused before anything starts.
+
+    Raises the library's own errors, TrainerInterruptedError after Ctrl-C; exits with 143 after SIGTERM.
+    """
+    settings = profiles.load_profile(name, sets)
+    if run_id is not None:
+        check_run_id(run_id)
+    store = open_store(store_uri or default_store_uri())
+    store.preflight()
+    if resume_from is not None:
+        stages_after(settings, resolve_checkpoint(resume_from, store).step)
+    parameters = {
+        "profile": name,
+        "overrides": dict(profiles.parse_override(text) for text in sets),
+        "run_id": run_id,
+        "store": store.uri,
+        "resume_from": resume_from,
+    }
+    stages = [stage.name for stage in plan_stages(settings)]
+    try:
+        with _display(console, stages, verbose=verbose) as on_notice:
+            summary: RunSummary = run_flow("pretrain", parameters, on_notice=on_notice, verbose=verbose)
+    except KeyboardInterrupt:
+        raise TrainerInterruptedError(f"Stopped by Ctrl-C. {_CONTINUE}") from None
+    except TerminatedError as error:
+        tell(f"Stopped by {error}. {_CONTINUE}")
+        raise SystemExit(error.exit_code) from None
+    return summary
+
+
+def evaluate_checkpoint(checkpoint: CheckpointRef, console: Console) -> EvaluationOutcome:
+    """Score a checkpoint with its own profile on its own dataset; the record goes beside its run."""
+    profile = profile_from_file(_files(checkpoint)(checkpoint, ["profile.json"]) / "profile.json")
+    store, dataset = open_store(checkpoint.store_uri), dataset_of(checkpoint)
+    with console.status(f"evaluating {checkpoint.manifest.run_id}@{checkpoint.manifest.stage} …"):
+        return evaluate_or_reuse(profile, checkpoint, dataset, store, on_event=lambda event: None)
+
+
+def write_report(checkpoint: CheckpointRef, console: Console) -> StoredReport:
+    """Write the report of the line that ends at a checkpoint, with the evaluations recorded beside its run."""
+    with console.status("reading checkpoints and drawing …"):
+        from relora_train.reporting.store import report_run  # matplotlib
+
+        store, line = open_store(checkpoint.store_uri), line_of(checkpoint)
+        return report_run(line, recorded_evaluations(store, line), store, checkpoint.manifest.run_id)
+
+
+def recorded_evaluations(store: ObjectStore, line: Sequence[CheckpointRef]) -> list[dict[str, Any]]:
+    """The newest record of every checkpoint of a line that the store holds one for, in the line's order."""
+    newest: dict[str, dict[str, Any]] = {}
+    for run_id in dict.fromkeys(ref.manifest.run_id for ref in line):
+        for info in sorted(store.list(f"runs/{run_id}/evaluations/"), key=lambda info: info.modified_at):
+            record = json.loads(store.get_bytes(info.key)[0])
+            newest[record["checkpoint_uri"]] = record
+    return [newest[ref.uri] for ref in line if ref.uri in newest]
+
+
+def _files(checkpoint: CheckpointRef) -> Any:
+    return files_in_stores(checkpoint_cache(checkpoint.manifest.run_id))
+
+
+@contextmanager
+def _display(console: Console, stages: Sequence[str], *, verbose: bool) -> Iterator[Callable[[str], None] | None]:
+    """Progress, and where notices go; with `verbose` nothing, because Prefect's log tells all."""
+    if verbose:
+        yield None
+        return
+    with shown_progress(console, stages, first=_STARTING) as progress, _interrupt_shown_by(progress):
+        yield progress.notice
+
+
+@contextmanager
+def _interrupt_shown_by(progress: RunProgress) -> Iterator[None]:
+    """Ctrl-C is answered at once, though the trainer first ends its step."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        progress.stopping()
+        raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)

@@ -1,0 +1,86 @@
+"""The end of `relora run`: what was done, what was reused, what the model writes, where everything lies. Light."""
+
+from __future__ import annotations
+
+from pathlib import PurePosixPath
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from relora_train.console.progress_text import arrow, count_text, seconds_text, short_seconds_text
+from relora_train.console.tables import add_row, common_place, number_text, samples_lines, table
+from relora_train.storage.opening import uri_to_path
+from relora_train.summary import RunSummary, StageSummary
+
+
+def print_summary(console: Console, summary: RunSummary, *, seconds: float) -> None:
+    """Print a finished run: one table, 100 columns wide at most, then samples and places."""
+    console.print()
+    prefix = common_place([stage.uri for stage in summary.stages])
+    if summary.stages:
+        console.print(Text(f"Checkpoints in {place(prefix)}"), soft_wrap=True)
+        console.print(_stages(summary, prefix))
+    else:
+        console.print(Text("The checkpoint this run started from is the profile's last: nothing was left to train."))
+    for record in summary.evaluations:
+        if record.get("samples"):
+            scored = f"perplexity {number_text(record['val_perplexity'])}"
+            console.print(Text(f"\nAfter {record['stage']} ({scored}) the model writes:", style="bold"))
+            for line in samples_lines(record):
+                console.print(line)
+    console.print()
+    for text in closing_lines(summary, seconds=seconds):
+        console.print(Text(text), soft_wrap=True)
+
+
+def closing_lines(summary: RunSummary, *, seconds: float) -> list[str]:
+    """Where things are, what was reused, how long it took."""
+    lines = [f"Report: {place(summary.report_uri)}"]
+    pictures = [PurePosixPath(uri) for uri in summary.picture_uris]
+    if pictures:
+        lines.append(f"Plots:  {', '.join(picture.stem for picture in pictures)} ({pictures[0].suffix[1:]})")
+    reused = reused_text(summary)
+    if reused:
+        lines.append(f"Reused: {reused}")
+    return [*lines, f"Run {summary.run_id} finished in {seconds_text(seconds)}."]
+
+
+def reused_text(summary: RunSummary) -> str:
+    """'dataset, 5 stages, 2 evaluations'; '' for nothing."""
+    stages = sum(stage.reused for stage in summary.stages)
+    parts = ["dataset"] if summary.dataset_reused else []
+    parts += [_counted(stages, "stage")] if stages else []
+    parts += [_counted(summary.evaluations_reused, "evaluation")] if summary.evaluations_reused else []
+    return ", ".join(parts)
+
+
+def place(uri: str) -> str:
+    """A path for what lies on this machine, else the URI."""
+    return str(uri_to_path(uri)) if uri.startswith("file://") else uri
+
+
+def _stages(summary: RunSummary, prefix: str) -> Table:
+    columns = ("stage", "steps", "tokens", "perplexity", "bits/byte", "time", "checkpoint")
+    made = table(*columns, left=("checkpoint",))
+    for stage in summary.stages:
+        add_row(made, *_row(stage, prefix))
+    return made
+
+
+def _row(stage: StageSummary, prefix: str) -> tuple[str, ...]:
+    before, after = stage.bits_per_byte_before, stage.bits_per_byte
+    bits = number_text(after) if before is None else f"{number_text(before)} → {number_text(after)}"
+    return (
+        stage.stage,
+        f"{stage.start_step + 1}–{stage.end_step}",
+        count_text(stage.tokens),
+        arrow(stage.val_perplexity_before, stage.val_perplexity),
+        bits,
+        "reused" if stage.reused else short_seconds_text(stage.seconds),
+        stage.uri.removeprefix(prefix),
+    )
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

@@ -1,0 +1,469 @@
+"""The `relora` command: its messages and exit codes, what it shows, and the processes it must not leave behind."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from rich.console import Console
+from synthetic_run import commit_run, evaluation_of, synthetic_profile
+
+from relora_train.checkpoint_store import CheckpointRef
+from relora_train.cli import app, main
+from relora_train.console.output import describe_fault
+from relora_train.console.progress import PLAIN_SECONDS, LiveDisplay, PlainDisplay, RunProgress
+from relora_train.console.summary import print_summary, reused_text
+from relora_train.storage.opening import open_store
+from relora_train.summary import RunSummary, StageSummary
+
+
+@dataclass
+class Outcome:
+    code: int
+    out: str
+    err: str
+
+
+Relora = Callable[..., Outcome]
+
+
+@pytest.fixture
+def relora(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Relora:
+    """Run the command in this process, in a directory, store and cache of its own."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("RELORA_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("RELORA_STORE", str(tmp_path / "store"))
+
+    def call(*arguments: str) -> Outcome:
+        with pytest.raises(SystemExit) as ended:
+            main(arguments)
+        captured = capsys.readouterr()
+        return Outcome(ended.value.code if isinstance(ended.value.code, int) else 0, captured.out, captured.err)
+
+    return call
+
+
+@pytest.fixture
+def line(tmp_path: Path) -> list[CheckpointRef]:
+    """The checkpoints of a run 'tale' in the default store: a warm start and three cycles."""
+    return commit_run(open_store(tmp_path / "store"), "tale", synthetic_profile(), tmp_path / "scratch")
+
+
+def add_sibling(line: list[CheckpointRef], tmp_path: Path) -> CheckpointRef:
+    """A second cycle-2 beside the first, as a diverged cycle tried again with another setting makes one."""
+    from relora_train.config import ReLoRAConfig
+    from relora_train.stages import plan_stages
+
+    changed = synthetic_profile(relora=ReLoRAConfig(rank=8))
+    stage = plan_stages(changed)[2]
+    store = open_store(tmp_path / "store")
+    return commit_run(store, "tale", changed, tmp_path / "other", parent=line[1], stages=[stage])[0]
+
+
+BAD_INPUT = [
+    pytest.param(["plan", "nope"], 2, "no profile 'nope'", id="unknown profile"),
+    pytest.param(["plan", "[bold]nope[/bold]"], 2, "[bold]nope[/bold]", id="brackets are no markup"),
+    pytest.param(["plan", "smoke", "--set", "relora.rnk=3"], 2, "did you mean 'rank'", id="unknown key"),
+    pytest.param(["plan", "smoke", "--set", "relora.rank=0"], 2, "relora.rank", id="out of range"),
+    pytest.param(["plan", "smoke", "--set", "relora.rank"], 2, "has no '='", id="set without a value"),
+    pytest.param(["run", "smoke", "--run-id", "a/b"], 2, "not a valid run id", id="invalid run id"),
+    pytest.param(["run", "smoke", "--store", "ftp://x"], 5, "unknown scheme 'ftp'", id="unknown store scheme"),
+    pytest.param(["run", "smoke", "--resume-from", "gone@cycle-1"], 6, "no run 'gone'", id="resume from nothing"),
+    pytest.param(["run", "smoke", "--resume-from", "tale@cycle-1"], 2, "step 80", id="resume inside a stage"),
+    pytest.param(["runs", "--store", "s3://"], 5, "names no bucket", id="no bucket"),
+    pytest.param(["checkpoints", "gone"], 6, "Runs there: tale", id="run not found"),
+    pytest.param(["show", "tale@cycle-9"], 6, "It has:", id="checkpoint not found"),
+    pytest.param(["show", "not a name"], 2, "names no checkpoint", id="no name of a checkpoint"),
+    pytest.param(["show", "/nowhere/at/all"], 6, "is no directory", id="directory not found"),
+    pytest.param(["evaluate", "tale"], 5, "is not at", id="dataset gone"),
+    pytest.param(["export", "tale", "full"], 2, "is not empty", id="export into a directory in use"),
+    pytest.param(["export", "tale", "full/file"], 2, "is a file", id="export onto a file"),
+    pytest.param(["report", "gone"], 6, "no run 'gone'", id="report of nothing"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "code", "words"), BAD_INPUT)
+def test_bad_input_is_one_message_and_a_documented_exit_code(
+    relora: Relora, line: list[CheckpointRef], tmp_path: Path, arguments: list[str], code: int, words: str
+) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    before = sorted(tmp_path.rglob("*"))
+    outcome = relora(*arguments)
+    assert (outcome.code, outcome.out) == (code, "")
+    assert outcome.err.startswith("Error: ") and words in outcome.err
+    assert outcome.err.count("Error") == 1 and "Traceback" not in outcome.err
+    assert sorted(tmp_path.rglob("*")) == before, "it lost or left something"
+
+
+def test_an_ambiguous_checkpoint_is_refused_by_name_and_found_by_uri(
+    relora: Relora, line: list[CheckpointRef], tmp_path: Path
+) -> None:
+    sibling = add_sibling(line, tmp_path)
+    refused = relora("show", "tale@cycle-2")
+    assert refused.code == 6 and sibling.uri in refused.err and line[2].uri in refused.err
+    assert relora("show", sibling.uri).code == 0
+    listed = relora("checkpoints", "tale", "--json")
+    assert [item["on_line"] for item in json.loads(listed.out)] == [False] * 5
+
+
+def test_an_incomplete_and_a_corrupt_checkpoint_are_refused(
+    relora: Relora, line: list[CheckpointRef], tmp_path: Path
+) -> None:
+    directory = tmp_path / "store" / line[-1].prefix
+    weights = directory / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
+    for arguments in (("show", line[-1].uri, "--verify"), ("export", "tale", "model")):
+        outcome = relora(*arguments)
+        assert outcome.code == 6 and "model.safetensors is damaged" in outcome.err
+    assert not (tmp_path / "model").exists()
+    (directory / "manifest.json").unlink()
+    outcome = relora("show", line[-1].uri)
+    assert outcome.code == 6 and "no manifest.json" in outcome.err
+
+
+def test_a_command_line_it_does_not_understand_exits_with_2(relora: Relora) -> None:
+    for arguments in (["run"], ["run", "smoke", "--bogus"], ["bogus"]):
+        outcome = relora(*arguments)
+        assert (outcome.code, outcome.out) == (2, "") and "Usage: relora" in outcome.err
+
+
+def test_an_unexpected_fault_is_one_line_that_says_where_its_traceback_is(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("RELORA_CACHE", str(tmp_path))
+    try:
+        raise KeyError("lost\nand more")
+    except KeyError as error:
+        shown, verbose = describe_fault(error, verbose=False), describe_fault(error, verbose=True)
+    [path] = tmp_path.rglob("*.txt")
+    assert "\n" not in shown and str(path) in shown and "KeyError" in shown
+    assert "Traceback (most recent call last)" in path.read_text() and path.read_text() in verbose
+
+
+def test_every_command_has_one_line_of_help_and_the_exit_codes_are_documented(relora: Relora) -> None:
+    shown = relora("--help")
+    assert shown.code == 0
+    for code in (
+        "0 done",
+        "1 an unexpected",
+        "2 a command line",
+        "3 a corpus",
+        "5 a store",
+        "6 a checkpoint",
+        "130",
+        "143",
+    ):
+        assert code in shown.out
+    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    expected = {"run", "plan", "runs", "checkpoints", "show", "evaluate", "export", "report", "profiles"}
+    assert set(commands) == expected
+    for name, command in commands.items():
+        assert command.help and "\n" not in command.help.strip() and command.help.endswith("."), name
+        assert relora(name, "--help").code == 0
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["plan", "smoke"], ["profiles"], ["runs"], ["--version"]])
+def test_light_commands_import_no_torch_prefect_or_boto3(arguments: list[str], tmp_path: Path) -> None:
+    script = (
+        "import sys\nfrom relora_train.cli import main\n"
+        "try:\n    main(sys.argv[1:])\nexcept SystemExit as end:\n    assert not end.code, end.code\n"
+        "heavy = {'torch', 'prefect', 'boto3', 'transformers', 'datasets', 'matplotlib'} & sys.modules.keys()\n"
+        "assert not heavy, heavy\n"
+    )
+    environment = {**os.environ, "RELORA_STORE": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", script, *arguments], check=True, env=environment, capture_output=True)
+
+
+def test_json_is_all_of_standard_output(relora: Relora, line: list[CheckpointRef], tmp_path: Path) -> None:
+    read = {
+        name: json.loads(relora(*arguments, "--json").out)
+        for name, arguments in {
+            "plan": ["plan", "smoke"],
+            "profiles": ["profiles"],
+            "runs": ["runs"],
+            "checkpoints": ["checkpoints", "tale"],
+            "show": ["show", "tale@cycle-1", "--verify"],
+            "export": ["export", "tale", "model"],
+            "report": ["report", "tale"],
+        }.items()
+    }
+    assert read["plan"]["total_steps"] == 60
+    assert "quickstart" in {item["name"] for item in read["profiles"]}
+    assert [(run["run_id"], run["latest_step"]) for run in read["runs"]] == [("tale", 160)]
+    assert [item["stage"] for item in read["checkpoints"]] == ["warm-start", "cycle-1", "cycle-2", "cycle-3"]
+    assert [item["uri"] for item in read["show"]["lineage"]] == [line[0].uri, line[1].uri] and read["show"]["verified"]
+    assert read["export"]["checkpoint_uri"] == line[-1].uri
+    assert read["report"]["report_uri"] == f"{line[0].store_uri}/runs/tale/report/report.html"
+
+
+def test_tables_show_what_was_asked_for(relora: Relora, line: list[CheckpointRef]) -> None:
+    shown = relora("show", "tale@cycle-2").out
+    assert line[1].uri.rpartition("/")[2] in shown and "model.safetensors" in shown and "effective rank" in shown
+    listed = relora("checkpoints", "tale").out
+    assert listed.count("●") == len(line) + 1 and all(ref.uri.rpartition("/")[2] in listed for ref in line)
+    assert "tale" in relora("runs").out
+    assert "No run" in relora("runs", "--store", "elsewhere").out
+
+
+def test_a_report_takes_the_newest_recorded_evaluation_of_each_checkpoint(
+    relora: Relora, line: list[CheckpointRef]
+) -> None:
+    store = open_store(line[0].store_uri)
+    for name, ref, perplexity in (("a", line[0], 50.0), ("b", line[0], 40.0), ("c", line[-1], 30.0)):
+        record = {**evaluation_of(ref, {"Once": " upon"}), "val_perplexity": perplexity}
+        store.put_bytes(f"runs/tale/evaluations/{name}.json", json.dumps(record).encode())
+        time.sleep(0.02)  # the store's clock orders them
+    summary = json.loads(relora("report", "tale", "--json").out)["summary"]
+    assert [item["scores"]["val_perplexity"] for item in summary["evaluations"]] == [40.0, 30.0]
+
+
+def test_an_export_is_the_checkpoints_own_model_and_force_replaces_an_older_one(
+    relora: Relora, line: list[CheckpointRef], tmp_path: Path
+) -> None:
+    assert relora("export", "tale@cycle-1", "model").code == 0
+    source = (tmp_path / "store" / line[1].prefix / "model.safetensors").read_bytes()
+    assert (tmp_path / "model" / "model.safetensors").read_bytes() == source
+    assert not (tmp_path / "model" / "optimizer.safetensors").exists()
+    (tmp_path / "model" / "model-00002-of-00002.safetensors").touch()
+    (tmp_path / "model" / "notes.md").write_text("mine")
+    assert relora("export", "tale@cycle-2", "model", "--force").code == 0
+    names = {path.name for path in (tmp_path / "model").iterdir()}
+    assert names == {"model.safetensors", "notes.md"}
+    assert (tmp_path / "model" / "model.safetensors").read_bytes() != source
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".model")]
+
+
+# What is shown while a run goes.
+
+
+def stage_events(stage: str, start: int, end: int) -> Iterator[tuple[float, dict[str, Any]]]:
+    """Events of a stage with the seconds since it began: two steps a second."""
+    place = {"stage": stage, "start_step": start, "end_step": end}
+    yield 0, {"event": "stage_started", **place, "device": "cpu", "parameters": 9, "trainable_parameters": 5}
+    yield 0, {"event": "evaluation", "stage": stage, "step": start, "when": "before", "val_perplexity": 120.0}
+    for step in range(start + 1, end + 1):
+        numbers = {"loss": 5.0, "learning_rate": 1e-3, "tokens_per_second": 1e4, "eta_seconds": 3.0}
+        yield (step - start) / 2, {"event": "progress", **place, "step": step, **numbers}
+    if stage != "warm-start":
+        report = {"max_relative_output_change": 3.1e-7, "relative_update_norm": 0.0521, "effective_rank": 6.6}
+        yield (
+            end / 2,
+            {"event": "merge", "stage": stage, "step": end, "cycle": 12, **report, "optimizer_state_zeroed": 0.99},
+        )
+    done = {"stage": stage, "step": end, "uri": "file:///x", "seconds": 61.0, "val_perplexity": 98.5}
+    yield end / 2, {"event": "stage_finished", **done}
+
+
+def test_plain_progress_is_lines_at_a_bounded_rate_without_control_codes() -> None:
+    written, now = io.StringIO(), 0.0
+    console = Console(file=written, width=100, force_terminal=False)
+    progress = RunProgress(PlainDisplay(console, clock=lambda: now), ["warm-start", "cycle-12"])
+    for stage, start, end in (("warm-start", 0, 200), ("cycle-12", 200, 400)):
+        begun = now
+        for seconds, event in stage_events(stage, start, end):
+            now = max(now, begun + seconds)
+            progress.show(event)
+    lines = written.getvalue().splitlines()
+    steps = [text for text in lines if "%" in text and "merged" not in text]
+    assert len(steps) == 2 * (100 / PLAIN_SECONDS - 1)  # 100 s a stage; the last step is told by the stage's end
+    assert sum("merged cycle 12" in text for text in lines) == 1
+    assert any("cycle-12: validation perplexity 120.00 → 98.50 in 1 min 01 s" in text for text in lines)
+    assert all(text.isprintable() and len(text) <= 100 for text in lines)
+
+
+def test_the_live_display_keeps_what_is_done_and_removes_its_bar() -> None:
+    written = io.StringIO()
+    console = Console(file=written, width=100, force_terminal=True, force_interactive=True, color_system=None)
+    display = LiveDisplay(console)
+    progress = RunProgress(display, ["warm-start", "cycle-12"])
+    try:
+        for _, event in stage_events("cycle-12", 200, 210):
+            progress.show(event)
+            display.refresh()
+    finally:
+        display.close()
+    assert "205/210" in written.getvalue()
+    assert written.getvalue().rstrip().endswith("\x1b[2K"), "the last line was not erased"
+
+
+def test_a_display_never_stops_a_run() -> None:
+    import logging
+
+    progress = RunProgress(PlainDisplay(Console(file=io.StringIO())), [])
+    for event in ({"event": "progress"}, {"event": "unheard-of"}, {}):
+        record = logging.makeLogRecord({"event": event})
+        progress.handle(record)
+
+
+def summary(*, reused: bool) -> RunSummary:
+    place = "s3://a-bucket-with-a-long-name/and/a/long/prefix"
+    stages = tuple(
+        StageSummary(
+            stage=name,
+            start_step=start,
+            end_step=start + 5000,
+            tokens=768_000_000,
+            val_perplexity_before=1234.56,
+            val_perplexity=123.45,
+            bits_per_byte_before=2.34,
+            bits_per_byte=1.23,
+            seconds=12_345.0,
+            uri=f"{place}/runs/a-run/checkpoints/step-{start + 5000:08d}-0123456789ab",
+            reused=reused,
+        )
+        for name, start in (("warm-start", 0), ("cycle-1", 5000), ("cycle-2", 10_000))
+    )
+    record = {
+        "stage": "cycle-2",
+        "val_perplexity": 120.0,
+        "samples": [{"prompt": "def ", "text": "f(\x1b[2J):\n    x"}],
+    }
+    return RunSummary(
+        run_id="a-run",
+        store_uri=place,
+        dataset_uri=f"{place}/datasets/d/0",
+        dataset_reused=reused,
+        stages=stages,
+        evaluations=(record,),
+        evaluations_reused=int(reused),
+        report_uri=f"{place}/runs/a-run/report/report.html",
+        picture_uris=(f"{place}/runs/a-run/report/loss.png",),
+    )
+
+
+def test_the_final_table_fits_100_columns_and_says_where_everything_is() -> None:
+    written = io.StringIO()
+    print_summary(Console(file=written, width=100), summary(reused=True), seconds=7.0)
+    shown = written.getvalue()
+    assert all(len(text) <= 100 for text in shown.splitlines())
+    for words in (
+        "Checkpoints in s3://a-bucket-with-a-long-name/and/a/long/prefix/runs/a-run/checkpoints",
+        "step-00015000-0123456789ab",
+        "1,235 → 123.45",
+        "Reused: dataset, 3 stages, 1 evaluation",
+        "Report: s3://",
+        "finished in 7.0 s",
+    ):
+        assert words in shown
+    assert "\x1b" not in shown, "a model's text reached the terminal as a control code"
+    assert reused_text(summary(reused=False)) == ""
+
+
+# Processes. A flow of our own stands for a long training; the server is Prefect's real one.
+
+FLOWS = """
+import sys, time
+from prefect import flow, task
+from relora_train.errors import CorpusEmptyError, StoreUnavailableError
+
+@task(retries=1, retry_delay_seconds=0)
+def fragile():
+    raise CorpusEmptyError("There is no text. Add some.")
+
+@flow
+def failing():
+    fragile()
+
+@task
+def long_work():
+    print("working", flush=True)
+    time.sleep(600)
+
+@flow
+def sleepy():
+    long_work()
+"""
+DRIVER = """
+import sys
+from relora_train.errors import ReLoRAError
+from relora_train.console.local_flow import TerminatedError, run_flow
+try:
+    run_flow(sys.argv[1], {}, on_notice=lambda text: print("notice:", text))
+except (ReLoRAError, KeyboardInterrupt, TerminatedError) as error:
+    print(type(error).__name__, error)
+"""
+
+
+@pytest.fixture(scope="module")
+def flows_environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """An environment in which two flows are installed, with a Prefect home of its own."""
+    root = tmp_path_factory.mktemp("flows")
+    (root / "flows_for_tests.py").write_text(FLOWS)
+    info = root / "flows_for_tests-1.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: flows-for-tests\nVersion: 1\n")
+    entries = "".join(f"{name} = flows_for_tests:{name}\n" for name in ("failing", "sleepy"))
+    (info / "entry_points.txt").write_text(f"[relora_train.flows]\n{entries}")
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
+    return {**kept, "PYTHONPATH": str(root), "PREFECT_HOME": str(root / "prefect"), "COLUMNS": "100"}
+
+
+@contextmanager
+def driver(flow: str, environment: dict[str, str]) -> Iterator[subprocess.Popen[str]]:
+    command = [sys.executable, "-c", DRIVER, flow]
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def servers_of(owner: int) -> list[str]:
+    listed = subprocess.run(["ps", "-eo", "args="], check=True, capture_output=True, text=True).stdout.splitlines()
+    return [text for text in listed if "relora_train.console.local_server" in text and text.endswith(f" {owner}")]
+
+
+def wait_until_gone(owner: int, *, seconds: float = 30) -> None:
+    deadline = time.monotonic() + seconds
+    while servers_of(owner):
+        assert time.monotonic() < deadline, servers_of(owner)
+        time.sleep(0.2)
+
+
+def test_a_failed_task_is_its_own_error_without_a_traceback(flows_environment: dict[str, str]) -> None:
+    with driver("failing", flows_environment) as process:
+        out, err = process.communicate(timeout=240)
+        lines = out.splitlines()
+        assert lines[0].startswith("notice: fragile-") and lines[0].endswith(
+            "There is no text. Retry 1 of 1 immediately."
+        )
+        assert lines[1:] == ["CorpusEmptyError There is no text. Add some."]
+        assert err == ""
+        assert servers_of(process.pid) == []
+
+
+@pytest.mark.parametrize(
+    ("number", "said"),
+    [(signal.SIGTERM, "TerminatedError SIGTERM"), (signal.SIGINT, "KeyboardInterrupt "), (signal.SIGKILL, "")],
+    ids=["SIGTERM", "Ctrl-C", "SIGKILL"],
+)
+def test_the_prefect_server_ends_with_the_run(flows_environment: dict[str, str], number: int, said: str) -> None:
+    with driver("sleepy", flows_environment) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "working\n"
+        assert len(servers_of(process.pid)) == 1
+        os.killpg(process.pid, number) if number == signal.SIGINT else process.send_signal(number)
+        out, err = process.communicate(timeout=30)  # a server left behind would hold both pipes open
+        assert (out.strip(), err) == (said.strip(), "")
+        wait_until_gone(process.pid)
+
+
+def test_a_prefect_server_of_the_users_that_does_not_answer_is_named(flows_environment: dict[str, str]) -> None:
+    with driver("failing", {**flows_environment, "PREFECT_API_URL": "http://127.0.0.1:9/api"}) as process:
+        out, err = process.communicate(timeout=60)
+        assert out.startswith("ConfigError No Prefect server answers at http://127.0.0.1:9/api") and err == ""
