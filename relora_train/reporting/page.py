@@ -1,5 +1,5 @@
 """The HTML page of a report: its sections and what they say. Its own content policy forbids scripts and anything loaded
-from elsewhere; escaping is in `report_html.py`."""
+from elsewhere; escaping is in html.py."""
 
 from __future__ import annotations
 
