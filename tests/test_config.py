@@ -141,7 +141,7 @@ def test_the_same_settings_written_differently_meet_the_same_run():
     assert default_run_id(written) == default_run_id(Profile())
 
 
-LIGHT = ["config", "profiles", "stages", "plan", "plan_tables", "model_shape", "schedule", "errors"]
+LIGHT = ["config", "profiles", "stages", "plan", "console.plan_tables", "model_shape", "schedule", "errors"]
 
 
 def test_light_modules_import_no_torch_no_boto3_and_no_prefect():
