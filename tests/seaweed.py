@@ -21,10 +21,55 @@ _PORT_FLAGS = (
 _START_TIMEOUT_SECONDS = 60
 
 
-@dataclass(frozen=True)
+@dataclass
 class Seaweed:
+    """A server on fixed ports, so that it can be killed and started again with its data."""
+
     endpoint: str
-    pid: int
+    command: list[str]
+    directory: Path
+    process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def pid(self) -> int:
+        assert self.process is not None
+        return self.process.pid
+
+    def start(self) -> None:
+        """Start and wait until it takes a write."""
+        log = self.directory / "weed.log"
+        environment = {
+            **os.environ,
+            "AWS_ACCESS_KEY_ID": ACCESS_KEY,
+            "AWS_SECRET_ACCESS_KEY": SECRET_KEY,
+            "GOMEMLIMIT": "300MiB",
+            "GOGC": "50",
+        }
+        with log.open("ab") as output:
+            self.process = subprocess.Popen(
+                self.command,
+                stdout=output,
+                stderr=output,
+                stdin=subprocess.DEVNULL,
+                env=environment,
+                cwd=self.directory,
+            )
+        _wait_until_writable(self, self.process, log)
+
+    def kill(self) -> None:
+        """SIGKILL, as a machine that loses power."""
+        assert self.process is not None
+        self.process.kill()
+        self.process.wait()
+
+    def stop(self) -> None:
+        if self.process is None:
+            return
+        self.process.terminate()
+        try:
+            self.process.wait(timeout=15)
+        except subprocess.TimeoutExpired:
+            self.kill()
 
     @property
     def environment(self) -> dict[str, str]:
@@ -62,29 +107,12 @@ def running_seaweed(directory: Path) -> Iterator[Seaweed]:
         "-master.telemetry=false", "-webdav=false", "-admin.ui=false", "-s3.port.iceberg=0", "-s3.port.lance=0",
         "-s3.autoCreateBucket=false", *(f"-{flag}={port}" for flag, port in zip(_PORT_FLAGS, ports, strict=True)),
     ]  # fmt: skip
-    environment = {
-        **os.environ,
-        "AWS_ACCESS_KEY_ID": ACCESS_KEY,
-        "AWS_SECRET_ACCESS_KEY": SECRET_KEY,
-        "GOMEMLIMIT": "300MiB",
-        "GOGC": "50",
-    }
-    log = directory / "weed.log"
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            command, stdout=output, stderr=output, stdin=subprocess.DEVNULL, env=environment, cwd=directory
-        )
+    server = Seaweed(f"http://127.0.0.1:{ports[0]}", command, directory)
     try:
-        server = Seaweed(f"http://127.0.0.1:{ports[0]}", process.pid)
-        _wait_until_writable(server, process, log)
+        server.start()
         yield server
     finally:
-        process.terminate()
-        try:
-            process.wait(timeout=15)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        server.stop()
 
 
 def _weed() -> str:
