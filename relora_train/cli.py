@@ -12,7 +12,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 from rich.text import Text
 
-from relora_train.console.output import complain, console_for_people, describe_fault, tell
+from relora_train.console.output import complain, console_for_people, describe_fault, tell, was_interrupted
 from relora_train.errors import ReLoRAError, TrainerInterruptedError
 
 _EXIT_CODES = """
@@ -269,6 +269,9 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         complain(str(error))
         sys.exit(error.exit_code)
     except Exception as error:
+        if was_interrupted(error):
+            tell("Stopped by Ctrl-C. Every committed stage is kept; the same command goes on from there.")
+            sys.exit(TrainerInterruptedError.exit_code)
         complain(describe_fault(error, verbose="--verbose" in given))
         sys.exit(1)
     sys.exit(0)

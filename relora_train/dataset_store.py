@@ -11,7 +11,7 @@ from relora_train.launch import run_worker
 from relora_train.prepare import PrepareRequest, describe_dataset, read_result
 from relora_train.run import DatasetRef, OnEvent, dataset_ref, find_committed_dataset
 from relora_train.storage.base import ObjectStore
-from relora_train.workspace import work_directory
+from relora_train.workspace import short_digest, work_directory
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,10 @@ def prepare_or_reuse(profile: Profile, store: ObjectStore, *, on_event: OnEvent)
     found = find_committed_dataset(store, profile.data.name, dataset_id)
     if found is not None:
         return DatasetOutcome(found, reused=True)
-    with work_directory("datasets", f"{profile.data.name}-{dataset_id[:16]}") as directory:
+    with work_directory("datasets", f"{profile.data.name}-{dataset_id[:16]}-{short_digest(store.uri)}") as directory:
+        found = find_committed_dataset(store, profile.data.name, dataset_id)
+        if found is not None:  # by the process that was waited for
+            return DatasetOutcome(found, reused=True)
         request = PrepareRequest(
             data=profile.data,
             tokenizer=profile.tokenizer,

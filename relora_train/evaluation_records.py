@@ -17,7 +17,7 @@ from relora_train.requests import EvaluationRequest
 from relora_train.run import DatasetRef, OnEvent, fetch_dataset, fetch_parent
 from relora_train.storage.base import ObjectStore
 from relora_train.storage.opening import open_store
-from relora_train.workspace import work_directory
+from relora_train.workspace import short_digest, work_directory
 
 
 @dataclass(frozen=True)
@@ -50,12 +50,14 @@ def evaluate_or_reuse(
     Runs in a process of its own that loads the checkpoint with plain `from_pretrained`.
     """
     key = _key(profile, checkpoint, dataset)
-    try:
-        return EvaluationOutcome(json.loads(store.get_bytes(key)[0]), reused=True)
-    except ObjectNotFoundError:
-        pass
-    name = f"{checkpoint.manifest.stage}-{checkpoint.fingerprint[:12]}"
+    recorded = _recorded(store, key, checkpoint)
+    if recorded is not None:
+        return recorded
+    name = f"{checkpoint.manifest.stage}-{checkpoint.fingerprint[:12]}-{short_digest(f'{store.uri}/{key}')}"
     with work_directory(checkpoint.manifest.run_id, f"evaluate-{name}") as directory:
+        recorded = _recorded(store, key, checkpoint)
+        if recorded is not None:  # by the process that was waited for
+            return recorded
         request = EvaluationRequest(
             profile=profile,
             checkpoint_directory=fetch_parent(checkpoint),
@@ -74,6 +76,14 @@ def evaluate_or_reuse(
         }
         store.put_bytes(key, (json.dumps(record, indent=1) + "\n").encode())
     return EvaluationOutcome(record, reused=False)
+
+
+def _recorded(store: ObjectStore, key: str, checkpoint: CheckpointRef) -> EvaluationOutcome | None:
+    try:
+        record = json.loads(store.get_bytes(key)[0])
+    except ObjectNotFoundError:
+        return None
+    return EvaluationOutcome({**record, "checkpoint_uri": checkpoint.uri}, reused=True)  # the store may have moved
 
 
 def _key(profile: Profile, checkpoint: CheckpointRef, dataset: DatasetRef) -> str:

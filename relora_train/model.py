@@ -36,6 +36,8 @@ def load_model(path: str | Path, *, revision: str | None = None) -> nn.Module:
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
+    if str(path).startswith((".", "/", "~")) and not Path(path).expanduser().is_dir():
+        raise ModelNotFoundError(f"model.pretrained {str(path)!r} is no directory. Correct the path, or give a hub id.")
     try:
         model = AutoModelForCausalLM.from_pretrained(
             str(path), revision=revision, dtype=torch.float32, attn_implementation="sdpa", use_safetensors=True

@@ -70,7 +70,8 @@ def parse_override(text: str) -> tuple[str, Any]:
     """Key and value of a `--set section.key=value`; the value is TOML, or bare text. Raises ConfigError."""
     key, separator, value = text.partition("=")
     if not separator or not key.strip():
-        raise ConfigError(f"--set {text!r} has no '='; write it as section.key=value, e.g. relora.rank=16.")
+        lacks = "no key before '='" if separator else "no '='"
+        raise ConfigError(f"--set {text!r} has {lacks}; write it as section.key=value, e.g. relora.rank=16.")
     try:
         return key.strip(), tomllib.loads(f"value = {value}")["value"]
     except tomllib.TOMLDecodeError:

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
+import logging
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
-from relora_train.errors import ConfigError
+from relora_train.storage.os_errors import disk_error
+
+_LOGGER = logging.getLogger(__name__)
 
 CACHE_VARIABLE = "RELORA_CACHE"
 
@@ -37,19 +42,31 @@ def dataset_cache(dataset_id: str) -> Path:
 def work_directory(*names: str) -> Iterator[Path]:
     """A directory of this name for one process at a time; removed when the work ended well, kept when it failed.
 
-    Raises ConfigError while another live process of this machine holds it. A killed process holds nothing.
+    While another live process of this machine holds it, waits: look again afterwards whether the work is done. A killed
+    process holds nothing. Raises StorageError naming the directory when it cannot be made.
     """
     directory = cache_root().joinpath("work", *names)
-    directory.mkdir(parents=True, exist_ok=True)
     lock_path = directory.with_name(f"{directory.name}.lock")
-    with lock_path.open("a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(
-                f"Another process on this machine is at work on {'/'.join(names)} ({directory}). "
-                "Wait for it or stop it, or use another run id."
-            ) from None
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        lock = lock_path.open("a")
+    except OSError as error:
+        raise disk_error(error, f"use the scratch space {cache_root()} ({CACHE_VARIABLE})") from None
+    with lock:
+        _wait_for(lock, "/".join(names))
+        directory.mkdir(parents=True, exist_ok=True)
         yield directory
-        shutil.rmtree(directory, ignore_errors=True)
-        lock_path.unlink(missing_ok=True)
+        shutil.rmtree(directory, ignore_errors=True)  # the lock file stays: others may be waiting on it
+
+
+def _wait_for(lock: IO[str], what: str) -> None:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        _LOGGER.warning("Another process on this machine is at work on %s; waiting for it.", what)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+
+
+def short_digest(text: str) -> str:
+    """Eight hex digits that stand for a store's URI in a directory name."""
+    return hashlib.sha256(text.encode()).hexdigest()[:8]

@@ -424,7 +424,8 @@ def driver(flow: str, environment: dict[str, str]) -> Iterator[subprocess.Popen[
 
 
 def servers_of(owner: int) -> list[str]:
-    listed = subprocess.run(["ps", "-eo", "args="], check=True, capture_output=True, text=True).stdout.splitlines()
+    """Lines 'pid command' of the Prefect servers that a process started and that still run."""
+    listed = subprocess.run(["ps", "-eo", "pid=,args="], check=True, capture_output=True, text=True).stdout.splitlines()
     return [text for text in listed if "relora_train.console.local_server" in text and text.endswith(f" {owner}")]
 
 
@@ -460,6 +461,23 @@ def test_the_prefect_server_ends_with_the_run(flows_environment: dict[str, str],
         os.killpg(process.pid, number) if number == signal.SIGINT else process.send_signal(number)
         out, err = process.communicate(timeout=30)  # a server left behind would hold both pipes open
         assert (out.strip(), err) == (said.strip(), "")
+        wait_until_gone(process.pid)
+
+
+def test_a_prefect_server_that_is_killed_is_started_again(flows_environment: dict[str, str]) -> None:
+    """Prefect's client would try for minutes to reach it, and could not be stopped meanwhile."""
+    with driver("sleepy", flows_environment) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "working\n"
+        [first] = servers_of(process.pid)
+        os.kill(int(first.split()[0]), signal.SIGKILL)
+        deadline = time.monotonic() + 30
+        while not (servers := [server for server in servers_of(process.pid) if server != first]):
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        process.send_signal(signal.SIGTERM)
+        out, err = process.communicate(timeout=60)
+        assert "TerminatedError SIGTERM" in out, (out, err, servers)
         wait_until_gone(process.pid)
 
 

@@ -19,7 +19,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import IO
 
 from relora_train.errors import ConfigError, ReLoRAError
@@ -34,16 +34,43 @@ _AS_PREFECT_STARTS_IT = {
 _TIMEOUT_VARIABLE = "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS"
 _STOP_SECONDS = 10.0
 _WATCH_SECONDS = 1.0
+_RESTARTS = 5
 _OUTPUT_TAIL_BYTES = 2000
 
 
-@dataclass(frozen=True)
+@dataclass
 class LocalServer:
-    """A server that was started and may not answer yet."""
+    """A server that was started and may not answer yet. One that is killed is started again, on the same records."""
 
     api_url: str
-    process: subprocess.Popen[bytes]
+    command: list[str]
     output: IO[bytes]
+    process: subprocess.Popen[bytes] = field(init=False)
+    _ending: threading.Event = field(default_factory=threading.Event)
+
+    def __post_init__(self) -> None:
+        self._start()
+        threading.Thread(target=self._keep_alive, daemon=True).start()
+
+    def _start(self) -> None:
+        self.process = subprocess.Popen(  # noqa: S603 (our own module and interpreter)
+            self.command,
+            env={**os.environ, **_AS_PREFECT_STARTS_IT},
+            stdin=subprocess.DEVNULL,
+            stdout=self.output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+
+    def _keep_alive(self) -> None:
+        """Without a server Prefect's client tries for minutes, and cannot even be stopped meanwhile."""
+        for _ in range(_RESTARTS):
+            while self.process.poll() is None:
+                if self._ending.wait(_WATCH_SECONDS):
+                    return
+            if self.process.returncode >= 0 or self._ending.is_set():
+                return  # it left by itself: it would again
+            self._start()
 
     def wait_until_ready(self) -> None:
         """Return when it answers. Raises ReLoRAError with its last words if it ends or takes too long."""
@@ -61,6 +88,7 @@ class LocalServer:
 
     def stop(self) -> None:
         """End it in order, or by force after ten seconds. Safe to repeat."""
+        self._ending.set()
         self.process.terminate()
         try:
             self.process.wait(timeout=_STOP_SECONDS)
@@ -82,15 +110,8 @@ def start_local_server() -> LocalServer:
     """
     port = _free_port()
     output = tempfile.TemporaryFile()  # noqa: SIM115 (lives as long as the server)
-    process = subprocess.Popen(  # noqa: S603 (our own module and interpreter)
-        [sys.executable, "-P", "-m", "relora_train.console.local_server", str(port), str(os.getpid())],
-        env={**os.environ, **_AS_PREFECT_STARTS_IT},
-        stdin=subprocess.DEVNULL,
-        stdout=output,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-    )
-    server = LocalServer(f"http://{_HOST}:{port}/api", process, output)
+    command = [sys.executable, "-P", "-m", "relora_train.console.local_server", str(port), str(os.getpid())]
+    server = LocalServer(f"http://{_HOST}:{port}/api", command, output)
     atexit.register(server.stop)
     return server
 

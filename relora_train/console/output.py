@@ -50,3 +50,13 @@ def describe_fault(error: Exception, *, verbose: bool) -> str:
 def _print(message: Text) -> None:
     console = Console(stderr=True, highlight=False)
     console.print(message, soft_wrap=not console.is_terminal)
+
+
+def was_interrupted(error: BaseException) -> bool:
+    """Whether Ctrl-C lies behind an error: libraries turn one that arrives while they are imported into their own."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, KeyboardInterrupt) or KeyboardInterrupt.__name__ in str(seen):
+            return True
+        seen = seen.__cause__ or seen.__context__
+    return False

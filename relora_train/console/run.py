@@ -18,6 +18,7 @@ from relora_train.checkpoint_store import CheckpointRef
 from relora_train.config import profile_from_file
 from relora_train.console.local_flow import TerminatedError, run_flow
 from relora_train.console.output import tell
+from relora_train.console.precheck import check_inputs
 from relora_train.console.progress import RunProgress, shown_progress
 from relora_train.errors import TrainerInterruptedError
 from relora_train.evaluation_records import EvaluationOutcome, dataset_of, evaluate_or_reuse
@@ -55,6 +56,7 @@ def run_profile(
         check_run_id(run_id)
     store = open_store(store_uri or default_store_uri())
     store.preflight()
+    check_inputs(settings)
     if resume_from is not None:
         stages_after(settings, resolve_checkpoint(resume_from, store).step)
     parameters = {
