@@ -154,7 +154,7 @@ def _read_local(directory: Path) -> SnapshotManifest:
 
 
 def _newest_first(names: Iterator[str] | set[str] | list[str]) -> list[str]:
-    return sorted(names, reverse=True)  # the step in a name has at least eight digits
+    return sorted(names, key=lambda name: (_step(name), name), reverse=True)
 
 
 def _step(name: str) -> int:

@@ -152,8 +152,8 @@ def _train(training: StageTraining, progress: Progress, emit: Emit, stop: StopRe
             emit("progress", **_progress(training, step, metrics[-1], eta=eta))
         progress.seconds = time.monotonic() - started
         if training.ranks.any(stop.is_set()):
-            saved = snapshotter.at_stop(progress)
-            training.ranks.barrier()  # the first rank to leave ends the others
+            # Also a barrier: the first rank to leave would end the others, perhaps while one still writes.
+            saved = training.ranks.any(snapshotter.at_stop(progress))
             raise _interrupted(stage, step, stop.reason or "another rank", saved=saved)
         if step < stage.end_step:
             snapshotter.after_step(progress)

@@ -218,9 +218,7 @@ def test_a_crash_before_the_manifest_leaves_no_snapshot(
     assert_same_stage(tmp_path / "out", undisturbed["relora"]["cycle-1"])  # training went on
 
 
-def test_a_snapshot_of_another_stage_is_refused(
-    dataset: Path, undisturbed: dict[str, dict[str, Path]], tmp_path: Path
-):
+def test_a_snapshot_of_another_stage_is_refused(dataset: Path, undisturbed: dict[str, dict[str, Path]], tmp_path: Path):
     request = resumed_request("relora", "cycle-1", dataset, undisturbed, tmp_path / "out")
     with pytest.MonkeyPatch.context() as patch, pytest.raises(TrainerInterruptedError):
         StopsAfter(patch, 8)
