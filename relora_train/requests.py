@@ -34,6 +34,9 @@ class StageRequest(FrozenConfig):
     snapshots_directory: Path | None = None
     """Where snapshots appear while the stage runs, one directory each; none are made when absent."""
 
+    lock_path: Path | None = None
+    """Held by the trainer while it works here, so that an orphan's last snapshot is waited for."""
+
     snapshot_directory: Path | None = None
     """A snapshot of this very stage to continue from, on this machine's disk and already verified."""
 

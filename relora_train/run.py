@@ -27,7 +27,7 @@ from relora_train.snapshot_uploader import SnapshotUploader
 from relora_train.stages import Stage, differing_settings, fingerprint_settings, stage_fingerprint
 from relora_train.storage.base import ObjectStore
 from relora_train.storage.opening import open_store
-from relora_train.workspace import checkpoint_cache, dataset_cache, work_directory
+from relora_train.workspace import checkpoint_cache, dataset_cache, wait_for_orphan, work_directory
 
 STORE_VARIABLE = "RELORA_STORE"
 DEFAULT_STORE = "relora-store"
@@ -191,11 +191,13 @@ def train_stage(
             dataset_directory=fetch_dataset(dataset),
             output_directory=directory / "checkpoint",
             snapshots_directory=directory / "snapshots",
+            lock_path=directory / "trainer.lock",
             provenance=dict(provenance),
         )
         snapshots = SnapshotStore(
             run.store, run.run_id, fingerprint, directory / "snapshots", keep=run.profile.snapshots.keep
         )
+        wait_for_orphan(directory / "trainer.lock")
         output = _committed_output(request)
         if output is None:
             _run_trainer(request, directory / "request.json", snapshots, on_event)

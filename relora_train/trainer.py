@@ -25,6 +25,7 @@ from relora_train.snapshot import Progress, restore_snapshot
 from relora_train.snapshotter import Snapshotter
 from relora_train.stages import Stage
 from relora_train.training import StageTraining, prepare_stage
+from relora_train.workspace import trainer_lock
 
 _PROGRESS_SECONDS = 0.5
 _FIRST_STEPS = 5  # of a stage are recorded one by one: they show that A and B are alive after a merge
@@ -39,7 +40,11 @@ def run_stage(request: StageRequest, emit: Emit) -> None:
     """
     configure_torch(request.profile)
     started = time.monotonic()
-    with StopRequest() as stop, joined_ranks(request.profile.launch.device) as ranks:
+    with (
+        StopRequest() as stop,
+        joined_ranks(request.profile.launch.device) as ranks,
+        trainer_lock(request.lock_path if ranks.is_first else None),
+    ):
         emit = stop.on_lost_listener(emit) if ranks.is_first else _silent
         training = prepare_stage(request, ranks)
         emit("stage_started", **_describe(training))

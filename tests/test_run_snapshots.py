@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -134,6 +136,29 @@ def test_another_machine_goes_on_from_the_store(
     machine("second-machine")
     outcome = train(Run("run", store_uri, PROFILE), dataset_directory, second)
     assert second.steps("resumed")[0] >= first.steps("snapshot_committed")[-1]
+    assert_as_expected(outcome, expected)
+
+
+def test_the_last_snapshot_of_an_orphan_is_waited_for(dataset_directory: Path, expected: Path, tmp_path: Path):
+    """The flow's process was killed; its trainer is still saving its state when the next flow starts."""
+    rarely = PROFILE.model_copy(update={"snapshots": PROFILE.snapshots.model_copy(update={"every_steps": None})})
+    run, story = Run("run", (tmp_path / "store").as_uri(), rarely), Story()
+    script = (
+        "import sys, os, signal\n"
+        "sys.path.insert(0, sys.argv[1])\n"
+        "from pathlib import Path\n"
+        "from test_run_snapshots import Run, Story, PROFILE, train\n"
+        "def die(story, event):\n"
+        "    if event['event'] == 'progress': os.kill(os.getpid(), signal.SIGKILL)\n"
+        "snapshots = PROFILE.snapshots.model_copy(update={'every_steps': None})\n"
+        "rarely = PROFILE.model_copy(update={'snapshots': snapshots})\n"
+        "train(Run('run', sys.argv[2], rarely), Path(sys.argv[3]), Story(die))\n"
+    )
+    arguments = [str(Path(__file__).parent), run.store_uri, str(dataset_directory)]
+    killed = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True, timeout=120)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    outcome = train(run, dataset_directory, story)
+    assert story.steps("resumed") and story.steps("resumed")[0] > 0
     assert_as_expected(outcome, expected)
 
 
