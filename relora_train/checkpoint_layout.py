@@ -1,6 +1,7 @@
 """Names of things in a store. Pure functions; light.
 
 runs/<run_id>/checkpoints/step-00000400-<12 hex of the fingerprint>/    one merge checkpoint (a bundle)
+runs/<run_id>/snapshots/<12 hex of the fingerprint>/step-00000400-<8 hex>/  one snapshot inside a stage (a bundle)
 runs/<run_id>/refs/head.json                                            which line of checkpoints is the run's
 datasets/<name>/<16 hex of dataset_id>/                                 one tokenized dataset (a bundle)
 """
@@ -45,6 +46,22 @@ def checkpoint_prefix(run_id: str, step: int, fingerprint: str) -> str:
 
 def checkpoints_prefix(run_id: str) -> str:
     return f"runs/{check_run_id(run_id)}/checkpoints/"
+
+
+def snapshots_prefix(run_id: str, fingerprint: str) -> str:
+    """Below it lie the snapshots of one stage, each named by snapshot_name."""
+    return f"runs/{check_run_id(run_id)}/snapshots/{fingerprint[:12]}/"
+
+
+def snapshot_name(step: int, attempt: str) -> str:
+    """A name no two attempts share, so that nobody ever meets another's leftovers."""
+    return f"step-{step:08d}-{attempt[:8]}"
+
+
+def parse_snapshot_name(name: str) -> int | None:
+    """The step in a snapshot's name; None for any other string."""
+    match = re.fullmatch(r"step-(\d{8,})-[0-9a-f]{8}", name)
+    return match and int(match[1])
 
 
 def head_key(run_id: str) -> str:

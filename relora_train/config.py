@@ -333,6 +333,19 @@ class LoggingConfig(FrozenConfig):
     """Steps between two metric records."""
 
 
+class SnapshotConfig(FrozenConfig):
+    """How often a stage's state is saved while it runs, so that a killed stage repeats little. Changes no weight."""
+
+    every_steps: int | None = Field(None, ge=1)
+    """Steps between two snapshots; not counted in steps when absent."""
+
+    every_seconds: float | None = Field(300.0, gt=0)
+    """Seconds between two snapshots; 1e9 leaves only the one at a stop."""
+
+    keep: int = Field(2, ge=1)
+    """Snapshots kept in the store, and on this machine while the store is away, until their stage is committed."""
+
+
 class LaunchConfig(FrozenConfig):
     """How the trainer process is started. Changes no weight beyond float rounding."""
 
@@ -369,6 +382,7 @@ class Profile(FrozenConfig):
     precision: PrecisionConfig = PrecisionConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     logging: LoggingConfig = LoggingConfig()
+    snapshots: SnapshotConfig = SnapshotConfig()
     launch: LaunchConfig = LaunchConfig()
 
     @model_validator(mode="after")
@@ -424,7 +438,7 @@ def default_run_id(profile: Profile) -> str:
 
     Settings that can change no weight (how fast, where, what is reported) make no other run.
     """
-    whole_sections = dict.fromkeys(("name", "evaluation", "logging", "launch"), True)
+    whole_sections = dict.fromkeys(("name", "evaluation", "logging", "snapshots", "launch"), True)
     harmless: dict[str, Any] = {**whole_sections, "data": {"name", "workers", "engine"}}
     settings = profile.model_dump(mode="json", exclude=harmless)
     name = re.sub(r"[^a-z0-9._-]+", "-", profile.name.lower()).strip("-.") or "run"

@@ -15,12 +15,13 @@ def write_durably(path: Path, data: bytes) -> None:
 
 def replace_durably(part: Path, target: Path) -> None:
     """Give a finished temporary file, in the same directory, its name."""
-    _sync(part)
+    sync(part)
     part.replace(target)
-    _sync(target.parent)
+    sync(target.parent)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Have what was written to a file, or the names in a directory, on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -5,6 +5,10 @@ output, marked by an ASCII record separator (RFC 7464), so that a library's stra
 Inside a process events travel as log records of the logger `relora_train.events`, in the attribute `event`.
 
     stage_started    stage kind start_step end_step pid device ranks parameters trainable_parameters
+    resumed          stage step snapshot
+    snapshot_committed  stage step directory stall_seconds write_seconds size_bytes
+    snapshot_failed  stage step message
+    stopping         seconds (the worker was asked to stop and has so long)
     progress         stage step start_step end_step loss learning_rate tokens_per_second eta_seconds
     evaluation       stage step when ('before' | 'after') val_loss val_perplexity bits_per_byte
     merge            stage step cycle max_relative_output_change relative_update_norm effective_rank

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
+import queue
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -44,7 +47,8 @@ def run_worker(
 
     Every event of the worker goes to on_event, every other line of its output to this module's logger. The worker sees
     no credentials unless keep_secrets. Whatever ends this call early (an exception, Ctrl-C, a cancelled run) ends the
-    worker first: SIGTERM, and SIGKILL after 25 s.
+    worker first: SIGTERM, and SIGKILL after 25 s. What the worker says meanwhile still goes to on_event, after the
+    event `stopping`.
 
     Raises the error the worker reported, else TrainerCrashedError with its exit status and last lines.
     """
@@ -60,23 +64,21 @@ def run_worker(
         errors="replace",
         start_new_session=True,  # Ctrl-C in the terminal reaches us alone, and we stop the worker in order
     )
+    output = _Output(process)
     failures: list[Event] = []
-    tail: deque[str] = deque(maxlen=_TAIL_LINES)
     try:
-        for event in _events(process.stdout, tail):
+        for event in output.events():
             if event["event"] == "failed":
                 failures.append(event)
             else:
                 on_event(event)
         status = process.wait()
     except BaseException:
-        stop_worker(process)
+        _stop(process, output, on_event)
         raise
     finally:
-        for stream in (process.stdin, process.stdout):
-            if stream is not None:
-                with contextlib.suppress(BrokenPipeError):
-                    stream.close()
+        _close(process, output)
+    tail = output.tail
     if failures or status != 0:
         raise _error(module, failures, status, tail)
 
@@ -103,31 +105,78 @@ def _environment(*, keep_secrets: bool) -> dict[str, str]:
     }
 
 
-def _events(stream: IO[str] | None, tail: deque[str]) -> Iterator[Event]:
-    for line in stream or ():
-        event = events.decode(line)
-        if event is not None:
+class _Output:
+    """What a worker says, read by a thread of its own: whatever interrupts the listener, the pipe never fills up."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self.tail: deque[str] = deque(maxlen=_TAIL_LINES)
+        self._stream: IO[str] | None = process.stdout
+        self._heard: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
+        self.reader = threading.Thread(target=self._read, name="worker-output", daemon=True)
+        self.reader.start()
+
+    def events(self, *, until: float = math.inf) -> Iterator[Event]:
+        """Events to the end of the worker's output, or until that time of the monotonic clock."""
+        while True:
+            left = until - time.monotonic()
+            try:
+                event = self._heard.get(timeout=None if math.isinf(left) else max(0.0, left))
+            except queue.Empty:
+                return
+            if event is None:
+                return
             yield event
-        elif line.strip():
-            tail.append(line.rstrip())
-            _LOGGER.debug("%s", line.rstrip())
+
+    def _read(self) -> None:
+        try:
+            for line in self._stream or ():
+                event = events.decode(line)
+                if event is not None:
+                    self._heard.put(event)
+                elif line.strip():
+                    self.tail.append(line.rstrip())
+                    _LOGGER.debug("%s", line.rstrip())
+        finally:
+            self._heard.put(None)
 
 
-def stop_worker(process: subprocess.Popen[str], *, seconds: float = STOP_SECONDS) -> None:
-    """End a worker and its ranks: ask, wait, then kill its whole session."""
-    if process.poll() is None:
+def _stop(process: subprocess.Popen[str], output: _Output, on_event: Callable[[Event], None]) -> None:
+    """End a worker and its ranks: ask, hear what it still has to say, then kill its whole session."""
+    deadline = time.monotonic() + STOP_SECONDS
+    try:
+        _tell(on_event, {"event": "stopping", "seconds": STOP_SECONDS})
         process.terminate()
         if process.stdin is not None:
             with contextlib.suppress(OSError):
                 process.stdin.close()
-    deadline = time.monotonic() + seconds
-    while process.poll() is None and time.monotonic() < deadline:
+        for event in output.events(until=deadline):
+            if event["event"] != "failed":  # it says that it was stopped
+                _tell(on_event, event)
         with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(timeout=0.2)
-    if process.poll() is None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+            process.wait(timeout=max(0.0, deadline - time.monotonic()))
+    finally:  # also when a second Ctrl-C comes
+        if process.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def _tell(on_event: Callable[[Event], None], event: Event) -> None:
+    """A listener that fails now must not keep the worker from being stopped."""
+    try:
+        on_event(event)
+    except Exception:
+        _LOGGER.debug("A listener failed on %s", event["event"], exc_info=True)
+
+
+def _close(process: subprocess.Popen[str], output: _Output) -> None:
+    """Close both pipes; a descendant that outlived the worker may hold the output open, and is not waited for."""
+    if process.stdin is not None:
+        with contextlib.suppress(BrokenPipeError):
+            process.stdin.close()
+    output.reader.join(timeout=1.0)
+    if process.stdout is not None and not output.reader.is_alive():
+        process.stdout.close()
 
 
 def _error(module: str, failures: list[Event], status: int, tail: deque[str]) -> ReLoRAError:

@@ -109,6 +109,18 @@ class CheckpointManifest(Manifest):
     """Ids of the orchestrator's runs; informative only."""
 
 
+class SnapshotManifest(Manifest):
+    """Manifest of a snapshot: the state inside a stage, of use until the stage's checkpoint is committed."""
+
+    kind: Literal["snapshot"] = "snapshot"
+    run_id: str
+    stage: str
+    step: int = Field(ge=0)
+    """Updates done."""
+    fingerprint: str = Field(pattern=r"^[0-9a-f]{64}$")
+    """Of the stage: only a trainer of exactly this stage continues from here."""
+
+
 class DatasetManifest(Manifest):
     """Manifest of a tokenized dataset."""
 

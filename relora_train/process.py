@@ -23,6 +23,7 @@ from relora_train.config import FrozenConfig
 from relora_train.errors import DiskFullError, ReLoRAError
 from relora_train.launch import PARENT_PIPE_VARIABLE
 
+_emitting = threading.Lock()
 R = TypeVar("R", bound=FrozenConfig)
 
 
@@ -44,8 +45,9 @@ def serve_request(kind: type[R], work: Callable[[R, Emit], None]) -> None:
 
 def emit(event: str, **fields: object) -> None:
     """Write an event as one line of standard output."""
-    sys.stdout.write(events.encode(event, **fields))
-    sys.stdout.flush()
+    with _emitting:  # snapshots are reported by a thread of their own
+        sys.stdout.write(events.encode(event, **fields))
+        sys.stdout.flush()
 
 
 def _run(work: Callable[[], None]) -> int:
@@ -94,6 +96,17 @@ class StopRequest:
 
     def is_set(self) -> bool:
         return self._flag.is_set()
+
+    def on_lost_listener(self, emit: Emit) -> Emit:
+        """The same Emit, but that nobody listens any more is a request to stop, not an error in the middle of work."""
+
+        def emit_or_stop(event: str, **fields: object) -> None:
+            try:
+                emit(event, **fields)
+            except BrokenPipeError:
+                self._set("the end of its parent process")
+
+        return emit_or_stop
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self._set(signal.Signals(number).name)

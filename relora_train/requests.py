@@ -31,6 +31,15 @@ class StageRequest(FrozenConfig):
     output_directory: Path
     """Where the committed checkpoint appears; what a failed attempt left there is removed."""
 
+    snapshots_directory: Path | None = None
+    """Where snapshots appear while the stage runs, one directory each; none are made when absent."""
+
+    lock_path: Path | None = None
+    """Held by the trainer while it works here, so that an orphan's last snapshot is waited for."""
+
+    snapshot_directory: Path | None = None
+    """A snapshot of this very stage to continue from, on this machine's disk and already verified."""
+
     provenance: dict[str, str] = Field(default_factory=dict)
 
 

@@ -5,6 +5,7 @@ The tasks are thin shells around this module. What has been done is what the sto
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,15 +22,19 @@ from relora_train.events import Event
 from relora_train.launch import run_worker
 from relora_train.manifest import CheckpointManifest, DatasetManifest, ParentRef, hash_file, parse_manifest
 from relora_train.requests import StageRequest
+from relora_train.snapshot_store import SnapshotStore
+from relora_train.snapshot_uploader import SnapshotUploader
 from relora_train.stages import Stage, differing_settings, fingerprint_settings, stage_fingerprint
 from relora_train.storage.base import ObjectStore
 from relora_train.storage.opening import open_store
-from relora_train.workspace import checkpoint_cache, dataset_cache, work_directory
+from relora_train.workspace import checkpoint_cache, dataset_cache, wait_for_orphan, work_directory
 
 STORE_VARIABLE = "RELORA_STORE"
 DEFAULT_STORE = "relora-store"
 
 OnEvent = Callable[[Event], None]
+
+_LOGGER = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -164,6 +169,7 @@ def train_stage(
 ) -> StageOutcome:
     """Return the stage's committed checkpoint, training it first in a process of its own if there is none yet.
 
+    Training goes on from the newest valid snapshot of this very stage, whoever made it; without one, from the parent.
     Safe to repeat and to race: the first commit wins and every other attempt adopts it.
     """
     found = find_stage(run, stage, dataset, parent)
@@ -184,23 +190,49 @@ def train_stage(
             dataset_id=dataset.dataset_id,
             dataset_directory=fetch_dataset(dataset),
             output_directory=directory / "checkpoint",
+            snapshots_directory=directory / "snapshots",
+            lock_path=directory / "trainer.lock",
             provenance=dict(provenance),
         )
+        snapshots = SnapshotStore(
+            run.store, run.run_id, fingerprint, directory / "snapshots", keep=run.profile.snapshots.keep
+        )
+        wait_for_orphan(directory / "trainer.lock")
         output = _committed_output(request)
         if output is None:
-            run_worker(
-                "relora_train.trainer",
-                request,
-                directory / "request.json",
-                on_event=on_event,
-                nproc_per_node=run.profile.launch.nproc_per_node,
-            )
+            _run_trainer(request, directory / "request.json", snapshots, on_event)
             output = _committed_output(request)
         if output is None:
             raise ObjectNotFoundError(f"The trainer ended well but left no manifest in {request.output_directory}.")
         checkpoint = run.checkpoints.commit(request.output_directory, output)
         run.checkpoints.set_head(checkpoint)
+        _clear(snapshots)
     return StageOutcome(checkpoint, reused=False)
+
+
+def _run_trainer(request: StageRequest, request_path: Path, snapshots: SnapshotStore, on_event: OnEvent) -> None:
+    """Train from the newest valid snapshot, if any, and store the snapshots that are made meanwhile."""
+    newest = snapshots.newest_valid()
+    if newest is not None:
+        request = request.model_copy(update={"snapshot_directory": newest.directory})
+    with SnapshotUploader(snapshots) as uploader:
+        if newest is not None and not newest.stored:
+            uploader.offer(newest.directory)
+        run_worker(
+            "relora_train.trainer",
+            request,
+            request_path,
+            on_event=uploader.watch(on_event),
+            nproc_per_node=request.profile.launch.nproc_per_node,
+        )
+
+
+def _clear(snapshots: SnapshotStore) -> None:
+    """Best effort: what stays is of no use to anyone and harms nobody."""
+    try:
+        snapshots.clear()
+    except ReLoRAError as error:
+        _LOGGER.warning("Snapshots that are no longer needed stay in %s: %s", snapshots.uri, error)
 
 
 def _committed_output(request: StageRequest) -> CheckpointManifest | None:

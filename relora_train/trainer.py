@@ -4,6 +4,7 @@ ranks. No orchestrator, no network beyond the ranks', no credentials. Events go 
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 import time
@@ -20,7 +21,11 @@ from relora_train.process import Emit, StopRequest, serve_request
 from relora_train.ranks import joined_ranks
 from relora_train.relora import lora_parameters
 from relora_train.requests import StageRequest
+from relora_train.snapshot import Progress, restore_snapshot
+from relora_train.snapshotter import Snapshotter
+from relora_train.stages import Stage
 from relora_train.training import StageTraining, prepare_stage
+from relora_train.workspace import trainer_lock
 
 _PROGRESS_SECONDS = 0.5
 _FIRST_STEPS = 5  # of a stage are recorded one by one: they show that A and B are alive after a merge
@@ -29,19 +34,25 @@ _FIRST_STEPS = 5  # of a stage are recorded one by one: they show that A and B a
 def run_stage(request: StageRequest, emit: Emit) -> None:
     """Train the stage and leave a committed checkpoint in request.output_directory, or raise and leave none.
 
+    With request.snapshot_directory it goes on from there, on a CPU to the same bits as without the stop.
     Raises DivergedError on a loss that is not finite or worse than twice guessing, TrainerInterruptedError when told
     to stop, and the errors of loading model and data.
     """
     configure_torch(request.profile)
     started = time.monotonic()
-    with StopRequest() as stop, joined_ranks(request.profile.launch.device) as ranks:
-        if not ranks.is_first:
-            emit = _silent
+    with (
+        StopRequest() as stop,
+        joined_ranks(request.profile.launch.device) as ranks,
+        trainer_lock(request.lock_path if ranks.is_first else None),
+    ):
+        emit = stop.on_lost_listener(emit) if ranks.is_first else _silent
         training = prepare_stage(request, ranks)
         emit("stage_started", **_describe(training))
-        metrics: list[dict[str, Any]] = []
-        before = _evaluate(training, metrics, emit, when="before")
-        _train(training, metrics, emit, stop, started)
+        progress = _beginning(training, emit)
+        started -= progress.seconds
+        metrics = progress.metrics
+        before = _evaluation_before(training, metrics, emit)
+        _train(training, progress, emit, stop, started)
         merge_report = finish_cycle(training, metrics, emit) if training.stage.low_rank else {}
         after = _evaluate(training, metrics, emit, when="after")
         if not math.isfinite(after.val_loss):
@@ -95,21 +106,34 @@ def _describe(training: StageTraining) -> dict[str, Any]:
     }
 
 
-def _train(
-    training: StageTraining, metrics: list[dict[str, Any]], emit: Emit, stop: StopRequest, started: float
-) -> None:
+def _beginning(training: StageTraining, emit: Emit) -> Progress:
+    """Where the stage starts, or where the snapshot was taken."""
+    directory, stage = training.request.snapshot_directory, training.stage
+    if directory is None:
+        losses = torch.zeros((), dtype=torch.float64, device=training.ranks.device)
+        return Progress(step=stage.start_step, metrics=[], losses=losses, summed=0, seconds=0.0)
+    progress = restore_snapshot(training, directory)
+    emit("resumed", stage=stage.name, step=progress.step, snapshot=str(directory))
+    return progress
+
+
+def _train(training: StageTraining, progress: Progress, emit: Emit, stop: StopRequest, started: float) -> None:
+    """Update by update from progress.step to the end of the stage, or until asked to stop."""
     stage, every = training.stage, training.profile.logging.every_steps
-    losses = torch.zeros((), dtype=torch.float64, device=training.ranks.device)
-    summed, last_record, last_progress = 0, time.monotonic(), 0.0
+    metrics, losses, first_step = progress.metrics, progress.losses, progress.step
+    timed, last_record, last_progress = 0, time.monotonic(), 0.0
     first_step_at = time.monotonic()
-    for step in range(stage.start_step + 1, stage.end_step + 1):
+    snapshotter = Snapshotter(training, emit)
+    for step in range(first_step + 1, stage.end_step + 1):
         loss, norm = training.update(step)
         losses += loss
-        summed += 1
+        progress.step = step
+        progress.summed += 1
+        timed += 1
         now = time.monotonic()
         first_steps = step <= stage.start_step + _FIRST_STEPS
         if step % every == 0 or step == stage.end_step or first_steps:
-            mean = float(losses) / summed
+            mean = float(losses) / progress.summed
             check_loss(training, step, mean)
             record = {
                 "kind": "train",
@@ -117,7 +141,7 @@ def _train(
                 "loss": mean,
                 "learning_rate": training.learning_rate(step),
                 "grad_norm": float(norm),
-                "tokens_per_second": summed * training.profile.batch.tokens / max(now - last_record, 1e-9),
+                "tokens_per_second": timed * training.profile.batch.tokens / max(now - last_record, 1e-9),
                 "tokens_seen": training.tokens_seen(step),
                 "seconds": now - started,
             }
@@ -125,19 +149,27 @@ def _train(
                 record |= _low_rank_gradient_norms(training)
             metrics.append(record)
             losses.zero_()
-            summed, last_record = 0, now
+            progress.summed, timed, last_record = 0, 0, now
         training.optimizer.zero_grad(set_to_none=True)
         if metrics[-1]["kind"] == "train" and (now - last_progress >= _PROGRESS_SECONDS or step == stage.end_step):
             last_progress = now
-            done = step - stage.start_step
-            eta = (now - first_step_at) / done * (stage.steps - done)
+            eta = (now - first_step_at) / (step - first_step) * (stage.end_step - step)
             emit("progress", **_progress(training, step, metrics[-1], eta=eta))
-        if training.ranks.any(stop.is_set()) and step < stage.end_step:
-            cause = stop.reason or "another rank"
-            raise TrainerInterruptedError(
-                f"Stage {stage.name} was stopped by {cause} at step {step} of {stage.end_step}. "
-                "Run the same command again to continue."
-            )
+        progress.seconds = time.monotonic() - started
+        if training.ranks.any(stop.is_set()):
+            # Also a barrier: the first rank to leave would end the others, perhaps while one still writes.
+            saved = training.ranks.any(snapshotter.at_stop(progress))
+            raise _interrupted(stage, step, stop.reason or "another rank", saved=saved)
+        if step < stage.end_step:
+            snapshotter.after_step(progress)
+    snapshotter.wait()
+
+
+def _interrupted(stage: Stage, step: int, cause: str, *, saved: bool) -> TrainerInterruptedError:
+    kept = "its state there was saved; the same command goes on from it" if saved else "run the same command again"
+    return TrainerInterruptedError(
+        f"Stage {stage.name} was stopped by {cause} at step {step} of {stage.end_step}: {kept}."
+    )
 
 
 def _progress(training: StageTraining, step: int, record: dict[str, Any], *, eta: float) -> dict[str, Any]:
@@ -191,6 +223,15 @@ def evaluation_key(request: StageRequest) -> str:
             "precision": profile.precision.model_dump(mode="json"),
         }
     )
+
+
+def _evaluation_before(training: StageTraining, metrics: list[dict[str, Any]], emit: Emit) -> Evaluation:
+    """Of the stage's start; a resumed stage has it in its records."""
+    names = [field.name for field in dataclasses.fields(Evaluation)]
+    for record in metrics:
+        if record["kind"] == "evaluation" and record["when"] == "before":
+            return Evaluation(**{name: record[name] for name in names})
+    return _evaluate(training, metrics, emit, when="before")
 
 
 def _evaluate(training: StageTraining, metrics: list[dict[str, Any]], emit: Emit, *, when: str) -> Evaluation:

@@ -7,16 +7,19 @@ import hashlib
 import logging
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
+from relora_train.errors import TrainerCrashedError
 from relora_train.storage.os_errors import disk_error
 
 _LOGGER = logging.getLogger(__name__)
 
 CACHE_VARIABLE = "RELORA_CACHE"
+_ORPHAN_SECONDS = 30.0
 
 
 def cache_root() -> Path:
@@ -70,3 +73,40 @@ def _wait_for(lock: IO[str], what: str) -> None:
 def short_digest(text: str) -> str:
     """Eight hex digits that stand for a store's URI in a directory name."""
     return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+@contextmanager
+def trainer_lock(path: Path | None) -> Iterator[None]:
+    """Hold a file as long as a trainer works in the directory around it; a killed one holds nothing. None: no file."""
+    if path is None:
+        yield
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as lock:
+        _take(lock.fileno(), path, seconds=_ORPHAN_SECONDS)
+        yield
+
+
+def wait_for_orphan(path: Path) -> None:
+    """Return when no trainer holds the file: one whose parent was killed first saves its state.
+
+    Raises TrainerCrashedError, which is retried, when that takes more than half a minute.
+    """
+    if path.exists():
+        with path.open("a") as lock:
+            _take(lock.fileno(), path, seconds=_ORPHAN_SECONDS)
+
+
+def _take(descriptor: int, path: Path, *, seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                raise TrainerCrashedError(
+                    f"The trainer process of an earlier attempt is still at work after {seconds:.0f} s (it holds "
+                    f"{path}). Wait for it or end it, then run the same command again."
+                ) from None
+            time.sleep(0.1)

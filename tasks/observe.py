@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
@@ -32,7 +33,8 @@ def forward_events() -> Callable[[Event], None]:
             if now - last_logged < _LOG_SECONDS:
                 return
             last_logged = now
-        logger.info(describe(event))
+        quiet = event["event"] in ("snapshot_committed", "snapshot_failed")
+        logger.log(logging.DEBUG if quiet else logging.INFO, describe(event))
 
     return on_event
 
@@ -62,6 +64,10 @@ def describe(event: Event) -> str:
                 f"stage {event['stage']}: steps {event['start_step']} to {event['end_step']} on {event['device']}, "
                 f"{event['trainable_parameters']:,} of {event['parameters']:,} parameters trained"
             )
+        case "resumed":
+            return f"stage {event['stage']}: going on from the snapshot of step {event['step']}"
+        case "stopping":
+            return f"asked the worker to finish its step, save its state and end within {event['seconds']:.0f} s"
         case name:
             return f"{name}: " + ", ".join(f"{key}={_short(value)}" for key, value in event.items() if key != "event")
 

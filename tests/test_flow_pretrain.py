@@ -161,6 +161,29 @@ def test_a_killed_cycle_is_retried_alone(finished: tuple[RunSummary, list[Event]
     assert model_bytes(summary) == model_bytes(finished[0])
 
 
+def test_a_cycle_killed_after_a_snapshot_is_retried_from_it_and_repeats_only_the_steps_since(
+    finished: tuple[RunSummary, list[Event]], tmp_path: Path
+):
+    pids: dict[str, int] = {}
+    saved: list[int] = []
+
+    def kill_after_a_snapshot(event: Event) -> None:
+        if event["event"] == "stage_started":
+            pids[event["stage"]] = event["pid"]
+        elif event["event"] == "snapshot_committed" and event["stage"] == "cycle-1" and not saved:
+            saved.append(event["step"])
+            os.kill(pids["cycle-1"], signal.SIGKILL)
+
+    with listening(kill_after_a_snapshot):
+        summary, seen = run_smoke(tmp_path, run_id="killed", overrides={"snapshots.every_steps": 4})
+    assert trained(seen) == ["warm-start", "cycle-1", "cycle-1", "cycle-2"]
+    resumed = [event for event in seen if event["event"] == "resumed"]
+    assert [event["stage"] for event in resumed] == ["cycle-1"]
+    assert 20 < saved[0] <= resumed[0]["step"] < 40
+    assert model_bytes(summary) == model_bytes(finished[0])
+    assert not list(tmp_path.glob("runs/killed/snapshots/*/*"))
+
+
 def test_any_merge_checkpoint_of_another_run_can_be_continued_exactly(
     finished: tuple[RunSummary, list[Event]], local_store: Path, tmp_path: Path
 ):

@@ -7,15 +7,19 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from stage_runs import manifest_of, stage_request, tiny_profile
 from tiny_data import write_tiny_dataset
 
+from relora_train.config import SnapshotConfig
 from relora_train.errors import CorpusTooSmallError, TrainerCrashedError, TrainerInterruptedError
 from relora_train.events import Event
-from relora_train.launch import run_worker
+from relora_train.launch import STOP_SECONDS, run_worker
+from relora_train.requests import StageRequest
+from relora_train.snapshot_store import local_snapshots
 
 
 def endless(tmp_path: Path):
@@ -91,11 +95,98 @@ def test_whatever_ends_the_caller_ends_the_worker_first(tmp_path: Path):
     assert not is_running(pids[0])
 
 
+def with_snapshots(request: StageRequest, root: Path, **settings: object) -> StageRequest:
+    profile = request.profile.model_copy(update={"snapshots": SnapshotConfig(**settings)})
+    return request.model_copy(update={"profile": profile, "snapshots_directory": root})
+
+
+def test_a_worker_being_stopped_is_still_heard_and_its_snapshot_told_of(tmp_path: Path):
+    seen: list[Event] = []
+
+    def interrupt(event: Event) -> None:
+        seen.append(event)
+        if event["event"] == "progress" and "stopping" not in [event["event"] for event in seen]:
+            raise KeyboardInterrupt
+
+    started = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        request = with_snapshots(endless(tmp_path), tmp_path / "snapshots")
+        run_worker("relora_train.trainer", request, tmp_path / "request.json", on_event=interrupt)
+    assert time.monotonic() - started < STOP_SECONDS
+    names = [event["event"] for event in seen]
+    assert names.index("stopping") < names.index("snapshot_committed") and "failed" not in names
+    committed = seen[names.index("snapshot_committed")]
+    assert local_snapshots(tmp_path / "snapshots") == [Path(committed["directory"]).name]
+
+
+def test_a_worker_that_fills_its_pipe_while_being_stopped_still_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A pipe holds 64 KB; a worker blocked on a full one could never leave in order."""
+    (tmp_path / "talker.py").write_text(
+        "import signal, sys\n"
+        "from relora_train.events import encode\n"
+        "def leave(*_):\n"
+        "    sys.stdout.write('x' * 1000 + '\\n'); [sys.stdout.write('y' * 1000 + '\\n') for _ in range(500)]\n"
+        "    sys.stdout.write(encode('last_words')); sys.stdout.flush(); sys.exit(0)\n"
+        "signal.signal(signal.SIGTERM, leave)\n"
+        "sys.stdout.write(encode('ready')); sys.stdout.flush()\n"
+        "while True: signal.pause()\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    seen: list[str] = []
+
+    def interrupt(event: Event) -> None:
+        seen.append(event["event"])
+        if event["event"] == "ready":
+            raise KeyboardInterrupt
+
+    started = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        run_worker("talker", endless(tmp_path), tmp_path / "request.json", on_event=interrupt)
+    assert seen == ["ready", "stopping", "last_words"]
+    assert time.monotonic() - started < STOP_SECONDS
+
+
+def test_two_ranks_stopped_and_continued_give_what_two_ranks_give(tmp_path: Path):
+    """Only the first rank saves; all go on from what it saved."""
+    dataset = write_tiny_dataset(tmp_path / "data")
+    profile = tiny_profile(
+        launch={"nproc_per_node": 2, "threads": 1}, schedule={"warm_start_steps": 200}, evaluation={"sequences": 8}
+    )
+
+    def run(out: str, on_event: Callable[[Event], None], **update: object) -> None:
+        request = stage_request(profile, "warm-start", dataset, tmp_path / out).model_copy(update=update)
+        run_worker("relora_train.trainer", request, tmp_path / "r.json", on_event=on_event, nproc_per_node=2)
+
+    def stop(event: Event) -> None:
+        if event["event"] == "progress":
+            os.kill(pids[-1], signal.SIGTERM)
+        elif event["event"] == "stage_started":
+            pids.append(event["pid"])
+
+    pids: list[int] = []
+    with pytest.raises(TrainerInterruptedError, match="was saved"):
+        run("out", stop, snapshots_directory=tmp_path / "snapshots")
+    (name,) = local_snapshots(tmp_path / "snapshots")
+    resumed: list[int] = []
+    run(
+        "out",
+        lambda event: resumed.append(event["step"]) if event["event"] == "resumed" else None,
+        snapshot_directory=tmp_path / "snapshots" / name,
+    )
+    run("undisturbed", lambda event: None)
+    assert resumed == [int(name.split("-")[1])] and 0 < resumed[0] < 200
+    weights = [(tmp_path / out / "model.safetensors").read_bytes() for out in ("out", "undisturbed")]
+    assert weights[0] == weights[1]
+
+
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_a_worker_ends_when_its_parent_is_killed(tmp_path: Path, ranks: int):
+def test_a_worker_saves_its_state_and_ends_when_its_parent_is_killed(tmp_path: Path, ranks: int):
     request = endless(tmp_path)
     request = request.model_copy(
-        update={"profile": tiny_profile(schedule={"warm_start_steps": 10_000_000}, launch={"nproc_per_node": ranks})}
+        update={
+            "profile": tiny_profile(schedule={"warm_start_steps": 10_000_000}, launch={"nproc_per_node": ranks}),
+            "snapshots_directory": tmp_path / "snapshots",
+        }
     )
     (tmp_path / "request-in.json").write_text(request.model_dump_json())
     script = (
@@ -117,6 +208,7 @@ def test_a_worker_ends_when_its_parent_is_killed(tmp_path: Path, ranks: int):
             pass
         parent.kill()
     wait_until_gone(int(pid))
+    assert len(local_snapshots(tmp_path / "snapshots")) == 1
 
 
 def test_two_ranks_give_the_single_process_result_up_to_rounding(tmp_path: Path):

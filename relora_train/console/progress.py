@@ -26,6 +26,7 @@ from relora_train.console.progress_text import (
     evaluated_line,
     merge_line,
     progress_line,
+    resumed_line,
     stage_finished_line,
     stage_skipped_line,
     stage_started_line,
@@ -186,6 +187,8 @@ class RunProgress(logging.Handler):
                 display.waiting(f"starting {self._after(None)}")
             case "stage_started":
                 display.started(stage_started_line(event))
+            case "resumed":
+                display.line(_REUSED, resumed_line(event))
             case "progress":
                 self._show_step(event)
             case "evaluation" if event.get("when") == "before":

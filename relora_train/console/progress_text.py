@@ -38,6 +38,11 @@ def stage_started_line(event: Event) -> str:
     return f"{event['stage']}: {steps} on {event['device']}{ranks}, {share} trained"
 
 
+def resumed_line(event: Event) -> str:
+    """'cycle-1: going on from the snapshot of step 240'."""
+    return f"{event['stage']}: going on from the snapshot of step {event['step']:,}"
+
+
 def merge_line(event: Event) -> str:
     """Within 100 columns: the check that nothing changed, the size of the update, what Adam forgot of A and B."""
     return (

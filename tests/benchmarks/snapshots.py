@@ -1,0 +1,190 @@
+"""What a snapshot and a merge checkpoint cost at a profile's shapes, with random weights on the CPU.
+
+    python tests/benchmarks/snapshots.py --profile llama_60m --rounds 3
+
+Measured: how long training stands still (the copy in memory), how long the writing thread takes (write, hash, fsync)
+and what it leaves of the training's speed, the bytes, the upload through the library to a directory and to a real S3
+server on loopback, and the same file through plain boto3 to the same server. Medians over the rounds. With
+--profile llama_350m: about 20 GB of memory and 15 GB of disk.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from seaweed import Seaweed, running_seaweed
+
+from relora_train.checkpoint import save_adapter, save_model, save_optimizer_state
+from relora_train.config import Profile
+from relora_train.manifest import describe_files
+from relora_train.model import build_model
+from relora_train.optimizer import build_optimizer, optimizer_state_by_name, reset_optimizer_state
+from relora_train.profiles import load_profile
+from relora_train.relora import adapter_config, adapter_state, apply_relora, lora_parameters, merge_and_reinit
+from relora_train.snapshot import HostBuffers, SnapshotState, moving_tensors, write_snapshot
+from relora_train.snapshot_store import SnapshotStore
+from relora_train.storage.base import ObjectStore
+from relora_train.storage.local import LocalStore
+from relora_train.storage.s3 import S3Store
+
+FINGERPRINT = "f" * 64
+
+
+def timed(work: Callable[[], Any]) -> tuple[float, Any]:
+    started = time.perf_counter()
+    result = work()
+    return time.perf_counter() - started, result
+
+
+def show(what: str, seconds: list[float], size_bytes: int | None = None) -> None:
+    median = statistics.median(seconds)
+    speed = f"{size_bytes / 1e6 / median:9,.0f} MB/s" if size_bytes else ""
+    print(f"  {what:<58} {median:8.3f} s {speed}", flush=True)  # noqa: T201 (a benchmark prints)
+
+
+def make_training(profile: Profile, *, low_rank: bool) -> Any:
+    """A model and its optimizer with a full Adam state: what a snapshot needs of a StageTraining."""
+    model = build_model(profile.model, vocab_size=32_000, eos_id=0, sequence_length=256, seed=0)
+    if low_rank:
+        relora = profile.relora
+        apply_relora(model, rank=relora.rank, alpha=relora.alpha, dropout=0.0, target_modules=None, seed=0, cycle=1)
+    optimizer = build_optimizer(model, learning_rate=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter) if parameter.requires_grad else None
+    optimizer.step()
+    optimizer.zero_grad()
+    return SimpleNamespace(model=model, optimizer=optimizer)
+
+
+def speed(seconds: float) -> float:
+    """Products of matrices a second: what training is made of."""
+    matrix = torch.randn(512, 512)
+    done, started = 0, time.perf_counter()
+    while time.perf_counter() - started < seconds:
+        matrix @ matrix
+        done += 1
+    return done / (time.perf_counter() - started)
+
+
+def measure_snapshots(training: Any, root: Path, rounds: int) -> list[Path]:
+    buffers, stalls, writes, shares, made = HostBuffers(), [], [], [], []
+    first, _ = timed(lambda: buffers.copy(moving_tensors(training)))
+    for step in range(1, rounds + 1):
+        stall, tensors = timed(lambda: buffers.copy(moving_tensors(training)))
+        state = SnapshotState(fingerprint=FINGERPRINT, step=step, samples_seen=0, loss_sum=0.0, summed=0, seconds=0.0)
+        result: list[Any] = []
+
+        def write(tensors: Any = tensors, state: Any = state, result: list[Any] = result) -> None:
+            written = timed(
+                lambda: write_snapshot(root, run_id="b", stage="c", state=state, tensors=tensors, metrics=[])
+            )
+            result.append(written)
+
+        alone = speed(1.0)
+        thread = threading.Thread(target=write)
+        thread.start()
+        shares.append(speed(0.5) / alone)
+        thread.join()
+        seconds, (directory, manifest) = result[0]
+        stalls.append(stall)
+        writes.append(seconds)
+        made.append(directory)
+    size = manifest.size_bytes
+    print(f"  one snapshot: {size / 1e6:,.1f} MB")  # noqa: T201
+    show("training stands still, first time (memory is allocated)", [first], size)
+    show("training stands still", stalls, size)
+    show("the thread writes, hashes, syncs", writes, size)
+    print(f"  training's speed meanwhile: {100 * statistics.median(shares):.0f}%")  # noqa: T201
+    return made
+
+
+def measure_uploads(name: str, store: ObjectStore, root: Path, made: list[Path]) -> None:
+    snapshots = SnapshotStore(store, "b", FINGERPRINT, root, keep=2)
+    size = sum(path.stat().st_size for path in made[0].iterdir())
+    show(f"upload to {name}", [timed(lambda d=directory: snapshots.upload(d))[0] for directory in made], size)
+    newest = SnapshotStore(store, "b", FINGERPRINT, root.with_name("other"), keep=2).newest_valid
+    show(f"find, fetch and verify from {name}", [timed(newest)[0]], size)
+    snapshots.clear()
+
+
+def measure_checkpoint(training: Any, directory: Path, profile: Profile) -> None:
+    """As trainer.py commits a cycle."""
+    adapter = (adapter_state(training.model), adapter_config(training.model))
+    reset = profile.optimizer_reset
+    merge, _ = timed(lambda: merge_and_reinit(training.model, cycle=1, seed=0))
+    prune, _ = timed(
+        lambda: reset_optimizer_state(
+            training.optimizer, lora_parameters(training.model), mode=reset.mode, ratio=reset.ratio
+        )
+    )
+    directory.mkdir()
+
+    def write() -> None:
+        weights = {
+            name: tensor
+            for name, tensor in training.model.state_dict().items()
+            if name.rpartition(".")[2] not in ("lora_A", "lora_B")
+        }
+        save_model(training.model, directory, weights=weights)
+        save_optimizer_state(
+            optimizer_state_by_name(training.optimizer, training.model), directory / "optimizer.safetensors"
+        )
+        save_adapter(*adapter, directory / "adapter")
+        describe_files(directory)
+
+    seconds, _ = timed(write)
+    sizes = {path.name: path.stat().st_size for path in sorted(directory.rglob("*.safetensors"))}
+    print("  one merge checkpoint: " + ", ".join(f"{name} {size / 1e6:,.1f} MB" for name, size in sizes.items()))  # noqa: T201
+    show("merge and re-init, with effective ranks", [merge])
+    show("optimizer reset", [prune])
+    show("write and hash", [seconds], sum(sizes.values()))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--profile", default="llama_60m")
+    parser.add_argument("--rounds", type=int, default=3)
+    arguments = parser.parse_args()
+    profile = load_profile(arguments.profile)
+    with tempfile.TemporaryDirectory() as scratch, running_seaweed(make(Path(scratch) / "weed")) as server:
+        os.environ.update(server.environment)
+        server.create_bucket("bench")
+        for low_rank in (True, False):
+            print(f"{profile.name}, {'cycle' if low_rank else 'warm start'}:")  # noqa: T201
+            root = make(Path(scratch) / f"low-rank-{low_rank}" / "snapshots")
+            training = make_training(profile, low_rank=low_rank)
+            made = measure_snapshots(training, root, arguments.rounds)
+            measure_uploads("a directory", LocalStore(root.with_name("store")), root, made)
+            measure_uploads("S3 on loopback", S3Store("bench", "x"), root, made)
+            measure_plain_boto3(server, made[0] / "state.safetensors", arguments.rounds)
+            if low_rank:
+                measure_checkpoint(training, root.with_name("checkpoint"), profile)
+
+
+def measure_plain_boto3(server: Seaweed, file: Path, rounds: int) -> None:
+    client = server.client()
+    seconds = [timed(lambda: client.upload_file(str(file), "bench", "plain"))[0] for _ in range(rounds)]
+    show("the same file through plain boto3", seconds, file.stat().st_size)
+    client.close()
+
+
+def make(directory: Path) -> Path:
+    directory.mkdir(parents=True)
+    return directory
+
+
+if __name__ == "__main__":
+    main()
