@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from relora_train.config import ModelConfig, Profile, default_run_id, settings_d
 from relora_train.errors import ObjectNotFoundError, ReLoRAError, RunSettingsChangedError
 from relora_train.events import Event
 from relora_train.launch import run_worker
+from relora_train.lease import Lease
 from relora_train.manifest import CheckpointManifest, DatasetManifest, ParentRef, hash_file, parse_manifest
 from relora_train.requests import StageRequest
 from relora_train.stages import Stage, differing_settings, fingerprint_settings, stage_fingerprint
@@ -41,6 +42,8 @@ class Run:
     profile: Profile
     branches: bool = False
     """Started from a named checkpoint: other settings are then meant, and live beside the run's own line."""
+    lease: Lease | None = field(default=None, compare=False, repr=False)
+    """That this process is the run's one writer; None for who only reads."""
 
     @cached_property
     def store(self) -> ObjectStore:
@@ -49,6 +52,11 @@ class Run:
     @property
     def checkpoints(self) -> CheckpointStore:
         return CheckpointStore(self.store, self.run_id)
+
+    def check_lease(self) -> None:
+        """Return only if no other flow writes this run by now; see Lease.check."""
+        if self.lease is not None:
+            self.lease.check()
 
 
 @dataclass(frozen=True)
@@ -192,15 +200,27 @@ def train_stage(
                 "relora_train.trainer",
                 request,
                 directory / "request.json",
-                on_event=on_event,
+                on_event=_unless_lost(run.lease, on_event),
                 nproc_per_node=run.profile.launch.nproc_per_node,
             )
             output = _committed_output(request)
         if output is None:
             raise ObjectNotFoundError(f"The trainer ended well but left no manifest in {request.output_directory}.")
+        run.check_lease()
         checkpoint = run.checkpoints.commit(request.output_directory, output)
         run.checkpoints.set_head(checkpoint)
     return StageOutcome(checkpoint, reused=False)
+
+
+def _unless_lost(lease: Lease | None, on_event: OnEvent) -> OnEvent:
+    """Ends the work, by an exception from its next event, once another flow has taken the run over."""
+
+    def on_event_while_held(event: Event) -> None:
+        if lease is not None:
+            lease.raise_if_lost()
+        on_event(event)
+
+    return on_event_while_held
 
 
 def _committed_output(request: StageRequest) -> CheckpointManifest | None:
