@@ -16,7 +16,7 @@ from relora_train.bundle import fetch_bundle
 from relora_train.checkpoint_layout import dataset_prefix, split_checkpoint_uri
 from relora_train.checkpoint_store import CheckpointRef, CheckpointStore, find_dataset, read_checkpoint
 from relora_train.config import ModelConfig, Profile, default_run_id, settings_digest
-from relora_train.errors import ObjectNotFoundError, ReLoRAError, RunSettingsChangedError
+from relora_train.errors import CheckpointNotFoundError, ObjectNotFoundError, ReLoRAError, RunSettingsChangedError
 from relora_train.events import Event
 from relora_train.launch import run_worker
 from relora_train.lease import Lease
@@ -25,6 +25,7 @@ from relora_train.requests import StageRequest
 from relora_train.stages import Stage, differing_settings, fingerprint_settings, stage_fingerprint
 from relora_train.storage.base import ObjectStore
 from relora_train.storage.opening import open_store
+from relora_train.tombstone import read_tombstone, removed_message
 from relora_train.workspace import checkpoint_cache, dataset_cache, work_directory
 
 STORE_VARIABLE = "RELORA_STORE"
@@ -112,7 +113,10 @@ def fetch_dataset(dataset: DatasetRef) -> Path:
 
 
 def fetch_parent(parent: CheckpointRef) -> Path:
-    """A checkpoint's verified files on this machine's disk."""
+    """A checkpoint's verified files on this machine's disk. One that retention removed is a CheckpointNotFoundError."""
+    if parent.is_removed:
+        tombstone = read_tombstone(open_store(parent.store_uri), parent.prefix)
+        raise CheckpointNotFoundError(removed_message(parent.uri, tombstone) if tombstone else f"{parent.uri} is gone.")
     store = open_store(parent.store_uri)
     return CheckpointStore(store, parent.manifest.run_id).fetch(parent, checkpoint_cache(parent.manifest.run_id))
 
@@ -120,12 +124,15 @@ def fetch_parent(parent: CheckpointRef) -> Path:
 def find_stage(run: Run, stage: Stage, dataset: DatasetRef, parent: CheckpointRef | None) -> CheckpointRef | None:
     """The stage's committed checkpoint, or None when it has yet to be trained.
 
+    One that retention removed counts as trained as long as something that came from it is there: `is_removed`.
     Raises RunSettingsChangedError when this run holds a checkpoint of the same stage made with other settings.
     """
     settings, fingerprint = _identity(run, stage, dataset, parent)
     found = run.checkpoints.find(fingerprint)
+    if found is None:
+        found = run.checkpoints.find_removed(fingerprint)
     if found is None and not run.branches:
-        for other in run.checkpoints.list():
+        for other in run.checkpoints.history():
             if other.step == stage.end_step or other.manifest.stage == stage.name:
                 raise _settings_changed(run, stage, settings, other)
     return found
@@ -176,7 +183,8 @@ def train_stage(
     """
     found = find_stage(run, stage, dataset, parent)
     if found is not None:
-        run.checkpoints.set_head(found)
+        if not found.is_removed:
+            run.checkpoints.set_head(found)
         return StageOutcome(found, reused=True)
     settings, fingerprint = _identity(run, stage, dataset, parent)
     with work_directory(run.run_id, f"{stage.name}-{fingerprint[:12]}") as directory:
