@@ -27,16 +27,19 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from relora_train.checkpoint_layout import check_run_id
+from relora_train.checkpoint_layout import check_run_id, split_checkpoint_uri
 from relora_train.errors import (
     BucketNotFoundError,
     CheckpointCorruptError,
+    CheckpointNotFoundError,
     ObjectNotFoundError,
     PreconditionFailedError,
     RunInUseError,
     StorageError,
 )
 from relora_train.storage.base import ObjectStore
+from relora_train.storage.opening import open_store
+from relora_train.tombstone import read_tombstone, removed_message
 
 DEFAULT_TTL_SECONDS = 60.0
 _RENEWALS_PER_TTL = 3
@@ -205,9 +208,12 @@ def hold_run(
 
     Raises RunInUseError at once or within a third of a TTL while another flow lives; takes over at once from one that
     was killed on this machine, and after 1.25 TTL from one that vanished elsewhere. A prune is waited for.
+    depends_on: checkpoints to start from, by URI: safe from pruning from here on, or a CheckpointNotFoundError.
     """
     lease = take_lease(store, lease_key(run_id), f"Run {run_id!r}", ttl_seconds=ttl_seconds, depends_on=depends_on)
     try:
+        for uri in depends_on:
+            _refuse_removed(uri)  # after it was written down: a prune reads leases after its tombstone
         yield lease
     finally:
         lease.release()
@@ -293,6 +299,13 @@ def read_lease(store: ObjectStore, key: str) -> tuple[LeaseRecord, str] | None:
             f"{store.uri}/{key} is damaged: it does not say who holds it. Make sure that no flow of this run is "
             "running, delete it, and run again."
         ) from None
+
+
+def _refuse_removed(uri: str) -> None:
+    store_uri, prefix = split_checkpoint_uri(uri)
+    tombstone = read_tombstone(open_store(store_uri), prefix)
+    if tombstone is not None:
+        raise CheckpointNotFoundError(removed_message(uri, tombstone))
 
 
 def _unchanged_for_long(watched: tuple[str, float] | None, etag: str, record: LeaseRecord) -> bool:

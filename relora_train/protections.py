@@ -55,7 +55,7 @@ class Protections:
                 self._add_lease(found, info, run_id, objects)
             elif rest and rest[-1] == MANIFEST_NAME and kind in ("checkpoints", "snapshots"):
                 parent = self._parent(info)
-                place = parent and parse_checkpoint_prefix(parent)
+                place = parse_checkpoint_prefix(parent or "")
                 if parent is None or place is None:
                     continue
                 if kind == "snapshots" and (run_id, rest[0]) not in done:
@@ -82,8 +82,7 @@ class Protections:
             directory
             for directory, _, name in (each.key.rpartition("/") for each in objects)
             if name == MANIFEST_NAME
-            and (place := parse_checkpoint_prefix(directory))
-            and place.run_id == run_id
+            and directory.startswith(f"runs/{run_id}/checkpoints/")
             and self._read_key(f"{directory}/{name}", objects).get("cycle") == 0
         ]
         for prefix in sorted(before_merge)[-1:]:

@@ -23,7 +23,7 @@ from relora_train.bundle import CLAIM_NAME
 from relora_train.checkpoint_layout import check_run_id, checkpoints_prefix, parse_checkpoint_prefix
 from relora_train.checkpoint_store import CheckpointRef, CheckpointStore
 from relora_train.errors import CheckpointNotFoundError, ObjectNotFoundError
-from relora_train.lease import Lease, lease_key, take_lease, try_lease
+from relora_train.lease import Lease, lease_key, read_lease, take_lease, try_lease
 from relora_train.manifest import MANIFEST_NAME
 from relora_train.protections import Protections
 from relora_train.retention import RetentionPolicy, Verdict, plan_pruning
@@ -218,14 +218,16 @@ class _Pruning:
     def _no_flow(self) -> Iterator[bool]:
         """Keep flows of this run from starting for the length of the block; False if one may be under way."""
         key = lease_key(self._run_id)
-        if self._dry_run:
-            yield True
-            return
 
         def unheard_of() -> bool:
             info = self._store.head(key)
             return info is not None and self._is_old([info])
 
+        if self._dry_run:
+            found = read_lease(self._store, key)
+            lives = found is not None and not found[0].released and found[0].holder.is_alive()
+            yield not (lives or (lives is None and not unheard_of()))
+            return
         lease = try_lease(self._store, key, unheard_of=unheard_of, ttl_seconds=_LEASE_SECONDS)
         before = self._check
         try:
