@@ -54,13 +54,16 @@ class Protections:
             elif kind == "lease.json":
                 self._add_lease(found, info, run_id, objects)
             elif rest and rest[-1] == MANIFEST_NAME and kind in ("checkpoints", "snapshots"):
+                if kind == "snapshots":
+                    if (run_id, rest[0]) not in done:
+                        for prefix in self._possible_parents(info, run_id, objects):
+                            found[prefix].append(f"a snapshot of run {run_id} started from it")
+                    continue
                 parent = self._parent(info)
                 place = parse_checkpoint_prefix(parent or "")
                 if parent is None or place is None:
                     continue
-                if kind == "snapshots" and (run_id, rest[0]) not in done:
-                    found[parent].append(f"a snapshot of run {run_id} started from it")
-                elif kind == "checkpoints" and place.run_id != run_id:
+                if kind == "checkpoints" and place.run_id != run_id:
                     found[parent].append(f"run {run_id} branches from it")
         return {prefix: tuple(dict.fromkeys(reasons)) for prefix, reasons in found.items()}
 
@@ -87,6 +90,22 @@ class Protections:
         ]
         for prefix in sorted(before_merge)[-1:]:
             found[prefix].append(f"the flow of run {run_id} is under way and scores it at its end")
+
+    def _possible_parents(self, info: ObjectInfo, run_id: str, objects: Sequence[ObjectInfo]) -> Sequence[str]:
+        """What a snapshot's stage started from; where its manifest does not say, all of its run that it could be."""
+        manifest = self._read(info)
+        if "parent" in manifest or not manifest:
+            parent = self._parent(info)
+            return [parent] if parent else []
+        places = (parse_checkpoint_prefix(each.key.rpartition("/")[0]) for each in objects)
+        step = manifest.get("step")
+        return sorted(
+            {
+                place.prefix
+                for place in places
+                if place and place.run_id == run_id and not (isinstance(step, int) and place.step > step)
+            }
+        )
 
     def _read_key(self, key: str, objects: Sequence[ObjectInfo]) -> Any:
         return next((self._read(info) for info in objects if info.key == key), {})

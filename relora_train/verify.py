@@ -202,6 +202,7 @@ class _Verifier:
 
     def _bundle(self, store: ObjectStore, prefix: str, manifest: Manifest) -> None:
         self.result.bundles += 1
+        before = len(self.result.findings)
         for entry in manifest.files:
             uri = f"{store.uri}/{_join(prefix, manifest.files_prefix, entry.path)}"
             try:
@@ -212,6 +213,9 @@ class _Verifier:
                 self._add("damaged", uri, str(error))
             self.result.files += 1
             self.result.size_bytes += entry.size_bytes
+        if len(self.result.findings) > before and store.head(_join(prefix, MANIFEST_NAME)) is None:
+            del self.result.findings[before:]
+            self.result.notes.append(f"{store.uri}/{prefix} was removed while it was read")
 
     def _unfinished(self, prefix: str, objects: Sequence[ObjectInfo], *, is_live: bool) -> None:
         if is_live:

@@ -127,3 +127,21 @@ def test_a_run_that_is_not_there_is_no_clean_run(store, files):
         verify_run(store, "run")
     add(store, files, 0, None)
     assert found(store) == [("missing", "datasets/corpus/d")]
+
+
+def test_what_is_removed_while_it_is_read_is_not_found_fault_with(tmp_path, files, monkeypatch):
+    from relora_train import verify
+
+    store = open_store(f"memory://{uuid.uuid4().hex}")
+    refs = straight_run(store, files, cycles=1)
+    read, seen = verify.verify_bundle, []
+
+    def removing(*arguments) -> None:
+        if not seen:
+            seen.append(prune_run(store, "run", RetentionPolicy(keep_last=1)).removed)
+        read(*arguments)
+
+    monkeypatch.setattr(verify, "verify_bundle", removing)
+    result = verify_run(store, "run")
+    assert seen == [[refs[0]]] and result.is_clean
+    assert any("was removed while it was read" in note for note in result.notes)
