@@ -271,10 +271,7 @@ def prune(
     store: Store = None,
     as_json: AsJson = False,
 ) -> None:
-    """Remove checkpoints that neither the policy nor anything else keeps, and what killed writers left behind.
-
-    Without --keep-last and --keep-every the section \\[retention] of the run's profile holds.
-    """
+    """Remove checkpoints that neither the policy (these options, else the profile's) nor anything else keeps."""
     from relora_train.console import upkeep
     from relora_train.console.tables import show as show_view
 
@@ -293,7 +290,7 @@ def verify(
     store: Store = None,
     as_json: AsJson = False,
 ) -> None:
-    """Read every byte again; name what is missing, damaged or unreferenced. Exit code 0 only when there is nothing."""
+    """Read every byte again and name what is missing, damaged or unreferenced; exit code 0 only for nothing."""
     from relora_train.console import upkeep
     from relora_train.console.tables import show as show_view
 
