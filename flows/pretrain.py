@@ -6,9 +6,11 @@ from typing import Any
 
 from prefect import flow
 
+from relora_train.lease import hold_run
 from relora_train.profiles import load_profile
 from relora_train.run import Run, choose_run_id, first_and_last, line_of
 from relora_train.stages import stages_after
+from relora_train.storage.opening import open_store
 from relora_train.summary import RunSummary, summarize_run
 from tasks.evaluate import evaluate_checkpoint
 from tasks.observe import done
@@ -28,6 +30,8 @@ def pretrain(
 ) -> RunSummary:
     """Bring a run to its end from wherever it stands; stages that are committed already are skipped.
 
+    One flow a run at a time: a second one fails with RunInUseError while the first lives.
+
     Args:
         profile: name of a shipped profile, or path of a TOML file
         overrides: settings over the profile, by dotted key: {"relora.rank": 16}
@@ -38,24 +42,26 @@ def pretrain(
     settings = load_profile(profile, overrides or {})
     store_uri = open_run_store(store)
     parent = resolve_parent(resume_from, store_uri) if resume_from else None
-    run = Run(run_id or choose_run_id(settings, parent), store_uri, settings, branches=parent is not None)
+    run_id = run_id or choose_run_id(settings, parent)
     stages = stages_after(settings, parent.step if parent else 0)
-    prepared = done(tokenize(run))
-    outcomes = []
-    for stage in stages:
-        train = train_cycle if stage.low_rank else warm_start
-        outcome = done(train(run, stage, prepared.dataset, parent))
-        outcomes.append(outcome)
-        parent = outcome.checkpoint
-    line = line_of(parent)
-    evaluations = [done(evaluate_checkpoint(run, ref, prepared.dataset)) for ref in first_and_last(line)]
-    report = write_report(run, line, [evaluation.record for evaluation in evaluations])
-    return summarize_run(
-        run,
-        prepared.dataset,
-        outcomes,
-        evaluations,
-        dataset_reused=prepared.reused,
-        report_uri=report.html_uri,
-        picture_uris=report.picture_uris,
-    )
+    with hold_run(open_store(store_uri), run_id, depends_on=[parent.uri] if parent else ()) as lease:
+        run = Run(run_id, store_uri, settings, branches=parent is not None, lease=lease)
+        prepared = done(tokenize(run))
+        outcomes = []
+        for stage in stages:
+            train = train_cycle if stage.low_rank else warm_start
+            outcome = done(train(run, stage, prepared.dataset, parent))
+            outcomes.append(outcome)
+            parent = outcome.checkpoint
+        line = line_of(parent)
+        evaluations = [done(evaluate_checkpoint(run, ref, prepared.dataset)) for ref in first_and_last(line)]
+        report = write_report(run, line, [evaluation.record for evaluation in evaluations])
+        return summarize_run(
+            run,
+            prepared.dataset,
+            outcomes,
+            evaluations,
+            dataset_reused=prepared.reused,
+            report_uri=report.html_uri,
+            picture_uris=report.picture_uris,
+        )

@@ -15,7 +15,8 @@ How. An object's name fixes its bytes for ever, so that writing it twice, late o
 So the usual bundle is a plain directory that from_pretrained opens as it is; a variant directory is one too. Claims
 are not leases: a dead claimant keeps the plain names, and the retry wins from a variant. Whoever then knows the winner
 removes the plain files, so that nobody who ignores manifests loads what was not committed.
-Whoever prunes a bundle must delete the manifest first and the claim last.
+Whoever prunes a checkpoint writes its tombstone first (tombstone.py), deletes the manifest next and the claim last.
+Where a tombstone lies nothing is committed: who met none at first looks again after its manifest, and takes it back.
 """
 
 from __future__ import annotations
@@ -53,6 +54,7 @@ from relora_train.manifest import (
 )
 from relora_train.storage.base import ObjectStore
 from relora_train.storage.os_errors import disk_error
+from relora_train.tombstone import TOMBSTONE_NAME, read_tombstone, removed_message
 
 CLAIM_NAME = "claim.json"
 _log = logging.getLogger("relora_train.bundle")
@@ -79,6 +81,7 @@ def commit_bundle(store: ObjectStore, prefix: str, directory: Path, manifest: M)
     """
     if winner := read_manifest(store, prefix, type(manifest)):
         return _adopt(store, prefix, manifest, winner)
+    _refuse_removed(store, prefix)
     _check_names(manifest)
     for entry in manifest.files:
         _check_file(directory / entry.path, entry, uri=(directory / entry.path).as_uri())
@@ -97,6 +100,11 @@ def commit_bundle(store: ObjectStore, prefix: str, directory: Path, manifest: M)
         if winner is None:
             raise
         return _adopt(store, prefix, manifest, winner)
+    try:
+        _refuse_removed(store, prefix)  # a prune that began meanwhile may have deleted files of ours
+    except PreconditionFailedError:
+        store.delete(_join(prefix, MANIFEST_NAME))
+        raise
     _remove_leftovers(store, prefix, placed, placed)
     return placed
 
@@ -138,6 +146,12 @@ def verify_bundle(store: ObjectStore, prefix: str, manifest: Manifest) -> None:
         for entry in manifest.files:
             _check_free_space(Path(scratch), [entry])
             _download(store, _key(prefix, manifest, entry), entry, Path(scratch)).unlink()
+
+
+def _refuse_removed(store: ObjectStore, prefix: str) -> None:
+    tombstone = read_tombstone(store, prefix)
+    if tombstone is not None:
+        raise PreconditionFailedError(removed_message(_uri(store, prefix), tombstone))
 
 
 def content_digest(manifest: Manifest) -> str:
@@ -326,7 +340,7 @@ def _local_directory(store: ObjectStore, prefix: str, manifest: Manifest) -> Pat
 def _check_names(manifest: Manifest) -> None:
     for entry in manifest.files:
         first = entry.path.partition("/")[0]
-        if first in (MANIFEST_NAME, CLAIM_NAME) or first.startswith("variant-"):
+        if first in (MANIFEST_NAME, CLAIM_NAME, TOMBSTONE_NAME) or first.startswith("variant-"):
             raise StorageError(f"A bundle cannot hold a file named {entry.path!r}: the name is reserved. Rename it.")
 
 

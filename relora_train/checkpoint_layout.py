@@ -3,6 +3,9 @@
 runs/<run_id>/checkpoints/step-00000400-<12 hex of the fingerprint>/    one merge checkpoint (a bundle)
 runs/<run_id>/snapshots/<12 hex of the fingerprint>/step-00000400-<8 hex>/  one snapshot inside a stage (a bundle)
 runs/<run_id>/refs/head.json                                            which line of checkpoints is the run's
+runs/<run_id>/refs/<name>.json                                          a pin: the checkpoint it names is never pruned
+runs/<run_id>/lease.json, prune.json                                    who writes, who prunes the run (lease.py)
+.../step-00000400-<12 hex>/deleted.json                                 a checkpoint that was pruned (tombstone.py)
 datasets/<name>/<16 hex of dataset_id>/                                 one tokenized dataset (a bundle)
 """
 

@@ -25,6 +25,7 @@ from relora_train.checkpoint_store import (
     line_to,
     list_runs,
     read_checkpoint,
+    without_removed_ends,
 )
 from relora_train.errors import (
     CheckpointAmbiguousError,
@@ -35,6 +36,7 @@ from relora_train.errors import (
 )
 from relora_train.storage.base import ObjectStore
 from relora_train.storage.opening import open_store
+from relora_train.tombstone import read_tombstone, removed_message
 
 _NAME = re.compile(rf"(?P<run_id>{RUN_ID_PATTERN})(@(?P<selector>[A-Za-z0-9-]+))?")
 
@@ -70,24 +72,25 @@ def _of_run(run: CheckpointStore, selector: str) -> CheckpointRef:
     step = re.fullmatch(r"step-(\d+)", selector)
     candidates = [ref for ref in refs if (ref.step == int(step[1]) if step else ref.manifest.stage == selector)]
     if not candidates:
+        for ref in run.history():
+            if ref.is_removed and ref.manifest.stage == selector:
+                raise _incomplete(run, ref.uri)
         if step:
             _refuse_incomplete_step(run, int(step[1]))
         raise CheckpointNotFoundError(
             f"Run {run.run_id!r} in {run.store.uri} has no checkpoint {selector!r}. It has:{_names(refs)}"
         )
-    return _on_the_line(run, refs, candidates, selector)
+    return _on_the_line(run, candidates, selector)
 
 
-def _on_the_line(
-    run: CheckpointStore, refs: Sequence[CheckpointRef], candidates: Sequence[CheckpointRef], selector: str
-) -> CheckpointRef:
+def _on_the_line(run: CheckpointStore, candidates: Sequence[CheckpointRef], selector: str) -> CheckpointRef:
     """The candidate that the run's line goes through; off the line nothing is chosen, not even an only one."""
-    head = run.head()
+    head, history = run.head(), run.history()
     try:
-        end = end_of_line(refs, head, run_id=run.run_id)
-        line = line_to(end, refs) if end else ()
+        end = end_of_line(without_removed_ends(history), head, run_id=run.run_id)
+        line = line_to(end, history) if end else ()
     except CheckpointAmbiguousError:
-        line = line_to(head, refs) if head else _common_beginning(refs)
+        line = line_to(head, history) if head else _common_beginning(without_removed_ends(history))
     places = {ref.prefix for ref in line}
     on_line = [ref for ref in candidates if ref.prefix in places]
     if len(on_line) == 1:
@@ -139,7 +142,10 @@ def _refuse_incomplete_step(run: CheckpointStore, step: int) -> None:
             raise _incomplete(run, f"{run.store.uri}/{place.prefix}")
 
 
-def _incomplete(run: CheckpointStore, uri: str) -> CheckpointIncompleteError:
+def _incomplete(run: CheckpointStore, uri: str) -> CheckpointError:
+    tombstone = read_tombstone(run.store, uri.removeprefix(f"{run.store.uri}/"))
+    if tombstone is not None:
+        return CheckpointNotFoundError(removed_message(uri, tombstone))
     try:
         latest = run.latest()
     except CheckpointError as error:

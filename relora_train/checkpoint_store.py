@@ -12,7 +12,7 @@ import json
 import logging
 import secrets
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 
@@ -38,6 +38,7 @@ from relora_train.errors import (
 from relora_train.manifest import MANIFEST_NAME, CheckpointManifest, DatasetManifest
 from relora_train.storage.base import ObjectStore
 from relora_train.storage.opening import open_store
+from relora_train.tombstone import TOMBSTONE_NAME, read_tombstone, removed_message
 
 _log = logging.getLogger("relora_train.checkpoint_store")
 _HEAD_ATTEMPTS = 5
@@ -52,6 +53,8 @@ class CheckpointRef:
     store_uri: str
     prefix: str
     manifest: CheckpointManifest
+    is_removed: bool = False
+    """Known from its tombstone only: it has a place in the lineage and no files."""
 
     @property
     def fingerprint(self) -> str:
@@ -106,6 +109,28 @@ class CheckpointStore:
         refs = (self._read(place) for place, _ in self._places())
         return sorted((ref for ref in refs if ref is not None), key=lambda ref: (ref.step, ref.fingerprint))
 
+    def history(self) -> Sequence[CheckpointRef]:
+        """All checkpoints by step, with those that retention removed: the lineage without gaps."""
+        kept = self.list()
+        places = {ref.prefix for ref in kept}
+        removed = (ref for ref in self._removed() if ref.prefix not in places)
+        return sorted([*kept, *removed], key=lambda ref: (ref.step, ref.fingerprint))
+
+    def find_removed(self, fingerprint: str) -> CheckpointRef | None:
+        """The checkpoint of exactly this work that retention removed after others had been trained from it, or None.
+
+        Raises CheckpointNotFoundError when nothing that came from it is left either.
+        """
+        history = self.history()
+        for ref in history:
+            if ref.is_removed and ref.fingerprint == fingerprint:
+                if any(ref in line_to(other, history) for other in history if not other.is_removed):
+                    return ref
+                tombstone = read_tombstone(self.store, ref.prefix)
+                if tombstone is not None:
+                    raise CheckpointNotFoundError(removed_message(ref.uri, tombstone))
+        return None
+
     def fetch(self, ref: CheckpointRef, cache_dir: Path) -> Path:
         """As fetch_checkpoint; for a checkpoint of this store without opening it anew."""
         return fetch_checkpoint(ref, cache_dir, store=self._store_of(ref))
@@ -156,15 +181,23 @@ class CheckpointStore:
         Without a head, the end of the only line there is. None for an empty run. Two candidates are a
         CheckpointAmbiguousError that names them; never the highest number in a listing.
         """
-        refs, head = self.list(), self.head()
-        return end_of_line(refs, head, run_id=self.run_id)
+        refs, head = self.history(), self.head()
+        return end_of_line(without_removed_ends(refs), head, run_id=self.run_id)
 
     def ancestry(self, ref: CheckpointRef) -> Sequence[CheckpointRef]:
-        """The checkpoints of this run that led to `ref`, oldest first, itself last."""
-        return line_to(ref, self.list())
+        """The checkpoints of this run that led to `ref` and are still there, oldest first, itself last."""
+        return [known for known in line_to(ref, self.history()) if not known.is_removed]
 
     def _places(self) -> Iterator[tuple[CheckpointPlace, datetime]]:
         return _committed_places(self.store, checkpoints_prefix(self.run_id))
+
+    def _removed(self) -> Iterator[CheckpointRef]:
+        for info in self.store.list(checkpoints_prefix(self.run_id)):
+            directory, _, name = info.key.rpartition("/")
+            if name == TOMBSTONE_NAME and parse_checkpoint_prefix(directory):
+                tombstone = read_tombstone(self.store, directory)
+                if tombstone is not None:
+                    yield replace(make_ref(self.store, directory, tombstone.manifest), is_removed=True)
 
     def _read(self, place: CheckpointPlace) -> CheckpointRef | None:
         return read_checkpoint(self.store, place.prefix)
@@ -206,6 +239,12 @@ def line_to(ref: CheckpointRef, refs: Sequence[CheckpointRef]) -> Sequence[Check
         line.insert(0, by_fingerprint[parent.fingerprint])
         seen.add(parent.fingerprint)
     return line
+
+
+def without_removed_ends(refs: Sequence[CheckpointRef]) -> Sequence[CheckpointRef]:
+    """Checkpoints, and of the removed ones only those that something still there came from. Pure."""
+    needed = {known.prefix for ref in refs if not ref.is_removed for known in line_to(ref, refs)}
+    return [ref for ref in refs if ref.prefix in needed]
 
 
 def end_of_line(refs: Sequence[CheckpointRef], head: CheckpointRef | None, *, run_id: str) -> CheckpointRef | None:

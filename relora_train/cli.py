@@ -13,14 +13,14 @@ import typer
 from rich.text import Text
 
 from relora_train.console.output import complain, console_for_people, describe_fault, tell, was_interrupted
-from relora_train.errors import ReLoRAError, TrainerInterruptedError
+from relora_train.errors import CheckpointError, ReLoRAError, StorageError, TrainerInterruptedError
 
 _EXIT_CODES = """
 [bold]Exit codes[/bold]
 
 0 done · 1 an unexpected fault · 2 a command line, profile or setting
 
-3 a corpus or tokenizer · 4 a model · 5 a store · 6 a checkpoint · 7 training
+3 a corpus or tokenizer · 4 a model · 5 a store · 6 a checkpoint, or verify found something · 7 training
 
 130 stopped by Ctrl-C · 143 stopped by SIGTERM
 
@@ -234,7 +234,9 @@ def export(
     from relora_train.console.export import export_model
     from relora_train.console.tables import size_text
 
-    written = export_model(_resolve(checkpoint, store), directory, force=force)
+    ref = _resolve(checkpoint, store)
+    written = export_model(ref, directory, force=force)
+    _record_export(ref, written.directory)
     if as_json:
         names = [entry.path for entry in written.files]
         _echo_json({"directory": str(written.directory), "checkpoint_uri": written.checkpoint_uri, "files": names})
@@ -255,6 +257,77 @@ def report(run: RunName, store: Store = None, as_json: AsJson = False) -> None:
         _echo_json({"report_uri": written.html_uri, "picture_uris": written.picture_uris, "summary": written.summary})
     else:
         typer.echo(f"Report: {place(written.html_uri)}")
+
+
+@app.command()
+def prune(
+    run: RunName,
+    keep_last: Annotated[int | None, typer.Option(min=1, help="Of every line keep the last so many.")] = None,
+    keep_every: Annotated[int | None, typer.Option(min=1, help="Also keep every so many-th cycle.")] = None,
+    grace_hours: Annotated[
+        float, typer.Option(min=0, help="Leftovers of killed writers go when untouched for so long.")
+    ] = 24,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would go and why the rest stays.")] = False,
+    store: Store = None,
+    as_json: AsJson = False,
+) -> None:
+    """Remove checkpoints that neither the policy (these options, else the profile's) nor anything else keeps."""
+    from relora_train.console import upkeep
+    from relora_train.console.tables import show as show_view
+
+    report = upkeep.prune(
+        _open(store), run, keep_last=keep_last, keep_every=keep_every, grace_hours=grace_hours, dry_run=dry_run
+    )
+    if as_json:
+        _echo_json(upkeep.prune_json(report))
+    else:
+        show_view(console_for_people(), upkeep.prune_view(report))
+
+
+@app.command()
+def verify(
+    name: Annotated[str, typer.Argument(metavar="RUN|CHECKPOINT", help="A run id, or any name of a checkpoint.")],
+    store: Store = None,
+    as_json: AsJson = False,
+) -> None:
+    """Read every byte again and name what is missing, damaged or unreferenced; exit code 0 only for nothing."""
+    from relora_train.console import upkeep
+    from relora_train.console.tables import show as show_view
+
+    found = upkeep.verify(_open(store), name)
+    if as_json:
+        _echo_json(found.to_json())
+    else:
+        show_view(console_for_people(), upkeep.verify_view(found))
+    if not found.is_clean:
+        raise typer.Exit(CheckpointError.exit_code)
+
+
+@app.command()
+def pin(
+    checkpoint: CheckpointName,
+    name: Annotated[str | None, typer.Option(help="Name of the pin; made from the checkpoint's when absent.")] = None,
+    store: Store = None,
+) -> None:
+    """Keep a checkpoint from every prune until it is unpinned."""
+    from relora_train import pins
+
+    ref = _resolve(checkpoint, store)
+    typer.echo(f"{ref.uri} is pinned as {pins.pin(_open(ref.store_uri), ref, name)}.")
+
+
+@app.command()
+def unpin(
+    checkpoint: CheckpointName,
+    name: Annotated[str | None, typer.Option(help="Only this pin; all of the checkpoint's when absent.")] = None,
+    store: Store = None,
+) -> None:
+    """Remove the pins and export marks of a checkpoint."""
+    from relora_train import pins
+
+    ref = _resolve(checkpoint, store)
+    removed = pins.unpin(_open(ref.store_uri), ref, name)
+    typer.echo(f"{ref.uri} is no longer pinned as {', '.join(removed)}.")
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -288,6 +361,18 @@ def _resolve(name: str, store: str | None) -> Any:
     from relora_train.checkpoint_resolve import resolve_checkpoint
 
     return resolve_checkpoint(name, _open(store))
+
+
+def _record_export(ref: Any, directory: Path) -> None:
+    """Best effort: a store that can only be read still exports."""
+    from relora_train.pins import record_export
+
+    if not ref.prefix:
+        return
+    try:
+        record_export(_open(ref.store_uri), ref, directory)
+    except StorageError as error:
+        tell(f"The export is not recorded, so a prune may remove its checkpoint: {error}")
 
 
 def _checkpoint_json(ref: Any) -> dict[str, Any]:

@@ -359,6 +359,16 @@ class LaunchConfig(FrozenConfig):
     """CPU threads of a rank; torch's choice when absent."""
 
 
+class RetentionConfig(FrozenConfig):
+    """What `relora prune` and the flow `prune` keep of a run; with neither key nothing is pruned. Changes no weight."""
+
+    keep_last: int | None = Field(None, ge=1)
+    """Of every line of checkpoints, keep the last so many."""
+
+    keep_every: int | None = Field(None, ge=1)
+    """Also keep every so many-th cycle, the warm start included."""
+
+
 class Profile(FrozenConfig):
     """All settings of a run."""
 
@@ -384,6 +394,7 @@ class Profile(FrozenConfig):
     logging: LoggingConfig = LoggingConfig()
     snapshots: SnapshotConfig = SnapshotConfig()
     launch: LaunchConfig = LaunchConfig()
+    retention: RetentionConfig = RetentionConfig()
 
     @model_validator(mode="after")
     def sequence_fits_the_model(self) -> Self:
@@ -438,7 +449,7 @@ def default_run_id(profile: Profile) -> str:
 
     Settings that can change no weight (how fast, where, what is reported) make no other run.
     """
-    whole_sections = dict.fromkeys(("name", "evaluation", "logging", "snapshots", "launch"), True)
+    whole_sections = dict.fromkeys(("name", "evaluation", "logging", "snapshots", "launch", "retention"), True)
     harmless: dict[str, Any] = {**whole_sections, "data": {"name", "workers", "engine"}}
     settings = profile.model_dump(mode="json", exclude=harmless)
     name = re.sub(r"[^a-z0-9._-]+", "-", profile.name.lower()).strip("-.") or "run"

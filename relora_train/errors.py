@@ -4,7 +4,8 @@
     ├── ConfigError                    exit 2   a profile, a setting, an argument
     │   ├── ProfileNotFoundError
     │   ├── ProfileInvalidError
-    │   └── RunSettingsChangedError             a run id used again with other settings
+    │   ├── RunSettingsChangedError             a run id used again with other settings
+    │   └── RunInUseError                       another flow writes this run
     ├── DataError                      exit 3   a corpus or a tokenizer
     │   ├── SourceUnreadableError
     │   ├── CorpusEmptyError
@@ -64,6 +65,10 @@ class ProfileInvalidError(ConfigError):
 
 
 class RunSettingsChangedError(ConfigError):
+    pass
+
+
+class RunInUseError(ConfigError):
     pass
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,10 @@ from relora_train.bundle import fetch_bundle
 from relora_train.checkpoint_layout import dataset_prefix, split_checkpoint_uri
 from relora_train.checkpoint_store import CheckpointRef, CheckpointStore, find_dataset, read_checkpoint
 from relora_train.config import ModelConfig, Profile, default_run_id, settings_digest
-from relora_train.errors import ObjectNotFoundError, ReLoRAError, RunSettingsChangedError
+from relora_train.errors import CheckpointNotFoundError, ObjectNotFoundError, ReLoRAError, RunSettingsChangedError
 from relora_train.events import Event
 from relora_train.launch import run_worker
+from relora_train.lease import Lease
 from relora_train.manifest import CheckpointManifest, DatasetManifest, ParentRef, hash_file, parse_manifest
 from relora_train.requests import StageRequest
 from relora_train.snapshot_store import SnapshotStore
@@ -27,6 +28,7 @@ from relora_train.snapshot_uploader import SnapshotUploader
 from relora_train.stages import Stage, differing_settings, fingerprint_settings, stage_fingerprint
 from relora_train.storage.base import ObjectStore
 from relora_train.storage.opening import open_store
+from relora_train.tombstone import read_tombstone, removed_message
 from relora_train.workspace import checkpoint_cache, dataset_cache, wait_for_orphan, work_directory
 
 STORE_VARIABLE = "RELORA_STORE"
@@ -46,6 +48,8 @@ class Run:
     profile: Profile
     branches: bool = False
     """Started from a named checkpoint: other settings are then meant, and live beside the run's own line."""
+    lease: Lease | None = field(default=None, compare=False, repr=False)
+    """That this process is the run's one writer; None for who only reads."""
 
     @cached_property
     def store(self) -> ObjectStore:
@@ -54,6 +58,11 @@ class Run:
     @property
     def checkpoints(self) -> CheckpointStore:
         return CheckpointStore(self.store, self.run_id)
+
+    def check_lease(self) -> None:
+        """Return only if no other flow writes this run by now; see Lease.check."""
+        if self.lease is not None:
+            self.lease.check()
 
 
 @dataclass(frozen=True)
@@ -109,7 +118,10 @@ def fetch_dataset(dataset: DatasetRef) -> Path:
 
 
 def fetch_parent(parent: CheckpointRef) -> Path:
-    """A checkpoint's verified files on this machine's disk."""
+    """A checkpoint's verified files on this machine's disk. One that retention removed is a CheckpointNotFoundError."""
+    if parent.is_removed:
+        tombstone = read_tombstone(open_store(parent.store_uri), parent.prefix)
+        raise CheckpointNotFoundError(removed_message(parent.uri, tombstone) if tombstone else f"{parent.uri} is gone.")
     store = open_store(parent.store_uri)
     return CheckpointStore(store, parent.manifest.run_id).fetch(parent, checkpoint_cache(parent.manifest.run_id))
 
@@ -117,12 +129,15 @@ def fetch_parent(parent: CheckpointRef) -> Path:
 def find_stage(run: Run, stage: Stage, dataset: DatasetRef, parent: CheckpointRef | None) -> CheckpointRef | None:
     """The stage's committed checkpoint, or None when it has yet to be trained.
 
+    One that retention removed counts as trained as long as something that came from it is there: `is_removed`.
     Raises RunSettingsChangedError when this run holds a checkpoint of the same stage made with other settings.
     """
     settings, fingerprint = _identity(run, stage, dataset, parent)
     found = run.checkpoints.find(fingerprint)
+    if found is None:
+        found = run.checkpoints.find_removed(fingerprint)
     if found is None and not run.branches:
-        for other in run.checkpoints.list():
+        for other in run.checkpoints.history():
             if other.step == stage.end_step or other.manifest.stage == stage.name:
                 raise _settings_changed(run, stage, settings, other)
     return found
@@ -174,7 +189,8 @@ def train_stage(
     """
     found = find_stage(run, stage, dataset, parent)
     if found is not None:
-        run.checkpoints.set_head(found)
+        if not found.is_removed:
+            run.checkpoints.set_head(found)
         return StageOutcome(found, reused=True)
     settings, fingerprint = _identity(run, stage, dataset, parent)
     with work_directory(run.run_id, f"{stage.name}-{fingerprint[:12]}") as directory:
@@ -200,10 +216,11 @@ def train_stage(
         wait_for_orphan(directory / "trainer.lock")
         output = _committed_output(request)
         if output is None:
-            _run_trainer(request, directory / "request.json", snapshots, on_event)
+            _run_trainer(request, directory / "request.json", snapshots, _unless_lost(run.lease, on_event))
             output = _committed_output(request)
         if output is None:
             raise ObjectNotFoundError(f"The trainer ended well but left no manifest in {request.output_directory}.")
+        run.check_lease()
         checkpoint = run.checkpoints.commit(request.output_directory, output)
         run.checkpoints.set_head(checkpoint)
         _clear(snapshots)
@@ -233,6 +250,17 @@ def _clear(snapshots: SnapshotStore) -> None:
         snapshots.clear()
     except ReLoRAError as error:
         _LOGGER.warning("Snapshots that are no longer needed stay in %s: %s", snapshots.uri, error)
+
+
+def _unless_lost(lease: Lease | None, on_event: OnEvent) -> OnEvent:
+    """Ends the work, by an exception from its next event, once another flow has taken the run over."""
+
+    def on_event_while_held(event: Event) -> None:
+        if lease is not None:
+            lease.raise_if_lost()
+        on_event(event)
+
+    return on_event_while_held
 
 
 def _committed_output(request: StageRequest) -> CheckpointManifest | None:

@@ -169,6 +169,7 @@ def test_every_command_has_one_line_of_help_and_the_exit_codes_are_documented(re
         assert code in shown.out
     commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
     expected = {"run", "plan", "runs", "checkpoints", "show", "evaluate", "export", "report", "profiles"}
+    expected |= {"prune", "verify", "pin", "unpin"}
     assert set(commands) == expected
     for name, command in commands.items():
         assert command.help and "\n" not in command.help.strip() and command.help.endswith("."), name
@@ -485,3 +486,66 @@ def test_a_prefect_server_of_the_users_that_does_not_answer_is_named(flows_envir
     with driver("failing", {**flows_environment, "PREFECT_API_URL": "http://127.0.0.1:9/api"}) as process:
         out, err = process.communicate(timeout=60)
         assert out.startswith("ConfigError No Prefect server answers at http://127.0.0.1:9/api") and err == ""
+
+
+# --- prune, verify, pin ---
+
+
+def test_prune_shows_what_would_go_and_then_removes_it(
+    relora: Relora, line: list[CheckpointRef], tmp_path: Path
+) -> None:
+    assert relora("pin", "tale@warm-start", "--name", "best").code == 0
+    planned = relora("prune", "tale", "--keep-last", "1", "--dry-run")
+    assert planned.code == 0 and "would go" in planned.out and "pinned as best" in planned.out
+    sizes = sum(ref.manifest.size_bytes for ref in line[1:3])
+    assert f"({sizes:,} bytes)" in planned.out
+    assert len(json.loads(relora("checkpoints", "tale", "--json").out)) == 4
+    done = json.loads(relora("prune", "tale", "--keep-last", "1", "--json").out)
+    assert done["removed_bytes"] == sizes and [each["keep"] for each in done["checkpoints"]] == [
+        True,
+        False,
+        False,
+        True,
+    ]
+    assert [each["stage"] for each in json.loads(relora("checkpoints", "tale", "--json").out)] == [
+        "warm-start",
+        "cycle-3",
+    ]
+    assert relora("unpin", "tale@warm-start").code == 0
+    assert json.loads(relora("prune", "tale", "--keep-last", "1", "--json").out)["removed_bytes"] > 0
+    gone = relora("show", line[0].uri)
+    assert gone.code == 6 and "was removed by `relora prune`" in gone.err
+
+
+def test_prune_takes_the_policy_of_the_run_s_profile(relora: Relora, tmp_path: Path) -> None:
+    from relora_train.config import RetentionConfig
+
+    profile = synthetic_profile(retention=RetentionConfig(keep_last=1, keep_every=2))
+    commit_run(open_store(tmp_path / "store"), "tale", profile, tmp_path / "scratch")
+    done = json.loads(relora("prune", "tale", "--json").out)
+    assert [each["keep"] for each in done["checkpoints"]] == [True, False, True, True]
+    none = relora("prune", "tale", "--keep-last", "0")
+    assert none.code == 2
+
+
+def test_without_a_policy_prune_removes_leftovers_only(relora: Relora, line: list[CheckpointRef]) -> None:
+    done = json.loads(relora("prune", "tale", "--json").out)
+    assert [each["keep"] for each in done["checkpoints"]] == [True] * 4
+
+
+def test_verify_ends_with_zero_only_when_there_is_nothing(
+    relora: Relora, line: list[CheckpointRef], tmp_path: Path
+) -> None:
+    first = relora("verify", "tale", "--json")  # the synthetic dataset is nowhere
+    assert first.code == 6
+    assert [each["kind"] for each in json.loads(first.out)["findings"]] == ["missing"]
+    (tmp_path / "store" / line[1].prefix / "metrics.jsonl").write_text("{}")
+    named = relora("verify", "tale@cycle-1")
+    assert named.code == 6 and "damaged" in named.out and "metrics.jsonl" in named.out
+    assert relora("verify", "nothing").code == 6
+
+
+def test_an_export_keeps_its_checkpoint(relora: Relora, line: list[CheckpointRef], tmp_path: Path) -> None:
+    assert relora("export", "tale@cycle-1", "model").code == 0
+    done = json.loads(relora("prune", "tale", "--keep-last", "1", "--json").out)
+    assert [each["reasons"] for each in done["checkpoints"]] == [[], ["exported"], [], ["the end of a line"]]

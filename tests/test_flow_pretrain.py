@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +22,7 @@ from relora_train.errors import (
     CheckpointCorruptError,
     CheckpointNotFoundError,
     ConfigError,
+    RunInUseError,
     RunSettingsChangedError,
     StoreUnavailableError,
 )
@@ -27,6 +30,7 @@ from relora_train.events import Event
 from relora_train.run import fetch_parent
 from relora_train.storage.opening import open_store
 from relora_train.summary import RunSummary
+from relora_train.verify import verify_run
 
 # Prefect and what it depends on warn of their own internals; none of it is ours to mend.
 pytestmark = [
@@ -208,6 +212,36 @@ def test_a_run_id_used_again_with_other_settings_is_refused_by_name(
     with pytest.raises(RunSettingsChangedError, match=r"optimizer\.betas") as caught:
         run_smoke(local_store, run_id="first", overrides={"optimizer.betas": [0.9, 0.95]})
     assert "--run-id" in str(caught.value) and "--resume-from" in str(caught.value)
+
+
+def test_a_second_flow_of_a_run_stops_while_the_first_lives_and_takes_over_when_it_is_dead(
+    finished: tuple[RunSummary, list[Event]], local_store: Path
+):
+    holding = "import sys; from relora_train.lease import hold_run; from relora_train.storage.opening import open_store"
+    program = f"{holding}\nwith hold_run(open_store(sys.argv[1]), 'first'): print('held', flush=True); sys.stdin.read()"
+    command = [sys.executable, "-c", program, str(local_store)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as first:
+        assert first.stdout.readline() == "held\n"
+        with pytest.raises(RunInUseError, match=f"process {first.pid} on"):
+            run_smoke(local_store, run_id="first")
+        first.kill()
+    _, seen = run_smoke(local_store, run_id="first")
+    assert trained(seen) == []
+
+
+def test_a_pruned_run_is_done_and_its_removed_stages_are_not_trained_again(tmp_path: Path):
+    from flows.prune import prune
+
+    run_smoke(tmp_path, run_id="pruned")
+    (report,) = prune(store=str(tmp_path), keep_last=1)
+    assert [ref.manifest.stage for ref in report.removed] == ["warm-start", "cycle-1"]
+    summary, seen = run_smoke(tmp_path, run_id="pruned")
+    assert trained(seen) == [] and all(stage.reused for stage in summary.stages)
+    assert resolve_checkpoint("pruned", open_store(tmp_path)).manifest.stage == "cycle-2"
+    with pytest.raises(RunSettingsChangedError):
+        run_smoke(tmp_path, run_id="pruned", overrides={"optimizer.betas": [0.9, 0.95]})
+    assert prune(store=str(tmp_path), keep_last=1)[0].removed == []
+    assert verify_run(open_store(tmp_path), "pruned").findings == []
 
 
 def test_a_flipped_byte_in_the_parent_is_refused_before_training(tmp_path: Path):

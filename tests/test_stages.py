@@ -101,6 +101,8 @@ CHANGES_NOTHING = {
     "launch.device": "cpu",
     "launch.nproc_per_node": 4,
     "launch.threads": 2,
+    "retention.keep_last": 2,
+    "retention.keep_every": 5,
 }
 """Settings that change no weight beyond the order of sums."""
 

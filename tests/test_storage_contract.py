@@ -404,3 +404,32 @@ def test_names_that_are_no_keys_are_not_listed(s3_store_uri, seaweed, tmp_path):
     (tmp_path / "good").write_bytes(b"")
     for store in (open_store(s3_store_uri), open_store(tmp_path)):
         assert [info.key for info in store.list()] == ["good"]
+
+
+def test_half_uploads_are_named_and_removed_by_age_and_prefix_and_objects_stay(store, tmp_path, request):
+    keys = ("a/b/one", "a/c/two", "ab/three")
+    for key in keys:
+        store.put_bytes(key, b"1")
+    begin_uploads(store, [f"{key}-half" for key in keys], request, tmp_path)
+    count = 0 if isinstance(store, MemoryStore) else 1
+    old, young = datetime.now(UTC) - timedelta(hours=1), datetime.now(UTC) + timedelta(hours=1)
+    assert list(store.abort_stale_uploads(old)) == []
+    assert len(store.abort_stale_uploads(young, dry_run=True)) == 3 * count
+    assert len(store.abort_stale_uploads(young, prefix="a/b/")) == count
+    assert len(store.abort_stale_uploads(young, prefix="a/")) == count
+    assert len(store.abort_stale_uploads(young)) == count
+    assert list(store.abort_stale_uploads(young)) == []
+    assert [info.key for info in store.list()] == list(keys)
+
+
+def begin_uploads(store: ObjectStore, keys: list[str], request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    """What a writer killed in mid-upload leaves."""
+    if isinstance(store, S3Store):
+        client = request.getfixturevalue("seaweed").client()
+        bucket, _, prefix = store.uri.removeprefix("s3://").partition("/")
+        for key in keys:
+            client.create_multipart_upload(Bucket=bucket, Key=f"{prefix}/{key}")
+        client.close()
+    elif not isinstance(store, MemoryStore):
+        for index, key in enumerate(keys):
+            ((tmp_path / "store" / key).parent / f".tmp-{index:016x}").touch()

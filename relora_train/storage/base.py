@@ -7,7 +7,7 @@ object on a case-sensitive disk and in a bucket, and no key can leave the store'
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -71,6 +71,13 @@ class ObjectStore(Protocol):
 
     def delete(self, key: str) -> None:
         """Remove an object; one that is not there is no error."""
+        ...
+
+    def abort_stale_uploads(self, older_than: datetime, *, prefix: str = "", dry_run: bool = False) -> Sequence[str]:
+        """Remove what killed writers left half uploaded below a prefix and began before a moment of the store's clock.
+
+        Returns their names, sorted. No listing shows these, and no object is touched. dry_run: only names them.
+        """
         ...
 
     def local_path(self, key: str) -> Path | None:

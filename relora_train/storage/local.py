@@ -14,8 +14,8 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import BinaryIO
@@ -28,6 +28,7 @@ from relora_train.storage.preflight import probe_conditions
 _HASHED_UP_TO_BYTES = 64 * 1024
 """Etags of small objects are digests; hashing a whole checkpoint for a listing would be absurd."""
 _COPY_CHUNK_BYTES = 4 << 20
+_TEMPORARY_NAME = re.compile(r"\.tmp-[0-9a-f]{16}")
 _LISTED_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
 
 
@@ -111,6 +112,19 @@ class LocalStore:
                 _sync_directory(path.parent)
                 self._remove_empty_parents(path)
 
+    def abort_stale_uploads(self, older_than: datetime, *, prefix: str = "", dry_run: bool = False) -> Sequence[str]:
+        found = []
+        with self._translated("clean up", prefix):
+            for path in self._temporaries_below(prefix):
+                with suppress(FileNotFoundError):  # its writer has finished
+                    if path.stat().st_mtime < older_than.timestamp():
+                        found.append(path.relative_to(self._root).as_posix())
+                        if not dry_run:
+                            path.unlink()
+                            with self._locked():
+                                self._remove_empty_parents(path)
+        return sorted(found)
+
     def local_path(self, key: str) -> Path | None:
         return self._path(key)
 
@@ -133,6 +147,14 @@ class LocalStore:
             for name in files:
                 if _LISTED_NAME.fullmatch(name):
                     yield (Path(directory) / name).relative_to(self._root).as_posix()
+
+    def _temporaries_below(self, prefix: str) -> Iterator[Path]:
+        start = self._root / prefix.rpartition("/")[0]
+        for directory, names, files in os.walk(start, onerror=_raise_unless_absent):
+            names[:] = [name for name in names if _LISTED_NAME.fullmatch(name)]
+            place = Path(directory).relative_to(self._root).as_posix()
+            if f"{place}/".startswith(prefix) or not prefix:
+                yield from (Path(directory) / name for name in files if _TEMPORARY_NAME.fullmatch(name))
 
     @contextmanager
     def _spooled(self, path: Path) -> Iterator[tuple[Path, BinaryIO]]:

@@ -13,8 +13,9 @@ import ipaddress
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator
-from contextlib import closing
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, suppress
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 from urllib.parse import urlsplit
@@ -152,6 +153,30 @@ class S3Store:
 
     def delete(self, key: str) -> None:
         self._call(check_key(key), lambda: self._client.delete_object(Bucket=self._bucket, Key=self._root + key))
+
+    def abort_stale_uploads(self, older_than: datetime, *, prefix: str = "", dry_run: bool = False) -> Sequence[str]:
+        def list_stale() -> list[tuple[str, str]]:
+            pages = self._client.get_paginator("list_multipart_uploads").paginate(
+                Bucket=self._bucket, Prefix=self._root + prefix
+            )
+            return [
+                (upload["Key"], upload["UploadId"])
+                for page in pages
+                for upload in page.get("Uploads", ())
+                if upload["Initiated"] < older_than and upload["Key"].startswith(self._root + prefix)
+            ]
+
+        stale = self._call(prefix, list_stale)
+        for full_key, upload_id in () if dry_run else stale:
+            self._abort_upload(full_key, upload_id)
+        return sorted(full_key.removeprefix(self._root) for full_key, _ in stale)
+
+    def _abort_upload(self, full_key: str, upload_id: str) -> None:
+        with suppress(ObjectNotFoundError):  # finished or aborted by now
+            self._call(
+                full_key.removeprefix(self._root),
+                lambda: self._client.abort_multipart_upload(Bucket=self._bucket, Key=full_key, UploadId=upload_id),
+            )
 
     def local_path(self, key: str) -> Path | None:
         check_key(key)

@@ -1,0 +1,233 @@
+"""One writer a run: the second flow stops while the first lives, and takes over when it is dead."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from fault_proxy import answer_instead, faulty_way_to, lose_the_answer
+
+from relora_train.errors import CheckpointCorruptError, RunInUseError, StoreUnavailableError
+from relora_train.lease import Holder, LeaseRecord, hold_run, lease_key, read_lease, try_lease
+from relora_train.storage.base import ObjectStore
+from relora_train.storage.opening import open_store
+
+TTL_SECONDS = 1.2
+
+HOLD = """
+import sys, time
+from relora_train.lease import hold_run
+from relora_train.storage.opening import open_store
+uri, ttl = sys.argv[1], float(sys.argv[2])
+with hold_run(open_store(uri), "run", ttl_seconds=ttl) as lease:
+    print("held", flush=True)
+    for line in sys.stdin:
+        try:
+            lease.check()
+            print("ok", flush=True)
+        except Exception as error:
+            print(type(error).__name__, str(error).replace("\\n", " "), flush=True)
+"""
+
+
+@pytest.fixture(params=("local", "s3"))
+def store_uri(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    return request.getfixturevalue("s3_store_uri") if request.param == "s3" else str(tmp_path / "store")
+
+
+@pytest.fixture
+def elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Holders look as if they were on another machine: nobody can see from here whether they live."""
+    monkeypatch.setattr(Holder, "is_alive", lambda self: None)
+
+
+@contextmanager
+def holder(uri: str, ttl_seconds: float = TTL_SECONDS) -> Iterator[subprocess.Popen[str]]:
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, uri, str(ttl_seconds)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert process.stdout.readline() == "held\n"
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+        process.stdin.close()
+        process.stdout.close()
+
+
+def asked(process: subprocess.Popen[str]) -> str:
+    """What the holder's check() says now."""
+    process.stdin.write("\n")
+    process.stdin.flush()
+    return process.stdout.readline()
+
+
+def test_a_second_flow_is_refused_at_once_while_the_first_lives_on_this_machine(store_uri):
+    with holder(store_uri) as first:
+        began = time.monotonic()
+        with pytest.raises(RunInUseError) as refused, hold_run(open_store(store_uri), "run", ttl_seconds=TTL_SECONDS):
+            pass
+        assert time.monotonic() - began < TTL_SECONDS
+        for said in ("'run'", f"process {first.pid} on", "since", "Wait for it or stop it", "another run id"):
+            assert said in str(refused.value)
+        assert asked(first) == "ok\n"
+        with hold_run(open_store(store_uri), "other", ttl_seconds=TTL_SECONDS):
+            pass
+
+
+def test_a_second_flow_is_refused_when_the_first_lives_on_another_machine(store_uri, elsewhere):
+    with holder(store_uri) as first:
+        with pytest.raises(RunInUseError), hold_run(open_store(store_uri), "run", ttl_seconds=TTL_SECONDS):
+            pass
+        assert asked(first) == "ok\n"
+
+
+def test_a_killed_flow_of_this_machine_is_followed_at_once(store_uri):
+    with holder(store_uri, ttl_seconds=600) as first:
+        first.send_signal(signal.SIGKILL)  # and not waited for: a zombie is dead too
+        while Holder(**_record(store_uri)["holder"]).is_alive():
+            time.sleep(0.01)
+        began = time.monotonic()
+        with hold_run(open_store(store_uri), "run", ttl_seconds=600) as lease:
+            lease.check()
+        assert time.monotonic() - began < 10
+
+
+def test_a_killed_flow_of_another_machine_is_followed_when_its_lease_has_run_out(store_uri, elsewhere):
+    with holder(store_uri) as first:
+        first.kill()
+        began = time.monotonic()
+        with hold_run(open_store(store_uri), "run", ttl_seconds=TTL_SECONDS) as lease:
+            lease.check()
+        assert TTL_SECONDS < time.monotonic() - began < 4 * TTL_SECONDS
+
+
+def test_a_flow_that_slept_while_it_was_replaced_notices_on_waking_and_writes_no_more(store_uri, elsewhere):
+    with holder(store_uri) as first:
+        first.send_signal(signal.SIGSTOP)
+        with hold_run(open_store(store_uri), "run", ttl_seconds=TTL_SECONDS) as lease:
+            first.send_signal(signal.SIGCONT)
+            said = asked(first)
+            assert said.startswith("RunInUseError") and f"process {os.getpid()}" in said, said
+            assert asked(first) == said
+            lease.check()
+        first.stdin.close()
+        assert first.wait(10) == 0  # and its end does not release what is not its own
+        assert _record(store_uri)["holder"]["pid"] == os.getpid()
+
+
+def test_a_flow_that_slept_and_was_not_replaced_goes_on(store_uri, elsewhere):
+    with holder(store_uri) as first:
+        first.send_signal(signal.SIGSTOP)
+        time.sleep(1.5 * TTL_SECONDS)
+        first.send_signal(signal.SIGCONT)
+        assert asked(first) == "ok\n"
+
+
+def test_an_ended_flow_leaves_the_run_free_at_once(store_uri, elsewhere):
+    store = open_store(store_uri)
+    for _ in range(3):
+        began = time.monotonic()
+        with hold_run(store, "run", ttl_seconds=600):
+            assert not _record(store_uri)["released"]
+        assert time.monotonic() - began < 10
+    assert _record(store_uri)["released"]
+
+
+def test_of_many_flows_that_start_at_once_one_gets_the_run(store_uri):
+    barrier, held, refused = threading.Barrier(6), [], []
+
+    def start() -> None:
+        store = open_store(store_uri)
+        barrier.wait()
+        try:
+            with hold_run(store, "run", ttl_seconds=600):
+                held.append(1)
+                done.wait(30)
+        except RunInUseError:
+            refused.append(1)
+
+    done = threading.Event()
+    threads = [threading.Thread(target=start) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    deadline = time.monotonic() + 30
+    while len(held) + len(refused) < 6 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    done.set()
+    for thread in threads:
+        thread.join()
+    assert (len(held), len(refused)) == (1, 5)
+
+
+def test_an_outage_longer_than_the_lease_stops_writing_and_not_computing(seaweed, s3_store_uri, monkeypatch):
+    monkeypatch.setenv("RELORA_S3_MAX_ATTEMPTS", "1")
+    with faulty_way_to(seaweed.endpoint) as way:
+        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", way.endpoint)
+        with hold_run(open_store(s3_store_uri), "run", ttl_seconds=0.9) as lease:
+            way.plan("PUT", "lease.json", *[answer_instead(503, "SlowDown")] * 10_000)
+            time.sleep(1.3)
+            with pytest.raises(StoreUnavailableError):
+                lease.check()
+            lease.raise_if_lost()
+            with way.lock:
+                way.planned.clear()
+            lease.check()
+
+
+def test_a_renewal_whose_answer_was_lost_is_no_loss(seaweed, s3_store_uri, monkeypatch):
+    monkeypatch.setenv("RELORA_S3_MAX_ATTEMPTS", "1")
+    with faulty_way_to(seaweed.endpoint) as way:
+        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", way.endpoint)
+        with hold_run(open_store(s3_store_uri), "run", ttl_seconds=0.9) as lease:
+            way.plan("PUT", "lease.json", lose_the_answer)
+            time.sleep(0.9)
+            assert way.met == 1
+            lease.check()
+
+
+def test_a_reused_pid_is_another_process():
+    ours = Holder.this_process()
+    assert ours.is_alive()
+    assert ours.model_copy(update={"process_started": "1"}).is_alive() is False
+    assert ours.model_copy(update={"boot": "another boot or container"}).is_alive() is None
+    assert ours.model_copy(update={"host": "elsewhere"}).is_alive() is None
+
+
+def test_a_damaged_lease_is_nobody_s_and_said_so():
+    store = memory()
+    store.put_bytes(lease_key("run"), b"{}")
+    with pytest.raises(CheckpointCorruptError, match=r"lease\.json is damaged"), hold_run(store, "run"):
+        pass
+
+
+def test_a_flow_waits_for_a_prune_and_a_prune_does_not_wait_for_a_flow():
+    store = memory()
+    prune = try_lease(store, lease_key("run"), unheard_of=lambda: False, ttl_seconds=60)
+    threading.Timer(0.3, prune.release).start()
+    with hold_run(store, "run", ttl_seconds=60, depends_on=["memory://x/parent"]):
+        assert try_lease(store, lease_key("run"), unheard_of=lambda: False, ttl_seconds=60) is None
+    prune = try_lease(store, lease_key("run"), unheard_of=lambda: False, ttl_seconds=60)
+    assert read_lease(store, lease_key("run"))[0].depends_on == ("memory://x/parent",)
+    prune.release()
+
+
+def memory() -> ObjectStore:
+    return open_store(f"memory://{uuid.uuid4().hex}")
+
+
+def _record(uri: str) -> dict:
+    data = open_store(uri).get_bytes(lease_key("run"))[0]
+    assert LeaseRecord.model_validate_json(data)
+    return json.loads(data)
