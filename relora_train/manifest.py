@@ -119,6 +119,8 @@ class SnapshotManifest(Manifest):
     """Updates done."""
     fingerprint: str = Field(pattern=r"^[0-9a-f]{64}$")
     """Of the stage: only a trainer of exactly this stage continues from here."""
+    parent: ParentRef | None = None
+    """The checkpoint that holds the frozen weights: without it the snapshot is worth nothing."""
 
 
 class DatasetManifest(Manifest):
