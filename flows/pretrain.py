@@ -39,7 +39,7 @@ def pretrain(
     store_uri = open_run_store(store)
     parent = resolve_parent(resume_from, store_uri) if resume_from else None
     run = Run(run_id or choose_run_id(settings, parent), store_uri, settings, branches=parent is not None)
-    stages = stages_after(settings, parent.step if parent else 0)
+    stages = stages_after(settings, parent.manifest if parent else None)
     prepared = done(tokenize(run))
     outcomes = []
     for stage in stages:

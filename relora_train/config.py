@@ -229,9 +229,14 @@ class ScheduleConfig(FrozenConfig):
         return self
 
     @property
+    def phase_steps(self) -> int:
+        """Steps of all cycles; the horizon of the jagged cosine."""
+        return self.cycles * self.cycle_length
+
+    @property
     def total_steps(self) -> int:
-        """Steps of the whole run; the horizon of the cosine."""
-        return self.warm_start_steps + self.cycles * self.cycle_length
+        """Steps of the whole run; the horizon of the warm start's cosine."""
+        return self.warm_start_steps + self.phase_steps
 
 
 class ReLoRAConfig(FrozenConfig):

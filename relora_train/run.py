@@ -175,7 +175,7 @@ def train_stage(
         request = StageRequest(
             run_id=run.run_id,
             profile=run.profile,
-            stage=stage.name,
+            stage=stage,
             fingerprint=fingerprint,
             fingerprint_settings=settings,
             parent=ParentRef(uri=parent.uri, fingerprint=parent.fingerprint, step=parent.step) if parent else None,
