@@ -2,6 +2,7 @@
 
 runs/<run_id>/checkpoints/step-00000400-<12 hex of the fingerprint>/    one merge checkpoint (a bundle)
 runs/<run_id>/refs/head.json                                            which line of checkpoints is the run's
+runs/<run_id>/diverged/<12 hex of the fingerprint>.json                 that a stage diverged with these settings
 datasets/<name>/<16 hex of dataset_id>/                                 one tokenized dataset (a bundle)
 """
 
@@ -49,6 +50,10 @@ def checkpoints_prefix(run_id: str) -> str:
 
 def head_key(run_id: str) -> str:
     return f"runs/{check_run_id(run_id)}/refs/head.json"
+
+
+def diverged_key(run_id: str, fingerprint: str) -> str:
+    return f"runs/{check_run_id(run_id)}/diverged/{fingerprint[:12]}.json"
 
 
 def parse_checkpoint_prefix(prefix: str) -> CheckpointPlace | None:

@@ -21,6 +21,10 @@ class StageRequest(FrozenConfig):
 
     fingerprint: str
     fingerprint_settings: dict[str, Any]
+    variant_of: str | None = None
+    divergence: dict[str, Any] = Field(default_factory=dict)
+    """As in the manifest."""
+
     parent: ParentRef | None = None
     parent_directory: Path | None = None
     """The parent checkpoint on this machine's disk, already verified."""

@@ -14,7 +14,7 @@ from typing import Any
 
 from relora_train.bundle import fetch_bundle
 from relora_train.checkpoint_layout import dataset_prefix, split_checkpoint_uri
-from relora_train.checkpoint_store import CheckpointRef, CheckpointStore, find_dataset, read_checkpoint
+from relora_train.checkpoint_store import CheckpointRef, CheckpointStore, find_dataset, read_checkpoint, set_aside
 from relora_train.config import ModelConfig, Profile, default_run_id, settings_digest
 from relora_train.errors import ObjectNotFoundError, ReLoRAError, RunSettingsChangedError
 from relora_train.events import Event
@@ -110,20 +110,24 @@ def fetch_parent(parent: CheckpointRef) -> Path:
 
 
 def find_stage(run: Run, stage: Stage, dataset: DatasetRef, parent: CheckpointRef | None) -> CheckpointRef | None:
-    """The stage's committed checkpoint, or None when it has yet to be trained.
+    """The stage's committed checkpoint or the variant that took its place; None when it has yet to be trained.
 
     Raises RunSettingsChangedError when this run holds a checkpoint of the same stage made with other settings.
     """
-    settings, fingerprint = _identity(run, stage, dataset, parent)
-    found = run.checkpoints.find(fingerprint)
+    settings, fingerprint = stage_identity(run, stage, dataset, parent)
+    found = run.checkpoints.result_of(fingerprint)
     if found is None and not run.branches:
-        for other in run.checkpoints.list():
-            if other.step == stage.end_step or other.manifest.stage == stage.name:
+        refs = run.checkpoints.list()
+        for other in refs:
+            same_place = other.step == stage.end_step or other.manifest.stage == stage.name
+            if same_place and not set_aside(other, parent, refs):
                 raise _settings_changed(run, stage, settings, other)
     return found
 
 
-def _identity(run: Run, stage: Stage, dataset: DatasetRef, parent: CheckpointRef | None) -> tuple[dict[str, Any], str]:
+def stage_identity(
+    run: Run, stage: Stage, dataset: DatasetRef, parent: CheckpointRef | None
+) -> tuple[dict[str, Any], str]:
     """The stage's settings and their fingerprint."""
     content = None if parent else pretrained_content(run.profile.model)
     settings = fingerprint_settings(run.profile, stage, dataset.dataset_id, pretrained_content=content)
@@ -161,16 +165,19 @@ def train_stage(
     *,
     on_event: OnEvent,
     provenance: Mapping[str, str],
+    variant_of: str | None = None,
+    divergence: Mapping[str, Any] | None = None,
 ) -> StageOutcome:
     """Return the stage's committed checkpoint, training it first in a process of its own if there is none yet.
 
+    variant_of, divergence: as in the manifest; see relora_train/divergence.py.
     Safe to repeat and to race: the first commit wins and every other attempt adopts it.
     """
     found = find_stage(run, stage, dataset, parent)
     if found is not None:
         run.checkpoints.set_head(found)
         return StageOutcome(found, reused=True)
-    settings, fingerprint = _identity(run, stage, dataset, parent)
+    settings, fingerprint = stage_identity(run, stage, dataset, parent)
     with work_directory(run.run_id, f"{stage.name}-{fingerprint[:12]}") as directory:
         request = StageRequest(
             run_id=run.run_id,
@@ -178,6 +185,8 @@ def train_stage(
             stage=stage,
             fingerprint=fingerprint,
             fingerprint_settings=settings,
+            variant_of=variant_of,
+            divergence=dict(divergence or {}),
             parent=ParentRef(uri=parent.uri, fingerprint=parent.fingerprint, step=parent.step) if parent else None,
             parent_directory=fetch_parent(parent) if parent else None,
             dataset_uri=dataset.uri,

@@ -85,8 +85,8 @@ def stages_after(profile: Profile, parent: CheckpointManifest | None) -> tuple[S
         if parent.stage == "lora":
             return ()
         raise ConfigError(
-            f"{parent.stage} of run {parent.run_id!r} has {parent.cycle} merged cycles, and a LoRA is one update, merged "
-            f"once. Begin before any merge, such as at {parent.run_id}@warm-start, or use method = 'relora'."
+            f"{parent.stage} of run {parent.run_id!r} has {parent.cycle} merged cycles, and a LoRA is one update that "
+            f"is merged once. Begin before any merge, such as at {parent.run_id}@warm-start, or use method = 'relora'."
         )
     return _low_rank_stages(profile, after=parent.step, merges=parent.cycle)
 

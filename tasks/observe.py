@@ -62,6 +62,8 @@ def describe(event: Event) -> str:
                 f"stage {event['stage']}: steps {event['start_step']} to {event['end_step']} on {event['device']}, "
                 f"{event['trainable_parameters']:,} of {event['parameters']:,} parameters trained"
             )
+        case "diverged":
+            return f"attempt {event['attempt']} of {event['attempts']} of {event['stage']}: {event['message']}"
         case name:
             return f"{name}: " + ", ".join(f"{key}={_short(value)}" for key, value in event.items() if key != "event")
 
