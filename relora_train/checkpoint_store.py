@@ -119,14 +119,12 @@ class CheckpointStore:
         """Read every byte; raises CheckpointCorruptError or CheckpointIncompleteError naming the first bad file."""
         verify_bundle(self._store_of(ref), ref.prefix, ref.manifest)
 
-    def head(self) -> CheckpointRef | None:
-        """The checkpoint that refs/head.json names; None when the run has no head yet."""
-        return self._read_head()[0]
+    def head(self, *, missing_ok: bool = False) -> CheckpointRef | None:
+        """The checkpoint that refs/head.json names; None when the run has no head yet.
 
-    def result_of(self, fingerprint: str) -> CheckpointRef | None:
-        """The run's result of the stage with this fingerprint, its own or a variant's; see choose_result."""
-        refs = self.list()
-        return choose_result(fingerprint, refs, self._read_head(missing_ok=True)[0])
+        One that was deleted is an error, or with missing_ok None.
+        """
+        return self._read_head(missing_ok=missing_ok)[0]
 
     def set_head(self, ref: CheckpointRef) -> CheckpointRef:
         """Make a checkpoint the head and return the head there is now. Never loses another writer's move.
@@ -206,25 +204,6 @@ class CheckpointStore:
 
     def _store_of(self, ref: CheckpointRef) -> ObjectStore:
         return self.store if ref.store_uri == self.store.uri else open_store(ref.store_uri)
-
-
-def choose_result(fingerprint: str, refs: Sequence[CheckpointRef], head: CheckpointRef | None) -> CheckpointRef | None:
-    """The checkpoint of a run that is the result of the stage with this fingerprint, or None. Pure.
-
-    Of several, the one that the head's line goes through; else the stage's own; else the first one made.
-    """
-    candidates = [ref for ref in refs if fingerprint in (ref.fingerprint, ref.manifest.variant_of)]
-    line = {ref.fingerprint for ref in line_to(head, refs)} if head else set()
-    candidates.sort(key=lambda ref: (ref.fingerprint not in line, ref.fingerprint != fingerprint, _made(ref)))
-    return candidates[0] if candidates else None
-
-
-def set_aside(ref: CheckpointRef, parent: CheckpointRef | None, refs: Sequence[CheckpointRef]) -> bool:
-    """Whether `ref` lies on a line that the one to `parent` left where a stage was replaced by a variant. Pure."""
-    ours = line_to(parent, refs) if parent else ()
-    fingerprints, stages = {one.fingerprint for one in ours}, {one.stands_for for one in ours}
-    earlier = line_to(ref, refs)[:-1]
-    return any(one.stands_for in stages and one.fingerprint not in fingerprints for one in earlier)
 
 
 def line_to(ref: CheckpointRef, refs: Sequence[CheckpointRef]) -> Sequence[CheckpointRef]:
@@ -325,10 +304,6 @@ def _the_only(candidates: Sequence[CheckpointRef], where: str) -> CheckpointRef:
         names = "".join(f"\n  {ref.uri}" for ref in candidates)
         raise CheckpointAmbiguousError(f"{where} there are {len(candidates)} lines. Name one by its URI:{names}")
     return candidates[0]
-
-
-def _made(ref: CheckpointRef) -> tuple[datetime, str]:
-    return ref.manifest.created_at, ref.fingerprint
 
 
 def _head_record(ref: CheckpointRef) -> bytes:

@@ -14,11 +14,12 @@ from typing import Any
 
 from relora_train.bundle import fetch_bundle
 from relora_train.checkpoint_layout import dataset_prefix, split_checkpoint_uri
-from relora_train.checkpoint_store import CheckpointRef, CheckpointStore, find_dataset, read_checkpoint, set_aside
+from relora_train.checkpoint_store import CheckpointRef, CheckpointStore, find_dataset, read_checkpoint
 from relora_train.config import ModelConfig, Profile, default_run_id, settings_digest
 from relora_train.errors import ObjectNotFoundError, ReLoRAError, RunSettingsChangedError
 from relora_train.events import Event
 from relora_train.launch import run_worker
+from relora_train.lineage import choose_result, set_aside
 from relora_train.manifest import CheckpointManifest, DatasetManifest, ParentRef, hash_file, parse_manifest
 from relora_train.requests import StageRequest
 from relora_train.stages import Stage, differing_settings, fingerprint_settings, stage_fingerprint
@@ -115,9 +116,9 @@ def find_stage(run: Run, stage: Stage, dataset: DatasetRef, parent: CheckpointRe
     Raises RunSettingsChangedError when this run holds a checkpoint of the same stage made with other settings.
     """
     settings, fingerprint = stage_identity(run, stage, dataset, parent)
-    found = run.checkpoints.result_of(fingerprint)
+    refs = run.checkpoints.list()
+    found = choose_result(fingerprint, refs, run.checkpoints.head(missing_ok=True))
     if found is None and not run.branches:
-        refs = run.checkpoints.list()
         for other in refs:
             same_place = other.step == stage.end_step or other.manifest.stage == stage.name
             if same_place and not set_aside(other, parent, refs):
