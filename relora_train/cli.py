@@ -225,6 +225,27 @@ def show(
 
 
 @app.command()
+def retry(
+    checkpoint: CheckpointName,
+    replace: Annotated[
+        bool, typer.Option("--replace", help="If it comes out otherwise, let the run go on from the new attempt.")
+    ] = False,
+    store: Store = None,
+    as_json: AsJson = False,
+) -> None:
+    """Make a checkpoint's stage again from its parent, compare the bytes, and say what becomes of its descendants."""
+    from relora_train.console.retry import retry_checkpoint, retry_record, retry_view
+    from relora_train.console.tables import show as show_view
+
+    console = console_for_people(to_stderr=as_json)
+    outcome = retry_checkpoint(_resolve(checkpoint, store), console, replace=replace)
+    if as_json:
+        _echo_json(retry_record(outcome))
+    else:
+        show_view(console, retry_view(outcome))
+
+
+@app.command()
 def evaluate(checkpoint: CheckpointName, store: Store = None, as_json: AsJson = False) -> None:
     """Score a checkpoint on its dataset's validation split and sample from it; recorded scores are reused."""
     from relora_train.console.run import evaluate_checkpoint

@@ -17,9 +17,13 @@ from relora_train.events import Event
 from relora_train.manifest import DatasetManifest
 from relora_train.requests import StageRequest
 from relora_train.run import DatasetRef, Run, dataset_ref
-from relora_train.stages import stages_after
+from relora_train.stages import Stage, stage_learning_rate, stages_after
 from relora_train.storage.opening import open_store
 from relora_train.trainer import run_stage
+
+
+def _slightly_more(profile: Profile, stage: Stage, step: int) -> float:
+    return 1.01 * stage_learning_rate(profile, stage, step)
 
 
 class Workshop:
@@ -34,14 +38,20 @@ class Workshop:
         self.dataset: DatasetRef = dataset_ref(self.store, manifest)
         self.trained: list[tuple[str, float]] = []
         self.events: list[Event] = []
+        self.disturbed = False
+        """Whether a stage comes out with other weights than its settings give, as on a GPU that rounds otherwise."""
         patch.setenv("RELORA_CACHE", str(root.parent / "cache"))
         patch.setattr("relora_train.run.run_worker", self._work)
+        patch.setattr("relora_train.retry.run_worker", self._work)
 
     def _work(self, module: str, request: StageRequest, path: Path, **options: Any) -> None:
         assert module == "relora_train.trainer"
         self.trained.append((request.stage.name, request.profile.optimizer.learning_rate))
         request = StageRequest.model_validate_json(request.model_dump_json())  # as it comes out of its file
-        run_stage(request, lambda event, **fields: None)
+        with pytest.MonkeyPatch.context() as patch:
+            if self.disturbed:
+                patch.setattr("relora_train.training.stage_learning_rate", _slightly_more)
+            run_stage(request, lambda event, **fields: None)
 
     def train(self, profile: Profile, run_id: str = "tiny", parent: CheckpointRef | None = None) -> list[CheckpointRef]:
         """What the flow does: every stage that is left, found or trained."""
