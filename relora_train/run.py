@@ -154,7 +154,8 @@ def _settings_changed(run: Run, stage: Stage, ours: dict[str, Any], other: Check
         f"Run {run.run_id!r} already holds stage {other.manifest.stage} made with other settings ({other.uri}).\n"
         f"Differing (there -> now), at stage {stage.name}:\n{shown}\n"
         "Nothing was changed. Give these settings a run of their own with another --run-id, or branch from a "
-        f"checkpoint with --resume-from, e.g. --resume-from {run.run_id}@{other.manifest.stage}."
+        f"checkpoint with --resume-from, e.g. --resume-from {run.run_id}@{other.manifest.stage}. "
+        f"More cycles for this run: --run-id {run.run_id} --resume-from {run.run_id}@latest --set schedule.cycles=N."
     )
 
 
