@@ -43,7 +43,7 @@ def pretrain(
     store_uri = open_run_store(store)
     parent = resolve_parent(resume_from, store_uri) if resume_from else None
     run_id = run_id or choose_run_id(settings, parent)
-    stages = stages_after(settings, parent.step if parent else 0)
+    stages = stages_after(settings, parent.manifest if parent else None)
     with hold_run(open_store(store_uri), run_id, depends_on=[parent.uri] if parent else ()) as lease:
         run = Run(run_id, store_uri, settings, branches=parent is not None, lease=lease)
         prepared = done(tokenize(run))

@@ -6,6 +6,7 @@ runs/<run_id>/refs/head.json                                            which li
 runs/<run_id>/refs/<name>.json                                          a pin: the checkpoint it names is never pruned
 runs/<run_id>/lease.json, prune.json                                    who writes, who prunes the run (lease.py)
 .../step-00000400-<12 hex>/deleted.json                                 a checkpoint that was pruned (tombstone.py)
+runs/<run_id>/diverged/<12 hex of the fingerprint>.json                 that a stage diverged with these settings
 datasets/<name>/<16 hex of dataset_id>/                                 one tokenized dataset (a bundle)
 """
 
@@ -69,6 +70,10 @@ def parse_snapshot_name(name: str) -> int | None:
 
 def head_key(run_id: str) -> str:
     return f"runs/{check_run_id(run_id)}/refs/head.json"
+
+
+def diverged_key(run_id: str, fingerprint: str) -> str:
+    return f"runs/{check_run_id(run_id)}/diverged/{fingerprint[:12]}.json"
 
 
 def parse_checkpoint_prefix(prefix: str) -> CheckpointPlace | None:

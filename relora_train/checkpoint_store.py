@@ -64,6 +64,11 @@ class CheckpointRef:
     def step(self) -> int:
         return self.manifest.step
 
+    @property
+    def stands_for(self) -> str:
+        """Fingerprint of the stage whose result this is: its own, or that of the stage it was made in place of."""
+        return self.manifest.variant_of or self.fingerprint
+
 
 @dataclass(frozen=True)
 class RunInfo:
@@ -139,9 +144,12 @@ class CheckpointStore:
         """Read every byte; raises CheckpointCorruptError or CheckpointIncompleteError naming the first bad file."""
         verify_bundle(self._store_of(ref), ref.prefix, ref.manifest)
 
-    def head(self) -> CheckpointRef | None:
-        """The checkpoint that refs/head.json names; None when the run has no head yet."""
-        return self._read_head()[0]
+    def head(self, *, missing_ok: bool = False) -> CheckpointRef | None:
+        """The checkpoint that refs/head.json names; None when the run has no head yet.
+
+        One that was deleted is an error, or with missing_ok None.
+        """
+        return self._read_head(missing_ok=missing_ok)[0]
 
     def set_head(self, ref: CheckpointRef) -> CheckpointRef:
         """Make a checkpoint the head and return the head there is now. Never loses another writer's move.

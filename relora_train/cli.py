@@ -142,13 +142,20 @@ def profiles(as_json: AsJson = False) -> None:
 
 
 @app.command()
-def runs(store: Store = None, as_json: AsJson = False) -> None:
-    """List the runs of a store."""
+def runs(
+    tree: Annotated[bool, typer.Option("--tree", help="Show which run branched from which, and where.")] = False,
+    store: Store = None,
+    as_json: AsJson = False,
+) -> None:
+    """List the runs of a store, or draw how they descend from each other."""
     from relora_train.checkpoint_store import list_runs
     from relora_train.console.tables import runs_view
     from relora_train.console.tables import show as show_view
 
     opened = _open(store)
+    if tree:
+        _print_tree(opened, as_json=as_json)
+        return
     found = list_runs(opened)
     if as_json:
         _echo_json([{**vars(info), "modified_at": info.modified_at.isoformat()} for info in found])
@@ -191,20 +198,51 @@ def show(
 ) -> None:
     """Show all that is known of a checkpoint: scores, lineage, files, merge."""
     from relora_train.bundle import verify_bundle
+    from relora_train.console.lineage_view import lineage_record, lineage_view
     from relora_train.console.tables import checkpoint_view
     from relora_train.console.tables import show as show_view
+    from relora_train.lineage import draw_lineage, read_checkpoints, read_heads
     from relora_train.run import line_of
 
     ref = _resolve(checkpoint, store)
     if verify:
         verify_bundle(_open(ref.store_uri), ref.prefix, ref.manifest)
     line = line_of(ref)
+    known = [*read_checkpoints(_open(ref.store_uri)), *line]
+    heads = read_heads(_open(ref.store_uri), known)
+    roots = [
+        root
+        for root in draw_lineage(known, heads)
+        if any(ref.uri == one.uri for part in root.all_lines() for one in part.checkpoints)
+    ]
     if as_json:
         lineage = [{"stage": one.manifest.stage, "step": one.step, "uri": one.uri} for one in line]
-        _echo_json({**_checkpoint_json(ref), "lineage": lineage, "verified": verify})
+        _echo_json({**_checkpoint_json(ref), "lineage": lineage, "tree": lineage_record(roots[0]), "verified": verify})
         return
     verified = [Text("Every file is as its manifest says.")] if verify else []
-    show_view(console_for_people(), [*checkpoint_view(ref, line), *verified])
+    tree = [Text(""), Text("Runs it belongs with", style="bold"), *lineage_view(roots, heads, marked=ref.uri)]
+    show_view(console_for_people(), [*checkpoint_view(ref, line), *(tree if roots[0].branches else []), *verified])
+
+
+@app.command()
+def retry(
+    checkpoint: CheckpointName,
+    replace: Annotated[
+        bool, typer.Option("--replace", help="If it comes out otherwise, let the run go on from the new attempt.")
+    ] = False,
+    store: Store = None,
+    as_json: AsJson = False,
+) -> None:
+    """Make a checkpoint's stage again from its parent, compare the bytes, and say what becomes of its descendants."""
+    from relora_train.console.retry import retry_checkpoint, retry_record, retry_view
+    from relora_train.console.tables import show as show_view
+
+    console = console_for_people(to_stderr=as_json)
+    outcome = retry_checkpoint(_resolve(checkpoint, store), console, replace=replace)
+    if as_json:
+        _echo_json(retry_record(outcome))
+    else:
+        show_view(console, retry_view(outcome))
 
 
 @app.command()
@@ -355,6 +393,22 @@ def _open(uri: str | None) -> Any:
     from relora_train.storage.opening import open_store
 
     return open_store(uri or default_store_uri())
+
+
+def _print_tree(store: Any, *, as_json: bool) -> None:
+    from relora_train.console.lineage_view import lineage_record, lineage_view
+    from relora_train.console.tables import show as show_view
+    from relora_train.lineage import draw_lineage, read_checkpoints, read_heads
+
+    refs = read_checkpoints(store)
+    heads = read_heads(store, refs)
+    lines = draw_lineage(refs, heads)
+    if as_json:
+        _echo_json([lineage_record(line) for line in lines])
+    elif lines:
+        show_view(console_for_people(), [Text(f"In {store.uri}"), *lineage_view(lines, heads)])
+    else:
+        typer.echo(f"No run has a checkpoint in {store.uri} yet.")
 
 
 def _resolve(name: str, store: str | None) -> Any:

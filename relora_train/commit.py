@@ -80,6 +80,8 @@ def commit_stage(
         tokens_seen=state.tokens_seen,
         fingerprint=request.fingerprint,
         fingerprint_settings=request.fingerprint_settings,
+        variant_of=request.variant_of,
+        divergence=request.divergence,
         parent=request.parent,
         dataset_id=request.dataset_id,
         dataset_uri=request.dataset_uri,

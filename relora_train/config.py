@@ -229,9 +229,14 @@ class ScheduleConfig(FrozenConfig):
         return self
 
     @property
+    def phase_steps(self) -> int:
+        """Steps of all cycles; the horizon of the jagged cosine."""
+        return self.cycles * self.cycle_length
+
+    @property
     def total_steps(self) -> int:
-        """Steps of the whole run; the horizon of the cosine."""
-        return self.warm_start_steps + self.cycles * self.cycle_length
+        """Steps of the whole run; the horizon of the warm start's cosine."""
+        return self.warm_start_steps + self.phase_steps
 
 
 class ReLoRAConfig(FrozenConfig):
@@ -326,6 +331,19 @@ class EvaluationConfig(FrozenConfig):
     """Tokens of a continuation."""
 
 
+class DivergenceConfig(FrozenConfig):
+    """What happens to a stage whose loss explodes. Changes no weight of a stage that does not."""
+
+    on_divergence: Literal["fail", "lower_lr"] = "fail"
+    """'fail' ends the run there; 'lower_lr' trains the stage again from its parent at a lower learning rate."""
+
+    factor: float = Field(0.5, gt=0, lt=1)
+    """Each further attempt of the stage runs at this share of the last one's rate; later stages at the profile's."""
+
+    max_retries: int = Field(2, ge=1, le=20)
+    """Attempts at a lower rate, after which the run fails."""
+
+
 class LoggingConfig(FrozenConfig):
     """What a stage reports while it runs. Changes no weight."""
 
@@ -390,6 +408,7 @@ class Profile(FrozenConfig):
     optimizer: OptimizerConfig = OptimizerConfig()
     optimizer_reset: OptimizerResetConfig = OptimizerResetConfig()
     precision: PrecisionConfig = PrecisionConfig()
+    divergence: DivergenceConfig = DivergenceConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     logging: LoggingConfig = LoggingConfig()
     snapshots: SnapshotConfig = SnapshotConfig()
@@ -449,7 +468,9 @@ def default_run_id(profile: Profile) -> str:
 
     Settings that can change no weight (how fast, where, what is reported) make no other run.
     """
-    whole_sections = dict.fromkeys(("name", "evaluation", "logging", "snapshots", "launch", "retention"), True)
+    whole_sections = dict.fromkeys(
+        ("name", "divergence", "evaluation", "logging", "snapshots", "launch", "retention"), True
+    )
     harmless: dict[str, Any] = {**whole_sections, "data": {"name", "workers", "engine"}}
     settings = profile.model_dump(mode="json", exclude=harmless)
     name = re.sub(r"[^a-z0-9._-]+", "-", profile.name.lower()).strip("-.") or "run"

@@ -32,7 +32,8 @@
     │   └── CheckpointAmbiguousError
     └── TrainingError                  exit 7   the trainer process
         ├── DivergedError
-        ├── DeviceError                         no such device, or out of its memory
+        ├── DeviceError                         no such device
+        │   └── DeviceMemoryError               retryable, once: another process may have held the memory
         ├── TrainerCrashedError                 retryable
         └── TrainerInterruptedError             exit 130
 
@@ -50,6 +51,8 @@ class ReLoRAError(Exception):
     exit_code: ClassVar[int] = 1
     retryable: ClassVar[bool] = False
     """Whether the same call may succeed later with nothing changed by the user."""
+    max_retries: ClassVar[int | None] = None
+    """How often it is worth trying again, where that is less often than the caller would."""
 
 
 class ConfigError(ReLoRAError):
@@ -178,6 +181,11 @@ class DivergedError(TrainingError):
 
 class DeviceError(TrainingError):
     pass
+
+
+class DeviceMemoryError(DeviceError):
+    retryable = True
+    max_retries = 1
 
 
 class TrainerCrashedError(TrainingError):

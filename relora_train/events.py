@@ -19,6 +19,7 @@ Inside a process events travel as log records of the logger `relora_train.events
     tokenize_progress  phase done_bytes total_bytes (total may be null) megabytes_per_second
     stage_skipped    stage step uri
     stage_finished   stage step uri seconds
+    diverged         stage learning_rate message attempt attempts
     evaluated        uri stage val_loss val_perplexity bits_per_byte reused
     report_written   html_uri
 

@@ -98,12 +98,18 @@ class CheckpointManifest(Manifest):
     fingerprint: str = Field(pattern=r"^[0-9a-f]{64}$")
     fingerprint_settings: dict[str, Any]
     """The settings behind the fingerprint, so that a difference can be named."""
+    variant_of: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$")
+    """The fingerprint of the stage that the run's settings ask for, where this checkpoint was made to take its place:
+    the stage diverged and was trained at a lower learning rate, or was retried on purpose and came out otherwise."""
     parent: ParentRef | None
     dataset_id: str
     dataset_uri: str
     evaluation: dict[str, float] = {}
     """val_loss, val_perplexity, bits_per_byte, and the same with the suffix _before for the stage's start."""
     merge_report: dict[str, Any] = {}
+    divergence: dict[str, Any] = {}
+    """Of a stage that diverged first: attempts that failed, learning_rate, learning_rate_factor, profile_learning_rate,
+    failures."""
     stage_seconds: float = Field(default=0.0, ge=0)
     provenance: dict[str, str] = {}
     """Ids of the orchestrator's runs; informative only."""

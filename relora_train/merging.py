@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from relora_train.errors import TrainingError
+from relora_train.errors import DivergedError, TrainingError
 from relora_train.evaluate import autocast
 from relora_train.model import logits
 from relora_train.optimizer import reset_optimizer_state
@@ -29,6 +29,12 @@ def finish_cycle(training: StageTraining, metrics: list[dict[str, Any]], emit: E
     stage, profile = training.stage, training.profile
     training.merged_adapter = (adapter_state(training.model), adapter_config(training.model))
     before = _probe_output(training)
+    if not bool(before.isfinite().all()):
+        raise DivergedError(
+            f"The model's output is not finite at step {stage.end_step}, the last of stage {stage.name}: the run "
+            "diverged and nothing of this stage was committed. Lower optimizer.learning_rate, or set "
+            "divergence.on_divergence = 'lower_lr'."
+        )
     layers = merge_and_reinit(training.model, cycle=stage.cycle, seed=profile.seed, masters=training.masters)
     change = _relative_change(before, _probe_output(training))
     reset = reset_optimizer_state(

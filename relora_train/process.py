@@ -20,11 +20,13 @@ from typing import Protocol, Self, TypeVar
 
 from relora_train import events
 from relora_train.config import FrozenConfig
-from relora_train.errors import DiskFullError, ReLoRAError
+from relora_train.errors import DeviceMemoryError, DiskFullError, ReLoRAError
 from relora_train.launch import PARENT_PIPE_VARIABLE
 
 _emitting = threading.Lock()
 R = TypeVar("R", bound=FrozenConfig)
+
+_MEMORY_WORDS = ("CUDA error: out of memory", "ALLOC_FAILED", "DefaultCPUAllocator", "Cannot allocate memory")
 
 
 class Emit(Protocol):
@@ -67,12 +69,19 @@ def _crash(error: Exception) -> int:
         emit("failed", error=DiskFullError.__name__, message=message)
         return DiskFullError.exit_code
     traceback.print_exc()
-    if type(error).__name__ == "OutOfMemoryError":
+    if _is_out_of_memory(error):
         message = f"{error} Lower batch.micro_sequences or batch.sequence_length, or use a larger device."
-        emit("failed", error="DeviceError", message=message.replace("\n", " "))
+        emit("failed", error=DeviceMemoryError.__name__, message=message.replace("\n", " "))
     else:
         emit("failed", error="TrainerCrashedError", message=f"{type(error).__name__}: {error}")
     return 1
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """torch.OutOfMemoryError by its name, and what allocators and libraries below it say, without importing torch."""
+    if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _MEMORY_WORDS)
 
 
 class StopRequest:

@@ -9,6 +9,7 @@ from pydantic import Field
 
 from relora_train.config import FrozenConfig, Profile
 from relora_train.manifest import ParentRef
+from relora_train.stages import Stage
 
 
 class StageRequest(FrozenConfig):
@@ -16,11 +17,14 @@ class StageRequest(FrozenConfig):
 
     run_id: str
     profile: Profile
-    stage: str
-    """Name of a stage of the profile's plan."""
+    stage: Stage
 
     fingerprint: str
     fingerprint_settings: dict[str, Any]
+    variant_of: str | None = None
+    divergence: dict[str, Any] = Field(default_factory=dict)
+    """As in the manifest."""
+
     parent: ParentRef | None = None
     parent_directory: Path | None = None
     """The parent checkpoint on this machine's disk, already verified."""

@@ -21,6 +21,7 @@ from relora_train.errors import CheckpointNotFoundError, ObjectNotFoundError, Re
 from relora_train.events import Event
 from relora_train.launch import run_worker
 from relora_train.lease import Lease
+from relora_train.lineage import choose_result, set_aside
 from relora_train.manifest import CheckpointManifest, DatasetManifest, ParentRef, hash_file, parse_manifest
 from relora_train.requests import StageRequest
 from relora_train.snapshot_store import SnapshotStore
@@ -127,23 +128,28 @@ def fetch_parent(parent: CheckpointRef) -> Path:
 
 
 def find_stage(run: Run, stage: Stage, dataset: DatasetRef, parent: CheckpointRef | None) -> CheckpointRef | None:
-    """The stage's committed checkpoint, or None when it has yet to be trained.
+    """The stage's committed checkpoint or the variant that took its place; None when it has yet to be trained.
 
     One that retention removed counts as trained as long as something that came from it is there: `is_removed`.
     Raises RunSettingsChangedError when this run holds a checkpoint of the same stage made with other settings.
     """
-    settings, fingerprint = _identity(run, stage, dataset, parent)
-    found = run.checkpoints.find(fingerprint)
+    settings, fingerprint = stage_identity(run, stage, dataset, parent)
+    refs = run.checkpoints.history()
+    present = [ref for ref in refs if not ref.is_removed]
+    found = choose_result(fingerprint, present, run.checkpoints.head(missing_ok=True))
     if found is None:
         found = run.checkpoints.find_removed(fingerprint)
     if found is None and not run.branches:
-        for other in run.checkpoints.history():
-            if other.step == stage.end_step or other.manifest.stage == stage.name:
+        for other in refs:
+            same_place = other.step == stage.end_step or other.manifest.stage == stage.name
+            if same_place and not set_aside(other, parent, refs):
                 raise _settings_changed(run, stage, settings, other)
     return found
 
 
-def _identity(run: Run, stage: Stage, dataset: DatasetRef, parent: CheckpointRef | None) -> tuple[dict[str, Any], str]:
+def stage_identity(
+    run: Run, stage: Stage, dataset: DatasetRef, parent: CheckpointRef | None
+) -> tuple[dict[str, Any], str]:
     """The stage's settings and their fingerprint."""
     content = None if parent else pretrained_content(run.profile.model)
     settings = fingerprint_settings(run.profile, stage, dataset.dataset_id, pretrained_content=content)
@@ -169,7 +175,8 @@ def _settings_changed(run: Run, stage: Stage, ours: dict[str, Any], other: Check
         f"Run {run.run_id!r} already holds stage {other.manifest.stage} made with other settings ({other.uri}).\n"
         f"Differing (there -> now), at stage {stage.name}:\n{shown}\n"
         "Nothing was changed. Give these settings a run of their own with another --run-id, or branch from a "
-        f"checkpoint with --resume-from, e.g. --resume-from {run.run_id}@{other.manifest.stage}."
+        f"checkpoint with --resume-from, e.g. --resume-from {run.run_id}@{other.manifest.stage}. "
+        f"More cycles for this run: --run-id {run.run_id} --resume-from {run.run_id}@latest --set schedule.cycles=N."
     )
 
 
@@ -181,10 +188,13 @@ def train_stage(
     *,
     on_event: OnEvent,
     provenance: Mapping[str, str],
+    variant_of: str | None = None,
+    divergence: Mapping[str, Any] | None = None,
 ) -> StageOutcome:
     """Return the stage's committed checkpoint, training it first in a process of its own if there is none yet.
 
     Training goes on from the newest valid snapshot of this very stage, whoever made it; without one, from the parent.
+    variant_of, divergence: as in the manifest; see relora_train/divergence.py.
     Safe to repeat and to race: the first commit wins and every other attempt adopts it.
     """
     found = find_stage(run, stage, dataset, parent)
@@ -192,14 +202,16 @@ def train_stage(
         if not found.is_removed:
             run.checkpoints.set_head(found)
         return StageOutcome(found, reused=True)
-    settings, fingerprint = _identity(run, stage, dataset, parent)
+    settings, fingerprint = stage_identity(run, stage, dataset, parent)
     with work_directory(run.run_id, f"{stage.name}-{fingerprint[:12]}") as directory:
         request = StageRequest(
             run_id=run.run_id,
             profile=run.profile,
-            stage=stage.name,
+            stage=stage,
             fingerprint=fingerprint,
             fingerprint_settings=settings,
+            variant_of=variant_of,
+            divergence=dict(divergence or {}),
             parent=ParentRef(uri=parent.uri, fingerprint=parent.fingerprint, step=parent.step) if parent else None,
             parent_directory=fetch_parent(parent) if parent else None,
             dataset_uri=dataset.uri,

@@ -23,7 +23,7 @@ from relora_train.checkpoint_layout import snapshot_name
 from relora_train.config import FrozenConfig
 from relora_train.durable import sync, write_durably
 from relora_train.errors import CheckpointCorruptError
-from relora_train.manifest import MANIFEST_NAME, SnapshotManifest, describe_files
+from relora_train.manifest import MANIFEST_NAME, ParentRef, SnapshotManifest, describe_files
 from relora_train.optimizer import load_optimizer_state_by_name, optimizer_state_by_name
 from relora_train.training import StageTraining
 
@@ -115,6 +115,7 @@ def write_snapshot(
     state: SnapshotState,
     tensors: Mapping[str, Tensor],
     metrics: list[dict[str, Any]],
+    parent: ParentRef | None = None,
 ) -> tuple[Path, SnapshotManifest]:
     """Commit a directory below `root`, on the disk when this returns. A crash on the way leaves no manifest."""
     attempt = new_attempt()
@@ -132,6 +133,7 @@ def write_snapshot(
             stage=stage,
             step=state.step,
             fingerprint=state.fingerprint,
+            parent=parent,
         )
         for entry in manifest.files:
             sync(directory / entry.path)

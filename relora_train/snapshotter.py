@@ -95,7 +95,13 @@ class Snapshotter:
         started = time.monotonic()
         try:
             directory, manifest = write_snapshot(
-                root, run_id=request.run_id, stage=stage, state=state, tensors=tensors, metrics=metrics
+                root,
+                run_id=request.run_id,
+                stage=stage,
+                state=state,
+                tensors=tensors,
+                metrics=metrics,
+                parent=request.parent,
             )
         except Exception as error:
             self._emit("snapshot_failed", stage=stage, step=state.step, message=f"{type(error).__name__}: {error}")

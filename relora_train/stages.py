@@ -2,6 +2,10 @@
 
 A stage is a function from one checkpoint to the next. Its fingerprint is a hash of every setting that can change its
 result and of its parent's fingerprint, so a checkpoint with that fingerprint is that stage's result, whoever made it.
+
+The low-rank phase is counted in cycles, not in steps: what follows a checkpoint with k merges is cycle k + 1, at the
+point k * cycle_length of the jagged cosine of the settings in force, wherever the checkpoint's step lies. So a run can
+be continued, extended or branched with any schedule from any of its checkpoints.
 """
 
 from __future__ import annotations
@@ -12,7 +16,8 @@ from typing import Any, Literal
 
 from relora_train.config import Profile, settings_digest
 from relora_train.errors import ConfigError
-from relora_train.schedule import learning_rate
+from relora_train.manifest import CheckpointManifest
+from relora_train.schedule import jagged_cosine, learning_rate
 
 StageKind = Literal["full", "warm_start", "relora", "lora"]
 
@@ -28,7 +33,11 @@ class Stage:
     start_step: int
     end_step: int
     cycle: int
-    """Merges done when the stage has ended; 0 for full-rank stages."""
+    """Merges done when the stage has ended; 0 for full-rank stages, after which cycles are counted anew."""
+
+    phase_step: int
+    """Where the stage begins on its learning rate's curve: updates of the low-rank phase, or of the run for full rank,
+    that count as done before it."""
 
     @property
     def steps(self) -> int:
@@ -46,51 +55,106 @@ def plan_stages(profile: Profile) -> tuple[Stage, ...]:
     relora: warm start, then one stage a cycle. lora: warm start, then one low-rank stage merged at its end.
     full: full rank throughout, with a checkpoint wherever relora would have one.
     """
+    warm = profile.schedule.warm_start_steps
+    if profile.method == "full":
+        return _full_rank_stages(profile, after=0)
+    first = (Stage("warm-start", "warm_start", 0, warm, 0, phase_step=0),) if warm else ()
+    return (*first, *_low_rank_stages(profile, after=warm, merges=0))
+
+
+def stages_after(profile: Profile, parent: CheckpointManifest | None) -> tuple[Stage, ...]:
+    """The stages that remain after any checkpoint of any run; () when nothing does. Without one, the whole plan.
+
+    The same settings give the rest of the plan. With others:
+
+    - relora goes on with cycle parent.cycle + 1 and ends after schedule.cycles in all. A checkpoint without a merge
+      (a warm start, or full rank) counts as the warm start, whatever its step; a merged LoRA counts as one cycle.
+    - More cycles than before lengthen the cosine: its horizon is the new total, so the first added cycle climbs to
+      the point that belongs to it on the longer curve, above where the shorter one ended.
+    - lora is one update, merged once: it starts from a checkpoint without a merge, and nothing follows it.
+    - full goes on along the one cosine of the whole run, at the checkpoint's step.
+
+    Raises ConfigError for a LoRA from a checkpoint with merged cycles, and for another model than the checkpoint's.
+    """
+    if parent is None:
+        return plan_stages(profile)
+    _refuse_another_model(profile, parent)
+    if profile.method == "full":
+        return _full_rank_stages(profile, after=parent.step)
+    if profile.method == "lora" and parent.cycle:
+        if parent.stage == "lora":
+            return ()
+        raise ConfigError(
+            f"{parent.stage} of run {parent.run_id!r} has {parent.cycle} merged cycles, and a LoRA is one update that "
+            f"is merged once. Begin before any merge, such as at {parent.run_id}@warm-start, or use method = 'relora'."
+        )
+    return _low_rank_stages(profile, after=parent.step, merges=parent.cycle)
+
+
+def _full_rank_stages(profile: Profile, *, after: int) -> tuple[Stage, ...]:
+    """A stage that `after` lies in is cut to begin there."""
     schedule = profile.schedule
     warm, length = schedule.warm_start_steps, schedule.cycle_length
-    ends = [warm + cycle * length for cycle in range(1, schedule.cycles + 1)]
-    if profile.method == "full":
-        bounds = [0, *([warm] if warm else []), *ends]
-        pairs = enumerate(itertools.pairwise(bounds), start=1)
-        return tuple(Stage(f"full-{i}", "full", start, end, 0) for i, (start, end) in pairs)
-    first = (Stage("warm-start", "warm_start", 0, warm, 0),) if warm else ()
+    bounds = [0, *([warm] if warm else []), *(warm + k * length for k in range(1, schedule.cycles + 1))]
+    return tuple(
+        Stage(f"full-{i}", "full", max(start, after), end, 0, phase_step=max(start, after))
+        for i, (start, end) in enumerate(itertools.pairwise(bounds), start=1)
+        if end > after
+    )
+
+
+def _low_rank_stages(profile: Profile, *, after: int, merges: int) -> tuple[Stage, ...]:
+    """What follows step `after`, at which `merges` cycles were done."""
+    schedule, length = profile.schedule, profile.schedule.cycle_length
     if profile.method == "lora":
-        return (*first, Stage("lora", "lora", warm, schedule.total_steps, 1))
-    cycles = (Stage(f"cycle-{k}", "relora", end - length, end, k) for k, end in enumerate(ends, start=1))
-    return (*first, *cycles)
+        return (Stage("lora", "lora", after, after + schedule.cycles * length, 1, phase_step=0),)
+    starts = range(after, after + (schedule.cycles - merges) * length, length)
+    return tuple(
+        Stage(f"cycle-{cycle}", "relora", start, start + length, cycle, phase_step=(cycle - 1) * length)
+        for cycle, start in enumerate(starts, start=merges + 1)
+    )
 
 
-def stages_after(profile: Profile, step: int) -> tuple[Stage, ...]:
-    """The stages that remain after a checkpoint at `step`; ConfigError when it lies inside a stage."""
-    stages = plan_stages(profile)
-    bounds = [0, *(stage.end_step for stage in stages)]
-    if step not in bounds:
+def _refuse_another_model(profile: Profile, parent: CheckpointManifest) -> None:
+    """The weights decide the model: settings that say otherwise would be recorded and not used."""
+    ours = _flatten({"model": profile.model.model_dump(mode="json")})
+    theirs = {key: value for key, value in parent.fingerprint_settings.items() if key in ours}
+    if theirs and (lines := differing_settings({key: ours[key] for key in theirs}, theirs)):
+        shown = "".join(f"\n  - {line}" for line in lines)
         raise ConfigError(
-            f"The checkpoint is at step {step}, but the stages of profile {profile.name!r} end at "
-            f"{', '.join(map(str, bounds[1:]))}. Choose a checkpoint at one of these, or set "
-            "schedule.warm_start_steps and schedule.cycle_length so that a stage ends there."
+            f"{parent.stage} of run {parent.run_id!r} holds another model than profile {profile.name!r} describes "
+            f"(there -> now):{shown}\nA checkpoint is continued with its own model. Set these back, or start a run "
+            "without --resume-from."
         )
-    return tuple(stage for stage in stages if stage.start_step >= step)
 
 
 def stage_learning_rate(profile: Profile, stage: Stage, step: int) -> float:
-    """Learning rate of update `step`, counted from 1, as a function of the profile and the step alone.
+    """Learning rate of update `step`, counted from 1, as a function of the profile, the stage and the step alone.
 
     'full' is one cosine over the whole run. 'lora' has the ReLoRA phase as a single cycle, so it never restarts.
     """
     schedule = profile.schedule
-    one_phase = stage.kind == "full"
-    phase_steps = schedule.total_steps - schedule.warm_start_steps
-    return learning_rate(
-        step - 1,
-        warm_start_steps=0 if one_phase else schedule.warm_start_steps,
-        total_steps=schedule.total_steps,
+    updates_done = stage.phase_step + step - 1 - stage.start_step
+    if not stage.low_rank:
+        one_phase = stage.kind == "full"
+        return learning_rate(
+            updates_done,
+            warm_start_steps=0 if one_phase else schedule.warm_start_steps,
+            total_steps=schedule.total_steps,
+            warmup_steps=schedule.warmup_steps,
+            restart_warmup_steps=schedule.restart_warmup_steps,
+            cycle_length=schedule.total_steps if one_phase else schedule.cycle_length,
+            min_lr_ratio=schedule.min_lr_ratio,
+            warm_start_learning_rate=profile.warm_start_learning_rate,
+            learning_rate=profile.optimizer.learning_rate,
+        )
+    return profile.optimizer.learning_rate * jagged_cosine(
+        updates_done,
+        total_steps=schedule.phase_steps,
         warmup_steps=schedule.warmup_steps,
         restart_warmup_steps=schedule.restart_warmup_steps,
-        cycle_length={"full": schedule.total_steps, "lora": phase_steps}.get(stage.kind, schedule.cycle_length),
+        cycle_length=schedule.cycle_length if stage.kind == "relora" else schedule.phase_steps,
         min_lr_ratio=schedule.min_lr_ratio,
-        warm_start_learning_rate=profile.warm_start_learning_rate,
-        learning_rate=profile.optimizer.learning_rate,
     )
 
 
@@ -101,6 +165,8 @@ def fingerprint_settings(
 
     Left out because they cannot: names, paths, logging, evaluation, number of ranks (data order and re-initialisation
     do not depend on it; sums may round differently), and whatever belongs to later stages or other methods only.
+    Of a low-rank stage, schedule.warm_start_steps and total_steps are where its phase began and will end, counted in
+    its own steps, which on a branch can differ from the profile's: one curve has one fingerprint.
     pretrained_content: digest of the files of model.pretrained, when the stage starts from them.
     """
     optimizer = profile.optimizer.model_dump(mode="json", exclude={"learning_rate", "warm_start_learning_rate"})
@@ -125,7 +191,9 @@ def fingerprint_settings(
     else:
         optimizer["learning_rate"] = profile.optimizer.learning_rate
     if stage.low_rank:
-        settings["schedule"]["warm_start_steps"] = profile.schedule.warm_start_steps
+        phase_start = stage.start_step - stage.phase_step
+        settings["schedule"]["warm_start_steps"] = phase_start
+        settings["schedule"]["total_steps"] = phase_start + profile.schedule.phase_steps
         settings["relora"] = profile.relora.model_dump(mode="json")
     if stage.kind == "relora":
         settings["schedule"]["cycle_length"] = profile.schedule.cycle_length

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from pydantic import Field
+
 from relora_train.config import FrozenConfig
 from relora_train.evaluation_records import EvaluationOutcome
 from relora_train.run import DatasetRef, Run, StageOutcome
@@ -24,6 +26,8 @@ class StageSummary(FrozenConfig):
     seconds: float
     uri: str
     reused: bool
+    divergence: dict[str, Any] = Field(default_factory=dict)
+    """As in the manifest: empty unless the stage diverged and was trained at a lower learning rate."""
 
 
 class RunSummary(FrozenConfig):
@@ -59,6 +63,7 @@ def summarize_stage(run: Run, outcome: StageOutcome) -> StageSummary:
         seconds=manifest.stage_seconds,
         uri=outcome.checkpoint.uri,
         reused=outcome.reused,
+        divergence=manifest.divergence,
     )
 
 

@@ -208,7 +208,7 @@ def _diverged(training: StageTraining, step: int, loss: float, what: str) -> str
         f"The {what} is {loss:.4g} at step {step} of stage {training.stage.name} (learning rate {rate:.3g}): the run "
         "diverged and nothing of this stage was committed. Lower optimizer.learning_rate, raise "
         "schedule.restart_warmup_steps or use optimizer_reset.mode = 'zero', under a new run id or from an earlier "
-        "checkpoint with --resume-from."
+        "checkpoint with --resume-from; or set divergence.on_divergence = 'lower_lr' and run again."
     )
 
 

@@ -26,7 +26,7 @@ from relora_train.optimizer import build_optimizer, load_optimizer_state_by_name
 from relora_train.ranks import Ranks
 from relora_train.relora import apply_relora, relora_layers
 from relora_train.requests import StageRequest
-from relora_train.stages import Stage, plan_stages, stage_learning_rate
+from relora_train.stages import Stage, stage_learning_rate
 
 
 @dataclass
@@ -134,7 +134,7 @@ class MasterWeights(MutableMapping[str, Tensor]):
 def prepare_stage(request: StageRequest, ranks: Ranks) -> StageTraining:
     """Load the parent, or build the model, and wrap it as the stage asks. Every rank holds the same."""
     profile = request.profile
-    stage = next(stage for stage in plan_stages(profile) if stage.name == request.stage)
+    stage = request.stage
     length = profile.batch.sequence_length
     train_data = TokenDataset(request.dataset_directory, "train", sequence_length=length, seed=profile.seed)
     val_data = TokenDataset(request.dataset_directory, "val", sequence_length=length)

@@ -68,6 +68,8 @@ def describe(event: Event) -> str:
             return f"stage {event['stage']}: going on from the snapshot of step {event['step']}"
         case "stopping":
             return f"asked the worker to finish its step, save its state and end within {event['seconds']:.0f} s"
+        case "diverged":
+            return f"attempt {event['attempt']} of {event['attempts']} of {event['stage']}: {event['message']}"
         case name:
             return f"{name}: " + ", ".join(f"{key}={_short(value)}" for key, value in event.items() if key != "event")
 

@@ -17,7 +17,9 @@ from relora_train.errors import ReLoRAError
 async def worth_retrying(task: Task[..., Any], task_run: TaskRun, state: State[Any]) -> bool:
     """Whether the same call may succeed later: errors of ours say so themselves, unknown ones get the chance."""
     error = await state.aresult(raise_on_failure=False)
-    return error.retryable if isinstance(error, ReLoRAError) else isinstance(error, Exception)
+    if not isinstance(error, ReLoRAError):
+        return isinstance(error, Exception)
+    return error.retryable and (error.max_retries is None or task_run.run_count <= error.max_retries)
 
 
 _NOTHING_KEPT: dict[str, Any] = {"cache_policy": NO_CACHE, "persist_result": False}

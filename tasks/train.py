@@ -6,7 +6,8 @@ from prefect import task
 
 from relora_train import events
 from relora_train.checkpoint_store import CheckpointRef
-from relora_train.run import DatasetRef, Run, StageOutcome, train_stage
+from relora_train.divergence import train_by_policy
+from relora_train.run import DatasetRef, Run, StageOutcome
 from relora_train.stages import Stage
 from tasks.observe import forward_events, provenance, skipped
 from tasks.policies import TRAINING
@@ -25,7 +26,7 @@ def train_cycle(run: Run, stage: Stage, dataset: DatasetRef, parent: CheckpointR
 
 
 def _train(run: Run, stage: Stage, dataset: DatasetRef, parent: CheckpointRef | None) -> StageOutcome:
-    outcome = train_stage(run, stage, dataset, parent, on_event=forward_events(), provenance=provenance())
+    outcome = train_by_policy(run, stage, dataset, parent, on_event=forward_events(), provenance=provenance())
     manifest = outcome.checkpoint.manifest
     events.emit(
         "stage_skipped" if outcome.reused else "stage_finished",

@@ -12,7 +12,7 @@ from relora_train.checkpoint import read_training_state
 from relora_train.config import Profile
 from relora_train.manifest import ParentRef
 from relora_train.requests import StageRequest
-from relora_train.stages import fingerprint_settings, plan_stages, stage_fingerprint
+from relora_train.stages import Stage, fingerprint_settings, plan_stages, stage_fingerprint
 from relora_train.trainer import run_stage
 
 TINY = {
@@ -43,10 +43,11 @@ def tiny_profile(**sections: Any) -> Profile:
 
 
 def stage_request(
-    profile: Profile, stage_name: str, dataset: Path, output: Path, parent: Path | None = None
+    profile: Profile, stage: Stage | str, dataset: Path, output: Path, parent: Path | None = None
 ) -> StageRequest:
-    """A request as the run module makes it."""
-    stage = next(stage for stage in plan_stages(profile) if stage.name == stage_name)
+    """A request as the run module makes it, for a stage or the name of one in the profile's plan."""
+    if isinstance(stage, str):
+        stage = next(planned for planned in plan_stages(profile) if planned.name == stage)
     settings = fingerprint_settings(profile, stage, DATASET_ID)
     parent_ref = None
     if parent is not None:
@@ -55,7 +56,7 @@ def stage_request(
     return StageRequest(
         run_id="tiny",
         profile=profile,
-        stage=stage_name,
+        stage=stage,
         fingerprint=stage_fingerprint(settings, parent_ref.fingerprint if parent_ref else None),
         fingerprint_settings=settings,
         parent=parent_ref,

@@ -81,7 +81,9 @@ BAD_INPUT = [
     pytest.param(["run", "smoke", "--run-id", "a/b"], 2, "not a valid run id", id="invalid run id"),
     pytest.param(["run", "smoke", "--store", "ftp://x"], 5, "unknown scheme 'ftp'", id="unknown store scheme"),
     pytest.param(["run", "smoke", "--resume-from", "gone@cycle-1"], 6, "no run 'gone'", id="resume from nothing"),
-    pytest.param(["run", "smoke", "--resume-from", "tale@cycle-1"], 2, "step 80", id="resume inside a stage"),
+    pytest.param(
+        ["run", "smoke", "--resume-from", "tale@cycle-1"], 2, "holds another model", id="resume with another model"
+    ),
     pytest.param(["runs", "--store", "s3://"], 5, "names no bucket", id="no bucket"),
     pytest.param(["checkpoints", "gone"], 6, "Runs there: tale", id="run not found"),
     pytest.param(["show", "tale@cycle-9"], 6, "It has:", id="checkpoint not found"),
@@ -168,7 +170,7 @@ def test_every_command_has_one_line_of_help_and_the_exit_codes_are_documented(re
     ):
         assert code in shown.out
     commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
-    expected = {"run", "plan", "runs", "checkpoints", "show", "evaluate", "export", "report", "profiles"}
+    expected = {"run", "plan", "runs", "checkpoints", "show", "evaluate", "export", "report", "profiles", "retry"}
     expected |= {"prune", "verify", "pin", "unpin"}
     assert set(commands) == expected
     for name, command in commands.items():

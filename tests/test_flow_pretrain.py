@@ -266,3 +266,35 @@ def test_bad_input_is_refused_before_any_work(local_store: Path, tmp_path: Path,
     monkeypatch.setattr("tasks.store.open_run_store.retry_delay_seconds", [0, 0, 0])
     with pytest.raises(StoreUnavailableError, match=r"127\.0\.0\.1:9"):
         run_smoke("s3://bucket/prefix")
+
+
+def test_a_finished_run_is_extended_in_place_by_one_command(
+    finished: tuple[RunSummary, list[Event]], local_store: Path
+):
+    """The run keeps its name and its line; the same command again finds nothing left to do."""
+    extension = {"run_id": "longer", "resume_from": "longer@latest", "overrides": {"schedule.cycles": 3}}
+    run_smoke(local_store, run_id="longer")
+    summary, seen = run_smoke(local_store, **extension)
+    assert trained(seen) == ["cycle-3"]
+    assert [stage.stage for stage in summary.stages] == ["cycle-3"]
+    again, seen = run_smoke(local_store, **extension)
+    assert trained(seen) == [] and again.stages == ()
+    assert resolve_checkpoint("longer@latest", open_store(summary.store_uri)).uri == summary.stages[0].uri
+
+
+def test_a_diverged_cycle_is_lowered_in_the_flow_and_named_in_summary_and_report(tmp_path: Path):
+    overrides = {
+        "optimizer.learning_rate": 1000.0,
+        "optimizer.warm_start_learning_rate": 4e-3,
+        "optimizer.max_grad_norm": None,
+        "schedule.cycles": 1,
+        "divergence.on_divergence": "lower_lr",
+        "divergence.factor": 4e-6,
+    }
+    summary, seen = run_smoke(tmp_path, run_id="explosive", overrides=overrides)
+    assert trained(seen) == ["warm-start", "cycle-1", "cycle-1"]
+    assert [event["stage"] for event in seen if event["event"] == "diverged"] == ["cycle-1"]
+    assert summary.stages[1].divergence["attempts"] == 1
+    assert "cycle-1 diverged once" in Path(summary.report_uri.removeprefix("file://")).read_text()
+    _, seen = run_smoke(tmp_path, run_id="explosive", overrides=overrides)
+    assert trained(seen) == []

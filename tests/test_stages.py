@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 
 from relora_train.config import Profile, default_run_id
-from relora_train.errors import ConfigError
 from relora_train.profiles import profile_directory
 from relora_train.stages import (
     differing_settings,
@@ -16,7 +15,6 @@ from relora_train.stages import (
     plan_stages,
     stage_fingerprint,
     stage_learning_rate,
-    stages_after,
 )
 
 DATASET = "d" * 64
@@ -89,6 +87,9 @@ CHANGES_NOTHING = {
     "data.name": "other",
     "data.workers": 2,
     "data.engine": "tokenizers",
+    "divergence.on_divergence": "lower_lr",
+    "divergence.factor": 0.3,
+    "divergence.max_retries": 1,
     "evaluation.sequences": 64,
     "evaluation.final_sequences": 64,
     "evaluation.batch_sequences": 8,
@@ -303,17 +304,6 @@ def test_stages_of_each_method():
 def test_without_a_warm_start_the_first_stage_is_the_methods_own(method, first):
     profile = Profile.model_validate({"schedule": {**SMALL, "warm_start_steps": 0}, "method": method})
     assert plan_stages(profile)[0].name == first
-
-
-def test_stages_after_a_checkpoint_are_the_rest():
-    profile = Profile.model_validate({"schedule": SMALL})
-    names = {step: [stage.name for stage in stages_after(profile, step)] for step in (0, 100, 150, 200)}
-    assert names == {0: ["warm-start", "cycle-1", "cycle-2"], 100: ["cycle-1", "cycle-2"], 150: ["cycle-2"], 200: []}
-
-
-def test_a_checkpoint_inside_a_stage_is_refused_with_the_steps_that_would_do():
-    with pytest.raises(ConfigError, match=r"step 120, but .* end at 100, 150, 200\."):
-        stages_after(Profile.model_validate({"schedule": SMALL}), 120)
 
 
 def rates(profile: Profile) -> list[float]:

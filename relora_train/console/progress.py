@@ -23,6 +23,7 @@ from rich.text import Text
 from relora_train import events
 from relora_train.console.progress_text import (
     dataset_line,
+    diverged_line,
     evaluated_line,
     merge_line,
     progress_line,
@@ -200,6 +201,8 @@ class RunProgress(logging.Handler):
             case "stage_finished":
                 display.line(_DONE, stage_finished_line(event, self._before.get(event["stage"])))
                 display.waiting(self._next(event["stage"]))
+            case "diverged":
+                self.notice(diverged_line(event))
             case "stage_skipped":
                 display.line(_REUSED, stage_skipped_line(event))
                 display.waiting(self._next(event["stage"]))

@@ -60,6 +60,14 @@ def stage_finished_line(event: Event, before: float | None) -> str:
     )
 
 
+def diverged_line(event: Event) -> str:
+    """'cycle-2 diverged at learning rate 0.001 (attempt 1 of 3)'; what follows shows whether another is made."""
+    return (
+        f"{event['stage']} diverged at learning rate {event['learning_rate']:.3g} "
+        f"(attempt {event['attempt']} of {event['attempts']})"
+    )
+
+
 def stage_skipped_line(event: Event) -> str:
     perplexity = event.get("val_perplexity")
     scored = f", validation perplexity {perplexity_text(perplexity)}" if perplexity is not None else ""

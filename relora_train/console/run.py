@@ -24,7 +24,7 @@ from relora_train.errors import TrainerInterruptedError
 from relora_train.evaluation_records import EvaluationOutcome, dataset_of, evaluate_or_reuse
 from relora_train.reporting.collect import files_in_stores
 from relora_train.run import default_store_uri, line_of
-from relora_train.stages import plan_stages, stages_after
+from relora_train.stages import stages_after
 from relora_train.storage.base import ObjectStore
 from relora_train.storage.opening import open_store
 from relora_train.summary import RunSummary
@@ -57,8 +57,8 @@ def run_profile(
     store = open_store(store_uri or default_store_uri())
     store.preflight()
     check_inputs(settings)
-    if resume_from is not None:
-        stages_after(settings, resolve_checkpoint(resume_from, store).step)
+    parent = resolve_checkpoint(resume_from, store).manifest if resume_from else None
+    stages = [stage.name for stage in stages_after(settings, parent)]
     parameters = {
         "profile": name,
         "overrides": dict(profiles.parse_override(text) for text in sets),
@@ -66,7 +66,6 @@ def run_profile(
         "store": store.uri,
         "resume_from": resume_from,
     }
-    stages = [stage.name for stage in plan_stages(settings)]
     try:
         with _display(console, stages, verbose=verbose) as on_notice:
             summary: RunSummary = run_flow("pretrain", parameters, on_notice=on_notice, verbose=verbose)

@@ -10,8 +10,14 @@ from rich.text import Text
 
 from relora_train.console.progress_text import arrow, count_text, seconds_text, short_seconds_text
 from relora_train.console.tables import add_row, common_place, number_text, samples_lines, table
+from relora_train.divergence import divergence_text
 from relora_train.storage.opening import uri_to_path
 from relora_train.summary import RunSummary, StageSummary
+
+_NOTHING_LEFT = (
+    "The checkpoint this run started from has all of the profile's cycles: nothing was left to train. "
+    "More cycles: --set schedule.cycles=N, with N the number in all."
+)
 
 
 def print_summary(console: Console, summary: RunSummary, *, seconds: float) -> None:
@@ -22,7 +28,7 @@ def print_summary(console: Console, summary: RunSummary, *, seconds: float) -> N
         console.print(Text(f"Checkpoints in {place(prefix)}"), soft_wrap=True)
         console.print(_stages(summary, prefix))
     else:
-        console.print(Text("The checkpoint this run started from is the profile's last: nothing was left to train."))
+        console.print(Text(_NOTHING_LEFT))
     for record in summary.evaluations:
         if record.get("samples"):
             scored = f"perplexity {number_text(record['val_perplexity'])}"
@@ -36,7 +42,8 @@ def print_summary(console: Console, summary: RunSummary, *, seconds: float) -> N
 
 def closing_lines(summary: RunSummary, *, seconds: float) -> list[str]:
     """Where things are, what was reused, how long it took."""
-    lines = [f"Report: {place(summary.report_uri)}"]
+    lines = [f"{stage.stage} {divergence_text(stage.divergence)}." for stage in summary.stages if stage.divergence]
+    lines.append(f"Report: {place(summary.report_uri)}")
     pictures = [PurePosixPath(uri) for uri in summary.picture_uris]
     if pictures:
         lines.append(f"Plots:  {', '.join(picture.stem for picture in pictures)} ({pictures[0].suffix[1:]})")

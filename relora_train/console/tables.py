@@ -16,6 +16,7 @@ from rich.text import Text
 from relora_train.checkpoint_store import CheckpointRef, RunInfo
 from relora_train.console.plan_tables import sections
 from relora_train.console.progress_text import arrow, seconds_text
+from relora_train.divergence import divergence_text
 from relora_train.plan import Plan
 
 _SAMPLE_CHARACTERS = 240
@@ -144,6 +145,7 @@ def checkpoint_view(ref: CheckpointRef, line: Sequence[CheckpointRef]) -> View:
             "bits per byte": _before_after(manifest.evaluation, "bits_per_byte", 3),
             "committed": f"{time_text(manifest.created_at)}, after {seconds_text(manifest.stage_seconds)} of work",
             "fingerprint": manifest.fingerprint,
+            **_variant(ref),
             "dataset": manifest.dataset_uri,
             "made by": ", ".join(f"{name} {version}" for name, version in sorted(manifest.versions.items())) or "–",
             **{name.replace("_", " "): value for name, value in sorted(manifest.provenance.items())},
@@ -151,6 +153,12 @@ def checkpoint_view(ref: CheckpointRef, line: Sequence[CheckpointRef]) -> View:
     )
     merge = [BLANK, *_merge(manifest.merge_report)] if manifest.merge_report else []
     return [about, BLANK, _lineage(ref, line), BLANK, _files(ref), *merge]
+
+
+def _variant(ref: CheckpointRef) -> dict[str, str]:
+    manifest = ref.manifest
+    lines = {"in place of": manifest.variant_of} if manifest.variant_of else {}
+    return lines | ({"divergence": divergence_text(manifest.divergence)} if manifest.divergence else {})
 
 
 def evaluation_view(record: dict[str, Any], *, reused: bool) -> View:

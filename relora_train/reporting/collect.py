@@ -163,6 +163,7 @@ def _stage_rows(line: Sequence[CheckpointRef]) -> tuple[StageRow, ...]:
                 rank=settings.get("relora.rank"),
                 fingerprint=manifest.fingerprint,
                 size_bytes=manifest.size_bytes,
+                divergence=manifest.divergence,
             )
         )
     return tuple(rows)

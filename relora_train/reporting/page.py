@@ -8,6 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 
 from relora_train.analysis import PAPER_THRESHOLD
+from relora_train.divergence import divergence_text
 from relora_train.reporting.html import Cell, Html, details, escape, figure, note, table
 from relora_train.reporting.plot_style import MAX_POINTS
 from relora_train.reporting.plots import loss_ceiling
@@ -113,7 +114,8 @@ def _stages(data: RunData) -> Html:
         )
         rows.append((Html(f"{escape(origin)}<code>{escape(row.uri)}</code>"),))
     text = "Perplexity and bits per byte on held-out text, before → after the stage. Tokens/s over the whole stage."
-    return Html(table(header, rows) + note(text))
+    lowered = [note(f"{row.stage} {divergence_text(row.divergence)}.") for row in data.stages if row.divergence]
+    return Html(table(header, rows) + note(text) + "".join(lowered))
 
 
 def _change_cell(before: float | None, after: float | None) -> Html:

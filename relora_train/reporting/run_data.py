@@ -52,6 +52,8 @@ class StageRow:
     """Rank of the stage's low-rank update; None for full-rank stages."""
     fingerprint: str
     size_bytes: int
+    divergence: Mapping[str, Any] = field(default_factory=dict)
+    """As in the manifest: empty unless the stage diverged and was trained at a lower learning rate."""
 
     @property
     def steps(self) -> int:
