@@ -30,7 +30,7 @@ from relora_train.stages import Stage, differing_settings, fingerprint_settings,
 from relora_train.storage.base import ObjectStore
 from relora_train.storage.opening import open_store
 from relora_train.tombstone import read_tombstone, removed_message
-from relora_train.workspace import checkpoint_cache, dataset_cache, wait_for_orphan, work_directory
+from relora_train.workspace import checkpoint_cache, dataset_cache, short_digest, wait_for_orphan, work_directory
 
 STORE_VARIABLE = "RELORA_STORE"
 DEFAULT_STORE = "relora-store"
@@ -139,7 +139,9 @@ def find_stage(run: Run, stage: Stage, dataset: DatasetRef, parent: CheckpointRe
     found = choose_result(fingerprint, present, run.checkpoints.head(missing_ok=True))
     if found is None:
         found = run.checkpoints.find_removed(fingerprint)
-    if found is None and not run.branches:
+    if found is None and run.branches:
+        _check_same_origin(run, parent, refs)
+    elif found is None:
         for other in refs:
             same_place = other.step == stage.end_step or other.manifest.stage == stage.name
             if same_place and not set_aside(other, parent, refs):
@@ -166,6 +168,18 @@ def pretrained_content(model: ModelConfig) -> str | None:
         return None
     files = sorted(path for path in directory.iterdir() if path.suffix in (".json", ".safetensors"))
     return settings_digest({path.name: hash_file(path) for path in files})
+
+
+def _check_same_origin(run: Run, parent: CheckpointRef | None, refs: Sequence[CheckpointRef]) -> None:
+    """A branch from another run starts a run of its own, or continues the one that it started: no other."""
+    if parent is None or parent.manifest.run_id == run.run_id or not refs:
+        return
+    origins = {ref.manifest.parent.fingerprint for ref in refs if ref.manifest.parent}
+    if parent.fingerprint not in origins:
+        raise RunSettingsChangedError(
+            f"Run {run.run_id!r} in {run.store_uri} holds checkpoints, and they did not start from {parent.uri}. "
+            "Nothing was changed. Give the branch a run of its own: another --run-id, or none."
+        )
 
 
 def _settings_changed(run: Run, stage: Stage, ours: dict[str, Any], other: CheckpointRef) -> RunSettingsChangedError:
@@ -203,7 +217,7 @@ def train_stage(
             run.checkpoints.set_head(found)
         return StageOutcome(found, reused=True)
     settings, fingerprint = stage_identity(run, stage, dataset, parent)
-    with work_directory(run.run_id, f"{stage.name}-{fingerprint[:12]}") as directory:
+    with work_directory(run.run_id, f"{stage.name}-{fingerprint[:12]}-{short_digest(run.store.uri)}") as directory:
         request = StageRequest(
             run_id=run.run_id,
             profile=run.profile,

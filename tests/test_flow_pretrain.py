@@ -244,6 +244,15 @@ def test_a_pruned_run_is_done_and_its_removed_stages_are_not_trained_again(tmp_p
     assert verify_run(open_store(tmp_path), "pruned").findings == []
 
 
+def test_a_branch_never_takes_over_a_run_that_started_elsewhere(
+    finished: tuple[RunSummary, list[Event]], local_store: Path
+):
+    summary, _ = run_smoke(local_store, run_id="own", overrides={"schedule.cycles": 1, "seed": 1})
+    with pytest.raises(RunSettingsChangedError, match="did not start from"):
+        run_smoke(local_store, run_id="own", resume_from="first@cycle-1")
+    assert resolve_checkpoint("own@latest", open_store(local_store)).uri == summary.stages[-1].uri
+
+
 def test_a_flipped_byte_in_the_parent_is_refused_before_training(tmp_path: Path):
     summary, _ = run_smoke(tmp_path, run_id="flip", overrides={"schedule.cycles": 1})
     weights = Path(summary.stages[0].uri.removeprefix("file://"), "model.safetensors")
