@@ -428,7 +428,9 @@ def driver(flow: str, environment: dict[str, str]) -> Iterator[subprocess.Popen[
 
 def servers_of(owner: int) -> list[str]:
     """Lines 'pid command' of the Prefect servers that a process started and that still run."""
-    listed = subprocess.run(["ps", "-eo", "pid=,args="], check=True, capture_output=True, text=True).stdout.splitlines()
+    listed = subprocess.run(
+        ["ps", "-ewwo", "pid=,args="], check=True, capture_output=True, text=True
+    ).stdout.splitlines()
     return [text for text in listed if "relora_train.console.local_server" in text and text.endswith(f" {owner}")]
 
 
