@@ -25,12 +25,14 @@ def seaweed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Seaweed]:
 
 
 @pytest.fixture
-def s3_store_uri(seaweed: Seaweed, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A fresh bucket, and the environment that leads to it."""
+def s3_store_uri(seaweed: Seaweed, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A fresh bucket, and the environment that leads to it. Removed afterwards: the server has room for some dozens."""
     for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_REGION", "AWS_DEFAULT_REGION"):
         monkeypatch.delenv(name, raising=False)
     for name, value in seaweed.environment.items():
         monkeypatch.setenv(name, value)
     bucket = f"test-{uuid.uuid4().hex[:12]}"
     seaweed.create_bucket(bucket)
-    return f"s3://{bucket}/some/prefix"
+    yield f"s3://{bucket}/some/prefix"
+    monkeypatch.delenv("AWS_PROFILE", raising=False)  # a test may have named one that does not exist
+    seaweed.delete_bucket(bucket)

@@ -88,6 +88,17 @@ class Seaweed:
         finally:
             client.close()
 
+    def delete_bucket(self, name: str) -> None:
+        """With all that is in it."""
+        client = self.client()
+        try:
+            for page in client.get_paginator("list_objects_v2").paginate(Bucket=name):
+                for entry in page.get("Contents", ()):
+                    client.delete_object(Bucket=name, Key=entry["Key"])
+            client.delete_bucket(Bucket=name)
+        finally:
+            client.close()
+
     def client(self):
         """A plain boto3 client, to look at the server past the code under test."""
         import boto3
