@@ -52,7 +52,7 @@ from relora_train.manifest import (
     hash_file,
     parse_manifest,
 )
-from relora_train.storage.base import ObjectStore
+from relora_train.storage.base import ObjectStore, find_bytes
 from relora_train.storage.os_errors import disk_error
 from relora_train.tombstone import TOMBSTONE_NAME, read_tombstone, removed_message
 
@@ -63,12 +63,10 @@ _log = logging.getLogger("relora_train.bundle")
 def read_manifest(store: ObjectStore, prefix: str, kind: type[M]) -> M | None:
     """The manifest of the bundle at this prefix, or None when no bundle was committed there."""
     key = _join(prefix, MANIFEST_NAME)
-    try:
-        data, _ = store.get_bytes(key)
-    except BucketNotFoundError:
-        raise
-    except ObjectNotFoundError:
+    found = find_bytes(store, key)
+    if found is None:
         return None
+    data, _ = found
     return parse_manifest(kind, data, uri=f"{store.uri}/{key}")
 
 

@@ -27,16 +27,14 @@ from relora_train.checkpoint_layout import (
     parse_checkpoint_prefix,
 )
 from relora_train.errors import (
-    BucketNotFoundError,
     CheckpointAmbiguousError,
     CheckpointCorruptError,
     CheckpointNotFoundError,
     ConfigError,
-    ObjectNotFoundError,
     PreconditionFailedError,
 )
 from relora_train.manifest import MANIFEST_NAME, CheckpointManifest, DatasetManifest
-from relora_train.storage.base import ObjectStore
+from relora_train.storage.base import ObjectStore, find_bytes
 from relora_train.storage.opening import open_store
 from relora_train.tombstone import TOMBSTONE_NAME, read_tombstone, removed_message
 
@@ -212,12 +210,10 @@ class CheckpointStore:
 
     def _read_head(self, *, missing_ok: bool = False) -> tuple[CheckpointRef | None, str | None]:
         key = head_key(self.run_id)
-        try:
-            data, etag = self.store.get_bytes(key)
-        except BucketNotFoundError:
-            raise
-        except ObjectNotFoundError:
+        found = find_bytes(self.store, key)
+        if found is None:
             return None, None
+        data, etag = found
         try:
             place = parse_checkpoint_prefix(json.loads(data)["checkpoint"])
         except (ValueError, KeyError, TypeError):

@@ -29,15 +29,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from relora_train.checkpoint_layout import check_run_id, split_checkpoint_uri
 from relora_train.errors import (
-    BucketNotFoundError,
     CheckpointCorruptError,
     CheckpointNotFoundError,
-    ObjectNotFoundError,
     PreconditionFailedError,
     RunInUseError,
     StorageError,
 )
-from relora_train.storage.base import ObjectStore
+from relora_train.storage.base import ObjectStore, find_bytes
 from relora_train.storage.opening import open_store
 from relora_train.tombstone import read_tombstone, removed_message
 
@@ -286,12 +284,10 @@ def try_lease(store: ObjectStore, key: str, *, unheard_of: Callable[[], bool], t
 
 def read_lease(store: ObjectStore, key: str) -> tuple[LeaseRecord, str] | None:
     """A lease's record and etag, or None. A damaged one is refused: nobody can say whose it is."""
-    try:
-        data, etag = store.get_bytes(key)
-    except BucketNotFoundError:
-        raise
-    except ObjectNotFoundError:
+    found = find_bytes(store, key)
+    if found is None:
         return None
+    data, etag = found
     try:
         return LeaseRecord.model_validate_json(data), etag
     except ValidationError:

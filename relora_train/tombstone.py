@@ -11,9 +11,9 @@ from datetime import UTC, datetime
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from relora_train.errors import BucketNotFoundError, CheckpointCorruptError, ObjectNotFoundError
+from relora_train.errors import CheckpointCorruptError
 from relora_train.manifest import CheckpointManifest
-from relora_train.storage.base import ObjectStore
+from relora_train.storage.base import ObjectStore, find_bytes
 
 TOMBSTONE_NAME = "deleted.json"
 
@@ -35,12 +35,10 @@ class Tombstone(BaseModel):
 def read_tombstone(store: ObjectStore, prefix: str) -> Tombstone | None:
     """The tombstone at a prefix, or None."""
     key = f"{prefix}/{TOMBSTONE_NAME}" if prefix else TOMBSTONE_NAME
-    try:
-        data, _ = store.get_bytes(key)
-    except BucketNotFoundError:
-        raise
-    except ObjectNotFoundError:
+    found = find_bytes(store, key)
+    if found is None:
         return None
+    data, _ = found
     try:
         return Tombstone.model_validate_json(data)
     except ValidationError:

@@ -13,7 +13,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Protocol
 
-from relora_train.errors import StorageError
+from relora_train.errors import BucketNotFoundError, ObjectNotFoundError, StorageError
 
 _KEY = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*(/[A-Za-z0-9_-][A-Za-z0-9._-]*)*")
 
@@ -102,3 +102,13 @@ def check_key(key: str) -> str:
             "that do not start with a dot, separated by '/'."
         )
     return key
+
+
+def find_bytes(store: ObjectStore, key: str) -> tuple[bytes, str] | None:
+    """Content and etag of a small object, or None when there is none. A missing bucket stays an error."""
+    try:
+        return store.get_bytes(key)
+    except BucketNotFoundError:
+        raise
+    except ObjectNotFoundError:
+        return None
