@@ -35,13 +35,13 @@ from pathlib import Path
 from relora_train.errors import (
     BucketNotFoundError,
     CheckpointCorruptError,
-    CheckpointIncompleteError,
     DiskFullError,
     ObjectNotFoundError,
     PreconditionFailedError,
     StorageError,
     StoreUnavailableError,
 )
+from relora_train.file_checks import check_file, is_intact, missing_file
 from relora_train.manifest import (
     MANIFEST_NAME,
     CheckpointManifest,
@@ -49,7 +49,6 @@ from relora_train.manifest import (
     FileEntry,
     M,
     Manifest,
-    hash_file,
     parse_manifest,
 )
 from relora_train.storage.base import ObjectStore, find_bytes
@@ -82,7 +81,7 @@ def commit_bundle(store: ObjectStore, prefix: str, directory: Path, manifest: M)
     _refuse_removed(store, prefix)
     _check_names(manifest)
     for entry in manifest.files:
-        _check_file(directory / entry.path, entry, uri=(directory / entry.path).as_uri())
+        check_file(directory / entry.path, entry, uri=(directory / entry.path).as_uri())
     files_prefix, was_claimed = _claim(store, prefix, manifest)
     placed = manifest.model_copy(update={"files_prefix": files_prefix})
     for entry in placed.files:
@@ -108,7 +107,9 @@ def commit_bundle(store: ObjectStore, prefix: str, directory: Path, manifest: M)
 
 
 def fetch_bundle(store: ObjectStore, prefix: str, manifest: Manifest, directory: Path) -> Path:
-    """A local directory that holds exactly the bundle's bytes, every file checked by size and SHA-256 in this call.
+    """A local directory that holds exactly the bundle's bytes, every file checked by size and SHA-256.
+
+    A file that this process checked before is not read again while its size, times and inode are what they were.
 
     For a store that is a local directory it is the bundle's own, without a copy: treat it as read-only. Otherwise
     files go to `directory`, intact ones found there are reused, and several processes may ask for the same at once.
@@ -116,12 +117,18 @@ def fetch_bundle(store: ObjectStore, prefix: str, manifest: Manifest, directory:
     """
     in_place = _local_directory(store, prefix, manifest)
     if in_place is not None:
-        verify_bundle(store, prefix, manifest)
+        for entry in manifest.files:
+            uri = f"{store.uri}/{_key(prefix, manifest, entry)}"
+            check_file(in_place / entry.path, entry, uri=uri, unless_checked_before=True)
         return in_place
     try:
         directory.mkdir(parents=True, exist_ok=True)
         with _one_process_at_a_time(directory):
-            missing = [entry for entry in manifest.files if not _is_intact(directory / entry.path, entry)]
+            missing = [
+                entry
+                for entry in manifest.files
+                if not is_intact(directory / entry.path, entry, unless_checked_before=True)
+            ]
             _check_free_space(directory, missing)
             for entry in missing:
                 _download(store, _key(prefix, manifest, entry), entry, directory)
@@ -138,7 +145,7 @@ def verify_bundle(store: ObjectStore, prefix: str, manifest: Manifest) -> None:
     in_place = _local_directory(store, prefix, manifest)
     if in_place is not None:
         for entry in manifest.files:
-            _check_file(in_place / entry.path, entry, uri=f"{store.uri}/{_key(prefix, manifest, entry)}")
+            check_file(in_place / entry.path, entry, uri=f"{store.uri}/{_key(prefix, manifest, entry)}")
         return
     with tempfile.TemporaryDirectory(prefix="relora-verify-") as scratch:
         for entry in manifest.files:
@@ -224,7 +231,7 @@ def _is_uploaded(store: ObjectStore, key: str, entry: FileEntry) -> bool:
     if found is None or found.size_bytes != entry.size_bytes:
         return False
     path = store.local_path(key)
-    return path is None or _is_intact(path, entry)
+    return path is None or is_intact(path, entry)
 
 
 def _check_uploads(store: ObjectStore, prefix: str, manifest: Manifest) -> None:
@@ -239,33 +246,6 @@ def _check_uploads(store: ObjectStore, prefix: str, manifest: Manifest) -> None:
             )
 
 
-def _check_file(path: Path, entry: FileEntry, *, uri: str) -> None:
-    """Return only if the file is as the manifest says."""
-    if not path.is_file():
-        raise _not_there(uri)
-    found_bytes = path.stat().st_size
-    if found_bytes != entry.size_bytes:
-        expected, found = f"{entry.size_bytes} bytes", f"{found_bytes} bytes"
-    else:
-        expected, found = f"SHA-256 {entry.sha256}", f"SHA-256 {hash_file(path)}"
-    if expected != found:
-        raise CheckpointCorruptError(
-            f"{uri} is damaged: its manifest says {expected}, found {found}. It is not used. "
-            "Use another checkpoint, or delete the whole prefix and make it again."
-        )
-
-
-def _not_there(uri: str) -> CheckpointIncompleteError:
-    return CheckpointIncompleteError(
-        f"{uri} is listed in its manifest but is not there. "
-        "Use another checkpoint, or delete the whole prefix and make it again."
-    )
-
-
-def _is_intact(path: Path, entry: FileEntry) -> bool:
-    return path.is_file() and path.stat().st_size == entry.size_bytes and hash_file(path) == entry.sha256
-
-
 def _download(store: ObjectStore, key: str, entry: FileEntry, directory: Path) -> Path:
     """Put one verified file in its place. Repeats once: a bit may flip on the way, which no one else would notice."""
     uri, target = f"{store.uri}/{key}", directory / entry.path
@@ -277,7 +257,7 @@ def _download(store: ObjectStore, key: str, entry: FileEntry, directory: Path) -
         for is_last_attempt in (False, True):
             store.get_file(key, part)
             try:
-                _check_file(part, entry, uri=uri)
+                check_file(part, entry, uri=uri)
                 break
             except CheckpointCorruptError as error:
                 if is_last_attempt:
@@ -287,7 +267,7 @@ def _download(store: ObjectStore, key: str, entry: FileEntry, directory: Path) -
     except BucketNotFoundError:
         raise
     except ObjectNotFoundError as error:
-        raise _not_there(uri) from error
+        raise missing_file(uri) from error
     finally:
         part.unlink(missing_ok=True)  # a full disk must not stay full of it
     return target

@@ -112,6 +112,18 @@ class CheckpointStore:
         refs = (self._read(place) for place, _ in self._places())
         return sorted((ref for ref in refs if ref is not None), key=lambda ref: (ref.step, ref.fingerprint))
 
+    def survey(self) -> tuple[Sequence[CheckpointRef], Sequence[CheckpointCorruptError]]:
+        """The committed checkpoints that can be read, by step, and what is wrong with the others: for people."""
+        refs, faults = [], []
+        for place, _ in self._places():
+            try:
+                ref = self._read(place)
+            except CheckpointCorruptError as error:
+                faults.append(error)
+            else:
+                refs += [ref] if ref is not None else []
+        return sorted(refs, key=lambda ref: (ref.step, ref.fingerprint)), faults
+
     def history(self) -> Sequence[CheckpointRef]:
         """All checkpoints by step, with those that retention removed: the lineage without gaps."""
         kept = self.list()

@@ -162,7 +162,7 @@ def runs(
     elif found:
         show_view(console_for_people(), [Text(f"In {opened.uri}"), *runs_view(found)])
     else:
-        typer.echo(f"No run has a checkpoint in {opened.uri} yet.")
+        _say_empty(opened)
 
 
 @app.command()
@@ -172,21 +172,25 @@ def checkpoints(run: RunName, store: Store = None, as_json: AsJson = False) -> N
     from relora_train.checkpoint_store import CheckpointStore, line_to
     from relora_train.console.tables import checkpoints_view
     from relora_train.console.tables import show as show_view
-    from relora_train.errors import CheckpointAmbiguousError
+    from relora_train.errors import CheckpointAmbiguousError, CheckpointCorruptError
 
     held = CheckpointStore(_open(store), run)
-    refs = held.list()
-    if not refs:
+    refs, faults = held.survey()
+    if not refs and not faults:
         resolve_checkpoint(f"{run}@latest", held.store)  # raises what is to be said of a run without checkpoints
     try:
         latest = held.latest()
-    except CheckpointAmbiguousError:
+    except (CheckpointAmbiguousError, CheckpointCorruptError):
         latest = None
     line = line_to(latest, refs) if latest else ()
     if as_json:
         _echo_json([{**_checkpoint_json(ref), "on_line": ref in line} for ref in refs])
     else:
         show_view(console_for_people(), checkpoints_view(refs, line))
+    for fault in faults:
+        complain(str(fault))
+    if faults:
+        raise typer.Exit(CheckpointError.exit_code)
 
 
 @app.command()
@@ -408,7 +412,13 @@ def _print_tree(store: Any, *, as_json: bool) -> None:
     elif lines:
         show_view(console_for_people(), [Text(f"In {store.uri}"), *lineage_view(lines, heads)])
     else:
-        typer.echo(f"No run has a checkpoint in {store.uri} yet.")
+        _say_empty(store)
+
+
+def _say_empty(store: Any) -> None:
+    inside = store.local_path("runs")
+    missing = inside is not None and not inside.parent.is_dir()
+    typer.echo(f"No run has a checkpoint in {store.uri} yet{': there is no such directory' if missing else ''}.")
 
 
 def _resolve(name: str, store: str | None) -> Any:

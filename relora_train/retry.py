@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +25,7 @@ from relora_train.config import Profile, profile_from_file, settings_digest
 from relora_train.errors import CheckpointIncompleteError, CheckpointNotFoundError, ConfigError, ObjectNotFoundError
 from relora_train.evaluation_records import dataset_of
 from relora_train.launch import run_worker
+from relora_train.lease import Lease, hold_run
 from relora_train.lineage import descendants, read_checkpoints
 from relora_train.manifest import CheckpointManifest, parse_manifest
 from relora_train.requests import StageRequest
@@ -63,8 +65,9 @@ class RetryOutcome:
 def retry_stage(checkpoint: CheckpointRef, *, on_event: OnEvent, replace: bool = False) -> RetryOutcome:
     """Train a committed checkpoint's stage again and compare; see above. Without `replace` the store is only read.
 
-    Raises ConfigError before any work when a replacement is asked for a checkpoint off its run's line, and
-    CheckpointNotFoundError or ObjectNotFoundError when its parent or dataset is gone.
+    With it this process is the run's one writer meanwhile: RunInUseError while a flow of the run lives, and ConfigError
+    before any work for a checkpoint off its run's line. Raises CheckpointNotFoundError or ObjectNotFoundError when its
+    parent or dataset is gone.
     """
     if replace:
         _require_on_line(checkpoint)
@@ -72,7 +75,10 @@ def retry_stage(checkpoint: CheckpointRef, *, on_event: OnEvent, replace: bool =
     stage = stage_of(checkpoint.manifest)
     run = Run(checkpoint.manifest.run_id, checkpoint.store_uri, profile)
     _require_same_settings(run, stage, dataset, parent, checkpoint)
-    with work_directory(run.run_id, f"retry-{stage.name}-{checkpoint.fingerprint[:12]}") as directory:
+    writer: AbstractContextManager[Lease | None] = nullcontext()
+    if replace:
+        writer = hold_run(run.store, run.run_id, depends_on=[checkpoint.uri])
+    with writer as lease, work_directory(run.run_id, f"retry-{stage.name}-{checkpoint.fingerprint[:12]}") as directory:
         shutil.rmtree(directory / "checkpoint", ignore_errors=True)  # of a retry that was stopped: it proves nothing
         request = StageRequest(
             run_id=run.run_id,
@@ -100,7 +106,8 @@ def retry_stage(checkpoint: CheckpointRef, *, on_event: OnEvent, replace: bool =
         made = parse_manifest(CheckpointManifest, path.read_bytes(), uri=path.as_uri())
         differing = differing_files(made, checkpoint.manifest)
         replacement = None
-        if replace and differing:
+        if lease is not None and differing:
+            lease.check()
             held = CheckpointStore(open_store(checkpoint.store_uri), run.run_id)
             replacement = held.commit(request.output_directory, _as_variant(made, checkpoint))
             held.set_head(replacement)

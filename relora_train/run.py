@@ -133,7 +133,12 @@ def find_stage(run: Run, stage: Stage, dataset: DatasetRef, parent: CheckpointRe
     One that retention removed counts as trained as long as something that came from it is there: `is_removed`.
     Raises RunSettingsChangedError when this run holds a checkpoint of the same stage made with other settings.
     """
-    settings, fingerprint = stage_identity(run, stage, dataset, parent)
+    return _find(run, stage, parent, *stage_identity(run, stage, dataset, parent))
+
+
+def _find(
+    run: Run, stage: Stage, parent: CheckpointRef | None, settings: dict[str, Any], fingerprint: str
+) -> CheckpointRef | None:
     refs = run.checkpoints.history()
     present = [ref for ref in refs if not ref.is_removed]
     found = choose_result(fingerprint, present, run.checkpoints.head(missing_ok=True))
@@ -211,13 +216,12 @@ def train_stage(
     variant_of, divergence: as in the manifest; see relora_train/divergence.py.
     Safe to repeat and to race: the first commit wins and every other attempt adopts it.
     """
-    found = find_stage(run, stage, dataset, parent)
-    if found is not None:
-        if not found.is_removed:
-            run.checkpoints.set_head(found)
-        return StageOutcome(found, reused=True)
     settings, fingerprint = stage_identity(run, stage, dataset, parent)
+    if found := _find(run, stage, parent, settings, fingerprint):
+        return _reuse(run, found)
     with work_directory(run.run_id, f"{stage.name}-{fingerprint[:12]}-{short_digest(run.store.uri)}") as directory:
+        if found := _find(run, stage, parent, settings, fingerprint):  # another process may have held the directory
+            return _reuse(run, found)
         request = StageRequest(
             run_id=run.run_id,
             profile=run.profile,
@@ -251,6 +255,12 @@ def train_stage(
         run.checkpoints.set_head(checkpoint)
         _clear(snapshots)
     return StageOutcome(checkpoint, reused=False)
+
+
+def _reuse(run: Run, found: CheckpointRef) -> StageOutcome:
+    if not found.is_removed:
+        run.checkpoints.set_head(found)
+    return StageOutcome(found, reused=True)
 
 
 def _run_trainer(request: StageRequest, request_path: Path, snapshots: SnapshotStore, on_event: OnEvent) -> None:

@@ -92,6 +92,7 @@ BAD_INPUT = [
     pytest.param(["evaluate", "tale"], 5, "is not at", id="dataset gone"),
     pytest.param(["export", "tale", "full"], 2, "is not empty", id="export into a directory in use"),
     pytest.param(["export", "tale", "full/file"], 2, "is a file", id="export onto a file"),
+    pytest.param(["runs", "--store", "full/file"], 5, "a store is a directory", id="a file as store"),
     pytest.param(["report", "gone"], 6, "no run 'gone'", id="report of nothing"),
 ]
 
@@ -134,6 +135,27 @@ def test_an_incomplete_and_a_corrupt_checkpoint_are_refused(
     (directory / "manifest.json").unlink()
     outcome = relora("show", line[-1].uri)
     assert outcome.code == 6 and "no manifest.json" in outcome.err
+
+
+@pytest.mark.parametrize("options", [[], ["--json"]])
+def test_a_damaged_checkpoint_does_not_hide_the_others(
+    options: list[str], relora: Relora, line: list[CheckpointRef], tmp_path: Path
+) -> None:
+    (tmp_path / "store" / line[1].prefix / "manifest.json").write_text("{")
+    outcome = relora("checkpoints", "tale", *options)
+    assert outcome.code == 6 and line[1].uri in outcome.err and "damaged" in outcome.err
+    others = [line[0], line[2], line[3]]
+    if options:
+        assert [record["uri"] for record in json.loads(outcome.out)] == [ref.uri for ref in others]
+    else:
+        assert all(ref.uri.rpartition("/")[2] in outcome.out for ref in others)
+
+
+def test_a_store_that_is_not_there_is_told_from_an_empty_one(relora: Relora, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    missing, empty = relora("runs", "--store", "nowhere"), relora("runs", "--store", "empty")
+    assert missing.code == empty.code == 0
+    assert "there is no such directory" in missing.out and "there is no such directory" not in empty.out
 
 
 def test_a_command_line_it_does_not_understand_exits_with_2(relora: Relora) -> None:

@@ -15,6 +15,7 @@ LIGHT = (
     "relora_train.schedule",
     "relora_train.manifest",
     "relora_train.bundle",
+    "relora_train.file_checks",
     "relora_train.checkpoint_layout",
     "relora_train.checkpoint_resolve",
     "relora_train.checkpoint_store",

@@ -15,8 +15,9 @@ from relora_train.checkpoint_resolve import resolve_checkpoint
 from relora_train.checkpoint_store import CheckpointRef, CheckpointStore
 from relora_train.cli import main
 from relora_train.console.retry import retry_view
-from relora_train.errors import CheckpointNotFoundError, ConfigError
+from relora_train.errors import CheckpointNotFoundError, ConfigError, RunInUseError
 from relora_train.events import Event
+from relora_train.lease import hold_run
 from relora_train.manifest import CheckpointManifest
 from relora_train.retry import RetryOutcome, differing_files, retry_stage, stage_of
 from relora_train.stages import plan_stages, stages_after
@@ -44,7 +45,8 @@ def text_of(outcome: RetryOutcome) -> str:
 
 
 def contents(workshop: Workshop) -> dict[str, bytes]:
-    return {info.key: workshop.store.get_bytes(info.key)[0] for info in workshop.store.list("runs/")}
+    keys = [info.key for info in workshop.store.list("runs/") if not info.key.endswith("/lease.json")]
+    return {key: workshop.store.get_bytes(key)[0] for key in keys}
 
 
 @pytest.mark.parametrize("index", [0, 1])
@@ -110,6 +112,16 @@ def test_a_replacement_takes_the_line_and_sets_its_descendants_aside(workshop: W
     assert workshop.train(tiny_profile()) == again and workshop.names() == []
     assert run.latest() == again[2]
     assert retry_stage(again[2], on_event=ignore).identical
+
+
+def test_nothing_is_replaced_under_a_flow_that_runs(workshop: Workshop, line: list[CheckpointRef]):
+    before, workshop.disturbed = contents(workshop), True
+    with hold_run(workshop.store, "tiny"):
+        with pytest.raises(RunInUseError, match="in use by process"):
+            retry_stage(line[1], on_event=ignore, replace=True)
+        assert workshop.names() == []
+        assert not retry_stage(line[1], on_event=ignore).identical  # only compares
+    assert contents(workshop) == before
 
 
 def test_a_replacement_can_be_retried_and_replaced_itself(workshop: Workshop, line: list[CheckpointRef]):

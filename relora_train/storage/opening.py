@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from relora_train.errors import UnknownStoreSchemeError
+from relora_train.errors import StorageError, UnknownStoreSchemeError
 from relora_train.storage.base import ObjectStore
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
@@ -25,7 +25,10 @@ def open_store(uri: str | Path) -> ObjectStore:
     if scheme == "file":
         from relora_train.storage.local import LocalStore
 
-        return LocalStore(uri_to_path(text) if match else Path(text).expanduser())
+        root = uri_to_path(text) if match else Path(text).expanduser()
+        if root.exists() and not root.is_dir():
+            raise StorageError(f"{text} is a file, and a store is a directory. Name the directory it should be.")
+        return LocalStore(root)
     if scheme == "memory":
         from relora_train.storage.memory import MemoryStore
 

@@ -3,15 +3,18 @@
     python tests/benchmarks/snapshots.py --profile llama_60m --rounds 3
 
 Measured: how long training stands still (the copy in memory), how long the writing thread takes (write, hash, fsync)
-and what it leaves of the training's speed, the bytes, the upload through the library to a directory and to a real S3
-server on loopback, and the same file through plain boto3 to the same server. Medians over the rounds. With
---profile llama_350m: about 20 GB of memory and 15 GB of disk.
+and what it leaves of the training's speed, the bytes, commit and fetch through the library to a directory and to a real
+S3 server on loopback, and the same bytes through plain boto3 to the same server and through a bare loopback socket.
+Medians over the rounds; the ways are taken in turn, so that other load meets all of them. llama_350m wants about 20 GB
+of memory and 25 GB of disk.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import shutil
+import socket
 import statistics
 import sys
 import tempfile
@@ -27,15 +30,15 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from seaweed import Seaweed, running_seaweed
 
+from relora_train.bundle import commit_bundle, fetch_bundle
 from relora_train.checkpoint import save_adapter, save_model, save_optimizer_state
 from relora_train.config import Profile
-from relora_train.manifest import describe_files
+from relora_train.manifest import FileEntry, Manifest, SnapshotManifest, describe_files, parse_manifest
 from relora_train.model import build_model
 from relora_train.optimizer import build_optimizer, optimizer_state_by_name, reset_optimizer_state
 from relora_train.profiles import load_profile
 from relora_train.relora import adapter_config, adapter_state, apply_relora, lora_parameters, merge_and_reinit
 from relora_train.snapshot import HostBuffers, SnapshotState, moving_tensors, write_snapshot
-from relora_train.snapshot_store import SnapshotStore
 from relora_train.storage.base import ObjectStore
 from relora_train.storage.local import LocalStore
 from relora_train.storage.s3 import S3Store
@@ -111,17 +114,65 @@ def measure_snapshots(training: Any, root: Path, rounds: int) -> list[Path]:
     return made
 
 
-def measure_uploads(name: str, store: ObjectStore, root: Path, made: list[Path]) -> None:
-    snapshots = SnapshotStore(store, "b", FINGERPRINT, root, keep=2)
-    size = sum(path.stat().st_size for path in made[0].iterdir())
-    show(f"upload to {name}", [timed(lambda d=directory: snapshots.upload(d))[0] for directory in made], size)
-    newest = SnapshotStore(store, "b", FINGERPRINT, root.with_name("other"), keep=2).newest_valid
-    show(f"find, fetch and verify from {name}", [timed(newest)[0]], size)
-    snapshots.clear()
+def measure_transfers(server: Seaweed, directory: Path, manifest: Manifest, scratch: Path, rounds: int) -> None:
+    """Commit and fetch one bundle by every way in turn, as often as asked."""
+    stores: list[tuple[str, ObjectStore]] = [
+        ("a directory", LocalStore(scratch / "store")),
+        ("S3 on loopback", S3Store("bench", "x")),
+    ]
+    files, size = [directory / entry.path for entry in manifest.files], manifest.size_bytes
+    seconds: dict[str, list[float]] = {}
+    client = server.client()
+    for turn in range(rounds):
+        for name, store in stores:
+            commit, _ = timed(lambda s=store, t=turn: commit_bundle(s, f"b/{t}", directory, manifest))
+            fetched = scratch / "fetched"
+            fetch, _ = timed(lambda s=store, t=turn, d=fetched: fetch_bundle(s, f"b/{t}", manifest, d))
+            shutil.rmtree(fetched, ignore_errors=True)
+            for info in list(store.list(f"b/{turn}/")):
+                store.delete(info.key)
+            seconds.setdefault(f"commit to {name}", []).append(commit)
+            seconds.setdefault(f"fetch and verify from {name}", []).append(fetch)
+        up, _ = timed(lambda: [client.upload_file(str(file), "bench", f"plain/{file.name}") for file in files])
+        down, _ = timed(
+            lambda: [client.download_file("bench", f"plain/{file.name}", str(scratch / "plain")) for file in files]
+        )
+        seconds.setdefault("plain boto3, upload_file", []).append(up)
+        seconds.setdefault("plain boto3, download_file", []).append(down)
+        seconds.setdefault("a bare loopback socket", []).append(timed(lambda: send_over_loopback(files))[0])
+    client.close()
+    for name, taken in seconds.items():
+        show(name, taken, size)
+    for verb, ours, plain in (
+        ("upload", "commit to S3 on loopback", "plain boto3, upload_file"),
+        ("download", "fetch and verify from S3 on loopback", "plain boto3, download_file"),
+    ):
+        ratio = statistics.median(b / a for a, b in zip(seconds[ours], seconds[plain], strict=True))
+        print(f"  {verb}: {ratio:.2f} of plain boto3's speed")  # noqa: T201
 
 
-def measure_checkpoint(training: Any, directory: Path, profile: Profile) -> None:
-    """As trainer.py commits a cycle."""
+def send_over_loopback(files: list[Path]) -> None:
+    """The bytes of the files from one thread to another, which drops them."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def drop() -> None:
+            connection, _ = listener.accept()
+            with connection:
+                buffer = bytearray(1 << 20)
+                while connection.recv_into(buffer):
+                    pass
+
+        reader = threading.Thread(target=drop)
+        reader.start()
+        with socket.create_connection(listener.getsockname()) as sender:
+            for file in files:
+                with file.open("rb") as stream:
+                    sender.sendfile(stream)
+        reader.join()
+
+
+def measure_checkpoint(training: Any, directory: Path, profile: Profile) -> Manifest:
+    """As trainer.py commits a cycle; the bundle that it leaves."""
     adapter = (adapter_state(training.model), adapter_config(training.model))
     reset = profile.optimizer_reset
     merge, _ = timed(lambda: merge_and_reinit(training.model, cycle=1, seed=0))
@@ -143,14 +194,18 @@ def measure_checkpoint(training: Any, directory: Path, profile: Profile) -> None
             optimizer_state_by_name(training.optimizer, training.model), directory / "optimizer.safetensors"
         )
         save_adapter(*adapter, directory / "adapter")
-        describe_files(directory)
+        described.extend(describe_files(directory))
 
+    described: list[FileEntry] = []
     seconds, _ = timed(write)
     sizes = {path.name: path.stat().st_size for path in sorted(directory.rglob("*.safetensors"))}
     print("  one merge checkpoint: " + ", ".join(f"{name} {size / 1e6:,.1f} MB" for name, size in sizes.items()))  # noqa: T201
     show("merge and re-init, with effective ranks", [merge])
     show("optimizer reset", [prune])
     show("write and hash", [seconds], sum(sizes.values()))
+    return SnapshotManifest(
+        run_id="b", stage="c", step=1, fingerprint=FINGERPRINT, files=tuple(described), attempt=FINGERPRINT[:16]
+    )
 
 
 def main() -> None:
@@ -167,18 +222,15 @@ def main() -> None:
             root = make(Path(scratch) / f"low-rank-{low_rank}" / "snapshots")
             training = make_training(profile, low_rank=low_rank)
             made = measure_snapshots(training, root, arguments.rounds)
-            measure_uploads("a directory", LocalStore(root.with_name("store")), root, made)
-            measure_uploads("S3 on loopback", S3Store("bench", "x"), root, made)
-            measure_plain_boto3(server, made[0] / "state.safetensors", arguments.rounds)
+            snapshot = parse_manifest(SnapshotManifest, (made[0] / "manifest.json").read_bytes(), uri="snapshot")
+            for directory in made[1:]:
+                shutil.rmtree(directory)
+            measure_transfers(server, made[0], snapshot, root.parent, arguments.rounds)
             if low_rank:
-                measure_checkpoint(training, root.with_name("checkpoint"), profile)
-
-
-def measure_plain_boto3(server: Seaweed, file: Path, rounds: int) -> None:
-    client = server.client()
-    seconds = [timed(lambda: client.upload_file(str(file), "bench", "plain"))[0] for _ in range(rounds)]
-    show("the same file through plain boto3", seconds, file.stat().st_size)
-    client.close()
+                checkpoint = measure_checkpoint(training, root.with_name("checkpoint"), profile)
+                measure_transfers(server, root.with_name("checkpoint"), checkpoint, root.parent, arguments.rounds)
+            del training
+            shutil.rmtree(root.parent)
 
 
 def make(directory: Path) -> Path:
