@@ -20,15 +20,15 @@ _LOG_SECONDS = 10.0
 T = TypeVar("T")
 
 
-def forward_events() -> Callable[[Event], None]:
+def forward_events(*, clock: Callable[[], float] = time.monotonic) -> Callable[[Event], None]:
     """A listener for run_worker: progress is logged every ten seconds, everything else at once."""
     logger = get_run_logger()
-    last_logged = time.monotonic()
+    last_logged = clock()
 
     def on_event(event: Event) -> None:
         nonlocal last_logged
         events.emit(**event)
-        now = time.monotonic()
+        now = clock()
         if event["event"] in ("progress", "tokenize_progress"):
             if now - last_logged < _LOG_SECONDS:
                 return

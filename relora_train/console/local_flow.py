@@ -78,7 +78,9 @@ def set_orchestrator_environment(*, verbose: bool) -> None:
     if "PREFECT_LOGGING_LEVEL" not in os.environ:  # who sets a level wants to see it
         os.environ.setdefault(_CONSOLE_LEVEL, "INFO" if verbose else "CRITICAL")
     os.environ[_NO_PROXY] = ",".join(filter(None, [os.environ.get(_NO_PROXY), "127.0.0.1"]))
-    logging.getLogger("relora_train").setLevel(logging.INFO)
+    debug = os.environ.get("PREFECT_LOGGING_LEVEL", "").upper() == "DEBUG"
+    logging.getLogger("relora_train").setLevel(logging.DEBUG if debug else logging.INFO)
+    logging.getLogger("relora_train.events").propagate = False  # two a second; the log tells of them every ten seconds
 
 
 def load_flow(name: str) -> Callable[..., Any]:
