@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 import os
 import signal
@@ -14,10 +13,18 @@ import time
 from pathlib import Path
 from typing import Any
 
+from hanging_api import hanging_way_to
+
 from relora_train import events
+from relora_train.checkpoint_resolve import resolve_checkpoint
 from relora_train.config import FrozenConfig
 from relora_train.console.local_flow import load_flow, set_orchestrator_environment
+from relora_train.evaluation_records import dataset_of
 from relora_train.events import Event
+from relora_train.profiles import load_profile
+from relora_train.run import Run
+from relora_train.stages import Stage, stages_after
+from relora_train.storage.opening import open_store
 
 RUN_ID = "observed"
 CHATTER_EVENTS = 2_000
@@ -86,11 +93,34 @@ def fail(flow: Any, store_uri: str) -> None:
     os.environ.update(right)
 
 
+def be_ignored(store_uri: str) -> None:
+    """A stage is trained while the server never answers to an artifact. Prefect logs that way to the end."""
+    from prefect import flow
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
+    from tasks.artifacts import publish_markdown
+    from tasks.train import train_cycle
+
+    parent = resolve_checkpoint(f"{RUN_ID}@cycle-1", open_store(store_uri))
+    profile = load_profile("smoke", {"launch.threads": 1})
+    run = Run("unanswered", store_uri, profile, branches=True)
+
+    @flow(name="unanswered", flow_run_name="unanswered")
+    def unanswered() -> None:
+        train_cycle(run, stages_after(profile, parent.manifest)[0], dataset_of(parent), parent)
+        publish_markdown("unanswered", "Nobody will read this.", "Neither this.")
+
+    api_url = hanging_way_to(os.environ["PREFECT_API_URL"], swallows=b" /api/artifacts/")
+    with temporary_settings({PREFECT_API_URL: api_url}):
+        attempt("unanswered", unanswered)
+
+
 def chatter(directory: Path) -> None:
     """A worker that says far too much: its events by a clock that runs fast, its stray prints."""
     from prefect import flow, task
 
     from relora_train.launch import run_worker
+    from tasks.artifacts import StageArtifacts
     from tasks.observe import forward_events
 
     (directory / "talker.py").write_text(
@@ -101,15 +131,25 @@ def chatter(directory: Path) -> None:
         f"sys.stdout.write({STRAY_LINE!r} + '\\n')\n"
     )
     os.environ["PYTHONPATH"] = f"{directory}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
-    seconds = itertools.count(0.0, CHATTER_SECONDS_APART)
+    seconds = 0.0
+
+    def clock() -> float:
+        return seconds
 
     @task(task_run_name="talk")
     def talk() -> None:
-        run_worker(
-            "talker", FrozenConfig(), directory / "request.json", on_event=forward_events(clock=seconds.__next__)
-        )
+        stage = Stage("talk", "full", 0, 10**6, 0, phase_step=0)
+        with StageArtifacts("chatter", stage, clock=clock) as shown:
+            listener = shown.watch(forward_events(clock=clock))
 
-    @flow(name="chatter")
+            def on_event(event: Event) -> None:
+                nonlocal seconds
+                seconds += CHATTER_SECONDS_APART
+                listener(event)
+
+            run_worker("talker", FrozenConfig(), directory / "request.json", on_event=on_event)
+
+    @flow(name="chatter", flow_run_name="chatter")
     def chatty() -> None:
         talk()
 
@@ -126,6 +166,7 @@ def main() -> None:
     train(pretrain, store_uri)
     chatter(directory)
     fail(pretrain, store_uri)
+    be_ignored(store_uri)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A real Prefect server for tests that run flows: for the flows of this process, or beside it as an operator starts it."""
+"""A real Prefect server for tests that run flows: for the flows of this process, or as an operator starts one."""
 
 from __future__ import annotations
 
