@@ -95,7 +95,7 @@ class CheckpointManifest(Manifest):
     run_id: str = Field(pattern=_NAME)
     profile: str
     """Name of the profile, for people; profile.json holds the settings."""
-    stage: str = Field(pattern=_NAME)
+    stage: str
     """'warm-start', 'cycle-3', 'full-2' or 'lora'."""
     step: int = Field(ge=0)
     cycle: int = Field(ge=0)
@@ -126,7 +126,7 @@ class SnapshotManifest(Manifest):
 
     kind: Literal["snapshot"] = "snapshot"
     run_id: str = Field(pattern=_NAME)
-    stage: str = Field(pattern=_NAME)
+    stage: str
     step: int = Field(ge=0)
     """Updates done."""
     fingerprint: str = Field(pattern=r"^[0-9a-f]{64}$")

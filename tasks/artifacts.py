@@ -28,7 +28,13 @@ from prefect.logging import get_run_logger
 
 from relora_train.events import Event
 from relora_train.reporting.merge_table import merge_table
-from relora_train.reporting.stage_text import checkpoint_markdown, finished_text, progress_text, started_text
+from relora_train.reporting.stage_text import (
+    checkpoint_markdown,
+    finished_text,
+    merge_text,
+    progress_text,
+    started_text,
+)
 from relora_train.run import StageOutcome
 from relora_train.stages import Stage
 
@@ -145,9 +151,8 @@ class StageArtifacts:
         markdown = checkpoint_markdown(checkpoint)
         self._offer_new(create_markdown_artifact, key, markdown=markdown, description=what)
         if checkpoint.manifest.merge_report:
-            key, what = self._key("merge"), f"Merge of {self._run_id}, {self._stage.name}, step {checkpoint.step}"
-            table = merge_table(checkpoint.manifest.merge_report)
-            self._offer_new(create_table_artifact, key, table=table, description=what)
+            table, what = merge_table(checkpoint.manifest.merge_report), merge_text(checkpoint)
+            self._offer_new(create_table_artifact, self._key("merge"), table=table, description=what)
 
     def _offer_new(self, create: Callable[..., object], key: str, **fields: Any) -> None:
         self._publisher.offer(key, partial(create, key=key, **fields))

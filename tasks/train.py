@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from prefect import task
+from prefect.logging import get_run_logger
 
 from relora_train import events
 from relora_train.checkpoint_store import CheckpointRef
@@ -32,6 +33,7 @@ def _train(run: Run, stage: Stage, dataset: DatasetRef, parent: CheckpointRef | 
         outcome = train_by_policy(run, stage, dataset, parent, on_event=on_event, provenance=provenance())
         shown.finished(outcome)
     manifest = outcome.checkpoint.manifest
+    get_run_logger().info("checkpoint of %s: %s", stage.name, outcome.checkpoint.uri)
     events.emit(
         "stage_skipped" if outcome.reused else "stage_finished",
         stage=stage.name,

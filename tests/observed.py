@@ -76,7 +76,7 @@ def observed_flows(seaweed: Seaweed, directory: Path) -> Iterator[Observed]:
             "TMPDIR": str(directory),
         }
         ended = subprocess.run(
-            [*command, str(directory)], env=environment, cwd=directory, timeout=300, capture_output=True, text=True
+            [*command, str(directory)], env=environment, cwd=directory, timeout=540, capture_output=True, text=True
         )
         console = ended.stdout + ended.stderr
         assert ended.returncode == 0, console[-5000:]

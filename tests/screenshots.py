@@ -82,7 +82,7 @@ def finished_pages(
     process.wait(timeout=_WAIT_SECONDS)
     (run,) = prefect.post("/flow_runs/filter", sort="START_TIME_DESC", limit=1)
     photographer.take("finished-run", f"/runs/flow-run/{run['id']}")
-    photographer.take("finished-run-artifacts", f"/runs/flow-run/{run['id']}?tab=Artifacts", height=2200)
+    photographer.take("finished-run-artifacts", f"/v2/runs/flow-run/{run['id']}?tab=Artifacts", height=2200)
     photographer.take("artifacts", "/artifacts")
     photographer.take("runs", "/runs")
     only = {"flow_run_id": {"any_": [run["id"]]}}
@@ -104,7 +104,7 @@ def running_pages(photographer: Photographer, prefect: ServedPrefect, process: s
             if run["state_type"] == "RUNNING" and [a for a in shown if a["key"].endswith("cycle-2")]:
                 break
         photographer.take("running-run", f"/runs/flow-run/{run['id']}")
-        photographer.take("running-run-artifacts", f"/runs/flow-run/{run['id']}?tab=Artifacts", height=2200)
+        photographer.take("running-run-artifacts", f"/v2/runs/flow-run/{run['id']}?tab=Artifacts", height=2200)
     finally:
         process.send_signal(signal.SIGINT)
         process.wait(timeout=60)

@@ -96,11 +96,11 @@ def test_every_merge_is_a_table_of_its_layers(artifacts: list[Any]):
         assert artifact["type"] == "table"
         table = json.loads(artifact["data"])
         whole, kinds, layers = table[0], table[1:8], table[8:]
-        assert float(whole["output change"]) < 1e-4 and float(whole["Adam state zeroed"]) > 0.9
-        assert float(whole["first gradient norm of B"]) > 0 and float(whole["first gradient norm of A"]) > 0
+        assert float(whole["output change"]) < 1e-4 and float(whole["Adam zeroed"]) > 0.9
+        assert float(whole["∇B"]) > 0 and float(whole["∇A"]) > 0
         assert [row["layer"] for row in kinds][:2] == ["all q_proj", "all k_proj"]
-        assert len(layers) == 2 * 7 and layers[0]["layer"] == "model.layers.0.self_attn.q_proj"
-        assert all(float(row["update norm"]) > 0 and float(row["effective rank"]) >= 1 for row in layers)
+        assert len(layers) == 2 * 7 and layers[0]["layer"] == "layers.0.self_attn.q_proj"
+        assert all(float(row["‖ΔW‖"]) > 0 and float(row["effective rank"]) >= 1 for row in layers)
     assert not [artifact for artifact in artifacts if artifact["key"] == f"merge-{RUN_ID}-warm-start"]
 
 
@@ -110,14 +110,15 @@ def test_norms_of_several_layers_are_of_all_their_weights_together():
         for index, kind, update, weight, rank in [(0, "q", 3.0, 6.0, 1.0), (1, "q", 4.0, 8.0, 3.0), (0, "v", 0.0, 1, 2)]
     }
     whole, q, v, *_ = merge_table({"layers": layers, "max_relative_output_change": 1e-7})
-    assert (q["layer"], q["update norm"], q["update / weight norm"], q["effective rank"]) == ("all q", "5", "0.5", "2")
-    assert v["update / weight norm"] == "0" and v["output change"] == "" and whole["output change"] == "1e-07"
+    assert (q["layer"], q["‖ΔW‖"], q["‖ΔW‖ / ‖W‖"], q["effective rank"]) == ("all q", "5", "0.5", "2")
+    assert v["‖ΔW‖ / ‖W‖"] == "0" and v["output change"] == "" and whole["output change"] == "1e-07"
 
 
 def test_one_report_holds_the_table_of_stages_and_a_small_picture(artifacts: list[Any]):
     (report,) = [artifact for artifact in artifacts if artifact["key"] == f"report-{RUN_ID}"]
-    rows = [line for line in report["data"].splitlines() if line.startswith("| ") and "s3://" in line]
-    assert [row.split("|")[1].strip() for row in rows] == STAGES
+    lines = report["data"].splitlines()
+    assert [line.split("|")[1].strip() for line in lines if line.startswith("| ") and "`step-" in line] == STAGES
+    assert [line.split(": `s3://")[0] for line in lines if "`s3://" in line] == [f"- {stage}" for stage in STAGES]
     encoded = re.search(r"\(data:image/png;base64,([A-Za-z0-9+/=]+)\)", report["data"])[1]
     picture = base64.b64decode(encoded, validate=True)
     assert Image.open(io.BytesIO(picture)).width > 400 and len(encoded) < 60_000

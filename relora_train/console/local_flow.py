@@ -28,6 +28,7 @@ _QUIET_AND_OFFLINE = {
     "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
     "PREFECT_TELEMETRY_ENABLE_RESOURCE_METRICS": "false",
     "PREFECT_LOGGING_COLORS": "false",
+    "PREFECT_RESULTS_DEFAULT_SERIALIZER": "json",  # Prefect keeps the error of a failed flow: no pickle of it
     "PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW": "ignore",
     "PREFECT_LOGGING_EXTRA_LOGGERS": "relora_train",
     "PREFECT_LOGGING_HANDLERS_DEBUG_LEVEL": "CRITICAL",  # of Prefect's internals, straight to standard error

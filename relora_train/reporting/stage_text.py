@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from relora_train.divergence import divergence_text
-from relora_train.reporting.text import count, decimal, duration, scores_change, size
+from relora_train.reporting.text import count, decimal, duration, percent, scientific, scores_change, size
 
 if TYPE_CHECKING:
     from relora_train.checkpoint_store import CheckpointRef
@@ -46,7 +46,6 @@ def checkpoint_markdown(ref: CheckpointRef) -> str:
     """Where a committed checkpoint lies, what it is worth and how to go on from it."""
     manifest = ref.manifest
     rows = {
-        "Checkpoint": f"`{ref.uri}`",
         "Step": count(manifest.step),
         "Tokens seen": count(manifest.tokens_seen),
         "Validation perplexity": _perplexity(manifest),
@@ -59,8 +58,19 @@ def checkpoint_markdown(ref: CheckpointRef) -> str:
         rows["Note"] = divergence_text(manifest.divergence)
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
     return (
-        f"## {manifest.run_id}@{manifest.stage}\n\n| | |\n|:--|:--|\n{table}\n\n"
-        f"Branch from here with `resume_from: {ref.uri}`, or `relora run PROFILE --resume-from {ref.uri}`.\n"
+        f"## {manifest.run_id}@{manifest.stage}\n\n| Checkpoint | `{ref.uri}` |\n|:--|:--|\n{table}\n\n"
+        f"To branch from here: the flow's parameter `resume_from`, or\n\n"
+        f"```\nrelora run PROFILE --resume-from {ref.uri}\n```\n"
+    )
+
+
+def merge_text(ref: CheckpointRef) -> str:
+    """What the merge behind a checkpoint did, in one line."""
+    manifest, report = ref.manifest, ref.manifest.merge_report
+    return (
+        f"**{manifest.run_id}, {manifest.stage}, merged at step {count(manifest.step)}**: output changed by "
+        f"{scientific(report.get('max_relative_output_change'))} of the largest logit, "
+        f"{percent(report.get('optimizer_state_zeroed'))} of the Adam state of A and B zeroed"
     )
 
 
