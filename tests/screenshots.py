@@ -48,7 +48,7 @@ def main() -> None:
             }
             photographer = Photographer(chromium, prefect.api_url.removesuffix("/api"), directory, work)
             finished_pages(photographer, prefect, relora_run(profile, environment, work), environment)
-            running_pages(photographer, prefect, relora_run(profile, environment, work, schedule__cycles=200))
+            running_pages(photographer, prefect, relora_run(profile, environment, work, schedule__cycle_length=20_000))
             deployment_pages(photographer, prefect, environment)
 
 
@@ -93,7 +93,7 @@ def finished_pages(
 
 
 def running_pages(photographer: Photographer, prefect: ServedPrefect, process: subprocess.Popen[bytes]) -> None:
-    """Mid-run: some cycles are done, one is going."""
+    """Mid-run: the warm start is done, a cycle is going."""
     try:
         deadline = time.monotonic() + _WAIT_SECONDS
         while time.monotonic() < deadline:
@@ -101,8 +101,10 @@ def running_pages(photographer: Photographer, prefect: ServedPrefect, process: s
             (run,) = prefect.post("/flow_runs/filter", sort="START_TIME_DESC", limit=1)
             only = {"flow_run_id": {"any_": [run["id"]]}}
             shown = prefect.all_of("/artifacts/filter", artifacts=only, sort="CREATED_DESC")
-            if run["state_type"] == "RUNNING" and [a for a in shown if a["key"].endswith("cycle-2")]:
+            going = [a for a in shown if a["type"] == "progress" and 0 < a["data"] < 100]
+            if run["state_type"] == "RUNNING" and going:
                 break
+        photographer.take("running-progress", f"/artifacts/artifact/{going[0]['id']}", height=700)
         photographer.take("running-run", f"/runs/flow-run/{run['id']}")
         photographer.take("running-run-artifacts", f"/v2/runs/flow-run/{run['id']}?tab=Artifacts", height=2200)
     finally:
