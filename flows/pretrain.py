@@ -12,6 +12,7 @@ from relora_train.run import Run, choose_run_id, first_and_last, line_of
 from relora_train.stages import stages_after
 from relora_train.storage.opening import open_store
 from relora_train.summary import RunSummary, summarize_run
+from tasks.artifacts import name_flow_run
 from tasks.evaluate import evaluate_checkpoint
 from tasks.observe import done
 from tasks.report import write_report
@@ -43,6 +44,7 @@ def pretrain(
     store_uri = open_run_store(store)
     parent = resolve_parent(resume_from, store_uri) if resume_from else None
     run_id = run_id or choose_run_id(settings, parent)
+    name_flow_run(settings.name, run_id)
     stages = stages_after(settings, parent.manifest if parent else None)
     with hold_run(open_store(store_uri), run_id, depends_on=[parent.uri] if parent else ()) as lease:
         run = Run(run_id, store_uri, settings, branches=parent is not None, lease=lease)

@@ -12,7 +12,7 @@ Inside a process events travel as log records of the logger `relora_train.events
     progress         stage step start_step end_step loss learning_rate tokens_per_second eta_seconds
     evaluation       stage step when ('before' | 'after') val_loss val_perplexity bits_per_byte
     merge            stage step cycle max_relative_output_change relative_update_norm effective_rank
-                     optimizer_state_zeroed
+                     optimizer_state_zeroed first_lora_A_grad_norm first_lora_B_grad_norm
     stage_committed  stage step directory
     failed           error message
     dataset_ready    uri name reused train_tokens val_tokens

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import logging
 import math
 import os
@@ -112,7 +113,8 @@ class _Output:
         self.tail: deque[str] = deque(maxlen=_TAIL_LINES)
         self._stream: IO[str] | None = process.stdout
         self._heard: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
-        self.reader = threading.Thread(target=self._read, name="worker-output", daemon=True)
+        run = contextvars.copy_context().run  # what is logged there belongs to the run around us
+        self.reader = threading.Thread(target=run, args=(self._read,), name="worker-output", daemon=True)
         self.reader.start()
 
     def events(self, *, until: float = math.inf) -> Iterator[Event]:

@@ -13,10 +13,12 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from relora_train.checkpoint_layout import RUN_ID_PATTERN
 from relora_train.errors import CheckpointCorruptError
 
 MANIFEST_NAME = "manifest.json"
 _HASH_CHUNK_BYTES = 1 << 20
+_NAME = rf"^{RUN_ID_PATTERN}$"  # names of directories are made from what a manifest says
 
 
 class FileEntry(BaseModel):
@@ -32,7 +34,11 @@ class FileEntry(BaseModel):
     @classmethod
     def path_stays_inside_the_bundle(cls, value: str) -> str:
         parts = PurePosixPath(value).parts
-        allowed = re.fullmatch(r"[A-Za-z0-9._/-]+", value) and not any(part.startswith((".", "/")) for part in parts)
+        allowed = (
+            re.fullmatch(r"[A-Za-z0-9._/-]+", value)
+            and parts
+            and not any(part.startswith((".", "/")) for part in parts)
+        )
         if not allowed or PurePosixPath(value).as_posix() != value:  # 'a//b' and 'a/' are second names of one file
             raise ValueError(f"{value!r} could leave the bundle")
         return value
@@ -60,7 +66,7 @@ class Manifest(BaseModel):
     """Where the files lie below the bundle's prefix: beside the manifest, or, for an attempt that found other bytes
     promised there, in a directory named by their content. Set by commit_bundle; see relora_train/bundle.py."""
     created_at: datetime = Field(default_factory=lambda: datetime.now(UTC))
-    attempt: str
+    attempt: str = Field(pattern=r"^[0-9A-Za-z]{1,64}$")
     """Random per attempt: tells a lost answer to our own write from a rival's write."""
     versions: dict[str, str] = {}
     """Package versions that wrote the bundle."""
@@ -86,7 +92,7 @@ class CheckpointManifest(Manifest):
     """Manifest of a merge checkpoint."""
 
     kind: Literal["checkpoint"] = "checkpoint"
-    run_id: str
+    run_id: str = Field(pattern=_NAME)
     profile: str
     """Name of the profile, for people; profile.json holds the settings."""
     stage: str
@@ -119,7 +125,7 @@ class SnapshotManifest(Manifest):
     """Manifest of a snapshot: the state inside a stage, of use until the stage's checkpoint is committed."""
 
     kind: Literal["snapshot"] = "snapshot"
-    run_id: str
+    run_id: str = Field(pattern=_NAME)
     stage: str
     step: int = Field(ge=0)
     """Updates done."""
@@ -133,7 +139,7 @@ class DatasetManifest(Manifest):
     """Manifest of a tokenized dataset."""
 
     kind: Literal["dataset"] = "dataset"
-    name: str
+    name: str = Field(pattern=_NAME)
     dataset_id: str = Field(pattern=r"^[0-9a-f]{64}$")
     inputs: dict[str, Any]
     """Everything hashed into dataset_id."""

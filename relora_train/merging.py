@@ -52,11 +52,19 @@ def finish_cycle(training: StageTraining, metrics: list[dict[str, Any]], emit: E
         "relative_update_norm": _overall(layers),
         "effective_rank": sum(layer.effective_rank for layer in layers.values()) / len(layers),
         "optimizer_state_zeroed": reset.share_zeroed,
+        **_first_gradient_norms(metrics),
     }
     metrics.append({"kind": "merge", "step": stage.end_step, **summary})
     emit("merge", stage=stage.name, step=stage.end_step, **summary)
     _check_unchanged(training, change)
     return {**summary, "layers": {f"{name}.weight": _as_record(layer) for name, layer in layers.items()}}
+
+
+def _first_gradient_norms(metrics: list[dict[str, Any]]) -> dict[str, float]:
+    """The largest of A and of B in the cycle's first steps: zero would mean that the cycle trained nothing."""
+    names = ("lora_A_grad_norm", "lora_B_grad_norm")
+    records = [record for record in metrics if names[0] in record]
+    return {f"first_{name}": max(record[name] for record in records) for name in names} if records else {}
 
 
 @torch.no_grad()

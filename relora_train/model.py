@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -31,7 +32,10 @@ def build_model(config: ModelConfig, *, vocab_size: int, eos_id: int, sequence_l
 
 
 def load_model(path: str | Path, *, revision: str | None = None) -> nn.Module:
-    """Any causal LM that transformers knows, from a directory or the hub, in float32. No pickle is ever loaded."""
+    """Any causal LM that transformers knows, from a directory or the hub, in float32.
+
+    No pickle is ever loaded and no code of a checkpoint is ever run: such a one is a ModelNotFoundError.
+    """
     from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
@@ -40,9 +44,14 @@ def load_model(path: str | Path, *, revision: str | None = None) -> nn.Module:
         raise ModelNotFoundError(f"model.pretrained {str(path)!r} is no directory. Correct the path, or give a hub id.")
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            str(path), revision=revision, dtype=torch.float32, attn_implementation="sdpa", use_safetensors=True
+            str(path),
+            revision=revision,
+            dtype=torch.float32,
+            attn_implementation="sdpa",
+            use_safetensors=True,
+            trust_remote_code=False,  # not asked: a worker's standard input never answers
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ModelNotFoundError(
             f"model.pretrained {str(path)!r} could not be loaded: {reason} "

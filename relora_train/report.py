@@ -77,17 +77,19 @@ def summarize(data: RunData) -> dict[str, Any]:
 
 
 def stage_table_markdown(data: RunData) -> str:
-    """One row a stage, as a GitHub-flavoured Markdown table; no cell can break out of it."""
+    """One row a stage, as a GitHub-flavoured Markdown table, then the checkpoints' URIs; no value can break out."""
     header = ("Stage", "Steps", "Tokens", "Validation perplexity", "Bits per byte", "Time", "Tokens/s", "Checkpoint")
     lines = [f"| {' | '.join(header)} |", "|:--|--:|--:|--:|--:|--:|--:|:--|"]
     for row in data.stages:
-        cells = (*(_markdown_cell(cell) for cell in _stage_cells(row)), f"`{_markdown_cell(row.uri, code=True)}`")
+        name = row.uri.rstrip("/").rpartition("/")[2]  # in full it would not fit beside the numbers
+        cells = (*(_markdown_cell(cell) for cell in _stage_cells(row)), f"`{_markdown_cell(name, code=True)}`")
         lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+    places = [f"- {_markdown_cell(row.stage)}: `{_markdown_cell(row.uri, code=True)}`" for row in data.stages]
+    return "\n".join([*lines, "", *places]) + "\n"
 
 
 def overview_markdown(data: RunData) -> str:
-    """A heading, the result in one sentence, one figure as a data URL (below 85 kB) and the table of stages."""
+    """A heading, the result in one sentence, one figure as a data URL (below 60 kB) and the table of stages."""
     image = base64.b64encode(overview_png(data)).decode("ascii")
     alt = "Training loss, learning rate and validation perplexity by step"
     return (

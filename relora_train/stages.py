@@ -44,6 +44,10 @@ class Stage:
         return self.end_step - self.start_step
 
     @property
+    def first_step(self) -> int:
+        return self.start_step + 1
+
+    @property
     def low_rank(self) -> bool:
         """Whether A and B are trained and merged at the end."""
         return self.kind in ("relora", "lora")

@@ -20,15 +20,15 @@ _LOG_SECONDS = 10.0
 T = TypeVar("T")
 
 
-def forward_events() -> Callable[[Event], None]:
+def forward_events(*, clock: Callable[[], float] = time.monotonic) -> Callable[[Event], None]:
     """A listener for run_worker: progress is logged every ten seconds, everything else at once."""
     logger = get_run_logger()
-    last_logged = time.monotonic()
+    last_logged = clock()
 
     def on_event(event: Event) -> None:
         nonlocal last_logged
         events.emit(**event)
-        now = time.monotonic()
+        now = clock()
         if event["event"] in ("progress", "tokenize_progress"):
             if now - last_logged < _LOG_SECONDS:
                 return
@@ -47,6 +47,8 @@ def describe(event: Event) -> str:
                 f"step {event['step']}/{event['end_step']}  loss {event['loss']:.4f}  lr {event['learning_rate']:.2e}  "
                 f"{event['tokens_per_second']:,.0f} tokens/s  {event['eta_seconds']:.0f} s left"
             )
+        case "stage_committed":
+            return f"stage {event['stage']}: trained and written at step {event['step']}, now stored"
         case "evaluation" if "when" in event:
             return (
                 f"{event['when']} step {event['step']}: validation perplexity {event['val_perplexity']:.2f}, "
@@ -61,7 +63,7 @@ def describe(event: Event) -> str:
             )
         case "stage_started":
             return (
-                f"stage {event['stage']}: steps {event['start_step']} to {event['end_step']} on {event['device']}, "
+                f"stage {event['stage']}: steps {event['start_step'] + 1} to {event['end_step']} on {event['device']}, "
                 f"{event['trainable_parameters']:,} of {event['parameters']:,} parameters trained"
             )
         case "resumed":

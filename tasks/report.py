@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import Any
 
 from prefect import task
-from prefect.artifacts import create_markdown_artifact
-from prefect.logging import get_run_logger
 
 from relora_train import events
 from relora_train.checkpoint_store import CheckpointRef
 from relora_train.reporting.store import StoredReport, report_run
 from relora_train.run import Run
+from tasks.artifacts import publish_markdown
 from tasks.policies import STORE_IO
 
 
@@ -24,13 +22,3 @@ def write_report(run: Run, line: Sequence[CheckpointRef], evaluations: Sequence[
     publish_markdown(f"report-{run.run_id}", report.markdown, f"Report of run {run.run_id}: {report.html_uri}")
     events.emit("report_written", html_uri=report.html_uri)
     return report
-
-
-def publish_markdown(key: str, markdown: str, description: str) -> None:
-    """Show Markdown in the orchestrator's UI. Best effort: training never fails because of its display."""
-    try:
-        create_markdown_artifact(
-            key=re.sub(r"[^a-z0-9]+", "-", key.lower()).strip("-"), markdown=markdown, description=description
-        )
-    except Exception as error:
-        get_run_logger().warning("The artifact %s was not stored: %s", key, error)

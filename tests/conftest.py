@@ -8,6 +8,7 @@ import uuid
 from collections.abc import Iterator
 
 import pytest
+from observed import Observed, observed_flows
 from seaweed import Seaweed, running_seaweed
 
 # Here and in every process the tests start: matrices this small gain nothing from a second thread.
@@ -36,3 +37,10 @@ def s3_store_uri(seaweed: Seaweed, monkeypatch: pytest.MonkeyPatch) -> Iterator[
     yield f"s3://{bucket}/some/prefix"
     monkeypatch.delenv("AWS_PROFILE", raising=False)  # a test may have named one that does not exist
     seaweed.delete_bucket(bucket)
+
+
+@pytest.fixture(scope="session")
+def observed(seaweed: Seaweed, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Observed]:
+    """One real run with all that it left behind, for the tests of what an operator sees and of what nobody may see."""
+    with observed_flows(seaweed, tmp_path_factory.mktemp("observed")) as seen:
+        yield seen

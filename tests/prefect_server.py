@@ -1,10 +1,19 @@
-"""A real Prefect server for tests that run flows: one a session, on a database of its own."""
+"""A real Prefect server for tests that run flows: for the flows of this process, or as an operator starts one."""
 
 from __future__ import annotations
 
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 QUIET = {
     "DO_NOT_TRACK": "1",
@@ -33,3 +42,61 @@ def running_prefect(home: Path) -> Iterator[None]:
             temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}),
         ):
             yield
+
+
+@dataclass(frozen=True)
+class ServedPrefect:
+    """A server as an operator starts it, with its pages."""
+
+    api_url: str
+    home: Path
+
+    def post(self, path: str, **body: Any) -> Any:
+        """The JSON answer of the API to a request; filters take their bodies by POST."""
+        data = json.dumps(body).encode()
+        request = urllib.request.Request(f"{self.api_url}{path}", data, {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request, timeout=60) as response:
+            return json.loads(response.read())
+
+    def all_of(self, path: str, **body: Any) -> list[Any]:
+        """Every page of a filter's answer."""
+        found: list[Any] = []
+        while page := self.post(path, **body, limit=200, offset=len(found)):
+            found += page
+        return found
+
+
+@contextmanager
+def serving_prefect(home: Path) -> Iterator[ServedPrefect]:
+    """`prefect server start` as a process, until the block ends. This process's settings stay as they are."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    home.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", port]
+    ours = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
+    environment = {**ours, **QUIET, "PREFECT_HOME": str(home), "PREFECT_UI_API_URL": f"http://127.0.0.1:{port}/api"}
+    server = ServedPrefect(f"http://127.0.0.1:{port}/api", home)
+    with (home / "server.log").open("wb") as log:
+        process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+    try:
+        _wait_until_healthy(server, process)
+        yield server
+    finally:
+        process.terminate()
+        try:
+            process.wait(timeout=20)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def _wait_until_healthy(server: ServedPrefect, process: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + 180
+    while time.monotonic() < deadline and process.poll() is None:
+        try:
+            with urllib.request.urlopen(f"{server.api_url}/health", timeout=5):
+                return
+        except OSError:
+            time.sleep(0.1)
+    raise AssertionError(f"prefect server did not start:\n{(server.home / 'server.log').read_text()[-3000:]}")

@@ -26,6 +26,7 @@ LIGHT = (
     "relora_train.lease",
     "relora_train.pins",
     "relora_train.protections",
+    "relora_train.redaction",
     "relora_train.pruning",
     "relora_train.retention",
     "relora_train.tombstone",

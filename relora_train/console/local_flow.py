@@ -28,6 +28,7 @@ _QUIET_AND_OFFLINE = {
     "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
     "PREFECT_TELEMETRY_ENABLE_RESOURCE_METRICS": "false",
     "PREFECT_LOGGING_COLORS": "false",
+    "PREFECT_RESULTS_DEFAULT_SERIALIZER": "json",  # Prefect keeps the error of a failed flow: no pickle of it
     "PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW": "ignore",
     "PREFECT_LOGGING_EXTRA_LOGGERS": "relora_train",
     "PREFECT_LOGGING_HANDLERS_DEBUG_LEVEL": "CRITICAL",  # of Prefect's internals, straight to standard error
@@ -78,7 +79,9 @@ def set_orchestrator_environment(*, verbose: bool) -> None:
     if "PREFECT_LOGGING_LEVEL" not in os.environ:  # who sets a level wants to see it
         os.environ.setdefault(_CONSOLE_LEVEL, "INFO" if verbose else "CRITICAL")
     os.environ[_NO_PROXY] = ",".join(filter(None, [os.environ.get(_NO_PROXY), "127.0.0.1"]))
-    logging.getLogger("relora_train").setLevel(logging.INFO)
+    debug = os.environ.get("PREFECT_LOGGING_LEVEL", "").upper() == "DEBUG"
+    logging.getLogger("relora_train").setLevel(logging.DEBUG if debug else logging.INFO)
+    logging.getLogger("relora_train.events").propagate = False  # two a second; the log tells of them every ten seconds
 
 
 def load_flow(name: str) -> Callable[..., Any]:

@@ -8,6 +8,7 @@ This module is both sides: what starts the server, and with `python -m` the serv
 from __future__ import annotations
 
 import atexit
+import http.client
 import os
 import runpy
 import signal
@@ -23,6 +24,7 @@ from dataclasses import dataclass, field
 from typing import IO
 
 from relora_train.errors import ConfigError, ReLoRAError
+from relora_train.redaction import without_secrets
 
 _APP = "prefect.server.api.server:create_app"
 _HOST = "127.0.0.1"
@@ -118,15 +120,16 @@ def start_local_server() -> LocalServer:
 
 def check_server(api_url: str) -> None:
     """Return when somebody answers there; ConfigError for a server of the user's that does not."""
+    shown = without_secrets(api_url)  # Prefect logs in with a user name and a password from there; we only knock
     try:
-        with urllib.request.urlopen(f"{api_url}/health", timeout=10):  # noqa: S310 (the user's own setting)
+        with urllib.request.urlopen(f"{shown}/health", timeout=10):  # noqa: S310 (the user's own setting)
             return
     except urllib.error.HTTPError:
         return  # an answer; what it thinks of us, Prefect will say
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", error)
         raise ConfigError(
-            f"No Prefect server answers at {api_url}, which PREFECT_API_URL names: {reason}. Start it, correct the "
+            f"No Prefect server answers at {shown}, which PREFECT_API_URL names: {reason}. Start it, correct the "
             "variable, or unset it: then a server of the run's own is used."
         ) from None
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from relora_train.errors import StorageError, UnknownStoreSchemeError
+from relora_train.redaction import without_secrets
 from relora_train.storage.base import ObjectStore
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
@@ -39,8 +40,13 @@ def open_store(uri: str | Path) -> ObjectStore:
         bucket, _, prefix = text.partition("://")[2].partition("/")
         if not bucket:
             raise UnknownStoreSchemeError(f"{text!r} names no bucket. {_ALLOWED}")
+        if "@" in bucket:
+            raise UnknownStoreSchemeError(
+                f"{without_secrets(text)!r} is given with credentials. They belong into AWS_ACCESS_KEY_ID and "
+                "AWS_SECRET_ACCESS_KEY or another standard AWS source: a store's URI is recorded and shown."
+            )
         return S3Store(bucket, prefix)
-    raise UnknownStoreSchemeError(f"{text!r} has the unknown scheme {scheme!r}. {_ALLOWED}")
+    raise UnknownStoreSchemeError(f"{without_secrets(text)!r} has the unknown scheme {scheme!r}. {_ALLOWED}")
 
 
 def uri_to_path(uri: str) -> Path:

@@ -27,6 +27,7 @@ from relora_train.errors import (
     PreconditionFailedError,
     StorageError,
 )
+from relora_train.redaction import holds_secrets, without_secrets
 from relora_train.storage.base import ObjectInfo, check_key, is_key
 from relora_train.storage.os_errors import disk_error
 from relora_train.storage.preflight import probe_conditions
@@ -200,7 +201,7 @@ class S3Store:
                 if attempt == _REPEATS - 1 or not is_worth_repeating(cause):
                     # A HEAD says only 404, and some servers name the key even when the bucket is missing.
                     missing = code_and_status(cause)[1] == 404 and not self._bucket_exists()
-                    endpoint = _without_secrets(self._client.meta.endpoint_url)
+                    endpoint = self._client.meta.endpoint_url
                     ours = storage_error(cause, uri=self._uri_of(key), endpoint=endpoint, bucket_is_missing=missing)
                     if ours is None:
                         raise
@@ -229,16 +230,33 @@ def make_client() -> S3Client:
         region = session.region_name or "us-east-1"
         client = session.client("s3", region_name=region, config=_client_settings())
         endpoint = client.meta.endpoint_url
+        _refuse_secrets(endpoint)
         if _is_custom(endpoint) and not _user_chose_addressing(client):
             client.close()
             client = session.client("s3", region_name=region, config=_client_settings(path_addressing=True))
-    except (BotoCoreError, ValueError) as error:
+    except BotoCoreError as error:
         denied = storage_error(error, uri="s3://", endpoint="as configured")
-        raise denied or ConfigError(
-            f"The S3 settings of this environment are not valid: {error}. Check AWS_ENDPOINT_URL_S3 and ~/.aws/config."
-        ) from error
-    _warn_if_readable_on_the_wire(_without_secrets(endpoint))
+        raise denied or _invalid(f": {error}") from error
+    except ValueError:  # its text is the endpoint as it was written, perhaps with a password
+        raise _invalid(", probably the endpoint") from None
+    _warn_if_readable_on_the_wire(endpoint)
     return client
+
+
+def _invalid(why: str) -> ConfigError:
+    return ConfigError(
+        f"The S3 settings of this environment are not valid{why}. Check AWS_ENDPOINT_URL_S3 and ~/.aws/config."
+    )
+
+
+def _refuse_secrets(endpoint: str) -> None:
+    """S3 has no use for them, and botocore's own errors and logs repeat an endpoint in full."""
+    if holds_secrets(endpoint):
+        raise ConfigError(
+            f"The S3 endpoint {without_secrets(endpoint)} is given with a user name, a password or a query. Requests "
+            "are signed with AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY: set those, and AWS_ENDPOINT_URL_S3 to "
+            "scheme, host and port alone."
+        )
 
 
 def _user_chose_addressing(client: S3Client) -> bool:
@@ -275,12 +293,6 @@ def _transfer_settings() -> TransferConfig:
         max_concurrency=_TRANSFER_THREADS,
         preferred_transfer_client="classic",  # the other one ignores endpoint_url and talks to AWS
     )
-
-
-def _without_secrets(endpoint: str) -> str:
-    """The endpoint as messages may show it: some people put user:password@ into URLs."""
-    parts = urlsplit(endpoint)
-    return parts._replace(netloc=parts.netloc.rpartition("@")[2], query="").geturl()
 
 
 def _is_custom(endpoint: str) -> bool:
