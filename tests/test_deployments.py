@@ -197,15 +197,14 @@ def test_a_worker_that_is_terminated_leaves_a_dead_run_that_the_automation_finds
     worker.send_signal(signal.SIGTERM)
     worker.wait(timeout=60)
     wait_until_gone(processes, 60)
-    assert snapshots(bucket, "terminated")
-    assert operator.state(flow_run) == "RUNNING"
+    assert operator.state(flow_run) == "RUNNING", "the flow was killed and could not say a word"
     operator.wait_for_state(flow_run, "CRASHED", seconds=180)
     assert "No sign of life" in operator.flow_run(flow_run)["state"]["message"]
 
     again = operator.start_worker()
     operator.prefect("flow-run", "retry", flow_run)
 
-    def resumed() -> bool:
+    def resumed() -> bool:  # from the snapshot that the orphaned trainer left on this machine, its only one
         return any("going on from the snapshot" in line for line in operator.logs(flow_run))
 
     wait_for(resumed, 180, operator.last_words)
