@@ -66,11 +66,11 @@ def wait_until_said(stack: ComposeProcesses, name: str, pattern: str, process: s
         time.sleep(0.1)
 
 
-def psql(stack: ComposeProcesses, query: str) -> str:
+def psql(stack: ComposeProcesses, query: str, database: str = "prefect") -> str:
     binaries = postgres_binaries()
     assert binaries is not None
     return subprocess.run(
-        [str(binaries / "psql"), "-h", "127.0.0.1", "-U", "prefect", "-d", "prefect", "-Atc", query],
+        [str(binaries / "psql"), "-h", "127.0.0.1", "-U", "prefect", "-d", database, "-Atc", query],
         env={**stack.environment("postgres"), "PGPASSWORD": stack.secrets["POSTGRES_PASSWORD"]},
         capture_output=True, text=True, check=True, timeout=60,
     ).stdout.strip()  # fmt: skip
@@ -111,6 +111,24 @@ def test_no_secret_is_in_the_database_or_in_any_log(stack: ComposeProcesses):
         canary = secret.split(":")[-1] if name == "PREFECT_AUTH_STRING" else secret
         for place, content in {"the database": dump, **logs}.items():
             assert canary.encode() not in content, f"{name} is in {place}"
+
+
+def test_a_dump_of_the_database_restores_by_the_runbooks_options(stack: ComposeProcesses):
+    environment = {**stack.environment("postgres"), "PGPASSWORD": stack.secrets["POSTGRES_PASSWORD"]}
+    at = ["-h", "127.0.0.1", "-U", "prefect"]
+    binaries = postgres_binaries()
+    assert binaries is not None
+
+    def call(program: str, *arguments: str) -> None:
+        subprocess.run([str(binaries / program), *at, *arguments], env=environment, check=True, timeout=120)
+
+    dump = str(stack.directory / "prefect.dump")
+    call("pg_dump", "--format=custom", "--file", dump, "prefect")
+    call("createdb", "restored")
+    call("pg_restore", "--clean", "--if-exists", "-d", "restored", dump)
+    count = "select count(*) from deployment"
+    assert int(psql(stack, count)) > 0
+    assert psql(stack, count, database="restored") == psql(stack, count)
 
 
 def test_deploying_again_changes_nothing(stack: ComposeProcesses):
