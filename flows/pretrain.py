@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from prefect import flow
 
 from relora_train.lease import hold_run
+from relora_train.overrides import ProfileOverrides
+from relora_train.parameters import CheckpointName, LimitName, ProfileName, RunId, StoreUri
 from relora_train.profiles import load_profile
 from relora_train.run import Run, choose_run_id, first_and_last, line_of
 from relora_train.stages import stages_after
@@ -14,6 +14,7 @@ from relora_train.storage.opening import open_store
 from relora_train.summary import RunSummary, summarize_run
 from tasks.artifacts import name_flow_run
 from tasks.evaluate import evaluate_checkpoint
+from tasks.limits import device_slot
 from tasks.observe import done
 from tasks.report import write_report
 from tasks.store import open_run_store, resolve_parent
@@ -23,11 +24,12 @@ from tasks.train import train_cycle, warm_start
 
 @flow(name="pretrain", flow_run_name="pretrain-{profile}", persist_result=False)
 def pretrain(
-    profile: str = "quickstart",
-    overrides: dict[str, Any] | None = None,
-    run_id: str | None = None,
-    store: str | None = None,
-    resume_from: str | None = None,
+    profile: ProfileName = "quickstart",
+    overrides: ProfileOverrides | None = None,
+    run_id: RunId | None = None,
+    store: StoreUri | None = None,
+    resume_from: CheckpointName | None = None,
+    gpu_limit: LimitName | None = None,
 ) -> RunSummary:
     """Bring a run to its end from wherever it stands; stages that are committed already are skipped.
 
@@ -35,12 +37,13 @@ def pretrain(
 
     Args:
         profile: name of a shipped profile, or path of a TOML file
-        overrides: settings over the profile, by dotted key: {"relora.rank": 16}
+        overrides: settings over the profile; what is absent stays the profile's
         run_id: name of the run; the same name continues it; derived from the settings when absent
         store: directory, file:// or s3://bucket/prefix; $RELORA_STORE, else ./relora-store, when absent
         resume_from: checkpoint to start from: RUN@cycle-2, RUN@latest, or a URI in any store
+        gpu_limit: global concurrency limit of which the run holds one slot while it trains; none when absent
     """
-    settings = load_profile(profile, overrides or {})
+    settings = load_profile(profile, overrides.settings() if overrides else {})
     store_uri = open_run_store(store)
     parent = resolve_parent(resume_from, store_uri) if resume_from else None
     run_id = run_id or choose_run_id(settings, parent)
@@ -50,13 +53,14 @@ def pretrain(
         run = Run(run_id, store_uri, settings, branches=parent is not None, lease=lease)
         prepared = done(tokenize(run))
         outcomes = []
-        for stage in stages:
-            train = train_cycle if stage.low_rank else warm_start
-            outcome = done(train(run, stage, prepared.dataset, parent))
-            outcomes.append(outcome)
-            parent = outcome.checkpoint
-        line = line_of(parent)
-        evaluations = [done(evaluate_checkpoint(run, ref, prepared.dataset)) for ref in first_and_last(line)]
+        with device_slot(gpu_limit):
+            for stage in stages:
+                train = train_cycle if stage.low_rank else warm_start
+                outcome = done(train(run, stage, prepared.dataset, parent))
+                outcomes.append(outcome)
+                parent = outcome.checkpoint
+            line = line_of(parent)
+            evaluations = [done(evaluate_checkpoint(run, ref, prepared.dataset)) for ref in first_and_last(line)]
         report = write_report(run, line, [evaluation.record for evaluation in evaluations])
         return summarize_run(
             run,

@@ -5,7 +5,9 @@ from __future__ import annotations
 from datetime import timedelta
 
 from prefect import flow
+from pydantic import NonNegativeFloat, PositiveInt
 
+from relora_train.parameters import RunId, StoreUri
 from relora_train.pruning import PruneReport
 from relora_train.retention import RetentionPolicy
 from tasks.prune import find_runs, prune_checkpoints
@@ -14,11 +16,11 @@ from tasks.store import open_run_store
 
 @flow(name="prune", persist_result=False)
 def prune(
-    store: str | None = None,
-    run_id: str | None = None,
-    keep_last: int | None = None,
-    keep_every: int | None = None,
-    grace_hours: float = 24,
+    store: StoreUri | None = None,
+    run_id: RunId | None = None,
+    keep_last: PositiveInt | None = None,
+    keep_every: PositiveInt | None = None,
+    grace_hours: NonNegativeFloat = 24,
     dry_run: bool = False,
 ) -> list[PruneReport]:
     """Prune one run, or every run of a store. To be scheduled; safe beside running flows.

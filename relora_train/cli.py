@@ -302,6 +302,20 @@ def report(run: RunName, store: Store = None, as_json: AsJson = False) -> None:
 
 
 @app.command()
+def serve(
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="[FLOW/NAME]...", help="Deployments to serve; all when absent.")
+    ] = None,
+    limit: Annotated[int, typer.Option(min=1, help="Runs at a time; the others wait.")] = 1,
+    poll: Annotated[float, typer.Option(min=0.5, metavar="SECONDS", help="How often the server is asked.")] = 5,
+) -> None:
+    """Run the deployments of deploy/prefect.yaml from here, for the Prefect server that $PREFECT_API_URL names."""
+    from relora_train.console.serve import serve as serve_deployments
+
+    serve_deployments(names or (), console_for_people(), limit=limit, poll_seconds=poll)
+
+
+@app.command()
 def prune(
     run: RunName,
     keep_last: Annotated[int | None, typer.Option(min=1, help="Of every line keep the last so many.")] = None,

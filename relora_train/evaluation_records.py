@@ -9,7 +9,7 @@ from typing import Any
 from relora_train.bundle import read_manifest
 from relora_train.checkpoint_layout import check_run_id
 from relora_train.checkpoint_store import CheckpointRef
-from relora_train.config import Profile, settings_digest
+from relora_train.config import Profile, profile_from_file, settings_digest
 from relora_train.errors import ObjectNotFoundError
 from relora_train.launch import run_worker
 from relora_train.manifest import DatasetManifest
@@ -17,7 +17,7 @@ from relora_train.requests import EvaluationRequest
 from relora_train.run import DatasetRef, OnEvent, fetch_dataset, fetch_parent
 from relora_train.storage.base import ObjectStore
 from relora_train.storage.opening import open_store
-from relora_train.workspace import short_digest, work_directory
+from relora_train.workspace import checkpoint_cache, short_digest, work_directory
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,16 @@ def dataset_of(checkpoint: CheckpointRef) -> DatasetRef:
             "or copy it back."
         )
     return DatasetRef(uri, store.uri, prefix, manifest)
+
+
+def score_checkpoint(checkpoint: CheckpointRef, *, on_event: OnEvent) -> EvaluationOutcome:
+    """Score a checkpoint with its own profile on its own dataset; the record goes beside its run, and is reused."""
+    from relora_train.reporting.collect import files_in_stores  # numpy
+
+    fetch = files_in_stores(checkpoint_cache(checkpoint.manifest.run_id))
+    profile = profile_from_file(fetch(checkpoint, ["profile.json"]) / "profile.json")
+    store, dataset = open_store(checkpoint.store_uri), dataset_of(checkpoint)
+    return evaluate_or_reuse(profile, checkpoint, dataset, store, on_event=on_event)
 
 
 def evaluate_or_reuse(

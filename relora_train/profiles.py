@@ -32,7 +32,8 @@ def list_profiles() -> list[Path]:
 def load_profile(name_or_path: str | Path, overrides: Iterable[str] | Mapping[str, Any] = ()) -> Profile:
     """Resolve a shipped profile's name, or a path to a TOML file, under overrides.
 
-    overrides: 'section.key=value' strings (value in TOML, or bare text), or a mapping of dotted keys to values.
+    overrides: 'section.key=value' strings (value in TOML, or bare text), or a mapping of dotted keys to values. A table
+    as a value is a section of which the keys it names are set, and no others.
     Raises ProfileNotFoundError, ProfileInvalidError (all faults at once, each with file and field), ConfigError.
     """
     path = _find(name_or_path)
@@ -46,7 +47,7 @@ def load_profile(name_or_path: str | Path, overrides: Iterable[str] | Mapping[st
     items = overrides.items() if isinstance(overrides, Mapping) else map(parse_override, overrides)
     for key, value in items:
         _apply_override(settings, key, value)
-        sources[key] = f"--set {key}"
+        sources[key] = f"overrides {key}" if isinstance(overrides, Mapping) else f"--set {key}"
     settings.setdefault("name", path.stem)
     return _validate(settings, path, sources)
 
@@ -85,7 +86,11 @@ def _apply_override(settings: dict[str, Any], key: str, value: Any) -> None:
         table = table.setdefault(section, {})
         if not isinstance(table, dict):
             raise ConfigError(f"--set {key}: {section!r} is a value, not a section of the profile.")
-    table[field] = copy.deepcopy(value)
+    if isinstance(value, Mapping) and isinstance(table.get(field), dict):
+        for name, inner in value.items():
+            _apply_override(table[field], str(name), inner)
+    else:
+        table[field] = copy.deepcopy(value)
 
 
 def _validate(settings: dict[str, Any], path: Path, sources: Mapping[str, str]) -> Profile:
@@ -95,7 +100,7 @@ def _validate(settings: dict[str, Any], path: Path, sources: Mapping[str, str]) 
         faults = "\n".join(f"  - {_describe(fault, sources)}" for fault in error.errors())
         raise ProfileInvalidError(
             f"{path} has {error.error_count()} fault{'s' if error.error_count() > 1 else ''}:\n{faults}\n"
-            "Correct them there or in --set and run again; profiles/README.md explains every key."
+            "Correct them there or in what goes over it and run again; profiles/README.md explains every key."
         ) from None
 
 

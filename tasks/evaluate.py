@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from prefect import task
 
-from relora_train import events
+from relora_train import evaluation_records, events
 from relora_train.checkpoint_store import CheckpointRef
 from relora_train.evaluation_records import EvaluationOutcome, evaluate_or_reuse
 from relora_train.run import DatasetRef, Run
@@ -16,6 +16,16 @@ from tasks.policies import STORE_IO
 def evaluate_checkpoint(run: Run, checkpoint: CheckpointRef, dataset: DatasetRef) -> EvaluationOutcome:
     """Return the EvaluationOutcome of a checkpoint; scores that are recorded already are shown as Skipped."""
     outcome = evaluate_or_reuse(run.profile, checkpoint, dataset, run.store, on_event=forward_events())
+    return _announced(outcome, checkpoint)
+
+
+@task(**STORE_IO, name="score-checkpoint", task_run_name="score-{checkpoint.manifest.stage}")
+def score_checkpoint(checkpoint: CheckpointRef) -> EvaluationOutcome:
+    """As evaluate_checkpoint, of any run: with the checkpoint's own profile, on its own dataset."""
+    return _announced(evaluation_records.score_checkpoint(checkpoint, on_event=forward_events()), checkpoint)
+
+
+def _announced(outcome: EvaluationOutcome, checkpoint: CheckpointRef) -> EvaluationOutcome:
     scores = {key: outcome.record[key] for key in ("val_loss", "val_perplexity", "bits_per_byte")}
     events.emit("evaluated", uri=checkpoint.uri, stage=checkpoint.manifest.stage, reused=outcome.reused, **scores)
     return skipped(outcome, "the scores") if outcome.reused else outcome

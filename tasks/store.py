@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 from prefect import task
+from prefect.runtime import deployment
 
 from relora_train.checkpoint_resolve import resolve_checkpoint
 from relora_train.checkpoint_store import CheckpointRef
-from relora_train.run import default_store_uri
+from relora_train.errors import ConfigError
+from relora_train.run import STORE_VARIABLE, default_store_uri
 from relora_train.storage.opening import open_store
 from tasks.policies import STORE_IO
 
@@ -14,6 +19,8 @@ from tasks.policies import STORE_IO
 @task(**STORE_IO, task_run_name="open-store")
 def open_run_store(uri: str | None) -> str:
     """Return the store's full URI after a probe that it can be written and honours conditional writes."""
+    if deployment.id:
+        _check_outlives_the_run(uri or os.environ.get(STORE_VARIABLE))
     store = open_store(uri or default_store_uri())
     store.preflight()
     return store.uri
@@ -23,3 +30,17 @@ def open_run_store(uri: str | None) -> str:
 def resolve_parent(spec: str, store_uri: str) -> CheckpointRef:
     """Return the one committed checkpoint that the user named."""
     return resolve_checkpoint(spec, open_store(store_uri))
+
+
+def _check_outlives_the_run(uri: str | None) -> None:
+    """A worker starts every run in a directory of its own, and removes it afterwards with all that is in it."""
+    if uri is None:
+        raise ConfigError(
+            f"The run of a deployment needs a store by name: set {STORE_VARIABLE} where the worker is started, or give "
+            "the parameter `store`: s3://bucket/prefix, or an absolute directory for a worker on one machine."
+        )
+    if "://" not in uri and not Path(uri).expanduser().is_absolute():
+        raise ConfigError(
+            f"The store {uri!r} is a relative path, and the run of a deployment has a working directory that is "
+            "removed after it. Give an absolute directory or s3://bucket/prefix."
+        )

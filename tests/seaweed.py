@@ -112,7 +112,7 @@ class Seaweed:
 @contextmanager
 def running_seaweed(directory: Path) -> Iterator[Seaweed]:
     """Start a server with its data and log in `directory`, wait until it takes a write, stop it by its own pid."""
-    ports = _free_ports(len(_PORT_FLAGS))
+    ports = free_ports(len(_PORT_FLAGS))
     command = [
         _weed(), "-logdir", str(directory), "mini", "-dir", str(directory), "-ip=127.0.0.1", "-ip.bind=127.0.0.1",
         "-master.telemetry=false", "-webdav=false", "-admin.ui=false", "-s3.port.iceberg=0", "-s3.port.lance=0",
@@ -133,7 +133,7 @@ def _weed() -> str:
     return found
 
 
-def _free_ports(count: int) -> list[int]:
+def free_ports(count: int) -> list[int]:
     with ExitStack() as held:  # all held at once, so that they differ
         sockets = [held.enter_context(socket.socket()) for _ in range(count)]
         for each in sockets:

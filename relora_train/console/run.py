@@ -15,20 +15,17 @@ from relora_train import profiles
 from relora_train.checkpoint_layout import check_run_id
 from relora_train.checkpoint_resolve import resolve_checkpoint
 from relora_train.checkpoint_store import CheckpointRef
-from relora_train.config import profile_from_file
 from relora_train.console.local_flow import TerminatedError, run_flow
 from relora_train.console.output import tell
 from relora_train.console.precheck import check_inputs
 from relora_train.console.progress import RunProgress, shown_progress
 from relora_train.errors import TrainerInterruptedError
-from relora_train.evaluation_records import EvaluationOutcome, dataset_of, evaluate_or_reuse
-from relora_train.reporting.collect import files_in_stores
+from relora_train.evaluation_records import EvaluationOutcome, score_checkpoint
 from relora_train.run import default_store_uri, line_of
 from relora_train.stages import stages_after
 from relora_train.storage.base import ObjectStore
 from relora_train.storage.opening import open_store
 from relora_train.summary import RunSummary
-from relora_train.workspace import checkpoint_cache
 
 if TYPE_CHECKING:
     from relora_train.reporting.store import StoredReport
@@ -78,11 +75,9 @@ def run_profile(
 
 
 def evaluate_checkpoint(checkpoint: CheckpointRef, console: Console) -> EvaluationOutcome:
-    """Score a checkpoint with its own profile on its own dataset; the record goes beside its run."""
-    profile = profile_from_file(_files(checkpoint)(checkpoint, ["profile.json"]) / "profile.json")
-    store, dataset = open_store(checkpoint.store_uri), dataset_of(checkpoint)
+    """Score a checkpoint as score_checkpoint does, saying so meanwhile."""
     with console.status(f"evaluating {checkpoint.manifest.run_id}@{checkpoint.manifest.stage} …"):
-        return evaluate_or_reuse(profile, checkpoint, dataset, store, on_event=lambda event: None)
+        return score_checkpoint(checkpoint, on_event=lambda event: None)
 
 
 def write_report(checkpoint: CheckpointRef, console: Console) -> StoredReport:
@@ -102,10 +97,6 @@ def recorded_evaluations(store: ObjectStore, line: Sequence[CheckpointRef]) -> l
             record = json.loads(store.get_bytes(info.key)[0])
             newest[record["checkpoint_uri"]] = record
     return [newest[ref.uri] for ref in line if ref.uri in newest]
-
-
-def _files(checkpoint: CheckpointRef) -> Any:
-    return files_in_stores(checkpoint_cache(checkpoint.manifest.run_id))
 
 
 @contextmanager

@@ -1,0 +1,28 @@
+"""Evaluate any checkpoint on demand: perplexity on its validation split, and samples."""
+
+from __future__ import annotations
+
+from prefect import flow
+
+from relora_train.evaluation_records import EvaluationOutcome
+from relora_train.parameters import CheckpointName, LimitName, StoreUri
+from tasks.evaluate import score_checkpoint
+from tasks.limits import device_slot
+from tasks.observe import done
+from tasks.store import open_run_store, resolve_parent
+
+
+@flow(name="evaluate", flow_run_name="evaluate-{checkpoint}", persist_result=False)
+def evaluate(
+    checkpoint: CheckpointName, store: StoreUri | None = None, gpu_limit: LimitName | None = None
+) -> EvaluationOutcome:
+    """Score a committed checkpoint of any run; scores that are recorded for the same settings are reused.
+
+    Args:
+        checkpoint: the checkpoint: RUN, RUN@latest, RUN@cycle-2, RUN@warm-start, RUN@step-400, or a URI in any store
+        store: directory, file:// or s3://bucket/prefix; $RELORA_STORE, else ./relora-store, when absent
+        gpu_limit: global concurrency limit of which the run holds one slot while it scores; none when absent
+    """
+    found = resolve_parent(checkpoint, open_run_store(store))
+    with device_slot(gpu_limit):
+        return done(score_checkpoint(found))

@@ -1,0 +1,32 @@
+"""Types of what a flow is started with: a form shows them, and a wrong value is refused when a run is created. Light.
+
+The patterns are JSON Schema as well, so that Prefect's server can check them when a run is created. What they cannot
+say (whether it is there, whether it fits) is found out in the first seconds of the run.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated
+
+from pydantic import Field
+
+from relora_train.checkpoint_layout import RUN_ID_PATTERN
+from relora_train.profiles import list_profiles
+
+_SHIPPED = "|".join(re.escape(path.stem) for path in list_profiles())
+
+ProfileName = Annotated[str, Field(pattern=rf"^({_SHIPPED}|.*\.toml)$")]
+"""A shipped profile's name, or a path that ends in .toml."""
+
+RunId = Annotated[str, Field(pattern=rf"^{RUN_ID_PATTERN}$")]
+"""What can be a folder and a part of a URI."""
+
+CheckpointName = Annotated[str, Field(pattern=rf"^({RUN_ID_PATTERN}(@[A-Za-z0-9-]+)?|.*/.*|\.\.?)$")]
+"""RUN, RUN@latest, RUN@cycle-2, RUN@warm-start, RUN@step-400, or a checkpoint's URI or directory."""
+
+StoreUri = Annotated[str, Field(pattern=r"^(s3://[^/]+.*|file://.*|memory://.+|[.~/].*|[^:]+)$")]
+"""A directory, file:// or s3://bucket/prefix; no other scheme."""
+
+LimitName = Annotated[str, Field(min_length=1)]
+"""Name of a global concurrency limit of Prefect."""
