@@ -7,7 +7,7 @@ from prefect import flow
 from relora_train.evaluation_records import EvaluationOutcome
 from relora_train.parameters import CheckpointName, LimitName, StoreUri
 from tasks.evaluate import score_checkpoint
-from tasks.limits import device_slot
+from tasks.limits import device_slot, require_limit
 from tasks.observe import done
 from tasks.store import open_run_store, resolve_parent
 
@@ -23,6 +23,7 @@ def evaluate(
         store: directory, file:// or s3://bucket/prefix; $RELORA_STORE, else ./relora-store, when absent
         gpu_limit: global concurrency limit of which the run holds one slot while it scores; none when absent
     """
+    require_limit(gpu_limit)
     found = resolve_parent(checkpoint, open_run_store(store))
     with device_slot(gpu_limit):
         return done(score_checkpoint(found))

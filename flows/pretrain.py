@@ -14,7 +14,7 @@ from relora_train.storage.opening import open_store
 from relora_train.summary import RunSummary, summarize_run
 from tasks.artifacts import name_flow_run
 from tasks.evaluate import evaluate_checkpoint
-from tasks.limits import device_slot
+from tasks.limits import device_slot, require_limit
 from tasks.observe import done
 from tasks.report import write_report
 from tasks.store import open_run_store, resolve_parent
@@ -44,6 +44,7 @@ def pretrain(
         gpu_limit: global concurrency limit of which the run holds one slot while it trains; none when absent
     """
     settings = load_profile(profile, overrides.settings() if overrides else {})
+    require_limit(gpu_limit)
     store_uri = open_run_store(store)
     parent = resolve_parent(resume_from, store_uri) if resume_from else None
     run_id = run_id or choose_run_id(settings, parent)

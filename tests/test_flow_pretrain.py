@@ -21,7 +21,7 @@ from relora_train.checkpoint_resolve import resolve_checkpoint
 from relora_train.errors import (
     CheckpointCorruptError,
     CheckpointNotFoundError,
-    ConfigError,
+    ProfileInvalidError,
     RunInUseError,
     RunSettingsChangedError,
     StoreUnavailableError,
@@ -264,10 +264,16 @@ def test_a_flipped_byte_in_the_parent_is_refused_before_training(tmp_path: Path)
 
 
 def test_bad_input_is_refused_before_any_work(local_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from prefect.exceptions import ParameterTypeError
+
     with pytest.raises(CheckpointNotFoundError, match="nowhere"):
         run_smoke(local_store, resume_from="nowhere@cycle-1")
-    with pytest.raises(ConfigError, match="run id"):
+    with pytest.raises(ParameterTypeError, match="run_id"):
         run_smoke(local_store, run_id="../escape")
+    with pytest.raises(ParameterTypeError, match=r"overrides\.relora\.rank: .* greater than or equal to 1"):
+        run_smoke(local_store, overrides={"relora.rank": 0})
+    with pytest.raises(ProfileInvalidError, match=r"relora\.rank 65 exceeds 64"):
+        run_smoke(local_store, overrides={"relora.rank": 65})
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "x")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "x")
