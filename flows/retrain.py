@@ -8,7 +8,7 @@ from prefect import flow
 
 from relora_train.lease import hold_run, hold_series
 from relora_train.profiles import load_profile
-from relora_train.retrain import Cycles, Margin, MarginKind, OldDataRatio, retrain_options
+from relora_train.retrain_options import Cycles, Margin, MarginKind, OldDataRatio, retrain_options
 from relora_train.retrain_summary import (
     RetrainSummary,
     summarize_not_enough,
@@ -86,7 +86,6 @@ def retrain(
             candidate, champion = outcomes[-1].checkpoint, plan.champion
             ours = done(evaluate_checkpoint(run, candidate, prepared.dataset)).record
             theirs = done(evaluate_checkpoint(run, champion, prepared.dataset)).record if champion else None
+            report = write_report(run, line_of(candidate)[-len(outcomes) - 1 :], [ours])
             decision = done(decide_promotion(plan, candidate, ours, theirs, prepared.dataset))
-            line = line_of(candidate)[-len(outcomes) - 1 :]
-            report = write_report(run, line, [ours])
             return tell_outcome(summarize_retrain(plan, decision, outcomes, report_uri=report.html_uri))

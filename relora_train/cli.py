@@ -459,15 +459,17 @@ def rollback(
     to: Annotated[
         int | None, typer.Option(min=1, help="Number of the change to go back to; the champion before when absent.")
     ] = None,
+    data_again: Annotated[
+        bool, typer.Option("--data-again", help="What the promotions taken back were trained on is new data again.")
+    ] = False,
     reason: Annotated[str, typer.Option(help="For the history.")] = "rolled back by hand",
     store: Store = None,
 ) -> None:
     """Make an earlier champion of a series the champion again."""
-    from relora_train.console.series import change_line
-    from relora_train.series import roll_back
+    from relora_train.console import series as console_series
 
-    opened = _open(store)
-    typer.echo(change_line(opened, series, roll_back(opened, series, to, reason=reason)))
+    for line in console_series.roll_back_lines(_open(store), series, to, reason=reason, data_again=data_again):
+        typer.echo(line)
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:

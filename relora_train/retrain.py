@@ -14,12 +14,10 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal, Self
-
-from pydantic import Field, ValidationError, model_validator
+from typing import Any
 
 from relora_train.checkpoint_store import CheckpointRef
-from relora_train.config import DataConfig, FrozenConfig, Profile, TokenizerConfig, default_run_id, settings_digest
+from relora_train.config import DataConfig, Profile, TokenizerConfig, default_run_id, settings_digest
 from relora_train.corpus.dataset_inputs import inputs_of
 from relora_train.corpus.selection import Selection, contents_of
 from relora_train.corpus.sources import Source, resolve_source
@@ -28,6 +26,7 @@ from relora_train.errors import ConfigError, CorpusEmptyError, CorpusTooSmallErr
 from relora_train.lease import Lease
 from relora_train.manifest import DatasetManifest
 from relora_train.reporting.collect import files_in_stores
+from relora_train.retrain_options import MarginKind, RetrainOptions
 from relora_train.run import DatasetRef, OnEvent, Run
 from relora_train.series import find_champion, promote, who
 from relora_train.series_data import (
@@ -49,47 +48,6 @@ from relora_train.tokenizer import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE
 from relora_train.workspace import checkpoint_cache
 
 _log = logging.getLogger("relora_train.retrain")
-
-Cycles = Annotated[int, Field(ge=1, le=1000, description="Cycles a retrain adds to its champion's")]
-Margin = Annotated[float, Field(ge=0, le=10, description="By how much the validation loss must fall to be promoted")]
-MarginKind = Annotated[
-    Literal["relative", "absolute"],
-    Field(description="relative: share of the champion's loss, below 1; absolute: nats per token"),
-]
-OldDataRatio = Annotated[
-    float, Field(ge=0, lt=1, description="Share of the training text that is old data mixed in, against forgetting")
-]
-
-
-class RetrainOptions(FrozenConfig):
-    """How a series is retrained."""
-
-    cycles: Cycles = 1
-    margin: Margin = 0.0
-    margin_kind: MarginKind = "relative"
-    old_data_ratio: OldDataRatio = 0.25
-    fresh_warm_start: bool = False
-    """Train the whole plan anew on all data, instead of going on from the champion."""
-    retry_refused: bool = False
-    """A refused candidate's data stays new: the next retrain takes it again, with what has come since."""
-
-    @model_validator(mode="after")
-    def relative_margin_is_below_one(self) -> Self:
-        if self.margin_kind == "relative" and self.margin >= 1:
-            raise ValueError(f"a relative margin of {self.margin:g} cannot be reached: it must be below 1")
-        return self
-
-
-def retrain_options(**options: Any) -> RetrainOptions:
-    """Checked options. Raises ConfigError with all faults at once."""
-    try:
-        return RetrainOptions(**options)
-    except ValidationError as error:
-        faults = "; ".join(
-            f"{'.'.join(map(str, fault['loc']))} {fault['msg'].removeprefix('Value error, ')}".strip()
-            for fault in error.errors()
-        )
-        raise ConfigError(f"The retrain's options are not valid: {faults}. Correct them and run again.") from None
 
 
 @dataclass(frozen=True)
@@ -169,7 +127,8 @@ def plan_retrain(
 def prepare_next(run: Run, plan: RetrainPlan, *, on_event: OnEvent) -> DatasetOutcome | None:
     """The committed dataset of a plan, made if need be; None when the new documents do not fill one update.
 
-    The first dataset of a series, and one for a fresh warm start, must suffice: else CorpusTooSmallError.
+    Then they wait, as new as before, for more to come. The first dataset of a series, and one for a fresh warm start,
+    must suffice: else CorpusTooSmallError.
     """
     try:
         outcome = prepare_or_reuse(run.profile, run.store, on_event=on_event, corpus=plan.corpus)
@@ -177,12 +136,19 @@ def prepare_next(run: Run, plan: RetrainPlan, *, on_event: OnEvent) -> DatasetOu
         if plan.parent is None:
             raise
         _log.info("%s", error)
+        _wait_for_more(plan)
         return None
     batch, manifest = run.profile.batch, outcome.dataset.manifest
     enough = count_sequences(manifest, "train", batch.sequence_length) >= batch.sequences
     if plan.parent is None or (enough and count_sequences(manifest, "val", batch.sequence_length)):
         return outcome
+    _wait_for_more(plan)
     return None
+
+
+def _wait_for_more(plan: RetrainPlan) -> None:
+    """Bind the next retrain to nothing: it shall take what has come by then too."""
+    end(open_store(plan.store_uri), plan.series, (), replaces=False)
 
 
 def start(plan: RetrainPlan) -> None:

@@ -131,6 +131,24 @@ def end(store: ObjectStore, name: str, new: Collection[str], *, replaces: bool) 
         write_data(store, changed, etag)
 
 
+def forget(store: ObjectStore, name: str, run_ids: Collection[str]) -> int:
+    """Make the data new again that the candidates of these runs were promoted with; returns how many parts of it.
+
+    Of a hub dataset the whole revision is then new.
+    """
+    taken = {
+        part
+        for decision in read_decisions(store, name)
+        if decision.outcome == "promoted" and decision.run_id in run_ids
+        for part in decision.new
+    }
+    data, etag = read_data(store, name)
+    if again := taken & set(data.seen):
+        seen = tuple(part for part in data.seen if part not in taken)
+        write_data(store, data.model_copy(update={"seen": seen}), etag)
+    return len(again)
+
+
 def record_decision(store: ObjectStore, decision: Decision) -> Decision:
     """Keep a decision; one about the same candidate, champion and margin is there already: then that one."""
     judged = {"candidate": decision.candidate_uri, "champion": decision.champion_uri, "margin": decision.margin}

@@ -13,7 +13,8 @@ from relora_train.checkpoint_store import CheckpointRef
 from relora_train.config import Profile
 from relora_train.dataset_store import DatasetOutcome
 from relora_train.lease import Lease
-from relora_train.retrain import RetrainOptions, RetrainPlan, conclude, plan_retrain, prepare_next, start
+from relora_train.retrain import RetrainPlan, conclude, plan_retrain, prepare_next, start
+from relora_train.retrain_options import RetrainOptions
 from relora_train.retrain_summary import STATE_NAMES, RetrainSummary, retrain_markdown
 from relora_train.run import DatasetRef, Run
 from relora_train.series_data import Decision

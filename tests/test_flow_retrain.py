@@ -24,7 +24,8 @@ from relora_train.evaluation_records import dataset_of
 from relora_train.events import Event
 from relora_train.lease import hold_series
 from relora_train.profiles import load_profile
-from relora_train.retrain import RetrainOptions, plan_retrain
+from relora_train.retrain import plan_retrain
+from relora_train.retrain_options import RetrainOptions
 from relora_train.retrain_summary import RetrainSummary
 from relora_train.series import read_series
 from relora_train.series_data import read_data, read_decisions
@@ -111,7 +112,7 @@ def nights(tmp_path_factory: pytest.TempPathFactory) -> Nights:
 
 @pytest.fixture(scope="module")
 def first(nights: Nights) -> RetrainSummary:
-    """The first retrain of the series; every test below goes on from where the one before it left the series."""
+    """The first retrain of the series."""
     nights.arrive(0)
     summary, state, trained = nights.retrain()
     assert (state, trained) == ("Promoted", ["warm-start", "cycle-1"])
@@ -159,35 +160,51 @@ def _beside(nights: Nights, name: str, texts: list[str]) -> Nights:
     return other
 
 
-def test_a_retrain_that_is_refused_keeps_the_champion_and_a_doubled_one_adopts_it(
-    first: RetrainSummary, nights: Nights
-):
+@pytest.fixture(scope="module")
+def refused(first: RetrainSummary, nights: Nights) -> RetrainSummary:
     nights.arrive(1)
-    refused, state, trained = nights.retrain(margin=0.9, retry_refused=True)
-    assert (state, refused.outcome, trained) == ("Refused", "refused", ["cycle-2"])
+    summary, state, trained = nights.retrain(margin=0.9, retry_refused=True)
+    assert (state, trained) == ("Refused", ["cycle-2"])
+    return summary
+
+
+def test_a_candidate_below_the_margin_is_refused_and_the_champion_stays(
+    refused: RetrainSummary, first: RetrainSummary, nights: Nights
+):
+    assert refused.outcome == "refused" and "a margin of 90.00%" in refused.reason
     assert nights.champion == first.champion_uri and refused.run_id != first.run_id
-    assert "a margin of 90.00%" in refused.reason
-    again, state, trained = nights.retrain(margin=0.9, retry_refused=True)
-    assert (again.run_id, again.candidate_uri) == (refused.run_id, refused.candidate_uri)
-    assert (state, trained, again.stages_reused) == ("Refused", [], 1)
     candidate = resolve_checkpoint(refused.candidate_uri, nights.store).manifest
     assert candidate.parent.uri == first.champion_uri and candidate.cycle == 2
 
 
-def test_the_same_candidate_is_promoted_by_a_margin_it_reaches(first: RetrainSummary, nights: Nights):
-    promoted, state, trained = nights.retrain(margin=0.0)
+def test_a_doubled_retrain_adopts_what_the_first_one_did(refused: RetrainSummary, nights: Nights):
+    again, state, trained = nights.retrain(margin=0.9, retry_refused=True)
+    assert (again.run_id, again.candidate_uri) == (refused.run_id, refused.candidate_uri)
+    assert (state, trained, again.stages_reused) == ("Refused", [], 1)
+
+
+@pytest.fixture(scope="module")
+def second(refused: RetrainSummary, nights: Nights) -> RetrainSummary:
+    """The same candidate, judged by a margin that it reaches."""
+    summary, state, trained = nights.retrain(margin=0.0)
     assert (state, trained) == ("Promoted", [])
-    assert promoted.scores["candidate_loss"] < promoted.scores["champion_loss"]
-    assert nights.champion == promoted.candidate_uri != first.champion_uri
+    return summary
+
+
+def test_a_candidate_that_is_better_by_the_margin_is_promoted(
+    second: RetrainSummary, refused: RetrainSummary, nights: Nights
+):
+    assert second.scores["candidate_loss"] < second.scores["champion_loss"]
+    assert nights.champion == second.candidate_uri == refused.candidate_uri
     outcomes = [decision.outcome for decision in read_decisions(nights.store, "nightly")]
     assert outcomes == ["promoted", "refused", "promoted"]
     assert nights.retrain()[1] == "NoNewData"
 
 
 def test_candidate_and_champion_are_scored_on_old_and_new_held_out_documents_alike(
-    first: RetrainSummary, nights: Nights
+    second: RetrainSummary, first: RetrainSummary, nights: Nights
 ):
-    ref = resolve_checkpoint(nights.champion, nights.store)
+    ref = resolve_checkpoint(second.candidate_uri, nights.store)
     manifest, before = dataset_of(ref).manifest, dataset_of(resolve_checkpoint(first.champion_uri, nights.store))
     assert manifest.inputs["source"]["old"] == before.manifest.inputs["source"]
     assert manifest.val_documents > 0 and manifest.inputs["tokenizer"].keys() == {"sha256"}
@@ -195,7 +212,7 @@ def test_candidate_and_champion_are_scored_on_old_and_new_held_out_documents_ali
     assert len(tokenizers) == 1  # a model keeps its tokenizer, and losses stay comparable
 
 
-def test_a_fresh_warm_start_takes_all_data_and_the_same_tokenizer(first: RetrainSummary, nights: Nights):
+def test_a_fresh_warm_start_takes_all_data_and_the_same_tokenizer(second: RetrainSummary, nights: Nights):
     nights.arrive(2)
     fresh, on = nights.plan(fresh_warm_start=True), nights.plan()
     assert fresh.parent is None and fresh.champion.uri == nights.champion
@@ -205,17 +222,18 @@ def test_a_fresh_warm_start_takes_all_data_and_the_same_tokenizer(first: Retrain
     assert nights.plan(old_data_ratio=0.5).run_id != on.run_id  # another mix is another dataset
 
 
-def test_a_killed_retrain_is_continued_with_its_own_data_and_skips_nothing(first: RetrainSummary, nights: Nights):
+def test_a_killed_retrain_is_continued_with_its_own_data_and_skips_nothing(second: RetrainSummary, nights: Nights):
     """Killed with its trainer at work; more data comes before the rerun."""
-    champion, planned = nights.champion, nights.plan()
+    nights.arrive(2)
+    planned = nights.plan()
     _kill_while_training(nights)
-    assert read_data(nights.store, "nightly")[0].pending.run_id == planned.run_id
-    assert len(read_data(nights.store, "nightly")[0].seen) == 2  # what it trains on is not seen yet
+    data, _ = read_data(nights.store, "nightly")
+    assert data.pending.run_id == planned.run_id and not set(planned.new) & set(data.seen)
     nights.arrive(3)
     summary, state, trained = nights.retrain()
     assert state in ("Promoted", "Refused") and summary.run_id == planned.run_id
     assert trained == ["cycle-3"] and summary.new_parts == 1
-    assert resolve_checkpoint(summary.candidate_uri, nights.store).manifest.parent.uri == champion
+    assert resolve_checkpoint(summary.candidate_uri, nights.store).manifest.parent.uri == second.candidate_uri
     left = nights.plan()
     assert len(left.new) == 1 and left.new != planned.new  # what came meanwhile is next
     assert verify_run(nights.store, summary.run_id).is_clean
@@ -247,6 +265,16 @@ def _kill_while_training(nights: Nights) -> None:
 def test_two_retrains_of_a_series_at_once_do_no_harm(first: RetrainSummary, nights: Nights):
     with hold_series(nights.store, "nightly"), pytest.raises(RunInUseError, match="Series 'nightly' is in use"):
         nights.retrain()
+
+
+def test_the_form_knows_the_bounds_of_every_parameter():
+    from flows.retrain import retrain
+
+    fields = retrain.parameters.model_dump()["properties"]
+    assert (fields["old_data_ratio"]["minimum"], fields["old_data_ratio"]["exclusiveMaximum"]) == (0, 1)
+    assert (fields["margin"]["minimum"], fields["cycles"]["minimum"]) == (0, 1)
+    assert fields["margin_kind"]["enum"] == ["relative", "absolute"]
+    assert all(field.get("description") for field in fields.values())
 
 
 def test_settings_that_would_leak_held_out_documents_are_refused(first: RetrainSummary, nights: Nights):

@@ -15,6 +15,7 @@ import pytest
 from bundles import checkpoint_manifest, write_files
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny_data import write_tiny_dataset
 
 from relora_train import retrain
 from relora_train.checkpoint_resolve import resolve_checkpoint
@@ -29,11 +30,13 @@ from relora_train.errors import (
     ConfigError,
     PreconditionFailedError,
 )
+from relora_train.lease import hold_series
 from relora_train.manifest import DatasetManifest
 from relora_train.pins import pins_of
 from relora_train.pruning import prune_run
 from relora_train.retention import RetentionPolicy
-from relora_train.retrain import RetrainOptions, RetrainPlan, conclude, judge, plan_retrain, start
+from relora_train.retrain import RetrainPlan, conclude, judge, plan_retrain, prepare_next, start
+from relora_train.retrain_options import RetrainOptions
 from relora_train.retrain_summary import retrain_markdown, summarize_retrain
 from relora_train.run import DatasetRef, StageOutcome
 from relora_train.series import find_champion, list_series, promote, read_series, roll_back
@@ -284,6 +287,58 @@ def test_data_counts_as_seen_when_its_candidate_is_decided_and_not_before(memory
     again = decide(plan_for(memory, one, ("c" * 64,), retry_refused=True), three, math.inf, 3.0)
     assert again.outcome == "refused" and read_data(memory, "s")[0].seen == ("a" * 64, "b" * 64)
     assert [d.scores["candidate_loss"] for d in read_decisions(memory, "s")] == [3.0, 3.5, "inf"]
+
+
+def test_the_data_of_a_promotion_taken_back_can_be_trained_on_again(
+    files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    store = open_store(tmp_path)
+    one, two = line_of_run(store, files, 2)
+    decide(plan_for(store, None, ("a" * 64,)), one, 3.0, None)
+    plan = dataclasses.replace(plan_for(store, one, ("b" * 64, "c" * 64)), run_id="second")
+    decide(plan, two, 2.0, 3.0)
+    with pytest.raises(SystemExit):
+        main(["rollback", "s", "--data-again", "--store", str(tmp_path)])
+    assert "2 parts of the source are new again" in capsys.readouterr().out
+    assert read_data(store, "s")[0].seen == ("a" * 64,) and promoted(store) == "cycle-1"
+    with hold_series(store, "s"), pytest.raises(SystemExit) as ended:  # a retrain is under way
+        main(["rollback", "s", "--to", "2", "--data-again", "--store", str(tmp_path)])
+    assert ended.value.code == 2 and promoted(store) == "cycle-1"
+
+
+def test_new_objects_below_an_s3_prefix_are_found_and_tokenized_with_the_champions_tokenizer(
+    s3_store_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("RELORA_CACHE", str(tmp_path / "cache"))
+    store = open_store(s3_store_uri)
+    incoming = open_store(f"{s3_store_uri}/incoming")
+    made = write_tiny_dataset(tmp_path / "tiny")
+    champion = line_of_run(store, made, 1)[0]
+    promote(store, "s", champion, reason="an existing model begins the series")
+    settings = Profile.model_validate(
+        {
+            "data": {"source": "jsonl", "paths": [f"{s3_store_uri}/incoming/"], "validation_fraction": 0.3},
+            "batch": {"sequences": 2, "sequence_length": 16},
+            "schedule": {"cycles": 1},
+        }
+    )
+
+    def arrive(night: int) -> None:
+        rows = (json.dumps({"text": f"night {night} document {row} " * 20}) + "\n" for row in range(30))
+        incoming.put_bytes(f"{night}.jsonl", "".join(rows).encode())
+
+    arrive(0)
+    plan = plan_retrain(store, "s", settings, RetrainOptions(cycles=3))
+    assert len(plan.new) == 1 and plan.parent.uri == champion.uri and plan.profile.schedule.cycles == 4
+    outcome = prepare_next(plan.run(None), plan, on_event=lambda event: None)
+    sha256 = {entry.path: entry.sha256 for entry in outcome.dataset.manifest.files}["tokenizer.json"]
+    assert sha256 in {entry.sha256 for entry in champion.manifest.files}
+    end(store, "s", plan.new, replaces=False)
+    assert plan_retrain(store, "s", settings, RetrainOptions()) is None
+    arrive(1)
+    following = plan_retrain(store, "s", settings, RetrainOptions())
+    assert len(following.new) == 1 and following.corpus.selection.old == plan.new
+    assert following.run_id != plan.run_id
 
 
 def test_a_champion_that_moved_meanwhile_leaves_candidate_and_data_for_later(memory: ObjectStore, files: Path):

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 from rich.text import Text
 
 from relora_train.console.tables import BLANK, View, add_row, facts, number_text, table, time_text
-from relora_train.series import list_series, read_series
-from relora_train.series_data import read_data, read_decisions
+from relora_train.lease import hold_series
+from relora_train.series import list_series, read_series, roll_back
+from relora_train.series_data import forget, read_data, read_decisions
 from relora_train.series_record import Change, champions_in_order
 from relora_train.storage.base import ObjectStore
 
@@ -62,6 +65,20 @@ def series_json(store: ObjectStore, name: str) -> dict[str, Any]:
         "decisions": [decision.model_dump(mode="json") for decision in read_decisions(store, name)],
         "data": data.model_dump(mode="json"),
     }
+
+
+def roll_back_lines(store: ObjectStore, name: str, to: int | None, *, reason: str, data_again: bool) -> Iterator[str]:
+    """Roll back, say so, and make the data of what was taken back new again if that is asked for.
+
+    Raises RunInUseError, with nothing done, when data_again meets a retrain that is under way.
+    """
+    with hold_series(store, name) if data_again else nullcontext():
+        before = champions_in_order(read_series(store, name).changes)
+        yield change_line(store, name, roll_back(store, name, to, reason=reason))
+        if data_again:
+            after = {change.number for change in champions_in_order(read_series(store, name).changes)}
+            taken_back = [change.run_id for change in before if change.run_id and change.number not in after]
+            yield f"{forget(store, name, taken_back)} parts of the source are new again."
 
 
 def change_line(store: ObjectStore, name: str, change: Change) -> str:
