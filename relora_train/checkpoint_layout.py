@@ -7,6 +7,7 @@ runs/<run_id>/refs/<name>.json                                          a pin: t
 runs/<run_id>/lease.json, prune.json                                    who writes, who prunes the run (lease.py)
 .../step-00000400-<12 hex>/deleted.json                                 a checkpoint that was pruned (tombstone.py)
 runs/<run_id>/diverged/<12 hex of the fingerprint>.json                 that a stage diverged with these settings
+series/<name>/…                                                         what a series promoted (series_record.py)
 datasets/<name>/<16 hex of dataset_id>/                                 one tokenized dataset (a bundle)
 """
 

@@ -3,6 +3,7 @@
 RUN, RUN@latest               the end of the run's line
 RUN@cycle-2, RUN@warm-start   that stage on the run's line (full-2, lora: likewise)
 RUN@step-400                  that step on the run's line
+series:NAME, series:NAME@3    what the series has promoted; what its change 3 made the champion
 s3://..., file:///..., /path  a checkpoint's own URI or directory, in any store
 """
 
@@ -34,24 +35,30 @@ from relora_train.errors import (
     CheckpointNotFoundError,
     ConfigError,
 )
+from relora_train.series import resolve_series
+from relora_train.series_record import SERIES_PATTERN
 from relora_train.storage.base import ObjectStore
 from relora_train.storage.opening import open_store
 from relora_train.tombstone import read_tombstone, removed_message
 
+_SERIES = "series:"
 _NAME = re.compile(rf"(?P<run_id>{RUN_ID_PATTERN})(@(?P<selector>[A-Za-z0-9-]+))?")
 
 
 def resolve_checkpoint(spec: str, default_store: ObjectStore) -> CheckpointRef:
-    """The one committed checkpoint that `spec` names; run names are looked up in `default_store`."""
+    """The one committed checkpoint that `spec` names; names of runs and series are looked up in
+    `default_store`."""
     if "://" in spec:
         return _at_uri(spec)
+    if spec.startswith(_SERIES):
+        return _of_series(spec, default_store)
     if "/" in spec or spec in (".", ".."):
         return _at_directory(spec)
     match = _NAME.fullmatch(spec)
     if match is None:
         raise ConfigError(
             f"{spec!r} names no checkpoint: write RUN, RUN@latest, RUN@cycle-2, RUN@warm-start, RUN@step-400, "
-            "or a checkpoint's URI or directory."
+            "series:NAME, or a checkpoint's URI or directory."
         )
     is_run = any(True for _ in default_store.list(checkpoints_prefix(match["run_id"])))
     if match["selector"] is None and Path(spec).is_dir():
@@ -59,6 +66,13 @@ def resolve_checkpoint(spec: str, default_store: ObjectStore) -> CheckpointRef:
             raise CheckpointAmbiguousError(f"{spec!r} is a run and a directory: write {spec}@latest or ./{spec}.")
         return _at_directory(spec)
     return _of_run(CheckpointStore(default_store, match["run_id"]), match["selector"] or "latest")
+
+
+def _of_series(spec: str, store: ObjectStore) -> CheckpointRef:
+    match = re.fullmatch(rf"{_SERIES}(?P<name>{SERIES_PATTERN})(@(?P<number>\d+))?", spec)
+    if match is None:
+        raise ConfigError(f"{spec!r} names no promoted checkpoint: write series:NAME, or series:NAME@3 for change 3.")
+    return resolve_series(store, match["name"], int(match["number"]) if match["number"] else None)
 
 
 def _of_run(run: CheckpointStore, selector: str) -> CheckpointRef:

@@ -55,9 +55,11 @@ ProfileName = Annotated[str, typer.Argument(help="Name of a shipped profile, or 
 CheckpointName = Annotated[
     str,
     typer.Argument(
-        help="RUN, RUN@latest, RUN@warm-start, RUN@cycle-2, RUN@step-400, or a checkpoint's URI or directory."
+        help="RUN, RUN@latest, RUN@warm-start, RUN@cycle-2, RUN@step-400, series:NAME, or a checkpoint's URI or "
+        "directory."
     ),
 ]
+SeriesName = Annotated[str, typer.Argument(help="Name of the series, as `relora series` shows it.")]
 RunName = Annotated[str, typer.Argument(help="Run id, as `relora runs` shows it.")]
 
 
@@ -108,6 +110,55 @@ def run(
     from relora_train.console.summary import print_summary
 
     print_summary(console, summary, seconds=time.monotonic() - started)
+
+
+@app.command()
+def retrain(
+    series: SeriesName,
+    profile: ProfileName,
+    sets: Sets = None,
+    cycles: Annotated[int, typer.Option(min=1, help="Cycles added to the champion's.")] = 1,
+    margin: Annotated[float, typer.Option(min=0, help="By how much the validation loss must fall.")] = 0.0,
+    absolute: Annotated[
+        bool, typer.Option("--absolute", help="The margin is in nats per token, not a share of the champion's loss.")
+    ] = False,
+    old_data_ratio: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of the training text that is old data mixed in; below 1.")
+    ] = 0.25,
+    fresh_warm_start: Annotated[
+        bool, typer.Option("--fresh-warm-start", help="Train the whole plan anew on all data.")
+    ] = False,
+    retry_refused: Annotated[
+        bool, typer.Option("--retry-refused", help="A refused candidate's data stays new for the next retrain.")
+    ] = False,
+    store: Store = None,
+    as_json: AsJson = False,
+    verbose: Annotated[bool, typer.Option("--verbose", help="Show Prefect's log in place of the progress.")] = False,
+) -> None:
+    """Train a series on what its source holds more than last time; promote the result if it is better."""
+    from relora_train.console.retrain import print_retrain, retrain_series
+
+    console = console_for_people(to_stderr=as_json)
+    summary = retrain_series(
+        series,
+        profile,
+        sets or (),
+        {
+            "cycles": cycles,
+            "margin": margin,
+            "margin_kind": "absolute" if absolute else "relative",
+            "old_data_ratio": old_data_ratio,
+            "fresh_warm_start": fresh_warm_start,
+            "retry_refused": retry_refused,
+        },
+        store_uri=store,
+        console=console,
+        verbose=verbose,
+    )
+    if as_json:
+        typer.echo(summary.model_dump_json(indent=1))
+    else:
+        print_retrain(console, summary)
 
 
 @app.command()
@@ -384,6 +435,59 @@ def unpin(
     ref = _resolve(checkpoint, store)
     removed = pins.unpin(_open(ref.store_uri), ref, name)
     typer.echo(f"{ref.uri} is no longer pinned as {', '.join(removed)}.")
+
+
+@app.command()
+def series(
+    name: Annotated[str | None, typer.Argument(metavar="SERIES", help="Its history; all series when absent.")] = None,
+    store: Store = None,
+    as_json: AsJson = False,
+) -> None:
+    """List the series of a store with what they have promoted, or show the history of one."""
+    from relora_train.console import series as console_series
+    from relora_train.console.tables import show as show_view
+
+    opened = _open(store)
+    if as_json:
+        _echo_json(console_series.series_json(opened, name) if name else console_series.all_series_json(opened))
+    else:
+        view = console_series.series_view(opened, name) if name else console_series.all_series_view(opened)
+        show_view(console_for_people(), view)
+
+
+@app.command()
+def promote(
+    series: SeriesName,
+    checkpoint: CheckpointName,
+    reason: Annotated[str, typer.Option(help="For the history.")] = "promoted by hand",
+    store: Store = None,
+) -> None:
+    """Make a checkpoint the champion of a series; the next retrain goes on from it."""
+    from relora_train.console.series import change_line
+    from relora_train.series import promote as promote_checkpoint
+
+    opened = _open(store)
+    made = promote_checkpoint(opened, series, _resolve(checkpoint, opened.uri), reason=reason)
+    typer.echo(change_line(opened, series, made))
+
+
+@app.command()
+def rollback(
+    series: SeriesName,
+    to: Annotated[
+        int | None, typer.Option(min=1, help="Number of the change to go back to; the champion before when absent.")
+    ] = None,
+    data_again: Annotated[
+        bool, typer.Option("--data-again", help="What the promotions taken back were trained on is new data again.")
+    ] = False,
+    reason: Annotated[str, typer.Option(help="For the history.")] = "rolled back by hand",
+    store: Store = None,
+) -> None:
+    """Make an earlier champion of a series the champion again."""
+    from relora_train.console import series as console_series
+
+    for line in console_series.roll_back_lines(_open(store), series, to, reason=reason, data_again=data_again):
+        typer.echo(line)
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from relora_train.bundle import commit_bundle
 from relora_train.checkpoint_layout import dataset_prefix
-from relora_train.config import Profile
+from relora_train.config import Profile, TokenizerConfig
+from relora_train.corpus.selection import Selection
 from relora_train.launch import run_worker
 from relora_train.prepare import PrepareRequest, describe_dataset, read_result
 from relora_train.run import DatasetRef, OnEvent, dataset_ref, find_committed_dataset
@@ -22,12 +23,23 @@ class DatasetOutcome:
     reused: bool
 
 
-def prepare_or_reuse(profile: Profile, store: ObjectStore, *, on_event: OnEvent) -> DatasetOutcome:
+@dataclass(frozen=True)
+class Corpus:
+    """What a dataset is made of where that is not simply what the profile names."""
+
+    tokenizer: TokenizerConfig
+    selection: Selection
+
+
+def prepare_or_reuse(
+    profile: Profile, store: ObjectStore, *, on_event: OnEvent, corpus: Corpus | None = None
+) -> DatasetOutcome:
     """Return the committed dataset of the profile's corpus and tokenizer, tokenizing only what no attempt has yet.
 
     Safe to repeat and to race: the first commit wins, and what a killed attempt finished on this machine is used.
     """
-    dataset_id, _ = describe_dataset(profile.data, profile.tokenizer)
+    tokenizer, selection = (corpus.tokenizer, corpus.selection) if corpus else (profile.tokenizer, None)
+    dataset_id, _ = describe_dataset(profile.data, tokenizer, selection=selection)
     found = find_committed_dataset(store, profile.data.name, dataset_id)
     if found is not None:
         return DatasetOutcome(found, reused=True)
@@ -37,7 +49,8 @@ def prepare_or_reuse(profile: Profile, store: ObjectStore, *, on_event: OnEvent)
             return DatasetOutcome(found, reused=True)
         request = PrepareRequest(
             data=profile.data,
-            tokenizer=profile.tokenizer,
+            tokenizer=tokenizer,
+            selection=selection,
             work_directory=directory,
             result_path=directory / "result.json",
         )

@@ -22,6 +22,8 @@ Inside a process events travel as log records of the logger `relora_train.events
     diverged         stage learning_rate message attempt attempts
     evaluated        uri stage val_loss val_perplexity bits_per_byte reused
     report_written   html_uri
+    decided          series outcome reason uri (of a retrain's candidate)
+    retrained        series outcome reason
 
 Light: imports no torch, boto3 or prefect.
 """

@@ -35,6 +35,7 @@ from relora_train.errors import (
     RunInUseError,
     StorageError,
 )
+from relora_train.series_record import series_key
 from relora_train.storage.base import ObjectStore, find_bytes
 from relora_train.storage.opening import open_store
 from relora_train.tombstone import read_tombstone, removed_message
@@ -217,6 +218,16 @@ def hold_run(
         lease.release()
 
 
+@contextmanager
+def hold_series(store: ObjectStore, name: str, *, ttl_seconds: float = DEFAULT_TTL_SECONDS) -> Iterator[Lease]:
+    """Be the only retrain of this series for the length of the block; waits and errors as for hold_run."""
+    lease = take_lease(store, series_key(name, "lease.json"), f"Series {name!r}", ttl_seconds=ttl_seconds)
+    try:
+        yield lease
+    finally:
+        lease.release()
+
+
 def take_lease(
     store: ObjectStore,
     key: str,
@@ -313,10 +324,11 @@ def _unchanged_for_long(watched: tuple[str, float] | None, etag: str, record: Le
 
 
 def _in_use(store: ObjectStore, key: str, what: str, record: LeaseRecord) -> RunInUseError:
+    other = "use another run id" if key.startswith("runs/") else "use another name"
     return RunInUseError(
         f"{what} is in use by {record.holder} since {_when(record.since)} ({store.uri}/{key}), renewed at "
         f"{_when(record.renewed)} by that machine's clock; without a renewal it is free after "
-        f"{record.ttl_seconds * _OBSERVED_TTLS:.0f} s. Wait for it or stop it, then run again, or use another run id."
+        f"{record.ttl_seconds * _OBSERVED_TTLS:.0f} s. Wait for it or stop it, then run again, or {other}."
     )
 
 

@@ -29,8 +29,8 @@ from relora_train.corpus.dataset_inputs import DatasetInputs, resolve_inputs
 from relora_train.corpus.engines import choose_engine
 from relora_train.corpus.meter import Meter, OnProgress
 from relora_train.corpus.overlap import ngram_overlap
+from relora_train.corpus.selection import Selection
 from relora_train.corpus.shards import ShardPlan, ShardRecord, write_shards
-from relora_train.corpus.sources import read_documents
 from relora_train.corpus.staging import StagedCorpus, read_pieces, read_sample, stage_documents
 from relora_train.durable import write_durably
 from relora_train.errors import CorpusEmptyError, CorpusTooSmallError, TrainerInterruptedError
@@ -62,19 +62,26 @@ class PrepareRequest(FrozenConfig):
 
     data: DataConfig
     tokenizer: TokenizerConfig
+    selection: Selection | None = None
+    """What to take of the source; all of it when absent."""
     work_directory: Path
     result_path: Path
     """JSON: directory, manifest."""
 
 
 def describe_dataset(
-    data: DataConfig, tokenizer: TokenizerConfig, *, cache_directory: Path | None = None
+    data: DataConfig,
+    tokenizer: TokenizerConfig,
+    *,
+    cache_directory: Path | None = None,
+    selection: Selection | None = None,
 ) -> tuple[str, dict[str, Any]]:
     """The dataset's id and everything hashed into it, from hashing the source alone: 0.1 s for a dozen megabytes.
 
-    Files in a store are fetched to the cache for it, once. Raises SourceUnreadableError, TokenizerError, StorageError.
+    Files in a store are fetched to the cache for it, once. selection: what to take of the source; all when absent.
+    Raises SourceUnreadableError, TokenizerError, StorageError.
     """
-    found = resolve_inputs(data, tokenizer, cache_directory)
+    found = resolve_inputs(data, tokenizer, cache_directory, selection=selection)
     return found.dataset_id, found.hashed()
 
 
@@ -85,6 +92,7 @@ def prepare_dataset(
     *,
     on_progress: OnProgress | None = None,
     cache_directory: Path | None = None,
+    selection: Selection | None = None,
 ) -> PreparedDataset:
     """Make the dataset below `work_directory`, or return at once the one that was finished there.
 
@@ -92,7 +100,7 @@ def prepare_dataset(
     at a time; another waits for it. Raises SourceUnreadableError, CorpusEmptyError, CorpusTooSmallError,
     TokenizerError, DataError and the errors of the source's store and of this disk.
     """
-    found = resolve_inputs(data, tokenizer, cache_directory)
+    found = resolve_inputs(data, tokenizer, cache_directory, selection=selection)
     home = work_directory / f"{data.name}-{found.dataset_id[:16]}"
     try:
         home.mkdir(parents=True, exist_ok=True)
@@ -129,7 +137,7 @@ def _prepare(found: DatasetInputs, home: Path, on_progress: OnProgress) -> Prepa
     directory.mkdir(exist_ok=True)
     reading = Meter("read", found.source.size_bytes, on_progress)
     corpus = stage_documents(
-        read_documents(found.source, reading.advance),
+        found.read_documents(reading.advance),
         staged_directory,
         validation_fraction=data.validation_fraction,
         range_bytes=data.shard_tokens,
@@ -262,6 +270,7 @@ def _serve(request: PrepareRequest, emit: Emit) -> None:
         request.data,
         request.tokenizer,
         request.work_directory,
+        selection=request.selection,
         on_progress=lambda progress: emit("tokenize_progress", **asdict(progress)),
     )
     result = {"directory": str(prepared.directory), "manifest": prepared.manifest.model_dump(mode="json")}

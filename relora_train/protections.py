@@ -6,6 +6,7 @@
 - a lease not released: also the run's last checkpoint before any merge, which its flow scores at its end
 - a committed checkpoint: its parent in another run
 - a snapshot of a stage that is not committed: the checkpoint it started from
+- series/<name>/promoted.json: its champion, and those that it can go back to (series_record.py)
 Not seen: runs in other stores that branch from here. Pin what they start from.
 """
 
@@ -20,6 +21,7 @@ from relora_train.checkpoint_layout import parse_checkpoint_prefix, split_checkp
 from relora_train.errors import CheckpointCorruptError, ObjectNotFoundError
 from relora_train.lease import LeaseRecord
 from relora_train.manifest import MANIFEST_NAME
+from relora_train.series_record import SeriesRecord, is_pointer, protected_by
 from relora_train.storage.base import ObjectInfo, ObjectStore
 from relora_train.tombstone import TOMBSTONE_NAME
 
@@ -65,7 +67,19 @@ class Protections:
                     continue
                 if kind == "checkpoints" and place.run_id != run_id:
                     found[parent].append(f"run {run_id} branches from it")
+        self._add_series(found)
         return {prefix: tuple(dict.fromkeys(reasons)) for prefix, reasons in found.items()}
+
+    def _add_series(self, found: dict[str, list[str]]) -> None:
+        for info in self._store.list("series/"):
+            if not is_pointer(info.key) or not (record := self._read(info)):
+                continue
+            try:
+                series = SeriesRecord.model_validate(record)
+            except ValueError:
+                raise _unreadable(self._store, info.key) from None
+            for prefix, reason in protected_by(series).items():
+                found[prefix].append(reason)
 
     def _add_lease(
         self, found: dict[str, list[str]], info: ObjectInfo, run_id: str, objects: Sequence[ObjectInfo]

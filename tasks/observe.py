@@ -93,6 +93,11 @@ def skipped(outcome: T, what: str) -> T:
     return cast(T, Completed(name="Skipped", message=f"{what}: there already", data=outcome))
 
 
+def named(name: str, outcome: T, message: str) -> T:
+    """Return this from a task or a flow to have its run end in a successful state of this name."""
+    return cast(T, Completed(name=name, message=message, data=outcome))
+
+
 def done(value: T) -> T:
     """The outcome of a task call. Prefect hands the caller a state that a task returned, with its data wrapped."""
     return cast(T, getattr(value.data, "result", value.data)) if isinstance(value, State) else value

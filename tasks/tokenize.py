@@ -14,7 +14,11 @@ from tasks.policies import STORE_IO
 @task(**STORE_IO, task_run_name="tokenize-{run.profile.data.name}")
 def tokenize(run: Run) -> DatasetOutcome:
     """Return the DatasetOutcome of the profile's corpus; one that is committed already is shown as Skipped."""
-    outcome = prepare_or_reuse(run.profile, run.store, on_event=forward_events())
+    return tell_dataset(prepare_or_reuse(run.profile, run.store, on_event=forward_events()))
+
+
+def tell_dataset(outcome: DatasetOutcome) -> DatasetOutcome:
+    """Say which dataset there is now; return it from a task, to show a reused one as Skipped."""
     manifest = outcome.dataset.manifest
     events.emit(
         "dataset_ready",

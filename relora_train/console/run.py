@@ -63,15 +63,23 @@ def run_profile(
         "store": store.uri,
         "resume_from": resume_from,
     }
+    summary: RunSummary = run_shown("pretrain", parameters, stages, console=console, verbose=verbose)
+    return summary
+
+
+def run_shown(flow: str, parameters: dict[str, Any], stages: Sequence[str], *, console: Console, verbose: bool) -> Any:
+    """Run a flow with its progress shown and return its result; `stages` are announced in this order.
+
+    Raises what the flow raised, TrainerInterruptedError after Ctrl-C; exits with 143 after SIGTERM.
+    """
     try:
         with _display(console, stages, verbose=verbose) as on_notice:
-            summary: RunSummary = run_flow("pretrain", parameters, on_notice=on_notice, verbose=verbose)
+            return run_flow(flow, parameters, on_notice=on_notice, verbose=verbose)
     except KeyboardInterrupt:
         raise TrainerInterruptedError(f"Stopped by Ctrl-C. {_CONTINUE}") from None
     except TerminatedError as error:
         tell(f"Stopped by {error}. {_CONTINUE}")
         raise SystemExit(error.exit_code) from None
-    return summary
 
 
 def evaluate_checkpoint(checkpoint: CheckpointRef, console: Console) -> EvaluationOutcome:

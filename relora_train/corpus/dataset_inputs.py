@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from relora_train.config import DataConfig, TokenizerConfig, settings_digest
-from relora_train.corpus.sources import Source, resolve_source
+from relora_train.corpus.selection import SelectedSource, Selection, contents_of, select_source
+from relora_train.corpus.sources import Advance, Source, resolve_source
 from relora_train.corpus.staging import PIECE_BYTES, SPLIT_RULE
 from relora_train.tokenizer import DEFAULT_EOS_TOKEN, DocumentTokenizer, load_tokenizer
 
@@ -21,7 +23,7 @@ class DatasetInputs:
 
     data: DataConfig
     settings: TokenizerConfig
-    source: Source
+    source: SelectedSource
     loaded: DocumentTokenizer | None
     """None when one is to be trained."""
 
@@ -32,6 +34,10 @@ class DatasetInputs:
     @property
     def eos_token(self) -> str:
         return self.loaded.eos_token if self.loaded else self.settings.eos_token or DEFAULT_EOS_TOKEN
+
+    def read_documents(self, advance: Advance = lambda size: None) -> Iterator[str]:
+        """The texts in order; see relora_train/corpus/sources.py."""
+        return self.source.read(self.data.validation_fraction, advance)
 
     def hashed(self) -> dict[str, Any]:
         """Everything that can change a byte of the dataset, and nothing else: no path, no number of workers."""
@@ -54,7 +60,22 @@ class DatasetInputs:
         }
 
 
-def resolve_inputs(data: DataConfig, settings: TokenizerConfig, cache_directory: Path | None = None) -> DatasetInputs:
-    """Look everything up. Raises SourceUnreadableError, TokenizerError and the errors of the source's store."""
+def resolve_inputs(
+    data: DataConfig,
+    settings: TokenizerConfig,
+    cache_directory: Path | None = None,
+    *,
+    selection: Selection | None = None,
+) -> DatasetInputs:
+    """Look everything up. Raises SourceUnreadableError, TokenizerError and the errors of the source's store.
+
+    selection: take only this of the source; all of it when absent.
+    """
+    source = resolve_source(data, cache_directory)
+    return inputs_of(source, settings, selection or Selection(new=contents_of(source)))
+
+
+def inputs_of(source: Source, settings: TokenizerConfig, selection: Selection) -> DatasetInputs:
+    """As resolve_inputs, of a source that was found already."""
     loaded = load_tokenizer(settings.path, eos_token=settings.eos_token) if settings.path else None
-    return DatasetInputs(data, settings, resolve_source(data, cache_directory), loaded)
+    return DatasetInputs(source.data, settings, select_source(source, selection), loaded)

@@ -13,7 +13,7 @@ import hashlib
 import json
 import sysconfig
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,14 +63,18 @@ def resolve_source(data: DataConfig, cache_directory: Path | None = None) -> Sou
         names = {"hub_id": data.hub_id, "config": data.hub_config, "split": data.hub_split}
         return Source(data, {"format": "hub", **names, "revision": revision}, (), revision)
     files = _stdlib_files() if data.source == "python-stdlib" else find_files(data.paths, data.source, cache_directory)
+    return Source(data, identify(data.source, files), tuple(files))
+
+
+def identify(kind: str, files: Sequence[SourceFile]) -> dict[str, Any]:
+    """What the documents of files are: their content in this order."""
     content = hashlib.sha256("".join(file.sha256 for file in files).encode())
-    identity = {
-        "format": data.source,
+    return {
+        "format": kind,
         "files": len(files),
         "size_bytes": sum(file.size_bytes for file in files),
         "content_sha256": content.hexdigest(),
     }
-    return Source(data, identity, tuple(files))
 
 
 def read_documents(source: Source, advance: Advance = lambda size: None) -> Iterator[str]:

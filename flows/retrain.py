@@ -1,0 +1,91 @@
+"""Retrain a series on its new data, and promote the result only if it is better."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from prefect import flow
+
+from relora_train.lease import hold_run, hold_series
+from relora_train.profiles import load_profile
+from relora_train.retrain_options import Cycles, Margin, MarginKind, OldDataRatio, retrain_options
+from relora_train.retrain_summary import (
+    RetrainSummary,
+    summarize_not_enough,
+    summarize_nothing_new,
+    summarize_retrain,
+)
+from relora_train.run import line_of
+from relora_train.stages import stages_after
+from relora_train.storage.opening import open_store
+from tasks.evaluate import evaluate_checkpoint
+from tasks.observe import done
+from tasks.report import write_report
+from tasks.series import begin_training, decide_promotion, look_for_new_data, tell_outcome, tokenize_new_data
+from tasks.store import open_run_store
+from tasks.train import train_cycle, warm_start
+
+
+@flow(name="retrain", flow_run_name="retrain-{series}", persist_result=False)
+def retrain(
+    series: str,
+    profile: str = "quickstart",
+    overrides: dict[str, Any] | None = None,
+    store: str | None = None,
+    cycles: Cycles = 1,
+    margin: Margin = 0.0,
+    margin_kind: MarginKind = "relative",
+    old_data_ratio: OldDataRatio = 0.25,
+    fresh_warm_start: bool = False,
+    retry_refused: bool = False,
+) -> RetrainSummary:
+    """Train a series' champion on what its source holds more than last time; promote the result if it is better.
+
+    Ends as NoNewData, NotEnoughData, Promoted, Refused or Overtaken, all of them success. To be scheduled: a missed run
+    costs nothing, a doubled one does nothing twice, a killed one is continued by the next.
+
+    Args:
+        series: name of the series; its first retrain trains the whole plan and is promoted as it is
+        profile: name of a shipped profile, or path of a TOML file; its [data] is the source that grows
+        overrides: settings over the profile, by dotted key: {"data.paths": ["s3://bucket/incoming/"]}
+        store: directory, file:// or s3://bucket/prefix; $RELORA_STORE, else ./relora-store, when absent
+        cycles: cycles added to the champion's
+        margin: by how much the validation loss must fall
+        margin_kind: relative to the champion's loss, or absolute in nats per token
+        old_data_ratio: share of the training text that is old data, mixed in against forgetting
+        fresh_warm_start: train the whole plan anew on all data, instead of going on from the champion
+        retry_refused: the data of a refused candidate stays new for the next retrain
+    """
+    options = retrain_options(
+        cycles=cycles,
+        margin=margin,
+        margin_kind=margin_kind,
+        old_data_ratio=old_data_ratio,
+        fresh_warm_start=fresh_warm_start,
+        retry_refused=retry_refused,
+    )
+    settings = load_profile(profile, overrides or {})
+    store_uri = open_run_store(store)
+    with hold_series(open_store(store_uri), series) as lease:
+        plan = look_for_new_data(series, store_uri, settings, options, lease)
+        if plan is None:
+            return tell_outcome(summarize_nothing_new(open_store(store_uri), series))
+        with hold_run(open_store(store_uri), plan.run_id, depends_on=plan.depends_on) as run_lease:
+            run, parent = plan.run(run_lease), plan.parent
+            stages = stages_after(plan.profile, parent.manifest if parent else None)
+            prepared = done(tokenize_new_data(run, plan))
+            if prepared is None:
+                return tell_outcome(summarize_not_enough(plan))
+            begin_training(plan)
+            outcomes = []
+            for stage in stages:
+                train = train_cycle if stage.low_rank else warm_start
+                outcome = done(train(run, stage, prepared.dataset, parent))
+                outcomes.append(outcome)
+                parent = outcome.checkpoint
+            candidate, champion = outcomes[-1].checkpoint, plan.champion
+            ours = done(evaluate_checkpoint(run, candidate, prepared.dataset)).record
+            theirs = done(evaluate_checkpoint(run, champion, prepared.dataset)).record if champion else None
+            report = write_report(run, line_of(candidate)[-len(outcomes) - 1 :], [ours])
+            decision = done(decide_promotion(plan, candidate, ours, theirs, prepared.dataset))
+            return tell_outcome(summarize_retrain(plan, decision, outcomes, report_uri=report.html_uri))

@@ -1,0 +1,71 @@
+"""What a retrain does beside training: look for new data, prepare it, decide about its candidate."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from prefect import task
+from prefect.logging import get_run_logger
+
+from relora_train import events
+from relora_train.checkpoint_store import CheckpointRef
+from relora_train.config import Profile
+from relora_train.dataset_store import DatasetOutcome
+from relora_train.lease import Lease
+from relora_train.retrain import RetrainPlan, conclude, plan_retrain, prepare_next, start
+from relora_train.retrain_options import RetrainOptions
+from relora_train.retrain_summary import STATE_NAMES, RetrainSummary, retrain_markdown
+from relora_train.run import DatasetRef, Run
+from relora_train.series_data import Decision
+from relora_train.storage.opening import open_store
+from tasks.observe import forward_events, named, provenance
+from tasks.policies import STORE_IO
+from tasks.report import publish_markdown
+from tasks.tokenize import tell_dataset
+
+
+@task(**STORE_IO, task_run_name="look-for-new-data-{series}")
+def look_for_new_data(
+    series: str, store_uri: str, settings: Profile, options: RetrainOptions, lease: Lease
+) -> RetrainPlan | None:
+    """Return the RetrainPlan, or None when the source holds nothing new."""
+    plan = plan_retrain(open_store(store_uri), series, settings, options, lease=lease)
+    if plan is not None:
+        get_run_logger().info("%s: %d new parts of the source, run %s", series, len(plan.new), plan.run_id)
+    return plan
+
+
+@task(**STORE_IO, task_run_name="tokenize-new-data-{plan.series}")
+def tokenize_new_data(run: Run, plan: RetrainPlan) -> DatasetOutcome | None:
+    """Return the DatasetOutcome of a plan's documents, or None when they do not fill one update."""
+    outcome = prepare_next(run, plan, on_event=forward_events())
+    return None if outcome is None else tell_dataset(outcome)
+
+
+@task(**STORE_IO, task_run_name="begin-{plan.run_id}")
+def begin_training(plan: RetrainPlan) -> None:
+    """Write down what data the training that begins now takes."""
+    start(plan)
+
+
+@task(**STORE_IO, task_run_name="decide-{plan.run_id}")
+def decide_promotion(
+    plan: RetrainPlan,
+    candidate: CheckpointRef,
+    evaluation: Mapping[str, Any],
+    champion_evaluation: Mapping[str, Any] | None,
+    dataset: DatasetRef,
+) -> Decision:
+    """Promote the candidate if it is better by the margin; return the Decision either way."""
+    decision = conclude(plan, candidate, evaluation, champion_evaluation, dataset, provenance=provenance())
+    events.emit("decided", series=plan.series, outcome=decision.outcome, reason=decision.reason, uri=candidate.uri)
+    return named(STATE_NAMES[decision.outcome], decision, decision.reason)
+
+
+def tell_outcome(summary: RetrainSummary) -> RetrainSummary:
+    """Log and show what a retrain came to, and return it as the flow's final state, named for it."""
+    get_run_logger().info("Series %s: %s: %s", summary.series, summary.outcome, summary.reason)
+    events.emit("retrained", series=summary.series, outcome=summary.outcome, reason=summary.reason)
+    publish_markdown(f"retrain-{summary.series}", retrain_markdown(summary), f"Latest retrain of {summary.series}")
+    return named(STATE_NAMES[summary.outcome], summary, summary.reason)

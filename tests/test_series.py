@@ -1,0 +1,442 @@
+"""What a series has promoted: pointer and history move together, no writer is lost, and nothing promoted is pruned."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import threading
+import uuid
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from bundles import checkpoint_manifest, write_files
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny_data import write_tiny_dataset
+
+from relora_train import retrain
+from relora_train.checkpoint_resolve import resolve_checkpoint
+from relora_train.checkpoint_store import CheckpointRef, CheckpointStore
+from relora_train.cli import main
+from relora_train.config import Profile, TokenizerConfig
+from relora_train.corpus.selection import Selection
+from relora_train.dataset_store import Corpus
+from relora_train.errors import (
+    CheckpointCorruptError,
+    CheckpointNotFoundError,
+    ConfigError,
+    PreconditionFailedError,
+)
+from relora_train.lease import hold_series
+from relora_train.manifest import DatasetManifest
+from relora_train.pins import pins_of
+from relora_train.pruning import prune_run
+from relora_train.retention import RetentionPolicy
+from relora_train.retrain import RetrainPlan, conclude, judge, plan_retrain, prepare_next, start
+from relora_train.retrain_options import RetrainOptions
+from relora_train.retrain_summary import retrain_markdown, summarize_retrain
+from relora_train.run import DatasetRef, StageOutcome
+from relora_train.series import find_champion, list_series, promote, read_series, roll_back
+from relora_train.series_data import Pending, begin, end, read_data, read_decisions
+from relora_train.series_record import Change, champions_in_order, protected_by
+from relora_train.storage.base import ObjectStore
+from relora_train.storage.opening import open_store
+from relora_train.verify import verify_run
+
+EVERYTHING_IS_OLD = timedelta(seconds=-1)
+
+
+@pytest.fixture(params=("local", "memory", "s3"))
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> ObjectStore:
+    if request.param == "s3":
+        return open_store(request.getfixturevalue("s3_store_uri"))
+    return open_store(tmp_path / "store" if request.param == "local" else f"memory://{uuid.uuid4().hex}")
+
+
+@pytest.fixture
+def memory() -> ObjectStore:
+    return open_store(f"memory://{uuid.uuid4().hex}")
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_files(tmp_path_factory.mktemp("files"), "a")
+
+
+def line_of_run(store: ObjectStore, files: Path, count: int, run_id: str = "run") -> list[CheckpointRef]:
+    refs: list[CheckpointRef] = []
+    for number in range(1, count + 1):
+        parent = refs[-1] if refs else None
+        manifest = checkpoint_manifest(
+            files, run_id=run_id, step=100 * number, work=f"{run_id} {number}", stage=f"cycle-{number}", parent=parent
+        ).model_copy(update={"cycle": number})
+        refs.append(CheckpointStore(store, run_id).commit(files, manifest))
+    CheckpointStore(store, run_id).set_head(refs[-1])
+    return refs
+
+
+def promoted(store: ObjectStore, name: str = "s") -> str:
+    return resolve_checkpoint(f"series:{name}", store).manifest.stage
+
+
+# --- the pointer and its history ---
+
+
+def test_a_promotion_moves_the_pointer_and_is_written_down(store: ObjectStore, files: Path):
+    one, two = line_of_run(store, files, 2)
+    assert find_champion(store, "s") is None and list_series(store) == []
+    promote(store, "s", one, reason="the first")
+    made = promote(store, "s", two, reason="better", expected=one.prefix)
+    assert promoted(store) == "cycle-2" and list_series(store) == ["s"]
+    assert resolve_checkpoint("series:s@1", store).uri == one.uri
+    assert [(c.number, c.checkpoint, c.replaced, c.reason) for c in read_series(store, "s").changes] == [
+        (1, one.prefix, None, "the first"), (2, two.prefix, one.prefix, "better")
+    ]  # fmt: skip
+    assert made.by.count("@") == 1 and made.at.tzinfo is not None
+    assert promote(store, "s", two, reason="again") == made  # safe to repeat
+    assert pins_of(store, one) == pins_of(store, two) == []  # the mark that protects it on the way is gone
+
+
+def test_a_candidate_is_not_promoted_over_a_champion_it_was_not_compared_with(store: ObjectStore, files: Path):
+    one, two, three = line_of_run(store, files, 3)
+    promote(store, "s", one, reason="", expected=None)
+    with pytest.raises(PreconditionFailedError, match="was moved to"):
+        promote(store, "s", two, reason="", expected=None)
+    promote(store, "s", three, reason="by hand")
+    with pytest.raises(PreconditionFailedError, match="relora promote s"):
+        promote(store, "s", two, reason="", expected=one.prefix)
+    assert promoted(store) == "cycle-3" and pins_of(store, two) == []
+
+
+def test_of_many_writers_at_once_none_is_lost(store: ObjectStore, files: Path):
+    refs = line_of_run(store, files, 6)
+    together, failures = threading.Barrier(len(refs)), []
+
+    def write(ref: CheckpointRef) -> None:
+        together.wait()
+        try:
+            promote(open_store(store.uri), "s", ref, reason=ref.manifest.stage)
+        except Exception as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=write, args=(ref,)) for ref in refs]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    changes = read_series(store, "s").changes
+    assert not failures and {change.checkpoint for change in changes} == {ref.prefix for ref in refs}
+    assert [change.replaced for change in changes] == [None, *(change.checkpoint for change in changes[:-1])]
+
+
+def test_a_rollback_goes_back_one_champion_at_a_time_or_to_a_number(memory: ObjectStore, files: Path):
+    for ref in line_of_run(memory, files, 4):
+        promote(memory, "s", ref, reason="")
+    assert roll_back(memory, "s", reason="bad").back_to == 3 and promoted(memory) == "cycle-3"
+    roll_back(memory, "s", reason="bad too")
+    assert promoted(memory) == "cycle-2"  # further back, not forth again
+    roll_back(memory, "s", 4, reason="was good after all")
+    assert promoted(memory) == "cycle-4"
+    roll_back(memory, "s", 5, reason="what change 5 had made")
+    assert promoted(memory) == "cycle-3"
+    assert len(read_series(memory, "s").changes) == 8  # nothing is ever taken out
+    with pytest.raises(ConfigError, match="is the champion of series 's' already"):
+        roll_back(memory, "s", 3, reason="")
+    with pytest.raises(CheckpointNotFoundError, match="1 to 8, and none numbered 9"):
+        roll_back(memory, "s", 9, reason="")
+
+
+def test_there_must_be_something_to_go_back_to(memory: ObjectStore, files: Path):
+    with pytest.raises(CheckpointNotFoundError, match=r"no series 's'.* Series there: none"):
+        roll_back(memory, "s", reason="")
+    promote(memory, "s", line_of_run(memory, files, 1)[0], reason="")
+    with pytest.raises(CheckpointNotFoundError, match="no champion before"):
+        roll_back(memory, "s", reason="")
+    with pytest.raises(CheckpointNotFoundError, match="none numbered 2"):
+        resolve_checkpoint("series:s@2", memory)
+    with pytest.raises(ConfigError, match="write series:NAME"):
+        resolve_checkpoint("series:../s", memory)
+
+
+def change(number: int, back_to: int | None) -> Change:
+    return Change(
+        number=number, kind="rollback" if back_to else "promote", fingerprint="f", stage="cycle-1", step=1,
+        checkpoint=f"runs/r/checkpoints/step-00000001-{number:012x}", replaced=None, by="me", reason="",
+        back_to=back_to, nonce="n",
+    )  # fmt: skip
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=25))
+def test_for_any_history_the_last_change_is_the_champion_and_every_champion_was_promoted(draws: list[float]):
+    changes: list[Change] = []
+    for index, draw in enumerate(draws):
+        # Half of the changes go back to any promotion before them.
+        earlier = [one.number for one in changes if one.back_to is None]
+        back_to = earlier[int(2 * draw * len(earlier)) % len(earlier)] if draw < 0.5 and earlier else None
+        changes.append(change(index + 1, back_to))
+    line = champions_in_order(changes)
+    last = changes[-1]
+    assert line[-1].number == (last.back_to or last.number)
+    assert len({one.number for one in line}) == len(line) and all(one.back_to is None for one in line)
+
+
+def test_a_damaged_record_is_named_with_the_way_out_and_nothing_is_pruned(memory: ObjectStore, files: Path):
+    one, two = line_of_run(memory, files, 2)
+    promote(memory, "s", one, reason="")
+    good = json.loads(memory.get_bytes("series/s/promoted.json")[0])
+    renumbered = {**good, "changes": [{**good["changes"][0], "number": 2}]}
+    for damaged in (b"", b"{", json.dumps({**good, "series": "t"}).encode(), json.dumps(renumbered).encode()):
+        memory.put_bytes("series/s/promoted.json", damaged)
+        for act in (lambda: promoted(memory), lambda: promote(memory, "s", two, reason="")):
+            with pytest.raises(CheckpointCorruptError, match=r"series/s/promoted\.json is damaged.*relora promote s"):
+                act()
+        if b'"t"' not in damaged:  # a record that was renamed still protects what it names
+            with pytest.raises(CheckpointCorruptError, match="nothing is removed"):
+                prune_run(memory, "run", RetentionPolicy(keep_last=1), grace=EVERYTHING_IS_OLD)
+    memory.put_bytes("series/s/data.json", b"{")
+    with pytest.raises(CheckpointCorruptError, match=r"data\.json is damaged"):
+        read_data(memory, "s")
+
+
+def test_a_checkpoint_of_another_store_is_not_promoted(memory: ObjectStore, files: Path, tmp_path: Path):
+    (ref,) = line_of_run(open_store(tmp_path / "other"), files, 1)
+    with pytest.raises(ConfigError, match="does not lie in a run of memory://"):
+        promote(memory, "s", ref, reason="")
+
+
+# --- pruning ---
+
+
+def test_the_champion_and_those_it_can_go_back_to_survive_every_prune(store: ObjectStore, files: Path):
+    refs = line_of_run(store, files, 7)
+    for ref in refs[:6]:
+        promote(store, "s", ref, reason="")
+    report = prune_run(store, "run", RetentionPolicy(keep_last=1), grace=EVERYTHING_IS_OLD)
+    assert [ref.manifest.stage for ref in report.removed] == ["cycle-1", "cycle-2"]
+    reasons = {verdict.checkpoint.manifest.stage: verdict.reasons for verdict in report.verdicts}
+    assert "promoted in series s" in reasons["cycle-6"] and "series s can go back to it" in reasons["cycle-3"]
+    with pytest.raises(CheckpointNotFoundError, match="was removed by `relora prune`"):
+        roll_back(store, "s", 2, reason="")
+    roll_back(store, "s", reason="")
+    assert promoted(store) == "cycle-5"
+    kept = protected_by(read_series(store, "s"))
+    assert set(kept) == {ref.prefix for ref in refs[1:6]}  # cycle-6 too: a rollback can be taken back
+    with pytest.raises(CheckpointNotFoundError):
+        promote(store, "s", refs[0], reason="pruned")
+
+
+def test_a_series_leaves_nothing_that_verify_finds_fault_with(memory: ObjectStore, files: Path):
+    one, two = line_of_run(memory, files, 2)
+    before = verify_run(memory, "run").findings
+    promote(memory, "s", one, reason="")
+    promote(memory, "s", two, reason="")
+    assert verify_run(memory, "run").findings == before
+
+
+# --- one retrain's decision ---
+
+
+@pytest.mark.parametrize(
+    ("candidate", "champion", "margin", "kind", "better"),
+    [
+        (3.0, None, 0.5, "relative", True),
+        (2.9, 3.0, 0.0, "relative", True),
+        (3.0, 3.0, 0.0, "relative", False),
+        (3.1, 3.0, 0.0, "absolute", False),
+        (2.98, 3.0, 0.01, "relative", False),
+        (2.96, 3.0, 0.01, "relative", True),
+        (2.75, 3.0, 0.25, "absolute", True),
+        (2.76, 3.0, 0.25, "absolute", False),
+        (math.nan, 3.0, 0.0, "relative", False),
+        (math.inf, None, 0.0, "relative", False),
+        (3.0, math.inf, 0.5, "relative", True),
+    ],
+)
+def test_only_a_loss_lower_by_the_margin_is_better(candidate, champion, margin, kind, better):
+    assert judge(candidate, champion, margin, kind)[0] is better
+
+
+def plan_for(store: ObjectStore, champion: CheckpointRef | None, new: tuple[str, ...] = ("f" * 64,), **options: Any):
+    return RetrainPlan(
+        series="s", store_uri=store.uri, options=RetrainOptions(**options), profile=Profile(), champion=champion,
+        corpus=Corpus(TokenizerConfig(), Selection(new=new)), new=new, run_id="run",
+    )  # fmt: skip
+
+
+def decide(plan: RetrainPlan, candidate: CheckpointRef, loss: float, champion_loss: float | None):
+    manifest = DatasetManifest.model_construct(dataset_id="d" * 64)
+    dataset = DatasetRef("memory://d/datasets/x/d", "memory://d", "datasets/x/d", manifest)
+    theirs = None if champion_loss is None else {"val_loss": champion_loss}
+    return conclude(plan, candidate, {"val_loss": loss}, theirs, dataset, provenance={})
+
+
+def test_data_counts_as_seen_when_its_candidate_is_decided_and_not_before(memory: ObjectStore, files: Path):
+    one, two, three = line_of_run(memory, files, 3)
+    plan = plan_for(memory, None, ("a" * 64,))
+    start(plan)
+    data = read_data(memory, "s")[0]
+    assert data.seen == () and data.pending.new == ("a" * 64,)
+    assert decide(plan, one, 3.0, None).outcome == "promoted"
+    assert read_data(memory, "s")[0].seen == ("a" * 64,) and read_data(memory, "s")[0].pending is None
+    refused = decide(plan_for(memory, one, ("b" * 64,)), two, 3.5, 3.0)
+    assert refused.outcome == "refused" and promoted(memory) == "cycle-1"
+    assert read_data(memory, "s")[0].seen == ("a" * 64, "b" * 64)
+    again = decide(plan_for(memory, one, ("c" * 64,), retry_refused=True), three, math.inf, 3.0)
+    assert again.outcome == "refused" and read_data(memory, "s")[0].seen == ("a" * 64, "b" * 64)
+    assert [d.scores["candidate_loss"] for d in read_decisions(memory, "s")] == [3.0, 3.5, "inf"]
+
+
+def test_the_data_of_a_promotion_taken_back_can_be_trained_on_again(
+    files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    store = open_store(tmp_path)
+    one, two = line_of_run(store, files, 2)
+    decide(plan_for(store, None, ("a" * 64,)), one, 3.0, None)
+    plan = dataclasses.replace(plan_for(store, one, ("b" * 64, "c" * 64)), run_id="second")
+    decide(plan, two, 2.0, 3.0)
+    with pytest.raises(SystemExit):
+        main(["rollback", "s", "--data-again", "--store", str(tmp_path)])
+    assert "2 parts of the source are new again" in capsys.readouterr().out
+    assert read_data(store, "s")[0].seen == ("a" * 64,) and promoted(store) == "cycle-1"
+    with hold_series(store, "s"), pytest.raises(SystemExit) as ended:  # a retrain is under way
+        main(["rollback", "s", "--to", "2", "--data-again", "--store", str(tmp_path)])
+    assert ended.value.code == 2 and promoted(store) == "cycle-1"
+
+
+def test_new_objects_below_an_s3_prefix_are_found_and_tokenized_with_the_champions_tokenizer(
+    s3_store_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("RELORA_CACHE", str(tmp_path / "cache"))
+    store = open_store(s3_store_uri)
+    incoming = open_store(f"{s3_store_uri}/incoming")
+    made = write_tiny_dataset(tmp_path / "tiny")
+    champion = line_of_run(store, made, 1)[0]
+    promote(store, "s", champion, reason="an existing model begins the series")
+    settings = Profile.model_validate(
+        {
+            "data": {"source": "jsonl", "paths": [f"{s3_store_uri}/incoming/"], "validation_fraction": 0.3},
+            "batch": {"sequences": 2, "sequence_length": 16},
+            "schedule": {"cycles": 1},
+        }
+    )
+
+    def arrive(night: int) -> None:
+        rows = (json.dumps({"text": f"night {night} document {row} " * 20}) + "\n" for row in range(30))
+        incoming.put_bytes(f"{night}.jsonl", "".join(rows).encode())
+
+    arrive(0)
+    plan = plan_retrain(store, "s", settings, RetrainOptions(cycles=3))
+    assert len(plan.new) == 1 and plan.parent.uri == champion.uri and plan.profile.schedule.cycles == 4
+    outcome = prepare_next(plan.run(None), plan, on_event=lambda event: None)
+    sha256 = {entry.path: entry.sha256 for entry in outcome.dataset.manifest.files}["tokenizer.json"]
+    assert sha256 in {entry.sha256 for entry in champion.manifest.files}
+    end(store, "s", plan.new, replaces=False)
+    assert plan_retrain(store, "s", settings, RetrainOptions()) is None
+    arrive(1)
+    following = plan_retrain(store, "s", settings, RetrainOptions())
+    assert len(following.new) == 1 and following.corpus.selection.old == plan.new
+    assert following.run_id != plan.run_id
+
+
+def test_a_champion_that_moved_meanwhile_leaves_candidate_and_data_for_later(memory: ObjectStore, files: Path):
+    one, two, three = line_of_run(memory, files, 3)
+    decide(plan_for(memory, None, ("a" * 64,)), one, 3.0, None)
+    plan = plan_for(memory, one, ("b" * 64,))
+    start(plan)
+    promote(memory, "s", two, reason="by hand, while it trained")
+    assert decide(plan, three, 1.0, 3.0).outcome == "overtaken"
+    assert promoted(memory) == "cycle-2"
+    data = read_data(memory, "s")[0]
+    assert data.seen == ("a" * 64,) and data.pending is None
+
+
+class KilledError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("step", ["promote", "record_decision", "end"])
+@pytest.mark.parametrize("done", [False, True])
+def test_a_decision_killed_anywhere_comes_out_the_same(
+    memory: ObjectStore, files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, done: bool
+):
+    """Killed before or after each of its writes; the next retrain finds what is left to do and does it once."""
+    corpus = tmp_path / "night.jsonl"
+    corpus.write_text('{"text": "something"}\n')
+    settings = Profile.model_validate({"data": {"source": "jsonl", "paths": [str(corpus)]}})
+    (candidate,) = line_of_run(memory, files, 1)
+    plan = dataclasses.replace(plan_retrain(memory, "s", settings, RetrainOptions()), run_id="run")
+    start(plan)
+    real = getattr(retrain, step)
+
+    def killed(*arguments: Any, **named: Any) -> Any:
+        if done:
+            real(*arguments, **named)
+        raise KilledError
+
+    with monkeypatch.context() as patch, pytest.raises(KilledError):
+        patch.setattr(retrain, step, killed)
+        decide(plan, candidate, 3.0, None)
+    planned = plan_retrain(memory, "s", settings, RetrainOptions())
+    if find_champion(memory, "s") is None:
+        assert planned.new == plan.new  # nothing is seen, nothing is skipped
+        decide(plan, candidate, 3.0, None)
+    else:
+        assert planned is None  # what was promoted is not trained on twice
+    (made,) = read_series(memory, "s").changes
+    (decision,) = read_decisions(memory, "s")
+    assert made.checkpoint == candidate.prefix and decision.outcome == "promoted"
+    assert read_data(memory, "s")[0].seen == plan.new and read_data(memory, "s")[0].pending is None
+
+
+def test_a_hub_revision_is_seen_as_a_whole(memory: ObjectStore):
+    first, second = "0" * 40, "1" * 40
+    begin(memory, "s", Pending(run_id="r", new=(first,), champion=None), 0.05)
+    end(memory, "s", (first,), replaces=True)
+    end(memory, "s", (second,), replaces=True)
+    assert read_data(memory, "s")[0].seen == (second,)
+
+
+# --- what people see ---
+
+
+def test_the_commands_promote_show_and_roll_back(
+    files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    store = open_store(tmp_path / "store")
+    one, two = line_of_run(store, files, 2)
+    monkeypatch.setenv("RELORA_STORE", str(tmp_path / "store"))
+    monkeypatch.setenv("COLUMNS", "400")
+
+    def relora(*arguments: str) -> str:
+        with pytest.raises(SystemExit) as ended:
+            main(arguments)
+        assert not ended.value.code, capsys.readouterr().err
+        return capsys.readouterr().out
+
+    assert "No series has promoted" in relora("series")
+    assert one.uri in relora("promote", "s", "run@cycle-1", "--reason", "it is the first")
+    relora("promote", "s", two.uri)
+    assert "run@cycle-2" in relora("series")
+    history = relora("series", "s")
+    assert "it is the first" in history and two.uri in history
+    assert one.uri in relora("rollback", "s", "--reason", "it wrote nonsense")
+    shown = json.loads(relora("series", "s", "--json"))
+    assert shown["champion"] == one.uri and shown["changes"][2]["reason"] == "it wrote nonsense"
+    assert json.loads(relora("series", "--json"))[0]["series"] == "s"
+    assert one.uri in relora("show", "series:s")
+
+
+def test_the_report_of_a_decision_says_what_to_do_next(memory: ObjectStore, files: Path):
+    one, two = line_of_run(memory, files, 2)
+    for plan, ref, losses, advice in (
+        (plan_for(memory, None), one, (3.0, None), "relora rollback s"),
+        (plan_for(memory, one), two, (3.5, 3.0), f"relora promote s {two.uri}"),
+    ):
+        decision = decide(plan, ref, *losses)
+        summary = summarize_retrain(plan, decision, [StageOutcome(ref, reused=False)], report_uri="file:///r.html")
+        markdown = retrain_markdown(summary)
+        assert advice in markdown and decision.outcome in markdown and "file:///r.html" in markdown
+    assert summary.champion_uri == one.uri and summary.stages_trained == 1
