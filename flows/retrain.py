@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from prefect import flow
 
 from relora_train.lease import hold_run, hold_series
+from relora_train.overrides import ProfileOverrides
+from relora_train.parameters import LimitName, ProfileName, SeriesName, StoreUri
 from relora_train.profiles import load_profile
 from relora_train.retrain_options import Cycles, Margin, MarginKind, OldDataRatio, retrain_options
 from relora_train.retrain_summary import (
@@ -18,7 +18,9 @@ from relora_train.retrain_summary import (
 from relora_train.run import line_of
 from relora_train.stages import stages_after
 from relora_train.storage.opening import open_store
+from tasks.artifacts import name_flow_run
 from tasks.evaluate import evaluate_checkpoint
+from tasks.limits import device_slot, require_limit
 from tasks.observe import done
 from tasks.report import write_report
 from tasks.series import begin_training, decide_promotion, look_for_new_data, tell_outcome, tokenize_new_data
@@ -28,16 +30,17 @@ from tasks.train import train_cycle, warm_start
 
 @flow(name="retrain", flow_run_name="retrain-{series}", persist_result=False)
 def retrain(
-    series: str,
-    profile: str = "quickstart",
-    overrides: dict[str, Any] | None = None,
-    store: str | None = None,
+    series: SeriesName,
+    profile: ProfileName = "quickstart",
+    overrides: ProfileOverrides | None = None,
+    store: StoreUri | None = None,
     cycles: Cycles = 1,
     margin: Margin = 0.0,
     margin_kind: MarginKind = "relative",
     old_data_ratio: OldDataRatio = 0.25,
     fresh_warm_start: bool = False,
     retry_refused: bool = False,
+    gpu_limit: LimitName | None = None,
 ) -> RetrainSummary:
     """Train a series' champion on what its source holds more than last time; promote the result if it is better.
 
@@ -47,7 +50,7 @@ def retrain(
     Args:
         series: name of the series; its first retrain trains the whole plan and is promoted as it is
         profile: name of a shipped profile, or path of a TOML file; its [data] is the source that grows
-        overrides: settings over the profile, by dotted key: {"data.paths": ["s3://bucket/incoming/"]}
+        overrides: settings over the profile, such as {"data": {"paths": ["s3://bucket/incoming/"]}}
         store: directory, file:// or s3://bucket/prefix; $RELORA_STORE, else ./relora-store, when absent
         cycles: cycles added to the champion's
         margin: by how much the validation loss must fall
@@ -55,6 +58,7 @@ def retrain(
         old_data_ratio: share of the training text that is old data, mixed in against forgetting
         fresh_warm_start: train the whole plan anew on all data, instead of going on from the champion
         retry_refused: the data of a refused candidate stays new for the next retrain
+        gpu_limit: global concurrency limit of which the run holds one slot while it trains; none when absent
     """
     options = retrain_options(
         cycles=cycles,
@@ -64,12 +68,14 @@ def retrain(
         fresh_warm_start=fresh_warm_start,
         retry_refused=retry_refused,
     )
-    settings = load_profile(profile, overrides or {})
+    require_limit(gpu_limit)
+    settings = load_profile(profile, overrides.settings() if overrides else {})
     store_uri = open_run_store(store)
     with hold_series(open_store(store_uri), series) as lease:
         plan = look_for_new_data(series, store_uri, settings, options, lease)
         if plan is None:
             return tell_outcome(summarize_nothing_new(open_store(store_uri), series))
+        name_flow_run(series, plan.run_id)
         with hold_run(open_store(store_uri), plan.run_id, depends_on=plan.depends_on) as run_lease:
             run, parent = plan.run(run_lease), plan.parent
             stages = stages_after(plan.profile, parent.manifest if parent else None)
@@ -78,14 +84,15 @@ def retrain(
                 return tell_outcome(summarize_not_enough(plan))
             begin_training(plan)
             outcomes = []
-            for stage in stages:
-                train = train_cycle if stage.low_rank else warm_start
-                outcome = done(train(run, stage, prepared.dataset, parent))
-                outcomes.append(outcome)
-                parent = outcome.checkpoint
-            candidate, champion = outcomes[-1].checkpoint, plan.champion
-            ours = done(evaluate_checkpoint(run, candidate, prepared.dataset)).record
-            theirs = done(evaluate_checkpoint(run, champion, prepared.dataset)).record if champion else None
+            with device_slot(gpu_limit):
+                for stage in stages:
+                    train = train_cycle if stage.low_rank else warm_start
+                    outcome = done(train(run, stage, prepared.dataset, parent))
+                    outcomes.append(outcome)
+                    parent = outcome.checkpoint
+                candidate, champion = outcomes[-1].checkpoint, plan.champion
+                ours = done(evaluate_checkpoint(run, candidate, prepared.dataset)).record
+                theirs = done(evaluate_checkpoint(run, champion, prepared.dataset)).record if champion else None
             report = write_report(run, line_of(candidate)[-len(outcomes) - 1 :], [ours])
             decision = done(decide_promotion(plan, candidate, ours, theirs, prepared.dataset))
             return tell_outcome(summarize_retrain(plan, decision, outcomes, report_uri=report.html_uri))

@@ -13,6 +13,7 @@ from pydantic import Field
 
 from relora_train.checkpoint_layout import RUN_ID_PATTERN
 from relora_train.profiles import list_profiles
+from relora_train.series_record import SERIES_PATTERN
 
 _SHIPPED = "|".join(re.escape(path.stem) for path in list_profiles())
 
@@ -22,8 +23,11 @@ ProfileName = Annotated[str, Field(pattern=rf"^({_SHIPPED}|.*\.toml)$")]
 RunId = Annotated[str, Field(pattern=rf"^{RUN_ID_PATTERN}$")]
 """What can be a folder and a part of a URI."""
 
-CheckpointName = Annotated[str, Field(pattern=rf"^({RUN_ID_PATTERN}(@[A-Za-z0-9-]+)?|.*/.*|\.\.?)$")]
-"""RUN, RUN@latest, RUN@cycle-2, RUN@warm-start, RUN@step-400, or a checkpoint's URI or directory."""
+SeriesName = Annotated[str, Field(pattern=rf"^{SERIES_PATTERN}$")]
+"""What can be a folder and a part of a URI."""
+
+CheckpointName = Annotated[str, Field(pattern=rf"^((series:)?{RUN_ID_PATTERN}(@[A-Za-z0-9-]+)?|.*/.*|\.\.?)$")]
+"""RUN, RUN@latest, RUN@cycle-2, RUN@warm-start, RUN@step-400, series:NAME, or a checkpoint's URI or directory."""
 
 StoreUri = Annotated[str, Field(pattern=r"^(s3://[^/]+.*|file://.*|memory://.+|[.~/].*|[^:]+)$")]
 """A directory, file:// or s3://bucket/prefix; no other scheme."""

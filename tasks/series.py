@@ -19,9 +19,9 @@ from relora_train.retrain_summary import STATE_NAMES, RetrainSummary, retrain_ma
 from relora_train.run import DatasetRef, Run
 from relora_train.series_data import Decision
 from relora_train.storage.opening import open_store
+from tasks.artifacts import publish_markdown
 from tasks.observe import forward_events, named, provenance
 from tasks.policies import STORE_IO
-from tasks.report import publish_markdown
 from tasks.tokenize import tell_dataset
 
 
