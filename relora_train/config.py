@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -370,11 +370,22 @@ class LaunchConfig(FrozenConfig):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """'auto' takes a GPU where there is one."""
 
-    nproc_per_node: int = Field(1, ge=1)
-    """Ranks on this machine, by torch's elastic launcher."""
+    nproc_per_node: Annotated[int, Field(ge=1)] | Literal["gpu"] = 1
+    """Ranks on a machine, by torch's elastic launcher; 'gpu' takes as many as there are GPUs when a stage starts."""
 
     threads: int | None = Field(None, ge=1)
     """CPU threads of a rank; torch's choice when absent."""
+
+    @model_validator(mode="after")
+    def gpus_are_counted_only_where_they_are_used(self) -> Self:
+        if self.nproc_per_node == "gpu" and self.device == "cpu":
+            raise ValueError("nproc_per_node 'gpu' needs device 'cuda' or 'auto'")
+        return self
+
+    @property
+    def world_size(self) -> int | None:
+        """Ranks of a stage; None when only its start tells."""
+        return None if self.nproc_per_node == "gpu" else self.nproc_per_node
 
 
 class RetentionConfig(FrozenConfig):
@@ -435,12 +446,8 @@ class Profile(FrozenConfig):
 
     @model_validator(mode="after")
     def ranks_share_the_batch(self) -> Self:
-        sequences, ranks, micro = self.batch.sequences, self.launch.nproc_per_node, self.batch.micro_sequences or 1
-        if sequences % (ranks * micro):
-            raise ValueError(
-                f"batch.sequences {sequences} is not a multiple of launch.nproc_per_node {ranks} x "
-                f"batch.micro_sequences {micro}"
-            )
+        if self.launch.world_size is not None and (fault := self.fault_of_ranks(self.launch.world_size)):
+            raise ValueError(fault)
         return self
 
     @model_validator(mode="after")
@@ -449,6 +456,15 @@ class Profile(FrozenConfig):
         if self.model.pretrained is None and self.tokenizer.path is None and rows is not None and rows < entries:
             raise ValueError(f"model.vocab_size {rows} is below tokenizer.vocab_size {entries}")
         return self
+
+    def fault_of_ranks(self, world_size: int) -> str | None:
+        """Why a batch cannot be shared by so many ranks, or None: then their shares differ by one sequence at most."""
+        if world_size > self.batch.sequences:
+            return (
+                f"batch.sequences {self.batch.sequences} leaves some of {world_size} ranks without a sequence: "
+                f"launch at most {self.batch.sequences}"
+            )
+        return None
 
     @property
     def warm_start_learning_rate(self) -> float:

@@ -15,7 +15,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Literal
 
 from relora_train import events
 from relora_train.config import FrozenConfig
@@ -40,7 +40,7 @@ def run_worker(
     request_path: Path,
     *,
     on_event: Callable[[Event], None],
-    nproc_per_node: int = 1,
+    nproc_per_node: int | Literal["gpu"] = 1,
     keep_secrets: bool = False,
 ) -> None:
     """Run `python -m module --request request_path` to its end, under torch's elastic launcher for several ranks.
@@ -83,9 +83,9 @@ def run_worker(
         raise _error(module, failures, status, tail)
 
 
-def _command(module: str, request_path: Path, nproc_per_node: int) -> list[str]:
+def _command(module: str, request_path: Path, nproc_per_node: int | Literal["gpu"]) -> list[str]:
     launcher = ["-m", module]
-    if nproc_per_node > 1:
+    if nproc_per_node != 1:
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={nproc_per_node}", "-m", module]
     return [sys.executable, *launcher, "--request", str(request_path)]
 

@@ -20,6 +20,7 @@ from relora_train.checkpoint import (
 )
 from relora_train.config import Profile
 from relora_train.dataset import TokenDataset
+from relora_train.errors import ConfigError
 from relora_train.evaluate import autocast
 from relora_train.model import build_model, check_fits, head_is_plain, load_model, next_token_loss
 from relora_train.optimizer import build_optimizer, load_optimizer_state_by_name
@@ -136,6 +137,8 @@ def prepare_stage(request: StageRequest, ranks: Ranks) -> StageTraining:
     profile = request.profile
     stage = request.stage
     length = profile.batch.sequence_length
+    if fault := profile.fault_of_ranks(ranks.world_size):
+        raise ConfigError(f"{fault}.")
     train_data = TokenDataset(request.dataset_directory, "train", sequence_length=length, seed=profile.seed)
     val_data = TokenDataset(request.dataset_directory, "val", sequence_length=length)
     train_data.require(profile.batch.sequences)
