@@ -373,6 +373,9 @@ class LaunchConfig(FrozenConfig):
     nproc_per_node: Annotated[int, Field(ge=1)] | Literal["gpu"] = 1
     """Ranks on a machine, by torch's elastic launcher; 'gpu' takes as many as there are GPUs when a stage starts."""
 
+    sharding: Literal["none", "full"] = "none"
+    """'full' spreads weights, gradients and optimizer over the ranks (FSDP2): for a model too large for one device."""
+
     threads: int | None = Field(None, ge=1)
     """CPU threads of a rank; torch's choice when absent."""
 
@@ -463,6 +466,12 @@ class Profile(FrozenConfig):
             return (
                 f"batch.sequences {self.batch.sequences} leaves some of {world_size} ranks without a sequence: "
                 f"launch at most {self.batch.sequences}"
+            )
+        if self.launch.sharding == "full" and self.batch.sequences % world_size:
+            fitting = [n for n in range(1, self.batch.sequences + 1) if self.batch.sequences % n == 0]
+            return (
+                f"launch.sharding 'full' needs equal shares, and batch.sequences {self.batch.sequences} is no multiple "
+                f"of {world_size} ranks: launch one of {', '.join(map(str, fitting))}"
             )
         return None
 

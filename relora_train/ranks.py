@@ -21,6 +21,8 @@ class Ranks:
     rank: int
     world_size: int
     device: torch.device
+    sharded: bool = False
+    """Whether each holds its rows of the model only. Then all must do the same forward passes, at the same time."""
 
     @property
     def is_first(self) -> bool:
@@ -28,8 +30,11 @@ class Ranks:
         return self.rank == 0
 
     def sum_gradients(self, parameters: Iterable[Tensor]) -> None:
-        """Add every parameter's gradient over all ranks, in one message a dtype; once per update."""
-        if self.world_size == 1:
+        """Add every parameter's gradient over all ranks, in one message a dtype; once per update.
+
+        Those of a sharded model are sums already, made by the backward pass.
+        """
+        if self.world_size == 1 or self.sharded:
             return
         by_dtype: dict[torch.dtype, list[Tensor]] = {}
         for parameter in parameters:
@@ -61,10 +66,11 @@ class Ranks:
 
 
 @contextmanager
-def joined_ranks(device: str) -> Iterator[Ranks]:
+def joined_ranks(device: str, *, sharded: bool = False) -> Iterator[Ranks]:
     """Join the group that the launcher's environment names; leave it at the end.
 
-    device: 'auto', 'cpu' or 'cuda'. Raises DeviceError when a GPU is asked for and there is none.
+    device: 'auto', 'cpu' or 'cuda'. sharded: whether they share one model; of no meaning to a rank alone.
+    Raises DeviceError when a GPU is asked for and there is none.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise DeviceError("launch.device is 'cuda', but torch sees no GPU here. Set launch.device to 'cpu' or 'auto'.")
@@ -78,7 +84,7 @@ def joined_ranks(device: str) -> Iterator[Ranks]:
     if world_size > 1:
         dist.init_process_group("nccl" if on_gpu else "gloo")
     try:
-        yield Ranks(rank=rank, world_size=world_size, device=chosen)
+        yield Ranks(rank=rank, world_size=world_size, device=chosen, sharded=sharded and world_size > 1)
     finally:
         if world_size > 1:
             dist.destroy_process_group()

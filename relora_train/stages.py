@@ -48,6 +48,11 @@ class Stage:
         """Whether A and B are trained and merged at the end."""
         return self.kind in ("relora", "lora")
 
+    @property
+    def hands_on_optimizer(self) -> bool:
+        """Whether the next stage continues with the optimizer's state; a warm start's and a LoRA's end with them."""
+        return self.kind in ("relora", "full")
+
 
 def plan_stages(profile: Profile) -> tuple[Stage, ...]:
     """The stages of a run from its first step, in order.

@@ -21,6 +21,8 @@ from relora_train.process import Emit, StopRequest, serve_request
 from relora_train.ranks import joined_ranks
 from relora_train.relora import lora_parameters
 from relora_train.requests import StageRequest
+from relora_train.sharded_saving import ShardedSnapshotter, save_sharded
+from relora_train.shards import whole
 from relora_train.snapshot import Progress, restore_snapshot
 from relora_train.snapshotter import Snapshotter
 from relora_train.stages import Stage
@@ -39,10 +41,10 @@ def run_stage(request: StageRequest, emit: Emit) -> None:
     to stop, and the errors of loading model and data.
     """
     configure_torch(request.profile)
-    started = time.monotonic()
+    started, launch = time.monotonic(), request.profile.launch
     with (
         StopRequest() as stop,
-        joined_ranks(request.profile.launch.device) as ranks,
+        joined_ranks(launch.device, sharded=launch.sharding == "full") as ranks,
         trainer_lock(request.lock_path if ranks.is_first else None),
     ):
         emit = stop.on_lost_listener(emit) if ranks.is_first else _silent
@@ -73,6 +75,8 @@ def run_stage(request: StageRequest, emit: Emit) -> None:
                 step=training.stage.end_step,
                 directory=str(request.output_directory),
             )
+        elif ranks.sharded:
+            save_sharded(training, None)
         ranks.barrier()
 
 
@@ -123,7 +127,7 @@ def _train(training: StageTraining, progress: Progress, emit: Emit, stop: StopRe
     metrics, losses, first_step = progress.metrics, progress.losses, progress.step
     timed, last_record, last_progress = 0, time.monotonic(), 0.0
     first_step_at = time.monotonic()
-    snapshotter = Snapshotter(training, emit)
+    snapshotter = (ShardedSnapshotter if training.ranks.sharded else Snapshotter)(training, emit)
     for step in range(first_step + 1, stage.end_step + 1):
         loss, norm = training.update(step)
         losses += loss
@@ -191,7 +195,7 @@ def _low_rank_gradient_norms(training: StageTraining) -> dict[str, float]:
     squares = {"lora_A": 0.0, "lora_B": 0.0}
     for name, parameter in lora_parameters(training.model):
         if parameter.grad is not None:
-            squares[name.rpartition(".")[2]] += float(parameter.grad.double().square().sum())
+            squares[name.rpartition(".")[2]] += float(whole(parameter.grad.double().square().sum()))
     return {f"{factor}_grad_norm": math.sqrt(square) for factor, square in squares.items()}
 
 

@@ -61,23 +61,23 @@ def together(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def assert_same_up_to_rounding(one: Path, other: Path) -> None:
+def assert_same_up_to_rounding(one: Path, other: Path, *, rounding: float = 1e-5) -> None:
     """Losses, merged weights and the optimizer's state after the reset: float32 gradients summed in another order."""
     losses = [[record["loss"] for record in metrics_of(checkpoint)] for checkpoint in (one, other)]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert losses[0] == pytest.approx(losses[1], rel=rounding)
     weights, expected = load_file(one / "model.safetensors"), load_file(other / "model.safetensors")
-    assert list(weights) == list(expected)
-    for name in expected:
-        torch.testing.assert_close(weights[name], expected[name], rtol=1e-3, atol=2e-5)
+    assert weights.keys() == expected.keys()
+    for name in expected:  # Adam's steps are as long for a tiny gradient as for a large one
+        torch.testing.assert_close(weights[name], expected[name], rtol=100 * rounding, atol=10 * rounding)
     states = [load_optimizer_state(checkpoint / "optimizer.safetensors") for checkpoint in (one, other)]
     assert states[0].keys() == states[1].keys()
     for name, expected_state in states[1].items():
         for key, value in expected_state.items():
-            largest = float(value.abs().max())
-            torch.testing.assert_close(states[0][name][key], value, rtol=1e-3, atol=1e-4 * largest)
+            atol = 10 * rounding * float(value.abs().max())
+            torch.testing.assert_close(states[0][name][key], value, rtol=100 * rounding, atol=atol)
         if "lora_" in name:  # pruned by the same mask
             kept = [state[name]["exp_avg"] != 0 for state in states]
-            assert torch.equal(kept[0], kept[1]) and 0 < kept[0].sum() < 0.05 * kept[0].numel()
+            assert torch.equal(kept[0], kept[1]) and 0 < kept[0].sum() < 0.1 * kept[0].numel()
 
 
 def test_two_ranks_give_the_single_process_result_up_to_rounding(alone: Path, together: Path):

@@ -101,6 +101,7 @@ CHANGES_NOTHING = {
     "snapshots.keep": 3,
     "launch.device": "cpu",
     "launch.nproc_per_node": 4,
+    "launch.sharding": "full",
     "launch.threads": 2,
     "retention.keep_last": 2,
     "retention.keep_every": 5,
