@@ -373,6 +373,12 @@ class LaunchConfig(FrozenConfig):
     nproc_per_node: Annotated[int, Field(ge=1)] | Literal["gpu"] = 1
     """Ranks on a machine, by torch's elastic launcher; 'gpu' takes as many as there are GPUs when a stage starts."""
 
+    nnodes: int = Field(1, ge=1)
+    """Machines; all but the flow's run `relora join` and see its cache and dataset under the same paths."""
+
+    rdzv_endpoint: str | None = Field(None, pattern=r"^[A-Za-z0-9._-]+:\d{1,5}$")
+    """'host:port' at which the flow's machine is found by the others; needed with several."""
+
     sharding: Literal["none", "full"] = "none"
     """'full' spreads weights, gradients and optimizer over the ranks (FSDP2): for a model too large for one device."""
 
@@ -385,10 +391,16 @@ class LaunchConfig(FrozenConfig):
             raise ValueError("nproc_per_node 'gpu' needs device 'cuda' or 'auto'")
         return self
 
+    @model_validator(mode="after")
+    def several_machines_have_a_place_to_meet(self) -> Self:
+        if self.nnodes > 1 and self.rdzv_endpoint is None:
+            raise ValueError(f"nnodes {self.nnodes} needs rdzv_endpoint, 'host:port' of the flow's machine")
+        return self
+
     @property
     def world_size(self) -> int | None:
         """Ranks of a stage; None when only its start tells."""
-        return None if self.nproc_per_node == "gpu" else self.nproc_per_node
+        return None if self.nproc_per_node == "gpu" else self.nproc_per_node * self.nnodes
 
 
 class RetentionConfig(FrozenConfig):

@@ -59,6 +59,15 @@ class Ranks:
             return flag
         return bool(self.sum(torch.tensor(float(flag), device=self.device)).item())
 
+    def share_text(self, text: str | None = None) -> str:
+        """The first rank's text, on all; it alone gives one."""
+        data = torch.tensor(list((text or "").encode()), dtype=torch.uint8, device=self.device)
+        size = self.sum(torch.tensor(len(data) if self.is_first else 0, device=self.device))
+        buffer = data if self.is_first else torch.empty(int(size), dtype=torch.uint8, device=self.device)
+        if self.world_size > 1:
+            dist.broadcast(buffer, src=0)
+        return bytes(buffer.cpu().tolist()).decode()
+
     def barrier(self) -> None:
         """Wait for all."""
         if self.world_size > 1:
@@ -66,11 +75,10 @@ class Ranks:
 
 
 @contextmanager
-def joined_ranks(device: str, *, sharded: bool = False) -> Iterator[Ranks]:
+def joined_ranks(device: str) -> Iterator[Ranks]:
     """Join the group that the launcher's environment names; leave it at the end.
 
-    device: 'auto', 'cpu' or 'cuda'. sharded: whether they share one model; of no meaning to a rank alone.
-    Raises DeviceError when a GPU is asked for and there is none.
+    device: 'auto', 'cpu' or 'cuda'. Raises DeviceError when a GPU is asked for and there is none.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise DeviceError("launch.device is 'cuda', but torch sees no GPU here. Set launch.device to 'cpu' or 'auto'.")
@@ -84,7 +92,7 @@ def joined_ranks(device: str, *, sharded: bool = False) -> Iterator[Ranks]:
     if world_size > 1:
         dist.init_process_group("nccl" if on_gpu else "gloo")
     try:
-        yield Ranks(rank=rank, world_size=world_size, device=chosen, sharded=sharded and world_size > 1)
+        yield Ranks(rank=rank, world_size=world_size, device=chosen)
     finally:
         if world_size > 1:
             dist.destroy_process_group()

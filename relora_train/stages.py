@@ -133,6 +133,13 @@ def _refuse_another_model(profile: Profile, parent: CheckpointManifest) -> None:
         )
 
 
+def is_last(profile: Profile, stage: Stage) -> bool:
+    """Whether nothing of the profile's plan follows a stage."""
+    if stage.kind == "full":
+        return stage.end_step >= profile.schedule.total_steps
+    return stage.kind == "lora" or (stage.kind == "relora" and stage.cycle >= profile.schedule.cycles)
+
+
 def stage_learning_rate(profile: Profile, stage: Stage, step: int) -> float:
     """Learning rate of update `step`, counted from 1, as a function of the profile, the stage and the step alone.
 

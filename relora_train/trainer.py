@@ -18,7 +18,7 @@ from relora_train.errors import DivergedError, TrainerInterruptedError
 from relora_train.evaluate import Evaluation, evaluate_model
 from relora_train.merging import finish_cycle
 from relora_train.process import Emit, StopRequest, serve_request
-from relora_train.ranks import joined_ranks
+from relora_train.ranks import Ranks, joined_ranks
 from relora_train.relora import lora_parameters
 from relora_train.requests import StageRequest
 from relora_train.sharded_saving import ShardedSnapshotter, save_sharded
@@ -40,13 +40,20 @@ def run_stage(request: StageRequest, emit: Emit) -> None:
     Raises DivergedError on a loss that is not finite or worse than twice guessing, TrainerInterruptedError when told
     to stop, and the errors of loading model and data.
     """
+    launch = request.profile.launch
+    with StopRequest() as stop, joined_ranks(launch.device) as ranks:
+        if launch.nnodes > 1:
+            ranks.share_text(request.model_dump_json())  # the ranks of other machines know it from here
+        run_as_rank(request, ranks, stop, emit)
+
+
+def run_as_rank(request: StageRequest, ranks: Ranks, stop: StopRequest, emit: Emit) -> None:
+    """What each rank does for run_stage, once all have the request."""
     configure_torch(request.profile)
-    started, launch = time.monotonic(), request.profile.launch
-    with (
-        StopRequest() as stop,
-        joined_ranks(launch.device, sharded=launch.sharding == "full") as ranks,
-        trainer_lock(request.lock_path if ranks.is_first else None),
-    ):
+    started = time.monotonic()
+    sharded = request.profile.launch.sharding == "full" and ranks.world_size > 1
+    ranks = dataclasses.replace(ranks, sharded=sharded)
+    with trainer_lock(request.lock_path if ranks.is_first else None):
         emit = stop.on_lost_listener(emit) if ranks.is_first else _silent
         training = prepare_stage(request, ranks)
         emit("stage_started", **_describe(training))

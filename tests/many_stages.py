@@ -68,7 +68,7 @@ def train_all(plan: ManyStages, emit: Emit) -> None:
     trainer.prepare_stage, trainer._train = recorded_prepare, recorded_train
     StageTraining.update = update_and_stop
     launch = plan.stages[0].request.profile.launch
-    with joined_ranks(launch.device, sharded=launch.sharding == "full") as ranks:
+    with joined_ranks(launch.device) as ranks:
         # A trainer joins once in its life; FSDP does not outlive its process group.
         trainer.joined_ranks = lambda *_, **__: nullcontext(ranks)
         for work in plan.stages:

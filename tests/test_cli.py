@@ -92,6 +92,15 @@ BAD_INPUT = [
     pytest.param(["evaluate", "tale"], 5, "is not at", id="dataset gone"),
     pytest.param(["export", "tale", "full"], 2, "is not empty", id="export into a directory in use"),
     pytest.param(["export", "tale", "full/file"], 2, "is a file", id="export onto a file"),
+    pytest.param(
+        ["join", "--rdzv-endpoint", "x:1", "--nnodes", "2", "--node-rank", "2"],
+        2,
+        "--node-rank 2 is",
+        id="no such node",
+    ),
+    pytest.param(
+        ["join", "--rdzv-endpoint", "x", "--nnodes", "2", "--node-rank", "1"], 2, "rdzv_endpoint", id="no port"
+    ),
     pytest.param(["report", "gone"], 6, "no run 'gone'", id="report of nothing"),
 ]
 
@@ -170,7 +179,19 @@ def test_every_command_has_one_line_of_help_and_the_exit_codes_are_documented(re
     ):
         assert code in shown.out
     commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
-    expected = {"run", "plan", "runs", "checkpoints", "show", "evaluate", "export", "report", "profiles", "retry"}
+    expected = {
+        "run",
+        "join",
+        "plan",
+        "runs",
+        "checkpoints",
+        "show",
+        "evaluate",
+        "export",
+        "report",
+        "profiles",
+        "retry",
+    }
     expected |= {"prune", "verify", "pin", "unpin"}
     assert set(commands) == expected
     for name, command in commands.items():

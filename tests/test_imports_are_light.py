@@ -18,6 +18,7 @@ LIGHT = (
     "relora_train.checkpoint_layout",
     "relora_train.checkpoint_resolve",
     "relora_train.checkpoint_store",
+    "relora_train.joining",
     "relora_train.launch",
     "relora_train.snapshot_store",
     "relora_train.snapshot_uploader",

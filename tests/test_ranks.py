@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +21,7 @@ from relora_train.checkpoint import load_optimizer_state
 from relora_train.config import Profile
 from relora_train.errors import ConfigError, TrainerCrashedError
 from relora_train.events import Event
-from relora_train.launch import run_worker
+from relora_train.launch import nodes_of, run_worker
 from relora_train.ranks import Ranks
 from relora_train.requests import StageRequest
 from relora_train.snapshot_store import local_snapshots
@@ -178,3 +181,43 @@ def test_after_a_lost_rank_a_single_one_goes_on_to_the_same_result_up_to_roundin
     request = stage_request(profile_of(launch={"nproc_per_node": 1}), "cycle-1", dataset, tmp_path / "out")
     run_stage(request.model_copy(update={"snapshot_directory": snapshot_of_the_lost}), ignore)
     assert_same_up_to_rounding(tmp_path / "out", together)
+
+
+# --- several machines
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def test_two_machines_give_the_bits_of_two_ranks_on_one_and_meet_again_for_the_next_stage(
+    dataset: Path, together: Path, tmp_path: Path
+):
+    """Two torchrun agents on this machine's loopback; the second is told nothing but where to meet."""
+    endpoint = f"127.0.0.1:{free_port()}"
+    meeting = ["--rdzv-endpoint", endpoint, "--nnodes", "2", "--node-rank", "1", "--device", "cpu"]
+    launch = {"nnodes": 2, "rdzv_endpoint": endpoint, "threads": 1, "device": "cpu"}
+    with subprocess.Popen(
+        [sys.executable, "-m", "relora_train.cli", "join", *meeting, "--wait-seconds", "120"],
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    ) as other_machine:
+        try:
+            for out, sharding, cycles in (("first", "full", 2), ("last", "none", 1)):
+                schedule = {"warm_start_steps": 0, "cycles": cycles, "cycle_length": STEPS, "warmup_steps": 4}
+                profile = profile_of(launch=launch | {"sharding": sharding}, schedule=schedule)
+                request = stage_request(profile, "cycle-1", dataset, tmp_path / out)
+                seen: list[Event] = []
+                nodes = nodes_of(profile.launch)
+                path = tmp_path / "request.json"
+                run_worker("relora_train.trainer", request, path, on_event=seen.append, nodes=nodes)
+                assert seen[0]["ranks"] == 2 and seen[-1]["event"] == "stage_committed"
+            said = other_machine.communicate(timeout=90)[1]
+        finally:
+            other_machine.kill()
+    assert other_machine.returncode == 0 and "took part in 2 " in said, said
+    for name in ("model.safetensors", "optimizer.safetensors", "training_state.json"):
+        assert (tmp_path / "last" / name).read_bytes() == (together / name).read_bytes(), name
