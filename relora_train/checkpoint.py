@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import secrets
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -28,11 +28,12 @@ METRICS_FILE = "metrics.jsonl"
 PROFILE_FILE = "profile.json"
 ADAPTER_DIRECTORY = "adapter"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
-MAX_SHARD_SIZE = "5GB"
+MAX_SHARD_BYTES = 5 * 10**9
 
 _DENSE_ABOVE = 0.5  # share of kept entries from which index and value cost more than the dense tensor
 _PACKAGES = ("relora-train", "torch", "transformers", "tokenizers", "safetensors", "numpy", "prefect")
 
+V = TypeVar("V")
 OptimizerState = dict[str, dict[str, Tensor]]
 """Parameter name -> {'step', 'exp_avg', 'exp_avg_sq'}."""
 
@@ -65,6 +66,24 @@ class TrainingState(FrozenConfig):
     """Digest of what the evaluation depends on beside the weights: with the same key it need not be repeated."""
 
 
+class LazyMapping(Mapping[str, V]):
+    """Values by name, each read when it is asked for and every time."""
+
+    def __init__(self, names: Iterable[str], read: Callable[[str], V]) -> None:
+        self._names, self._read = dict.fromkeys(names), read
+
+    def __getitem__(self, name: str) -> V:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._read(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
 def save_model(model: nn.Module, directory: Path, *, weights: Mapping[str, Tensor]) -> None:
     """Write weights and configuration as `save_pretrained` does, under Hugging Face names, in float32.
 
@@ -77,11 +96,11 @@ def save_model(model: nn.Module, directory: Path, *, weights: Mapping[str, Tenso
         raise CheckpointCorruptError(
             f"{unexpected[0]} is {weights[unexpected[0]].dtype}; checkpoints hold float32 only."
         )
-    cast(Any, model).save_pretrained(directory, state_dict=dict(weights), max_shard_size=MAX_SHARD_SIZE)
+    cast(Any, model).save_pretrained(directory, state_dict=dict(weights), max_shard_size=MAX_SHARD_BYTES)
 
 
-def read_tensor(directory: Path, name: str) -> Tensor | None:
-    """One tensor of a checkpoint's model, sharded or not, or None when it holds none of that name."""
+def read_tensor(directory: Path, name: str, *, rows: slice | None = None) -> Tensor | None:
+    """One tensor of a checkpoint's model, or these rows of it, or None when it holds none of that name."""
     index = directory / f"{MODEL_FILE}.index.json"
     file = MODEL_FILE
     if index.is_file():
@@ -89,7 +108,9 @@ def read_tensor(directory: Path, name: str) -> Tensor | None:
     if not (directory / file).is_file():
         return None
     with safe_open(directory / file, framework="pt") as tensors:
-        return cast(Tensor, tensors.get_tensor(name)) if name in tensors.keys() else None  # noqa: SIM118 (no __contains__)
+        if name not in tensors.keys():  # noqa: SIM118 (no __contains__)
+            return None
+        return cast(Tensor, tensors.get_tensor(name) if rows is None else tensors.get_slice(name)[rows])
 
 
 def save_optimizer_state(state: OptimizerState, path: Path) -> None:
@@ -103,36 +124,69 @@ def save_optimizer_state(state: OptimizerState, path: Path) -> None:
         for key, value in entries.items():
             name = f"{parameter}.{key}"
             tensor = value.detach().cpu().contiguous()
-            kept = np.flatnonzero(tensor.numpy()) if tensor.ndim and tensor.numel() < 2**31 else None
-            if kept is None or len(kept) > _DENSE_ABOVE * tensor.numel():
+            if is_written_sparse(tensor.shape, int(tensor.count_nonzero())):
+                tensors[f"{name}.idx"], tensors[f"{name}.val"] = index_and_values(tensor)
+                shapes[name] = list(tensor.shape)
+            else:
                 tensors[name] = tensor
-                continue
-            index = torch.from_numpy(kept.astype(np.int32))
-            tensors[f"{name}.idx"], tensors[f"{name}.val"] = index, tensor.flatten()[index.long()]
-            shapes[name] = list(tensor.shape)
-    # One metadata key only: safetensors writes several in random order.
-    save_file(tensors, path, metadata={"sparse_shapes": json.dumps(shapes, sort_keys=True)})
+    save_file(tensors, path, metadata=sparse_shapes(shapes))
+
+
+def is_written_sparse(shape: torch.Size, nonzero: int) -> bool:
+    """Whether index and value of what is not zero cost less than the dense tensor."""
+    return len(shape) > 0 and shape.numel() < 2**31 and nonzero <= _DENSE_ABOVE * shape.numel()
+
+
+def index_and_values(tensor: Tensor) -> tuple[Tensor, Tensor]:
+    """The int32 flat index of the entries that are not zero, and these entries."""
+    index = torch.from_numpy(np.flatnonzero(tensor.numpy()).astype(np.int32))
+    return index, tensor.flatten()[index.long()]
+
+
+def sparse_shapes(shapes: Mapping[str, list[int]]) -> dict[str, str]:
+    """The metadata of an optimizer's file. One key only: safetensors writes several in random order."""
+    return {"sparse_shapes": json.dumps(shapes, sort_keys=True)}
+
+
+class SavedOptimizerState(Mapping[str, dict[str, Tensor]]):
+    """What `save_optimizer_state` wrote, read from the disk when asked for, one parameter at a time."""
+
+    def __init__(self, path: Path) -> None:
+        self._file: Any = safe_open(path, framework="pt")
+        file: Any = self._file
+        self._sparse: dict[str, list[int]] = json.loads((file.metadata() or {}).get("sparse_shapes", "{}"))
+        dense = [key for key in file.keys() if not key.endswith((".idx", ".val"))]  # noqa: SIM118 (not a dict)
+        self._keys: dict[str, list[str]] = {}
+        for name in (*dense, *self._sparse):
+            parameter, _, key = name.rpartition(".")
+            self._keys.setdefault(parameter, []).append(key)
+
+    def shape_of(self, parameter: str) -> torch.Size:
+        """Of its moments, without reading them."""
+        name = f"{parameter}.exp_avg"
+        return torch.Size(self._sparse[name] if name in self._sparse else self._file.get_slice(name).get_shape())
+
+    def __getitem__(self, parameter: str) -> dict[str, Tensor]:
+        return {key: self._read(f"{parameter}.{key}") for key in self._keys[parameter]}
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._keys)
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def _read(self, name: str) -> Tensor:
+        if name not in self._sparse:
+            return cast(Tensor, self._file.get_tensor(name))
+        values = self._file.get_tensor(f"{name}.val")
+        tensor = torch.zeros(self._sparse[name], dtype=values.dtype)
+        tensor.view(-1)[self._file.get_tensor(f"{name}.idx").long()] = values
+        return tensor
 
 
 def load_optimizer_state(path: Path) -> OptimizerState:
-    """What `save_optimizer_state` wrote."""
-    state: OptimizerState = {}
-    with safe_open(path, framework="pt") as tensors:
-        shapes: dict[str, list[int]] = json.loads((tensors.metadata() or {}).get("sparse_shapes", "{}"))
-        dense = [key for key in tensors.keys() if not key.endswith((".idx", ".val"))]  # noqa: SIM118 (not a dict)
-        for name in dense:
-            _place(state, name, tensors.get_tensor(name))
-        for name, shape in shapes.items():
-            values = tensors.get_tensor(f"{name}.val")
-            tensor = torch.zeros(shape, dtype=values.dtype)
-            tensor.view(-1)[tensors.get_tensor(f"{name}.idx").long()] = values
-            _place(state, name, tensor)
-    return state
-
-
-def _place(state: OptimizerState, name: str, tensor: Tensor) -> None:
-    parameter, _, key = name.rpartition(".")
-    state.setdefault(parameter, {})[key] = tensor
+    """What `save_optimizer_state` wrote, all at once."""
+    return dict(SavedOptimizerState(path))
 
 
 def save_adapter(tensors: Mapping[str, Tensor], config: Mapping[str, Any], directory: Path) -> None:

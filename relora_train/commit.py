@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -25,10 +26,8 @@ from relora_train.checkpoint import (
 from relora_train.evaluate import Evaluation
 from relora_train.manifest import CheckpointManifest, describe_files
 from relora_train.optimizer import optimizer_state_by_name
+from relora_train.sharded_saving import save_sharded
 from relora_train.training import StageTraining
-
-_HANDED_ON = ("relora", "full")
-"""Kinds of stages whose successor continues with the optimizer's state; a warm start's and a LoRA's end with them."""
 
 
 def commit_stage(
@@ -41,15 +40,16 @@ def commit_stage(
     evaluation_key: str,
     stage_seconds: float,
 ) -> CheckpointManifest:
-    """Write every file of the checkpoint, the manifest last. What a failed attempt left in the directory is removed."""
+    """Write every file of the checkpoint, the manifest last. What a failed attempt left in the directory is removed.
+
+    For the first rank; the others of a sharded training call save_sharded(training, None) meanwhile.
+    """
     request, stage, profile = training.request, training.stage, training.profile
     directory = request.output_directory
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)
-    save_model(training.model, directory, weights=merged_weights(training))
+    (save_sharded if training.ranks.sharded else _save_whole)(training, directory)
     copy_tokenizer(request.dataset_directory, directory)
-    handed_on = optimizer_state_by_name(training.optimizer, training.model) if stage.kind in _HANDED_ON else {}
-    save_optimizer_state(handed_on, directory / OPTIMIZER_FILE)
     if training.merged_adapter is not None:
         tensors, config = training.merged_adapter
         save_adapter(tensors, config, directory / ADAPTER_DIRECTORY)
@@ -92,6 +92,13 @@ def commit_stage(
     )
     write_manifest(manifest, directory)
     return manifest
+
+
+def _save_whole(training: StageTraining, directory: Path) -> None:
+    save_model(training.model, directory, weights=merged_weights(training))
+    handed_on = training.stage.hands_on_optimizer
+    state = optimizer_state_by_name(training.optimizer, training.model) if handed_on else {}
+    save_optimizer_state(state, directory / OPTIMIZER_FILE)
 
 
 def merged_weights(training: StageTraining) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -370,11 +370,37 @@ class LaunchConfig(FrozenConfig):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """'auto' takes a GPU where there is one."""
 
-    nproc_per_node: int = Field(1, ge=1)
-    """Ranks on this machine, by torch's elastic launcher."""
+    nproc_per_node: Annotated[int, Field(ge=1)] | Literal["gpu"] = 1
+    """Ranks on a machine, by torch's elastic launcher; 'gpu' takes as many as there are GPUs when a stage starts."""
+
+    nnodes: int = Field(1, ge=1)
+    """Machines; all but the flow's run `relora join` and see its cache and dataset under the same paths."""
+
+    rdzv_endpoint: str | None = Field(None, pattern=r"^[A-Za-z0-9._-]+:\d{1,5}$")
+    """'host:port' at which the flow's machine is found by the others; needed with several."""
+
+    sharding: Literal["none", "full"] = "none"
+    """'full' spreads weights, gradients and optimizer over the ranks (FSDP2): for a model too large for one device."""
 
     threads: int | None = Field(None, ge=1)
     """CPU threads of a rank; torch's choice when absent."""
+
+    @model_validator(mode="after")
+    def gpus_are_counted_only_where_they_are_used(self) -> Self:
+        if self.nproc_per_node == "gpu" and self.device == "cpu":
+            raise ValueError("nproc_per_node 'gpu' needs device 'cuda' or 'auto'")
+        return self
+
+    @model_validator(mode="after")
+    def several_machines_have_a_place_to_meet(self) -> Self:
+        if self.nnodes > 1 and self.rdzv_endpoint is None:
+            raise ValueError(f"nnodes {self.nnodes} needs rdzv_endpoint, 'host:port' of the flow's machine")
+        return self
+
+    @property
+    def world_size(self) -> int | None:
+        """Ranks of a stage; None when only its start tells."""
+        return None if self.nproc_per_node == "gpu" else self.nproc_per_node * self.nnodes
 
 
 class RetentionConfig(FrozenConfig):
@@ -435,12 +461,8 @@ class Profile(FrozenConfig):
 
     @model_validator(mode="after")
     def ranks_share_the_batch(self) -> Self:
-        sequences, ranks, micro = self.batch.sequences, self.launch.nproc_per_node, self.batch.micro_sequences or 1
-        if sequences % (ranks * micro):
-            raise ValueError(
-                f"batch.sequences {sequences} is not a multiple of launch.nproc_per_node {ranks} x "
-                f"batch.micro_sequences {micro}"
-            )
+        if self.launch.world_size is not None and (fault := self.fault_of_ranks(self.launch.world_size)):
+            raise ValueError(fault)
         return self
 
     @model_validator(mode="after")
@@ -449,6 +471,21 @@ class Profile(FrozenConfig):
         if self.model.pretrained is None and self.tokenizer.path is None and rows is not None and rows < entries:
             raise ValueError(f"model.vocab_size {rows} is below tokenizer.vocab_size {entries}")
         return self
+
+    def fault_of_ranks(self, world_size: int) -> str | None:
+        """Why a batch cannot be shared by so many ranks, or None: then their shares differ by one sequence at most."""
+        if world_size > self.batch.sequences:
+            return (
+                f"batch.sequences {self.batch.sequences} leaves some of {world_size} ranks without a sequence: "
+                f"launch at most {self.batch.sequences}"
+            )
+        if self.launch.sharding == "full" and self.batch.sequences % world_size:
+            fitting = [n for n in range(1, self.batch.sequences + 1) if self.batch.sequences % n == 0]
+            return (
+                f"launch.sharding 'full' needs equal shares, and batch.sequences {self.batch.sequences} is no multiple "
+                f"of {world_size} ranks: launch one of {', '.join(map(str, fitting))}"
+            )
+        return None
 
     @property
     def warm_start_learning_rate(self) -> float:

@@ -4,7 +4,8 @@ Block i of a shard is its tokens [i*L : i*L + L + 1]: L inputs and, shifted by o
 start L apart, so every token of a shard but its first is predicted exactly once and the sequence length is chosen when
 reading, without tokenizing again. What is left after a shard's last block, fewer than L + 1 tokens, is not used.
 
-Any number of ranks reads the same global batch: rank r of w takes rows r, r + w, r + 2w, ... of it.
+Any number of ranks reads the same global batch: rank r of w takes rows r, r + w, r + 2w, ... of it, so that shares
+differ by one row at most.
 """
 
 from __future__ import annotations
@@ -109,11 +110,11 @@ class TokenDataset:
         """This rank's rows of the global batch at `position`, counted in sequences since the start of training.
 
         The global batch is the sequences at positions [position, position + count) of the shuffled epochs laid end
-        to end. Returns (count / world_size, sequence_length + 1). Raises CorpusTooSmallError when an epoch is
-        smaller than a batch, which would show a sequence twice in one update.
+        to end. Returns (count / world_size rounded up or down, sequence_length + 1). Raises CorpusTooSmallError when
+        an epoch is smaller than a batch, which would show a sequence twice in one update.
         """
-        if count % world_size:
-            raise ValueError(f"a batch of {count} sequences cannot be shared equally by {world_size} ranks")
+        if count < world_size:
+            raise ValueError(f"a batch of {count} sequences cannot be shared by {world_size} ranks")
         self.require(count)
         positions = range(position + rank, position + count, world_size)
         return self._gather([self._block_at(p) for p in positions])

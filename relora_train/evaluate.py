@@ -69,11 +69,17 @@ def evaluate_model(
     model.eval()
     sums = torch.zeros(2, dtype=torch.float64, device=ranks.device)  # nats, tokens
     count = min(sequences, dataset.blocks)
-    for start in range(ranks.rank * batch_sequences, count, ranks.world_size * batch_sequences):
-        blocks = dataset.read_spread(start, min(batch_sequences, count - start), of=count)
+    for first in range(0, count, ranks.world_size * batch_sequences):
+        start = first + ranks.rank * batch_sequences
+        idle = start >= count
+        if idle and not ranks.sharded:
+            break
+        blocks = dataset.read_spread(0 if idle else start, 1 if idle else min(batch_sequences, count - start), of=count)
         tokens = torch.from_numpy(blocks).to(ranks.device)
         with autocast(precision, ranks.device):
             nats = next_token_loss(model, tokens, fused=fused)
+        if idle:  # it only lent its rows to the others
+            continue
         sums += torch.stack([nats.double(), torch.tensor(float(tokens[:, 1:].numel())).to(nats.device)]).double()
     ranks.sum(sums)
     model.train(was_training)

@@ -15,11 +15,12 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Literal
 
 from relora_train import events
-from relora_train.config import FrozenConfig
+from relora_train.config import FrozenConfig, LaunchConfig
 from relora_train.errors import ReLoRAError, TrainerCrashedError, error_named
 from relora_train.events import Event
 
@@ -35,13 +36,34 @@ _TAIL_LINES = 20
 _SECRETS = ("AWS_", "PREFECT_API_KEY", "PREFECT_API_AUTH_STRING", "PREFECT_SERVER_API_AUTH_STRING")
 
 
+@dataclass(frozen=True)
+class Nodes:
+    """This machine among those that run one worker together, in the words of torchrun."""
+
+    nnodes: int
+    rdzv_endpoint: str
+    node_rank: int = 0
+    """0 is the machine of the flow: its first rank writes files and events."""
+
+    wait_seconds: int = 600
+    """How long this machine waits for the others."""
+
+
+def nodes_of(launch: LaunchConfig) -> Nodes | None:
+    """The machines that a profile asks for, seen from the flow's; None for one."""
+    if launch.nnodes == 1 or launch.rdzv_endpoint is None:
+        return None
+    return Nodes(launch.nnodes, launch.rdzv_endpoint)
+
+
 def run_worker(
     module: str,
     request: FrozenConfig,
     request_path: Path,
     *,
     on_event: Callable[[Event], None],
-    nproc_per_node: int = 1,
+    nproc_per_node: int | Literal["gpu"] = 1,
+    nodes: Nodes | None = None,
     keep_secrets: bool = False,
 ) -> None:
     """Run `python -m module --request request_path` to its end, under torch's elastic launcher for several ranks.
@@ -56,7 +78,7 @@ def run_worker(
     request_path.parent.mkdir(parents=True, exist_ok=True)
     request_path.write_text(request.model_dump_json())
     process = subprocess.Popen(  # noqa: S603 (our own module and interpreter)
-        _command(module, request_path, nproc_per_node),
+        _command(module, request_path, nproc_per_node, nodes),
         stdin=subprocess.PIPE,  # open as long as we live: its end tells an orphan to stop
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -84,11 +106,21 @@ def run_worker(
         raise _error(module, failures, status, tail)
 
 
-def _command(module: str, request_path: Path, nproc_per_node: int) -> list[str]:
-    launcher = ["-m", module]
-    if nproc_per_node > 1:
-        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={nproc_per_node}", "-m", module]
-    return [sys.executable, *launcher, "--request", str(request_path)]
+def _command(module: str, request_path: Path, nproc_per_node: int | Literal["gpu"], nodes: Nodes | None) -> list[str]:
+    worker = ["-m", module, "--request", str(request_path)]
+    if nproc_per_node == 1 and nodes is None:
+        return [sys.executable, *worker]
+    place = ["--standalone"]
+    if nodes is not None:
+        # Not the elastic backend: it would put the first rank, which speaks to the flow, on any of the machines.
+        place = [
+            "--rdzv-backend=static",
+            f"--rdzv-endpoint={nodes.rdzv_endpoint}",
+            f"--rdzv-conf=timeout={nodes.wait_seconds}",
+            f"--nnodes={nodes.nnodes}",
+            f"--node-rank={nodes.node_rank}",
+        ]
+    return [sys.executable, "-m", "torch.distributed.run", *place, f"--nproc-per-node={nproc_per_node}", *worker]
 
 
 def _environment(*, keep_secrets: bool) -> dict[str, str]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 from safetensors import SafetensorError
@@ -11,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from relora_train.config import ModelConfig
-from relora_train.errors import ModelNotFoundError, SequenceTooLongError, VocabularyMismatchError
+from relora_train.errors import ModelError, ModelNotFoundError, SequenceTooLongError, VocabularyMismatchError
 
 _FUSED_LOSS = nn.LinearCrossEntropyOptions(acc_policy="accurate")
 _EVALUATION_ROWS = 1024  # logits of so many tokens exist at once during evaluation
@@ -40,9 +42,7 @@ def load_model(path: str | Path, *, revision: str | None = None) -> nn.Module:
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    if str(path).startswith((".", "/", "~")) and not Path(path).expanduser().is_dir():
-        raise ModelNotFoundError(f"model.pretrained {str(path)!r} is no directory. Correct the path, or give a hub id.")
-    try:
+    with _reading(path):
         model = AutoModelForCausalLM.from_pretrained(
             str(path),
             revision=revision,
@@ -51,20 +51,64 @@ def load_model(path: str | Path, *, revision: str | None = None) -> nn.Module:
             use_safetensors=True,
             trust_remote_code=False,  # not asked: a worker's standard input never answers
         )
+    return cast(nn.Module, model)
+
+
+@contextmanager
+def _reading(path: str | Path) -> Iterator[None]:
+    if str(path).startswith((".", "/", "~")) and not Path(path).expanduser().is_dir():
+        raise ModelNotFoundError(f"model.pretrained {str(path)!r} is no directory. Correct the path, or give a hub id.")
+    try:
+        yield
     except (OSError, ValueError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ModelNotFoundError(
             f"model.pretrained {str(path)!r} could not be loaded: {reason} "
             "Give a directory with config.json and safetensors weights, or a hub id this machine can reach."
         ) from None
+
+
+def model_skeleton(config: ModelConfig, *, vocab_size: int, eos_id: int) -> nn.Module:
+    """The model that build_model would return, without values: all its tensors are on torch's meta device."""
+    from transformers import LlamaForCausalLM
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    if config.pretrained is not None:
+        return load_skeleton(config.pretrained, revision=config.revision)
+    with torch.device("meta"):
+        return cast(nn.Module, LlamaForCausalLM(_llama_config(config, vocab_size=vocab_size, eos_id=eos_id)).float())
+
+
+def load_skeleton(path: str | Path, *, revision: str | None = None) -> nn.Module:
+    """The model that load_model would return, without values: all its tensors are on torch's meta device."""
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    with _reading(path):
+        config = AutoConfig.from_pretrained(str(path), revision=revision)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
+        with suppress(OSError):  # not every model has one
+            model.generation_config = GenerationConfig.from_pretrained(str(path), revision=revision)
     return cast(nn.Module, model)
 
 
 def _random_llama(config: ModelConfig, *, vocab_size: int, eos_id: int, seed: int) -> nn.Module:
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaForCausalLM
+
+    llama = _llama_config(config, vocab_size=vocab_size, eos_id=eos_id)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return cast(nn.Module, LlamaForCausalLM(llama).float())
+
+
+def _llama_config(config: ModelConfig, *, vocab_size: int, eos_id: int) -> Any:
+    from transformers import LlamaConfig
 
     shape = config.model_dump(exclude={"pretrained", "revision", "vocab_size", "rope_theta"})
-    llama = LlamaConfig(
+    return LlamaConfig(
         **shape,
         vocab_size=config.vocab_size or vocab_size,
         rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
@@ -73,9 +117,26 @@ def _random_llama(config: ModelConfig, *, vocab_size: int, eos_id: int, seed: in
         pad_token_id=None,
         attn_implementation="sdpa",
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return cast(nn.Module, LlamaForCausalLM(llama).float())
+
+
+def file_name(model: nn.Module, name: str) -> str:
+    """What a parameter is called in the model's files, where transformers has another name for it than in memory.
+
+    Raises ModelError where a file holds it in another form, merged with others or split.
+    """
+    from transformers.core_model_loading import revert_weight_conversion
+
+    known: dict[str, str] | None = getattr(model, "file_names", None)
+    if known is not None:
+        return known[name]
+    shape = model.get_parameter(name).shape
+    written = revert_weight_conversion(cast(Any, model), {name: torch.empty(shape, device="meta")})
+    if [tensor.shape for tensor in written.values()] != [shape]:
+        raise ModelError(
+            f"The files of a {type(model).__name__} hold {name} in another form than memory does, and "
+            "launch.sharding = 'full' reads and writes tensors one by one. Use launch.sharding = 'none'."
+        )
+    return str(next(iter(written)))
 
 
 def check_fits(model: nn.Module, *, vocab_size: int, sequence_length: int) -> None:
@@ -119,6 +180,20 @@ def next_token_loss(model: nn.Module, tokens: Tensor, *, fused: bool = True) -> 
     if not fused:
         scores = logits(model, inputs)
         return F.cross_entropy(scores.flatten(0, 1).float(), targets, reduction="sum")
+    if isinstance(model, HasFusedLoss):  # a sharded model gathers its weights around its own methods only
+        return model.fused_loss(inputs, targets)
+    return fused_loss(model, inputs, targets)
+
+
+@runtime_checkable
+class HasFusedLoss(Protocol):
+    """A model with the function below as a method."""
+
+    def fused_loss(self, inputs: Tensor, targets: Tensor) -> Tensor: ...
+
+
+def fused_loss(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
+    """From token ids (batch, length) and the flat targets to the summed loss, without all logits at once."""
     backbone = cast(Any, model).base_model
     hidden = backbone(input_ids=inputs, use_cache=False).last_hidden_state.flatten(0, 1)  # (batch * length, hidden)
     weight: Tensor = head(model).weight

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from relora_train.errors import ModelError
 from relora_train.relora import stable_generator
+from relora_train.shards import local, part_of, placed_like, whole
 
 ResetMode = Literal["none", "zero", "magnitude", "random"]
 
@@ -87,7 +88,8 @@ def reset_optimizer_state(
     One mask serves both moments. `independent_masks` gives the paper's literal behaviour, a mask for each moment: then
     most entries that keep exp_avg have lost exp_avg_sq, and their next update is of the order lr * exp_avg / eps.
     `parameters` may be named, as from lora_parameters(); unnamed ones are called by their position. A parameter
-    without state, one that was never updated, is left alone. Adam's step is kept except by zero.
+    without state, one that was never updated, is left alone. Adam's step is kept except by zero. A sharded moment is
+    pruned by the mask that it would have whole: it is gathered, one tensor at a time.
     """
     if mode not in get_args(ResetMode):
         raise ValueError(f"mode = {mode!r} is not one of {', '.join(get_args(ResetMode))}")
@@ -103,8 +105,9 @@ def reset_optimizer_state(
         if mode == "zero":
             state["step"].zero_()
         generator = stable_generator(seed, cycle, name)
-        for moment, keep in zip(moments, _masks(moments, mode, ratio, independent_masks, generator), strict=True):
-            moment.masked_fill_(~keep, 0)
+        masks = _masks([whole(moment) for moment in moments], mode, ratio, independent_masks, generator)
+        for moment, keep in zip(moments, masks, strict=True):
+            local(moment).masked_fill_(~part_of(keep, moment), 0)
             zeroed += int(keep.numel() - keep.count_nonzero())
     return ResetReport(entries=entries, zeroed=zeroed)
 
@@ -184,5 +187,5 @@ def load_optimizer_state_by_name(
         parameter = parameters[name]
         optimizer.state[parameter] = {
             "step": moments["step"].to(parameter.device if id(parameter) in on_device else "cpu", copy=True),
-            **{key: moments[key].to(parameter.device, parameter.dtype, copy=True) for key in MOMENTS},
+            **{key: placed_like(moments[key], parameter) for key in MOMENTS},
         }

@@ -5,6 +5,8 @@ Everything is counted from the profile, nothing measured. Light: imports no torc
 
 from __future__ import annotations
 
+import math
+
 from relora_train.config import FrozenConfig, OptimizerResetConfig, Profile
 from relora_train.model_shape import (
     ModelShape,
@@ -190,7 +192,7 @@ def _low_rank_cost(profile: Profile, shape: ModelShape) -> PhaseCost:
     factors = shape.layers * relora.rank * sum(linear.sides for linear in wrapped)
     trainable = shape.parameters - frozen + factors
     frozen_bytes = 2 if profile.precision.dtype == "bfloat16" else _FP32_BYTES
-    micro_sequences = batch.micro_sequences or batch.sequences // profile.launch.nproc_per_node
+    micro_sequences = batch.micro_sequences or math.ceil(batch.sequences / (profile.launch.world_size or 1))
     flops = low_rank_flops_per_token(
         shape,
         sequence_length=batch.sequence_length,

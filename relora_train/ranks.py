@@ -21,6 +21,8 @@ class Ranks:
     rank: int
     world_size: int
     device: torch.device
+    sharded: bool = False
+    """Whether each holds its rows of the model only. Then all must do the same forward passes, at the same time."""
 
     @property
     def is_first(self) -> bool:
@@ -28,8 +30,11 @@ class Ranks:
         return self.rank == 0
 
     def sum_gradients(self, parameters: Iterable[Tensor]) -> None:
-        """Add every parameter's gradient over all ranks, in one message a dtype; once per update."""
-        if self.world_size == 1:
+        """Add every parameter's gradient over all ranks, in one message a dtype; once per update.
+
+        Those of a sharded model are sums already, made by the backward pass.
+        """
+        if self.world_size == 1 or self.sharded:
             return
         by_dtype: dict[torch.dtype, list[Tensor]] = {}
         for parameter in parameters:
@@ -53,6 +58,15 @@ class Ranks:
         if self.world_size == 1:
             return flag
         return bool(self.sum(torch.tensor(float(flag), device=self.device)).item())
+
+    def share_text(self, text: str | None = None) -> str:
+        """The first rank's text, on all; it alone gives one."""
+        data = torch.tensor(list((text or "").encode()), dtype=torch.uint8, device=self.device)
+        size = self.sum(torch.tensor(len(data) if self.is_first else 0, device=self.device))
+        buffer = data if self.is_first else torch.empty(int(size), dtype=torch.uint8, device=self.device)
+        if self.world_size > 1:
+            dist.broadcast(buffer, src=0)
+        return bytes(buffer.cpu().tolist()).decode()
 
     def barrier(self) -> None:
         """Wait for all."""

@@ -1,8 +1,8 @@
 """The method: a frozen weight with a trained low-rank update, merged and started again at the end of every cycle.
 
 y = W x + b + scaling * B (A (dropout(x))), arXiv 2307.05695. All functions here take the bare model (not one wrapped by
-DDP or torch.compile): the names of its modules decide what is drawn and what is written. Not covered: quantized
-weights, and weights sharded over devices.
+DDP or torch.compile): the names of its modules decide what is drawn and what is written. Weights may be sharded by rows
+over ranks (sharding.py); all ranks then call together. Not covered: quantized weights.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from relora_train.errors import DivergedError, ModelError, NoTargetModulesError
+from relora_train.shards import local, norm, part_of, whole
 
 DEFAULT_TARGET_MODULES = {
     "llama": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
@@ -177,8 +178,8 @@ def _reinit(layer: ReLoRALinear, name: str, *, seed: int, cycle: int) -> None:
     """
     drawn = torch.empty(layer.lora_A.shape, dtype=torch.float32)
     nn.init.kaiming_uniform_(drawn, a=math.sqrt(5), generator=stable_generator(seed, cycle, name))
-    layer.lora_A.copy_(drawn)
-    layer.lora_B.zero_()
+    local(layer.lora_A).copy_(part_of(drawn, layer.lora_A))
+    local(layer.lora_B).zero_()
 
 
 @dataclass(frozen=True)
@@ -207,9 +208,14 @@ def merge_and_reinit(
     the caller. Source: Algorithm 1 of arXiv 2307.05695.
     """
     report = merge(model, masters=masters)
-    for name, layer in relora_layers(model):
-        _reinit(layer, name, seed=seed, cycle=cycle + 1)
+    reinit(model, seed=seed, cycle=cycle + 1)
     return report
+
+
+def reinit(model: nn.Module, *, seed: int, cycle: int) -> None:
+    """Draw every A for this cycle, and empty every B: the same on every rank, however the model is sharded."""
+    for name, layer in relora_layers(model):
+        _reinit(layer, name, seed=seed, cycle=cycle)
 
 
 @torch.no_grad()
@@ -218,7 +224,8 @@ def merge(model: nn.Module, *, masters: MutableMapping[str, Tensor] | None = Non
 
     `masters` hold the exact weights by parameter name ("<module>.weight"), updated in place and assigned back, and each
     weight of the model becomes its master rounded once to the weight's own dtype: rounding does not build up over
-    cycles. Nothing is changed if any layer is refused. No layer's full update is ever held in memory.
+    cycles. Nothing is changed if any layer is refused. No layer's full update is ever held in memory. Of a sharded
+    model each rank merges its own rows, of which its masters consist; only A and B are gathered, a layer at a time.
     """
     layers = dict(relora_layers(model))
     for name, layer in layers.items():
@@ -226,21 +233,24 @@ def merge(model: nn.Module, *, masters: MutableMapping[str, Tensor] | None = Non
     report = {}
     with _full_precision_matmul():
         for name, layer in layers.items():
-            master = layer.weight if masters is None else masters[f"{name}.weight"]
-            A, B = (factor.to(device=master.device, dtype=master.dtype) for factor in (layer.lora_A, layer.lora_B))
-            report[name] = _measure(master, A, B, layer.scaling)
-            master.addmm_(B, A, alpha=layer.scaling)
+            weight = local(layer.weight)
+            master = weight if masters is None else masters[f"{name}.weight"]
+            factors = whole(layer.lora_A), whole(layer.lora_B)
+            A, B = (factor.to(device=master.device, dtype=master.dtype) for factor in factors)
+            report[name] = _measure(norm(master, layer.weight), A, B, layer.scaling)
+            master.addmm_(part_of(B, layer.weight), A, alpha=layer.scaling)
             if masters is not None:
                 masters[f"{name}.weight"] = master
-                layer.weight.copy_(master)
-            layer.lora_B.zero_()
+                weight.copy_(master)
+            local(layer.lora_B).zero_()
     return report
 
 
 def _check_mergeable(name: str, layer: ReLoRALinear, masters: MutableMapping[str, Tensor] | None) -> None:
     if masters is not None and f"{name}.weight" not in masters:
         raise ModelError(f"No master weight is called {name}.weight, so the update of {name} cannot be merged exactly.")
-    master = layer.weight if masters is None else masters[f"{name}.weight"]
+    weight = local(layer.weight)
+    master = weight if masters is None else masters[f"{name}.weight"]
     holder = "weight" if masters is None else "master weight"
     if master.dtype not in (torch.float32, torch.float64):
         raise ModelError(
@@ -248,22 +258,22 @@ def _check_mergeable(name: str, layer: ReLoRALinear, masters: MutableMapping[str
             "for good (bfloat16 keeps 3 digits: of a relative update of 1e-4 it loses 97 %). "
             "Pass `masters`, the float32 weights of the parent checkpoint."
         )
-    if master.shape != layer.weight.shape:
-        raise ModelError(f"{name}.weight is {tuple(layer.weight.shape)} and its master {tuple(master.shape)}.")
-    if not (layer.lora_A.isfinite().all() and layer.lora_B.isfinite().all()):
+    if master.shape != weight.shape:
+        raise ModelError(f"{name}.weight is {tuple(weight.shape)} and its master {tuple(master.shape)}.")
+    if not (local(layer.lora_A).isfinite().all() and local(layer.lora_B).isfinite().all()):
         raise DivergedError(
             f"The low-rank update of {name} is not finite; nothing was merged. Lower the learning rate."
         )
 
 
-def _measure(weight: Tensor, A: Tensor, B: Tensor, scaling: float) -> LayerMerge:
+def _measure(weight_norm: float, A: Tensor, B: Tensor, scaling: float) -> LayerMerge:
     """The facts of a merge about to happen, from the small triangular factors: B A = Q_B (R_B R_Aᵀ) Q_Aᵀ."""
     R_A = torch.linalg.qr(A.T, mode="r").R  # (rank, rank)
     R_B = torch.linalg.qr(B, mode="r").R
     singular_values = scaling * torch.linalg.svdvals(R_B @ R_A.T)
     return LayerMerge(
         update_norm=float(torch.linalg.vector_norm(singular_values)),
-        weight_norm=float(torch.linalg.vector_norm(weight)),
+        weight_norm=weight_norm,
         effective_rank=_effective_rank(singular_values),
     )
 
@@ -309,7 +319,7 @@ def unwrap(model: nn.Module) -> list[str]:
 def adapter_state(model: nn.Module) -> dict[str, Tensor]:
     """A copy of every A and B on the CPU, under the names that peft's adapter_model.safetensors uses."""
     return {
-        f"base_model.model.{name}.weight": factor.detach().to("cpu", copy=True)
+        f"base_model.model.{name}.weight": whole(factor.detach()).to("cpu", copy=True)
         for name, factor in lora_parameters(model)
     }
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -45,6 +45,12 @@ class StageRequest(FrozenConfig):
     """A snapshot of this very stage to continue from, on this machine's disk and already verified."""
 
     provenance: dict[str, str] = Field(default_factory=dict)
+
+
+class JoinRequest(FrozenConfig):
+    """Train along with another machine: `python -m relora_train.joined_trainer --request FILE`."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
 
 
 class EvaluationRequest(FrozenConfig):

@@ -24,7 +24,7 @@ from relora_train.checkpoint_store import CheckpointRef, CheckpointStore, read_c
 from relora_train.config import Profile, profile_from_file, settings_digest
 from relora_train.errors import CheckpointIncompleteError, CheckpointNotFoundError, ConfigError, ObjectNotFoundError
 from relora_train.evaluation_records import dataset_of
-from relora_train.launch import run_worker
+from relora_train.launch import nodes_of, run_worker
 from relora_train.lease import Lease, hold_run
 from relora_train.lineage import descendants, read_checkpoints
 from relora_train.manifest import CheckpointManifest, parse_manifest
@@ -101,6 +101,7 @@ def retry_stage(checkpoint: CheckpointRef, *, on_event: OnEvent, replace: bool =
             directory / "request.json",
             on_event=on_event,
             nproc_per_node=profile.launch.nproc_per_node,
+            nodes=nodes_of(profile.launch),
         )
         path = request.output_directory / "manifest.json"
         made = parse_manifest(CheckpointManifest, path.read_bytes(), uri=path.as_uri())

@@ -19,7 +19,7 @@ from relora_train.checkpoint_store import CheckpointRef, CheckpointStore, find_d
 from relora_train.config import ModelConfig, Profile, default_run_id, settings_digest
 from relora_train.errors import CheckpointNotFoundError, ObjectNotFoundError, ReLoRAError, RunSettingsChangedError
 from relora_train.events import Event
-from relora_train.launch import run_worker
+from relora_train.launch import nodes_of, run_worker
 from relora_train.lease import Lease
 from relora_train.lineage import choose_result, set_aside
 from relora_train.manifest import CheckpointManifest, DatasetManifest, ParentRef, hash_file, parse_manifest
@@ -277,6 +277,7 @@ def _run_trainer(request: StageRequest, request_path: Path, snapshots: SnapshotS
             request_path,
             on_event=uploader.watch(on_event),
             nproc_per_node=request.profile.launch.nproc_per_node,
+            nodes=nodes_of(request.profile.launch),
         )
 
 

@@ -15,16 +15,19 @@ from typing import Any
 
 import torch
 from pydantic import Field
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
-from relora_train.checkpoint import METRICS_FILE, OptimizerState, new_attempt, package_versions, write_metrics
+from relora_train.checkpoint import METRICS_FILE, LazyMapping, new_attempt, package_versions, write_metrics
 from relora_train.checkpoint_layout import snapshot_name
 from relora_train.config import FrozenConfig
 from relora_train.durable import sync, write_durably
 from relora_train.errors import CheckpointCorruptError
 from relora_train.manifest import MANIFEST_NAME, ParentRef, SnapshotManifest, describe_files
 from relora_train.optimizer import load_optimizer_state_by_name, optimizer_state_by_name
+from relora_train.shards import local, part_of
+from relora_train.tensor_stream import TensorStream
 from relora_train.training import StageTraining
 
 TENSORS_FILE = "state.safetensors"
@@ -113,7 +116,7 @@ def write_snapshot(
     run_id: str,
     stage: str,
     state: SnapshotState,
-    tensors: Mapping[str, Tensor],
+    tensors: Mapping[str, Tensor] | TensorStream,
     metrics: list[dict[str, Any]],
     parent: ParentRef | None = None,
 ) -> tuple[Path, SnapshotManifest]:
@@ -122,7 +125,10 @@ def write_snapshot(
     directory = root / snapshot_name(state.step, attempt)
     directory.mkdir(parents=True)
     try:
-        save_file(dict(tensors), directory / TENSORS_FILE)
+        if isinstance(tensors, TensorStream):
+            tensors.write(directory / TENSORS_FILE)
+        else:
+            save_file(dict(tensors), directory / TENSORS_FILE)
         (directory / STATE_FILE).write_text(state.model_dump_json(indent=1) + "\n")
         write_metrics(metrics, directory / METRICS_FILE)
         manifest = SnapshotManifest(
@@ -154,20 +160,23 @@ def restore_snapshot(training: StageTraining, directory: Path) -> Progress:
     expected = (training.request.fingerprint, training.samples_seen(state.step))
     if (state.fingerprint, state.samples_seen) != expected:
         raise _foreign(directory, f"stage {state.fingerprint[:12]} at sample {state.samples_seen}")
-    tensors = load_file(directory / TENSORS_FILE)
-    weights = {name.removeprefix(_WEIGHT): tensors[name] for name in tensors if name.startswith(_WEIGHT)}
+    saved: Any = safe_open(directory / TENSORS_FILE, framework="pt")
+    shapes = {name: torch.Size(saved.get_slice(name).get_shape()) for name in saved.keys()}  # noqa: SIM118 (not a dict)
+    weights = {name.removeprefix(_WEIGHT): shape for name, shape in shapes.items() if name.startswith(_WEIGHT)}
     trained = {name: p for name, p in training.model.named_parameters() if p.requires_grad}
-    if {name: w.shape for name, w in weights.items()} != {name: p.shape for name, p in trained.items()}:
+    if weights != {name: p.shape for name, p in trained.items()}:
         raise _foreign(directory, f"a model with {len(weights)} trained tensors of other names or shapes")
     with torch.no_grad():
         for name, parameter in trained.items():
-            parameter.copy_(weights[name])
-    moments: OptimizerState = {}
-    for name in tensors:
-        if name.startswith(_OPTIMIZER):
-            parameter_name, _, key = name.removeprefix(_OPTIMIZER).rpartition(".")
-            moments.setdefault(parameter_name, {})[key] = tensors[name]
-    load_optimizer_state_by_name(training.optimizer, training.model, moments)
+            local(parameter).copy_(part_of(saved.get_tensor(f"{_WEIGHT}{name}"), parameter))
+    moments = [name.removeprefix(_OPTIMIZER).rpartition(".") for name in shapes if name.startswith(_OPTIMIZER)]
+    keys: dict[str, list[str]] = {}
+    for name, _, key in moments:
+        keys.setdefault(name, []).append(key)
+    state_of = LazyMapping(
+        keys, lambda name: {key: saved.get_tensor(f"{_OPTIMIZER}{name}.{key}") for key in keys[name]}
+    )
+    load_optimizer_state_by_name(training.optimizer, training.model, state_of)
     metrics = [json.loads(line) for line in (directory / METRICS_FILE).read_text().splitlines()]
     losses = torch.tensor(state.loss_sum, dtype=torch.float64, device=training.ranks.device)
     return Progress(state.step, metrics, losses, state.summed, state.seconds)

@@ -52,6 +52,11 @@ class Stage:
         """Whether A and B are trained and merged at the end."""
         return self.kind in ("relora", "lora")
 
+    @property
+    def hands_on_optimizer(self) -> bool:
+        """Whether the next stage continues with the optimizer's state; a warm start's and a LoRA's end with them."""
+        return self.kind in ("relora", "full")
+
 
 def plan_stages(profile: Profile) -> tuple[Stage, ...]:
     """The stages of a run from its first step, in order.
@@ -130,6 +135,13 @@ def _refuse_another_model(profile: Profile, parent: CheckpointManifest) -> None:
             f"(there -> now):{shown}\nA checkpoint is continued with its own model. Set these back, or start a run "
             "without --resume-from."
         )
+
+
+def is_last(profile: Profile, stage: Stage) -> bool:
+    """Whether nothing of the profile's plan follows a stage."""
+    if stage.kind == "full":
+        return stage.end_step >= profile.schedule.total_steps
+    return stage.kind == "lora" or (stage.kind == "relora" and stage.cycle >= profile.schedule.cycles)
 
 
 def stage_learning_rate(profile: Profile, stage: Stage, step: int) -> float:

@@ -18,9 +18,11 @@ from relora_train.errors import DivergedError, TrainerInterruptedError
 from relora_train.evaluate import Evaluation, evaluate_model
 from relora_train.merging import finish_cycle
 from relora_train.process import Emit, StopRequest, serve_request
-from relora_train.ranks import joined_ranks
+from relora_train.ranks import Ranks, joined_ranks
 from relora_train.relora import lora_parameters
 from relora_train.requests import StageRequest
+from relora_train.sharded_saving import ShardedSnapshotter, save_sharded
+from relora_train.shards import whole
 from relora_train.snapshot import Progress, restore_snapshot
 from relora_train.snapshotter import Snapshotter
 from relora_train.stages import Stage
@@ -38,13 +40,20 @@ def run_stage(request: StageRequest, emit: Emit) -> None:
     Raises DivergedError on a loss that is not finite or worse than twice guessing, TrainerInterruptedError when told
     to stop, and the errors of loading model and data.
     """
+    launch = request.profile.launch
+    with StopRequest() as stop, joined_ranks(launch.device) as ranks:
+        if launch.nnodes > 1:
+            ranks.share_text(request.model_dump_json())  # the ranks of other machines know it from here
+        run_as_rank(request, ranks, stop, emit)
+
+
+def run_as_rank(request: StageRequest, ranks: Ranks, stop: StopRequest, emit: Emit) -> None:
+    """What each rank does for run_stage, once all have the request."""
     configure_torch(request.profile)
     started = time.monotonic()
-    with (
-        StopRequest() as stop,
-        joined_ranks(request.profile.launch.device) as ranks,
-        trainer_lock(request.lock_path if ranks.is_first else None),
-    ):
+    sharded = request.profile.launch.sharding == "full" and ranks.world_size > 1
+    ranks = dataclasses.replace(ranks, sharded=sharded)
+    with trainer_lock(request.lock_path if ranks.is_first else None):
         emit = stop.on_lost_listener(emit) if ranks.is_first else _silent
         training = prepare_stage(request, ranks)
         emit("stage_started", **_describe(training))
@@ -73,6 +82,8 @@ def run_stage(request: StageRequest, emit: Emit) -> None:
                 step=training.stage.end_step,
                 directory=str(request.output_directory),
             )
+        elif ranks.sharded:
+            save_sharded(training, None)
         ranks.barrier()
 
 
@@ -123,7 +134,7 @@ def _train(training: StageTraining, progress: Progress, emit: Emit, stop: StopRe
     metrics, losses, first_step = progress.metrics, progress.losses, progress.step
     timed, last_record, last_progress = 0, time.monotonic(), 0.0
     first_step_at = time.monotonic()
-    snapshotter = Snapshotter(training, emit)
+    snapshotter = (ShardedSnapshotter if training.ranks.sharded else Snapshotter)(training, emit)
     for step in range(first_step + 1, stage.end_step + 1):
         loss, norm = training.update(step)
         losses += loss
@@ -191,7 +202,7 @@ def _low_rank_gradient_norms(training: StageTraining) -> dict[str, float]:
     squares = {"lora_A": 0.0, "lora_B": 0.0}
     for name, parameter in lora_parameters(training.model):
         if parameter.grad is not None:
-            squares[name.rpartition(".")[2]] += float(parameter.grad.double().square().sum())
+            squares[name.rpartition(".")[2]] += float(whole(parameter.grad.double().square().sum()))
     return {f"{factor}_grad_norm": math.sqrt(square) for factor, square in squares.items()}
 
 

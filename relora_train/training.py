@@ -13,19 +13,31 @@ from torch import Tensor, nn
 
 from relora_train.checkpoint import (
     OPTIMIZER_FILE,
+    LazyMapping,
+    SavedOptimizerState,
     TrainingState,
-    load_optimizer_state,
     read_tensor,
     read_training_state,
 )
 from relora_train.config import Profile
 from relora_train.dataset import TokenDataset
+from relora_train.errors import ConfigError
 from relora_train.evaluate import autocast
-from relora_train.model import build_model, check_fits, head_is_plain, load_model, next_token_loss
+from relora_train.model import (
+    build_model,
+    check_fits,
+    head_is_plain,
+    load_model,
+    load_skeleton,
+    model_skeleton,
+    next_token_loss,
+)
 from relora_train.optimizer import build_optimizer, load_optimizer_state_by_name
 from relora_train.ranks import Ranks
-from relora_train.relora import apply_relora, relora_layers
+from relora_train.relora import apply_relora, reinit, relora_layers
 from relora_train.requests import StageRequest
+from relora_train.sharding import RowsOf, rows_of_checkpoint, rows_of_first_rank, shard_model
+from relora_train.shards import whole
 from relora_train.stages import Stage, stage_learning_rate
 
 
@@ -97,7 +109,7 @@ class StageTraining:
 
     def _clip(self) -> Tensor:
         limit = self.profile.optimizer.max_grad_norm
-        return nn.utils.clip_grad_norm_(self.trainable, limit if limit is not None else float("inf"))
+        return whole(nn.utils.clip_grad_norm_(self.trainable, limit if limit is not None else float("inf")))
 
 
 def _draw_seed(seed: int, step: int, micro_step: int, rank: int) -> int:
@@ -132,48 +144,88 @@ class MasterWeights(MutableMapping[str, Tensor]):
 
 
 def prepare_stage(request: StageRequest, ranks: Ranks) -> StageTraining:
-    """Load the parent, or build the model, and wrap it as the stage asks. Every rank holds the same."""
+    """Load the parent, or build the model, and wrap it as the stage asks. Every rank holds the same, or its rows."""
     profile = request.profile
     stage = request.stage
     length = profile.batch.sequence_length
+    if fault := profile.fault_of_ranks(ranks.world_size):
+        raise ConfigError(f"{fault}.")
     train_data = TokenDataset(request.dataset_directory, "train", sequence_length=length, seed=profile.seed)
     val_data = TokenDataset(request.dataset_directory, "val", sequence_length=length)
     train_data.require(profile.batch.sequences)
     val_data.require(1)
-    model = _parent_model(request, train_data)
     start = _start(request)
-    masters = None
-    if stage.low_rank:
-        relora = profile.relora
-        apply_relora(
-            model,
-            rank=relora.rank,
-            alpha=relora.alpha,
-            dropout=relora.dropout,
-            target_modules=relora.target_modules,
-            rank_stabilized=relora.rank_stabilized,
-            seed=profile.seed,
-            cycle=stage.cycle,
-        )
-        if profile.precision.dtype == "bfloat16":
-            masters = _round_frozen_weights(model, request.parent_directory)
+    model, masters = (_sharded_model if ranks.sharded else _whole_model)(request, train_data, ranks)
     fused_loss = head_is_plain(model)
     model.to(ranks.device).train()
     optimizer = _optimizer(request, stage, model)
     return StageTraining(request, stage, ranks, model, optimizer, train_data, val_data, start, masters, fused_loss)
 
 
-def _parent_model(request: StageRequest, data: TokenDataset) -> nn.Module:
-    profile, length = request.profile, request.profile.batch.sequence_length
-    vocab_size = data.manifest.vocab_size
-    if request.parent_directory is None:
-        eos_id = data.manifest.eos_id
-        return build_model(
-            profile.model, vocab_size=vocab_size, eos_id=eos_id, sequence_length=length, seed=profile.seed
-        )
-    model = load_model(request.parent_directory)
-    check_fits(model, vocab_size=vocab_size, sequence_length=length)
-    return model
+def _whole_model(request: StageRequest, data: TokenDataset, ranks: Ranks) -> tuple[nn.Module, MasterWeights | None]:
+    """On the CPU, and the exact weights of those held rounded."""
+    parent, masters = request.parent_directory, None
+    model = load_model(parent) if parent is not None else _first_model(request, data)
+    check_fits(model, vocab_size=data.manifest.vocab_size, sequence_length=request.profile.batch.sequence_length)
+    if request.stage.low_rank:
+        _wrap(model, request)
+        if request.profile.precision.dtype == "bfloat16":
+            masters = _round_frozen_weights(model, parent)
+    return model, masters
+
+
+def _sharded_model(request: StageRequest, data: TokenDataset, ranks: Ranks) -> tuple[nn.Module, MasterWeights | None]:
+    """This rank's rows of the same, on its device: read from the parent's files, or made by the first rank."""
+    profile, parent, manifest = request.profile, request.parent_directory, data.manifest
+    if parent is not None:
+        model = load_skeleton(parent)
+        rows_of = rows_of_checkpoint(parent, model)
+    else:
+        model = model_skeleton(profile.model, vocab_size=manifest.vocab_size, eos_id=manifest.eos_id)
+        rows_of = rows_of_first_rank(_first_model(request, data) if ranks.is_first else None, ranks)
+    check_fits(model, vocab_size=manifest.vocab_size, sequence_length=profile.batch.sequence_length)
+    rounded: list[str] = []
+    if request.stage.low_rank:
+        _wrap(model, request)
+        if profile.precision.dtype == "bfloat16":
+            for name, layer in relora_layers(model):
+                layer.weight.data = layer.weight.data.to(torch.bfloat16)
+                rounded.append(f"{name}.weight")
+    exact = shard_model(model, rows_of, ranks, keep=() if parent is not None else rounded)
+    if request.stage.low_rank:
+        reinit(model, seed=profile.seed, cycle=request.stage.cycle)
+    return model, _sharded_masters(model, rounded, exact, rows_of) if rounded else None
+
+
+def _sharded_masters(model: nn.Module, rounded: list[str], exact: dict[str, Tensor], rows_of: RowsOf) -> MasterWeights:
+    parameters = dict(model.named_parameters())
+    return MasterWeights(rounded, lambda name: exact[name] if exact else rows_of((name,), parameters[name]))
+
+
+def _wrap(model: nn.Module, request: StageRequest) -> None:
+    relora = request.profile.relora
+    apply_relora(
+        model,
+        rank=relora.rank,
+        alpha=relora.alpha,
+        dropout=relora.dropout,
+        target_modules=relora.target_modules,
+        rank_stabilized=relora.rank_stabilized,
+        seed=request.profile.seed,
+        cycle=request.stage.cycle,
+    )
+
+
+def _first_model(request: StageRequest, data: TokenDataset) -> nn.Module:
+    """What a run without a parent starts from."""
+    profile = request.profile
+    return build_model(
+        profile.model,
+        vocab_size=data.manifest.vocab_size,
+        eos_id=data.manifest.eos_id,
+        sequence_length=profile.batch.sequence_length,
+        seed=profile.seed,
+    )
 
 
 def _start(request: StageRequest) -> TrainingState:
@@ -227,7 +279,7 @@ def _optimizer(request: StageRequest, stage: Stage, model: nn.Module) -> torch.o
     if request.parent_directory is None or read_training_state(request.parent_directory).stage_kind != stage.kind:
         return optimizer
     shapes = {name: parameter.shape for name, parameter in model.named_parameters() if parameter.requires_grad}
-    state = load_optimizer_state(request.parent_directory / OPTIMIZER_FILE)
-    usable = {name: entries for name, entries in state.items() if shapes.get(name) == entries["exp_avg"].shape}
-    load_optimizer_state_by_name(optimizer, model, usable)
+    state = SavedOptimizerState(request.parent_directory / OPTIMIZER_FILE)
+    usable = [name for name in state if shapes.get(name) == state.shape_of(name)]
+    load_optimizer_state_by_name(optimizer, model, LazyMapping(usable, state.__getitem__))
     return optimizer

@@ -93,6 +93,15 @@ BAD_INPUT = [
     pytest.param(["export", "tale", "full"], 2, "is not empty", id="export into a directory in use"),
     pytest.param(["export", "tale", "full/file"], 2, "is a file", id="export onto a file"),
     pytest.param(["runs", "--store", "full/file"], 5, "a store is a directory", id="a file as store"),
+    pytest.param(
+        ["join", "--rdzv-endpoint", "x:1", "--nnodes", "2", "--node-rank", "2"],
+        2,
+        "--node-rank 2 is",
+        id="no such node",
+    ),
+    pytest.param(
+        ["join", "--rdzv-endpoint", "x", "--nnodes", "2", "--node-rank", "1"], 2, "rdzv_endpoint", id="no port"
+    ),
     pytest.param(["report", "gone"], 6, "no run 'gone'", id="report of nothing"),
 ]
 
@@ -193,7 +202,7 @@ def test_every_command_has_one_line_of_help_and_the_exit_codes_are_documented(re
         assert code in shown.out
     commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
     expected = {"run", "plan", "runs", "checkpoints", "show", "evaluate", "export", "report", "profiles", "retry"}
-    expected |= {"prune", "verify", "pin", "unpin", "serve", "retrain", "series", "promote", "rollback"}
+    expected |= {"prune", "verify", "pin", "unpin", "serve", "retrain", "series", "promote", "rollback", "join"}
     assert set(commands) == expected
     for name, command in commands.items():
         assert command.help and "\n" not in command.help.strip() and command.help.endswith("."), name

@@ -86,11 +86,14 @@ RULES = [
     ({"relora": {"rank": 257}}, "relora.rank 257 exceeds 256"),
     ({"model": {"num_key_value_heads": 1}, "relora": {"rank": 65}}, "relora.rank 65 exceeds 64"),
     ({"model": {"vocab_size": 300}}, "model.vocab_size 300 is below tokenizer.vocab_size 4096"),
-    ({"launch": {"nproc_per_node": 3}}, "batch.sequences 32 is not a multiple of launch.nproc_per_node 3"),
+    ({"launch": {"nproc_per_node": 33}}, "batch.sequences 32 leaves some of 33 ranks without a sequence"),
+    ({"launch": {"nnodes": 2}}, "nnodes 2 needs rdzv_endpoint"),
+    ({"launch": {"nnodes": 2, "rdzv_endpoint": "http://x"}}, "launch.rdzv_endpoint"),
     (
-        {"batch": {"micro_sequences": 16}, "launch": {"nproc_per_node": 4}},
-        "nproc_per_node 4 x batch.micro_sequences 16",
+        {"launch": {"nnodes": 5, "nproc_per_node": 8, "rdzv_endpoint": "x:1"}},
+        "leaves some of 40 ranks without a sequence",
     ),
+    ({"launch": {"nproc_per_node": "gpu", "device": "cpu"}}, "nproc_per_node 'gpu' needs device 'cuda' or 'auto'"),
 ]
 
 

@@ -20,6 +20,7 @@ LIGHT = (
     "relora_train.checkpoint_resolve",
     "relora_train.checkpoint_store",
     "relora_train.deployments",
+    "relora_train.joining",
     "relora_train.launch",
     "relora_train.overrides",
     "relora_train.parameters",

@@ -211,24 +211,6 @@ def test_a_worker_saves_its_state_and_ends_when_its_parent_is_killed(tmp_path: P
     assert len(local_snapshots(tmp_path / "snapshots")) == 1
 
 
-def test_two_ranks_give_the_single_process_result_up_to_rounding(tmp_path: Path):
-    dataset = write_tiny_dataset(tmp_path / "data")
-    losses = []
-    for ranks in (1, 2):
-        out = tmp_path / f"out-{ranks}"
-        profile = tiny_profile(launch={"nproc_per_node": ranks, "threads": 1})
-        request = stage_request(profile, "warm-start", dataset, out)
-        run_worker(
-            "relora_train.trainer",
-            request,
-            tmp_path / "request.json",
-            on_event=lambda event: None,
-            nproc_per_node=ranks,
-        )
-        losses.append(manifest_of(out)["evaluation"]["val_loss"])
-    assert abs(losses[0] - losses[1]) < 1e-4 * losses[0]  # float32 gradients summed in another order
-
-
 def test_the_worker_sees_no_credentials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "canary")
     monkeypatch.setenv("PREFECT_API_KEY", "canary")

@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from stage_runs import ignore, metrics_of, run_all, stage_request, tiny_profile
 from tiny_data import write_tiny_dataset
 
@@ -172,7 +173,7 @@ def test_taking_snapshots_changes_nothing_and_each_holds_only_what_moves(
     manifest = parse_manifest(SnapshotManifest, (directory / "manifest.json").read_bytes(), uri=str(directory))
     assert (manifest.stage, manifest.step) == ("cycle-1", taken[0]["step"])
     assert manifest.size_bytes == taken[0]["size_bytes"]
-    names = set(snapshot.load_file(directory / "state.safetensors"))
+    names = set(load_file(directory / "state.safetensors"))
     assert "weight:model.layers.0.mlp.up_proj.lora_A" in names and "weight:model.embed_tokens.weight" in names
     assert "weight:model.layers.0.mlp.up_proj.weight" not in names
 

@@ -12,6 +12,7 @@ from relora_train.profiles import profile_directory
 from relora_train.stages import (
     differing_settings,
     fingerprint_settings,
+    is_last,
     plan_stages,
     stage_fingerprint,
     stage_learning_rate,
@@ -101,11 +102,21 @@ CHANGES_NOTHING = {
     "snapshots.keep": 3,
     "launch.device": "cpu",
     "launch.nproc_per_node": 4,
+    "launch.nnodes": 2,
+    "launch.rdzv_endpoint": "trainer-0:29400",
+    "launch.sharding": "full",
     "launch.threads": 2,
     "retention.keep_last": 2,
     "retention.keep_every": 5,
 }
 """Settings that change no weight beyond the order of sums."""
+
+
+@pytest.mark.parametrize("method", ["relora", "lora", "full"])
+def test_only_the_last_stage_of_a_plan_is_the_last(method: str) -> None:
+    profile = Profile.model_validate({"method": method})
+    stages = plan_stages(profile)
+    assert [is_last(profile, stage) for stage in stages] == [False] * (len(stages) - 1) + [True]
 
 
 def leaf_settings() -> set[str]:
@@ -122,6 +133,8 @@ def leaf_settings() -> set[str]:
 
 
 def profile_with(changes: dict) -> Profile:
+    if "launch.nnodes" in changes:  # refused without
+        changes = {"launch.rdzv_endpoint": CHANGES_NOTHING["launch.rdzv_endpoint"], **changes}
     settings: dict = {}
     for key, value in changes.items():
         section, _, field = key.rpartition(".")

@@ -1,0 +1,90 @@
+"""Several stages by the same ranks, one after the other: `python -m many_stages --request FILE`.
+
+A stage may be stopped by a signal to its last rank, and then goes on from its snapshot. Each rank leaves rank-<r>.json
+beside the first output: how many entries of the model, and of Adam's state, it held of each stage.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from contextlib import nullcontext, suppress
+from typing import Any
+
+from torch import Tensor
+
+from relora_train import trainer
+from relora_train.config import FrozenConfig
+from relora_train.errors import TrainerInterruptedError
+from relora_train.process import Emit, serve_request
+from relora_train.ranks import Ranks, joined_ranks
+from relora_train.requests import StageRequest
+from relora_train.shards import local
+from relora_train.snapshot_store import local_snapshots
+from relora_train.training import StageTraining
+
+
+class Work(FrozenConfig):
+    """One stage."""
+
+    request: StageRequest
+    stop_after: int | None = None
+
+
+class ManyStages(FrozenConfig):
+    """In this order."""
+
+    stages: tuple[Work, ...]
+
+
+def train_all(plan: ManyStages, emit: Emit) -> None:
+    held: dict[str, Any] = {}
+    prepare, finish, update = trainer.prepare_stage, trainer._train, StageTraining.update
+    stop_after: list[int] = []
+
+    def recorded_prepare(request: StageRequest, ranks: Ranks) -> StageTraining:
+        training = prepare(request, ranks)
+        held["rank"] = ranks.rank
+        held[str(request.output_directory)] = record = {"weights": 0, "all_weights": 0}
+        for parameter in training.model.parameters():
+            record["weights"] += local(parameter).numel()
+            record["all_weights"] += parameter.numel()
+        return training
+
+    def recorded_train(training: StageTraining, *args: Any) -> None:
+        finish(training, *args)
+        states = training.optimizer.state.values()
+        held[str(training.request.output_directory)] |= {
+            "moments": sum(local(state["exp_avg"]).numel() for state in states),
+            "all_moments": sum(state["exp_avg"].numel() for state in states),
+        }
+
+    def update_and_stop(training: StageTraining, step: int) -> tuple[Tensor, Tensor]:
+        if step in stop_after and training.ranks.rank == training.ranks.world_size - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return update(training, step)
+
+    trainer.prepare_stage, trainer._train = recorded_prepare, recorded_train
+    StageTraining.update = update_and_stop
+    launch = plan.stages[0].request.profile.launch
+    with joined_ranks(launch.device) as ranks:
+        # A trainer joins once in its life; FSDP does not outlive its process group.
+        trainer.joined_ranks = lambda *_, **__: nullcontext(ranks)
+        for work in plan.stages:
+            request = work.request
+            if work.stop_after is not None:
+                stop_after[:] = [work.stop_after]
+                with suppress(TrainerInterruptedError):
+                    trainer.run_stage(request, emit)
+                stop_after.clear()
+                ranks.barrier()
+                newest = max(local_snapshots(request.snapshots_directory))
+                request = request.model_copy(update={"snapshot_directory": request.snapshots_directory / newest})
+            trainer.run_stage(request, emit)
+    first = plan.stages[0].request.output_directory
+    (first.parent / f"rank-{held['rank']}.json").write_text(json.dumps(held))
+
+
+if __name__ == "__main__":
+    serve_request(ManyStages, train_all)

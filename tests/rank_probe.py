@@ -1,0 +1,69 @@
+"""The trainer under a recorder: `python -m rank_probe --request FILE` trains the stage as relora_train.trainer does and
+leaves rank-<r>.json beside the output: what this rank drew, held and sent.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from relora_train import relora, trainer
+from relora_train.optimizer import optimizer_state_by_name
+from relora_train.process import Emit, serve_request
+from relora_train.requests import StageRequest
+from relora_train.training import StageTraining
+
+
+def digest(tensor: Tensor) -> str:
+    return hashlib.sha256(tensor.detach().cpu().contiguous().numpy().tobytes()).hexdigest()
+
+
+def probe(request: StageRequest, emit: Emit) -> None:
+    seen: dict[str, Any] = {"dropout_masks": [], "messages": [], "committed": False}
+    dropout, all_reduce = relora.F.dropout, dist.all_reduce
+    update, finish_cycle = StageTraining.update, trainer.finish_cycle
+
+    def recorded_dropout(x: Tensor, p: float) -> Tensor:
+        dropped = dropout(torch.ones_like(x), p)
+        seen["dropout_masks"][-1].append(digest(dropped))
+        return x * dropped
+
+    def recorded_all_reduce(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if seen["messages"]:
+            seen["messages"][-1].append(tensor.numel())
+        return all_reduce(tensor, *args, **kwargs)
+
+    def recorded_update(training: StageTraining, step: int) -> tuple[Tensor, Tensor]:
+        seen["dropout_masks"].append([])
+        seen["messages"].append([])
+        seen["gradient_entries"] = sum(p.numel() for p in training.trainable)
+        return update(training, step)
+
+    def recorded_finish(training: StageTraining, *args: Any) -> dict[str, Any]:
+        merge_report = finish_cycle(training, *args)
+        seen["tensors"] = {name: digest(p) for name, p in training.model.named_parameters()}
+        state = optimizer_state_by_name(training.optimizer, training.model)
+        seen["state"] = {f"{n}.{key}": digest(v) for n, entries in state.items() for key, v in entries.items()}
+        seen["rank"] = training.ranks.rank
+        return merge_report
+
+    relora.F.dropout, dist.all_reduce = recorded_dropout, recorded_all_reduce
+    StageTraining.update, trainer.finish_cycle = recorded_update, recorded_finish
+    commit_stage = trainer.commit_stage
+
+    def recorded_commit(*args: Any, **kwargs: Any) -> Any:
+        seen["committed"] = True
+        return commit_stage(*args, **kwargs)
+
+    trainer.commit_stage = recorded_commit
+    trainer.run_stage(request, emit)
+    (request.output_directory.parent / f"rank-{seen['rank']}.json").write_text(json.dumps(seen))
+
+
+if __name__ == "__main__":
+    serve_request(StageRequest, probe)

@@ -1,0 +1,223 @@
+"""Several ranks train the one model that one process trains; one of them may be lost."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from stage_runs import ignore, metrics_of, stage_request, tiny_profile
+from tiny_data import write_tiny_dataset
+
+from relora_train.checkpoint import load_optimizer_state
+from relora_train.config import Profile
+from relora_train.errors import ConfigError, TrainerCrashedError
+from relora_train.events import Event
+from relora_train.launch import nodes_of, run_worker
+from relora_train.ranks import Ranks
+from relora_train.requests import StageRequest
+from relora_train.snapshot_store import local_snapshots
+from relora_train.trainer import run_stage
+from relora_train.training import prepare_stage
+
+STEPS = 30
+TWO = {"nproc_per_node": 2, "threads": 1}
+
+
+def profile_of(**sections: Any) -> Profile:
+    """A cycle without dropout, whose masks would differ between numbers of ranks."""
+    schedule = {"warm_start_steps": 0, "cycles": 1, "cycle_length": STEPS, "warmup_steps": 4}
+    return tiny_profile(**{"relora": {"dropout": 0.0}, "schedule": schedule, "launch": TWO} | sections)
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_dataset(tmp_path_factory.mktemp("data") / "tiny")
+
+
+def by_two_ranks(request: StageRequest, *, module: str = "relora_train.trainer", on_event: Any = None) -> None:
+    path = request.output_directory.parent / "request.json"
+    run_worker(module, request, path, on_event=on_event or (lambda event: None), nproc_per_node=2)
+
+
+@pytest.fixture(scope="module")
+def alone(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The cycle as one process trains it."""
+    out = tmp_path_factory.mktemp("alone") / "out"
+    run_stage(stage_request(profile_of(), "cycle-1", dataset, out), ignore)
+    return out
+
+
+@pytest.fixture(scope="module")
+def together(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same cycle by two ranks."""
+    out = tmp_path_factory.mktemp("together") / "out"
+    by_two_ranks(stage_request(profile_of(), "cycle-1", dataset, out))
+    return out
+
+
+def assert_same_up_to_rounding(one: Path, other: Path, *, rounding: float = 1e-5) -> None:
+    """Losses, merged weights and the optimizer's state after the reset: float32 gradients summed in another order."""
+    losses = [[record["loss"] for record in metrics_of(checkpoint)] for checkpoint in (one, other)]
+    assert losses[0] == pytest.approx(losses[1], rel=rounding)
+    weights, expected = load_file(one / "model.safetensors"), load_file(other / "model.safetensors")
+    assert weights.keys() == expected.keys()
+    for name in expected:  # Adam's steps are as long for a tiny gradient as for a large one
+        torch.testing.assert_close(weights[name], expected[name], rtol=100 * rounding, atol=10 * rounding)
+    states = [load_optimizer_state(checkpoint / "optimizer.safetensors") for checkpoint in (one, other)]
+    assert states[0].keys() == states[1].keys()
+    for name, expected_state in states[1].items():
+        for key, value in expected_state.items():
+            atol = 10 * rounding * float(value.abs().max())
+            torch.testing.assert_close(states[0][name][key], value, rtol=100 * rounding, atol=atol)
+        if "lora_" in name:  # pruned by the same mask
+            kept = [state[name]["exp_avg"] != 0 for state in states]
+            assert torch.equal(kept[0], kept[1]) and 0 < kept[0].sum() < 0.1 * kept[0].numel()
+
+
+def test_two_ranks_give_the_single_process_result_up_to_rounding(alone: Path, together: Path):
+    assert_same_up_to_rounding(together, alone)
+
+
+# --- what each rank does
+
+
+@pytest.fixture(scope="module")
+def probed(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What both ranks recorded of a cycle with dropout, one sequence a micro-step, shares of 4 and 3."""
+    out = tmp_path_factory.mktemp("probe") / "out"
+    schedule = {"warm_start_steps": 0, "cycles": 1, "cycle_length": 6}
+    batch = {"sequences": 7, "micro_sequences": 1}
+    profile = tiny_profile(batch=batch, schedule=schedule, relora={"dropout": 0.3}, launch=TWO)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]))
+        by_two_ranks(stage_request(profile, "cycle-1", dataset, out), module="rank_probe")
+    assert (out / "manifest.json").is_file()
+    return [json.loads((out.parent / f"rank-{rank}.json").read_text()) for rank in (0, 1)]
+
+
+def test_all_ranks_hold_the_same_weights_reinit_and_optimizer_state(probed: list[dict[str, Any]]):
+    first, second = probed
+    assert first["tensors"] == second["tensors"] and any("lora_A" in name for name in first["tensors"])
+    assert first["state"] == second["state"] and any("lora_B.exp_avg_sq" in name for name in first["state"])
+
+
+def test_every_rank_and_micro_step_has_a_dropout_of_its_own(probed: list[dict[str, Any]]):
+    masks = [mask for seen in probed for step in seen["dropout_masks"] for mask in step]
+    assert all(len(seen["dropout_masks"]) == 6 for seen in probed)
+    assert len(set(masks)) == len(masks) == 6 * (4 + 3) * 14  # updates, micro-steps of both ranks, wrapped layers
+
+
+def test_gradients_are_sent_once_an_update_and_nothing_else_of_their_size(probed: list[dict[str, Any]]):
+    for seen in probed:
+        assert len(seen["messages"]) == 6
+        for sizes in seen["messages"]:
+            assert [size for size in sizes if size > 1] in ([seen["gradient_entries"]], [seen["gradient_entries"], 2])
+
+
+def test_only_the_first_rank_commits(probed: list[dict[str, Any]]):
+    assert [seen["committed"] for seen in probed] == [True, False]
+
+
+def test_more_ranks_than_sequences_are_refused_also_when_only_the_start_tells(dataset: Path, tmp_path: Path):
+    request = stage_request(profile_of(launch={"nproc_per_node": "gpu"}), "cycle-1", dataset, tmp_path / "out")
+    with pytest.raises(ConfigError, match="leaves some of 9 ranks without a sequence"):
+        prepare_stage(request, Ranks(rank=0, world_size=9, device=torch.device("cpu")))
+
+
+# --- a lost rank
+
+
+def ranks_below(pid: int) -> list[int]:
+    """All ranks on this machine, from the process id of one: the children of their launcher."""
+    launcher = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    return [int(child) for child in Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()]
+
+
+@pytest.fixture(scope="module")
+def snapshot_of_the_lost(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The newest snapshot of the cycle by two ranks, the second of which was killed."""
+    root = tmp_path_factory.mktemp("killed")
+    profile = profile_of(snapshots={"every_steps": 5, "every_seconds": None})
+    request = stage_request(profile, "cycle-1", dataset, root / "out")
+    pids: list[int] = []
+
+    def kill_the_second(event: Event) -> None:
+        if event["event"] == "stage_started":
+            pids.extend(ranks_below(event["pid"]))
+            pids.remove(event["pid"])
+        elif event["event"] == "snapshot_committed" and event["step"] >= 10 and pids:
+            os.kill(pids.pop(), signal.SIGKILL)
+
+    with pytest.raises(TrainerCrashedError) as caught:
+        by_two_ranks(request.model_copy(update={"snapshots_directory": root / "snapshots"}), on_event=kill_the_second)
+    assert caught.value.retryable
+    assert not (root / "out" / "manifest.json").exists() and not pids
+    newest = max(local_snapshots(root / "snapshots"))
+    assert 10 <= int(newest.split("-")[1]) < STEPS
+    return root / "snapshots" / newest
+
+
+def test_after_a_lost_rank_as_many_ranks_go_on_to_the_same_bits(
+    dataset: Path, together: Path, snapshot_of_the_lost: Path, tmp_path: Path
+):
+    request = stage_request(profile_of(), "cycle-1", dataset, tmp_path / "out")
+    by_two_ranks(request.model_copy(update={"snapshot_directory": snapshot_of_the_lost}))
+    for name in ("model.safetensors", "optimizer.safetensors", "training_state.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (together / name).read_bytes(), name
+
+
+def test_after_a_lost_rank_a_single_one_goes_on_to_the_same_result_up_to_rounding(
+    dataset: Path, together: Path, snapshot_of_the_lost: Path, tmp_path: Path
+):
+    request = stage_request(profile_of(launch={"nproc_per_node": 1}), "cycle-1", dataset, tmp_path / "out")
+    run_stage(request.model_copy(update={"snapshot_directory": snapshot_of_the_lost}), ignore)
+    assert_same_up_to_rounding(tmp_path / "out", together)
+
+
+# --- several machines
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def test_two_machines_give_the_bits_of_two_ranks_on_one_and_meet_again_for_the_next_stage(
+    dataset: Path, together: Path, tmp_path: Path
+):
+    """Two torchrun agents on this machine's loopback; the second is told nothing but where to meet."""
+    endpoint = f"127.0.0.1:{free_port()}"
+    meeting = ["--rdzv-endpoint", endpoint, "--nnodes", "2", "--node-rank", "1", "--device", "cpu"]
+    launch = {"nnodes": 2, "rdzv_endpoint": endpoint, "threads": 1, "device": "cpu"}
+    with subprocess.Popen(
+        [sys.executable, "-m", "relora_train.cli", "join", *meeting, "--wait-seconds", "120"],
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    ) as other_machine:
+        try:
+            for out, sharding, cycles in (("first", "full", 2), ("last", "none", 1)):
+                schedule = {"warm_start_steps": 0, "cycles": cycles, "cycle_length": STEPS, "warmup_steps": 4}
+                profile = profile_of(launch=launch | {"sharding": sharding}, schedule=schedule)
+                request = stage_request(profile, "cycle-1", dataset, tmp_path / out)
+                seen: list[Event] = []
+                nodes = nodes_of(profile.launch)
+                path = tmp_path / "request.json"
+                run_worker("relora_train.trainer", request, path, on_event=seen.append, nodes=nodes)
+                assert seen[0]["ranks"] == 2 and seen[-1]["event"] == "stage_committed"
+            said = other_machine.communicate(timeout=90)[1]
+        finally:
+            other_machine.kill()
+    assert other_machine.returncode == 0 and "took part in 2 " in said, said
+    for name in ("model.safetensors", "optimizer.safetensors", "training_state.json"):
+        assert (tmp_path / "last" / name).read_bytes() == (together / name).read_bytes(), name
