@@ -21,6 +21,7 @@ from relora_train.checkpoint import (
 from relora_train.config import Profile
 from relora_train.dataset import TokenDataset
 from relora_train.evaluate import autocast
+from relora_train.fast_path import share_inputs
 from relora_train.model import build_model, check_fits, head_is_plain, load_model, next_token_loss
 from relora_train.optimizer import build_optimizer, load_optimizer_state_by_name
 from relora_train.ranks import Ranks
@@ -160,7 +161,20 @@ def prepare_stage(request: StageRequest, ranks: Ranks) -> StageTraining:
     fused_loss = head_is_plain(model)
     model.to(ranks.device).train()
     optimizer = _optimizer(request, stage, model)
+    if stage.low_rank:
+        _share_inputs(model, profile, ranks, optimizer)
     return StageTraining(request, stage, ranks, model, optimizer, train_data, val_data, start, masters, fused_loss)
+
+
+def _share_inputs(model: nn.Module, profile: Profile, ranks: Ranks, optimizer: torch.optim.Optimizer) -> None:
+    share = -(-profile.batch.sequences // ranks.world_size)
+    micro_sequences = min(profile.batch.micro_sequences or share, share)
+    share_inputs(
+        model,
+        tokens=micro_sequences * profile.batch.sequence_length,
+        micro_steps=-(-share // micro_sequences),
+        optimizer=optimizer,
+    )
 
 
 def _parent_model(request: StageRequest, data: TokenDataset) -> nn.Module:
