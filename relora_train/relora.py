@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,12 @@ DEFAULT_TARGET_MODULES = {
     "gpt_neox": ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"),
 }
 """The linear layers of attention and MLP, by the model_type of a transformers config."""
+
+
+class SharedForward(Protocol):
+    """The output of one of several layers for an input (..., in)."""
+
+    def __call__(self, layer: ReLoRALinear, x: Tensor) -> Tensor: ...
 
 
 class ReLoRALinear(nn.Module):
@@ -48,8 +54,12 @@ class ReLoRALinear(nn.Module):
         device, dtype = linear.weight.device, torch.promote_types(linear.weight.dtype, torch.float32)
         self.lora_A = nn.Parameter(torch.zeros(rank, linear.in_features, device=device, dtype=dtype))
         self.lora_B = nn.Parameter(torch.zeros(linear.out_features, rank, device=device, dtype=dtype))
+        self.shared: SharedForward | None = None
+        """Computes this layer with those that read the same input: see fast_path.py. None: the reference below."""
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.shared is not None and not torch.compiler.is_compiling():
+            return self.shared(self, x)
         dropout = self.dropout if self.training else 0.0
         return relora_linear(x, self.weight, self.bias, self.lora_A, self.lora_B, self.scaling, dropout)
 

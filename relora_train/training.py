@@ -23,6 +23,7 @@ from relora_train.config import Profile
 from relora_train.dataset import TokenDataset
 from relora_train.errors import ConfigError
 from relora_train.evaluate import autocast
+from relora_train.fast_path import share_inputs
 from relora_train.model import (
     build_model,
     check_fits,
@@ -159,6 +160,8 @@ def prepare_stage(request: StageRequest, ranks: Ranks) -> StageTraining:
     fused_loss = head_is_plain(model)
     model.to(ranks.device).train()
     optimizer = _optimizer(request, stage, model)
+    if stage.low_rank and not ranks.sharded:  # the layers' shards come and go one by one
+        _share_inputs(model, profile, ranks, optimizer)
     return StageTraining(request, stage, ranks, model, optimizer, train_data, val_data, start, masters, fused_loss)
 
 
@@ -225,6 +228,17 @@ def _first_model(request: StageRequest, data: TokenDataset) -> nn.Module:
         eos_id=data.manifest.eos_id,
         sequence_length=profile.batch.sequence_length,
         seed=profile.seed,
+    )
+
+
+def _share_inputs(model: nn.Module, profile: Profile, ranks: Ranks, optimizer: torch.optim.Optimizer) -> None:
+    share = -(-profile.batch.sequences // ranks.world_size)
+    micro_sequences = min(profile.batch.micro_sequences or share, share)
+    share_inputs(
+        model,
+        tokens=micro_sequences * profile.batch.sequence_length,
+        micro_steps=-(-share // micro_sequences),
+        optimizer=optimizer,
     )
 
 

@@ -1,0 +1,121 @@
+"""One arm of a benchmark in a process of its own, so that its peak of memory is its own.
+
+`python -m relora_train.benchmarking.worker` reads an ArmRequest as the first line of standard input, then the number of
+steps of each round, one a line; it answers each with a line of JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from relora_train.benchmarking.arms import BuiltArm, build_arm
+from relora_train.benchmarking.request import ArmRequest
+
+_PEAK_SIDE = 2048
+
+
+def main() -> None:
+    """Serve rounds until standard input ends."""
+    request = ArmRequest.model_validate_json(sys.stdin.readline())
+    torch.set_float32_matmul_precision(request.matmul_precision)
+    if request.threads:
+        torch.set_num_threads(request.threads)
+    wants_gpu = request.device == "cuda" or (request.device == "auto" and torch.cuda.is_available())
+    device = torch.device("cuda" if wants_gpu else "cpu")
+    before = _resident_bytes()
+    built = build_arm(request, device)
+    torch.manual_seed(0)
+    shape = request.shape
+    tokens = torch.randint(shape.vocab_size, (shape.sequences, shape.sequence_length + 1), device=device)
+    first = float(built.step(tokens))  # allocates the optimizer's state and what is kept between steps
+    _reset_peak(device)
+    _answer(
+        arm=request.arm,
+        device=torch.cuda.get_device_name() if wants_gpu else "cpu",
+        threads=torch.get_num_threads(),
+        flops_per_token=built.flops_per_token,
+        notes=built.notes,
+        first_loss=first,
+    )
+    for line in sys.stdin:
+        loss, seconds = torch.zeros(()), []
+        for _ in range(int(line)):
+            _wait(device)
+            started = time.perf_counter()
+            loss = built.step(tokens)
+            _wait(device)
+            seconds.append(time.perf_counter() - started)
+        peak_flops = _matmul_flops(request, device)
+        memory = _memory(built, device, before)
+        _answer(seconds=seconds, loss=float(loss), matmul_flops=peak_flops, memory=memory)
+
+
+def _answer(**values: Any) -> None:
+    sys.stdout.write(json.dumps(values) + "\n")
+    sys.stdout.flush()
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def _matmul_flops(request: ArmRequest, device: torch.device) -> float:
+    """FLOPs a second of a large square product in the arm's precision: what utilisation is measured against."""
+    dtype = torch.bfloat16 if request.precision == "bfloat16" else torch.float32
+    side = _PEAK_SIDE * (4 if device.type == "cuda" else 1)
+    matrix = torch.ones(side, side, dtype=dtype, device=device)
+    taken = []
+    for _ in range(3):
+        _wait(device)
+        started = time.perf_counter()
+        matrix @ matrix
+        _wait(device)
+        taken.append(time.perf_counter() - started)
+    return float(2 * side**3 / min(taken))
+
+
+def _memory(built: BuiltArm, device: torch.device, before: int) -> dict[str, int]:
+    """Bytes: of the weights, of the optimizer's state, and the peak of all but the weights."""
+    weights = sum(p.numel() * p.element_size() for p in built.model.parameters())
+    state = sum(
+        value.numel() * value.element_size()
+        for entries in built.optimizer.state.values()
+        for value in entries.values()
+        if isinstance(value, torch.Tensor)
+    )
+    trained = sum(p.numel() * p.element_size() for p in built.model.parameters() if p.requires_grad)
+    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else _peak_bytes() - before
+    return {"weights": weights, "optimizer": state, "gradients": trained, "above_weights": peak - weights}
+
+
+def _reset_peak(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def _resident_bytes() -> int:
+    return _status("VmRSS")
+
+
+def _peak_bytes() -> int:
+    return _status("VmHWM")
+
+
+def _status(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"/proc/self/status has no {field}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,340 @@
+"""The fast forms of a ReLoRA layer are the readable one: outputs, gradients, dropout, precision, and what is kept."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from relora_train import low_rank
+from relora_train.contraction import (
+    REFERENCE,
+    Contraction,
+    LayerShape,
+    candidates,
+    choose_contraction,
+    flops_per_token,
+    relative_time,
+)
+from relora_train.fast_path import share_inputs, stop_sharing
+from relora_train.low_rank import Factors, low_rank_linears
+from relora_train.relora import (
+    ReLoRALinear,
+    apply_relora,
+    lora_parameters,
+    merge_and_reinit,
+    relora_layers,
+    relora_linear,
+)
+
+ORDERS = candidates(LayerShape(8, 6, (4,), 2))
+SHAPE = st.builds(
+    LayerShape,
+    tokens=st.integers(1, 4096),
+    in_features=st.integers(2, 4096),
+    out_features=st.lists(st.integers(2, 4096), min_size=1, max_size=3).map(tuple),
+    rank=st.integers(1, 512),
+    dropout=st.booleans(),
+    exact_weight=st.booleans(),
+    micro_steps=st.integers(1, 8),
+)
+
+
+def made_layers(count: int, *, d_in: int = 6, rank: int = 2, bias: bool = True, dtype: torch.dtype) -> list[Factors]:
+    torch.manual_seed(3)
+    layers = []
+    for index in range(count):
+        out = 4 + index
+        B, A = torch.randn(out, rank, dtype=dtype), torch.randn(rank, d_in, dtype=dtype)
+        layers.append(
+            Factors(
+                torch.randn(out, d_in, dtype=dtype),
+                torch.randn(out, dtype=dtype).requires_grad_() if bias else None,
+                A.requires_grad_(),
+                B.requires_grad_(),
+            )
+        )
+    return layers
+
+
+def with_merged(layers: list[Factors], scaling: float) -> list[Factors]:
+    with torch.no_grad():
+        return [Factors(f.weight, f.bias, f.A, f.B, f.weight + scaling * f.B @ f.A) for f in layers]
+
+
+def gradients(outputs: tuple[Tensor, ...], x: Tensor, layers: list[Factors]) -> list[Tensor]:
+    torch.manual_seed(5)
+    loss = sum((y * torch.randn_like(y)).sum() for y in outputs)
+    wanted = [x, *(t for f in layers for t in (f.A, f.B, f.bias) if t is not None)]
+    return list(torch.autograd.grad(loss, wanted))
+
+
+@pytest.mark.parametrize("order", ORDERS, ids=str)
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+def test_every_order_is_the_reference_in_float64(order: Contraction, count: int, bias: bool):
+    layers, scaling = made_layers(count, bias=bias, dtype=torch.float64), 1.7
+    x = torch.randn(2, 5, 6, dtype=torch.float64, requires_grad=True)
+    expected = tuple(relora_linear(x, f.weight, f.bias, f.A, f.B, scaling, 0.0) for f in layers)
+    found = low_rank_linears(x, with_merged(layers, scaling), order, scaling, 0.0)
+    for ours, theirs in zip(
+        [*found, *gradients(found, x, layers)], [*expected, *gradients(expected, x, layers)], strict=True
+    ):
+        assert ours.shape == theirs.shape
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("order", ORDERS, ids=str)
+def test_gradients_are_the_derivatives(order: Contraction):
+    layers = made_layers(2, dtype=torch.float64)
+    x = torch.randn(3, 6, dtype=torch.float64, requires_grad=True)
+
+    def outputs(x: Tensor, *factors: Tensor) -> tuple[Tensor, ...]:
+        pairs = zip(layers, factors[::2], factors[1::2], strict=True)
+        return low_rank_linears(
+            x, with_merged([Factors(f.weight, f.bias, A, B) for f, A, B in pairs], 0.5), order, 0.5, 0.0
+        )
+
+    assert torch.autograd.gradcheck(outputs, (x, *(t for f in layers for t in (f.A, f.B))))
+
+
+def masked_reference(x: Tensor, layers: list[Factors], scaling: float, dropout: float, seed: int) -> tuple[Tensor, ...]:
+    keep = low_rank._kept(x.reshape(-1, x.shape[-1]).shape, dropout, seed, x.device).view(x.shape)
+    read = x * keep / keep.double().mean().new_tensor(1 - round(dropout * 65_536) / 65_536)
+    return tuple(x @ f.weight.T + (0 if f.bias is None else f.bias) + scaling * read @ f.A.T @ f.B.T for f in layers)
+
+
+@pytest.mark.parametrize("dropout", [0.1, 0.5])
+def test_dropout_is_of_the_low_rank_path_alone_and_the_same_both_ways(dropout: float):
+    layers, scaling = made_layers(3, dtype=torch.float64), 0.7
+    x = torch.randn(4, 7, 6, dtype=torch.float64, requires_grad=True)
+    torch.manual_seed(11)
+    found = low_rank_linears(x, layers, REFERENCE, scaling, dropout)
+    torch.manual_seed(11)
+    seed = int(torch.randint(2**62, ()))
+    expected = masked_reference(x, layers, scaling, dropout, seed)
+    for ours, theirs in zip(
+        [*found, *gradients(found, x, layers)], [*expected, *gradients(expected, x, layers)], strict=True
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+def test_a_mask_keeps_its_share_and_is_drawn_anew_by_each_call():
+    shape = torch.Size((1000, 100))
+    kept = low_rank._kept(shape, 0.1, 7, torch.device("cpu"))
+    assert abs(float(kept.double().mean()) - 0.9) < 0.004  # four standard errors
+    assert abs(float((kept[:, 1:] & kept[:, :-1]).double().mean()) - 0.81) < 0.005  # neighbours are independent
+    assert torch.equal(kept, low_rank._kept(shape, 0.1, 7, torch.device("cpu")))
+    assert not torch.equal(kept, low_rank._kept(shape, 0.1, 8, torch.device("cpu")))
+    layers, x = made_layers(1, dtype=torch.float64), torch.randn(50, 6, dtype=torch.float64)
+    torch.manual_seed(0)
+    first, second = (low_rank_linears(x, layers, REFERENCE, 1.0, 0.5)[0] for _ in range(2))
+    torch.manual_seed(0)
+    again = low_rank_linears(x, layers, REFERENCE, 1.0, 0.5)[0]
+    assert torch.equal(first, again) and not torch.equal(first, second)
+
+
+class Block(nn.Module):
+    """Attention's and MLP's projections, called as a transformers Llama calls them."""
+
+    def __init__(self, width: int = 16) -> None:
+        super().__init__()
+        self.q_proj, self.k_proj, self.v_proj = (
+            nn.Linear(width, out, bias=False) for out in (width, width // 2, width // 2)
+        )
+        self.o_proj = nn.Linear(width, width, bias=True)
+        self.gate_proj, self.up_proj = nn.Linear(width, 24), nn.Linear(width, 24)
+        self.down_proj = nn.Linear(24, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.o_proj(self.q_proj(x) * torch.cat([self.k_proj(x), self.v_proj(x)], dim=-1))
+        return x + h + self.down_proj(torch.tanh(self.gate_proj(h)) * self.up_proj(h))
+
+
+NAMES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def wrapped(dropout: float = 0.0, dtype: torch.dtype = torch.float64) -> nn.Module:
+    torch.manual_seed(0)
+    model = nn.Sequential(Block(), Block()).to(dtype)
+    apply_relora(model, rank=4, alpha=8, dropout=dropout, target_modules=NAMES, seed=0)
+    with torch.no_grad():
+        for name, factor in lora_parameters(model):
+            if name.endswith("lora_B"):
+                factor.normal_(std=0.1)
+    return model
+
+
+def step(model: nn.Module, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    model.zero_grad()
+    y = model(x)
+    y.square().sum().backward()
+    return y.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("tokens", [2, 4096])
+def test_a_model_on_the_fast_path_is_the_model(tokens: int):
+    model, x = wrapped(), torch.randn(3, 16, dtype=torch.float64)
+    expected, grads = step(model, x)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad])
+    orders = share_inputs(model, tokens=tokens, optimizer=optimizer)
+    assert set(orders) == {name for name, _ in relora_layers(model)}
+    found, ours = step(model, x)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    assert ours.keys() == grads.keys()
+    for name, grad in grads.items():
+        torch.testing.assert_close(ours[name], grad, rtol=1e-10, atol=1e-11, msg=name)
+    stop_sharing(model)
+    assert torch.equal(step(model, x)[0], expected)
+
+
+def test_siblings_are_computed_once(monkeypatch: pytest.MonkeyPatch):
+    calls = []
+    real = low_rank.low_rank_linears
+
+    def counted(x, layers, *rest):
+        calls.append(len(layers))
+        return real(x, layers, *rest)
+
+    monkeypatch.setattr("relora_train.fast_path.low_rank_linears", counted)
+    model = wrapped()
+    share_inputs(model, tokens=3)
+    model(torch.randn(3, 16, dtype=torch.float64))
+    assert calls == [3, 1, 2, 1] * 2
+    assert all(layer.shared._waiting is None for _, layer in relora_layers(model))  # nothing is held back
+
+
+def test_any_order_of_calls_is_right():
+    model = wrapped()
+    block, x, z = model[0], torch.randn(5, 16, dtype=torch.float64), torch.randn(5, 16, dtype=torch.float64)
+    expected = {name: (block.get_submodule(name)(x), block.get_submodule(name)(z)) for name in ("q_proj", "k_proj")}
+    share_inputs(model, tokens=5)
+    for name in ("k_proj", "q_proj", "q_proj", "k_proj"):
+        for tensor, y in zip((x, z), expected[name], strict=True):
+            torch.testing.assert_close(block.get_submodule(name)(tensor), y)
+    kept = block.q_proj(x)
+    x.mul_(2)  # the same tensor with another content
+    torch.testing.assert_close(block.k_proj(x), relora_of(block.k_proj, x))
+    assert not torch.equal(kept, block.q_proj(x))
+
+
+def relora_of(layer: ReLoRALinear, x: Tensor) -> Tensor:
+    return relora_linear(x, layer.weight, layer.bias, layer.lora_A, layer.lora_B, layer.scaling, 0.0)
+
+
+@pytest.mark.parametrize("change", ["optimizer", "merge", "load"])
+def test_a_kept_merged_weight_never_outlives_its_parts(change: str):
+    model, x = wrapped(), torch.randn(64, 16, dtype=torch.float64)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1, fused=True)
+    orders = share_inputs(model, tokens=4096, optimizer=optimizer)
+    assert any(order.merges for order in orders.values())
+    step(model, x)
+    match change:
+        case "optimizer":
+            optimizer.step()
+        case "merge":
+            merge_and_reinit(model, cycle=1, seed=0)
+        case "load":
+            model.load_state_dict({name: tensor + 0.1 for name, tensor in model.state_dict().items()})
+    found = step(model, x)[0]
+    stop_sharing(model)
+    torch.testing.assert_close(found, step(model, x)[0], rtol=1e-11, atol=1e-11)
+
+
+def test_without_the_optimizer_nothing_is_kept():
+    assert not any(order.merges for order in share_inputs(wrapped(), tokens=4096).values())
+
+
+def test_a_merged_weight_is_formed_once_an_update(monkeypatch: pytest.MonkeyPatch):
+    formed = []
+    real = torch.addmm
+    monkeypatch.setattr(torch, "addmm", lambda *args, **options: formed.append(1) or real(*args, **options))
+    model = wrapped()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad])
+    share_inputs(model, tokens=4096, micro_steps=3, optimizer=optimizer)
+    for _ in range(3):
+        model(torch.randn(64, 16, dtype=torch.float64)).sum().backward()
+    assert 0 < len(formed) <= len(list(relora_layers(model)))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_gradient_checkpointing_makes_the_same_step(dropout: float):
+    model, x = wrapped(dropout), torch.randn(9, 16, dtype=torch.float64)
+    share_inputs(model, tokens=9)
+
+    def run(recompute: bool) -> dict[str, Tensor]:
+        model.zero_grad()
+        torch.manual_seed(4)
+        y = x.clone().requires_grad_()
+        for block in model:
+            y = checkpoint(block, y, use_reentrant=False) if recompute else block(y)
+        y.square().sum().backward()
+        return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+    plain, recomputed = run(False), run(True)
+    assert plain.keys() == recomputed.keys()
+    assert all(torch.equal(grad, recomputed[name]) for name, grad in plain.items())
+
+
+def test_under_autocast_products_are_in_bfloat16_and_gradients_in_float32():
+    model = wrapped(0.2, torch.float32)
+    for _, layer in relora_layers(model):
+        layer.weight.data = layer.weight.data.bfloat16()
+    orders = share_inputs(model, tokens=4096)
+    assert set(orders.values()) == {REFERENCE}  # a merged weight in bfloat16 would lose the update
+    with torch.autocast("cpu", torch.bfloat16):
+        _, grads = step(model.eval(), torch.randn(32, 16))
+        assert model[0].q_proj(torch.randn(2, 16)).dtype == torch.bfloat16
+    assert all(grads[name].dtype == torch.float32 for name, _ in lora_parameters(model))
+    stop_sharing(model)
+    torch.manual_seed(0)
+    with torch.autocast("cpu", torch.bfloat16):
+        x = torch.randn(32, 16)
+        expected = model(x)
+        share_inputs(model, tokens=4096)
+        torch.testing.assert_close(model(x), expected, rtol=0.05, atol=0.05)
+
+
+def test_a_copied_model_starts_on_the_reference():
+    model = wrapped()
+    share_inputs(model, tokens=8)
+    twin, x = copy.deepcopy(model), torch.randn(4, 16, dtype=torch.float64)
+    assert all(layer.shared is None for _, layer in relora_layers(twin))
+    torch.testing.assert_close(twin(x), model(x))
+
+
+@given(SHAPE)
+@settings(max_examples=200, deadline=None)
+def test_the_choice_is_valid_and_the_cheapest_of_its_model(shape: LayerShape):
+    for device in ("cpu", "cuda"):
+        chosen = choose_contraction(shape, device)
+        assert chosen in candidates(shape)
+        assert all(
+            relative_time(chosen, shape, device) <= relative_time(other, shape, device) for other in candidates(shape)
+        )
+        if shape.dropout or not shape.exact_weight:
+            assert chosen == REFERENCE
+        assert not choose_contraction(shape, device, keep_merged=False).merges
+
+
+def test_flops_are_the_closed_forms():
+    tokens, d_in, d_out, rank = 512, 64, 128, 8
+    shape, S, D = LayerShape(tokens, d_in, (d_out,), rank), d_in + d_out, d_in * d_out
+    per_token = {
+        Contraction("split", "split", "low_rank"): 4 * D + 2 * rank * S + 4 * rank * S + 2 * rank * d_in,
+        Contraction("merged", "merged", "low_rank"): 2 * rank * D / tokens + 4 * D + 4 * rank * S,
+        Contraction("merged", "merged", "dense"): 6 * D + 6 * rank * D / tokens,
+    }
+    for order, expected in per_token.items():
+        assert flops_per_token(order, shape) == pytest.approx(expected), order
+
+
+def test_many_tokens_and_a_small_rank_merge_and_a_huge_rank_goes_dense():
+    assert choose_contraction(LayerShape(8192, 512, (512,), 32)).merges
+    assert choose_contraction(LayerShape(8192, 512, (512,), 512)).factors == "dense"
+    assert choose_contraction(LayerShape(64, 1024, (2736,), 16)) == REFERENCE
