@@ -347,6 +347,49 @@ def evaluate(checkpoint: CheckpointName, store: Store = None, as_json: AsJson = 
 
 
 @app.command()
+def bench(
+    shapes: Annotated[list[str] | None, typer.Argument(metavar="SHAPE", help="9m, 20m, 35m … llama_1b.")] = None,
+    precision: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    dropout: Annotated[float, typer.Option(min=0, max=0.9, help="On the input of A, in every arm.")] = 0.1,
+    rank: Annotated[int | None, typer.Option(min=1, help="Instead of the shape's.")] = None,
+    sequence_length: Annotated[int | None, typer.Option(min=8, help="Instead of the shape's.")] = None,
+    sequences: Annotated[int | None, typer.Option(min=1, help="In a step, instead of the shape's.")] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="In each, all arms take their turn.")] = 5,
+    steps: Annotated[int, typer.Option(min=1, help="Of an arm in a round.")] = 2,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of an arm.")] = None,
+    compiled: Annotated[bool, typer.Option("--compile", help="With torch.compile, in every arm.")] = False,
+    output: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write the numbers as JSON.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure this library's training step beside full rank, the paper's ReLoRA and peft: speed, FLOPs, memory."""
+    from relora_train.console import bench as benchmark
+    from relora_train.console.tables import show as show_view
+    from relora_train.errors import ConfigError
+
+    if precision not in ("float32", "bfloat16"):
+        raise ConfigError(f"--precision {precision!r} is not float32 or bfloat16.")
+    record = benchmark.bench(
+        shapes or benchmark.DEFAULT_SHAPES,
+        precision=precision,  # type: ignore[arg-type]  # checked above
+        dropout=dropout,
+        rank=rank,
+        sequence_length=sequence_length,
+        sequences=sequences,
+        rounds=rounds,
+        steps=steps,
+        threads=threads,
+        compiled=compiled,
+        console=console_for_people(to_stderr=True),
+    )
+    if output is not None:
+        output.write_text(json.dumps(record, indent=1) + "\n")
+    if as_json:
+        _echo_json(record)
+    else:
+        show_view(console_for_people(), benchmark.bench_view(record))
+
+
+@app.command()
 def export(
     checkpoint: CheckpointName,
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="Where the model goes: new or empty.")],

@@ -6,8 +6,9 @@ import json
 import statistics
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -97,27 +98,33 @@ class _Worker:
         self.about: dict[str, Any] = {}
 
     def __enter__(self) -> Self:
+        self._errors = tempfile.TemporaryFile("w+")  # a pipe that nobody reads could fill up
         self._process = subprocess.Popen(
             [sys.executable, "-m", "relora_train.benchmarking.worker"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            stderr=self._errors,
             text=True,
         )
-        self.about = self._exchange(self.request.model_dump_json())
+        try:
+            self.about = self._exchange(self.request.model_dump_json())
+        except BaseException:
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *exception: object) -> None:
         if self._process.stdin is not None:
-            self._process.stdin.close()
+            with suppress(BrokenPipeError):
+                self._process.stdin.close()
         try:
             self._process.wait(timeout=10)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
-        for stream in (self._process.stdout, self._process.stderr):
-            if stream is not None:
-                stream.close()
+        if self._process.stdout is not None:
+            self._process.stdout.close()
+        self._errors.close()
 
     def ask(self, steps: int) -> dict[str, Any]:
         """The answer to a round."""
@@ -125,7 +132,7 @@ class _Worker:
 
     def _exchange(self, line: str) -> dict[str, Any]:
         process = self._process
-        if process.stdin is None or process.stdout is None or process.stderr is None:
+        if process.stdin is None or process.stdout is None:
             raise TypeError("the worker was started without pipes")
         try:
             process.stdin.write(line + "\n")
@@ -134,12 +141,14 @@ class _Worker:
         except BrokenPipeError:
             answer = ""
         if not answer:
-            raise self._fault(process.stderr.read())
+            raise self._fault()
         found: dict[str, Any] = json.loads(answer)
         return found
 
-    def _fault(self, output: str) -> ReLoRAError:
-        last = output.strip().splitlines()[-1:] or ["it said nothing"]
+    def _fault(self) -> ReLoRAError:
+        self._process.wait(timeout=10)
+        self._errors.seek(0)
+        last = self._errors.read().strip().splitlines()[-1:] or ["it said nothing."]
         return TrainerCrashedError(
             f"The benchmark's arm {self.label!r} ended early: {last[0]} Take a smaller shape, or leave the arm out."
         )
