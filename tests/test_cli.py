@@ -202,7 +202,19 @@ def test_every_command_has_one_line_of_help_and_the_exit_codes_are_documented(re
         assert code in shown.out
     commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
     expected = {"run", "plan", "runs", "checkpoints", "show", "evaluate", "export", "report", "profiles", "retry"}
-    expected |= {"prune", "verify", "pin", "unpin", "serve", "retrain", "series", "promote", "rollback", "join"}
+    expected |= {
+        "prune",
+        "verify",
+        "pin",
+        "unpin",
+        "serve",
+        "retrain",
+        "series",
+        "promote",
+        "rollback",
+        "join",
+        "bench",
+    }
     assert set(commands) == expected
     for name, command in commands.items():
         assert command.help and "\n" not in command.help.strip() and command.help.endswith("."), name
