@@ -6,4 +6,5 @@ ruff format --check .
 ruff check .
 mypy
 lint-imports
-exec python -m pytest "$@"
+# Two processes, a file of tests at a time: most tests wait for processes of their own.
+exec python -m pytest --numprocesses 2 --dist loadfile "$@"
