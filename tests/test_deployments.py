@@ -20,6 +20,7 @@ from prefect_operator import ROOT, Operator, children_of, is_alive, running_oper
 from seaweed import Seaweed
 
 from relora_train.checkpoint_layout import parse_snapshot_name
+from relora_train.checkpoint_resolve import resolve_checkpoint
 from relora_train.storage.opening import open_store
 from relora_train.verify import verify_run
 
@@ -173,6 +174,34 @@ def test_served_deployments_run_without_a_worker_and_stop_in_order(operator: Ope
     wait_until_gone(processes, 40)
     assert snapshots(bucket, "served")
     assert operator.state(flow_run) in ("CANCELLED", "CRASHED")
+
+
+def test_nightly_retrains_promote_what_is_better_and_refuse_the_rest(
+    operator: Operator, worker: subprocess.Popen[bytes], bucket: str, tmp_path: Path
+):
+    operator.prefect("--no-prompt", "deploy", "-n", "retrain/nightly", "--prefect-file", "deploy/prefect.yaml")
+    data = {"source": "jsonl", "paths": [str(tmp_path)], "name": "nights"}
+    overrides = {**SMOKE, "schedule": {"cycles": 1, "min_lr_ratio": 1.0}, "data": data}
+
+    def arrive(night: int) -> None:
+        modules = sorted(Path(json.__file__).parent.parent.glob("[a-d]*.py"))[night::2]
+        lines = (json.dumps({"text": path.read_text(errors="replace")[:8000]}) for path in modules)
+        (tmp_path / f"night-{night}.jsonl").write_text("\n".join(lines))
+
+    def night(**parameters: Any) -> str:
+        given = {"series": "nightly", "profile": "smoke", "overrides": overrides, **parameters}
+        flow_run = operator.run("retrain/nightly", **given)
+        operator.wait_for_state(flow_run, "COMPLETED", seconds=240)
+        return str(operator.flow_run(flow_run)["state_name"])
+
+    arrive(0)
+    assert night() == "Promoted"
+    champion = resolve_checkpoint("series:nightly", open_store(bucket)).uri
+    assert night() == "NoNewData"
+    arrive(1)
+    assert night(margin=0.9) == "Refused"
+    assert resolve_checkpoint("series:nightly", open_store(bucket)).uri == champion
+    assert night() == "NoNewData"
 
 
 def installed_automations(operator: Operator) -> list[dict[str, Any]]:
