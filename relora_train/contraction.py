@@ -13,6 +13,7 @@ clock: a run that is resumed makes the same choice and the same bits.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Literal
@@ -83,6 +84,20 @@ MACHINES = {
     "cuda": Machine(flops_per_byte=180, half_speed_side=16),
 }
 """cpu: fp32, two AVX-512 cores (90 GF/s and 9 GB/s a core). cuda: bf16, H100 (550 TF/s and 3 TB/s)."""
+
+
+SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+"""Names of layers that a transformers model calls one after the other with the very same tensor."""
+
+
+def sibling_groups(names: Sequence[str]) -> list[tuple[str, ...]]:
+    """Module names, those that read the same input together; in the order of the first of each."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        parent, _, own = name.rpartition(".")
+        first = next((family[0] for family in SIBLINGS if own in family), own)
+        groups.setdefault(f"{parent}.{first}", []).append(name)
+    return [tuple(group) for group in groups.values()]
 
 
 def candidates(shape: LayerShape, *, keep_merged: bool = True) -> list[Contraction]:

@@ -12,12 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from relora_train.contraction import Contraction, LayerShape, choose_contraction
+from relora_train.contraction import Contraction, LayerShape, choose_contraction, sibling_groups
 from relora_train.low_rank import Factors, low_rank_linears
 from relora_train.relora import ReLoRALinear, relora_layers
-
-SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-"""Names of layers that a transformers model calls one after the other with the very same tensor."""
 
 
 @dataclass
@@ -127,25 +124,21 @@ def stop_sharing(model: nn.Module) -> None:
         layer.shared = None
 
 
-def _groups(model: nn.Module) -> list[tuple[list[str], list[ReLoRALinear]]]:
+def _groups(model: nn.Module) -> list[tuple[tuple[str, ...], list[ReLoRALinear]]]:
     """The layers with their names, siblings together, in the model's order."""
     layers = dict(relora_layers(model))
-    groups, taken = [], set()
-    for name, layer in layers.items():
-        if name in taken:
-            continue
-        parent, _, own = name.rpartition(".")
-        family = next((names for names in SIBLINGS if own in names), (own,))
-        beside = [f"{parent}.{sibling}".lstrip(".") for sibling in family]
-        names = [
-            sibling
-            for sibling in beside
-            if sibling in layers and layers[sibling].in_features == layer.in_features and _alike(layers[sibling], layer)
-        ]
-        taken.update(names)
-        groups.append((names, [layers[sibling] for sibling in names]))
+    groups: list[tuple[tuple[str, ...], list[ReLoRALinear]]] = []
+    for names in sibling_groups(list(layers)):
+        together = [layers[name] for name in names]
+        if all(_alike(together[0], other) for other in together):
+            groups.append((names, together))
+        else:
+            groups += [((name,), [layers[name]]) for name in names]
     return groups
 
 
 def _alike(one: ReLoRALinear, other: ReLoRALinear) -> bool:
-    return (one.scaling, one.dropout, one.weight.dtype) == (other.scaling, other.dropout, other.weight.dtype)
+    def facts(layer: ReLoRALinear) -> tuple[object, ...]:
+        return layer.in_features, layer.rank, layer.scaling, layer.dropout, layer.weight.dtype
+
+    return facts(one) == facts(other)

@@ -6,6 +6,7 @@ Counts Llama and GPT-NeoX, the families that relora.py wraps by default.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -106,35 +107,15 @@ def full_flops_per_token(shape: ModelShape, *, sequence_length: int) -> int:
 
 
 def low_rank_flops_per_token(
-    shape: ModelShape,
-    *,
-    sequence_length: int,
-    wrapped: tuple[LinearShape, ...],
-    rank: int,
-    dropout: bool,
-    tokens: int,
+    shape: ModelShape, *, sequence_length: int, orders: Mapping[tuple[LinearShape, ...], float]
 ) -> int:
-    """The same with the wrapped weights frozen beside A and B, in the cheapest order of products for each layer.
+    """The same with wrapped weights frozen beside A and B. Not counted: the merges.
 
-    tokens: in one forward pass of one rank; a cost per pass is spread over them. Not counted: the merges.
+    orders: FLOPs a token of the wrapped layers of a block, by the layers that are computed together.
     """
-    linears = sum(
-        _low_rank_layer_flops(linear, rank=rank, dropout=dropout, tokens=tokens)
-        if linear in wrapped
-        else 6 * linear.weights
-        for linear in shape.linears
-    )
+    wrapped = {linear for layers in orders for linear in layers}
+    linears = sum(orders.values()) + sum(6 * linear.weights for linear in shape.linears if linear not in wrapped)
     return round(shape.layers * (linears + _attention_flops(shape, sequence_length)) + _head_flops(shape))
-
-
-def _low_rank_layer_flops(linear: LinearShape, *, rank: int, dropout: bool, tokens: int) -> float:
-    D, S = linear.weights, linear.sides
-    split = 4 * D + 6 * rank * S  # Wx + s B(Ax), as the paper's code has it
-    if dropout:
-        return split  # the two routes see different inputs, so W + sBA cannot serve both
-    merged = 4 * D + 4 * rank * S + 2 * rank * D / tokens  # (W + sBA)x, gradients of A and B from the low-rank route
-    dense = 6 * D + (2 * rank * D + 4 * rank * D) / tokens  # (W + sBA)x, gradients of A and B from the dense one
-    return min(split, merged, dense)
 
 
 def _attention_flops(shape: ModelShape, sequence_length: int) -> int:

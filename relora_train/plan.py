@@ -8,7 +8,16 @@ from __future__ import annotations
 import math
 
 from relora_train.config import FrozenConfig, OptimizerResetConfig, Profile
+from relora_train.contraction import (
+    REFERENCE,
+    Contraction,
+    LayerShape,
+    choose_contraction,
+    flops_per_token,
+    sibling_groups,
+)
 from relora_train.model_shape import (
+    LinearShape,
     ModelShape,
     ShapeUnknownError,
     full_flops_per_token,
@@ -29,10 +38,12 @@ class MemoryEstimate(FrozenConfig):
     weights: int
     gradients: int
     optimizer: int
+    merged: int = 0
+    """Merged weights that are kept for the length of an update, where that is the faster order."""
 
     @property
     def total(self) -> int:
-        return self.weights + self.gradients + self.optimizer
+        return self.weights + self.gradients + self.optimizer + self.merged
 
 
 class CheckpointSize(FrozenConfig):
@@ -49,6 +60,16 @@ class CheckpointSize(FrozenConfig):
         return self.model + self.optimizer + self.adapter
 
 
+class LayerOrder(FrozenConfig):
+    """In which order low-rank layers that read one input multiply; see contraction.py."""
+
+    layers: tuple[str, ...]
+    """Of one block."""
+
+    order: str
+    flops_per_token: int
+
+
 class PhaseCost(FrozenConfig):
     """What full-rank or low-rank training takes, whichever stage does it."""
 
@@ -62,6 +83,9 @@ class PhaseCost(FrozenConfig):
     memory: MemoryEstimate
     snapshot_bytes: int
     """One snapshot inside a stage: all that moves, and its Adam state."""
+
+    orders: tuple[LayerOrder, ...] = ()
+    """Of the low-rank layers of a block, on the kind of device that the profile names; 'auto' counts as a CPU."""
 
 
 class LearningRatePoint(FrozenConfig):
@@ -192,15 +216,13 @@ def _low_rank_cost(profile: Profile, shape: ModelShape) -> PhaseCost:
     factors = shape.layers * relora.rank * sum(linear.sides for linear in wrapped)
     trainable = shape.parameters - frozen + factors
     frozen_bytes = 2 if profile.precision.dtype == "bfloat16" else _FP32_BYTES
-    micro_sequences = batch.micro_sequences or math.ceil(batch.sequences / (profile.launch.world_size or 1))
+    orders = _orders(profile, wrapped)
     flops = low_rank_flops_per_token(
         shape,
         sequence_length=batch.sequence_length,
-        wrapped=wrapped,
-        rank=relora.rank,
-        dropout=relora.dropout > 0,
-        tokens=micro_sequences * batch.sequence_length,
+        orders={layers: flops_per_token(order, layer_shape) for layers, layer_shape, order in orders},
     )
+    merged = sum(linear.weights for layers, _, order in orders if order.merges for linear in layers)
     return PhaseCost(
         trainable_parameters=trainable,
         adapter_parameters=factors,
@@ -209,9 +231,44 @@ def _low_rank_cost(profile: Profile, shape: ModelShape) -> PhaseCost:
             weights=frozen_bytes * frozen + _FP32_BYTES * trainable,
             gradients=_FP32_BYTES * trainable,
             optimizer=_MOMENTS * _FP32_BYTES * trainable,
+            merged=_FP32_BYTES * shape.layers * merged,
         ),
         snapshot_bytes=(1 + _MOMENTS) * _FP32_BYTES * trainable,
+        orders=tuple(
+            LayerOrder(
+                layers=tuple(linear.name for linear in layers),
+                order=str(order),
+                flops_per_token=round(flops_per_token(order, layer_shape)),
+            )
+            for layers, layer_shape, order in orders
+        ),
     )
+
+
+def _orders(
+    profile: Profile, wrapped: tuple[LinearShape, ...]
+) -> list[tuple[tuple[LinearShape, ...], LayerShape, Contraction]]:
+    """What fast_path.share_inputs will choose."""
+    batch, by_name = profile.batch, {linear.name: linear for linear in wrapped}
+    share = math.ceil(batch.sequences / (profile.launch.world_size or 1))
+    micro_sequences = min(batch.micro_sequences or share, share)
+    found = []
+    for names in sibling_groups(list(by_name)):
+        layers = tuple(by_name[name] for name in names)
+        layer_shape = LayerShape(
+            tokens=micro_sequences * batch.sequence_length,
+            in_features=layers[0].in_features,
+            out_features=tuple(linear.out_features for linear in layers),
+            rank=profile.relora.rank,
+            dropout=profile.relora.dropout > 0,
+            exact_weight=profile.precision.dtype == "float32",
+            micro_steps=math.ceil(share / micro_sequences),
+        )
+        device = "cuda" if profile.launch.device == "cuda" else "cpu"
+        sharded = profile.launch.sharding != "none"
+        order = REFERENCE if sharded else choose_contraction(layer_shape, device)
+        found.append((layers, layer_shape, order))
+    return found
 
 
 def _checkpoint_size(profile: Profile, stage: Stage, cost: PhaseCost, parameters: int) -> CheckpointSize:

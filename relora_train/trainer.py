@@ -8,6 +8,7 @@ import dataclasses
 import math
 import os
 import time
+from collections import Counter
 from typing import Any
 
 import torch
@@ -114,6 +115,7 @@ def _describe(training: StageTraining) -> dict[str, Any]:
         "ranks": training.ranks.world_size,
         "parameters": sum(p.numel() for p in parameters),
         "trainable_parameters": sum(p.numel() for p in parameters if p.requires_grad),
+        "products": {str(order): count for order, count in Counter(training.orders.values()).items()},
     }
 
 

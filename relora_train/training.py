@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from relora_train.checkpoint import (
     read_training_state,
 )
 from relora_train.config import Profile
+from relora_train.contraction import Contraction
 from relora_train.dataset import TokenDataset
 from relora_train.errors import ConfigError
 from relora_train.evaluate import autocast
@@ -60,6 +61,9 @@ class StageTraining:
     """Exact frozen weights, when the device holds rounded ones."""
 
     fused_loss: bool
+    orders: Mapping[str, Contraction]
+    """In which order each low-rank layer multiplies, by module name; empty where all follow the reference."""
+
     merged_adapter: tuple[dict[str, Tensor], dict[str, Any]] | None = None
     """The A and B that the merge of this stage consumed, and their PEFT configuration."""
 
@@ -160,9 +164,12 @@ def prepare_stage(request: StageRequest, ranks: Ranks) -> StageTraining:
     fused_loss = head_is_plain(model)
     model.to(ranks.device).train()
     optimizer = _optimizer(request, stage, model)
+    orders: dict[str, Contraction] = {}
     if stage.low_rank and not ranks.sharded:  # the layers' shards come and go one by one
-        _share_inputs(model, profile, ranks, optimizer)
-    return StageTraining(request, stage, ranks, model, optimizer, train_data, val_data, start, masters, fused_loss)
+        orders = _share_inputs(model, profile, ranks, optimizer)
+    return StageTraining(
+        request, stage, ranks, model, optimizer, train_data, val_data, start, masters, fused_loss, orders
+    )
 
 
 def _whole_model(request: StageRequest, data: TokenDataset, ranks: Ranks) -> tuple[nn.Module, MasterWeights | None]:
@@ -231,10 +238,12 @@ def _first_model(request: StageRequest, data: TokenDataset) -> nn.Module:
     )
 
 
-def _share_inputs(model: nn.Module, profile: Profile, ranks: Ranks, optimizer: torch.optim.Optimizer) -> None:
+def _share_inputs(
+    model: nn.Module, profile: Profile, ranks: Ranks, optimizer: torch.optim.Optimizer
+) -> dict[str, Contraction]:
     share = -(-profile.batch.sequences // ranks.world_size)
     micro_sequences = min(profile.batch.micro_sequences or share, share)
-    share_inputs(
+    return share_inputs(
         model,
         tokens=micro_sequences * profile.batch.sequence_length,
         micro_steps=-(-share // micro_sequences),

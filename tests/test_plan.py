@@ -72,13 +72,13 @@ def test_parameters_are_the_papers_to_the_printed_digits(size):
 
 
 @pytest.mark.parametrize(
-    ("size", "papers_way", "best_order"),
-    [("60m", 0.97, 1.04), ("130m", 1.05, 1.13), ("250m", 1.08, 1.16), ("350m", 1.13, 1.21), ("1b", 1.27, 1.32)],
+    ("size", "with_dropout", "best_order"),
+    [("60m", 0.93, 1.04), ("130m", 1.02, 1.13), ("250m", 1.04, 1.16), ("350m", 1.10, 1.21), ("1b", 1.25, 1.32)],
 )
-def test_flops_are_the_counted_ones(size, papers_way, best_order):
-    """Full-rank FLOPs over ReLoRA FLOPs; dropout leaves only the paper's order of products."""
-    for dropout, expected in ((0.1, papers_way), (0.0, best_order)):
-        planned = plan(paper_profile(size, dropout=dropout))
+def test_flops_are_the_counted_ones(size, with_dropout, best_order):
+    """Full-rank FLOPs over ReLoRA FLOPs; dropout, like bfloat16, leaves only two separate paths, with Ax made twice."""
+    for dropout, expected in ((0.1, with_dropout), (0.0, best_order)):
+        planned = plan(paper_profile(size, dropout=dropout, precision={"dtype": "float32"}))
         assert round(planned.full.flops_per_token / planned.low_rank.flops_per_token, 2) == expected
 
 
@@ -248,13 +248,14 @@ def test_a_rank_above_a_wrapped_layers_smaller_side_is_refused(tmp_path):
 
 
 def test_a_larger_forward_pass_never_costs_more_flops_a_token():
-    """The cost of W + sBA is shared by the tokens of a pass."""
+    """The cost of W + sBA is shared by the tokens of an update, however it is cut."""
     costs = []
     for sequences in (1, 2, 8, 32):
         batch = {"sequences": 32, "sequence_length": 512, "micro_sequences": sequences}
-        costs.append(plan(paper_profile("1b", dropout=0.0, batch=batch)).low_rank.flops_per_token)
+        planned = plan(paper_profile("1b", dropout=0.0, batch=batch, precision={"dtype": "float32"}))
+        costs.append(planned.low_rank.flops_per_token)
     assert costs == sorted(costs, reverse=True)
-    assert costs[0] > costs[-1]
+    assert costs[0] == pytest.approx(costs[-1], rel=0.05)
 
 
 def test_learning_rates_rise_and_fall_as_in_the_papers_250m_run():
@@ -309,10 +310,12 @@ def test_every_row_of_a_table_fills_its_columns(path: Path, method):
 
 
 def test_the_tables_of_the_1b_run_show_what_it_takes():
-    run, stages, cost = sections(plan(load_profile("llama_1b")))
+    run, stages, cost, products = sections(plan(load_profile("llama_1b")))
     assert ("tokens", "23.59B (786,432 a step)") in run.rows
     assert stages.rows[-1] == (
-        *("cycle-4", "25,001 to 30,000", "3.932B", "0 → 0.00019 → 8e-05", "2.4e+19"),
+        *("cycle-4", "25,001 to 30,000", "3.932B", "0 → 0.00019 → 8e-05", "2.44e+19"),
         *("5.36 GB", "1.07 GB", "478 MB"),
     )
     assert ("memory, without activations", "21.4 GB", "6.43 GB") in cost.rows
+    assert [row[0] for row in products.rows] == ["q_proj, k_proj, v_proj", "o_proj", "gate_proj, up_proj", "down_proj"]
+    assert {row[1] for row in products.rows} == {"forward split, backward split, factors low-rank"}  # it has dropout

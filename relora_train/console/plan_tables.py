@@ -11,6 +11,7 @@ _PHASE_ROWS = (
     "memory: weights",
     "memory: gradients",
     "memory: optimizer",
+    "memory: merged weights",
     "memory, without activations",
     "snapshot",
 )
@@ -50,13 +51,20 @@ def sections(plan: Plan) -> tuple[Section, ...]:
         rows = zip(*(_phase_column(cost, plan.parameters or 1) for cost in phases.values()), strict=True)
         labelled = tuple((label, *cells) for label, cells in zip(_PHASE_ROWS, rows, strict=True))
         tables.append(Section(title="Cost", columns=("", *phases), rows=labelled))
+    if plan.low_rank and plan.low_rank.orders:
+        orders = tuple(
+            (", ".join(name.rpartition(".")[2] for name in each.layers), each.order, f"{each.flops_per_token:.3g}")
+            for each in plan.low_rank.orders
+        )
+        heads = ("low-rank layers of a block", "order of products", "FLOPs a token")
+        tables.append(Section(title="Products", columns=heads, rows=orders))
     return tuple(tables)
 
 
 def _phase_column(cost: PhaseCost, parameters: int) -> tuple[str, ...]:
     memory = cost.memory
     trained = f"{_short(cost.trainable_parameters)} ({cost.trainable_parameters / parameters:.0%})"
-    sizes = (memory.weights, memory.gradients, memory.optimizer, memory.total)
+    sizes = (memory.weights, memory.gradients, memory.optimizer, memory.merged, memory.total)
     return (trained, f"{cost.flops_per_token:.3g}", *map(_size, (*sizes, cost.snapshot_bytes)))
 
 

@@ -81,7 +81,7 @@ def plan_view(planned: Plan) -> View:
         if not any(section.columns):
             parts.append(facts(dict(row for row in section.rows if len(row) == 2)))
             continue
-        made = table(*section.columns, title=section.title, left=("learning rate",))
+        made = table(*section.columns, title=section.title, left=("learning rate", "order of products"))
         for row in section.rows:
             add_row(made, *row)
         parts.extend([BLANK, made])
