@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 
-from relora_train.config import FrozenConfig, OptimizerResetConfig, Profile
+from relora_train.config import FrozenConfig, LaunchConfig, OptimizerResetConfig, Profile
 from relora_train.contraction import (
     REFERENCE,
     Contraction,
@@ -44,6 +44,11 @@ class MemoryEstimate(FrozenConfig):
     @property
     def total(self) -> int:
         return self.weights + self.gradients + self.optimizer + self.merged
+
+    def shared_by(self, launch: LaunchConfig) -> MemoryEstimate:
+        """What is left on each device when ranks share the model. Not covered: the blocks gathered for a moment."""
+        ranks = (launch.world_size or 1) if launch.sharding == "full" else 1
+        return MemoryEstimate(**{name: math.ceil(size / ranks) for name, size in self})
 
 
 class CheckpointSize(FrozenConfig):
@@ -204,7 +209,9 @@ def _full_cost(profile: Profile, shape: ModelShape) -> PhaseCost:
         trainable_parameters=shape.parameters,
         adapter_parameters=0,
         flops_per_token=full_flops_per_token(shape, sequence_length=profile.batch.sequence_length),
-        memory=MemoryEstimate(weights=parameters, gradients=parameters, optimizer=_MOMENTS * parameters),
+        memory=MemoryEstimate(weights=parameters, gradients=parameters, optimizer=_MOMENTS * parameters).shared_by(
+            profile.launch
+        ),
         snapshot_bytes=(1 + _MOMENTS) * parameters,
     )
 
@@ -232,7 +239,7 @@ def _low_rank_cost(profile: Profile, shape: ModelShape) -> PhaseCost:
             gradients=_FP32_BYTES * trainable,
             optimizer=_MOMENTS * _FP32_BYTES * trainable,
             merged=_FP32_BYTES * shape.layers * merged,
-        ),
+        ).shared_by(profile.launch),
         snapshot_bytes=(1 + _MOMENTS) * _FP32_BYTES * trainable,
         orders=tuple(
             LayerOrder(

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from relora_train.errors import DeviceError
+from relora_train.errors import DeviceError, TrainerCrashedError
 
 
 @dataclass(frozen=True)
@@ -74,11 +74,16 @@ class Ranks:
             dist.barrier()
 
 
+def _tells_of_a_lost_rank(error: RuntimeError) -> bool:
+    return isinstance(error, dist.DistError) or "gloo/transport" in str(error)
+
+
 @contextmanager
 def joined_ranks(device: str) -> Iterator[Ranks]:
     """Join the group that the launcher's environment names; leave it at the end.
 
-    device: 'auto', 'cpu' or 'cuda'. Raises DeviceError when a GPU is asked for and there is none.
+    device: 'auto', 'cpu' or 'cuda'. Raises DeviceError when a GPU is asked for and there is none, and
+    TrainerCrashedError, which may be retried, in place of the errors that tell of another rank's death.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise DeviceError("launch.device is 'cuda', but torch sees no GPU here. Set launch.device to 'cpu' or 'auto'.")
@@ -93,6 +98,14 @@ def joined_ranks(device: str) -> Iterator[Ranks]:
         dist.init_process_group("nccl" if on_gpu else "gloo")
     try:
         yield Ranks(rank=rank, world_size=world_size, device=chosen)
+    except RuntimeError as error:
+        if not _tells_of_a_lost_rank(error):
+            raise
+        raise TrainerCrashedError(
+            f"Rank {rank} of {world_size} lost another one ({str(error).splitlines()[0]}). Nothing of the stage was "
+            "committed; the same command goes on from its newest snapshot, also with another number of ranks. A rank "
+            "that is killed without a word was often killed for memory: see batch.micro_sequences."
+        ) from error
     finally:
         if world_size > 1:
             dist.destroy_process_group()

@@ -117,7 +117,8 @@ def _restore_buffers(model: nn.Module) -> None:
         if buffers:
             cast(Any, model)._init_weights(module)
         for name, buffer in buffers.items():
-            if not buffer.is_floating_point() or buffer.isnan().any():
+            in_files = name not in module._non_persistent_buffers_set
+            if in_files or not buffer.is_floating_point() or buffer.isnan().any():
                 raise ModelError(
                     f"{type(module).__name__}.{name} cannot be made anew from the configuration of a "
                     f"{type(model).__name__}. Use launch.sharding = 'none'."

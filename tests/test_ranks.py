@@ -157,7 +157,7 @@ def snapshot_of_the_lost(dataset: Path, tmp_path_factory: pytest.TempPathFactory
         elif event["event"] == "snapshot_committed" and event["step"] >= 10 and pids:
             os.kill(pids.pop(), signal.SIGKILL)
 
-    with pytest.raises(TrainerCrashedError) as caught:
+    with pytest.raises(TrainerCrashedError, match="Rank 0 of 2 lost another one") as caught:
         by_two_ranks(request.model_copy(update={"snapshots_directory": root / "snapshots"}), on_event=kill_the_second)
     assert caught.value.retryable
     assert not (root / "out" / "manifest.json").exists() and not pids
