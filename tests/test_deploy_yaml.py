@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import re
 from pathlib import Path
 from typing import Any
@@ -44,8 +43,6 @@ def test_a_deployment_names_a_flow_and_parameters_it_takes(name: str):
     from prefect.utilities.schema_tools import is_valid_schema, validate
 
     deployment = DEPLOYMENTS[name]
-    if name == RETRAIN and importlib.util.find_spec("flows.retrain") is None:
-        pytest.skip("flows/retrain.py is not written yet")
     flow = flow_of(deployment)
     assert f"{flow.name}/{deployment['name']}" == name
     schema = parameter_schema(flow).model_dump_for_openapi()
