@@ -426,6 +426,51 @@ def report(run: RunName, store: Store = None, as_json: AsJson = False) -> None:
         typer.echo(f"Report: {place(written.html_uri)}")
 
 
+@app.command(name="analyze")
+def analyze_ranks(
+    checkpoint: CheckpointName,
+    against: Annotated[
+        str | None,
+        typer.Option(
+            metavar="CHECKPOINT",
+            help="Any checkpoint of the same model; the last one before the first merge when absent.",
+        ),
+    ] = None,
+    modules: Annotated[
+        list[str] | None, typer.Option("--module", metavar="NAME", help="Only these, e.g. q_proj. Repeatable.")
+    ] = None,
+    few: Annotated[bool, typer.Option("--few", help="Only some layers of the first, middle and last block.")] = False,
+    every_layer: Annotated[bool, typer.Option("--layers", help="Show each layer, not the means of each kind.")] = False,
+    no_history: Annotated[
+        bool, typer.Option("--no-history", help="Nothing from cycle to cycle: spectra only.")
+    ] = False,
+    output: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Also write figures and all numbers as JSON there.")
+    ] = None,
+    store: Store = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show what training changed in the weights: ranks and spectra of the update, its growth, the cycles' overlap."""
+    from relora_train.console import analyze
+    from relora_train.console.tables import show as show_view
+
+    analysis = analyze.analyze_checkpoint(
+        _resolve(checkpoint, store),
+        _resolve(against, store) if against else None,
+        modules=tuple(modules or ()),
+        few=few,
+        with_history=not no_history,
+        console=console_for_people(to_stderr=True),
+    )
+    if output is not None:
+        for path in analyze.write_analysis(analysis, output):
+            tell(f"Wrote {path}")
+    if as_json:
+        _echo_json(analyze.analysis_record(analysis))
+    else:
+        show_view(console_for_people(), analyze.analysis_view(analysis, every_layer=every_layer))
+
+
 @app.command()
 def serve(
     names: Annotated[

@@ -7,19 +7,19 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from relora_train.analysis import (
+from relora_train.errors import CheckpointCorruptError, ModelError, ModelNotFoundError
+from relora_train.spectra.layers import representative_layers
+from relora_train.spectra.measures import (
     GRAM_ABOVE,
-    WeightDirectory,
     count_below,
     effective_rank,
     numerical_rank,
-    representative_layers,
     rounding_tolerance,
     singular_values,
     stable_rank,
-    update_spectra,
 )
-from relora_train.errors import CheckpointCorruptError, ModelError, ModelNotFoundError
+from relora_train.spectra.updates import update_spectra
+from relora_train.spectra.weights import WeightDirectory
 
 Q = "model.layers.0.self_attn.q_proj.weight"
 
