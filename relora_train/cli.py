@@ -390,6 +390,30 @@ def bench(
 
 
 @app.command()
+def tutorial(
+    seeds: Annotated[int, typer.Option(min=2, help="How many; the first is 0.")] = 10,
+    output: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Also write the losses' plot and all numbers as JSON there.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Compare full rank, LoRA and ReLoRA on a small regression, over seeds, in seconds."""
+    from relora_train.console import tutorial as lesson
+    from relora_train.console.tables import show as show_view
+    from relora_train.tutorial import run_tutorial
+
+    with console_for_people(to_stderr=True).status(f"training three arms with {seeds} seeds …"):
+        result = run_tutorial(seeds)
+    if output is not None:
+        for path in lesson.write_tutorial(result, output):
+            tell(f"Wrote {path}")
+    if as_json:
+        _echo_json(lesson.tutorial_record(result))
+    else:
+        show_view(console_for_people(), lesson.tutorial_view(result))
+
+
+@app.command()
 def export(
     checkpoint: CheckpointName,
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="Where the model goes: new or empty.")],

@@ -226,7 +226,7 @@ def test_a_model_without_blocks_has_no_representative_layers():
 
 
 def test_analysis_and_report_import_no_torch_and_no_pyplot():
-    modules = "relora_train.analysis, relora_train.reporting.collect, relora_train.report"
+    modules = "relora_train.console.analyze, relora_train.reporting.collect, relora_train.report"
     code = f"import sys, {modules}; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split()
     assert "matplotlib.figure" in loaded

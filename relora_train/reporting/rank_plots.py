@@ -20,6 +20,8 @@ from relora_train.spectra.measures import PAPER_THRESHOLD, LayerSpectrum, Matrix
 MAX_PANELS = 8
 _MAX_NUMBERED = 8  # cycles whose overlaps are also written as numbers
 _MAX_NAMED = 20  # cycles that are named at the axis
+_CHANCE_IS_PALE = 4.0  # times the overlap by chance has the full colour, so that what chance gives looks like little
+_BOUND_FITS = 2.5  # times the highest curve: what the rank can be at most is drawn in full up to there
 
 
 def spectra_figure(
@@ -80,8 +82,8 @@ def growth_figure(history: CycleHistory, theme: Theme) -> Figure:
 
     Dotted: what the rank can be at most, as far as it fits.
     """
-    figure, grid = new_figure(theme, 3.1, columns=2, titled=True)
-    figure.subplots_adjust(wspace=0.12, bottom=0.17)
+    figure, grid = new_figure(theme, 3.5, columns=2, titled=True)
+    figure.subplots_adjust(wspace=0.12, bottom=0.22)
     places = np.arange(1, len(history.growth_stages) + 1)
     measures: tuple[tuple[Any, str, Callable[[LayerSpectrum], float]], ...] = (
         (grid[0, 0], "effective rank", lambda spectrum: spectrum.effective_rank),
@@ -95,11 +97,14 @@ def growth_figure(history: CycleHistory, theme: Theme) -> Figure:
             axes.plot(places, means, label=plain(kind), **_look(number, theme))
         bound = [math.nan if rank is None else rank for rank in history.growth_ranks]
         axes.plot(places, bound, color=theme.muted, linestyle=":", linewidth=1.4, label="sum of ranks")
-        axes.set_ylim(0, max(1.0, 1.25 * highest))
+        axes.set_ylim(0, max(1.0, *(1.06 * top for top in (highest, bound[-1]) if top <= _BOUND_FITS * highest)))
         axes.set_title(title, fontsize=9.5, color=theme.text, loc="left")
         axes.yaxis.set_major_locator(MaxNLocator(6, integer=True))
         _name_stages(axes.xaxis, history.growth_stages, places)
-    legend(grid[0, 0], theme, columns=2, place="upper left" if len(places) > 1 else "lower right")
+    handles, labels = grid[0, 0].get_legend_handles_labels()
+    figure.legend(
+        handles, labels, loc="lower center", ncols=5, fontsize=8.5, labelcolor=theme.text, frameon=False, borderpad=0
+    )
     return figure
 
 
@@ -121,17 +126,18 @@ def _look(number: int, theme: Theme) -> dict[str, Any]:
 def overlap_figure(history: CycleHistory, theme: Theme) -> Figure:
     """Two maps of the cycles' overlaps, mean over layers: of what the updates write, and of what they read."""
     count = len(history.stages)
-    figure, grid = new_figure(theme, 4.3, columns=2, titled=True)
-    figure.subplots_adjust(left=0.085, right=0.99, wspace=0.16, bottom=0.13)
+    figure, grid = new_figure(theme, 3.8 if count > 4 else 2.8, columns=2, titled=True)
+    figure.subplots_adjust(left=0.085, right=0.99, wspace=0.16, bottom=0.09)
     overlaps = history.overlaps
-    for axes, title, maps, chances in (
-        (grid[0, 0], "column spaces", [one.columns for one in overlaps], [one.chance_columns for one in overlaps]),
-        (grid[0, 1], "row spaces", [one.rows for one in overlaps], [one.chance_rows for one in overlaps]),
-    ):
-        mean = mean_overlap(maps)
+    columns, rows = mean_overlap([one.columns for one in overlaps]), mean_overlap([one.rows for one in overlaps])
+    chances = [float(np.mean([one.chance_columns for one in overlaps]))]
+    chances.append(float(np.mean([one.chance_rows for one in overlaps])))
+    for mean in (columns, rows):
         np.fill_diagonal(mean, np.nan)
-        _draw_map(axes, mean, theme)
-        axes.set_title(f"{title}: chance gives {np.mean(chances):.3f}", fontsize=9.5, color=theme.text, loc="left")
+    full = max([_CHANCE_IS_PALE * max(chances), *(float(value) for value in np.append(columns, rows) if value > 0)])
+    for axes, title, mean, chance in zip(grid.flat, ("column", "row"), (columns, rows), chances, strict=True):
+        _draw_map(axes, mean, min(1.0, full), theme)
+        axes.set_title(f"{title} spaces: chance gives {chance:.3f}", fontsize=9.5, color=theme.text, loc="left")
         for axis in (axes.xaxis, axes.yaxis):
             _name_stages(axis, history.stages, np.arange(count))
     return figure
@@ -146,18 +152,17 @@ def mean_overlap(maps: Sequence[Matrix]) -> Matrix:
     return mean
 
 
-def _draw_map(axes: Any, values: Matrix, theme: Theme) -> None:
-    """From the page's colour at 0 to the full one at the largest value; the diagonal, which is 1, is left empty."""
+def _draw_map(axes: Any, values: Matrix, full: float, theme: Theme) -> None:
+    """From the page's colour at 0 to the strong one at `full`; the diagonal, which is 1, is left empty."""
     between = LinearSegmentedColormap.from_list("overlap", [theme.background, theme.series[0]])
     shades = between.with_extremes(bad=theme.band)
-    highest = float(np.nanmax(values)) if np.isfinite(values).any() else 1.0
-    axes.imshow(np.ma.masked_invalid(values), cmap=shades, vmin=0.0, vmax=max(highest, 1e-9), aspect="auto")
+    axes.imshow(np.ma.masked_invalid(values), cmap=shades, vmin=0.0, vmax=full, aspect="auto")
     axes.grid(visible=False)
     if len(values) > _MAX_NUMBERED:
         return
     for (row, column), value in np.ndenumerate(values):
         if np.isfinite(value):
-            colour = theme.background if value > 0.6 * highest else theme.text
+            colour = theme.background if value > 0.6 * full else theme.text
             axes.text(column, row, f"{value:.3f}", ha="center", va="center", fontsize=9, color=colour)
 
 
