@@ -40,7 +40,7 @@ INITIAL = "initial weights"
 REPORT_WEIGHT_BYTES = 12 * 10**9
 """A report reads the weights of two checkpoints up to this size together."""
 REPORT_ADAPTER_BYTES = 2 * 10**9
-REPORT_OPERATIONS = 1e12
+REPORT_OPERATIONS = 3e11
 """About half a minute on one core."""
 
 OnLayer = Callable[[str], None]

@@ -105,6 +105,19 @@ def test_merges_rounded_to_float32_add_up_to_the_sum_of_their_ranks(tmp_path):
     assert spectrum.relative_update_norm == pytest.approx(np.linalg.norm(end - start) / np.linalg.norm(start), rel=1e-6)
 
 
+def test_wide_updates_multiplied_in_float32_add_no_rank_by_their_rounding(tmp_path):
+    """Three updates as large as the weight, of rank 128: the product's own rounding is above that of the sum."""
+    rng = np.random.default_rng(4)
+    start = rng.normal(0, 0.02, (480, 500)).astype(np.float32)
+    end = start
+    for _ in range(3):
+        B, A = (rng.normal(0, 0.05, shape).astype(np.float32) for shape in ((480, 128), (128, 500)))
+        end = end + B @ A  # in float32, as a merge does
+    (spectrum,) = update_spectra(llama_dir(tmp_path / "a", start), llama_dir(tmp_path / "b", end))
+    assert spectrum.numerical_rank == 3 * 128
+    assert spectrum.values[3 * 128] < spectrum.tolerance < spectrum.values[3 * 128 - 1] / 100
+
+
 def test_rounding_alone_has_rank_zero(tmp_path):
     rng = np.random.default_rng(2)
     start = rng.normal(0, 0.02, (64, 200)).astype(np.float32)

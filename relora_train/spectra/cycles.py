@@ -136,7 +136,8 @@ def history_operations(shapes: Sequence[tuple[int, int]], ranks: Sequence[int]) 
 
 def _spectrum(name: str, shape: tuple[int, int], values: Matrix, norm: float) -> LayerSpectrum:
     weight_rms = 0.0 if math.isnan(norm) else norm / math.sqrt(math.prod(shape))
-    tolerance = rounding_tolerance(shape, largest=float(values[0]), weight_rms=weight_rms)
+    update_rms = math.sqrt(float(np.sum(values**2)) / math.prod(shape))
+    tolerance = rounding_tolerance(shape, largest=float(values[0]), weight_rms=weight_rms, update_rms=update_rms)
     return LayerSpectrum(name, shape, values, tolerance, norm)
 
 

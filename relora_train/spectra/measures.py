@@ -102,16 +102,18 @@ def numerical_rank(values: Matrix, tolerance: float) -> int:
     return int(np.count_nonzero(values > tolerance))
 
 
-def rounding_tolerance(shape: tuple[int, int], *, largest: float, weight_rms: float) -> float:
+def rounding_tolerance(shape: tuple[int, int], *, largest: float, weight_rms: float, update_rms: float = 0.0) -> float:
     """The size a singular value of W_end − W_start can have by rounding alone.
 
-    The larger of two parts. The weights: each merge rounds an entry w to float32, an error of about 0.29 ε₃₂ |w|
-    (standard deviation), so the noise matrix has norm 0.29 ε₃₂ rms(W) (√m + √n); taking 1 for 0.29 allows for a dozen
-    merges. The computation: ε₆₄ · max(m, n) · σ_max by SVD, √(ε₆₄ · min(m, n)) · σ_max by the Gram matrix.
-    Not covered: weights stored in fewer bits than float32.
+    The larger of two parts. What was stored: a merge rounds an entry w to float32, an error of about 0.29 ε₃₂ |w|
+    (standard deviation), and taking 1 for 0.29 allows for a dozen merges; the product B A in it, summed in float32 over
+    the rank r, is off by up to 0.29 √(r/2) ε₃₂ rms(ΔW) over all merges together, and taking 4 allows for r = 380. Noise
+    of deviation d has the norm d (√m + √n). The computation: ε₆₄ · max(m, n) · σ_max by SVD, √(ε₆₄ · min(m, n)) · σ_max
+    by the Gram matrix. Not covered: weights stored in fewer bits than float32.
     """
     rows, columns = shape
-    stored = float(np.finfo(np.float32).eps) * weight_rms * (math.sqrt(rows) + math.sqrt(columns))
+    deviation = float(np.finfo(np.float32).eps) * (weight_rms + 4 * update_rms)
+    stored = deviation * (math.sqrt(rows) + math.sqrt(columns))
     eps = float(np.finfo(np.float64).eps)
     relative = math.sqrt(eps * min(shape)) if min(shape) > GRAM_ABOVE else eps * max(shape)
     return max(stored, relative * largest)

@@ -62,5 +62,8 @@ def _layer_spectrum(start: WeightDirectory, end: WeightDirectory, name: str) -> 
         raise ModelError(f"{name} holds values that are not finite in {start.directory} or {end.directory}.")
     values = gram_singular_values(gram) if short > GRAM_ABOVE else singular_values(np.concatenate(pieces))
     weight_rms = math.sqrt(end_square / math.prod(shape))
-    tolerance = rounding_tolerance((shape[0], shape[1]), largest=float(values[0]), weight_rms=weight_rms)
+    update_rms = math.sqrt(float(np.sum(values**2)) / math.prod(shape))
+    tolerance = rounding_tolerance(
+        (shape[0], shape[1]), largest=float(values[0]), weight_rms=weight_rms, update_rms=update_rms
+    )
     return LayerSpectrum(name, (shape[0], shape[1]), values, tolerance, math.sqrt(start_square))
