@@ -26,6 +26,7 @@ from relora_train.spectra.checkpoints import (
 from relora_train.spectra.cycles import (
     CycleHistory,
     LayerGrowth,
+    MergedCycle,
     cycle_history,
     growth_points,
     history_operations,
@@ -145,7 +146,7 @@ def history_for_report(line: Sequence[CheckpointRef], fetch_files: FetchFiles) -
     if adapter_bytes(stages) > REPORT_ADAPTER_BYTES:
         return None, f"The adapters are too large to be read for every report. {advice}"
     cycles = fetch_cycles(stages, fetch_files)
-    shapes = {name: cycles[0].adapter.shape(name) for name in cycles[0].adapter.names}
+    shapes = _shapes_in_all(cycles)
     names = representative_layers(shapes)
     ranks = [cycle.adapter.factors(names[0]).rank for cycle in cycles] if names else []
     if not names:
@@ -170,7 +171,7 @@ def _since_initial(
     stages: Sequence[CheckpointRef], end: CheckpointRef, fetch_files: FetchFiles, layers: Layers, on_layer: OnLayer
 ) -> RankAnalysis:
     cycles = fetch_cycles(stages, fetch_files)
-    names = layers.choose({name: cycles[0].adapter.shape(name) for name in cycles[0].adapter.names})
+    names = layers.choose(_shapes_in_all(cycles))
     history = cycle_history(cycles, names, on_layer)
     return RankAnalysis(
         INITIAL, name_of(end), None, end.uri, tuple(layer.spectra[-1] for layer in history.growth), history,
@@ -183,13 +184,23 @@ def _adapter_history(
     stages: Sequence[CheckpointRef], fetch_files: FetchFiles, names: Sequence[str], on_layer: OnLayer
 ) -> tuple[CycleHistory | None, str]:
     cycles = fetch_cycles(stages, fetch_files)
-    updated = set.intersection(*(set(cycle.adapter.names) for cycle in cycles))
+    updated = _shapes_in_all(cycles)
     known = [name for name in names if name in updated]
     if not known:
-        return None, "None of these layers has a low-rank update, so there is no growth from cycle to cycle."
-    left_out = len(names) - len(known)
-    note = f"Growth and overlaps are of {len(known)} layers; {left_out} have no low-rank update." if left_out else ""
+        return None, "No cycle-to-cycle growth: none of these layers has a low-rank update in every cycle."
+    few = f"Growth and overlaps are of the {len(known)} layers that every cycle updated, of {len(names)}."
+    note = few if len(known) < len(names) else ""
     return cycle_history(cycles, known, on_layer), (note + _thinned(cycles_count=len(cycles))).strip()
+
+
+def _shapes_in_all(cycles: Sequence[MergedCycle]) -> Shapes:
+    """Of the weights that every cycle updated: branches may wrap other modules."""
+    first, *others = cycles
+    return {
+        name: first.adapter.shape(name)
+        for name in first.adapter.names
+        if all(name in other.adapter.names for other in others)
+    }
 
 
 def _thinned(*, cycles_count: int) -> str:

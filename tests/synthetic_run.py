@@ -159,7 +159,7 @@ def _save_adapter(updates: dict[str, tuple[np.ndarray, np.ndarray]], profile: Pr
     directory.mkdir()
     tensors, scaling = {}, profile.relora.alpha / profile.relora.rank
     for name, (left, right) in updates.items():
-        if "proj" in name:
+        if "proj" in name and any(f"{kind}." in name for kind in profile.relora.target_modules or ("proj",)):
             module = f"base_model.model.{name.removesuffix('.weight')}"
             tensors |= {f"{module}.lora_A.weight": right, f"{module}.lora_B.weight": left / np.float32(scaling)}
     save_file(tensors, directory / "adapter_model.safetensors")

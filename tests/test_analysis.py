@@ -15,13 +15,14 @@ from synthetic_run import DATASET, commit_run, llama_weights, synthetic_profile
 from relora_train.analysis import INITIAL, Layers, analyze, history_for_report, spectra_for_report
 from relora_train.checkpoint_store import CheckpointRef, CheckpointStore
 from relora_train.cli import main
-from relora_train.config import ModelConfig, ScheduleConfig
+from relora_train.config import ModelConfig, ReLoRAConfig, ScheduleConfig
 from relora_train.errors import CheckpointCorruptError, ConfigError, ModelError
 from relora_train.manifest import CheckpointManifest, describe_files
 from relora_train.reporting.collect import collect_run_data, files_in_stores
 from relora_train.run import line_of
 from relora_train.spectra.checkpoints import low_rank_stages, start_of_line
 from relora_train.spectra.kinds import kind_means
+from relora_train.stages import plan_stages
 from relora_train.storage.memory import MemoryStore
 from relora_train.storage.opening import open_store
 
@@ -122,6 +123,19 @@ def test_a_cycle_that_was_removed_is_no_gap_in_silence(line, fetch):
     assert "was removed" in analysis.note
     history, note = history_for_report(gone, fetch)
     assert history is None and "cycle-3 started from was removed" in note
+
+
+def test_layers_that_not_every_cycle_updated_have_no_growth(store, line, fetch, tmp_path):
+    narrow = synthetic_profile(relora=ReLoRAConfig(rank=4, target_modules=("q_proj",)))
+    stages = plan_stages(narrow)[2:]
+    branch = commit_run(store, "branch", narrow, tmp_path / "b", parent=line[1], stages=stages)
+    analysis = analyze([*line[:2], *branch], fetch)
+    assert [layer.name for layer in analysis.history.growth] == [
+        f"model.layers.{i}.self_attn.q_proj.weight" for i in range(3)
+    ]
+    assert len(analysis.spectra) == 18 and "3 layers that every cycle updated, of 18" in analysis.note
+    history, note = history_for_report([*line[:2], *branch], fetch)
+    assert len(history.growth) == 3 and note == ""
 
 
 def test_only_files_with_a_wanted_tensor_are_fetched(store, fetch, tmp_path):

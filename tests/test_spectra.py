@@ -106,12 +106,12 @@ def test_merges_rounded_to_float32_add_up_to_the_sum_of_their_ranks(tmp_path):
 
 
 def test_wide_updates_multiplied_in_float32_add_no_rank_by_their_rounding(tmp_path):
-    """Three updates as large as the weight, of rank 128: the product's own rounding is above that of the sum."""
+    """Three updates larger than the weight, of rank 128: the product's own rounding is above that of the sum."""
     rng = np.random.default_rng(4)
-    start = rng.normal(0, 0.02, (480, 500)).astype(np.float32)
+    start = rng.normal(0, 0.02, (600, 900)).astype(np.float32)
     end = start
     for _ in range(3):
-        B, A = (rng.normal(0, 0.05, shape).astype(np.float32) for shape in ((480, 128), (128, 500)))
+        B, A = (rng.normal(0, 0.08, shape).astype(np.float32) for shape in ((600, 128), (128, 900)))
         end = end + B @ A  # in float32, as a merge does
     (spectrum,) = update_spectra(llama_dir(tmp_path / "a", start), llama_dir(tmp_path / "b", end))
     assert spectrum.numerical_rank == 3 * 128
