@@ -1,309 +1,241 @@
-"""What a training changed in the weights: singular values of W_end − W_start and the ranks they imply.
+"""What a run changed in the weights, from its checkpoints in any store: spectra, ranks, growth and overlaps by cycle.
 
-Streams: at most one layer is in memory, and of a large one (short side above GRAM_ABOVE) only a block of rows and its
-Gram matrix. Everything is computed in float64 from the stored values. numpy and safetensors only: imports no torch.
-Source of the measures: arXiv 2307.05695, figures 5 and 7 (counts below 0.1).
+One weight at a time is in memory, or one layer's low-rank factors over all cycles; no model is ever loaded, and only
+files with a needed tensor are fetched (spectra/checkpoints.py). Source of the measures: arXiv 2307.05695. Imports no
+torch.
 """
 
 from __future__ import annotations
 
-import json
-import math
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
-
-from relora_train.errors import CheckpointCorruptError, ModelError, ModelNotFoundError
-
-Matrix = NDArray[np.float64]
-
-PAPER_THRESHOLD = 0.1
-"""Singular values below this count as unused in the paper."""
-
-GRAM_ABOVE = 2048
-"""Short side above which singular values come from the Gram matrix."""
-
-WEIGHTS_NAME = "model.safetensors"
-INDEX_NAME = "model.safetensors.index.json"
-
-_BLOCK_ROWS = 1024
-_IN_A_BLOCK = re.compile(r"(?P<stack>.*?)\.(?P<block>\d+)\.(?P<role>.+)\.weight")
-_ATTENTION_ROLES = (
-    ("q_proj", "query_key_value", "qkv_proj", "c_attn", "Wqkv", "query", "q_lin", "wq", "q"),
-    ("v_proj", "value", "v_lin", "wv", "v"),
+from relora_train.checkpoint_store import CheckpointRef
+from relora_train.errors import ConfigError, ModelError
+from relora_train.spectra.checkpoints import (
+    FetchFiles,
+    adapter_bytes,
+    fetch_cycles,
+    fetch_weights,
+    has_adapter,
+    low_rank_stages,
+    start_of_line,
+    weights_bytes,
 )
-_MLP_ROLES = (
-    ("up_proj", "gate_up_proj", "dense_h_to_4h", "fc1", "c_fc", "fc_in", "lin1", "wi_1", "wi", "intermediate.dense"),
-    ("down_proj", "dense_4h_to_h", "fc2", "c_proj", "fc_out", "lin2", "wo", "output.dense"),
+from relora_train.spectra.cycles import (
+    CycleHistory,
+    LayerGrowth,
+    MergedCycle,
+    cycle_history,
+    growth_points,
+    history_operations,
 )
+from relora_train.spectra.layers import block_matrices, named_by, representative_layers
+from relora_train.spectra.measures import LayerSpectrum
+from relora_train.spectra.updates import update_spectra
+from relora_train.spectra.weights import WeightDirectory
+
+INITIAL = "initial weights"
+
+REPORT_WEIGHT_BYTES = 12 * 10**9
+"""A report reads the weights of two checkpoints up to this size together."""
+REPORT_ADAPTER_BYTES = 2 * 10**9
+REPORT_OPERATIONS = 3e11
+"""About half a minute on one core."""
+
+OnLayer = Callable[[str], None]
+Shapes = dict[str, tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class Layers:
+    """Which weights are looked at; without `modules` the matrices of all blocks."""
+
+    modules: tuple[str, ...] = ()
+    """Ends of module names, whole segments, as in relora.target_modules."""
+    few: bool = False
+    """Of what that gives only what `representative_layers` chooses."""
+
+    def named(self, names: Sequence[str]) -> Sequence[str]:
+        """By their names alone, before any shape is known."""
+        return named_by(self.modules, names) if self.modules else block_matrices(names)
+
+    def choose(self, shapes: Shapes) -> Sequence[str]:
+        """Those of the matrices in `shapes`; ModelError when that is none."""
+        found = self.named(tuple(shapes))
+        if self.few:
+            found = representative_layers({name: shapes[name] for name in found})
+        if not found:
+            wanted = f"called {' or '.join(self.modules)}" if self.modules else "in a numbered block of layers"
+            known = ", ".join(sorted({name.removesuffix(".weight").rpartition(".")[2] for name in shapes})) or "none"
+            raise ModelError(f"No matrix that both checkpoints have is {wanted}. Their matrices are called: {known}.")
+        return found
 
 
 @dataclass(frozen=True, eq=False)
-class LayerSpectrum:
-    """Singular values of one layer's update, and what they say about its rank."""
+class RankAnalysis:
+    """The update from one checkpoint to another, and the cycles between them where they lie on one line."""
 
-    name: str
-    """The weight's name in the checkpoint."""
-
-    shape: tuple[int, int]
-    values: Matrix
-    """(min(shape),), descending, non-negative."""
-
-    tolerance: float
-    """Below this a singular value cannot be told from rounding; see `rounding_tolerance`."""
-
-    start_norm: float
-    """Frobenius norm of W_start."""
-
-    @property
-    def update_norm(self) -> float:
-        """Frobenius norm of the update."""
-        return float(np.sqrt(np.sum(self.values**2)))
-
-    @property
-    def relative_update_norm(self) -> float:
-        """‖W_end − W_start‖ / ‖W_start‖; infinite when W_start is zero and the update is not."""
-        if self.update_norm == 0:
-            return 0.0
-        return self.update_norm / self.start_norm if self.start_norm else math.inf
-
-    @property
-    def below_threshold(self) -> int:
-        """The paper's measure: how many of the min(shape) singular values are below 0.1."""
-        return count_below(self.values)
-
-    @property
-    def effective_rank(self) -> float:
-        return effective_rank(self.values)
-
-    @property
-    def stable_rank(self) -> float:
-        return stable_rank(self.values)
-
-    @property
-    def numerical_rank(self) -> int:
-        return numerical_rank(self.values, self.tolerance)
+    start: str
+    """'tale@warm-start', or INITIAL."""
+    end: str
+    start_uri: str | None
+    end_uri: str
+    spectra: tuple[LayerSpectrum, ...]
+    history: CycleHistory | None
+    note: str
+    """Why there is no history, or what it leaves out; '' when there is nothing to say."""
 
 
-def count_below(values: Matrix, threshold: float = PAPER_THRESHOLD) -> int:
-    """How many singular values are below `threshold`."""
-    return int(np.count_nonzero(values < threshold))
+def analyze(
+    line: Sequence[CheckpointRef],
+    fetch_files: FetchFiles,
+    *,
+    against: CheckpointRef | None = None,
+    layers: Layers | None = None,
+    with_history: bool = True,
+    on_layer: OnLayer = lambda name: None,
+) -> RankAnalysis:
+    """Compare the last checkpoint of a line with `against`, any checkpoint of the same model.
 
-
-def effective_rank(values: Matrix) -> float:
-    """exp(entropy of σ / Σσ): n for n equal values, 1 for a single one, 0 for a zero matrix. Roy and Vetterli, 2007."""
-    total = float(np.sum(values))
-    if total == 0:
-        return 0.0
-    shares = values[values > 0] / total
-    return float(np.exp(-np.sum(shares * np.log(shares))))
-
-
-def stable_rank(values: Matrix) -> float:
-    """‖W‖_F² / ‖W‖₂² of descending values, between 1 and the rank; 0 for a zero matrix."""
-    total = float(np.sum(values**2))
-    return total / float(values[0]) ** 2 if total else 0.0
-
-
-def numerical_rank(values: Matrix, tolerance: float) -> int:
-    """How many singular values exceed `tolerance`."""
-    return int(np.count_nonzero(values > tolerance))
-
-
-def rounding_tolerance(shape: tuple[int, int], *, largest: float, weight_rms: float) -> float:
-    """The size a singular value of W_end − W_start can have by rounding alone.
-
-    The larger of two parts. The weights: each merge rounds an entry w to float32, an error of about 0.29 ε₃₂ |w|
-    (standard deviation), so the noise matrix has norm 0.29 ε₃₂ rms(W) (√m + √n); taking 1 for 0.29 allows for a dozen
-    merges. The computation: ε₆₄ · max(m, n) · σ_max by SVD, √(ε₆₄ · min(m, n)) · σ_max by the Gram matrix.
-    Not covered: weights stored in fewer bits than float32.
+    Without `against`: with `start_of_line`. `on_layer` hears what is at work. History comes from adapters where the
+    stages between are low-rank ones, else from the weights of every checkpoint between. ConfigError when there is only
+    one checkpoint to look at, or `against` is the end itself; ModelError for models that differ.
     """
-    rows, columns = shape
-    stored = float(np.finfo(np.float32).eps) * weight_rms * (math.sqrt(rows) + math.sqrt(columns))
-    eps = float(np.finfo(np.float64).eps)
-    relative = math.sqrt(eps * min(shape)) if min(shape) > GRAM_ABOVE else eps * max(shape)
-    return max(stored, relative * largest)
-
-
-def singular_values(delta: NDArray[np.floating]) -> Matrix:
-    """Singular values of a (m, n) matrix, descending, in float64.
-
-    By SVD up to a short side of GRAM_ABOVE, else as roots of the Gram matrix's eigenvalues: an eigenvalue is off by
-    about ε₆₄ σ_max², so σ by ε₆₄ σ_max² / 2σ; below √(ε₆₄ · min(m, n)) · σ_max (7e-7 σ_max at 2048) all is noise.
-    """
-    if delta.ndim != 2:
-        raise ModelError(f"Singular values need a matrix, not an array of shape {delta.shape}.")
-    if not np.isfinite(delta).all():
-        raise ModelError(f"A matrix of shape {delta.shape} holds values that are not finite; it has no spectrum.")
-    tall = delta if delta.shape[0] >= delta.shape[1] else delta.T  # (long, short)
-    if tall.shape[1] <= GRAM_ABOVE:
-        values: Matrix = np.linalg.svd(tall.astype(np.float64), compute_uv=False)
-        return values
-    blocks = (tall[i : i + _BLOCK_ROWS].astype(np.float64) for i in range(0, tall.shape[0], _BLOCK_ROWS))
-    gram = np.zeros((tall.shape[1], tall.shape[1]))
-    for block in blocks:
-        gram += _gram(block)
-    return _roots(gram)
-
-
-def _gram(block: Matrix) -> Matrix:
-    product: Matrix = block.T @ block  # (short, short)
-    return product
-
-
-def _roots(gram: Matrix) -> Matrix:
-    values: Matrix = np.sqrt(np.clip(np.linalg.eigvalsh(gram)[::-1], 0.0, None))
-    return values
-
-
-def update_spectra(start_dir: Path, end_dir: Path, names: Sequence[str] | None = None) -> Iterator[LayerSpectrum]:
-    """The spectrum of W_end − W_start of each named weight, one layer in memory at a time.
-
-    Without names: `representative_layers` of the matrices both checkpoints have. Directories are in Hugging Face
-    layout, one file or sharded. ModelError names a weight that is missing, reshaped, no matrix or not finite.
-    """
-    start, end = WeightDirectory(start_dir), WeightDirectory(end_dir)
-    if names is None:
-        shared = {name: start.shape(name) for name in start.names if name in end.names}
-        names = representative_layers(shared)
-    for name in names:
-        yield _layer_spectrum(start, end, name)
-
-
-def _layer_spectrum(start: WeightDirectory, end: WeightDirectory, name: str) -> LayerSpectrum:
-    shape = start.shape(name)
-    if shape != end.shape(name) or len(shape) != 2:
-        raise ModelError(
-            f"{name} has shape {shape} in {start.directory} and {end.shape(name)} in {end.directory}; "
-            "a spectrum needs two matrices of one shape. Compare checkpoints of the same model."
+    layers, end = layers or Layers(), line[-1]
+    start = against or start_of_line(line)
+    if start is not None and start.uri == end.uri:
+        raise ConfigError(
+            f"{end.uri} would be compared with itself. Name another checkpoint of the same model with --against."
         )
-    short = min(shape)
-    pieces: list[Matrix] = []
-    gram = np.zeros((short, short) if short > GRAM_ABOVE else (0, 0))
-    start_square = end_square = 0.0
-    for before, after in zip(start.blocks(name), end.blocks(name), strict=True):  # (rows, short)
-        start_square += float(np.sum(before**2))
-        end_square += float(np.sum(after**2))
-        if short > GRAM_ABOVE:
-            gram += _gram(after - before)
-        else:
-            pieces.append(after - before)
-    if not math.isfinite(start_square + end_square):
-        raise ModelError(f"{name} holds values that are not finite in {start.directory} or {end.directory}.")
-    values = _roots(gram) if short > GRAM_ABOVE else singular_values(np.concatenate(pieces))
-    weight_rms = math.sqrt(end_square / math.prod(shape))
-    tolerance = rounding_tolerance((shape[0], shape[1]), largest=float(values[0]), weight_rms=weight_rms)
-    return LayerSpectrum(name, (shape[0], shape[1]), values, tolerance, math.sqrt(start_square))
+    stages, gap = low_rank_stages(line, start) if start is None or _is_on(line, start) else ((), None)
+    if start is None:
+        if gap:
+            raise ConfigError(f"The initial weights are not stored, and {gap}. Name a checkpoint with --against.")
+        return _since_initial(stages, end, fetch_files, layers, on_layer)
+    before, after = (fetch_weights(ref, fetch_files, layers.named) for ref in (start, end))
+    names = layers.choose(_shared_matrices(before, after))
+    spectra: list[LayerSpectrum] = []
+    for name in names:
+        on_layer(name)
+        spectra.extend(update_spectra(before, after, [name]))
+    history, note = None, ""
+    if not stages:
+        note = f"{name_of(start)} is not on the line that led to {name_of(end)}: there are no cycles between them."
+    elif with_history and gap is None:
+        history, note = _adapter_history(stages, fetch_files, names, on_layer)
+    elif with_history:
+        history = _weights_history(before, stages, fetch_files, layers, names, on_layer)
+        note = f"Growth is from the weights of each checkpoint, without overlaps: {gap}."
+    return RankAnalysis(name_of(start), name_of(end), start.uri, end.uri, tuple(spectra), history, note)
 
 
-def representative_layers(shapes: Mapping[str, tuple[int, ...]]) -> tuple[str, ...]:
-    """A few weights that stand for a model: the same names always give the same choice.
-
-    From the first, middle and last block of each stack: query, value (or the fused projection), MLP up and MLP down,
-    by the names the common families use. A block of no known family gives its first four matrices by name.
-    """
-    stacks: dict[str, dict[int, dict[str, str]]] = {}
-    for name in sorted(shapes):
-        match = _IN_A_BLOCK.fullmatch(name)
-        if match and len(shapes[name]) == 2:
-            stacks.setdefault(match["stack"], {}).setdefault(int(match["block"]), {})[match["role"]] = name
-    chosen: list[str] = []
-    for _, blocks in sorted(stacks.items()):
-        numbers = sorted(blocks)
-        for number in sorted({numbers[0], numbers[len(numbers) // 2], numbers[-1]}):
-            chosen.extend(_representatives(blocks[number]))
-    return tuple(chosen)
+def name_of(ref: CheckpointRef) -> str:
+    """'tale@cycle-3'."""
+    return f"{ref.manifest.run_id}@{ref.manifest.stage}"
 
 
-def _representatives(roles: dict[str, str]) -> list[str]:
-    attention = [role for role in roles if "att" in role.lower()]
-    mlp = [role for role in roles if role not in attention]
-    found = [_first_ending(attention, endings) for endings in _ATTENTION_ROLES]
-    found += [_first_ending(mlp, endings) for endings in _MLP_ROLES]
-    known = [roles[role] for role in found if role is not None]
-    return known or list(roles.values())[:4]
+def history_for_report(line: Sequence[CheckpointRef], fetch_files: FetchFiles) -> tuple[CycleHistory | None, str]:
+    """Growth and overlaps of representative layers, if that is cheap; else None and, where it matters, the reason."""
+    start = start_of_line(line)
+    stages, gap = low_rank_stages(line, start)
+    if gap or not stages:
+        return None, f"No growth from cycle to cycle: {gap}." if gap and any(map(has_adapter, stages)) else ""
+    advice = f"`relora analyze {line[-1].manifest.run_id}` takes the time."
+    if adapter_bytes(stages) > REPORT_ADAPTER_BYTES:
+        return None, f"The adapters are too large to be read for every report. {advice}"
+    cycles = fetch_cycles(stages, fetch_files)
+    shapes = _shapes_in_all(cycles)
+    names = representative_layers(shapes)
+    ranks = [cycle.adapter.factors(names[0]).rank for cycle in cycles] if names else []
+    if not names:
+        return None, ""
+    if history_operations([shapes[name] for name in names], ranks) > REPORT_OPERATIONS:
+        return None, f"Growth and overlaps of layers this large are not computed for every report. {advice}"
+    return cycle_history(cycles, names), ""
 
 
-def _first_ending(roles: list[str], endings: tuple[str, ...]) -> str | None:
-    matches = (role for ending in endings for role in roles if f".{role}".endswith(f".{ending}"))
-    return next(matches, None)
+def spectra_for_report(
+    start: CheckpointRef, end: CheckpointRef, fetch_files: FetchFiles
+) -> tuple[tuple[LayerSpectrum, ...], str]:
+    """Spectra of representative layers; none, and the reason, for weights above REPORT_WEIGHT_BYTES."""
+    if weights_bytes(start) + weights_bytes(end) > REPORT_WEIGHT_BYTES:
+        advice = f"`relora analyze {end.manifest.run_id} --few` takes the time."
+        return (), f"The weights are too large to be read for every report. {advice}"
+    before, after = (fetch_weights(ref, fetch_files, block_matrices) for ref in (start, end))
+    return tuple(update_spectra(before, after)), ""
 
 
-class WeightDirectory:
-    """The tensors of a Hugging Face checkpoint directory, one file or sharded, read only where asked."""
-
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
-        self._files = _files_of_weights(directory)
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Names of all tensors, sorted."""
-        return tuple(sorted(self._files))
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        with self._open(name) as file:
-            return tuple(file.get_slice(name).get_shape())
-
-    def blocks(self, name: str) -> Iterator[Matrix]:
-        """A (m, n) matrix in float64 as pieces (at most 1024, min(m, n)) along its long side; transposed when wide."""
-        with self._open(name) as file:
-            view = file.get_slice(name)
-            rows, columns = view.get_shape()
-            if view.get_dtype() == "BF16":
-                view = _bfloat16_bits(self._file(name), name)
-            for first in range(0, max(rows, columns), _BLOCK_ROWS):
-                end = min(first + _BLOCK_ROWS, max(rows, columns))  # safetensors refuses to slice past the end
-                yield _as_float64(view[first:end] if rows >= columns else view[:, first:end].T)
-
-    def _open(self, name: str) -> Any:
-        path = self._file(name)
-        try:
-            return safe_open(path, framework="numpy")
-        except (SafetensorError, OSError) as error:
-            raise CheckpointCorruptError(f"{path} cannot be read: {error}. Fetch the checkpoint again.") from None
-
-    def _file(self, name: str) -> Path:
-        if name not in self._files:
-            raise ModelError(
-                f"{self.directory} has no weight {name!r}. It has {len(self._files)}, such as "
-                f"{', '.join(self.names[:3])}; name one of these."
-            )
-        return self._files[name]
+def _since_initial(
+    stages: Sequence[CheckpointRef], end: CheckpointRef, fetch_files: FetchFiles, layers: Layers, on_layer: OnLayer
+) -> RankAnalysis:
+    cycles = fetch_cycles(stages, fetch_files)
+    names = layers.choose(_shapes_in_all(cycles))
+    history = cycle_history(cycles, names, on_layer)
+    return RankAnalysis(
+        INITIAL, name_of(end), None, end.uri, tuple(layer.spectra[-1] for layer in history.growth), history,
+        "From the adapters: the initial weights are not stored, and in these layers a low-rank stage changes nothing "
+        f"else.{_thinned(cycles_count=len(cycles))}",
+    )  # fmt: skip
 
 
-def _files_of_weights(directory: Path) -> dict[str, Path]:
-    index, single = directory / INDEX_NAME, directory / WEIGHTS_NAME
-    try:
-        if index.is_file():
-            weight_map = json.loads(index.read_bytes())["weight_map"]
-            return {str(name): directory / Path(file).name for name, file in weight_map.items()}
-        if not single.is_file():
-            raise ModelNotFoundError(
-                f"{directory} has neither {WEIGHTS_NAME} nor {INDEX_NAME}. Pass the directory of a checkpoint."
-            )
-        with safe_open(single, framework="numpy") as file:
-            return dict.fromkeys(file.keys(), single)
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointCorruptError(f"The weights in {directory} cannot be read: {error}. Fetch them again.") from None
+def _adapter_history(
+    stages: Sequence[CheckpointRef], fetch_files: FetchFiles, names: Sequence[str], on_layer: OnLayer
+) -> tuple[CycleHistory | None, str]:
+    cycles = fetch_cycles(stages, fetch_files)
+    updated = _shapes_in_all(cycles)
+    known = [name for name in names if name in updated]
+    if not known:
+        return None, "No cycle-to-cycle growth: none of these layers has a low-rank update in every cycle."
+    few = f"Growth and overlaps are of the {len(known)} layers that every cycle updated, of {len(names)}."
+    note = few if len(known) < len(names) else ""
+    return cycle_history(cycles, known, on_layer), (note + _thinned(cycles_count=len(cycles))).strip()
 
 
-def _bfloat16_bits(path: Path, name: str) -> NDArray[np.uint16]:
-    """The bits of a bfloat16 tensor, mapped: numpy has no such type, and safetensors' numpy reader refuses it."""
-    with path.open("rb") as stream:
-        header_bytes = int.from_bytes(stream.read(8), "little")
-        entry = json.loads(stream.read(header_bytes))[name]
-    offset = 8 + header_bytes + entry["data_offsets"][0]
-    return np.memmap(path, dtype=np.uint16, mode="r", offset=offset, shape=tuple(entry["shape"]))
+def _shapes_in_all(cycles: Sequence[MergedCycle]) -> Shapes:
+    """Of the weights that every cycle updated: branches may wrap other modules."""
+    first, *others = cycles
+    return {
+        name: first.adapter.shape(name)
+        for name in first.adapter.names
+        if all(name in other.adapter.names for other in others)
+    }
 
 
-def _as_float64(piece: NDArray[np.generic]) -> Matrix:
-    if piece.dtype == np.uint16:  # bfloat16: the upper half of a float32
-        piece = (piece.astype(np.uint32) << 16).view(np.float32)
-    return piece.astype(np.float64)
+def _thinned(*, cycles_count: int) -> str:
+    points = len(growth_points(cycles_count))
+    return f" Growth is shown after {points} of {cycles_count} cycles." if points < cycles_count else ""
+
+
+def _weights_history(
+    before: Path,
+    stages: Sequence[CheckpointRef],
+    fetch_files: FetchFiles,
+    layers: Layers,
+    names: Sequence[str],
+    on_layer: OnLayer,
+) -> CycleHistory:
+    chosen = [stages[point - 1] for point in growth_points(len(stages))]
+    directories = [fetch_weights(ref, fetch_files, layers.named) for ref in chosen]
+    growth = []
+    for name in names:
+        on_layer(name)
+        spectra = (next(update_spectra(before, directory, [name])) for directory in directories)
+        growth.append(LayerGrowth(name, tuple(spectra)))
+    return CycleHistory(tuple(ref.manifest.stage for ref in chosen), (None,) * len(chosen), tuple(growth))
+
+
+def _is_on(line: Sequence[CheckpointRef], ref: CheckpointRef) -> bool:
+    return any(ref.uri == one.uri for one in line)
+
+
+def _shared_matrices(before: Path, after: Path) -> Shapes:
+    start, end = WeightDirectory(before), WeightDirectory(after)
+    shared: Shapes = {}
+    for name in end.held:
+        if name in start.held:
+            shape = end.shape(name)
+            if len(shape) == 2:
+                shared[name] = (shape[0], shape[1])
+    return shared

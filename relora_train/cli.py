@@ -390,6 +390,30 @@ def bench(
 
 
 @app.command()
+def tutorial(
+    seeds: Annotated[int, typer.Option(min=2, help="How many; the first is 0.")] = 10,
+    output: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Also write the losses' plot and all numbers as JSON there.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Compare full rank, LoRA and ReLoRA on a small regression, over seeds, in seconds."""
+    from relora_train.console import tutorial as lesson
+    from relora_train.console.tables import show as show_view
+    from relora_train.tutorial import run_tutorial
+
+    with console_for_people(to_stderr=True).status(f"training three arms with {seeds} seeds …"):
+        result = run_tutorial(seeds)
+    if output is not None:
+        for path in lesson.write_tutorial(result, output):
+            tell(f"Wrote {path}")
+    if as_json:
+        _echo_json(lesson.tutorial_record(result))
+    else:
+        show_view(console_for_people(), lesson.tutorial_view(result))
+
+
+@app.command()
 def export(
     checkpoint: CheckpointName,
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="Where the model goes: new or empty.")],
@@ -424,6 +448,51 @@ def report(run: RunName, store: Store = None, as_json: AsJson = False) -> None:
         _echo_json({"report_uri": written.html_uri, "picture_uris": written.picture_uris, "summary": written.summary})
     else:
         typer.echo(f"Report: {place(written.html_uri)}")
+
+
+@app.command(name="analyze")
+def analyze_ranks(
+    checkpoint: CheckpointName,
+    against: Annotated[
+        str | None,
+        typer.Option(
+            metavar="CHECKPOINT",
+            help="Any checkpoint of the same model; the last one before the first merge when absent.",
+        ),
+    ] = None,
+    modules: Annotated[
+        list[str] | None, typer.Option("--module", metavar="NAME", help="Only these, e.g. q_proj. Repeatable.")
+    ] = None,
+    few: Annotated[bool, typer.Option("--few", help="Only some layers of the first, middle and last block.")] = False,
+    every_layer: Annotated[bool, typer.Option("--layers", help="Show each layer, not the means of each kind.")] = False,
+    no_history: Annotated[
+        bool, typer.Option("--no-history", help="Nothing from cycle to cycle: spectra only.")
+    ] = False,
+    output: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Also write figures and all numbers as JSON there.")
+    ] = None,
+    store: Store = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show what training changed in the weights: ranks and spectra of the update, its growth, the cycles' overlap."""
+    from relora_train.console import analyze
+    from relora_train.console.tables import show as show_view
+
+    analysis = analyze.analyze_checkpoint(
+        _resolve(checkpoint, store),
+        _resolve(against, store) if against else None,
+        modules=tuple(modules or ()),
+        few=few,
+        with_history=not no_history,
+        console=console_for_people(to_stderr=True),
+    )
+    if output is not None:
+        for path in analyze.write_analysis(analysis, output):
+            tell(f"Wrote {path}")
+    if as_json:
+        _echo_json(analyze.analysis_record(analysis))
+    else:
+        show_view(console_for_people(), analyze.analysis_view(analysis, every_layer=every_layer))
 
 
 @app.command()

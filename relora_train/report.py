@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import base64
 import json
-import math
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from relora_train.analysis import PAPER_THRESHOLD, LayerSpectrum
 from relora_train.reporting.page import render_page
 from relora_train.reporting.plot_style import DARK, LIGHT
 from relora_train.reporting.plots import draw_plots, overview_png
+from relora_train.reporting.records import history_record, json_value, spectrum_record
 from relora_train.reporting.run_data import RunData, StageRow
 from relora_train.reporting.text import count, decimal, duration, headline, scores_change, stage_steps
 
@@ -67,13 +65,15 @@ def summarize(data: RunData) -> dict[str, Any]:
         "evaluations": [asdict(item) for item in data.evaluations],
         "samples": [asdict(sample) for sample in data.samples],
         "spectra_between": data.spectra_between,
-        "spectra": [_spectrum_summary(spectrum) for spectrum in data.spectra],
+        "spectra": [spectrum_record(spectrum) for spectrum in data.spectra],
+        "cycle_history": None if data.history is None else history_record(data.history),
+        "spectra_notes": data.spectra_notes,
         "train_records": len(data.train),
         "train_records_not_finite": data.train.not_finite,
         "settings": data.settings,
         "versions": data.versions,
     }
-    return {key: _json_value(value) for key, value in summary.items()}
+    return {key: json_value(value) for key, value in summary.items()}
 
 
 def stage_table_markdown(data: RunData) -> str:
@@ -113,27 +113,3 @@ def _stage_cells(row: StageRow) -> tuple[str, ...]:
 def _markdown_cell(text: str, *, code: bool = False) -> str:
     flat = " ".join(text.split()).replace("|", "\\|").replace("`", "'")
     return flat if code else flat.replace("&", "&amp;").replace("<", "&lt;").replace("[", "\\[").replace("*", "\\*")
-
-
-def _spectrum_summary(spectrum: LayerSpectrum) -> dict[str, Any]:
-    return {
-        "name": spectrum.name,
-        "shape": spectrum.shape,
-        "largest": float(spectrum.values[0]),
-        "below": {"threshold": PAPER_THRESHOLD, "count": spectrum.below_threshold},
-        "effective_rank": spectrum.effective_rank,
-        "stable_rank": spectrum.stable_rank,
-        "numerical_rank": spectrum.numerical_rank,
-        "tolerance": spectrum.tolerance,
-        "relative_update_norm": spectrum.relative_update_norm,
-        "singular_values": [float(f"{value:.6g}") for value in spectrum.values],
-    }
-
-
-def _json_value(value: Any) -> Any:
-    """The value with every non-finite float as None, all the way down."""
-    if isinstance(value, Mapping):
-        return {str(key): _json_value(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_json_value(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

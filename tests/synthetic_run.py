@@ -72,9 +72,12 @@ def commit_run(
     rng = np.random.default_rng(profile.seed + 1)
     line: list[CheckpointRef] = []
     for stage in stages or plan_stages(profile):
-        weights = {name: _updated(value, stage, profile, rng) for name, value in weights.items()}
+        updates = _updates(weights, stage, profile, rng)
+        weights = {name: value + _product(*updates[name]) for name, value in weights.items()}
         directory = scratch / run_id / stage.name
         directory.mkdir(parents=True)
+        if stage.low_rank:
+            _save_adapter(updates, profile, directory / "adapter")
         save_file(weights, directory / "model.safetensors")
         (directory / "optimizer.safetensors").write_bytes(b"not read by a report")
         (directory / "profile.json").write_text(profile.model_dump_json())
@@ -132,17 +135,36 @@ def _commit(
     return CheckpointStore(store, run_id).commit(directory, manifest)
 
 
-def _updated(value: np.ndarray, stage: Stage, profile: Profile, rng: np.random.Generator) -> np.ndarray:
-    if value.ndim < 2:
-        return value
-    rows, columns = value.shape
-    if stage.low_rank:
-        rank = profile.relora.rank
-        update = rng.normal(0, 0.08, (rows, rank)) @ (rng.normal(0, 0.08, (rank, columns)) * _decay(rank)[:, None])
-    else:
-        width = min(rows, columns)
-        update = rng.normal(0, 0.05, (rows, width)) * _decay(width) @ rng.normal(0, 0.05, (width, columns))
-    return value + update.astype(np.float32)
+def _updates(
+    weights: Weights, stage: Stage, profile: Profile, rng: np.random.Generator
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """What a stage adds to each weight, as factors (out, rank) and (rank, in); of what is no matrix, zeros."""
+    found = {}
+    for name, value in weights.items():
+        rows, columns = value.shape if value.ndim == 2 else (0, len(value))
+        rank = profile.relora.rank if stage.low_rank else min(rows, columns)
+        size = 0.08 if stage.low_rank else 0.05
+        left = rng.normal(0, size, (rows, rank))
+        right = rng.normal(0, size, (rank, columns)) * _decay(rank)[:, None]
+        found[name] = (left.astype(np.float32), right.astype(np.float32))
+    return found
+
+
+def _product(left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    return left @ right if len(left) else np.zeros(right.shape[1], np.float32)
+
+
+def _save_adapter(updates: dict[str, tuple[np.ndarray, np.ndarray]], profile: Profile, directory: Path) -> None:
+    """As a stage does, for the layers that are wrapped."""
+    directory.mkdir()
+    tensors, scaling = {}, profile.relora.alpha / profile.relora.rank
+    for name, (left, right) in updates.items():
+        if "proj" in name and any(f"{kind}." in name for kind in profile.relora.target_modules or ("proj",)):
+            module = f"base_model.model.{name.removesuffix('.weight')}"
+            tensors |= {f"{module}.lora_A.weight": right, f"{module}.lora_B.weight": left / np.float32(scaling)}
+    save_file(tensors, directory / "adapter_model.safetensors")
+    config = {"r": profile.relora.rank, "lora_alpha": profile.relora.alpha, "use_rslora": False}
+    (directory / "adapter_config.json").write_text(json.dumps(config))
 
 
 def _decay(rank: int) -> np.ndarray:

@@ -1,233 +1,251 @@
+"""A run's update from its checkpoints in a store, and the command that shows it."""
+
+from __future__ import annotations
+
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
+from stage_runs import tiny_profile
+from stored_runs import Workshop
+from synthetic_run import DATASET, commit_run, llama_weights, synthetic_profile
 
-from relora_train.analysis import (
-    GRAM_ABOVE,
-    WeightDirectory,
-    count_below,
-    effective_rank,
-    numerical_rank,
-    representative_layers,
-    rounding_tolerance,
-    singular_values,
-    stable_rank,
-    update_spectra,
-)
-from relora_train.errors import CheckpointCorruptError, ModelError, ModelNotFoundError
-
-Q = "model.layers.0.self_attn.q_proj.weight"
-
-
-def matrix_with(values: np.ndarray, rows: int, columns: int, seed: int = 0) -> np.ndarray:
-    """H1 diag(values) H2 with Householder reflections H = I − 2vvᵀ, which are orthogonal: the spectrum is `values`."""
-    rng = np.random.default_rng(seed)
-    matrix = np.zeros((rows, columns))
-    np.fill_diagonal(matrix, values)
-    left, right = rng.normal(size=rows), rng.normal(size=columns)
-    left, right = left / np.linalg.norm(left), right / np.linalg.norm(right)
-    matrix -= 2 * np.outer(left, left @ matrix)
-    return matrix - 2 * np.outer(matrix @ right, right)
+from relora_train.analysis import INITIAL, Layers, analyze, history_for_report, spectra_for_report
+from relora_train.checkpoint_store import CheckpointRef, CheckpointStore
+from relora_train.cli import main
+from relora_train.config import ModelConfig, ReLoRAConfig, ScheduleConfig
+from relora_train.errors import CheckpointCorruptError, ConfigError, ModelError
+from relora_train.manifest import CheckpointManifest, describe_files
+from relora_train.reporting.collect import collect_run_data, files_in_stores
+from relora_train.run import line_of
+from relora_train.spectra.checkpoints import low_rank_stages, start_of_line
+from relora_train.spectra.kinds import kind_means
+from relora_train.stages import plan_stages
+from relora_train.storage.memory import MemoryStore
+from relora_train.storage.opening import open_store
 
 
-def weights_at(directory: Path, **weights: np.ndarray) -> Path:
+@pytest.fixture
+def store(request):
+    return MemoryStore.shared(f"analysis-{request.node.name}")
+
+
+@pytest.fixture
+def line(store, tmp_path) -> list[CheckpointRef]:
+    return commit_run(store, "tale", synthetic_profile(), tmp_path / "scratch")
+
+
+@pytest.fixture
+def fetch(tmp_path):
+    return files_in_stores(tmp_path / "cache")
+
+
+def test_adapters_and_weights_tell_the_same_of_the_total_update(line, fetch):
+    """By two ways that share nothing but the measures: W_end − W_start, and the sum of the updates as factors."""
+    analysis = analyze(line, fetch)
+    assert (analysis.start, analysis.end) == ("tale@warm-start", "tale@cycle-3")
+    assert len(analysis.spectra) == 18 and analysis.note == ""  # all six matrices of all three blocks
+    growth = {layer.name: layer.spectra for layer in analysis.history.growth}
+    for spectrum in analysis.spectra:
+        after = growth[spectrum.name]
+        assert [one.numerical_rank for one in after] == [4, 8, 12]
+        assert spectrum.numerical_rank == 12
+        np.testing.assert_allclose(after[-1].values, spectrum.values, atol=spectrum.tolerance)
+    assert analysis.history.growth_ranks == (4, 8, 12)
+    assert len(analysis.history.overlaps) == 18
+
+
+def test_any_two_checkpoints_can_be_compared(line, fetch):
+    analysis = analyze(line[:3], fetch, against=line[1], layers=Layers(("q_proj",)))
+    assert [spectrum.name for spectrum in analysis.spectra] == [
+        f"model.layers.{i}.self_attn.q_proj.weight" for i in range(3)
+    ]
+    assert {spectrum.numerical_rank for spectrum in analysis.spectra} == {4}
+    assert analysis.history.growth_stages == ("cycle-2",) and analysis.history.overlaps == ()
+
+
+def test_a_checkpoint_of_another_run_has_a_spectrum_and_no_cycles_between(store, line, fetch, tmp_path):
+    other = commit_run(store, "other", synthetic_profile(seed=7), tmp_path / "b")
+    analysis = analyze(line, fetch, against=other[-1], layers=Layers(few=True))
+    assert len(analysis.spectra) == 12 and analysis.history is None
+    assert "not on the line" in analysis.note
+    assert {spectrum.numerical_rank for spectrum in analysis.spectra} == {32}
+
+
+def test_averages_are_the_means_of_their_layers(line, fetch):
+    spectra = analyze(line, fetch, with_history=False).spectra
+    for kind in kind_means(spectra):
+        layers = [one for one in spectra if f".{kind.kind}.weight" in one.name]
+        assert kind.layers == len(layers) == 3
+        assert kind.effective_rank == pytest.approx(sum(one.effective_rank for one in layers) / 3)
+        assert kind.below_threshold == pytest.approx(sum(one.below_threshold for one in layers) / 3)
+        np.testing.assert_allclose(kind.values, sum(one.values for one in layers) / 3)
+
+
+def test_a_run_without_a_warm_start_is_counted_from_its_initial_weights(store, fetch, tmp_path):
+    profile = synthetic_profile(
+        schedule=ScheduleConfig(
+            warm_start_steps=0, cycles=2, cycle_length=40, warmup_steps=4, restart_warmup_steps=4
+        )
+    )  # fmt: skip
+    initial = llama_weights(profile)
+    line = commit_run(store, "cold", profile, tmp_path / "scratch", weights=initial)
+    analysis = analyze(line, fetch)
+    assert (analysis.start, analysis.start_uri) == (INITIAL, None) and "not stored" in analysis.note
+    end = fetch(line[-1], ["model.safetensors"])
+    final = load_file(end / "model.safetensors")
+    for spectrum in analysis.spectra:
+        expected = np.linalg.svd((final[spectrum.name] - initial[spectrum.name]).astype(float), compute_uv=False)
+        np.testing.assert_allclose(spectrum.values, expected, atol=1e-6)
+        assert spectrum.numerical_rank == 8
+    data = collect_run_data(line, fetch)
+    assert data.spectra_between == (INITIAL, "cycle-2") and len(data.spectra) == 12
+
+
+def test_full_rank_growth_comes_from_the_weights(store, fetch, tmp_path):
+    line = commit_run(store, "full", synthetic_profile(method="full"), tmp_path / "scratch")
+    analysis = analyze(line, fetch, layers=Layers(few=True))
+    assert analysis.history.growth_stages == ("full-2", "full-3", "full-4")
+    assert analysis.history.growth_ranks == (None, None, None) and analysis.history.overlaps == ()
+    assert "from the weights" in analysis.note
+    for layer, spectrum in zip(analysis.history.growth, analysis.spectra, strict=True):
+        np.testing.assert_array_equal(layer.spectra[-1].values, spectrum.values)
+
+
+def test_a_cycle_that_was_removed_is_no_gap_in_silence(line, fetch):
+    """Without cycle-2's adapter the sum of the adapters is not the update: weights are read, and a report says why."""
+    gone = [line[0], line[1], line[3]]
+    analysis = analyze(gone, fetch)
+    assert analysis.history.growth_stages == ("cycle-1", "cycle-3")
+    assert [one.numerical_rank for one in analysis.history.growth[0].spectra] == [4, 12]
+    assert "was removed" in analysis.note
+    history, note = history_for_report(gone, fetch)
+    assert history is None and "cycle-3 started from was removed" in note
+
+
+def test_layers_that_not_every_cycle_updated_have_no_growth(store, line, fetch, tmp_path):
+    narrow = synthetic_profile(relora=ReLoRAConfig(rank=4, target_modules=("q_proj",)))
+    stages = plan_stages(narrow)[2:]
+    branch = commit_run(store, "branch", narrow, tmp_path / "b", parent=line[1], stages=stages)
+    analysis = analyze([*line[:2], *branch], fetch)
+    assert [layer.name for layer in analysis.history.growth] == [
+        f"model.layers.{i}.self_attn.q_proj.weight" for i in range(3)
+    ]
+    assert len(analysis.spectra) == 18 and "3 layers that every cycle updated, of 18" in analysis.note
+    history, note = history_for_report([*line[:2], *branch], fetch)
+    assert len(history.growth) == 3 and note == ""
+
+
+def test_only_files_with_a_wanted_tensor_are_fetched(store, fetch, tmp_path):
+    weights = llama_weights(synthetic_profile())
+    start, end = (_sharded(store, name, weights, tmp_path) for name in ("a", "b"))
+    for ref in (start, end):
+        store.delete(f"{ref.prefix}/model-00001-of-00002.safetensors")
+    analysis = analyze([end], fetch, against=start, layers=Layers(("down_proj",)))
+    assert len(analysis.spectra) == 3
+    assert not list(tmp_path.glob("cache/*/model-00001*"))
+    with pytest.raises(CheckpointCorruptError):
+        store.put_bytes(f"{end.prefix}/model-00002-of-00002.safetensors", b"damaged")
+        analyze([end], files_in_stores(tmp_path / "fresh"), against=start, layers=Layers(("down_proj",)))
+
+
+def _sharded(store, run_id: str, weights: dict[str, np.ndarray], tmp_path: Path) -> CheckpointRef:
+    """A checkpoint in two shards, of which the second holds every down_proj."""
+    directory = tmp_path / f"sharded-{run_id}"
     directory.mkdir()
-    save_file({name.replace("__", "."): value for name, value in weights.items()}, directory / "model.safetensors")
-    return directory
+    shards = {name: f"model-0000{1 + ('down_proj' in name)}-of-00002.safetensors" for name in weights}
+    for file in set(shards.values()):
+        save_file({name: weights[name] for name in weights if shards[name] == file}, directory / file)
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
+    manifest = CheckpointManifest(
+        files=describe_files(directory), attempt="a", run_id=run_id, profile="p", stage="full-1", step=1, cycle=0,
+        tokens_seen=1, fingerprint=run_id * 64, fingerprint_settings={}, parent=None, dataset_id=DATASET,
+        dataset_uri="memory://none",
+    )  # fmt: skip
+    return CheckpointStore(store, run_id).commit(directory, manifest)
 
 
-def llama_dir(directory: Path, weight: np.ndarray) -> Path:
-    return weights_at(directory, **{Q.replace(".", "__"): weight})
+def test_reports_skip_what_is_too_large_and_say_so(line, fetch, monkeypatch):
+    monkeypatch.setattr("relora_train.analysis.REPORT_OPERATIONS", 1e3)
+    assert "`relora analyze tale`" in history_for_report(line, fetch)[1]
+    monkeypatch.setattr("relora_train.analysis.REPORT_ADAPTER_BYTES", 10)
+    assert "adapters are too large" in history_for_report(line, fetch)[1]
+    monkeypatch.setattr("relora_train.analysis.REPORT_WEIGHT_BYTES", 10)
+    assert spectra_for_report(line[0], line[-1], fetch)[0] == ()
+    data = collect_run_data(line, fetch)
+    assert data.history is None and data.spectra == () and len(data.spectra_notes) == 2
 
 
-@pytest.mark.parametrize("shape", [(7, 40), (40, 7), (20, 20)])
-def test_singular_values_are_those_the_matrix_was_made_of(shape):
-    expected = np.linspace(3, 0.01, min(shape))
-    found = singular_values(matrix_with(expected, *shape))
-    np.testing.assert_allclose(found, expected, atol=1e-13)  # a few ε₆₄ σ_max
+def test_where_a_line_starts(store, line, tmp_path):
+    assert start_of_line(line) == line[0]
+    assert start_of_line(line[1:]) == line[1], "its parent is elsewhere, so nothing before it is known"
+    full = commit_run(store, "full", synthetic_profile(method="full"), tmp_path / "full")
+    assert start_of_line(full) == full[0]
+    assert start_of_line([*full, *line[1:]]) == full[-1], "full rank counts as the warm start of what branches from it"
+    assert low_rank_stages(line, line[0]) == (line[1:], None)
 
 
-def test_a_large_matrix_goes_through_the_gram_matrix_within_the_stated_error():
-    rows, columns = GRAM_ABOVE + 60, GRAM_ABOVE + 2
-    expected = np.geomspace(1, 1e-10, columns)
-    found = singular_values(matrix_with(expected, rows, columns))
-    eps = np.finfo(np.float64).eps
-    assert np.abs(found**2 - expected**2).max() <= columns * eps
-    floor = rounding_tolerance((rows, columns), largest=1.0, weight_rms=0.0)
-    reliable = expected > 100 * floor
-    np.testing.assert_allclose(found[reliable], expected[reliable], rtol=1e-4)  # ½ (floor / σ)²
-    assert numerical_rank(found, floor) == pytest.approx(numerical_rank(expected, floor), abs=columns * 0.02)
+def test_what_cannot_be_compared_is_refused(line, fetch, store, tmp_path):
+    with pytest.raises(ConfigError, match="compared with itself"):
+        analyze(line, fetch, against=line[-1])
+    with pytest.raises(ModelError, match="called nothing"):
+        analyze(line, fetch, layers=Layers(("nothing",)))
+    wider = synthetic_profile(model=ModelConfig(hidden_size=64, intermediate_size=48, num_hidden_layers=3))
+    other = commit_run(store, "wide", wider, tmp_path / "wide")
+    with pytest.raises(ModelError, match="same model"):
+        analyze(line, fetch, against=other[0])
 
 
-def test_a_large_layer_streamed_from_files_has_the_rank_it_was_given(tmp_path):
-    rng = np.random.default_rng(0)
-    rows, columns, rank = 300 + GRAM_ABOVE, GRAM_ABOVE + 1, 5
-    update = rng.integers(-2, 3, (columns, rank)) @ rng.integers(-2, 3, (rank, rows))  # wide; exact in float32
-    start = llama_dir(tmp_path / "start", np.zeros((columns, rows), np.float32))
-    end = llama_dir(tmp_path / "end", update.astype(np.float32))
-    (spectrum,) = update_spectra(start, end)
-    assert spectrum.shape == (columns, rows)
-    assert spectrum.numerical_rank == rank
-    assert spectrum.update_norm == pytest.approx(np.linalg.norm(update), rel=1e-9)
+@pytest.fixture
+def trained(tmp_path):
+    """A run of real stages, trained in this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        workshop = Workshop(tmp_path / "store", patch)
+        patch.setenv("RELORA_STORE", workshop.store_uri)
+        yield workshop.train(tiny_profile())
 
 
-@pytest.mark.parametrize(
-    ("values", "effective", "stable", "below"),
-    [
-        ([2.0] * 6, 6, 6, 0),  # equal values: every direction counts
-        ([5.0, 0.0, 0.0], 1, 1, 2),  # one direction
-        ([0.0, 0.0], 0, 0, 2),  # no update
-        ([1.0, 1.0, 0.1, 0.0999], None, None, 1),  # strictly below 0.1
-        ([1.0, 0.5], np.exp(np.log(3) - 2 / 3 * np.log(2)), 1.25, 0),  # shares 2/3 and 1/3
-    ],
-)
-def test_measures_have_their_closed_forms(values, effective, stable, below):
-    values = np.array(values)
-    if effective is not None:
-        assert effective_rank(values) == pytest.approx(effective)
-        assert stable_rank(values) == pytest.approx(stable)
-    assert count_below(values) == below
+def call(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    captured = capsys.readouterr()
+    return int(ended.value.code or 0), captured.out, captured.err
 
 
-def test_merges_rounded_to_float32_add_up_to_the_sum_of_their_ranks(tmp_path):
-    rng = np.random.default_rng(1)
-    start = rng.normal(0, 0.02, (160, 96)).astype(np.float32)
-    end, cycles, rank = start, 12, 6
-    for _ in range(cycles):
-        end = (end + rng.normal(0, 0.02, (160, rank)) @ rng.normal(0, 0.02, (rank, 96))).astype(np.float32)
-    (spectrum,) = update_spectra(llama_dir(tmp_path / "a", start), llama_dir(tmp_path / "b", end))
-    assert spectrum.numerical_rank == cycles * rank
-    assert spectrum.relative_update_norm == pytest.approx(np.linalg.norm(end - start) / np.linalg.norm(start), rel=1e-6)
+def test_the_command_shows_a_real_run(trained, tmp_path, capsys):
+    rank = trained[-1].manifest.fingerprint_settings["relora.rank"]
+    code, out, err = call(capsys, "analyze", "tiny", "--json", "--output", str(tmp_path / "out"))
+    record = json.loads(out)
+    assert code == 0 and record["start"] == "tiny@warm-start"
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "analysis.json", "spectra.png", "growth.png", "overlap.png",
+    }  # fmt: skip
+    assert err.count("Wrote ") == 4
+    assert json.loads((tmp_path / "out/analysis.json").read_text()) == record
+    merges = len(trained) - 1
+    for layer, growth in zip(record["layers"], record["cycle_history"]["growth"], strict=True):
+        assert growth["after"][0]["numerical_rank"] <= rank
+        assert layer["numerical_rank"] == growth["after"][-1]["numerical_rank"] <= merges * rank
+        assert layer["effective_rank"] == pytest.approx(growth["after"][-1]["effective_rank"], rel=1e-3)
+        first = trained[1].manifest.merge_report["layers"][layer["name"]]
+        assert growth["after"][0]["effective_rank"] == pytest.approx(first["effective_rank"], rel=1e-3)
+        assert growth["after"][0]["relative_update_norm"] == pytest.approx(first["relative_update_norm"], rel=1e-4)
 
 
-def test_rounding_alone_has_rank_zero(tmp_path):
-    rng = np.random.default_rng(2)
-    start = rng.normal(0, 0.02, (64, 200)).astype(np.float32)
-    end, update = start, np.outer(rng.normal(size=64), rng.normal(size=200)).astype(np.float32) * np.float32(0.02)
-    for _ in range(3):
-        end = (end + update) - update
-    assert (end != start).any()
-    (spectrum,) = update_spectra(llama_dir(tmp_path / "a", start), llama_dir(tmp_path / "b", end))
-    assert spectrum.numerical_rank == 0
+def test_the_command_names_kinds_layers_and_two_checkpoints(trained, capsys):
+    code, out, _ = call(capsys, "analyze", "tiny")
+    assert code == 0 and "self_attn.q_proj" in out and "by chance" in out and "at most" in out
+    code, out, _ = call(capsys, "analyze", "tiny@cycle-2", "--against", "tiny@cycle-1", "--layers", "--no-history")
+    assert code == 0 and "model.layers.0.self_attn.q_proj" in out and "by chance" not in out
+    code, _, err = call(capsys, "analyze", "tiny@warm-start")
+    assert code == 2 and "compared with itself" in err
 
 
-def test_an_unchanged_weight_has_no_spectrum(tmp_path):
-    start = llama_dir(tmp_path / "a", np.ones((4, 6), np.float32))
-    (spectrum,) = update_spectra(start, start)
-    assert spectrum.values.tolist() == [0.0] * 4
-    assert (spectrum.effective_rank, spectrum.stable_rank, spectrum.numerical_rank) == (0, 0, 0)
-    assert spectrum.relative_update_norm == 0
-
-
-def test_shards_read_as_one_file_does(tmp_path):
-    rng = np.random.default_rng(3)
-    weights = {f"model.layers.{i}.mlp.up_proj.weight": rng.normal(size=(5, 3)).astype(np.float32) for i in range(3)}
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    whole.mkdir()
-    parts.mkdir()
-    save_file(weights, whole / "model.safetensors")
-    shards = {name: f"model-0000{i + 1}-of-00003.safetensors" for i, name in enumerate(weights)}
-    for name, shard in shards.items():
-        save_file({name: weights[name]}, parts / shard)
-    (parts / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
-    assert WeightDirectory(parts).names == WeightDirectory(whole).names
-    for spectrum in update_spectra(whole, parts):
-        assert spectrum.update_norm == 0
-
-
-def test_bfloat16_weights_read_as_their_exact_values(tmp_path):
-    values = np.array([[1.0, -2.5, 0.15625], [3.0e38, 2.0**-120, 0.0]], np.float32)  # all bfloat16 numbers
-    bits = (values.view(np.uint32) >> 16).astype(np.uint16)
-    header = {"decoy": {"dtype": "U8", "shape": [2], "data_offsets": [0, 2]}}
-    header[Q] = {"dtype": "BF16", "shape": [2, 3], "data_offsets": [2, 14]}
-    text = json.dumps(header).encode()
-    payload = len(text).to_bytes(8, "little") + text + b"\x01\x02" + bits.tobytes()
-    (tmp_path / "model.safetensors").write_bytes(payload)
-    found = np.concatenate(list(WeightDirectory(tmp_path).blocks(Q)))
-    expected = np.array(bits, np.uint32) << 16
-    np.testing.assert_array_equal(found.T, expected.view(np.float32).astype(np.float64))
-
-
-def test_errors_name_what_is_wrong(tmp_path):
-    good = llama_dir(tmp_path / "good", np.eye(3, dtype=np.float32))
-    other = llama_dir(tmp_path / "other", np.eye(4, dtype=np.float32))
-    broken = llama_dir(tmp_path / "broken", np.full((3, 3), np.nan, np.float32))
-    cut = llama_dir(tmp_path / "cut", np.eye(3, dtype=np.float32))
-    (cut / "model.safetensors").write_bytes((cut / "model.safetensors").read_bytes()[:-4])
-    with pytest.raises(ModelError, match="no weight 'nowhere'"):
-        list(update_spectra(good, good, ["nowhere"]))
-    with pytest.raises(ModelError, match=r"\(3, 3\).*\(4, 4\)"):
-        list(update_spectra(good, other, [Q]))
-    with pytest.raises(ModelError, match=f"{Q} holds values that are not finite"):
-        list(update_spectra(good, broken))
-    with pytest.raises(CheckpointCorruptError, match="cannot be read"):
-        list(update_spectra(good, cut))
-    with pytest.raises(ModelNotFoundError, match="neither"):
-        list(update_spectra(tmp_path, good))
-
-
-FAMILIES = {
-    "llama": (
-        "model.layers.{}.self_attn.{q_proj,k_proj,v_proj,o_proj}|model.layers.{}.mlp.{gate_proj,up_proj,down_proj}",
-        ("self_attn.q_proj", "self_attn.v_proj", "mlp.up_proj", "mlp.down_proj"),
-    ),
-    "gpt-neox": (
-        "gpt_neox.layers.{}.attention.{query_key_value,dense}|gpt_neox.layers.{}.mlp.{dense_h_to_4h,dense_4h_to_h}",
-        ("attention.query_key_value", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h"),
-    ),
-    "gpt2": (
-        "h.{}.attn.{c_attn,c_proj}|h.{}.mlp.{c_fc,c_proj}",
-        ("attn.c_attn", "mlp.c_fc", "mlp.c_proj"),
-    ),
-    "opt": (
-        "model.decoder.layers.{}.self_attn.{k_proj,v_proj,q_proj,out_proj}|model.decoder.layers.{}.{fc1,fc2}",
-        ("self_attn.q_proj", "self_attn.v_proj", "fc1", "fc2"),
-    ),
-    "bert": (
-        "bert.encoder.layer.{}.attention.self.{query,key,value}|bert.encoder.layer.{}.attention.output.{dense,x}"
-        "|bert.encoder.layer.{}.{intermediate.dense,output.dense}",
-        ("attention.self.query", "attention.self.value", "intermediate.dense", "output.dense"),
-    ),
-    "t5": (
-        "decoder.block.{}.layer.{0.SelfAttention,1.EncDecAttention}.q|decoder.block.{}.layer.0.SelfAttention.{k,v,o}"
-        "|decoder.block.{}.layer.2.DenseReluDense.{wi_0,wi_1,wo}",
-        tuple(
-            f"layer.{name}"
-            for name in ["0.SelfAttention.q", "0.SelfAttention.v", "2.DenseReluDense.wi_1", "2.DenseReluDense.wo"]
-        ),
-    ),
-    "unknown": ("net.{}.{b,a,e,d,c}", ("a", "b", "c", "d")),
-}
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_first_middle_and_last_block_stand_for_a_model_of_any_family(family):
-    pattern, roles = FAMILIES[family]
-    shapes = {"embed.weight": (50, 8), "norm.weight": (8,), "lm_head.weight": (50, 8)}
-    for block in range(12):  # 12: block 10 must come after block 9
-        for group in pattern.replace("{}", str(block)).split("|"):
-            head, _, rest = group.partition("{")
-            choices, _, tail = rest.partition("}")
-            shapes |= {f"{head}{choice}{tail}.weight": (8, 8) for choice in choices.split(",")}
-        shapes[f"{pattern.partition('{')[0]}{block}.norm.weight"] = (8,)
-    prefix = pattern.partition("{")[0]
-    expected = tuple(f"{prefix}{block}.{role}.weight" for block in (0, 6, 11) for role in roles)
-    assert representative_layers(shapes) == expected
-    assert representative_layers(dict(reversed(shapes.items()))) == expected
-
-
-def test_a_model_without_blocks_has_no_representative_layers():
-    assert representative_layers({"weight": (3, 3), "layers.0.norm.weight": (3,)}) == ()
-
-
-def test_analysis_and_report_import_no_torch_and_no_pyplot():
-    modules = "relora_train.analysis, relora_train.reporting.collect, relora_train.report"
-    code = f"import sys, {modules}; print(*sys.modules)"
-    loaded = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split()
-    assert "matplotlib.figure" in loaded
-    assert not {"torch", "boto3", "prefect", "transformers", "matplotlib.pyplot"} & set(loaded)
+def test_a_line_in_a_store_is_found_as_the_flow_finds_it(tmp_path):
+    store = open_store(tmp_path / "store")
+    line = commit_run(store, "tale", synthetic_profile(), tmp_path / "scratch")
+    analysis = analyze(line_of(line[2]), files_in_stores(tmp_path / "cache"), layers=Layers(few=True))
+    assert analysis.end == "tale@cycle-2"
+    assert not (tmp_path / "cache").exists(), "a store on this disk is read in place"

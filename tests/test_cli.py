@@ -215,6 +215,8 @@ def test_every_command_has_one_line_of_help_and_the_exit_codes_are_documented(re
         "rollback",
         "join",
         "bench",
+        "analyze",
+        "tutorial",
     }
     assert set(commands) == expected
     for name, command in commands.items():

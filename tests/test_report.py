@@ -95,7 +95,7 @@ def test_the_report_says_of_each_stage_what_its_manifest_says(line, files, page)
 def test_all_files_of_a_report_are_there(files):
     assert {path.name for path in files.html.parent.iterdir()} == {
         "report.html", "summary.json", "overview.png", "loss.png", "learning_rate.png", "perplexity.png",
-        "gradient_norm.png", "throughput.png", "spectra.png",
+        "gradient_norm.png", "throughput.png", "spectra.png", "growth.png", "overlap.png",
     }  # fmt: skip
     for path in files.pngs:
         assert path.read_bytes().startswith(b"\x89PNG\r\n")
@@ -128,6 +128,12 @@ def test_the_same_run_gives_the_same_bytes(data, files, tmp_path):
         assert path.read_bytes() == (tmp_path / path.name).read_bytes(), path.name
 
 
+def hostile_history(history):
+    names = (HOSTILE,) * len(history.stages)
+    growth = tuple(replace(layer, name=HOSTILE) for layer in history.growth)
+    return replace(history, stages=names, growth_stages=names, growth=growth)
+
+
 def test_strings_from_outside_never_become_markup(data, page, tmp_path):
     plain = page
     hostile = replace(
@@ -143,6 +149,8 @@ def test_strings_from_outside_never_become_markup(data, page, tmp_path):
         samples=tuple(replace(s, stage=HOSTILE, prompt=HOSTILE, text=HOSTILE) for s in data.samples),
         spectra=tuple(replace(spectrum, name=HOSTILE) for spectrum in data.spectra),
         spectra_between=(HOSTILE, HOSTILE),
+        spectra_notes=(HOSTILE,),
+        history=hostile_history(data.history),
         settings={HOSTILE: HOSTILE},
         versions={HOSTILE: HOSTILE},
     )  # fmt: skip
@@ -279,7 +287,7 @@ def test_checkpoints_without_records_or_scores_still_have_a_report(data, tmp_pat
         data,
         train=replace(data.train, step=data.train.step[:0], values={k: v[:0] for k, v in data.train.values.items()}),
         stages=tuple(replace(row, before=Scores(), after=Scores(), tokens=None) for row in data.stages),
-        evaluations=(), samples=(), merges=(), spectra=(), versions={}, settings={},
+        evaluations=(), samples=(), merges=(), spectra=(), history=None, versions={}, settings={},
     )  # fmt: skip
     text = page_of(empty, tmp_path / "out").text
     assert "no training records" in text and "–" in text

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import json
 import math
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from relora_train.analysis import WEIGHTS_NAME, LayerSpectrum, update_spectra
+from relora_train.analysis import INITIAL, history_for_report, spectra_for_report
 from relora_train.bundle import fetch_bundle
 from relora_train.checkpoint_store import CheckpointRef
 from relora_train.errors import CheckpointCorruptError, CheckpointIncompleteError, CheckpointNotFoundError
@@ -31,12 +31,10 @@ from relora_train.reporting.run_data import (
     StageRow,
     TrainCurve,
 )
+from relora_train.spectra.checkpoints import FetchFiles, start_of_line
+from relora_train.spectra.cycles import CycleHistory
+from relora_train.spectra.measures import LayerSpectrum
 from relora_train.storage.opening import open_store
-
-_WEIGHTS = re.compile(r"model(-[^/]+)?\.safetensors(\.index\.json)?")
-
-FetchFiles = Callable[[CheckpointRef, Sequence[str]], Path]
-"""Gives a local directory in which the named files of a checkpoint lie, and maybe others."""
 
 
 def collect_run_data(
@@ -48,15 +46,16 @@ def collect_run_data(
 ) -> RunData:
     """Gather a run from its checkpoints, oldest first; the last one is the run's result.
 
-    Reads metrics.jsonl of every checkpoint, profile.json of the last, and with `spectra` the weights of two: the last
-    one before the low-rank stages (else the first) and the last. Raises CheckpointNotFoundError for an empty line.
+    Reads metrics.jsonl of every checkpoint, profile.json of the last, and with `spectra` the weights of two (that of
+    `start_of_line` and the last) and all adapters; of large models neither, and the report says so. Raises
+    CheckpointNotFoundError for an empty line.
     """
     if not line:
         raise CheckpointNotFoundError("There is no checkpoint to report on. Run at least one stage first.")
     last = line[-1].manifest
     records = [record for checkpoint in line for record in _metrics(checkpoint, fetch_files)]
     settings = json.loads((fetch_files(line[-1], ["profile.json"]) / "profile.json").read_bytes())
-    between = spectra_ends(line) if spectra else None
+    update = _total_update(line, fetch_files) if spectra else _TotalUpdate()
     return RunData(
         run_id=last.run_id,
         profile=last.profile,
@@ -70,13 +69,15 @@ def collect_run_data(
             for item in evaluations
             for sample in item.get("samples", ())
         ),
-        spectra=_total_update(between, fetch_files) if between else (),
-        spectra_between=None if between is None else (between[0].manifest.stage, between[1].manifest.stage),
+        spectra=update.spectra,
+        spectra_between=update.between,
         settings=settings,
         versions=last.versions,
         dataset_id=last.dataset_id,
         dataset_uri=last.dataset_uri,
         finished_at=last.created_at.astimezone(UTC),
+        history=update.history,
+        spectra_notes=update.notes,
     )
 
 
@@ -106,14 +107,6 @@ def files_in_stores(cache_dir: Path) -> FetchFiles:
         return fetch_bundle(open_store(ref.store_uri), ref.prefix, part, directory)
 
     return fetch
-
-
-def spectra_ends(line: Sequence[CheckpointRef]) -> tuple[CheckpointRef, CheckpointRef] | None:
-    """The two checkpoints whose difference is the total update: the last before any merge (else the first) and the
-    last. For method full the first and the last. None when they are the same one."""
-    warm = [checkpoint for checkpoint in line if checkpoint.manifest.stage == "warm-start"]
-    start, end = (warm[-1] if warm else line[0]), line[-1]
-    return None if start.uri == end.uri else (start, end)
 
 
 def train_curve(records: Sequence[Mapping[str, Any]]) -> TrainCurve:
@@ -211,14 +204,25 @@ def _scores(values: Mapping[str, Any]) -> Scores:
     return Scores(values.get("val_loss"), values.get("val_perplexity"), values.get("bits_per_byte"))
 
 
-def _total_update(between: tuple[CheckpointRef, CheckpointRef], fetch_files: FetchFiles) -> tuple[LayerSpectrum, ...]:
-    start, end = (_weights(ref, fetch_files) for ref in between)
-    return tuple(update_spectra(start, end))
+@dataclass(frozen=True)
+class _TotalUpdate:
+    between: tuple[str, str] | None = None
+    spectra: tuple[LayerSpectrum, ...] = ()
+    history: CycleHistory | None = None
+    notes: tuple[str, ...] = ()
 
 
-def _weights(ref: CheckpointRef, fetch_files: FetchFiles) -> Path:
-    names = [entry.path for entry in ref.manifest.files if _WEIGHTS.fullmatch(entry.path)]
-    return fetch_files(ref, names or [WEIGHTS_NAME])
+def _total_update(line: Sequence[CheckpointRef], fetch_files: FetchFiles) -> _TotalUpdate:
+    start, end = start_of_line(line), line[-1]
+    if start is not None and start.uri == end.uri:
+        return _TotalUpdate()
+    history, note = history_for_report(line, fetch_files)
+    if start is None:
+        spectra = tuple(layer.spectra[-1] for layer in history.growth) if history else ()
+        return _TotalUpdate((INITIAL, end.manifest.stage), spectra, history, (note,) if note else ())
+    spectra, why = spectra_for_report(start, end, fetch_files)
+    notes = tuple(text for text in (why, note) if text)
+    return _TotalUpdate((start.manifest.stage, end.manifest.stage), spectra, history, notes)
 
 
 def _number_or_nan(value: Any) -> float:

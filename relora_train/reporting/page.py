@@ -4,14 +4,13 @@ from elsewhere; escaping is in html.py."""
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
-from relora_train.analysis import PAPER_THRESHOLD
 from relora_train.divergence import divergence_text
 from relora_train.reporting.html import Cell, Html, details, escape, figure, note, table
 from relora_train.reporting.plot_style import MAX_POINTS
 from relora_train.reporting.plots import loss_ceiling
+from relora_train.reporting.rank_sections import Pictures, rank_sections
 from relora_train.reporting.run_data import RunData, Sample, Scores, StageRow
 from relora_train.reporting.style import STYLE
 from relora_train.reporting.text import (
@@ -26,9 +25,7 @@ from relora_train.reporting.text import (
     size,
     stage_steps,
 )
-
-Pictures = Mapping[str, tuple[bytes, bytes]]
-"""PNG bytes by name, for a light and for a dark page."""
+from relora_train.spectra.layers import natural_order
 
 
 def render_page(data: RunData, pictures: Pictures) -> str:
@@ -37,7 +34,7 @@ def render_page(data: RunData, pictures: Pictures) -> str:
         ("stages", "Stages", _stages(data)),
         ("training", "Training", _training(data, pictures)),
         ("merges", "Merges", _merges(data)),
-        ("spectra", "Rank of the total update", _spectra(data, pictures)),
+        ("spectra", "Rank of the total update", rank_sections(data, pictures)),
         ("evaluation", "Evaluation", _evaluations(data)),
         ("samples", "Samples", _samples(data.samples)),
         ("lineage", "Lineage", _lineage(data)),
@@ -174,7 +171,7 @@ def _merges(data: RunData) -> Html:
 
 
 def _merged_layers(data: RunData) -> Html:
-    names = sorted({name for row in data.merges for name in row.layers}, key=_natural)
+    names = sorted({name for row in data.merges for name in row.layers}, key=natural_order)
     if not names:
         return Html("")
     header = ("Layer", *(row.stage for row in data.merges))
@@ -184,38 +181,6 @@ def _merged_layers(data: RunData) -> Html:
         cells = [f"{percent(x.get('relative_update_norm'), 2)} · {decimal(x.get('effective_rank'), 1)}" for x in layers]
         rows.append((name, *cells))
     return details("Layer by layer: ‖ΔW‖ / ‖W‖ · effective rank", table(header, rows), printed=False)
-
-
-def _spectra(data: RunData, pictures: Pictures) -> Html:
-    if not data.spectra or data.spectra_between is None:
-        return note("No two checkpoints with weights to compare.")
-    start, end = data.spectra_between
-    ranks = [row.rank for row in data.stages if row.rank is not None]
-    largest = max(spectrum.numerical_rank for spectrum in data.spectra)
-    one = f" One cycle's update has rank {count(ranks[-1])} at most." if ranks else ""
-    result = f"The update from {start} to {end} reaches rank {count(largest)} in the layers shown.{one}"
-    lines = "Vertical lines: rank of one cycle, and sum of all ranks where it fits. " if ranks else ""
-    caption = f"{lines}Horizontal line: {PAPER_THRESHOLD}. What rounding could have made is not drawn."
-    header = ("Layer", "Shape", "Largest", "Below 0.1", "Effective rank", "Stable rank", "Rank", "‖ΔW‖ / ‖W‖")
-    rows = [
-        (
-            spectrum.name,
-            f"{spectrum.shape[0]:,} × {spectrum.shape[1]:,}",
-            decimal(float(spectrum.values[0]), 3),
-            f"{count(spectrum.below_threshold)} of {count(len(spectrum.values))}",
-            decimal(spectrum.effective_rank, 1),
-            decimal(spectrum.stable_rank, 1),
-            count(spectrum.numerical_rank),
-            percent(spectrum.relative_update_norm, 1),
-        )
-        for spectrum in data.spectra
-    ]
-    text = (
-        "Rank counts the singular values above what float32 rounding of the weights can make. Effective rank is "
-        "exp(entropy of the singular values); stable rank is the squared Frobenius norm over the squared spectral norm."
-    )
-    plot = figure(pictures["spectra.png"], f"Singular values of W({end}) − W({start})", caption)
-    return Html(f"<p>{escape(result)}</p>" + plot + table(header, rows) + note(text))
 
 
 def _evaluations(data: RunData) -> Html:
@@ -270,8 +235,3 @@ def _settings(data: RunData) -> Html:
     settings = json.dumps(data.settings, indent=2, ensure_ascii=False, default=str)
     versions = table(("Package", "Version"), sorted(data.versions.items())) if data.versions else note("Not recorded.")
     return Html(details("Resolved profile", Html(f"<pre>{escape(settings)}</pre>")) + details("Versions", versions))
-
-
-def _natural(name: str) -> tuple[tuple[int, str], ...]:
-    """Sort key in which block 10 follows block 9."""
-    return tuple((int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name))

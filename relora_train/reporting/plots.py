@@ -7,7 +7,6 @@ than MAX_POINTS records are thinned by `plot_style.downsample`, which keeps ever
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,7 +14,6 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
-from relora_train.analysis import PAPER_THRESHOLD, LayerSpectrum
 from relora_train.reporting.plot_style import (
     LIGHT,
     MAX_STAGE_LABELS,
@@ -27,14 +25,13 @@ from relora_train.reporting.plot_style import (
     log_scale,
     mark_stages,
     new_figure,
-    plain,
     smoothed_curve,
     to_png,
 )
-from relora_train.reporting.run_data import RunData, StageRow
+from relora_train.reporting.rank_plots import growth_figure, overlap_figure, spectra_figure
+from relora_train.reporting.run_data import RunData
 
 OVERVIEW_BYTES = 44_000  # below 60 kB as a data URL
-MAX_PANELS = 8
 _REPORT_DPI = 160
 
 
@@ -49,9 +46,22 @@ def draw_plots(data: RunData, theme: Theme = LIGHT) -> dict[str, bytes]:
         ("perplexity.png", scored, perplexity_figure),
         ("gradient_norm.png", recorded and low_rank, gradient_norm_figure),
         ("throughput.png", recorded, throughput_figure),
-        ("spectra.png", bool(data.spectra), spectra_figure),
     ]
-    return {name: to_png(draw(data, theme), theme, dpi=_REPORT_DPI) for name, wanted, draw in plots if wanted}
+    figures = {name: draw(data, theme) for name, wanted, draw in plots if wanted} | _rank_figures(data, theme)
+    return {name: to_png(figure, theme, dpi=_REPORT_DPI) for name, figure in figures.items()}
+
+
+def _rank_figures(data: RunData, theme: Theme) -> dict[str, Figure]:
+    figures, history = {}, data.history
+    if data.spectra:
+        ranks = [row.rank for row in data.stages if row.rank is not None]
+        cycle_rank, total_rank = (ranks[-1], sum(ranks)) if ranks else (None, None)
+        figures["spectra.png"] = spectra_figure(data.spectra, theme, cycle_rank=cycle_rank, total_rank=total_rank)
+    if history is not None and len(history.growth_stages) > 1:
+        figures["growth.png"] = growth_figure(history, theme)
+    if history is not None and history.overlaps:
+        figures["overlap.png"] = overlap_figure(history, theme)
+    return figures
 
 
 def overview_png(data: RunData) -> bytes:
@@ -96,33 +106,6 @@ def gradient_norm_figure(data: RunData, theme: Theme) -> Figure:
 def throughput_figure(data: RunData, theme: Theme) -> Figure:
     """Tokens per second of the records by step."""
     return _figure_by_step(data, theme, 2.3, _draw_throughput)
-
-
-def spectra_figure(data: RunData, theme: Theme) -> Figure:
-    """Singular values of the total update, one panel a kind of layer (at most MAX_PANELS), one line a block.
-
-    Vertical lines: the rank of one cycle, and the sum of the ranks merged. Values that rounding could have made
-    are not drawn.
-    """
-    groups: dict[str, list[LayerSpectrum]] = {}
-    for spectrum in data.spectra:
-        groups.setdefault(_role(spectrum.name), []).append(spectrum)
-    shown = list(groups.items())[:MAX_PANELS]
-    columns = min(2, len(shown))
-    rows = math.ceil(len(shown) / columns)
-    figure, grid = new_figure(theme, 2.6 * rows + 0.4, rows=rows, columns=columns, titled=True, sharey=True)
-    figure.subplots_adjust(wspace=0.06, hspace=0.32)
-    for axes, (role, spectra) in zip(grid.flat, shown, strict=False):
-        _draw_spectra(axes, spectra, data.stages, theme)
-        axes.set_title(plain(role), fontsize=9.5, color=theme.text, loc="left")
-    for axes in grid.flat[len(shown) :]:
-        axes.set_visible(False)
-    for axes in grid[-1]:
-        axes.set_xlabel("index of the singular value")
-    first = shown[0][1][0]
-    full = first.numerical_rank > 0.6 * len(first.values)
-    legend(grid.flat[0], theme, columns=1, place="lower left" if full else "upper right")  # where the curves are not
-    return figure
 
 
 def _figure_by_step(
@@ -218,35 +201,6 @@ def _draw_perplexity(axes: Any, data: RunData, theme: Theme) -> None:
     legend(axes, theme)
 
 
-def _draw_spectra(axes: Any, spectra: Sequence[LayerSpectrum], stages: Sequence[StageRow], theme: Theme) -> None:
-    width = max(len(spectrum.values) for spectrum in spectra)
-    for spectrum, colour in zip(spectra, theme.series, strict=False):
-        values = np.where(spectrum.values > spectrum.tolerance, spectrum.values, np.nan)
-        axes.plot(np.arange(1, len(values) + 1), values, color=colour, linewidth=1.5, label=_block(spectrum.name))
-    ranks = [row.rank for row in stages if row.rank is not None]
-    marks = [(ranks[-1], "rank of one cycle" if len(ranks) > 1 else "rank", "--")] if ranks else []
-    if len(ranks) > 1:
-        marks.append((sum(ranks), "sum of ranks", ":"))
-    for rank, label, style in marks:
-        if rank <= width:
-            axes.axvline(rank + 0.5, color=theme.accent, linestyle=style, linewidth=1.4, label=f"{label}, {rank:,}")
-    axes.axhline(PAPER_THRESHOLD, color=theme.muted, linewidth=0.7)
-    log_scale(axes.yaxis, axes)
-    axes.set_xlim(0, width * 1.02)
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
-
-
 def _finite_points(points: Sequence[tuple[int, float | None]]) -> Floats:
     finite = [(step, value) for step, value in points if value is not None and math.isfinite(value)]
     return np.array(finite, dtype=np.float64).reshape(-1, 2)
-
-
-def _role(name: str) -> str:
-    """'model.layers.3.mlp.up_proj.weight' -> 'mlp.up_proj'."""
-    return re.sub(r"^.*?\.\d+\.", "", name).removesuffix(".weight")
-
-
-def _block(name: str) -> str:
-    """'model.layers.3.mlp.up_proj.weight' -> 'block 3'."""
-    match = re.search(r"\.(\d+)\.", name)
-    return f"block {match[1]}" if match else plain(name)

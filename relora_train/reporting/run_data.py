@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from relora_train.analysis import LayerSpectrum
+from relora_train.spectra.cycles import CycleHistory
+from relora_train.spectra.measures import LayerSpectrum
 
 TRAIN_FIELDS = (
     "loss",
@@ -144,3 +145,8 @@ class RunData:
     dataset_uri: str
     finished_at: datetime
     """When the last checkpoint was made, in UTC."""
+
+    history: CycleHistory | None = None
+    """The rank of that update from cycle to cycle, and how the cycles' subspaces overlap, from the adapters."""
+    spectra_notes: tuple[str, ...] = ()
+    """What of this was left out, and why."""

@@ -48,6 +48,7 @@ tr.address td { border-top: 0; padding: 0 0 9px; white-space: normal; color: var
   font-size: 12px; line-height: 1.4; }
 .better { color: var(--better); } .worse { color: var(--worse); }
 figure { margin: 0 0 30px; }
+.note + figure, details + figure { margin-top: 30px; }
 figure img { display: block; width: 100%; height: auto; }
 figcaption { margin-top: 4px; }
 details { margin: 12px 0; border: 1px solid var(--line); border-radius: 8px; padding: 9px 14px; }
