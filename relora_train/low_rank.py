@@ -70,9 +70,8 @@ class _LowRankLinears(torch.autograd.Function):
         if order.forward == "merged":
             outputs = [F.linear(rows, _of(layer.merged), _cast(layer.bias, dtype)) for layer in layers]
         else:
-            read, thin = _dropped(rows, dropout, seed), _joint([layer.A for layer in layers], dtype)
-            low = read @ thin.T  # (tokens, layers * rank)
-            del read
+            thin = _joint([layer.A for layer in layers], dtype)
+            low = _dropped(rows, _kept(rows, dropout, seed)) @ thin.T  # (tokens, layers * rank)
             for layer, part in zip(layers, torch.split(low, [len(layer.A) for layer in layers], dim=1), strict=True):
                 y = F.linear(rows, layer.weight.to(dtype), _cast(layer.bias, dtype))
                 outputs.append(y.addmm_(part, layer.B.to(dtype).T, alpha=_low_rank_scale(scaling, dropout)))
@@ -95,8 +94,9 @@ class _LowRankLinears(torch.autograd.Function):
             for layer, gradient, part in zip(layers, grads, torch.split(through_A, ranks, dim=1), strict=True):
                 torch.mm(gradient, layer.B.to(dtype), out=part)
             through_A *= scale
+        kept = _kept(rows, dropout, seed)
         if order.factors == "low_rank":
-            read = _dropped(rows, dropout, seed)
+            read = _dropped(rows, kept)
             grad_thin = _of(through_A).T @ read
             low = read @ thin.T
             del read
@@ -110,7 +110,7 @@ class _LowRankLinears(torch.autograd.Function):
             factor_grads = [
                 _through_dense(layer, gradient, rows, scale) for layer, gradient in zip(layers, grads, strict=True)
             ]
-        grad_x = _input_gradient(layers, grads, order, through_A, thin, dropout, seed) if needs_x else None
+        grad_x = _input_gradient(layers, grads, order, through_A, thin, kept) if needs_x else None
         found: list[Tensor | None] = []
         for layer, gradient, (grad_A, grad_B) in zip(layers, grads, factor_grads, strict=True):
             grad_bias = None if layer.bias is None else gradient.sum(0, dtype=layer.bias.dtype)
@@ -125,8 +125,7 @@ def _input_gradient(
     order: Contraction,
     through_A: Tensor | None,
     thin: Tensor,
-    dropout: float,
-    seed: int,
+    kept: Tensor | None,
 ) -> Tensor:
     """The gradient of x, summed over the layers as it is made."""
     total: Tensor | None = None
@@ -135,9 +134,9 @@ def _input_gradient(
         total = gradient @ weight if total is None else total.addmm_(gradient, weight)
     if order.backward == "merged":
         return _of(total)
-    if dropout == 0:
+    if kept is None:
         return _of(total).addmm_(_of(through_A), thin)
-    return _of(total).add_(_dropped(_of(through_A) @ thin, dropout, seed))
+    return _of(total).add_(_dropped(_of(through_A) @ thin, kept))
 
 
 def _through_dense(layer: Factors, gradient: Tensor, rows: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -145,15 +144,16 @@ def _through_dense(layer: Factors, gradient: Tensor, rows: Tensor, scale: float)
     return layer.B.to(dense.dtype).T @ dense, dense @ layer.A.to(dense.dtype).T
 
 
-def _dropped(rows: Tensor, dropout: float, seed: int) -> Tensor:
-    """The rows with entries dropped by the mask of this seed, not rescaled: the scale is in the low-rank product's."""
+def _dropped(rows: Tensor, kept: Tensor | None) -> Tensor:
+    """The rows without the entries to drop, not rescaled: the scale is in the low-rank product's."""
+    return rows if kept is None else rows * kept
+
+
+def _kept(rows: Tensor, dropout: float, seed: int) -> Tensor | None:
+    """A mask for the rows, True where an entry is kept; a function of shape, seed and kind of device. None: all are."""
     if dropout == 0:
-        return rows
-    return rows * _kept(rows.shape, dropout, seed, rows.device)
-
-
-def _kept(shape: torch.Size, dropout: float, seed: int, device: torch.device) -> Tensor:
-    """A mask, True where an entry is kept; a function of shape, seed and kind of device."""
+        return None
+    shape, device = rows.shape, rows.device
     limit = round(dropout * _MASK_STEPS)
     if device.type != "cpu":
         generator = torch.Generator(device).manual_seed(seed)

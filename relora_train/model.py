@@ -88,9 +88,11 @@ def load_skeleton(path: str | Path, *, revision: str | None = None) -> nn.Module
 
     disable_progress_bar()
     with _reading(path):
-        config = AutoConfig.from_pretrained(str(path), revision=revision)
+        config = AutoConfig.from_pretrained(str(path), revision=revision, trust_remote_code=False)
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
+            model = AutoModelForCausalLM.from_config(
+                config, dtype=torch.float32, attn_implementation="sdpa", trust_remote_code=False
+            )
         with suppress(OSError):  # not every model has one
             model.generation_config = GenerationConfig.from_pretrained(str(path), revision=revision)
     return cast(nn.Module, model)

@@ -8,11 +8,10 @@ import hashlib
 import json
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from relora_train import relora, trainer
+from relora_train import low_rank, trainer
 from relora_train.optimizer import optimizer_state_by_name
 from relora_train.process import Emit, serve_request
 from relora_train.requests import StageRequest
@@ -25,13 +24,14 @@ def digest(tensor: Tensor) -> str:
 
 def probe(request: StageRequest, emit: Emit) -> None:
     seen: dict[str, Any] = {"dropout_masks": [], "messages": [], "committed": False}
-    dropout, all_reduce = relora.F.dropout, dist.all_reduce
+    kept, all_reduce = low_rank._kept, dist.all_reduce
     update, finish_cycle = StageTraining.update, trainer.finish_cycle
 
-    def recorded_dropout(x: Tensor, p: float) -> Tensor:
-        dropped = dropout(torch.ones_like(x), p)
-        seen["dropout_masks"][-1].append(digest(dropped))
-        return x * dropped
+    def recorded_mask(*arguments: Any) -> Tensor | None:
+        mask = kept(*arguments)
+        if mask is not None:
+            seen["dropout_masks"][-1].append(digest(mask))
+        return mask
 
     def recorded_all_reduce(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
         if seen["messages"]:
@@ -52,7 +52,7 @@ def probe(request: StageRequest, emit: Emit) -> None:
         seen["rank"] = training.ranks.rank
         return merge_report
 
-    relora.F.dropout, dist.all_reduce = recorded_dropout, recorded_all_reduce
+    low_rank._kept, dist.all_reduce = recorded_mask, recorded_all_reduce
     StageTraining.update, trainer.finish_cycle = recorded_update, recorded_finish
     commit_stage = trainer.commit_stage
 

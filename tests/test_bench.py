@@ -63,16 +63,17 @@ def test_the_command_prints_a_table_and_writes_json(
 ):
     monkeypatch.setattr("relora_train.console.bench.SHAPES", {"tiny": TINY})
     monkeypatch.setattr("relora_train.console.bench.ARMS", ("paper", "ours"))
+    monkeypatch.setenv("COLUMNS", "140")
     file = tmp_path / "bench.json"
     with pytest.raises(SystemExit) as ended:
         main(["bench", "tiny", "--rounds", "1", "--steps", "1", "--threads", "1", "--output", str(file)])
     assert ended.value.code == 0
     record = json.loads(file.read_text())
     arms = record["shapes"]["tiny"]["arms"]
-    assert set(arms) == {"paper", "ours", "ours, fastest path"}
+    assert set(arms) == {"paper", "ours", "ours-fast"}
     assert arms["paper"]["speed_over"]["paper"]["median"] == 1
     shown = capsys.readouterr().out
-    assert all(word in shown for word in ("x paper", "fastest path", "forward split", record["versions"]["torch"]))
+    assert all(word in shown for word in ("x paper", "ours-fast", "forward split", record["versions"]["torch"]))
 
 
 def test_an_unknown_shape_names_the_known_ones(capsys: pytest.CaptureFixture[str]):

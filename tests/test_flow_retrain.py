@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from prefect.exceptions import ParameterTypeError
 from prefect_server import running_prefect
 
 from relora_train import events
@@ -282,7 +283,7 @@ def test_settings_that_would_leak_held_out_documents_are_refused(first: RetrainS
         nights.retrain(overrides={"data.validation_fraction": 0.05})
     with pytest.raises(ConfigError, match="must be below 1"):
         nights.retrain(margin=2.0)
-    with pytest.raises(ConfigError, match="not a valid name of a series"):
+    with pytest.raises(ParameterTypeError, match="series: String should match pattern"):
         Nights.retrain(_named(nights, "../escape"))
 
 

@@ -104,7 +104,7 @@ def test_gradients_are_the_derivatives(order: Contraction):
 
 
 def masked_reference(x: Tensor, layers: list[Factors], scaling: float, dropout: float, seed: int) -> tuple[Tensor, ...]:
-    keep = low_rank._kept(x.reshape(-1, x.shape[-1]).shape, dropout, seed, x.device).view(x.shape)
+    keep = low_rank._kept(x.reshape(-1, x.shape[-1]), dropout, seed).view(x.shape)
     read = x * keep / keep.double().mean().new_tensor(1 - round(dropout * 65_536) / 65_536)
     return tuple(x @ f.weight.T + (0 if f.bias is None else f.bias) + scaling * read @ f.A.T @ f.B.T for f in layers)
 
@@ -125,12 +125,12 @@ def test_dropout_is_of_the_low_rank_path_alone_and_the_same_both_ways(dropout: f
 
 
 def test_a_mask_keeps_its_share_and_is_drawn_anew_by_each_call():
-    shape = torch.Size((1000, 100))
-    kept = low_rank._kept(shape, 0.1, 7, torch.device("cpu"))
+    rows = torch.empty(1000, 100)
+    kept = low_rank._kept(rows, 0.1, 7)
     assert abs(float(kept.double().mean()) - 0.9) < 0.004  # four standard errors
     assert abs(float((kept[:, 1:] & kept[:, :-1]).double().mean()) - 0.81) < 0.005  # neighbours are independent
-    assert torch.equal(kept, low_rank._kept(shape, 0.1, 7, torch.device("cpu")))
-    assert not torch.equal(kept, low_rank._kept(shape, 0.1, 8, torch.device("cpu")))
+    assert torch.equal(kept, low_rank._kept(rows, 0.1, 7))
+    assert not torch.equal(kept, low_rank._kept(rows, 0.1, 8))
     layers, x = made_layers(1, dtype=torch.float64), torch.randn(50, 6, dtype=torch.float64)
     torch.manual_seed(0)
     first, second = (low_rank_linears(x, layers, REFERENCE, 1.0, 0.5)[0] for _ in range(2))

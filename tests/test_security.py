@@ -252,7 +252,8 @@ def dangers(source: str) -> list[str]:
                     value = argument.value
                     safe = isinstance(value, ast.Constant) and value.value is not _FORBIDDEN_ARGUMENTS[argument.arg]
                     found += [] if safe else [f"{argument.arg}={ast.unparse(value)}"]
-            if called.startswith("AutoModel") and "use_safetensors" not in {a.arg for a in node.keywords}:
+            reads_weights = called.startswith("AutoModel") and called.endswith("from_pretrained")
+            if reads_weights and "use_safetensors" not in {a.arg for a in node.keywords}:
                 found.append(called)
     return found
 

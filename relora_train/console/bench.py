@@ -19,7 +19,7 @@ from relora_train.console.tables import BLANK, View, add_row, table
 from relora_train.errors import ConfigError
 
 DEFAULT_SHAPES = ("20m", "35m")
-_FASTEST = "ours, fastest path"
+_FASTEST = "ours-fast"
 _PACKAGES = ("torch", "transformers", "peft", "relora-train")
 Precision = Literal["float32", "bfloat16"]
 
@@ -65,7 +65,7 @@ def _shape(name: str, rank: int | None, sequence_length: int | None, sequences: 
 def arm_requests(
     shape: Shape, *, precision: Precision, dropout: float, threads: int | None, compiled: bool
 ) -> dict[str, ArmRequest]:
-    """The arms by label. The fastest path is ours with products in another library of the same accuracy."""
+    """The arms by label. ours-fast: products as "medium" precision has them, on many CPUs of the same accuracy."""
     common: dict[str, Any] = {
         "shape": shape, "precision": precision, "dropout": dropout, "threads": threads, "compile": compiled,
     }  # fmt: skip
