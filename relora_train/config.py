@@ -396,7 +396,7 @@ class LaunchConfig(FrozenConfig):
     """CPU threads of a rank; torch's choice when absent."""
 
     compile: bool = False
-    """torch.compile for training, once a stage: half a minute or more for fewer passes over memory."""
+    """torch.compile for training, about a minute a stage; meant for GPUs, slower on the CPU we measured."""
 
     gradient_checkpointing: bool = False
     """Keep one activation a block and compute the rest again: far less memory, about a third more FLOPs."""
