@@ -97,6 +97,14 @@ def save_model(model: nn.Module, directory: Path, *, weights: Mapping[str, Tenso
             f"{unexpected[0]} is {weights[unexpected[0]].dtype}; checkpoints hold float32 only."
         )
     cast(Any, model).save_pretrained(directory, state_dict=dict(weights), max_shard_size=MAX_SHARD_BYTES)
+    _name_float32(directory / "config.json")
+
+
+def _name_float32(path: Path) -> None:
+    """save_pretrained writes the dtype of the model in memory, and from_pretrained would round to it."""
+    config = json.loads(path.read_text())
+    if config.get("dtype") != "float32":
+        path.write_text(json.dumps(config | {"dtype": "float32"}, indent=2, sort_keys=True) + "\n")
 
 
 def read_tensor(directory: Path, name: str, *, rows: slice | None = None) -> Tensor | None:
@@ -114,7 +122,7 @@ def read_tensor(directory: Path, name: str, *, rows: slice | None = None) -> Ten
 
 
 def save_optimizer_state(state: OptimizerState, path: Path) -> None:
-    """Write Adam's state; a moment with at most half its entries non-zero as int32 flat index and float32 value.
+    """Write Adam's state in float32; a moment with at most half its entries non-zero as int32 flat index and value.
 
     Reads back bit for bit, except that a pruned negative zero becomes zero.
     """
@@ -123,7 +131,7 @@ def save_optimizer_state(state: OptimizerState, path: Path) -> None:
     for parameter, entries in state.items():
         for key, value in entries.items():
             name = f"{parameter}.{key}"
-            tensor = value.detach().cpu().contiguous()
+            tensor = value.detach().cpu().float().contiguous()  # exact for bfloat16
             if is_written_sparse(tensor.shape, int(tensor.count_nonzero())):
                 tensors[f"{name}.idx"], tensors[f"{name}.val"] = index_and_values(tensor)
                 shapes[name] = list(tensor.shape)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from relora_train.checkpoint import (
@@ -103,11 +105,16 @@ def _save_whole(training: StageTraining, directory: Path) -> None:
 
 def merged_weights(training: StageTraining) -> dict[str, Tensor]:
     """The model's state under its Hugging Face names: A and B left out, exact weights for rounded ones."""
-    weights = {
-        name: tensor.detach()
-        for name, tensor in training.model.state_dict().items()
-        if name.rpartition(".")[2] not in ("lora_A", "lora_B")
-    }
-    if training.masters is not None:
-        weights |= dict(training.masters.items())
+    masters: Mapping[str, Tensor] = training.masters or {}
+    weights: dict[str, Tensor] = {}
+    exact: dict[int, Tensor] = {}  # tied tensors stay tied: only so are they written once
+    for name, tensor in training.model.state_dict().items():
+        if name.rpartition(".")[2] in ("lora_A", "lora_B"):
+            continue
+        if name in masters:
+            weights[name] = masters[name]
+        elif tensor.dtype == torch.bfloat16:
+            weights[name] = exact.setdefault(tensor.data_ptr(), tensor.float())
+        else:
+            weights[name] = tensor.detach()
     return weights

@@ -302,14 +302,24 @@ class OptimizerResetConfig(FrozenConfig):
 class PrecisionConfig(FrozenConfig):
     """Numbers the model computes with. Checkpoints are fp32 whatever is chosen here."""
 
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """'bfloat16' computes under autocast and holds the frozen weights in bfloat16."""
+    dtype: Literal["float32", "bfloat16", "pure-bfloat16"] = "float32"
+    """'bfloat16': autocast, frozen weights rounded; 'pure-bfloat16': trained matrices, gradients, Adam's state too."""
 
     matmul_precision: Literal["highest", "high", "medium"] = "highest"
     """torch.set_float32_matmul_precision; on many CPUs 'medium' is a faster path of the same accuracy."""
 
     deterministic: bool = True
     """Deterministic kernels where there is a choice (always so on CPU)."""
+
+    @property
+    def computes_in_bfloat16(self) -> bool:
+        """Whether forward passes run under autocast and frozen weights are held rounded."""
+        return self.dtype != "float32"
+
+    @property
+    def trains_in_bfloat16(self) -> bool:
+        """Whether trained matrices, their gradients and Adam's state are held in bfloat16."""
+        return self.dtype == "pure-bfloat16"
 
 
 class EvaluationConfig(FrozenConfig):
@@ -384,6 +394,18 @@ class LaunchConfig(FrozenConfig):
 
     threads: int | None = Field(None, ge=1)
     """CPU threads of a rank; torch's choice when absent."""
+
+    compile: bool = False
+    """torch.compile for training, about a minute a stage; meant for GPUs, slower on the CPU we measured."""
+
+    gradient_checkpointing: bool = False
+    """Keep one activation a block and compute the rest again: far less memory, about a third more FLOPs."""
+
+    @model_validator(mode="after")
+    def a_sharded_model_is_not_compiled(self) -> Self:
+        if self.compile and self.sharding == "full":
+            raise ValueError("compile does not go with sharding 'full'; set one of them back")
+        return self
 
     @model_validator(mode="after")
     def gpus_are_counted_only_where_they_are_used(self) -> Self:
@@ -470,6 +492,15 @@ class Profile(FrozenConfig):
         rows, entries = self.model.vocab_size, self.tokenizer.vocab_size
         if self.model.pretrained is None and self.tokenizer.path is None and rows is not None and rows < entries:
             raise ValueError(f"model.vocab_size {rows} is below tokenizer.vocab_size {entries}")
+        return self
+
+    @model_validator(mode="after")
+    def a_sharded_model_has_one_dtype(self) -> Self:
+        if self.precision.trains_in_bfloat16 and self.launch.sharding == "full":
+            raise ValueError(
+                "precision.dtype 'pure-bfloat16' does not go with launch.sharding 'full': FSDP shards tensors of one "
+                "dtype only; set precision.dtype to 'bfloat16'"
+            )
         return self
 
     def fault_of_ranks(self, world_size: int) -> str | None:

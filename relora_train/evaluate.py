@@ -13,6 +13,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from relora_train.compiling import without_compiling
 from relora_train.config import PrecisionConfig, Profile
 from relora_train.dataset import TokenDataset
 from relora_train.model import head_is_plain, load_model, next_token_loss
@@ -76,7 +77,7 @@ def evaluate_model(
             break
         blocks = dataset.read_spread(0 if idle else start, 1 if idle else min(batch_sequences, count - start), of=count)
         tokens = torch.from_numpy(blocks).to(ranks.device)
-        with autocast(precision, ranks.device):
+        with autocast(precision, ranks.device), without_compiling():
             nats = next_token_loss(model, tokens, fused=fused)
         if idle:  # it only lent its rows to the others
             continue
@@ -88,7 +89,7 @@ def evaluate_model(
 
 def autocast(precision: PrecisionConfig, device: torch.device) -> AbstractContextManager[Any]:
     """The context in which forward passes of a profile run."""
-    if precision.dtype == "bfloat16":
+    if precision.computes_in_bfloat16:
         return torch.autocast(device.type, dtype=torch.bfloat16)
     return nullcontext()
 

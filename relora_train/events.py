@@ -10,7 +10,8 @@ Inside a process events travel as log records of the logger `relora_train.events
     snapshot_committed  stage step directory stall_seconds write_seconds size_bytes
     snapshot_failed  stage step message
     stopping         seconds (the worker was asked to stop and has so long)
-    progress         stage step start_step end_step loss learning_rate tokens_per_second eta_seconds
+    progress         stage step start_step end_step loss learning_rate tokens_per_second data_wait_share
+                     eta_seconds
     evaluation       stage step when ('before' | 'after') val_loss val_perplexity bits_per_byte
     merge            stage step cycle max_relative_output_change relative_update_norm effective_rank
                      optimizer_state_zeroed first_lora_A_grad_norm first_lora_B_grad_norm

@@ -41,7 +41,8 @@ def low_rank_linears(
     The weights get no gradient. dropout: share of x's entries that the low-rank path does not see; the same for all the
     layers, drawn from torch's default CPU generator. Under autocast products are in autocast's dtype.
     """
-    seed = int(torch.randint(2**62, ())) if dropout > 0 else 0
+    # .numpy() is refused for a tensor on a device: this can never come to wait for one.
+    seed = int(torch.randint(2**62, (), device="cpu").numpy()) if dropout > 0 else 0
     tensors = [t for layer in layers for t in (layer.weight, layer.bias, layer.A, layer.B, layer.merged)]
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else layers[0].weight.dtype

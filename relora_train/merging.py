@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from relora_train.compiling import without_compiling
 from relora_train.errors import DivergedError, TrainingError
 from relora_train.evaluate import autocast
 from relora_train.model import logits
@@ -74,7 +75,7 @@ def _probe_output(training: StageTraining) -> Tensor:
     tokens = torch.from_numpy(blocks[:, :_PROBE_TOKENS]).to(training.ranks.device)
     training.model.eval()
     try:
-        with autocast(training.profile.precision, training.ranks.device):
+        with autocast(training.profile.precision, training.ranks.device), without_compiling():
             return logits(training.model, tokens).float()
     finally:
         training.model.train()

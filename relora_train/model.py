@@ -16,6 +16,7 @@ from relora_train.config import ModelConfig
 from relora_train.errors import ModelError, ModelNotFoundError, SequenceTooLongError, VocabularyMismatchError
 
 _FUSED_LOSS = nn.LinearCrossEntropyOptions(acc_policy="accurate")
+_UNMASKED = "sdpa_without_mask"
 _EVALUATION_ROWS = 1024  # logits of so many tokens exist at once during evaluation
 
 
@@ -165,6 +166,39 @@ def embedding(model: nn.Module) -> nn.Embedding:
 def head(model: nn.Module) -> nn.Linear:
     """The linear layer from hidden states to logits."""
     return cast(nn.Linear, cast(Any, model).get_output_embeddings())
+
+
+def blocks(model: nn.Module) -> list[nn.Module]:
+    """The equal blocks that transformers says a model consists of; none where it does not say."""
+    kinds = set(getattr(model, "_no_split_modules", None) or ())
+    return [module for module in model.modules() if type(module).__name__ in kinds]
+
+
+def attend_without_mask(model: nn.Module) -> None:
+    """Let a Llama or GPT-NeoX with plain causal attention make no mask: the same bits, and no look at the device.
+
+    Before making a mask transformers asks, in every forward pass, whether positions are packed: the host would wait
+    for all the work it has given to a GPU. Of other models and windowed attention nothing is changed.
+    """
+    from transformers import AttentionInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    config = cast(Any, model).config
+    windowed = getattr(config, "sliding_window", None) is not None
+    if config.model_type in ("llama", "gpt_neox") and not windowed and config._attn_implementation == "sdpa":
+        AttentionInterface.register(_UNMASKED, sdpa_attention_forward)  # it is causal where it is given no mask
+        cast(Any, model).set_attn_implementation(_UNMASKED)
+
+
+def checkpoint_activations(model: nn.Module) -> None:
+    """Keep only the input of every block for the backward pass and compute the rest again: the same gradients."""
+    try:
+        cast(Any, model).activation_checkpointing_enable({"use_reentrant": False})
+    except ValueError:
+        raise ModelError(
+            f"transformers cannot checkpoint the activations of a {type(model).__name__}. "
+            "Set launch.gradient_checkpointing to false; a lower batch.micro_sequences saves memory too."
+        ) from None
 
 
 def logits(model: nn.Module, inputs: Tensor) -> Tensor:

@@ -66,6 +66,11 @@ class ModelShape:
         matrices = 1 if self.tied else 2
         return matrices * self.vocab_size * self.hidden_size + self.layers * per_block + self.norm_parameters
 
+    @property
+    def vector_parameters(self) -> int:
+        """Of these, in norms and biases."""
+        return self.norm_parameters + self.layers * sum(linear.bias * linear.out_features for linear in self.linears)
+
 
 class ShapeUnknownError(Exception):
     """The shape is not on this machine; the text says why. Not for users: plan() states it and goes on."""

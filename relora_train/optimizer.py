@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from relora_train.bfloat16_adamw import BFloat16AdamW
 from relora_train.errors import ModelError
 from relora_train.relora import stable_generator
 from relora_train.shards import local, part_of, placed_like, whole
@@ -43,10 +44,15 @@ def build_optimizer(
     weight_decay: float,
     fused: bool | None = None,
 ) -> torch.optim.AdamW:
-    """AdamW over every trainable parameter of the model. fused = None: the fused kernel where the device has one."""
+    """AdamW over every trainable parameter of the model. fused = None: the fused kernel where the device has one.
+
+    With parameters in bfloat16 it is a BFloat16AdamW.
+    """
     groups = parameter_groups(model, weight_decay=weight_decay)
     if not groups:
         raise ModelError("The model has no trainable parameters, so there is nothing to optimize.")
+    if any(p.dtype == torch.bfloat16 for group in groups for _, p in group["params"]):
+        return BFloat16AdamW(groups, lr=learning_rate, betas=betas, eps=eps, weight_decay=weight_decay)
     if fused is None:
         fused = all(p.device.type in FUSED_DEVICES for group in groups for _, p in group["params"])
     # foreach is the default only where fused is refused: it needs as much memory again as the gradients.
@@ -146,8 +152,14 @@ def above_quantile(values: Tensor, ratio: float) -> Tensor:
     if values.numel() == 0:
         return torch.zeros_like(values, dtype=torch.bool)
     rank = math.floor(Fraction(str(ratio)) * (values.numel() - 1))
-    # On the CPU: torch has no deterministic kthvalue on CUDA, and the tensors are small beside the model.
-    return values > values.flatten().cpu().kthvalue(rank + 1).values.to(values.device)
+    return values > _smallest(values.flatten(), rank)
+
+
+def _smallest(values: Tensor, rank: int) -> Tensor:
+    """The entry that would stand at this place, from 0, if the values were sorted; it stays on their device."""
+    if values.device.type == "cpu":
+        return values.kthvalue(rank + 1).values
+    return values.sort().values[rank]  # torch has no deterministic kthvalue on CUDA
 
 
 def optimizer_state_by_name(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, dict[str, Tensor]]:

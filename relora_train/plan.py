@@ -28,6 +28,7 @@ from relora_train.model_shape import (
 from relora_train.stages import Stage, plan_stages, stage_learning_rate
 
 _FP32_BYTES = 4
+_BF16_BYTES = 2
 _MOMENTS = 2
 _SNAPSHOTS_KEPT = 2
 
@@ -204,7 +205,7 @@ def _milestones(profile: Profile, stage: Stage) -> tuple[LearningRatePoint, ...]
 
 
 def _full_cost(profile: Profile, shape: ModelShape) -> PhaseCost:
-    parameters = _FP32_BYTES * shape.parameters  # under autocast too: weights, gradients and moments stay fp32
+    parameters = _trained_bytes(profile, shape, shape.parameters)
     return PhaseCost(
         trainable_parameters=shape.parameters,
         adapter_parameters=0,
@@ -222,7 +223,8 @@ def _low_rank_cost(profile: Profile, shape: ModelShape) -> PhaseCost:
     frozen = shape.layers * sum(linear.weights for linear in wrapped)
     factors = shape.layers * relora.rank * sum(linear.sides for linear in wrapped)
     trainable = shape.parameters - frozen + factors
-    frozen_bytes = 2 if profile.precision.dtype == "bfloat16" else _FP32_BYTES
+    frozen_bytes = _BF16_BYTES if profile.precision.computes_in_bfloat16 else _FP32_BYTES
+    trained = _trained_bytes(profile, shape, trainable)
     orders = _orders(profile, wrapped)
     flops = low_rank_flops_per_token(
         shape,
@@ -235,12 +237,12 @@ def _low_rank_cost(profile: Profile, shape: ModelShape) -> PhaseCost:
         adapter_parameters=factors,
         flops_per_token=flops,
         memory=MemoryEstimate(
-            weights=frozen_bytes * frozen + _FP32_BYTES * trainable,
-            gradients=_FP32_BYTES * trainable,
-            optimizer=_MOMENTS * _FP32_BYTES * trainable,
+            weights=frozen_bytes * frozen + trained,
+            gradients=trained,
+            optimizer=_MOMENTS * trained,
             merged=_FP32_BYTES * shape.layers * merged,
         ).shared_by(profile.launch),
-        snapshot_bytes=(1 + _MOMENTS) * _FP32_BYTES * trainable,
+        snapshot_bytes=(1 + _MOMENTS) * trained,
         orders=tuple(
             LayerOrder(
                 layers=tuple(linear.name for linear in layers),
@@ -250,6 +252,14 @@ def _low_rank_cost(profile: Profile, shape: ModelShape) -> PhaseCost:
             for layers, layer_shape, order in orders
         ),
     )
+
+
+def _trained_bytes(profile: Profile, shape: ModelShape, parameters: int) -> int:
+    """One copy of what is trained, such as its gradients. Under autocast all stays fp32."""
+    if not profile.precision.trains_in_bfloat16:
+        return _FP32_BYTES * parameters
+    vectors = shape.vector_parameters
+    return _BF16_BYTES * (parameters - vectors) + _FP32_BYTES * vectors
 
 
 def _orders(
@@ -272,8 +282,8 @@ def _orders(
             micro_steps=math.ceil(share / micro_sequences),
         )
         device = "cuda" if profile.launch.device == "cuda" else "cpu"
-        sharded = profile.launch.sharding != "none"
-        order = REFERENCE if sharded else choose_contraction(layer_shape, device)
+        as_written = profile.launch.sharding != "none" or profile.launch.compile
+        order = REFERENCE if as_written else choose_contraction(layer_shape, device)
         found.append((layers, layer_shape, order))
     return found
 

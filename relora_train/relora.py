@@ -37,7 +37,7 @@ class SharedForward(Protocol):
 class ReLoRALinear(nn.Module):
     """A linear layer whose weight is frozen and whose bias and low-rank update are trained.
 
-    weight (out, in), lora_A (rank, in), lora_B (out, rank). The factors are float32, or float64 beside a float64
+    weight (out, in), lora_A (rank, in), lora_B (out, rank). The factors begin as float32, or float64 beside a float64
     weight, whatever lower precision the weight is held in. The scaling is a constant: a trained one would be multiplied
     by B = 0 after a merge, and once at zero itself would never leave it. A new layer has B = 0 and A undrawn.
     """

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from relora_train.checkpoint import read_tensor
 from relora_train.errors import CheckpointCorruptError, ModelError
-from relora_train.model import file_name, fused_loss
+from relora_train.model import blocks, file_name, fused_loss
 from relora_train.ranks import Ranks
 from relora_train.shards import local, own_rows, part_of
 
@@ -90,14 +90,13 @@ def _fully_shard(model: nn.Module, ranks: Ranks) -> None:
     from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 
     mesh = init_device_mesh(ranks.device.type, (ranks.world_size,))
-    kinds = set(getattr(model, "_no_split_modules", None) or ())
-    blocks = [module for module in model.modules() if type(module).__name__ in kinds]
-    if not blocks:
+    parts = blocks(model)
+    if not parts:
         raise ModelError(
             f"transformers does not say which modules are the blocks of a {type(model).__name__}, so launch.sharding = "
             "'full' would gather it whole. Use launch.sharding = 'none'."
         )
-    for module in (*blocks, model):
+    for module in (*parts, model):
         # Also what is left beside the blocks, embedding and head, is given up after a forward pass.
         fully_shard(module, mesh=mesh, reshard_after_forward=True)
         sharded = cast(FSDPModule, module)

@@ -156,6 +156,7 @@ def _train(training: StageTraining, progress: Progress, emit: Emit, stop: StopRe
                 "grad_norm": float(norm),
                 "tokens_per_second": timed * training.profile.batch.tokens / max(now - last_record, 1e-9),
                 "tokens_seen": training.tokens_seen(step),
+                "data_wait_share": training.batches.take_seconds_waited() / max(now - last_record, 1e-9),
                 "seconds": now - started,
             }
             if first_steps and stage.low_rank:
@@ -195,6 +196,7 @@ def _progress(training: StageTraining, step: int, record: dict[str, Any], *, eta
         "loss": record["loss"],
         "learning_rate": training.learning_rate(step),
         "tokens_per_second": record["tokens_per_second"],
+        "data_wait_share": record.get("data_wait_share", 0.0),  # a snapshot may be older than the field
         "eta_seconds": eta,
     }
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from relora_train.bfloat16_adamw import BFloat16AdamW, round_trained_matrices
 from relora_train.checkpoint import (
     OPTIMIZER_FILE,
     LazyMapping,
@@ -19,6 +20,7 @@ from relora_train.checkpoint import (
     read_tensor,
     read_training_state,
 )
+from relora_train.compiling import compile_blocks
 from relora_train.config import Profile
 from relora_train.contraction import Contraction
 from relora_train.dataset import TokenDataset
@@ -26,8 +28,10 @@ from relora_train.errors import ConfigError
 from relora_train.evaluate import autocast
 from relora_train.fast_path import share_inputs
 from relora_train.model import (
+    attend_without_mask,
     build_model,
     check_fits,
+    checkpoint_activations,
     head_is_plain,
     load_model,
     load_skeleton,
@@ -35,6 +39,7 @@ from relora_train.model import (
     next_token_loss,
 )
 from relora_train.optimizer import build_optimizer, load_optimizer_state_by_name
+from relora_train.prefetch import Prefetcher
 from relora_train.ranks import Ranks
 from relora_train.relora import apply_relora, reinit, relora_layers
 from relora_train.requests import StageRequest
@@ -53,6 +58,9 @@ class StageTraining:
     model: nn.Module
     optimizer: torch.optim.AdamW
     train_data: TokenDataset
+    batches: Prefetcher
+    """Of train_data."""
+
     val_data: TokenDataset
     start: TrainingState
     """Where the stage starts: the parent's end, or the beginning."""
@@ -90,14 +98,11 @@ class StageTraining:
     def update(self, step: int) -> tuple[Tensor, Tensor]:
         """Do update `step` and return its mean loss in nats per token and the gradient norm before clipping.
 
-        Both stay on the device. A function of the weights, the optimizer state and `step` alone: batch and dropout
-        follow from the profile's seed.
+        Both stay on the device, and nothing here waits for it. A function of the weights, the optimizer state and
+        `step` alone: batch and dropout follow from the profile's seed.
         """
         batch, rank = self.profile.batch, self.ranks
-        blocks = self.train_data.read_batch(
-            self.samples_seen(step - 1), batch.sequences, rank=rank.rank, world_size=rank.world_size
-        )
-        tokens = torch.from_numpy(blocks).to(rank.device, non_blocking=True)
+        tokens = self.batches.batch(self.samples_seen(step - 1), last=step == self.stage.end_step)
         total = torch.zeros((), device=rank.device)
         for micro_step, part in enumerate(torch.split(tokens, batch.micro_sequences or len(tokens))):
             torch.manual_seed(_draw_seed(self.profile.seed, step, micro_step, rank.rank))
@@ -109,6 +114,8 @@ class StageTraining:
         norm = self._clip()
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate(step)
+        if isinstance(self.optimizer, BFloat16AdamW):
+            self.optimizer.seed_rounding(_draw_seed(self.profile.seed, step, -1, 0))
         self.optimizer.step()
         return rank.sum(total), norm
 
@@ -118,7 +125,10 @@ class StageTraining:
 
 
 def _draw_seed(seed: int, step: int, micro_step: int, rank: int) -> int:
-    """Seed of one forward pass's dropout: different for every rank and micro-step, and needing no saved state."""
+    """Seed of one forward pass's dropout: different for every rank and micro-step, and needing no saved state.
+
+    Micro-step -1 is the optimizer's, the same on all ranks.
+    """
     digest = hashlib.blake2b(f"{seed}/{step}/{micro_step}/{rank}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
@@ -161,14 +171,22 @@ def prepare_stage(request: StageRequest, ranks: Ranks) -> StageTraining:
     val_data.require(1)
     start = _start(request)
     model, masters = (_sharded_model if ranks.sharded else _whole_model)(request, train_data, ranks)
+    attend_without_mask(model)
     fused_loss = head_is_plain(model)
+    if profile.precision.trains_in_bfloat16:
+        round_trained_matrices(model)
     model.to(ranks.device).train()
+    if profile.launch.gradient_checkpointing:
+        checkpoint_activations(model)
     optimizer = _optimizer(request, stage, model)
     orders: dict[str, Contraction] = {}
-    if stage.low_rank and not ranks.sharded:  # the layers' shards come and go one by one
+    if profile.launch.compile:
+        compile_blocks(model)
+    elif stage.low_rank and not ranks.sharded:  # the layers' shards come and go one by one
         orders = _share_inputs(model, profile, ranks, optimizer)
+    batches = Prefetcher(train_data, sequences=profile.batch.sequences, ranks=ranks)
     return StageTraining(
-        request, stage, ranks, model, optimizer, train_data, val_data, start, masters, fused_loss, orders
+        request, stage, ranks, model, optimizer, train_data, batches, val_data, start, masters, fused_loss, orders
     )
 
 
@@ -179,7 +197,7 @@ def _whole_model(request: StageRequest, data: TokenDataset, ranks: Ranks) -> tup
     check_fits(model, vocab_size=data.manifest.vocab_size, sequence_length=request.profile.batch.sequence_length)
     if request.stage.low_rank:
         _wrap(model, request)
-        if request.profile.precision.dtype == "bfloat16":
+        if request.profile.precision.computes_in_bfloat16:
             masters = _round_frozen_weights(model, parent)
     return model, masters
 
@@ -197,7 +215,7 @@ def _sharded_model(request: StageRequest, data: TokenDataset, ranks: Ranks) -> t
     rounded: list[str] = []
     if request.stage.low_rank:
         _wrap(model, request)
-        if profile.precision.dtype == "bfloat16":
+        if profile.precision.computes_in_bfloat16:
             for name, layer in relora_layers(model):
                 layer.weight.data = layer.weight.data.to(torch.bfloat16)
                 rounded.append(f"{name}.weight")

@@ -153,3 +153,18 @@ def test_light_modules_import_no_torch_no_boto3_and_no_prefect():
         "sys.exit(bool({'torch', 'boto3', 'prefect', 'transformers', 'numpy'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"launch": {"compile": True, "sharding": "full"}}, "compile does not go with sharding 'full'"),
+        (
+            {"launch": {"sharding": "full"}, "precision": {"dtype": "pure-bfloat16"}},
+            "'pure-bfloat16' does not go with launch.sharding 'full'",
+        ),
+    ],
+)
+def test_what_a_sharded_model_cannot_do_is_refused(settings: dict, reason: str):
+    with pytest.raises(ValidationError, match=reason):
+        Profile.model_validate(settings)

@@ -328,3 +328,26 @@ def test_ranks_that_share_the_model_share_its_memory():
     )
     assert shared.memory.total == alone.memory.total / 4
     assert shared.snapshot_bytes == alone.snapshot_bytes
+
+
+def test_in_pure_bfloat16_the_1b_run_takes_less_than_4_5_gb():
+    """4.42 counted; the frozen weights' exact copies are on the disk, not on the device."""
+    memory = plan(paper_profile("1b", precision={"dtype": "pure-bfloat16"})).low_rank.memory
+    norms = 49 * 2048
+    factors = 24 * 128 * (4 * 2 * 2048 + 3 * (2048 + 5461))
+    frozen = 24 * (4 * 2048**2 + 3 * 2048 * 5461)
+    matrices = 2 * 32_100 * 2048 + factors
+    assert memory.total == 2 * frozen + 4 * (2 * matrices + 4 * norms)  # weights, gradients and two moments
+    assert memory.total / 1e9 == pytest.approx(4.42, abs=0.01)
+    assert memory.total < 4.5e9
+    assert plan(load_profile("llama_1b", ["precision.dtype=pure-bfloat16"])).low_rank.memory.total < 4.5e9
+
+
+@pytest.mark.parametrize(
+    ("dtype", "low_rank", "full"), [("float32", 8.8, 21.4), ("bfloat16", 6.4, 21.4), ("pure-bfloat16", 4.4, 10.7)]
+)
+def test_the_table_of_precisions_in_the_profiles_readme_is_counted(dtype: str, low_rank: float, full: float):
+    planned = plan(paper_profile("1b", precision={"dtype": dtype}))
+    memory = planned.low_rank.memory
+    assert (memory.total - memory.merged) / 1e9 == pytest.approx(low_rank, abs=0.051)
+    assert planned.full.memory.total / 1e9 == pytest.approx(full, abs=0.051)

@@ -26,13 +26,14 @@ from relora_train.snapshotter import is_due
 from relora_train.trainer import run_stage
 from relora_train.training import StageTraining
 
-TIMING = ("seconds", "tokens_per_second")
+TIMING = ("seconds", "tokens_per_second", "data_wait_share")
 HARD: dict[str, Any] = {"batch": {"micro_sequences": 2}, "relora": {"dropout": 0.3}}
 """Gradient accumulation and dropout."""
 
 KINDS = {
     "relora": tiny_profile(**HARD),
     "relora, bfloat16": tiny_profile(precision={"dtype": "bfloat16"}, **HARD),
+    "relora, pure bfloat16": tiny_profile(precision={"dtype": "pure-bfloat16"}, **HARD),
     "relora, zero reset": tiny_profile(optimizer_reset={"mode": "zero"}, schedule={"warm_start_steps": 0}),
     "lora": tiny_profile(method="lora", **HARD),
     "full": tiny_profile(method="full", optimizer={"weight_decay": 0.1}),
@@ -98,6 +99,8 @@ STAGES = [
     ("relora", "cycle-1"),
     ("relora", "cycle-2"),
     ("relora, bfloat16", "cycle-2"),
+    ("relora, pure bfloat16", "warm-start"),
+    ("relora, pure bfloat16", "cycle-2"),
     ("relora, zero reset", "cycle-1"),
     ("relora, zero reset", "cycle-2"),
     ("lora", "lora"),

@@ -106,6 +106,8 @@ CHANGES_NOTHING = {
     "launch.rdzv_endpoint": "trainer-0:29400",
     "launch.sharding": "full",
     "launch.threads": 2,
+    "launch.compile": True,
+    "launch.gradient_checkpointing": True,
     "retention.keep_last": 2,
     "retention.keep_every": 5,
 }

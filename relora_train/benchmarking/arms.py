@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from relora_train.benchmarking.request import ArmRequest, Shape
+from relora_train.compiling import compile_blocks
 from relora_train.config import ModelConfig, PrecisionConfig
 from relora_train.contraction import LayerShape, flops_per_token
 from relora_train.evaluate import autocast
 from relora_train.fast_path import share_inputs
-from relora_train.model import build_model, next_token_loss
+from relora_train.model import attend_without_mask, build_model, next_token_loss
 from relora_train.optimizer import build_optimizer
 from relora_train.relora import DEFAULT_TARGET_MODULES, apply_relora, relora_layers
 
@@ -156,8 +157,9 @@ def _our_step(
     notes = prepare(optimizer)
     trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     precision = PrecisionConfig(dtype=request.precision)
+    attend_without_mask(model)
     if request.compile:
-        model.compile()
+        compile_blocks(model)
 
     def step(tokens: Tensor) -> Tensor:
         with autocast(precision, device):

@@ -1,0 +1,356 @@
+"""What one update costs beside its products: memory, waiting, graphs; and that none of it changes what is trained."""
+
+from __future__ import annotations
+
+import threading
+import time
+import weakref
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from stage_runs import ignore, manifest_of, metrics_of, run_all, stage_request, tiny_profile
+from tiny_data import write_tiny_dataset
+from tiny_models import tiny_gpt_neox, tiny_llama, token_batch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForCausalLM
+
+from relora_train import compiling
+from relora_train.dataset import TokenDataset
+from relora_train.errors import DeviceError
+from relora_train.model import attend_without_mask
+from relora_train.optimizer import above_quantile, build_optimizer, reset_optimizer_state
+from relora_train.prefetch import Prefetcher
+from relora_train.ranks import Ranks
+from relora_train.relora import apply_relora, lora_parameters, merge_and_reinit
+from relora_train.trainer import run_stage
+from relora_train.training import StageTraining, prepare_stage
+
+CPU = Ranks(rank=0, world_size=1, device=torch.device("cpu"))
+FILES = ("model.safetensors", "optimizer.safetensors", "training_state.json")
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_dataset(tmp_path_factory.mktemp("data") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def warm_start(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The parent of a first cycle."""
+    output = tmp_path_factory.mktemp("run") / "warm-start"
+    run_stage(stage_request(tiny_profile(), "warm-start", dataset, output), ignore)
+    return output
+
+
+def prepared(warm_start: Path, dataset: Path, output: Path, **sections: Any) -> StageTraining:
+    return prepare_stage(stage_request(tiny_profile(**sections), "cycle-1", dataset, output, warm_start), CPU)
+
+
+# --- gradient checkpointing
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_gradient_checkpointing_changes_no_bit(dataset: Path, tmp_path: Path, dtype: str):
+    plain, recomputed = (
+        run_all(
+            tiny_profile(
+                launch={"gradient_checkpointing": on},
+                relora={"dropout": 0.3},
+                batch={"micro_sequences": 4},
+                schedule={"cycles": 1},
+                precision={"dtype": dtype},
+            ),
+            dataset,
+            tmp_path / str(on),
+        )
+        for on in (False, True)
+    )
+    for stage, checkpoint in plain.items():
+        for name in FILES:
+            assert (checkpoint / name).read_bytes() == (recomputed[stage] / name).read_bytes(), (stage, name)
+
+
+class LiveBytes(TorchDispatchMode):
+    """Bytes of the memory that operations made and that is still held: now, and the most there was."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._known: dict[int, int] = {}
+        self.peak = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {tensor.untyped_storage()._cdata for tensor in tensors_in((args, kwargs))}
+        result = function(*args, **(kwargs or {}))
+        for tensor in tensors_in(result):
+            storage = tensor.untyped_storage()
+            if storage._cdata not in given and storage._cdata not in self._known:
+                key = storage._cdata
+                self._known[key] = storage.nbytes()
+                weakref.finalize(storage, self._known.pop, key, None)
+        self.peak = max(self.peak, sum(self._known.values()))
+        return result
+
+
+def peak_of_an_update(request: Any) -> int:
+    training = prepare_stage(request, CPU)
+    with LiveBytes() as memory:
+        training.update(1)
+    return memory.peak
+
+
+def test_gradient_checkpointing_takes_less_memory(dataset: Path, tmp_path: Path):
+    model = {"num_hidden_layers": 8, "hidden_size": 32, "intermediate_size": 128}
+    plain, recomputed = (
+        peak_of_an_update(
+            stage_request(
+                tiny_profile(model=model, launch={"gradient_checkpointing": on}),
+                "warm-start",
+                dataset,
+                tmp_path / str(on),
+            )
+        )
+        for on in (False, True)
+    )
+    assert recomputed < 0.5 * plain
+
+
+def tensors_in(tree: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in torch.utils._pytree.tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+
+
+# --- the end of a cycle
+
+
+@pytest.mark.parametrize("rounded", [False, True], ids=["float32", "bfloat16 with masters"])
+def test_merge_reinit_and_reset_take_no_more_than_one_layers_memory(rounded: bool):
+    torch.manual_seed(0)
+    model = nn.Sequential(*[nn.Linear(256, 256, bias=False) for _ in range(6)])
+    names = apply_relora(model, rank=16, alpha=16, dropout=0.0, target_modules=[str(i) for i in range(6)], seed=0)
+    optimizer = build_optimizer(model, learning_rate=1e-2, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
+    for _ in range(2):
+        model(torch.randn(32, 256)).square().sum().backward()
+        optimizer.step()
+    masters = None
+    if rounded:
+        masters = {f"{name}.weight": model.get_submodule(name).weight.detach().clone() for name in names}
+        for name in names:
+            layer = model.get_submodule(name)
+            layer.weight.data = layer.weight.data.bfloat16()
+    weights = [model.get_submodule(name).weight for name in names]
+    places = [weight.data_ptr() for weight in weights]
+    before = [weight.clone() for weight in weights]
+    optimizer.zero_grad(set_to_none=True)
+    with LiveBytes() as memory:
+        merge_and_reinit(model, cycle=1, seed=0, masters=masters)
+        reset_optimizer_state(optimizer, lora_parameters(model), mode="magnitude", ratio=0.99)
+    assert 0 < memory.peak <= 256 * 256 * 4
+    assert [weight.data_ptr() for weight in weights] == places
+    assert not any(torch.equal(weight, old) for weight, old in zip(weights, before, strict=True))
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.3, 0.99, 1.0])
+def test_the_threshold_of_a_reset_is_the_same_by_selection_and_by_sorting(ratio: float):
+    """The first on a CPU, the second on a GPU, where the values then stay."""
+    values = torch.randn(1001).abs().round(decimals=2)  # with ties
+    rank = int(ratio * 1000)
+    assert torch.equal(above_quantile(values, ratio), values > values.sort().values[rank])
+
+
+# --- no waiting for the device
+
+
+READS = {
+    torch.ops.aten._local_scalar_dense.default,  # .item(), float(), int(), bool()
+    torch.ops.aten.nonzero.default,  # a boolean index
+    torch.ops.aten.masked_select.default,
+    torch.ops.aten.equal.default,
+    torch.ops.aten._unique2.default,
+    torch.ops.aten.unique_dim.default,
+}
+"""What makes the host wait until a GPU has done all it was given."""
+
+
+class CountsReads(TorchDispatchMode):
+    """How often a result was waited for, by the step that the training was at."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.step = 0
+        self.reads: Counter[int] = Counter()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.reads[self.step] += function in READS
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {},
+        {"batch": {"micro_sequences": 2}, "relora": {"dropout": 0.3}},
+        {"precision": {"dtype": "bfloat16"}, "launch": {"gradient_checkpointing": True}},
+        {"precision": {"dtype": "pure-bfloat16"}},
+    ],
+    ids=["plain", "dropout", "bfloat16", "pure-bfloat16"],
+)
+def test_an_update_waits_for_nothing(warm_start: Path, dataset: Path, tmp_path: Path, sections: dict):
+    training = prepared(warm_start, dataset, tmp_path, **sections)
+    with CountsReads() as counted:
+        losses = [training.update(step)[0] for step in (7, 8)]
+    assert counted.reads[0] == 0
+    with counted:
+        float(losses[0])
+    assert counted.reads[0] == 1  # the counter sees what it looks for
+
+
+def test_between_two_records_a_stage_waits_for_nothing(
+    warm_start: Path, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    profile = tiny_profile(logging={"every_steps": 4}, schedule={"cycle_length": 14})
+    request = stage_request(profile, "cycle-1", dataset, tmp_path / "out", warm_start)
+    counted, update = CountsReads(), StageTraining.update
+
+    def noted(training: StageTraining, step: int) -> Any:
+        counted.step = step
+        return update(training, step)
+
+    monkeypatch.setattr(StageTraining, "update", noted)
+    with counted:
+        run_stage(request, ignore)
+    waited = {step for step in range(7, 20) if counted.reads[step]}
+    assert waited == {record["step"] for record in metrics_of(tmp_path / "out")} - {20}
+
+
+@pytest.mark.parametrize("make", [tiny_llama, tiny_gpt_neox])
+def test_attention_without_a_mask_is_the_same_causal_attention(make: Any):
+    tokens, later = token_batch(), token_batch(seed=1)
+    later[:, :9] = tokens[:, :9]
+    model = make().eval()
+    with torch.no_grad():
+        expected = model(tokens, use_cache=False).logits
+        attend_without_mask(model)
+        assert torch.equal(model(tokens, use_cache=False).logits, expected)
+        assert torch.equal(model(later, use_cache=False).logits[:, :9], expected[:, :9])
+
+
+def test_a_checkpoint_does_not_tell_of_it(warm_start: Path):
+    assert "without_mask" not in (warm_start / "config.json").read_text()
+
+
+# --- reading ahead
+
+
+def test_what_is_read_ahead_is_what_is_asked_for(dataset: Path):
+    data, again = (TokenDataset(dataset, "train", sequence_length=32, seed=3) for _ in range(2))
+    ranks = Ranks(rank=1, world_size=2, device=torch.device("cpu"))
+    batches = Prefetcher(data, sequences=6, ranks=ranks)
+    for position in (0, 6, 12, 600, 606, 6, 0):  # in order, and after a jump
+        expected = again.read_batch(position, 6, rank=1, world_size=2)
+        assert np.array_equal(batches.batch(position).numpy(), expected)
+
+
+def test_the_next_batch_is_read_on_another_thread_while_this_one_is_used(
+    dataset: Path, monkeypatch: pytest.MonkeyPatch
+):
+    data, readers = TokenDataset(dataset, "train", sequence_length=32), []
+    real = data.read_batch
+
+    def slow(position: int, *arguments: Any, **options: Any) -> Any:
+        readers.append((position, threading.current_thread() is threading.main_thread()))
+        time.sleep(0.1)
+        return real(position, *arguments, **options)
+
+    monkeypatch.setattr(data, "read_batch", slow)
+    batches = Prefetcher(data, sequences=4, ranks=CPU)
+    batches.batch(0)
+    assert batches.take_seconds_waited() >= 0.1
+    time.sleep(0.3)  # the update
+    batches.batch(4, last=True)
+    assert batches.take_seconds_waited() < 0.05 and batches.take_seconds_waited() == 0
+    assert readers == [(0, False), (4, False)]
+
+
+def test_a_slow_loader_shows_in_the_records(
+    warm_start: Path, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def shares(name: str) -> list[float]:
+        run_stage(stage_request(tiny_profile(), "cycle-1", dataset, tmp_path / name, warm_start), ignore)
+        return [record["data_wait_share"] for record in metrics_of(tmp_path / name)][1:]
+
+    assert max(shares("usual")) < 0.3
+    real = TokenDataset.read_batch
+    monkeypatch.setattr(TokenDataset, "read_batch", lambda *a, **o: time.sleep(0.2) or real(*a, **o))
+    assert min(shares("slow")) > 0.5
+
+
+# --- torch.compile
+
+
+# Of torch, about what its own compiler does.
+COMPILER_WARNINGS = pytest.mark.filterwarnings(
+    "ignore:`torch.jit.:DeprecationWarning", "ignore:The .grad attribute of a Tensor:UserWarning"
+)
+
+
+@pytest.fixture
+def compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A cold compiler that leaves nothing behind."""
+    from torch._dynamo.utils import counters
+
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "graphs"))
+    torch._dynamo.reset()
+    counters.clear()
+    with torch._inductor.config.patch({"compile_threads": 1}):
+        yield counters
+    torch._dynamo.reset()
+
+
+@COMPILER_WARNINGS
+def test_a_compiled_stage_has_the_losses_of_an_eager_one_and_one_graph_for_all_cycles(
+    warm_start: Path, dataset: Path, tmp_path: Path, compiler: Any
+):
+    losses: dict[bool, list[float]] = {}
+    for compiled in (False, True):
+        parent = warm_start
+        profile = tiny_profile(launch={"compile": compiled}, relora={"dropout": 0.0}, evaluation={"batch_sequences": 5})
+        for stage in ("cycle-1", "cycle-2"):
+            output = tmp_path / f"{compiled}" / stage
+            run_stage(stage_request(profile, stage, dataset, output, parent), ignore)
+            parent = output
+            losses.setdefault(compiled, []).extend(record["loss"] for record in metrics_of(output))
+            losses[compiled].append(manifest_of(output)["evaluation"]["val_loss"])
+            if compiled:
+                # The probe's and a block's: two blocks, a merge and batches of 5 and 1 sequences make no other.
+                assert compiler["stats"]["unique_graphs"] == 2, stage
+    assert losses[True] == pytest.approx(losses[False], rel=1e-4)  # rounding, grown over 16 steps
+    assert losses[True] != losses[False]  # it did compile
+    files = [load_file(tmp_path / name / "cycle-2" / "model.safetensors") for name in ("True", "False")]
+    assert files[0].keys() == files[1].keys()
+    opened = AutoModelForCausalLM.from_pretrained(tmp_path / "True" / "cycle-2")
+    assert all(torch.equal(opened.state_dict()[name], tensor) for name, tensor in files[0].items())
+
+
+@COMPILER_WARNINGS
+def test_a_machine_that_cannot_compile_says_so_before_training(
+    warm_start: Path, dataset: Path, tmp_path: Path, compiler: Any
+):
+    with (
+        torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",), "fx_graph_cache": False}),
+        pytest.raises(DeviceError, match=r"launch\.compile is on.*C\+\+.*set launch\.compile to false"),
+    ):
+        prepared(warm_start, dataset, tmp_path, launch={"compile": True})
+
+
+@COMPILER_WARNINGS
+def test_a_compiled_model_keeps_its_names(warm_start: Path, dataset: Path, tmp_path: Path):
+    eager = prepared(warm_start, dataset, tmp_path).model
+    names = list(eager.state_dict())
+    for block in compiling.blocks(eager):
+        block.compile()
+    assert list(eager.state_dict()) == names and len(compiling.blocks(eager)) == 2
