@@ -1,11 +1,13 @@
 """What share of a run's wall time is not spent in optimizer steps, and in what.
 
     python tests/benchmarks/overhead.py                    # the quickstart, as the user runs it
+    python tests/benchmarks/overhead.py --shorter 10       # with a tenth of its steps, whose time counts ten times
     python tests/benchmarks/overhead.py --cycle llama_60m  # a cycle of 30 minutes at that model's shapes, simulated
 
-The run is real: own Prefect server, flow, trainer process, store (a fresh directory, or a real S3 server on loopback
-with --s3). The clock starts when the flow's module has been imported; everything after that counts, the start of the
-Prefect server included. Optimizer steps are the trainer's loop without what snapshots stop it for.
+Add --a-process-each for a trainer process a stage, to compare with. The run is real: own Prefect server, flow, trainer
+process, store (a fresh directory, or a real S3 server on loopback with --s3). The clock starts when the flow's module
+has been imported; everything after that counts, the start of the Prefect server included. Optimizer steps are the
+trainer's loop without what snapshots stop it for.
 
 --cycle: cycles of a few short steps are run, on the built-in corpus. Their overhead is what it is for any length of a
 cycle, so its share of 30 minutes is overhead / 30 minutes: computed, not waited for. What grows with the cycle is given
@@ -37,7 +39,7 @@ from relora_train.launch import run_worker
 from relora_train.profiles import load_profile
 
 CYCLE_SECONDS = 1800.0
-SHORT_STEPS = 3
+SHORT_STEPS = 2
 
 
 class Course(logging.Handler):
@@ -115,6 +117,14 @@ def show(parts: dict[str, float], total: float) -> None:
     print(f"  {'all':<42} {total:9.2f} s; outside optimizer steps {100 * (1 - steps / total):.2f} %")  # noqa: T201
 
 
+def fewer_steps(name: str, divisor: int) -> dict[str, Any]:
+    """What else a run does depends on the number of its stages, not of its steps."""
+    schedule = load_profile(name).schedule
+    steps = {key: getattr(schedule, key) // divisor for key in ("warm_start_steps", "cycle_length")}
+    climbs = {"warmup_steps": 1, "restart_warmup_steps": 1}
+    return {f"schedule.{key}": value for key, value in {**steps, **climbs}.items()}
+
+
 def short_cycles(name: str, evaluated: int) -> dict[str, Any]:
     """The profile's shapes and a tokenizer of its vocabulary's kind, with cycles of a few short steps."""
     model = load_profile(name).model
@@ -125,7 +135,7 @@ def short_cycles(name: str, evaluated: int) -> dict[str, Any]:
         "batch.sequence_length": load_profile(name).batch.sequence_length,
         "relora.rank": load_profile(name).relora.rank,
         "schedule.warm_start_steps": SHORT_STEPS,
-        "schedule.cycles": 3,
+        "schedule.cycles": 2,
         "schedule.cycle_length": SHORT_STEPS,
         "schedule.warmup_steps": 1,
         "schedule.restart_warmup_steps": 1,
@@ -139,7 +149,7 @@ def short_cycles(name: str, evaluated: int) -> dict[str, Any]:
 
 
 def cycle_overhead(stages: dict[str, dict[str, float]], profile: Profile) -> None:
-    """The second cycle stands for all: the first begins with an empty optimizer, the last hands nothing on."""
+    """The second cycle stands for all: the first begins with an empty optimizer."""
     row = dict(stages["cycle-2"])
     steps = row.pop("optimizer steps") / SHORT_STEPS
     tokens = CYCLE_SECONDS / steps * 4 * profile.batch.sequence_length
@@ -152,7 +162,7 @@ def cycle_overhead(stages: dict[str, dict[str, float]], profile: Profile) -> Non
     print(f"  outside optimizer steps: {total:.2f} s a cycle, {100 * total / (CYCLE_SECONDS + total):.2f} % (computed)")  # noqa: T201
 
 
-EVALUATED = 16
+EVALUATED = 4
 """Validation sequences that are really scored after a short cycle."""
 
 
@@ -174,6 +184,7 @@ def fresh_store(s3: bool) -> Iterator[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--profile", default="quickstart")
+    parser.add_argument("--shorter", type=int, default=1, metavar="N", help="do only every N-th step")
     parser.add_argument("--cycle", metavar="PROFILE", help="simulate a cycle of 30 minutes at this profile's shapes")
     parser.add_argument("--a-process-each", action="store_true", help="a process for every stage, to compare with")
     parser.add_argument("--s3", action="store_true", help="a real S3 server on loopback instead of a directory")
@@ -185,6 +196,8 @@ def main() -> None:
         name, overrides = arguments.profile, {}
         if arguments.cycle:
             name, overrides = "quickstart", short_cycles(arguments.cycle, EVALUATED)
+        elif arguments.shorter > 1:
+            overrides = fewer_steps(name, arguments.shorter)
         started, called, ended, course = run(name, overrides, store)
         parts, stages = attribute(started, called, ended, course)
         print(f"load of the machine over the last minute: {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores")  # noqa: T201
@@ -192,8 +205,10 @@ def main() -> None:
             print(f"a cycle of 30 minutes at the shapes of {arguments.cycle}, simulated:")  # noqa: T201
             cycle_overhead(stages, load_profile(arguments.cycle))
         else:
-            print(f"{name}, from the end of the imports:")  # noqa: T201
-            show(parts, ended - started)
+            parts["optimizer steps"] *= arguments.shorter
+            computed = f"; 1 of {arguments.shorter} steps done, the time of all computed" * (arguments.shorter > 1)
+            print(f"{name}, from the end of the imports{computed}:")  # noqa: T201
+            show(parts, sum(parts.values()))
 
 
 if __name__ == "__main__":
