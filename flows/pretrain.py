@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from contextlib import closing
+
 from prefect import flow
 
+from relora_train.kept_worker import kept_worker
 from relora_train.lease import hold_run
 from relora_train.overrides import ProfileOverrides
 from relora_train.parameters import CheckpointName, LimitName, ProfileName, RunId, StoreUri
@@ -50,11 +53,12 @@ def pretrain(
     run_id = run_id or choose_run_id(settings, parent)
     name_flow_run(settings.name, run_id)
     stages = stages_after(settings, parent.manifest if parent else None)
-    with hold_run(open_store(store_uri), run_id, depends_on=[parent.uri] if parent else ()) as lease:
-        run = Run(run_id, store_uri, settings, branches=parent is not None, lease=lease)
+    depends_on = [parent.uri] if parent else ()
+    with hold_run(open_store(store_uri), run_id, depends_on=depends_on) as lease, kept_worker() as worker:
+        run = Run(run_id, store_uri, settings, branches=parent is not None, lease=lease, worker=worker)
         prepared = done(tokenize(run))
         outcomes = []
-        with device_slot(gpu_limit):
+        with device_slot(gpu_limit), closing(worker):
             for stage in stages:
                 train = train_cycle if stage.low_rank else warm_start
                 outcome = done(train(run, stage, prepared.dataset, parent))

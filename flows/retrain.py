@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from contextlib import closing
+
 from prefect import flow
 
+from relora_train.kept_worker import kept_worker
 from relora_train.lease import hold_run, hold_series
 from relora_train.overrides import ProfileOverrides
 from relora_train.parameters import LimitName, ProfileName, SeriesName, StoreUri
@@ -76,15 +79,18 @@ def retrain(
         if plan is None:
             return tell_outcome(summarize_nothing_new(open_store(store_uri), series))
         name_flow_run(series, plan.run_id)
-        with hold_run(open_store(store_uri), plan.run_id, depends_on=plan.depends_on) as run_lease:
-            run, parent = plan.run(run_lease), plan.parent
+        with (
+            hold_run(open_store(store_uri), plan.run_id, depends_on=plan.depends_on) as run_lease,
+            kept_worker() as worker,
+        ):
+            run, parent = plan.run(run_lease, worker), plan.parent
             stages = stages_after(plan.profile, parent.manifest if parent else None)
             prepared = done(tokenize_new_data(run, plan))
             if prepared is None:
                 return tell_outcome(summarize_not_enough(plan))
             begin_training(plan)
             outcomes = []
-            with device_slot(gpu_limit):
+            with device_slot(gpu_limit), closing(worker):
                 for stage in stages:
                     train = train_cycle if stage.low_rank else warm_start
                     outcome = done(train(run, stage, prepared.dataset, parent))

@@ -29,7 +29,8 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from relora_train.errors import (
@@ -56,6 +57,8 @@ from relora_train.storage.os_errors import disk_error
 from relora_train.tombstone import TOMBSTONE_NAME, read_tombstone, removed_message
 
 CLAIM_NAME = "claim.json"
+_DOWNLOADS = 8
+_SMALL_BYTES = 64 << 20  # one part of a transfer
 _log = logging.getLogger("relora_train.bundle")
 
 
@@ -130,14 +133,26 @@ def fetch_bundle(store: ObjectStore, prefix: str, manifest: Manifest, directory:
                 if not is_intact(directory / entry.path, entry, unless_checked_before=True)
             ]
             _check_free_space(directory, missing)
-            for entry in missing:
-                _download(store, _key(prefix, manifest, entry), entry, directory)
+            _download_all(store, prefix, manifest, missing, directory)
             # Here the files lie beside the manifest, also those of a variant: the directory is a bundle of its own.
             placed = manifest.model_copy(update={"files_prefix": ""})
             _write_durably(directory / MANIFEST_NAME, placed.to_bytes())
     except OSError as error:
         raise disk_error(error, f"write {error.filename or directory} from {_uri(store, prefix)}") from error
     return directory
+
+
+def keep_fetched(store: ObjectStore, made: M, committed: M, source: Path, directory: Path) -> None:
+    """Spare fetch_bundle the download of what was committed from `source` just now, by moving it to `directory`.
+
+    made, committed: what commit_bundle was given and gave back; where another attempt won with other bytes nothing is
+    moved. Best effort: fetch_bundle checks every byte of what it finds, and downloads the rest.
+    """
+    if store.local_path(MANIFEST_NAME) is not None or content_digest(made) != content_digest(committed):
+        return
+    with suppress(OSError):  # such as a directory that somebody is already downloading to
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        source.rename(directory)
 
 
 def verify_bundle(store: ObjectStore, prefix: str, manifest: Manifest) -> None:
@@ -244,6 +259,27 @@ def _check_uploads(store: ObjectStore, prefix: str, manifest: Manifest) -> None:
                 f"{store.uri}/{key} was uploaded with {entry.size_bytes} bytes but the store shows {shown}. "
                 "Nothing was committed. Run again; if it repeats, something else deletes or writes there."
             )
+
+
+def _download_all(
+    store: ObjectStore, prefix: str, manifest: Manifest, entries: list[FileEntry], directory: Path
+) -> None:
+    """Small files side by side, so that a dataset of many shards is not bound by one connection.
+
+    Large ones in turn: the store reads their parts side by side, and Ctrl-C waits for what has begun.
+    """
+    small = [entry for entry in entries if entry.size_bytes <= _SMALL_BYTES]
+    with ThreadPoolExecutor(_DOWNLOADS, thread_name_prefix="download") as pool:
+        try:
+            begun = [pool.submit(_download, store, _key(prefix, manifest, entry), entry, directory) for entry in small]
+            for download in begun:
+                download.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    for entry in entries:
+        if entry.size_bytes > _SMALL_BYTES:
+            _download(store, _key(prefix, manifest, entry), entry, directory)
 
 
 def _download(store: ObjectStore, key: str, entry: FileEntry, directory: Path) -> Path:

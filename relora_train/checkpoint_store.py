@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 
-from relora_train.bundle import commit_bundle, fetch_bundle, read_manifest, verify_bundle
+from relora_train.bundle import commit_bundle, fetch_bundle, keep_fetched, read_manifest, verify_bundle
 from relora_train.checkpoint_layout import (
     CheckpointPlace,
     check_run_id,
@@ -149,6 +149,10 @@ class CheckpointStore:
     def fetch(self, ref: CheckpointRef, cache_dir: Path) -> Path:
         """As fetch_checkpoint; for a checkpoint of this store without opening it anew."""
         return fetch_checkpoint(ref, cache_dir, store=self._store_of(ref))
+
+    def keep(self, ref: CheckpointRef, made: CheckpointManifest, directory: Path, cache_dir: Path) -> None:
+        """Let `fetch` find what was committed as `ref` from `directory`, which is moved: see keep_fetched."""
+        keep_fetched(self.store, made, ref.manifest, directory, _fetched_directory(ref, cache_dir))
 
     def verify(self, ref: CheckpointRef) -> None:
         """Read every byte; raises CheckpointCorruptError or CheckpointIncompleteError naming the first bad file."""
@@ -302,9 +306,14 @@ def fetch_checkpoint(ref: CheckpointRef, cache_dir: Path, *, store: ObjectStore 
 
     The directory's name holds a digest of the manifest, so that two checkpoints never share one.
     """
+    return fetch_bundle(
+        store or open_store(ref.store_uri), ref.prefix, ref.manifest, _fetched_directory(ref, cache_dir)
+    )
+
+
+def _fetched_directory(ref: CheckpointRef, cache_dir: Path) -> Path:
     digest = hashlib.sha256(ref.manifest.to_bytes()).hexdigest()[:12]
-    directory = cache_dir / f"step-{ref.step:08d}-{ref.fingerprint[:12]}-{digest}"
-    return fetch_bundle(store or open_store(ref.store_uri), ref.prefix, ref.manifest, directory)
+    return cache_dir / f"step-{ref.step:08d}-{ref.fingerprint[:12]}-{digest}"
 
 
 def list_runs(store: ObjectStore) -> Sequence[RunInfo]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
-from relora_train.bundle import commit_bundle
+from relora_train.bundle import commit_bundle, keep_fetched
 from relora_train.checkpoint_layout import dataset_prefix
 from relora_train.config import Profile, TokenizerConfig
 from relora_train.corpus.selection import Selection
@@ -12,7 +13,7 @@ from relora_train.launch import run_worker
 from relora_train.prepare import PrepareRequest, describe_dataset, read_result
 from relora_train.run import DatasetRef, OnEvent, dataset_ref, find_committed_dataset
 from relora_train.storage.base import ObjectStore
-from relora_train.workspace import short_digest, work_directory
+from relora_train.workspace import dataset_cache, short_digest, work_directory
 
 
 @dataclass(frozen=True)
@@ -32,10 +33,16 @@ class Corpus:
 
 
 def prepare_or_reuse(
-    profile: Profile, store: ObjectStore, *, on_event: OnEvent, corpus: Corpus | None = None
+    profile: Profile,
+    store: ObjectStore,
+    *,
+    on_event: OnEvent,
+    corpus: Corpus | None = None,
+    meanwhile: Callable[[], None] = lambda: None,
 ) -> DatasetOutcome:
     """Return the committed dataset of the profile's corpus and tokenizer, tokenizing only what no attempt has yet.
 
+    meanwhile: called once there is something to tokenize, to begin what can go on beside it.
     Safe to repeat and to race: the first commit wins, and what a killed attempt finished on this machine is used.
     """
     tokenizer, selection = (corpus.tokenizer, corpus.selection) if corpus else (profile.tokenizer, None)
@@ -54,9 +61,11 @@ def prepare_or_reuse(
             work_directory=directory,
             result_path=directory / "result.json",
         )
+        meanwhile()
         # The source may lie in a store or on a hub, so this worker keeps the credentials.
         run_worker("relora_train.prepare", request, directory / "request.json", on_event=on_event, keep_secrets=True)
         prepared = read_result(request.result_path)
         prefix = dataset_prefix(prepared.manifest.name, prepared.manifest.dataset_id)
         manifest = commit_bundle(store, prefix, prepared.directory, prepared.manifest)
+        keep_fetched(store, prepared.manifest, manifest, prepared.directory, dataset_cache(manifest.dataset_id))
     return DatasetOutcome(dataset_ref(store, manifest), reused=False)

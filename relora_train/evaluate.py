@@ -20,6 +20,7 @@ from relora_train.model import head_is_plain, load_model, next_token_loss
 from relora_train.process import Emit, serve_request
 from relora_train.ranks import Ranks, joined_ranks
 from relora_train.requests import EvaluationRequest
+from relora_train.torch_settings import configure_torch
 
 _SAMPLE_TEMPERATURE = 0.8
 _SAMPLE_TOP_K = 40
@@ -122,6 +123,7 @@ def sample_texts(
 def evaluate_checkpoint(request: EvaluationRequest, emit: Emit) -> None:
     """Score a checkpoint through plain `from_pretrained`, as any user of it would load it, and sample from it."""
     profile = request.profile
+    configure_torch(profile)
     with joined_ranks(profile.launch.device) as ranks:
         model = load_model(request.checkpoint_directory).to(ranks.device)
         dataset = TokenDataset(request.dataset_directory, "val", sequence_length=profile.batch.sequence_length)

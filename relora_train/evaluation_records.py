@@ -11,6 +11,7 @@ from relora_train.checkpoint_layout import check_run_id
 from relora_train.checkpoint_store import CheckpointRef
 from relora_train.config import Profile, profile_from_file, settings_digest
 from relora_train.errors import ObjectNotFoundError
+from relora_train.kept_worker import KeptWorker
 from relora_train.launch import run_worker
 from relora_train.manifest import DatasetManifest
 from relora_train.requests import EvaluationRequest
@@ -53,11 +54,17 @@ def score_checkpoint(checkpoint: CheckpointRef, *, on_event: OnEvent) -> Evaluat
 
 
 def evaluate_or_reuse(
-    profile: Profile, checkpoint: CheckpointRef, dataset: DatasetRef, store: ObjectStore, *, on_event: OnEvent
+    profile: Profile,
+    checkpoint: CheckpointRef,
+    dataset: DatasetRef,
+    store: ObjectStore,
+    *,
+    on_event: OnEvent,
+    worker: KeptWorker | None = None,
 ) -> EvaluationOutcome:
     """Score a checkpoint on the validation split and sample from it, or return what was recorded for the same settings.
 
-    Runs in a process of its own that loads the checkpoint with plain `from_pretrained`.
+    Runs in a process of its own, or in the one that is kept; it loads the checkpoint with plain `from_pretrained`.
     """
     key = _key(profile, checkpoint, dataset)
     recorded = _recorded(store, key, checkpoint)
@@ -75,7 +82,8 @@ def evaluate_or_reuse(
             result_path=directory / "result.json",
             sequences=profile.evaluation.final_sequences,
         )
-        run_worker("relora_train.evaluate", request, directory / "request.json", on_event=on_event)
+        work = worker.run if worker is not None else run_worker
+        work("relora_train.evaluate", request, directory / "request.json", on_event=on_event)
         record = {
             "checkpoint_uri": checkpoint.uri,
             "run_id": checkpoint.manifest.run_id,

@@ -15,7 +15,7 @@ Inside a process events travel as log records of the logger `relora_train.events
     evaluation       stage step when ('before' | 'after') val_loss val_perplexity bits_per_byte
     merge            stage step cycle max_relative_output_change relative_update_norm effective_rank
                      optimizer_state_zeroed first_lora_A_grad_norm first_lora_B_grad_norm
-    stage_committed  stage step directory
+    stage_committed  stage step directory seconds (of its parts: load evaluate_before steps merge evaluate_after write)
     failed           error message
     dataset_ready    uri name reused train_tokens val_tokens
     tokenize_progress  phase done_bytes total_bytes (total may be null) megabytes_per_second

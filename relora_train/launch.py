@@ -29,6 +29,12 @@ _LOGGER = logging.getLogger(__name__)
 PARENT_PIPE_VARIABLE = "RELORA_PARENT_PIPE"
 """Tells a worker that its standard input stays open as long as its parent lives."""
 
+SERVE_OPTION = "--serve"
+"""Starts a worker without a request; they come on its standard input."""
+
+TAKEN, SERVED = "taken", "served"
+"""The events with which such a worker begins a request, and ends one that went well."""
+
 STOP_SECONDS = 25.0
 """How long a worker may take to end after SIGTERM; Prefect kills the whole run after 30."""
 
@@ -77,17 +83,8 @@ def run_worker(
     """
     request_path.parent.mkdir(parents=True, exist_ok=True)
     request_path.write_text(request.model_dump_json())
-    process = subprocess.Popen(  # noqa: S603 (our own module and interpreter)
-        _command(module, request_path, nproc_per_node, nodes),
-        stdin=subprocess.PIPE,  # open as long as we live: its end tells an orphan to stop
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        env=_environment(keep_secrets=keep_secrets),
-        text=True,
-        errors="replace",
-        start_new_session=True,  # Ctrl-C in the terminal reaches us alone, and we stop the worker in order
-    )
-    output = _Output(process)
+    process = start_worker(_command(module, request_path, nproc_per_node, nodes), keep_secrets=keep_secrets)
+    output = WorkerOutput(process)
     failures: list[Event] = []
     try:
         for event in output.events():
@@ -97,13 +94,27 @@ def run_worker(
                 on_event(event)
         status = process.wait()
     except BaseException:
-        _stop(process, output, on_event)
+        stop_worker(process, output, on_event)
         raise
     finally:
-        _close(process, output)
+        close_worker(process, output)
     tail = output.tail
     if failures or status != 0:
-        raise _error(module, failures, status, tail)
+        raise worker_error(module, failures, status, tail)
+
+
+def start_worker(command: list[str], *, keep_secrets: bool = False) -> subprocess.Popen[str]:
+    """Start a worker in a session of its own, with a pipe either way."""
+    return subprocess.Popen(  # noqa: S603 (our own module and interpreter)
+        command,
+        stdin=subprocess.PIPE,  # open as long as we live: its end tells an orphan to stop
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env=_environment(keep_secrets=keep_secrets),
+        text=True,
+        errors="replace",
+        start_new_session=True,  # Ctrl-C in the terminal reaches us alone, and we stop the worker in order
+    )
 
 
 def _command(module: str, request_path: Path, nproc_per_node: int | Literal["gpu"], nodes: Nodes | None) -> list[str]:
@@ -138,7 +149,7 @@ def _environment(*, keep_secrets: bool) -> dict[str, str]:
     }
 
 
-class _Output:
+class WorkerOutput:
     """What a worker says, read by a thread of its own: whatever interrupts the listener, the pipe never fills up."""
 
     def __init__(self, process: subprocess.Popen[str]) -> None:
@@ -174,7 +185,7 @@ class _Output:
             self._heard.put(None)
 
 
-def _stop(process: subprocess.Popen[str], output: _Output, on_event: Callable[[Event], None]) -> None:
+def stop_worker(process: subprocess.Popen[str], output: WorkerOutput, on_event: Callable[[Event], None]) -> None:
     """End a worker and its ranks: ask, hear what it still has to say, then kill its whole session."""
     deadline = time.monotonic() + STOP_SECONDS
     try:
@@ -203,8 +214,11 @@ def _tell(on_event: Callable[[Event], None], event: Event) -> None:
         _LOGGER.debug("A listener failed on %s", event["event"], exc_info=True)
 
 
-def _close(process: subprocess.Popen[str], output: _Output) -> None:
-    """Close both pipes; a descendant that outlived the worker may hold the output open, and is not waited for."""
+def close_worker(process: subprocess.Popen[str], output: WorkerOutput) -> None:
+    """Close both pipes of a worker that has ended.
+
+    A descendant that outlived it may hold the output open, and is not waited for.
+    """
     if process.stdin is not None:
         with contextlib.suppress(BrokenPipeError):
             process.stdin.close()
@@ -213,7 +227,8 @@ def _close(process: subprocess.Popen[str], output: _Output) -> None:
         process.stdout.close()
 
 
-def _error(module: str, failures: list[Event], status: int, tail: deque[str]) -> ReLoRAError:
+def worker_error(module: str, failures: list[Event], status: int, tail: deque[str]) -> ReLoRAError:
+    """The error that a worker's end stands for: its own, else TrainerCrashedError."""
     last_lines = "\n".join(f"    {line}" for line in tail)
     if failures:
         first = failures[0]

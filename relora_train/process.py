@@ -1,27 +1,31 @@
 """What every worker process shares: read a request, report events, end with a documented status.
 
-A worker is told to stop by SIGTERM or SIGINT, or by the end of its standard input when its parent died.
+A worker is told to stop by SIGTERM or SIGINT, or by the end of its standard input when its parent died. One that serves
+request after request reads from there which one is next.
 """
 
 from __future__ import annotations
 
 import argparse
 import errno
+import json
 import logging
 import os
+import queue
 import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
 from types import FrameType
-from typing import Protocol, Self, TypeVar
+from typing import Any, Protocol, Self, TypeVar
 
 from relora_train import events
 from relora_train.config import FrozenConfig
 from relora_train.errors import DeviceMemoryError, DiskFullError, ReLoRAError
-from relora_train.launch import PARENT_PIPE_VARIABLE
+from relora_train.launch import PARENT_PIPE_VARIABLE, SERVE_OPTION, SERVED, TAKEN
 
 _emitting = threading.Lock()
 R = TypeVar("R", bound=FrozenConfig)
@@ -43,6 +47,37 @@ def serve_request(kind: type[R], work: Callable[[R, Emit], None]) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     request = kind.model_validate_json(path.read_bytes())
     sys.exit(_run(lambda: work(request, emit)))
+
+
+Works = Mapping[type[FrozenConfig], Callable[[Any, Emit], None]]
+"""What a serving worker can do, by the kind of request."""
+
+
+def is_asked_to_serve() -> bool:
+    """Whether this process was started for any number of requests: by KeptWorker, without one on its command line."""
+    return sys.argv[1:] == [SERVE_OPTION]
+
+
+def serve_requests(works: Works, *, afterwards: Callable[[], None]) -> None:
+    """Run the requests that the parent names, one after the other, until it names no more or one fails; then exit.
+
+    The first that does not end well ends the process, with its event and status as for a single request: no request
+    ever runs in a process in which another one failed. afterwards: called after each; what it leaves must not matter
+    to the next.
+    """
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    kinds = {kind.__name__: kind for kind in works}
+    parent = _parent_pipe()
+    while (line := parent.next_line()) is not None:
+        emit(TAKEN)
+        name, path = json.loads(line)
+        request, work = kinds[name].model_validate_json(Path(path).read_bytes()), works[kinds[name]]
+        if status := _run(lambda request=request, work=work: work(request, emit)):  # type: ignore[misc]
+            sys.exit(status)
+        del request
+        afterwards()
+        emit(SERVED)
+    sys.exit(0)
 
 
 def emit(event: str, **fields: object) -> None:
@@ -96,10 +131,12 @@ class StopRequest:
         for number in (signal.SIGTERM, signal.SIGINT):
             self._previous[number] = signal.signal(number, self._on_signal)
         if os.environ.get(PARENT_PIPE_VARIABLE):
-            threading.Thread(target=self._watch_parent, daemon=True).start()
+            _parent_pipe().on_end(self._parent_ended)
         return self
 
     def __exit__(self, *exception: object) -> None:
+        if os.environ.get(PARENT_PIPE_VARIABLE):
+            _parent_pipe().on_end(None)
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
@@ -120,11 +157,48 @@ class StopRequest:
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self._set(signal.Signals(number).name)
 
-    def _watch_parent(self) -> None:
-        while os.read(0, 1024):
-            pass
+    def _parent_ended(self) -> None:
         self._set("the end of its parent process")
 
     def _set(self, reason: str) -> None:
         self.reason = self.reason or reason
         self._flag.set()
+
+
+class _ParentPipe:
+    """Standard input, which the parent holds open as long as it lives: its lines and its end. Read by one thread."""
+
+    def __init__(self) -> None:
+        self._lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._ended = False
+        self._listener: Callable[[], None] | None = None
+        threading.Thread(target=self._read, name="parent-pipe", daemon=True).start()
+
+    def next_line(self) -> str | None:
+        """Wait for a line; None at the end."""
+        return self._lines.get()
+
+    def on_end(self, listener: Callable[[], None] | None) -> None:
+        """Call this at the end, instead of what was to be called; at once when that has come already."""
+        with self._lock:
+            self._listener = listener
+            if self._ended and listener is not None:
+                listener()
+
+    def _read(self) -> None:
+        rest = b""
+        while data := os.read(0, 65536):
+            *lines, rest = (rest + data).split(b"\n")
+            for line in lines:
+                self._lines.put(line.decode())
+        with self._lock:
+            self._ended = True
+            if self._listener is not None:
+                self._listener()
+        self._lines.put(None)
+
+
+@cache
+def _parent_pipe() -> _ParentPipe:
+    return _ParentPipe()

@@ -23,6 +23,7 @@ from relora_train.corpus.selection import Selection, contents_of
 from relora_train.corpus.sources import Source, resolve_source
 from relora_train.dataset_store import Corpus, DatasetOutcome, prepare_or_reuse
 from relora_train.errors import ConfigError, CorpusEmptyError, CorpusTooSmallError, PreconditionFailedError
+from relora_train.kept_worker import KeptWorker
 from relora_train.lease import Lease
 from relora_train.manifest import DatasetManifest
 from relora_train.reporting.collect import files_in_stores
@@ -77,9 +78,10 @@ class RetrainPlan:
         """What must not be pruned meanwhile."""
         return [self.champion.uri] if self.champion else []
 
-    def run(self, lease: Lease | None) -> Run:
+    def run(self, lease: Lease | None, worker: KeptWorker | None = None) -> Run:
         """The run that the candidate is trained in."""
-        return Run(self.run_id, self.store_uri, self.profile, branches=self.parent is not None, lease=lease)
+        branches = self.parent is not None
+        return Run(self.run_id, self.store_uri, self.profile, branches=branches, lease=lease, worker=worker)
 
 
 def plan_retrain(

@@ -19,6 +19,7 @@ from relora_train.checkpoint_store import CheckpointRef, CheckpointStore, find_d
 from relora_train.config import ModelConfig, Profile, default_run_id, settings_digest
 from relora_train.errors import CheckpointNotFoundError, ObjectNotFoundError, ReLoRAError, RunSettingsChangedError
 from relora_train.events import Event
+from relora_train.kept_worker import KeptWorker
 from relora_train.launch import nodes_of, run_worker
 from relora_train.lease import Lease
 from relora_train.lineage import choose_result, set_aside
@@ -51,6 +52,8 @@ class Run:
     """Started from a named checkpoint: other settings are then meant, and live beside the run's own line."""
     lease: Lease | None = field(default=None, compare=False, repr=False)
     """That this process is the run's one writer; None for who only reads."""
+    worker: KeptWorker | None = field(default=None, compare=False, repr=False)
+    """The process that trains its stages; None for one of its own each."""
 
     @cached_property
     def store(self) -> ObjectStore:
@@ -59,6 +62,11 @@ class Run:
     @property
     def checkpoints(self) -> CheckpointStore:
         return CheckpointStore(self.store, self.run_id)
+
+    def start_worker(self) -> None:
+        """Have the worker, if it is kept, get ready meanwhile."""
+        if self.worker is not None:
+            self.worker.start(self.profile)
 
     def check_lease(self) -> None:
         """Return only if no other flow writes this run by now; see Lease.check."""
@@ -246,13 +254,14 @@ def train_stage(
         wait_for_orphan(directory / "trainer.lock")
         output = _committed_output(request)
         if output is None:
-            _run_trainer(request, directory / "request.json", snapshots, _unless_lost(run.lease, on_event))
+            _run_trainer(run, request, directory / "request.json", snapshots, on_event)
             output = _committed_output(request)
         if output is None:
             raise ObjectNotFoundError(f"The trainer ended well but left no manifest in {request.output_directory}.")
         run.check_lease()
         checkpoint = run.checkpoints.commit(request.output_directory, output)
         run.checkpoints.set_head(checkpoint)
+        run.checkpoints.keep(checkpoint, output, request.output_directory, checkpoint_cache(run.run_id))
         _clear(snapshots)
     return StageOutcome(checkpoint, reused=False)
 
@@ -263,7 +272,9 @@ def _reuse(run: Run, found: CheckpointRef) -> StageOutcome:
     return StageOutcome(found, reused=True)
 
 
-def _run_trainer(request: StageRequest, request_path: Path, snapshots: SnapshotStore, on_event: OnEvent) -> None:
+def _run_trainer(
+    run: Run, request: StageRequest, request_path: Path, snapshots: SnapshotStore, on_event: OnEvent
+) -> None:
     """Train from the newest valid snapshot, if any, and store the snapshots that are made meanwhile."""
     newest = snapshots.newest_valid()
     if newest is not None:
@@ -271,11 +282,12 @@ def _run_trainer(request: StageRequest, request_path: Path, snapshots: SnapshotS
     with SnapshotUploader(snapshots) as uploader:
         if newest is not None and not newest.stored:
             uploader.offer(newest.directory)
-        run_worker(
+        work = run.worker.run if run.worker is not None else run_worker
+        work(
             "relora_train.trainer",
             request,
             request_path,
-            on_event=uploader.watch(on_event),
+            on_event=uploader.watch(_unless_lost(run.lease, on_event)),
             nproc_per_node=request.profile.launch.nproc_per_node,
             nodes=nodes_of(request.profile.launch),
         )

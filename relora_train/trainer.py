@@ -1,5 +1,6 @@
 """Train one stage in a process of its own: `python -m relora_train.trainer --request FILE`, under torchrun for several
-ranks. No orchestrator, no network beyond the ranks', no credentials. Events go to standard output (events.py).
+ranks; with --serve, stages and evaluations one after the other (kept_worker.py), each as if it were alone. No
+orchestrator, no network beyond the ranks', no credentials. Events go to standard output (events.py).
 """
 
 from __future__ import annotations
@@ -14,19 +15,20 @@ from typing import Any
 import torch
 
 from relora_train.commit import commit_stage
-from relora_train.config import Profile, settings_digest
+from relora_train.config import settings_digest
 from relora_train.errors import DivergedError, TrainerInterruptedError
-from relora_train.evaluate import Evaluation, evaluate_model
+from relora_train.evaluate import Evaluation, evaluate_checkpoint, evaluate_model
 from relora_train.merging import finish_cycle
-from relora_train.process import Emit, StopRequest, serve_request
+from relora_train.process import Emit, StopRequest, is_asked_to_serve, serve_request, serve_requests
 from relora_train.ranks import Ranks, joined_ranks
 from relora_train.relora import lora_parameters
-from relora_train.requests import StageRequest
+from relora_train.requests import EvaluationRequest, StageRequest
 from relora_train.sharded_saving import ShardedSnapshotter, save_sharded
 from relora_train.shards import whole
 from relora_train.snapshot import Progress, restore_snapshot
 from relora_train.snapshotter import Snapshotter
 from relora_train.stages import Stage
+from relora_train.torch_settings import configure_torch, release_memory
 from relora_train.training import StageTraining, prepare_stage
 from relora_train.workspace import trainer_lock
 
@@ -56,15 +58,21 @@ def run_as_rank(request: StageRequest, ranks: Ranks, stop: StopRequest, emit: Em
     ranks = dataclasses.replace(ranks, sharded=sharded)
     with trainer_lock(request.lock_path if ranks.is_first else None):
         emit = stop.on_lost_listener(emit) if ranks.is_first else _silent
+        parts = _Parts(started)
         training = prepare_stage(request, ranks)
+        parts.end("load")
         emit("stage_started", **_describe(training))
         progress = _beginning(training, emit)
         started -= progress.seconds
         metrics = progress.metrics
         before = _evaluation_before(training, metrics, emit)
+        parts.end("evaluate_before")
         _train(training, progress, emit, stop, started)
+        parts.end("steps")
         merge_report = finish_cycle(training, metrics, emit) if training.stage.low_rank else {}
+        parts.end("merge")
         after = _evaluate(training, metrics, emit, when="after")
+        parts.end("evaluate_after")
         if not math.isfinite(after.val_loss):
             raise DivergedError(_diverged(training, training.stage.end_step, after.val_loss, "validation loss"))
         if ranks.is_first:
@@ -77,30 +85,33 @@ def run_as_rank(request: StageRequest, ranks: Ranks, stop: StopRequest, emit: Em
                 evaluation_key=evaluation_key(request),
                 stage_seconds=time.monotonic() - started,
             )
+            parts.end("write")
             emit(
                 "stage_committed",
                 stage=training.stage.name,
                 step=training.stage.end_step,
                 directory=str(request.output_directory),
+                seconds=parts.seconds,
             )
         elif ranks.sharded:
             save_sharded(training, None)
         ranks.barrier()
 
 
+class _Parts:
+    """Wall time of one part of the stage after another, as far as this attempt went through them."""
+
+    def __init__(self, started: float) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = started
+
+    def end(self, part: str) -> None:
+        now = time.monotonic()
+        self.seconds[part], self._last = round(now - self._last, 4), now
+
+
 def _silent(event: str, **fields: object) -> None:
     """Ranks other than the first report nothing but failures."""
-
-
-def configure_torch(profile: Profile) -> None:
-    """Settings of the process that decide numbers and speed."""
-    torch.set_float32_matmul_precision(profile.precision.matmul_precision)
-    if profile.launch.threads:
-        torch.set_num_threads(profile.launch.threads)
-    if profile.precision.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True, warn_only=True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def _describe(training: StageTraining) -> dict[str, Any]:
@@ -275,5 +286,15 @@ def _evaluate(training: StageTraining, metrics: list[dict[str, Any]], emit: Emit
     return result
 
 
+def _serve_all() -> None:
+    """Stages, and evaluations of what they made, for as long as the parent has any."""
+    from transformers import AutoModelForCausalLM, LlamaForCausalLM  # noqa: F401 (seconds, while nobody waits yet)
+
+    serve_requests({StageRequest: run_stage, EvaluationRequest: evaluate_checkpoint}, afterwards=release_memory)
+
+
 if __name__ == "__main__":
-    serve_request(StageRequest, run_stage)
+    if is_asked_to_serve():
+        _serve_all()
+    else:
+        serve_request(StageRequest, run_stage)

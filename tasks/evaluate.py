@@ -15,7 +15,9 @@ from tasks.policies import STORE_IO
 @task(**STORE_IO, name="evaluate-checkpoint", task_run_name="evaluate-{checkpoint.manifest.stage}")
 def evaluate_checkpoint(run: Run, checkpoint: CheckpointRef, dataset: DatasetRef) -> EvaluationOutcome:
     """Return the EvaluationOutcome of a checkpoint; scores that are recorded already are shown as Skipped."""
-    outcome = evaluate_or_reuse(run.profile, checkpoint, dataset, run.store, on_event=forward_events())
+    outcome = evaluate_or_reuse(
+        run.profile, checkpoint, dataset, run.store, on_event=forward_events(), worker=run.worker
+    )
     return _announced(outcome, checkpoint)
 
 

@@ -14,7 +14,7 @@ from tasks.policies import STORE_IO
 @task(**STORE_IO, task_run_name="tokenize-{run.profile.data.name}")
 def tokenize(run: Run) -> DatasetOutcome:
     """Return the DatasetOutcome of the profile's corpus; one that is committed already is shown as Skipped."""
-    return tell_dataset(prepare_or_reuse(run.profile, run.store, on_event=forward_events()))
+    return tell_dataset(prepare_or_reuse(run.profile, run.store, on_event=forward_events(), meanwhile=run.start_worker))
 
 
 def tell_dataset(outcome: DatasetOutcome) -> DatasetOutcome:

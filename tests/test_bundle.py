@@ -20,7 +20,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from relora_train.bundle import commit_bundle, fetch_bundle, read_manifest, verify_bundle
+from relora_train.bundle import commit_bundle, fetch_bundle, keep_fetched, read_manifest, verify_bundle
 from relora_train.errors import (
     CheckpointCorruptError,
     CheckpointIncompleteError,
@@ -497,6 +497,40 @@ def test_intact_files_in_the_cache_are_reused_and_damaged_ones_fetched_again(tmp
     fetch_bundle(store, PREFIX, manifest, cache)
     assert contents(cache) == contents(tmp_path / "a")
     assert not (cache / ".config.json.part").exists()
+
+
+class CountingStore(MemoryStore):
+    """Knows which objects were downloaded."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.downloaded: list[str] = []
+
+    def get_file(self, key: str, path: Path) -> None:
+        self.downloaded.append(key.removeprefix(f"{PREFIX}/"))
+        super().get_file(key, path)
+
+
+def test_what_was_committed_from_this_machine_is_not_downloaded_again(tmp_path):
+    store = CountingStore()
+    manifest = committed(store, tmp_path / "a")
+    keep_fetched(store, manifest, manifest, tmp_path / "a", tmp_path / "cache" / "a")
+    assert not (tmp_path / "a").exists()
+    fetched = fetch_bundle(store, PREFIX, manifest, tmp_path / "cache" / "a")
+    assert store.downloaded == []
+    (fetched / "config.json").write_bytes(b"x" * 40)
+    fetch_bundle(store, PREFIX, manifest, fetched)
+    assert store.downloaded == ["config.json"]  # what is kept is checked like any other copy
+
+
+def test_what_lost_against_another_attempt_is_not_taken_for_the_winner(tmp_path):
+    store = CountingStore()
+    winner = committed(store, tmp_path / "a", "a")
+    loser = checkpoint_manifest(write_files(tmp_path / "b", "b"))
+    assert commit_bundle(store, PREFIX, tmp_path / "b", loser) == winner
+    keep_fetched(store, loser, winner, tmp_path / "b", tmp_path / "cache")
+    assert contents(fetch_bundle(store, PREFIX, winner, tmp_path / "cache")) == contents(tmp_path / "a")
+    assert sorted(store.downloaded) == sorted(FILES)
 
 
 def test_two_that_fetch_into_one_directory_do_not_disturb_each_other(s3_store_uri, tmp_path):

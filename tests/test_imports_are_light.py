@@ -24,6 +24,7 @@ LIGHT = (
     "relora_train.checkpoint_store",
     "relora_train.deployments",
     "relora_train.joining",
+    "relora_train.kept_worker",
     "relora_train.launch",
     "relora_train.overrides",
     "relora_train.parameters",

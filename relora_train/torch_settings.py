@@ -1,0 +1,35 @@
+"""Settings of a process that decide numbers and speed, and what a finished piece of work leaves in it."""
+
+from __future__ import annotations
+
+import gc
+import os
+import sys
+
+import torch
+
+from relora_train.config import Profile
+
+
+def configure_torch(profile: Profile) -> None:
+    """Bring the process into the same state whatever ran in it before; every piece of work begins with it.
+
+    Other settings of device, threads or precision than those of the work before need another process.
+    """
+    torch.manual_seed(profile.seed)  # whatever draws without a seed of its own draws the same in every process
+    torch.set_float32_matmul_precision(profile.precision.matmul_precision)
+    if profile.launch.threads:
+        torch.set_num_threads(profile.launch.threads)
+    if profile.precision.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
+def release_memory() -> None:
+    """Free the model, the optimizer and the compiled code of work that has ended: they hold one another in cycles."""
+    if dynamo := sys.modules.get("torch._dynamo"):
+        dynamo.reset()
+    gc.collect()
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        torch.cuda.empty_cache()

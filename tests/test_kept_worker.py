@@ -1,0 +1,152 @@
+"""One process for many requests: the same bits as a process each, and no request after one that did not end well."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from stage_runs import manifest_of, stage_request, tiny_profile
+from test_launch import is_running
+from tiny_data import write_tiny_dataset
+
+from relora_train.config import Profile
+from relora_train.errors import CorpusTooSmallError, TrainerCrashedError
+from relora_train.events import Event
+from relora_train.kept_worker import KeptWorker, kept_worker
+from relora_train.launch import run_worker
+from relora_train.requests import EvaluationRequest
+from relora_train.torch_settings import release_memory
+from relora_train.trainer import run_stage
+
+STAGES = ("warm-start", "cycle-1", "cycle-2")
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_dataset(tmp_path_factory.mktemp("data") / "tiny")
+
+
+@pytest.fixture
+def worker() -> Iterator[KeptWorker]:
+    with kept_worker() as worker:
+        yield worker
+
+
+class Course:
+    """The processes that stages ran in."""
+
+    def __init__(self) -> None:
+        self.pids: list[int] = []
+
+    def __call__(self, event: Event) -> None:
+        if event["event"] == "stage_started":
+            self.pids.append(event["pid"])
+
+
+def train(worker: KeptWorker, profile: Profile, stage: str, dataset: Path, root: Path, course: Course) -> Path:
+    """Train a stage from the one before it."""
+    before = STAGES.index(stage) - 1
+    request = stage_request(profile, stage, dataset, root / stage, root / STAGES[before] if before >= 0 else None)
+    worker.run("relora_train.trainer", request, root / f"{stage}.json", on_event=course)
+    return root / stage
+
+
+def files_of(checkpoint: Path) -> dict[str, str]:
+    """SHA-256 by name of everything but what tells the time."""
+    files = manifest_of(checkpoint)["files"]
+    return {file["path"]: file["sha256"] for file in files if file["path"] != "metrics.jsonl"}
+
+
+def test_stages_in_one_process_give_the_bits_of_a_process_each(worker: KeptWorker, dataset: Path, tmp_path: Path):
+    """With dropout, whose draws would show any state that one stage leaves to the next."""
+    profile, course = tiny_profile(relora={"dropout": 0.2}, batch={"micro_sequences": 4}), Course()
+    worker.start(profile)
+    for stage in STAGES:
+        train(worker, profile, stage, dataset, tmp_path / "kept", course)
+    (pid,) = set(course.pids)
+    for parent, stage in itertools.pairwise(STAGES):  # the first had its process to itself, as it were
+        alone = tmp_path / "alone" / stage
+        request = stage_request(profile, stage, dataset, alone, tmp_path / "kept" / parent)
+        run_worker("relora_train.trainer", request, tmp_path / "request.json", on_event=course)
+        assert files_of(tmp_path / "kept" / stage) == files_of(alone)
+    assert len(set(course.pids)) == 3
+    scores = []
+    for work, name in ((worker.run, "kept"), (run_worker, "alone")):
+        request = EvaluationRequest(
+            profile=profile,
+            checkpoint_directory=tmp_path / "kept" / "cycle-2",
+            dataset_directory=dataset,
+            result_path=tmp_path / f"{name}.json",
+            sequences=16,
+        )
+        work("relora_train.evaluate", request, tmp_path / "request.json", on_event=course)
+        scores.append(request.result_path.read_bytes())
+    assert scores[0] == scores[1]
+    assert is_running(pid)
+    worker.close()
+    assert not is_running(pid)
+
+
+def test_no_request_follows_in_a_process_on_one_that_did_not_end_well(
+    worker: KeptWorker, dataset: Path, tmp_path: Path
+):
+    class Kills(Course):
+        def __call__(self, event: Event) -> None:
+            super().__call__(event)
+            if event["event"] == "stage_started" and event["stage"] == "cycle-2":
+                os.kill(event["pid"], signal.SIGKILL)
+
+    profile, course = tiny_profile(), Course()
+    train(worker, profile, "warm-start", dataset, tmp_path, course)
+    train(worker, profile, "cycle-1", dataset, tmp_path, course)
+    with pytest.raises(TrainerCrashedError, match="killed by SIGKILL"):
+        train(worker, profile, "cycle-2", dataset, tmp_path, Kills())
+    small = write_tiny_dataset(tmp_path / "small", train_tokens=100)
+    with pytest.raises(CorpusTooSmallError, match="100 tokens"):
+        train(worker, profile, "cycle-2", small, tmp_path, course)
+    train(worker, profile, "cycle-2", dataset, tmp_path, course)
+    assert course.pids[0] == course.pids[1] != course.pids[2]
+
+
+def test_a_process_that_dies_idle_costs_nothing_and_other_settings_of_a_process_have_one_of_their_own(
+    worker: KeptWorker, dataset: Path, tmp_path: Path
+):
+    class Interrupts(Course):
+        def __call__(self, event: Event) -> None:
+            super().__call__(event)
+            if event["event"] == "stage_started":
+                raise KeyboardInterrupt
+
+    one, two, course, last = (
+        tiny_profile(launch={"threads": 1}),
+        tiny_profile(launch={"threads": 2}),
+        Course(),
+        Interrupts(),
+    )
+    train(worker, one, "warm-start", dataset, tmp_path, course)
+    os.kill(course.pids[0], signal.SIGKILL)
+    train(worker, one, "cycle-1", dataset, tmp_path, course)  # its end may not even have been noticed yet
+    with pytest.raises(KeyboardInterrupt):
+        train(worker, two, "cycle-2", dataset, tmp_path, last)
+    assert len({*course.pids, *last.pids}) == 3
+    assert not any(map(is_running, (*course.pids, *last.pids)))  # whatever ends the caller ends the process
+
+
+def test_a_finished_stage_leaves_no_weights_behind(dataset: Path, tmp_path: Path):
+    """Layers, hooks and optimizer hold one another: without a collection the next stage would need the memory twice."""
+
+    def parameters() -> int:
+        return sum(type(thing) is torch.nn.Parameter for thing in gc.get_objects())
+
+    release_memory()
+    before = parameters()
+    for stage, parent in (("warm-start", None), ("cycle-1", tmp_path / "warm-start")):
+        run_stage(stage_request(tiny_profile(), stage, dataset, tmp_path / stage, parent), lambda event, **fields: None)
+        release_memory()
+        assert parameters() == before
