@@ -137,6 +137,8 @@ def leaf_settings() -> set[str]:
 def profile_with(changes: dict) -> Profile:
     if "launch.nnodes" in changes:  # refused without
         changes = {"launch.rdzv_endpoint": CHANGES_NOTHING["launch.rdzv_endpoint"], **changes}
+    if changes.get("launch.sharding") == "full":  # does not go with it
+        changes = {key: value for key, value in changes.items() if key != "launch.compile"}
     settings: dict = {}
     for key, value in changes.items():
         section, _, field = key.rpartition(".")
