@@ -10,6 +10,7 @@ import pytest
 
 LIGHT = (
     "relora_train.errors",
+    "relora_train.experiment",
     "relora_train.config",
     "relora_train.plan",
     "relora_train.schedule",
