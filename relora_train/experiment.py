@@ -12,82 +12,18 @@ import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import ValidationError
 
-from relora_train.config import FrozenConfig, Profile, settings_digest
+from relora_train.config import Profile, settings_digest
 from relora_train.errors import ExperimentInvalidError, ProfileInvalidError, ProfileNotFoundError
+from relora_train.experiment_config import ExperimentConfig
 from relora_train.overrides import layered
 from relora_train.profiles import load_profile, profile_directory
-from relora_train.stages import Stage, fingerprint_settings, plan_stages
+from relora_train.stages import Stage, fingerprint_settings, plan_stages, until
 
 WARM_START = "warm-start"
-_NAME = r"^[a-z0-9][a-z0-9._-]{0,39}$"
-
-
-class ArmConfig(FrozenConfig):
-    """One arm: what it changes in the base, and what the paper has for it."""
-
-    label: str
-    """What the tables call it."""
-
-    about: str = ""
-    """What it is to show, in a sentence."""
-
-    paper: float | Literal["diverged"] | None = None
-    """The paper's number for it, in the experiment's paper_measure."""
-
-    set: dict[str, Any] = Field(default_factory=dict)
-    """Settings over the base."""
-
-
-class ExperimentConfig(FrozenConfig):
-    """An experiment as its file has it."""
-
-    title: str
-    """What it shows, in a line."""
-
-    profile: str
-    """The base: a shipped profile's name, or a path seen from the experiment's file."""
-
-    budget_tokens: int = Field(ge=1)
-    """Tokens that every arm trains on, its warm start included."""
-
-    seeds: tuple[int, ...] = Field((0, 1, 2), min_length=1)
-    """Every arm is trained once with each."""
-
-    reference: str
-    """The arm that the others are compared with, seed by seed."""
-
-    paper_source: str = ""
-    """Where the paper's numbers stand."""
-
-    paper_measure: str = ""
-    """What they measure."""
-
-    base: dict[str, Any] = Field(default_factory=dict)
-    """Settings over the profile, for every arm."""
-
-    arms: dict[str, ArmConfig] = Field(min_length=1)
-
-    @model_validator(mode="after")
-    def seeds_differ(self) -> Self:
-        if len(set(self.seeds)) < len(self.seeds):
-            raise ValueError(f"seeds {list(self.seeds)} name one twice")
-        return self
-
-    @model_validator(mode="after")
-    def reference_is_an_arm(self) -> Self:
-        if self.reference not in self.arms:
-            raise ValueError(f"reference {self.reference!r} is none of the arms {', '.join(self.arms)}")
-        return self
-
-    @model_validator(mode="after")
-    def papers_numbers_have_a_source(self) -> Self:
-        if any(arm.paper is not None for arm in self.arms.values()) and not (self.paper_source and self.paper_measure):
-            raise ValueError("arms have the paper's numbers: say paper_source and paper_measure")
-        return self
 
 
 @dataclass(frozen=True)
@@ -103,10 +39,24 @@ class PlannedRun:
     warm_start: str | None
     """Id of the run that it branches from at its warm start; None for an arm that has none."""
 
+    is_warm_start: bool = False
+    """A run that makes a warm start for others, and nothing else."""
+
     @property
     def resume_from(self) -> str | None:
         """The checkpoint it starts from."""
         return f"{self.warm_start}@{WARM_START}" if self.warm_start else None
+
+    @property
+    def stop_after(self) -> str | None:
+        """The last stage it trains; None for all of the plan's."""
+        return WARM_START if self.is_warm_start else None
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """What the run trains itself."""
+        stages = until(self.stop_after, plan_stages(self.profile))
+        return stages[1:] if self.warm_start else stages
 
 
 @dataclass(frozen=True)
@@ -143,6 +93,33 @@ class Experiment:
             for key in sorted(_leaves(self.overrides))
         }
         return {key: arms for key, arms in found.items() if arms}
+
+    def waves(self, runs: Sequence[PlannedRun], *, together: bool) -> list[list[PlannedRun]]:
+        """These runs and the warm starts that they branch from, in an order in which they can be trained.
+
+        together: as much as possible at a time: all warm starts, then all runs. Else one after another.
+        """
+        needed = {run.warm_start for run in runs}
+        starts = [start for start in self.warm_starts if start.run_id in needed]
+        if together:
+            return [wave for wave in (starts, list(runs)) if wave]
+        ordered: list[PlannedRun] = []
+        for run in runs:
+            ordered += [s for s in starts if s.run_id == run.warm_start and s not in ordered]
+            ordered.append(run)
+        return [[run] for run in ordered]
+
+    def parameters(self, run: PlannedRun, *, store_uri: str, gpu_limit: str | None) -> dict[str, Any]:
+        """What the flow pretrain is started with for one of the runs: plain JSON values."""
+        return {
+            "profile": self.profile,
+            "overrides": dict(run.settings),
+            "run_id": run.run_id,
+            "store": store_uri,
+            "resume_from": run.resume_from,
+            "gpu_limit": gpu_limit,
+            "stop_after": run.stop_after,
+        }
 
     def runs_of(self, arm: str) -> list[PlannedRun]:
         return [run for run in self.runs if run.arm == arm]
@@ -266,7 +243,9 @@ def _warm_starts(runs: Iterable[PlannedRun]) -> tuple[PlannedRun, ...]:
             name = run.warm_start.rpartition("-")[0]
             own = layered(run.settings, {"name": name})
             profile = run.profile.model_copy(update={"name": name})
-            made[run.warm_start] = PlannedRun(WARM_START, run.seed, run.warm_start, profile, own, None)
+            made[run.warm_start] = PlannedRun(
+                WARM_START, run.seed, run.warm_start, profile, own, None, is_warm_start=True
+            )
     return tuple(made.values())
 
 

@@ -11,6 +11,7 @@ be continued, extended or branched with any schedule from any of its checkpoints
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -98,6 +99,16 @@ def stages_after(profile: Profile, parent: CheckpointManifest | None) -> tuple[S
             f"is merged once. Begin before any merge, such as at {parent.run_id}@warm-start, or use method = 'relora'."
         )
     return _low_rank_stages(profile, after=parent.step, merges=parent.cycle)
+
+
+def until(name: str | None, stages: Sequence[Stage]) -> tuple[Stage, ...]:
+    """The stages up to the one of this name, itself included; all for None. Raises ConfigError for one not there."""
+    if name is None:
+        return tuple(stages)
+    names = [stage.name for stage in stages]
+    if name not in names:
+        raise ConfigError(f"There is no stage {name!r} to stop after; left to train are {', '.join(names) or 'none'}.")
+    return tuple(stages[: names.index(name) + 1])
 
 
 def _full_rank_stages(profile: Profile, *, after: int) -> tuple[Stage, ...]:

@@ -18,6 +18,7 @@ from relora_train.config import Profile, settings_digest
 from relora_train.errors import DivergedError, TrainerInterruptedError
 from relora_train.evaluate import Evaluation, evaluate_model
 from relora_train.merging import finish_cycle
+from relora_train.peak_memory import peak_bytes, reset_peak
 from relora_train.process import Emit, StopRequest, serve_request
 from relora_train.ranks import Ranks, joined_ranks
 from relora_train.relora import lora_parameters
@@ -62,7 +63,10 @@ def run_as_rank(request: StageRequest, ranks: Ranks, stop: StopRequest, emit: Em
         started -= progress.seconds
         metrics = progress.metrics
         before = _evaluation_before(training, metrics, emit)
+        reset_peak(training.ranks.device)
         _train(training, progress, emit, stop, started)
+        peak = peak_bytes(training.ranks.device)
+        metrics.append({"kind": "memory", "step": training.stage.end_step, "peak_bytes": peak})
         merge_report = finish_cycle(training, metrics, emit) if training.stage.low_rank else {}
         after = _evaluate(training, metrics, emit, when="after")
         if not math.isfinite(after.val_loss):

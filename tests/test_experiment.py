@@ -10,14 +10,13 @@ import pytest
 
 from relora_train.errors import ConfigError, ExperimentInvalidError, ProfileNotFoundError
 from relora_train.experiment import (
-    ArmConfig,
     Experiment,
-    ExperimentConfig,
     experiment_directory,
     list_experiments,
     load_experiment,
     run_tokens,
 )
+from relora_train.experiment_config import ArmConfig, ExperimentConfig
 from relora_train.plan import plan
 from relora_train.stages import fingerprint_settings, plan_stages
 
