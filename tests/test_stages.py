@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 
 from relora_train.config import Profile, default_run_id
+from relora_train.errors import ConfigError
 from relora_train.profiles import profile_directory
 from relora_train.stages import (
     differing_settings,
@@ -16,6 +17,7 @@ from relora_train.stages import (
     plan_stages,
     stage_fingerprint,
     stage_learning_rate,
+    until,
 )
 
 DATASET = "d" * 64
@@ -313,6 +315,14 @@ def test_stages_of_each_method():
         ("full-2", "full", 100, 150, 0),
         ("full-3", "full", 150, 200, 0),
     ]
+
+
+def test_a_run_can_stop_after_any_of_its_stages_and_no_other():
+    stages = plan_stages(Profile.model_validate({"schedule": SMALL}))
+    assert [stage.name for stage in until("cycle-1", stages)] == ["warm-start", "cycle-1"]
+    assert until(None, stages) == stages
+    with pytest.raises(ConfigError, match="no stage 'lora' to stop after; left to train are warm-start, cycle-1, cyc"):
+        until("lora", stages)
 
 
 @pytest.mark.parametrize(("method", "first"), [("relora", "cycle-1"), ("lora", "lora"), ("full", "full-1")])
