@@ -9,10 +9,10 @@ from prefect import flow
 from relora_train.kept_worker import kept_worker
 from relora_train.lease import hold_run
 from relora_train.overrides import ProfileOverrides
-from relora_train.parameters import CheckpointName, LimitName, ProfileName, RunId, StoreUri
+from relora_train.parameters import CheckpointName, LimitName, ProfileName, RunId, StageName, StoreUri
 from relora_train.profiles import load_profile
 from relora_train.run import Run, choose_run_id, first_and_last, line_of
-from relora_train.stages import stages_after
+from relora_train.stages import stages_after, until
 from relora_train.storage.opening import open_store
 from relora_train.summary import RunSummary, summarize_run
 from tasks.artifacts import name_flow_run
@@ -33,6 +33,7 @@ def pretrain(
     store: StoreUri | None = None,
     resume_from: CheckpointName | None = None,
     gpu_limit: LimitName | None = None,
+    stop_after: StageName | None = None,
 ) -> RunSummary:
     """Bring a run to its end from wherever it stands; stages that are committed already are skipped.
 
@@ -45,6 +46,7 @@ def pretrain(
         store: directory, file:// or s3://bucket/prefix; $RELORA_STORE, else ./relora-store, when absent
         resume_from: checkpoint to start from: RUN@cycle-2, RUN@latest, or a URI in any store
         gpu_limit: global concurrency limit of which the run holds one slot while it trains; none when absent
+        stop_after: the last stage to be trained, such as warm-start; the plan's last when absent
     """
     settings = load_profile(profile, overrides.settings() if overrides else {})
     require_limit(gpu_limit)
@@ -52,7 +54,7 @@ def pretrain(
     parent = resolve_parent(resume_from, store_uri) if resume_from else None
     run_id = run_id or choose_run_id(settings, parent)
     name_flow_run(settings.name, run_id)
-    stages = stages_after(settings, parent.manifest if parent else None)
+    stages = until(stop_after, stages_after(settings, parent.manifest if parent else None))
     depends_on = [parent.uri] if parent else ()
     with hold_run(open_store(store_uri), run_id, depends_on=depends_on) as lease, kept_worker() as worker:
         run = Run(run_id, store_uri, settings, branches=parent is not None, lease=lease, worker=worker)

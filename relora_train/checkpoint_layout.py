@@ -8,6 +8,7 @@ runs/<run_id>/lease.json, prune.json                                    who writ
 .../step-00000400-<12 hex>/deleted.json                                 a checkpoint that was pruned (tombstone.py)
 runs/<run_id>/diverged/<12 hex of the fingerprint>.json                 that a stage diverged with these settings
 series/<name>/…                                                         what a series promoted (series_record.py)
+experiments/<name>/…                                                    reports of comparisons, runs that diverged
 datasets/<name>/<16 hex of dataset_id>/                                 one tokenized dataset (a bundle)
 """
 
@@ -90,6 +91,11 @@ def split_checkpoint_uri(uri: str) -> tuple[str, str]:
     if separator and parse_checkpoint_prefix(f"runs/{rest}"):
         return root, f"runs/{rest}"
     return uri, ""
+
+
+def experiment_prefix(name: str) -> str:
+    """Below it lie the reports of one experiment, and which of its runs diverged."""
+    return f"experiments/{check_run_id(name)}/"
 
 
 def dataset_prefix(name: str, dataset_id: str) -> str:

@@ -162,6 +162,56 @@ def retrain(
 
 
 @app.command()
+def compare(
+    experiment: Annotated[str, typer.Argument(help="Name of a shipped experiment, or path of a TOML file.")],
+    sets: Sets = None,
+    seeds: Annotated[
+        str | None, typer.Option(metavar="0,1,2", help="Instead of the experiment's.", show_default=False)
+    ] = None,
+    deployment: Annotated[
+        str | None,
+        typer.Option(
+            metavar="pretrain/NAME",
+            help="Have the runs made side by side by this deployment of the server in PREFECT_API_URL.",
+        ),
+    ] = None,
+    store: Store = None,
+    as_json: AsJson = False,
+    verbose: Annotated[bool, typer.Option("--verbose", help="Show Prefect's log in place of the progress.")] = False,
+) -> None:
+    """Run an experiment, every arm at every seed, from wherever it stands; table with errors, differences, report."""
+    from relora_train.console.compare import parse_seeds, print_comparison, run_experiment
+
+    started = time.monotonic()
+    console = console_for_people(to_stderr=as_json)
+    summary = run_experiment(
+        experiment,
+        sets or (),
+        seeds=parse_seeds(seeds),
+        store_uri=store,
+        deployment=deployment,
+        console=console,
+        verbose=verbose,
+    )
+    if as_json:
+        typer.echo(summary.model_dump_json(indent=1))
+    else:
+        print_comparison(console, summary, seconds=time.monotonic() - started)
+
+
+@app.command()
+def experiments(as_json: AsJson = False) -> None:
+    """List the shipped experiments."""
+    from relora_train.console.compare import describe_experiments, print_experiments
+
+    described = describe_experiments()
+    if as_json:
+        _echo_json(described)
+    else:
+        print_experiments(console_for_people(), described)
+
+
+@app.command()
 def join(
     rdzv_endpoint: Annotated[str, typer.Option(metavar="HOST:PORT", help="The profile's launch.rdzv_endpoint.")],
     nnodes: Annotated[int, typer.Option(min=2, help="Its launch.nnodes.")],

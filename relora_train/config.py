@@ -218,6 +218,9 @@ class ScheduleConfig(FrozenConfig):
     min_lr_ratio: float = Field(0.1, ge=0, le=1)
     """Learning rate at the last step relative to its peak."""
 
+    jagged: bool = True
+    """Whether the rate falls to 0 at every merge and climbs back; without it, one cosine through all cycles."""
+
     @model_validator(mode="after")
     def warmups_fit_in_a_cycle(self) -> Self:
         if self.restart_warmup_steps >= self.cycle_length:
@@ -540,6 +543,8 @@ def default_run_id(profile: Profile) -> str:
         ("name", "divergence", "evaluation", "logging", "snapshots", "launch", "retention"), True
     )
     harmless: dict[str, Any] = {**whole_sections, "data": {"name", "workers", "engine"}}
+    if profile.schedule.jagged:  # runs from before the key keep their name
+        harmless["schedule"] = {"jagged"}
     settings = profile.model_dump(mode="json", exclude=harmless)
     name = re.sub(r"[^a-z0-9._-]+", "-", profile.name.lower()).strip("-.") or "run"
     return f"{name}-{settings_digest(settings)[:8]}"

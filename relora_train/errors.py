@@ -4,6 +4,7 @@
     ├── ConfigError                    exit 2   a profile, a setting, an argument
     │   ├── ProfileNotFoundError
     │   ├── ProfileInvalidError
+    │   ├── ExperimentInvalidError              an experiment's arms that cannot be compared
     │   ├── RunSettingsChangedError             a run id used again with other settings
     │   └── RunInUseError                       another flow writes this run
     ├── DataError                      exit 3   a corpus or a tokenizer
@@ -64,6 +65,10 @@ class ProfileNotFoundError(ConfigError):
 
 
 class ProfileInvalidError(ConfigError):
+    pass
+
+
+class ExperimentInvalidError(ConfigError):
     pass
 
 

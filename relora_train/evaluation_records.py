@@ -96,6 +96,14 @@ def evaluate_or_reuse(
     return EvaluationOutcome(record, reused=False)
 
 
+def recorded_evaluation(
+    profile: Profile, checkpoint: CheckpointRef, dataset: DatasetRef, store: ObjectStore
+) -> dict[str, Any] | None:
+    """What evaluate_or_reuse would reuse; None where it would score."""
+    found = _recorded(store, _key(profile, checkpoint, dataset), checkpoint)
+    return None if found is None else found.record
+
+
 def _recorded(store: ObjectStore, key: str, checkpoint: CheckpointRef) -> EvaluationOutcome | None:
     try:
         record = json.loads(store.get_bytes(key)[0])

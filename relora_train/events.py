@@ -24,6 +24,10 @@ Inside a process events travel as log records of the logger `relora_train.events
     diverged         stage learning_rate message attempt attempts
     evaluated        uri stage val_loss val_perplexity bits_per_byte reused
     report_written   html_uri
+    arm_started      arm seed run_id stages (names of what it trains)
+    arm_reused       arm seed outcome val_perplexity
+    arm_diverged     arm seed message
+    compared         experiment html_uri
     decided          series outcome reason uri (of a retrain's candidate)
     retrained        series outcome reason
 

@@ -58,6 +58,18 @@ def nested(settings: Mapping[str, Any]) -> dict[str, Any]:
     return sections
 
 
+def layered(*layers: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings by dotted key or by section, as sections; a later layer goes over the ones before, key by key."""
+    result: dict[str, Any] = {}
+    for layer in layers:
+        for key, value in nested(layer).items():
+            before = result.get(key)
+            if isinstance(value, Mapping):
+                value = layered(before, value) if isinstance(before, Mapping) else layered(value)
+            result[key] = value
+    return result
+
+
 def _overrides_of(config: type[FrozenConfig], name: str) -> type[Overrides]:
     fields: dict[str, Any] = {key: _optional(field) for key, field in config.model_fields.items()}
     return create_model(name, __base__=Overrides, __module__=__name__, __doc__=config.__doc__, **fields)

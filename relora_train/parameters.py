@@ -12,6 +12,7 @@ from typing import Annotated
 from pydantic import Field
 
 from relora_train.checkpoint_layout import RUN_ID_PATTERN
+from relora_train.experiment import list_experiments
 from relora_train.profiles import list_profiles
 from relora_train.series_record import SERIES_PATTERN
 
@@ -19,6 +20,20 @@ _SHIPPED = "|".join(re.escape(path.stem) for path in list_profiles())
 
 ProfileName = Annotated[str, Field(pattern=rf"^({_SHIPPED}|.*\.toml)$")]
 """A shipped profile's name, or a path that ends in .toml."""
+
+_EXPERIMENTS = "|".join(re.escape(path.stem) for path in list_experiments())
+
+ExperimentName = Annotated[str, Field(pattern=rf"^({_EXPERIMENTS}|.*\.toml)$")]
+"""A shipped experiment's name, or a path that ends in .toml."""
+
+Seeds = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(min_length=1)]
+"""One run of every arm for each."""
+
+StageName = Annotated[str, Field(pattern=r"^(warm-start|lora|(cycle|full)-[1-9][0-9]*)$")]
+"""warm-start, cycle-2, full-3 or lora."""
+
+PretrainDeployment = Annotated[str, Field(pattern=r"^pretrain/.+$")]
+"""A deployment of the flow pretrain, as FLOW/NAME."""
 
 RunId = Annotated[str, Field(pattern=rf"^{RUN_ID_PATTERN}$")]
 """What can be a folder and a part of a URI."""

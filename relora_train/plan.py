@@ -197,7 +197,8 @@ def _milestones(profile: Profile, stage: Stage) -> tuple[LearningRatePoint, ...]
     schedule = profile.schedule
     starts_a_phase = stage.start_step == 0 or (stage.low_rank and stage.start_step == schedule.warm_start_steps)
     climb = schedule.warmup_steps if starts_a_phase else schedule.restart_warmup_steps
-    top = stage.start_step + (climb if starts_a_phase or stage.kind == "relora" else 0)
+    restarts = stage.kind == "relora" and schedule.jagged
+    top = stage.start_step + (climb if starts_a_phase or restarts else 0)
     steps = sorted({stage.start_step + 1, min(top + 1, stage.end_step), stage.end_step})
     return tuple(
         LearningRatePoint(step=step, learning_rate=stage_learning_rate(profile, stage, step)) for step in steps

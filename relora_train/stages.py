@@ -11,6 +11,7 @@ be continued, extended or branched with any schedule from any of its checkpoints
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -100,6 +101,16 @@ def stages_after(profile: Profile, parent: CheckpointManifest | None) -> tuple[S
     return _low_rank_stages(profile, after=parent.step, merges=parent.cycle)
 
 
+def until(name: str | None, stages: Sequence[Stage]) -> tuple[Stage, ...]:
+    """The stages up to the one of this name, itself included; all for None. Raises ConfigError for one not there."""
+    if name is None:
+        return tuple(stages)
+    names = [stage.name for stage in stages]
+    if name not in names:
+        raise ConfigError(f"There is no stage {name!r} to stop after; left to train are {', '.join(names) or 'none'}.")
+    return tuple(stages[: names.index(name) + 1])
+
+
 def _full_rank_stages(profile: Profile, *, after: int) -> tuple[Stage, ...]:
     """A stage that `after` lies in is cut to begin there."""
     schedule = profile.schedule
@@ -147,7 +158,8 @@ def is_last(profile: Profile, stage: Stage) -> bool:
 def stage_learning_rate(profile: Profile, stage: Stage, step: int) -> float:
     """Learning rate of update `step`, counted from 1, as a function of the profile, the stage and the step alone.
 
-    'full' is one cosine over the whole run. 'lora' has the ReLoRA phase as a single cycle, so it never restarts.
+    'full' is one cosine over the whole run. 'lora' has the ReLoRA phase as a single cycle, so it never restarts; nor do
+    the cycles of schedule.jagged = false.
     """
     schedule = profile.schedule
     updates_done = stage.phase_step + step - 1 - stage.start_step
@@ -169,7 +181,7 @@ def stage_learning_rate(profile: Profile, stage: Stage, step: int) -> float:
         total_steps=schedule.phase_steps,
         warmup_steps=schedule.warmup_steps,
         restart_warmup_steps=schedule.restart_warmup_steps,
-        cycle_length=schedule.cycle_length if stage.kind == "relora" else schedule.phase_steps,
+        cycle_length=schedule.cycle_length if stage.kind == "relora" and schedule.jagged else schedule.phase_steps,
         min_lr_ratio=schedule.min_lr_ratio,
     )
 
@@ -215,6 +227,8 @@ def fingerprint_settings(
         settings["schedule"]["cycle_length"] = profile.schedule.cycle_length
         if stage.cycle > 1:  # the first cycle climbs by warmup_steps
             settings["schedule"]["restart_warmup_steps"] = profile.schedule.restart_warmup_steps
+            if not profile.schedule.jagged:  # absent otherwise: checkpoints from before the key keep their fingerprint
+                settings["schedule"]["jagged"] = False
         settings["optimizer_reset"] = profile.optimizer_reset.model_dump(mode="json")
     return _flatten(settings)
 

@@ -19,6 +19,7 @@ from relora_train.config import settings_digest
 from relora_train.errors import DivergedError, TrainerInterruptedError
 from relora_train.evaluate import Evaluation, evaluate_checkpoint, evaluate_model
 from relora_train.merging import finish_cycle
+from relora_train.peak_memory import peak_bytes, reset_peak
 from relora_train.process import Emit, StopRequest, is_asked_to_serve, serve_request, serve_requests
 from relora_train.ranks import Ranks, joined_ranks
 from relora_train.relora import lora_parameters
@@ -67,8 +68,11 @@ def run_as_rank(request: StageRequest, ranks: Ranks, stop: StopRequest, emit: Em
         metrics = progress.metrics
         before = _evaluation_before(training, metrics, emit)
         parts.end("evaluate_before")
+        reset_peak(training.ranks.device)
         _train(training, progress, emit, stop, started)
         parts.end("steps")
+        peak = peak_bytes(training.ranks.device)
+        metrics.append({"kind": "memory", "step": training.stage.end_step, "peak_bytes": peak})
         merge_report = finish_cycle(training, metrics, emit) if training.stage.low_rank else {}
         parts.end("merge")
         after = _evaluate(training, metrics, emit, when="after")

@@ -103,6 +103,9 @@ BAD_INPUT = [
     pytest.param(
         ["join", "--rdzv-endpoint", "x", "--nnodes", "2", "--node-rank", "1"], 2, "rdzv_endpoint", id="no port"
     ),
+    pytest.param(["compare", "table2-tyni"], 2, "Did you mean 'table2-tiny'", id="unknown experiment"),
+    pytest.param(["compare", "table2-tiny", "--seeds", "0,x"], 2, "write it as 0,1,2", id="seeds that are no numbers"),
+    pytest.param(["compare", "table2-tiny", "--set", "seed=1"], 2, "given by --seeds", id="seed as a setting"),
     pytest.param(["report", "gone"], 6, "no run 'gone'", id="report of nothing"),
 ]
 
@@ -217,6 +220,8 @@ def test_every_command_has_one_line_of_help_and_the_exit_codes_are_documented(re
         "bench",
         "analyze",
         "tutorial",
+        "compare",
+        "experiments",
     }
     assert set(commands) == expected
     for name, command in commands.items():
@@ -224,7 +229,9 @@ def test_every_command_has_one_line_of_help_and_the_exit_codes_are_documented(re
         assert relora(name, "--help").code == 0
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["plan", "smoke"], ["profiles"], ["runs"], ["--version"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["plan", "smoke"], ["profiles"], ["experiments"], ["runs"], ["--version"]]
+)
 def test_light_commands_import_no_torch_prefect_or_boto3(arguments: list[str], tmp_path: Path) -> None:
     script = (
         "import sys\nfrom relora_train.cli import main\n"
@@ -331,6 +338,28 @@ def test_plain_progress_is_lines_at_a_bounded_rate_without_control_codes() -> No
     assert sum("merged cycle 12" in text for text in lines) == 1
     assert any("cycle-12: validation perplexity 120.00 → 98.50 in 1 min 01 s" in text for text in lines)
     assert all(text.isprintable() and len(text) <= 100 for text in lines)
+
+
+def test_the_progress_of_an_experiment_says_which_run_it_is_and_each_thing_once() -> None:
+    written = io.StringIO()
+    progress = RunProgress(PlainDisplay(Console(file=written, width=100, force_terminal=False)), [])
+    dataset = {"event": "dataset_ready", "uri": "file:///d", "name": "d", "train_tokens": 9, "val_tokens": 1}
+    progress.show({"event": "arm_reused", "arm": "full", "seed": 0, "outcome": "trained", "val_perplexity": 98.3})
+    progress.show({"event": "arm_reused", "arm": "lora", "seed": 0, "outcome": "diverged", "val_perplexity": None})
+    for seed in (0, 1):
+        run = {"arm": "relora", "seed": seed, "run_id": f"tiny-relora-s{seed}-12345678", "stages": ["cycle-1"]}
+        progress.show({"event": "arm_started", **run})
+        progress.show({**dataset, "reused": seed == 1})
+    message = "The training loss is nan at step 83 of stage cycle-1 (learning rate 1): the run diverged and …"
+    progress.show({"event": "arm_diverged", "arm": "relora", "seed": 1, "message": message})
+    assert written.getvalue().splitlines() == [
+        "○ reused full, seed 0: validation perplexity 98.30",
+        "○ reused lora, seed 0: diverged",
+        "› relora, seed 0: run tiny-relora-s0-12345678",
+        "✓ dataset d: 9 tokens to train on, 1 to validate on",
+        "› relora, seed 1: run tiny-relora-s1-12345678",
+        "! relora, seed 1 diverged: The training loss is nan at step 83 of stage cycle-1 (learning rate 1)",
+    ]
 
 
 def test_the_live_display_keeps_what_is_done_and_removes_its_bar() -> None:

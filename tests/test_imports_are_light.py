@@ -10,6 +10,10 @@ import pytest
 
 LIGHT = (
     "relora_train.errors",
+    "relora_train.experiment",
+    "relora_train.experiment_config",
+    "relora_train.statistics",
+    "relora_train.console.compare",
     "relora_train.config",
     "relora_train.plan",
     "relora_train.schedule",

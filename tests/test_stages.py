@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 
 from relora_train.config import Profile, default_run_id
+from relora_train.errors import ConfigError
 from relora_train.profiles import profile_directory
 from relora_train.stages import (
     differing_settings,
@@ -16,6 +17,7 @@ from relora_train.stages import (
     plan_stages,
     stage_fingerprint,
     stage_learning_rate,
+    until,
 )
 
 DATASET = "d" * 64
@@ -45,6 +47,7 @@ CHANGES = {
     "schedule.warmup_steps": 30,
     "schedule.restart_warmup_steps": 20,
     "schedule.min_lr_ratio": 0.2,
+    "schedule.jagged": False,
     "relora.rank": 16,
     "relora.alpha": 16.0,
     "relora.rank_stabilized": True,
@@ -208,6 +211,7 @@ LATER_ONLY = {
     "relora.target_modules": "cycle-1",
     "optimizer_reset.mode": "cycle-1",
     "schedule.restart_warmup_steps": "cycle-2",
+    "schedule.jagged": "cycle-2",
 }
 """Setting -> the first stage it can touch."""
 
@@ -317,6 +321,14 @@ def test_stages_of_each_method():
     ]
 
 
+def test_a_run_can_stop_after_any_of_its_stages_and_no_other():
+    stages = plan_stages(Profile.model_validate({"schedule": SMALL}))
+    assert [stage.name for stage in until("cycle-1", stages)] == ["warm-start", "cycle-1"]
+    assert until(None, stages) == stages
+    with pytest.raises(ConfigError, match="no stage 'lora' to stop after; left to train are warm-start, cycle-1, cyc"):
+        until("lora", stages)
+
+
 @pytest.mark.parametrize(("method", "first"), [("relora", "cycle-1"), ("lora", "lora"), ("full", "full-1")])
 def test_without_a_warm_start_the_first_stage_is_the_methods_own(method, first):
     profile = Profile.model_validate({"schedule": {**SMALL, "warm_start_steps": 0}, "method": method})
@@ -341,6 +353,20 @@ def test_the_learning_rate_falls_to_zero_at_each_phase_and_after_each_merge_only
     assert restarts(Profile.model_validate({"schedule": schedule})) == [1, 101, 151, 201]
     assert restarts(Profile.model_validate({"schedule": schedule, "method": "lora"})) == [1, 101]
     assert restarts(Profile.model_validate({"schedule": schedule, "method": "full"})) == [1]
+
+
+def test_without_jags_the_cycles_follow_one_cosine_as_a_lora_does():
+    schedule = {**SMALL, "cycles": 3, "warmup_steps": 10, "restart_warmup_steps": 5, "jagged": False}
+    smooth = Profile.model_validate({"schedule": schedule})
+    assert restarts(smooth) == [1, 101]
+    assert rates(smooth) == rates(smooth.model_copy(update={"method": "lora"}))
+    assert [stage.name for stage in plan_stages(smooth)] == ["warm-start", "cycle-1", "cycle-2", "cycle-3"]
+
+
+def test_the_jagged_schedule_leaves_names_from_before_its_key_alone():
+    """Names and fingerprints of runs that were made before schedule.jagged existed, with all defaults."""
+    assert default_run_id(Profile()) == "profile-b7ae16c4"
+    assert last_fingerprint(Profile()).startswith("f063a5ff87fc8f08")
 
 
 def test_the_phases_peak_at_their_own_learning_rates():

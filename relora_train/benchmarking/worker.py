@@ -9,13 +9,13 @@ from __future__ import annotations
 import json
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from relora_train.benchmarking.arms import BuiltArm, build_arm
 from relora_train.benchmarking.request import ArmRequest
+from relora_train.peak_memory import peak_bytes, process_bytes, reset_peak
 
 _PEAK_SIDE = 2048
 
@@ -28,13 +28,13 @@ def main() -> None:
         torch.set_num_threads(request.threads)
     wants_gpu = request.device == "cuda" or (request.device == "auto" and torch.cuda.is_available())
     device = torch.device("cuda" if wants_gpu else "cpu")
-    before = _resident_bytes()
+    before = process_bytes("VmRSS") or 0
     built = build_arm(request, device)
     torch.manual_seed(0)
     shape = request.shape
     tokens = torch.randint(shape.vocab_size, (shape.sequences, shape.sequence_length + 1), device=device)
     first = float(built.step(tokens))  # allocates the optimizer's state and what is kept between steps
-    _reset_peak(device)
+    reset_peak(device)
     _answer(
         arm=request.arm,
         device=torch.cuda.get_device_name() if wants_gpu else "cpu",
@@ -91,30 +91,8 @@ def _memory(built: BuiltArm, device: torch.device, before: int) -> dict[str, int
         if isinstance(value, torch.Tensor)
     )
     trained = sum(p.numel() * p.element_size() for p in built.model.parameters() if p.requires_grad)
-    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else _peak_bytes() - before
+    peak = (peak_bytes(device) or 0) - (0 if device.type == "cuda" else before)
     return {"weights": weights, "optimizer": state, "gradients": trained, "above_weights": peak - weights}
-
-
-def _reset_peak(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    else:
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def _resident_bytes() -> int:
-    return _status("VmRSS")
-
-
-def _peak_bytes() -> int:
-    return _status("VmHWM")
-
-
-def _status(field: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{field}:"):
-            return int(line.split()[1]) * 1024
-    raise OSError(f"/proc/self/status has no {field}")
 
 
 if __name__ == "__main__":

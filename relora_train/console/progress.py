@@ -22,6 +22,9 @@ from rich.text import Text
 
 from relora_train import events
 from relora_train.console.progress_text import (
+    arm_diverged_line,
+    arm_reused_line,
+    arm_started_line,
     dataset_line,
     diverged_line,
     evaluated_line,
@@ -40,8 +43,8 @@ PLAIN_SECONDS = 10.0
 
 _SHORT_BELOW_COLUMNS = 100
 _ROOM_FOR_CTRL_C = 4  # a terminal writes ^C where the cursor stands; on the next line it would stay there
-_DONE, _REUSED, _MERGED, _NOTICE = "✓", "○", "+", "!"
-_STYLES = {_DONE: "green", _REUSED: "dim", _MERGED: "cyan", _NOTICE: "yellow"}
+_DONE, _REUSED, _MERGED, _NOTICE, _ARM = "✓", "○", "+", "!", "›"
+_STYLES = {_ARM: "bold", _DONE: "green", _REUSED: "dim", _MERGED: "cyan", _NOTICE: "yellow"}
 
 
 class Display(Protocol):
@@ -154,6 +157,8 @@ class RunProgress(logging.Handler):
         self._stages = tuple(stages)
         self._before: dict[str, float] = {}
         self._stopping = False
+        self._datasets: set[str | None] = set()
+        """Said already: the runs of an experiment share one."""
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
@@ -183,7 +188,18 @@ class RunProgress(logging.Handler):
             case "tokenize_progress":
                 total = event.get("total_bytes")
                 display.counted(str(event.get("phase", "tokenize")), event["done_bytes"], total, tokenize_line(event))
+            case "arm_started":
+                self._stages = tuple(event["stages"])
+                display.line(_ARM, arm_started_line(event))
+                display.waiting("starting")
+            case "arm_reused":
+                display.line(_REUSED, arm_reused_line(event))
+            case "arm_diverged":
+                display.line(_NOTICE, arm_diverged_line(event))
+            case "dataset_ready" if event["reused"] and event.get("uri") in self._datasets:
+                display.waiting(f"starting {self._after(None)}")
             case "dataset_ready":
+                self._datasets.add(event.get("uri"))
                 display.line(_REUSED if event["reused"] else _DONE, dataset_line(event))
                 display.waiting(f"starting {self._after(None)}")
             case "stage_started":

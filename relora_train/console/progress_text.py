@@ -60,6 +60,23 @@ def stage_finished_line(event: Event, before: float | None) -> str:
     )
 
 
+def arm_started_line(event: Event) -> str:
+    """'relora, seed 0: run tiny-relora-s0-1a2b3c4d'."""
+    return f"{event['arm']}, seed {event['seed']}: run {event['run_id']}"
+
+
+def arm_reused_line(event: Event) -> str:
+    """'reused relora, seed 0: validation perplexity 98.33'."""
+    scored = f"validation perplexity {perplexity_text(event['val_perplexity'])}"
+    result = "diverged" if event["outcome"] == "diverged" else scored
+    return f"reused {event['arm']}, seed {event['seed']}: {result}"
+
+
+def arm_diverged_line(event: Event) -> str:
+    """'restarts-reset, seed 0 diverged: The training loss is nan at step 83 …'."""
+    return f"{event['arm']}, seed {event['seed']} diverged: {event['message'].partition(': ')[0]}"
+
+
 def diverged_line(event: Event) -> str:
     """'cycle-2 diverged at learning rate 0.001 (attempt 1 of 3)'; what follows shows whether another is made."""
     return (

@@ -117,6 +117,12 @@ def train_curve(records: Sequence[Mapping[str, Any]]) -> TrainCurve:
     return TrainCurve(np.array(steps, dtype=np.int64), values)
 
 
+def stage_peak_bytes(checkpoint: CheckpointRef, fetch_files: FetchFiles) -> int | None:
+    """The most memory that a stage's training held, on its first rank; None where that was not recorded."""
+    peaks = [record.get("peak_bytes") for record in _metrics(checkpoint, fetch_files) if record.get("kind") == "memory"]
+    return next((int(peak) for peak in reversed(peaks) if peak is not None), None)
+
+
 def _metrics(checkpoint: CheckpointRef, fetch_files: FetchFiles) -> Iterator[dict[str, Any]]:
     if not any(entry.path == "metrics.jsonl" for entry in checkpoint.manifest.files):
         return

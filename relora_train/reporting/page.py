@@ -40,16 +40,22 @@ def render_page(data: RunData, pictures: Pictures) -> str:
         ("lineage", "Lineage", _lineage(data)),
         ("settings", "Settings and versions", _settings(data)),
     ]
-    links = " ".join(f'<a href="#{key}">{escape(title)}</a>' for key, title, _ in sections)
-    body = "\n".join(f'<section id="{key}"><h2>{escape(title)}</h2>\n{text}</section>' for key, title, text in sections)
+    tiles = Html(f'<div class="tiles">{"".join(_tile(*tile) for tile in _tiles(data))}</div>')
+    return page(data.run_id, Html(f"{_header(data)}\n{tiles}"), sections)
+
+
+def page(title: str, header: Html, sections: Sequence[tuple[str, str, Html]]) -> str:
+    """A whole page of sections, given as anchor, heading and content. It may load nothing and run nothing."""
+    links = " ".join(f'<a href="#{key}">{escape(heading)}</a>' for key, heading, _ in sections)
+    body = "\n".join(f'<section id="{key}"><h2>{escape(name)}</h2>\n{text}</section>' for key, name, text in sections)
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:; '
         "style-src 'unsafe-inline'\">\n"
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         '<meta name="color-scheme" content="light dark">\n'
-        f"<title>{escape(data.run_id)} · ReLoRA Train</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<main>\n"
-        f"{_header(data)}\n<nav>{links}</nav>\n{body}\n</main>\n</body>\n</html>\n"
+        f"<title>{escape(title)} · ReLoRA Train</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<main>\n"
+        f"{header}\n<nav>{links}</nav>\n{body}\n</main>\n</body>\n</html>\n"
     )
 
 
@@ -58,8 +64,7 @@ def _header(data: RunData) -> Html:
     facts = f"profile {data.profile} · method {method} · last checkpoint {data.finished_at:%Y-%m-%d %H:%M} UTC"
     return Html(
         f'<header><p class="eyebrow">ReLoRA Train</p><h1>{escape(data.run_id)}</h1>'
-        f'<p class="lede">{escape(headline(data))}</p><p class="facts">{escape(facts)}</p></header>\n'
-        f'<div class="tiles">{"".join(_tile(*tile) for tile in _tiles(data))}</div>'
+        f'<p class="lede">{escape(headline(data))}</p><p class="facts">{escape(facts)}</p></header>'
     )
 
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 
 from relora_train.reporting.run_data import RunData, StageRow
+from relora_train.statistics import Estimate
 
 MISSING = "–"
 
@@ -67,6 +68,29 @@ def headline(data: RunData) -> str:
         return f"Validation perplexity is {end}."
     start = f"{decimal(first.after.val_perplexity, 2)} after {first.stage}"
     return f"Validation perplexity went from {start} to {end}."
+
+
+def estimate_text(value: Estimate | None) -> str:
+    """'22.483 ± 0.031': to the second digit of the error; about four digits where there is none."""
+    if value is None:
+        return MISSING
+    if value.standard_error is None:
+        return decimal(value.mean, max(0, 3 - _exponent(value.mean))).replace("-", "−") if value.mean else "0"
+    if value.standard_error == 0:
+        return f"{value.mean:,.6g} ± 0".replace("-", "−")
+    digits = max(0, 1 - _exponent(float(f"{value.standard_error:.1e}")))
+    return f"{decimal(value.mean, digits)} ± {decimal(value.standard_error, digits)}".replace("-", "−")
+
+
+def signed_estimate_text(value: Estimate | None) -> str:
+    """The same of a difference, with its sign."""
+    text = estimate_text(value)
+    return f"+{text}" if value is not None and value.mean > 0 else text
+
+
+def _exponent(value: float) -> int:
+    """Of ten: 2 for 123, −3 for 0.0012."""
+    return math.floor(math.log10(abs(value)))
 
 
 def _shown(value: float | None, form: Callable[[float], str]) -> str:

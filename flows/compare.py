@@ -1,0 +1,90 @@
+"""Run an experiment: every arm at every seed, then one table with errors and one report."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from prefect import flow
+
+from flows.pretrain import pretrain
+from relora_train import events
+from relora_train.comparison import ComparisonSummary, RunResult
+from relora_train.errors import DivergedError
+from relora_train.experiment import Experiment, PlannedRun, load_experiment
+from relora_train.overrides import ProfileOverrides
+from relora_train.parameters import ExperimentName, LimitName, PretrainDeployment, Seeds, StoreUri
+from tasks.compare import keep_divergence, look_for_result, read_result, write_comparison
+from tasks.deployed import require_deployment, run_deployed
+from tasks.limits import require_limit
+from tasks.observe import done
+from tasks.store import open_run_store
+
+
+@flow(name="compare", flow_run_name="compare-{experiment}", persist_result=False)
+def compare(
+    experiment: ExperimentName,
+    overrides: ProfileOverrides | None = None,
+    seeds: Seeds | None = None,
+    store: StoreUri | None = None,
+    deployment: PretrainDeployment | None = None,
+    gpu_limit: LimitName | None = None,
+) -> ComparisonSummary:
+    """Bring every run of an experiment to its end from wherever it stands, and compare them.
+
+    Each is an ordinary run of the flow pretrain; a warm start that several begin with is trained once. A run that
+    diverges is a result. What is on record is reused, so the same call goes on after any interruption.
+
+    Args:
+        experiment: name of a shipped experiment, or path of a TOML file
+        overrides: settings over its base profile, for every arm
+        seeds: instead of the experiment's
+        store: directory, file:// or s3://bucket/prefix; $RELORA_STORE, else ./relora-store, when absent
+        deployment: deployment of pretrain that makes the runs, side by side; one after another, here, when absent
+        gpu_limit: global concurrency limit of which each run holds one slot while it trains; none when absent
+    """
+    planned = load_experiment(experiment, overrides.settings() if overrides else {}, seeds)
+    require_limit(gpu_limit)
+    require_deployment(deployment)
+    store_uri = open_run_store(store)
+    results = {run.run_id: done(look_for_result(planned.name, run, store_uri)) for run in planned.runs}
+    missing = [run for run in planned.runs if results[run.run_id] is None]
+    lost: dict[str, str] = {}
+    for wave in planned.waves(missing, together=deployment is not None):
+        for run, message in _ends(planned, wave, lost, store_uri, deployment, gpu_limit):
+            if run.is_warm_start:
+                lost |= {run.run_id: message} if message else {}
+            elif message:
+                results[run.run_id] = keep_divergence(planned.name, run, message, store_uri)
+            else:
+                results[run.run_id] = read_result(run, store_uri)
+    found: list[RunResult] = [result for result in results.values() if result is not None]
+    return write_comparison(planned, found, store_uri, reused=len(planned.runs) - len(missing))
+
+
+def _ends(
+    planned: Experiment,
+    wave: Sequence[PlannedRun],
+    lost: dict[str, str],
+    store_uri: str,
+    deployment: str | None,
+    gpu_limit: str | None,
+) -> Iterator[tuple[PlannedRun, str | None]]:
+    """Each run of a wave when it has ended, with a message if it diverged, or if the warm start it needs did."""
+    runs = {run.run_id: run for run in wave if run.warm_start not in lost}
+    parameters = {name: planned.parameters(run, store_uri=store_uri, gpu_limit=gpu_limit) for name, run in runs.items()}
+    for run in wave:
+        if run.warm_start in lost:
+            yield run, lost[run.warm_start]
+    if deployment is not None:
+        for name, error in run_deployed(deployment, parameters):
+            yield runs[name], str(error) if error else None
+        return
+    for name, run in runs.items():
+        stages = [stage.name for stage in run.stages]
+        events.emit("arm_started", arm=run.arm, seed=run.seed, run_id=name, stages=stages)
+        try:
+            pretrain(**parameters[name])
+        except DivergedError as error:
+            yield run, str(error)
+        else:
+            yield run, None

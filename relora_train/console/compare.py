@@ -1,0 +1,139 @@
+"""`relora compare` and `relora experiments`. Imports no torch and no Prefect."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.text import Text
+
+from relora_train import profiles
+from relora_train.console.output import tell
+from relora_train.console.precheck import check_inputs
+from relora_train.console.progress_text import seconds_text
+from relora_train.console.run import run_shown
+from relora_train.console.summary import place
+from relora_train.console.tables import add_row, table
+from relora_train.errors import ConfigError
+from relora_train.experiment import Experiment, list_experiments, load_experiment
+from relora_train.run import default_store_uri
+from relora_train.storage.opening import open_store
+
+if TYPE_CHECKING:
+    from relora_train.comparison import ComparisonSummary
+
+
+def parse_seeds(text: str | None) -> list[int] | None:
+    """'0,1,2' as numbers; None for none. Raises ConfigError."""
+    if text is None:
+        return None
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() for part in parts):
+        raise ConfigError(f"--seeds {text!r} is not a list of numbers; write it as 0,1,2.")
+    return [int(part) for part in parts]
+
+
+def run_experiment(
+    name: str,
+    sets: Sequence[str],
+    *,
+    seeds: list[int] | None,
+    store_uri: str | None,
+    deployment: str | None,
+    console: Console,
+    verbose: bool,
+) -> ComparisonSummary:
+    """Run the flow `compare` and return its summary; what can be refused is refused before anything starts.
+
+    Raises the library's own errors, TrainerInterruptedError after Ctrl-C; exits with 143 after SIGTERM.
+    """
+    overrides = dict(profiles.parse_override(text) for text in sets)
+    planned = load_experiment(name, overrides, seeds)
+    store = open_store(store_uri or default_store_uri())
+    store.preflight()
+    check_inputs(planned.runs[0].profile)
+    for notice in notices(planned):
+        tell(notice)
+    parameters: dict[str, Any] = {
+        "experiment": name,
+        "overrides": overrides,
+        "seeds": seeds,
+        "store": store.uri,
+        "deployment": deployment,
+    }
+    summary: ComparisonSummary = run_shown("compare", parameters, (), console=console, verbose=verbose)
+    return summary
+
+
+def notices(planned: Experiment) -> list[str]:
+    """What is to be known before the runs begin."""
+    arms, seeds = len(planned.config.arms), len(planned.seeds)
+    shared = f", branching from {len(planned.warm_starts)} warm starts" if planned.warm_starts else ""
+    lines = [f"{planned.name}: {arms} arms x {seeds} seeds of {planned.budget_tokens:,} tokens{shared}"]
+    if planned.budget_tokens != planned.config.budget_tokens:
+        lines.append(f"The experiment's own budget is {planned.config.budget_tokens:,} tokens; --set changed it.")
+    lines += [f"--set {key} does not reach {', '.join(arms)}." for key, arms in planned.unreached.items()]
+    return lines
+
+
+def print_comparison(console: Console, summary: ComparisonSummary, *, seconds: float) -> None:
+    """The table, the differences, and where everything lies."""
+    from relora_train.reporting.comparison_text import arm_cells, arm_header
+    from relora_train.reporting.text import signed_estimate_text
+
+    data = summary.comparison
+    made = table(*arm_header(data))
+    for row in data.arms:
+        add_row(made, *arm_cells(data, row))
+    console.print()
+    console.print(made, highlight=False)
+    paired = table(f"less {data.label(data.reference)}", "loss", "perplexity", "pairs")
+    for each in data.differences:
+        if each.arm != data.reference and each.val_loss is not None:
+            shown = (signed_estimate_text(each.val_loss), signed_estimate_text(each.val_perplexity))
+            add_row(paired, data.label(each.arm), *shown, str(each.val_loss.count))
+    if paired.row_count:
+        console.print()
+        console.print(paired, highlight=False)
+    console.print()
+    closing = [f"Report: {place(summary.html_uri)}", f"JSON:   {place(summary.json_uri)}"]
+    if summary.reused:
+        closing.append(f"Reused: {summary.reused} of {len(data.runs)} runs")
+    closing.append(f"Experiment {data.experiment} finished in {seconds_text(seconds)}.")
+    for line in closing:
+        console.print(Text(line), soft_wrap=True, highlight=False)
+
+
+def describe_experiments() -> list[dict[str, Any]]:
+    """Name, title, base profile, arms and time of every shipped experiment."""
+    described = []
+    for path in list_experiments():
+        planned = load_experiment(path.stem)
+        described.append(
+            {
+                "name": planned.name,
+                "title": planned.config.title,
+                "profile": planned.config.profile,
+                "arms": list(planned.config.arms),
+                "seeds": list(planned.config.seeds),
+                "time": _time(path),
+                "path": str(path),
+            }
+        )
+    return described
+
+
+def print_experiments(console: Console, described: Sequence[dict[str, Any]]) -> None:
+    """One line an experiment."""
+    made = table("experiment", "arms", "title", left=("title",))
+    for item in described:
+        add_row(made, item["name"], str(len(item["arms"])), item["title"])
+    console.print(made, highlight=False)
+
+
+def _time(path: Path) -> str:
+    """What the header says of it."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return next((line.partition("# Time:")[2].strip() for line in lines if line.startswith("# Time:")), "")

@@ -1,0 +1,77 @@
+"""An experiment as its file has it: arms over a base profile, seeds, a budget, the paper's numbers. Light."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from relora_train.config import FrozenConfig
+
+ArmName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,39}$")]
+"""Part of run ids."""
+
+
+class ArmConfig(FrozenConfig):
+    """One arm: what it changes in the base, and what the paper has for it."""
+
+    label: str
+    """What the tables call it."""
+
+    about: str = ""
+    """What it is to show, in a sentence."""
+
+    paper: float | Literal["diverged"] | None = None
+    """The paper's number for it, in the experiment's paper_measure."""
+
+    set: dict[str, Any] = Field(default_factory=dict)
+    """Settings over the base."""
+
+
+class ExperimentConfig(FrozenConfig):
+    """An experiment as its file has it."""
+
+    title: str
+    """What it shows, in a line."""
+
+    profile: str
+    """The base: a shipped profile's name, or a path seen from the experiment's file."""
+
+    budget_tokens: int = Field(ge=1)
+    """Tokens that every arm trains on, its warm start included."""
+
+    seeds: tuple[int, ...] = Field((0, 1, 2), min_length=1)
+    """Every arm is trained once with each."""
+
+    reference: str
+    """The arm that the others are compared with, seed by seed."""
+
+    paper_source: str = ""
+    """Where the paper's numbers stand."""
+
+    paper_measure: str = ""
+    """What they measure."""
+
+    base: dict[str, Any] = Field(default_factory=dict)
+    """Settings over the profile, for every arm."""
+
+    arms: dict[ArmName, ArmConfig] = Field(min_length=1)
+    """By name, in the order of the tables."""
+
+    @model_validator(mode="after")
+    def seeds_differ(self) -> Self:
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds {list(self.seeds)} name one twice")
+        return self
+
+    @model_validator(mode="after")
+    def reference_is_an_arm(self) -> Self:
+        if self.reference not in self.arms:
+            raise ValueError(f"reference {self.reference!r} is none of the arms {', '.join(self.arms)}")
+        return self
+
+    @model_validator(mode="after")
+    def papers_numbers_have_a_source(self) -> Self:
+        if any(arm.paper is not None for arm in self.arms.values()) and not (self.paper_source and self.paper_measure):
+            raise ValueError("arms have the paper's numbers: say paper_source and paper_measure")
+        return self

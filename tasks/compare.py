@@ -1,0 +1,71 @@
+"""What a comparison does beside its runs: see which are there, keep which diverged, write the report."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from prefect import task
+
+from relora_train import comparison, events
+from relora_train.comparison import ComparisonSummary, RunResult
+from relora_train.errors import TrainerCrashedError
+from relora_train.experiment import Experiment, PlannedRun
+from relora_train.reporting.comparison_store import store_comparison
+from relora_train.reporting.comparison_text import comparison_markdown
+from relora_train.storage.opening import open_store
+from tasks.artifacts import publish_markdown
+from tasks.observe import skipped
+from tasks.policies import STORE_IO
+
+
+@task(**STORE_IO, task_run_name="look-for-{run.run_id}")
+def look_for_result(experiment: str, run: PlannedRun, store_uri: str) -> RunResult | None:
+    """Return what is on record of a run that is finished or diverged, shown as Skipped; None for one to be run."""
+    store = open_store(store_uri)
+    found = comparison.find_result(store, run)
+    if found is None and (message := comparison.recorded_divergence(store, experiment, run)):
+        found = comparison.diverged_result(store, run, message)
+    if found is None:
+        return None
+    events.emit("arm_reused", arm=run.arm, seed=run.seed, outcome=found.outcome, val_perplexity=found.val_perplexity)
+    return skipped(found, run.run_id)
+
+
+@task(**STORE_IO, task_run_name="result-of-{run.run_id}")
+def read_result(run: PlannedRun, store_uri: str) -> RunResult:
+    """Return what a run that has just ended well came to."""
+    found = comparison.find_result(open_store(store_uri), run)
+    if found is None:
+        raise TrainerCrashedError(
+            f"Run {run.run_id} ended well, and {store_uri} holds no scores of its last checkpoint. Was it started with "
+            "another store? Run the same command again."
+        )
+    return found
+
+
+@task(**STORE_IO, task_run_name="diverged-{run.run_id}")
+def keep_divergence(experiment: str, run: PlannedRun, message: str, store_uri: str) -> RunResult:
+    """Write down that a run diverged, and return it as a result; the experiment goes on."""
+    store = open_store(store_uri)
+    comparison.record_divergence(store, experiment, run, message)
+    events.emit("arm_diverged", arm=run.arm, seed=run.seed, message=message)
+    return comparison.diverged_result(store, run, message)
+
+
+@task(**STORE_IO, task_run_name="compare-{experiment.name}")
+def write_comparison(
+    experiment: Experiment, results: Sequence[RunResult], store_uri: str, *, reused: int
+) -> ComparisonSummary:
+    """Write the report to the store and the table as an artifact; return the ComparisonSummary."""
+    compared = comparison.compare_results(experiment, results)
+    stored = store_comparison(compared, open_store(store_uri))
+    key, what = f"experiment-{experiment.name}", f"Report of experiment {experiment.name}: {stored.html_uri}"
+    publish_markdown(key, comparison_markdown(compared), what)
+    events.emit("compared", experiment=experiment.name, html_uri=stored.html_uri)
+    return ComparisonSummary(
+        comparison=compared,
+        html_uri=stored.html_uri,
+        json_uri=stored.json_uri,
+        picture_uris=stored.picture_uris,
+        reused=reused,
+    )

@@ -1,0 +1,73 @@
+"""Have runs made by a deployment, side by side, wherever its workers are."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any, cast
+from uuid import UUID
+
+import httpx
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.objects import FlowRun, State
+from prefect.deployments import run_deployment
+from prefect.exceptions import ObjectNotFound
+
+from relora_train.errors import ConfigError, DivergedError, TrainerCrashedError
+
+_POLL_SECONDS = 3.0
+
+
+def require_deployment(name: str | None) -> None:
+    """Raise ConfigError for a deployment that Prefect's server does not know."""
+    if name is None:
+        return
+    try:
+        with get_client(sync_client=True) as client:
+            client.read_deployment_by_name(name)
+    except (ObjectNotFound, httpx.HTTPError) as error:
+        raise ConfigError(
+            f"The deployment {name!r} cannot be had from Prefect's server ({type(error).__name__}). Set "
+            "PREFECT_API_URL to a server that has it (`prefect deployment ls`), or leave it out: the runs are then "
+            "made one after another, here."
+        ) from None
+
+
+def run_deployed(deployment: str, runs: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, DivergedError | None]]:
+    """Start a run of the deployment for each name with its parameters; give each name that ended, and how it diverged.
+
+    Raises TrainerCrashedError, when all have ended, for those that ended neither well nor by divergence. Who is stopped
+    while waiting leaves them to go on; asked for again while one still works, its run id is in use.
+    """
+    waiting = {name: _start(deployment, name, parameters) for name, parameters in runs.items()}
+    failed = []
+    with get_client(sync_client=True) as client:
+        while waiting:
+            time.sleep(_POLL_SECONDS)
+            for name, flow_run_id in list(waiting.items()):
+                state = client.read_flow_run(flow_run_id).state
+                if state is None or not state.is_final():
+                    continue
+                del waiting[name]
+                diverged = _divergence(state)
+                if state.is_completed() or diverged:
+                    yield name, diverged
+                else:
+                    failed.append(f"{name}: {state.name}: {state.message}")
+    if failed:
+        shown = "".join(f"\n  - {each}" for each in failed)
+        raise TrainerCrashedError(
+            f"{len(failed)} of {len(runs)} runs of {deployment} did not end well:{shown}\n"
+            "What is committed is kept; the same command goes on from there."
+        )
+
+
+def _start(deployment: str, name: str, parameters: Mapping[str, Any]) -> UUID:
+    started = run_deployment(deployment, parameters=dict(parameters), flow_run_name=name, timeout=0)
+    return cast(FlowRun, started).id  # outside of an event loop it is the run, not a coroutine
+
+
+def _divergence(state: State[Any]) -> DivergedError | None:
+    """The error of a run that diverged; all that the state of a run elsewhere tells of it is text."""
+    _, marker, message = (state.message or "").partition(f"{DivergedError.__name__}: ")
+    return DivergedError(message) if state.is_failed() and marker else None

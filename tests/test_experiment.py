@@ -1,0 +1,252 @@
+"""The shipped experiments compare what they claim to compare, and a faulty one says so before anything is trained."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from relora_train.errors import ConfigError, ExperimentInvalidError, ProfileNotFoundError
+from relora_train.experiment import (
+    Experiment,
+    experiment_directory,
+    list_experiments,
+    load_experiment,
+    run_tokens,
+)
+from relora_train.experiment_config import ArmConfig, ExperimentConfig
+from relora_train.plan import plan
+from relora_train.stages import fingerprint_settings, plan_stages
+
+SHIPPED = [path.stem for path in list_experiments()]
+PAPERS_TABLE_2 = ["table2-60m", "table2-130m", "table2-250m", "table2-350m", "table2-1b"]
+SMALL = """
+title = "Two arms"
+profile = "smoke"
+budget_tokens = 30_720
+reference = "relora"
+[arms.relora]
+label = "ReLoRA"
+[arms.lora]
+label = "LoRA"
+set.method = "lora"
+"""
+
+
+def write(directory: Path, text: str) -> Path:
+    path = directory / "mine.toml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def refusal(path: Path, **given: object) -> str:
+    with pytest.raises(ExperimentInvalidError) as caught:
+        load_experiment(path, **given)
+    return str(caught.value)
+
+
+def arms(experiment: Experiment) -> dict[str, dict[str, object]]:
+    """What can change an arm's result, by arm, at the first seed; the first and the last stage say it all."""
+    first_seed = [run for run in experiment.runs if run.seed == experiment.seeds[0]]
+    found = {}
+    for run in first_seed:
+        stages = plan_stages(run.profile)
+        ends = [fingerprint_settings(run.profile, stage, "") for stage in (stages[0], stages[-1])]
+        found[run.arm] = {f"{place}.{key}": value for place, end in enumerate(ends) for key, value in end.items()}
+    return found
+
+
+def test_the_experiments_that_were_promised_are_shipped():
+    assert {"table1", "table2-tiny", "resets", "restarts", "warm-start", *PAPERS_TABLE_2} <= set(SHIPPED)
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_every_arm_of_a_shipped_experiment_trains_on_the_same_tokens(name: str):
+    experiment = load_experiment(name)
+    assert {run_tokens(run.profile) for run in experiment.runs} == {experiment.config.budget_tokens}
+    assert len(experiment.runs) == len(experiment.config.arms) * len(experiment.config.seeds)
+    for run in experiment.runs[: len(experiment.config.arms)]:
+        assert plan(run.profile).unknown is None
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_no_two_arms_of_a_shipped_experiment_are_the_same(name: str):
+    experiment = load_experiment(name)
+    settings = list(arms(experiment).values())
+    assert all(ours != theirs for i, ours in enumerate(settings) for theirs in settings[:i])
+    assert len({run.run_id for run in experiment.runs}) == len(experiment.runs)
+    assert len({arm.label for arm in experiment.config.arms.values()}) == len(experiment.config.arms)
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_shipped_experiment_begins_with_source_time_and_hardware(name: str):
+    header = (experiment_directory() / f"{name}.toml").read_text().partition("\n\n")[0]
+    assert [line[2:].partition(":")[0] for line in header.splitlines() if re.match(r"# \w+: ", line)] == [
+        "Source",
+        "Time",
+        "Verified",
+    ]
+
+
+@pytest.mark.parametrize("name", [*PAPERS_TABLE_2, "table2-tiny"])
+def test_the_control_has_as_many_parameters_as_relora_trains(name: str):
+    planned = {run.arm: plan(run.profile) for run in load_experiment(name).runs_of("control")[:1]}
+    relora = plan(load_experiment(name).runs_of("relora")[0].profile)
+    assert planned["control"].method == "full"
+    assert planned["control"].parameters == pytest.approx(relora.low_rank.trainable_parameters, rel=0.005)
+
+
+@pytest.mark.parametrize("name", [*PAPERS_TABLE_2, "table2-tiny"])
+def test_the_arms_of_table_2_are_what_the_paper_compares(name: str):
+    profiles = {run.arm: run.profile for run in load_experiment(name).runs}
+    assert (profiles["full"].method, profiles["relora"].method) == ("full", "relora")
+    assert profiles["full"].model == profiles["relora"].model
+    warm = profiles["lora-warm"]
+    assert warm == profiles["relora"].model_copy(update={"method": "lora", "name": warm.name})
+    if "lora" in profiles:
+        assert (profiles["lora"].method, profiles["lora"].schedule.warm_start_steps) == ("lora", 0)
+    assert len({run.warm_start for run in load_experiment(name).runs if run.seed == 0 and run.warm_start}) == 1
+
+
+@pytest.mark.parametrize("name", ["table1", "table1-tiny"])
+def test_the_rows_of_table_1_differ_in_the_four_parts_as_the_paper_has_them(name: str):
+    parts = {}
+    for run in load_experiment(name).runs:
+        p = run.profile
+        cycles = p.method == "relora"
+        parts[run.arm] = (
+            cycles,
+            cycles and p.optimizer_reset.mode != "none",
+            cycles and p.schedule.jagged,
+            p.method != "full" and p.schedule.warm_start_steps > 0,
+        )
+    assert parts == {  # restarts, optimizer reset, jagged schedule, warm start
+        "lora": (False, False, False, False),
+        "restarts": (True, False, False, False),
+        "restarts-reset": (True, True, False, False),
+        "restarts-jagged": (True, False, True, False),
+        "restarts-reset-jagged": (True, True, True, False),
+        "lora-warm": (False, False, False, True),
+        "relora": (True, True, True, True),
+        "full": (False, False, False, False),
+    }
+
+
+def test_the_arms_of_the_resets_differ_in_the_reset_and_nothing_else():
+    found = arms(load_experiment("resets"))
+    reference = found.pop("none")
+    for settings in found.values():
+        differing = {key for key in settings if settings[key] != reference[key]}
+        assert differing and all("optimizer_reset." in key for key in differing)
+
+
+def test_the_papers_numbers_are_those_of_its_table_1():
+    paper = {name: arm.paper for name, arm in load_experiment("table1").config.arms.items()}
+    assert paper == {
+        "lora": 34.17, "restarts": 34.25, "restarts-reset": "diverged", "restarts-jagged": 34.29,
+        "restarts-reset-jagged": 29.77, "lora-warm": 25.46, "relora": 25.04, "full": 23.65,
+    }  # fmt: skip
+
+
+def test_experiments_share_warm_starts_and_arms_whose_settings_are_the_same():
+    table2, resets = load_experiment("table2-tiny"), load_experiment("resets")
+    assert [run.run_id for run in table2.warm_starts] == [run.run_id for run in resets.warm_starts]
+    table1 = {run.run_id for run in load_experiment("table1-tiny").runs}
+    assert {run.run_id for run in table2.runs if run.arm in ("full", "lora-warm")} <= table1
+
+
+def test_the_run_ids_stay_when_arms_and_seeds_are_added(tmp_path: Path):
+    before = load_experiment(write(tmp_path, SMALL), seeds=[0])
+    more = SMALL + "[arms.full]\nlabel = 'Full'\nset.method = 'full'\n"
+    after = load_experiment(write(tmp_path, more), seeds=[0, 1])
+    assert {run.run_id for run in before.runs} < {run.run_id for run in after.runs}
+    assert {run.run_id for run in before.warm_starts} < {run.run_id for run in after.warm_starts}
+    assert before.digest == load_experiment(write(tmp_path, SMALL), seeds=[3, 4]).digest != after.digest
+
+
+def test_overrides_go_under_the_arms_and_may_change_the_budget_of_all(tmp_path: Path):
+    path = write(tmp_path, SMALL)
+    small = load_experiment(path, {"schedule.cycle_length": 10})
+    assert small.budget_tokens == (20 + 2 * 10) * 8 * 64 < small.config.budget_tokens
+    assert {run.profile.schedule.cycle_length for run in small.runs} == {10}
+    assert {run.run_id for run in small.runs}.isdisjoint(run.run_id for run in load_experiment(path).runs)
+
+
+def test_all_faults_of_the_arms_are_shown_at_once(tmp_path: Path):
+    message = refusal(write(tmp_path, SMALL + "set.relora.rnk = 3\n[arms.third]\nlabel = 'x'\nset.relora.rank = 0\n"))
+    assert "2 faults" in message
+    assert "arms.lora" in message and "did you mean 'rank'" in message
+    assert "arms.third" in message and "relora.rank" in message
+
+
+def test_arms_of_different_budgets_are_refused(tmp_path: Path):
+    message = refusal(write(tmp_path, SMALL + "set.schedule.cycles = 3\n"))
+    assert "arms.lora: 80 steps of 512 tokens are 40,960, not the common budget of 30,720" in message
+
+
+def test_an_override_that_an_arm_sets_itself_is_said_not_to_reach_it(tmp_path: Path):
+    experiment = load_experiment(write(tmp_path, SMALL), {"method": "full", "relora": {"rank": 4}})
+    assert experiment.unreached == {"method": ("lora",)}
+    assert {run.arm: run.profile.method for run in experiment.runs} == {"relora": "full", "lora": "lora"}
+
+
+def test_seed_and_name_are_no_overrides(tmp_path: Path):
+    assert "--seeds" in refusal(write(tmp_path, SMALL), overrides={"seed": 3})
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "words"),
+    [
+        ('reference = "relora"', 'reference = "nope"', "none of the arms relora, lora"),
+        ('title = "Two arms"', "", "title: Field required"),
+        ('label = "LoRA"', 'label = "LoRA"\npaper = 3.1', "paper_source"),
+        ('label = "LoRA"', 'label = "LoRA"\ncolour = 3', "arms.lora.colour: Extra inputs"),
+        ("budget_tokens = 30_720", "budget_tokens = 30_720\nseeds = [1, 1]", "name one twice"),
+        ('title = "Two arms"', "title = ", "is not valid TOML"),
+    ],
+)
+def test_a_faulty_experiment_says_what_and_where(tmp_path: Path, before: str, after: str, words: str):
+    path = write(tmp_path, SMALL.replace(before, after))
+    message = refusal(path)
+    assert words in message and str(path) in message
+
+
+def test_seeds_that_name_one_twice_are_refused(tmp_path: Path):
+    assert "name one twice" in refusal(write(tmp_path, SMALL), seeds=[1, 1])
+
+
+def test_a_misspelt_experiment_is_answered_with_the_name_that_was_meant():
+    with pytest.raises(ProfileNotFoundError, match="Did you mean 'table2-tiny'"):
+        load_experiment("table2-tyni")
+
+
+def test_the_base_may_lie_beside_the_experiment(tmp_path: Path):
+    (tmp_path / "base.toml").write_text("[relora]\nrank = 8\n")
+    text = SMALL.replace('"smoke"', '"base.toml"').replace("30_720", str(1000 * 32 * 256))
+    experiment = load_experiment(write(tmp_path, text))
+    assert {run.profile.relora.rank for run in experiment.runs} == {8}
+    with pytest.raises(ConfigError):
+        load_experiment(write(tmp_path, SMALL.replace('"smoke"', '"gone.toml"')))
+
+
+README = (experiment_directory() / "README.md").read_text()
+
+
+def test_the_readme_lists_every_shipped_experiment_and_no_other():
+    table = README.partition("## Shipped")[2].partition("\n## ")[0]
+    assert sorted(re.findall(r"^\| `([\w-]+)` \|", table, flags=re.MULTILINE)) == sorted(SHIPPED)
+
+
+def test_the_readme_explains_every_key():
+    keys = set(re.findall(r"^\| `([\w.]+)` \|", README.partition("## Every key")[2], flags=re.MULTILINE))
+    assert keys == {*ExperimentConfig.model_fields, *(f"arms.NAME.{key}" for key in ArmConfig.model_fields)}
+
+
+def test_the_readmes_smaller_experiment_can_be_had():
+    sets = re.search(r"^relora compare table2-tiny --seeds 0(( --set \S+)+)$", README, flags=re.MULTILINE)
+    assert sets
+    overrides = dict(text.split("=") for text in sets[1].split() if "=" in text)
+    experiment = load_experiment("table2-tiny", {key: tomllib.loads(f"v={v}")["v"] for key, v in overrides.items()})
+    assert experiment.budget_tokens == experiment.config.budget_tokens / 5
