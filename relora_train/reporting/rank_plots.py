@@ -103,7 +103,7 @@ def growth_figure(history: CycleHistory, theme: Theme) -> Figure:
         _name_stages(axes.xaxis, history.growth_stages, places)
     handles, labels = grid[0, 0].get_legend_handles_labels()
     figure.legend(
-        handles, labels, loc="lower center", ncols=5, fontsize=8.5, labelcolor=theme.text, frameon=False, borderpad=0
+        handles, labels, loc="lower center", ncols=5, fontsize=8.5, labelcolor=theme.text, frameon=False, borderpad=0.4
     )
     return figure
 
