@@ -131,8 +131,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def prefect(root: Path) -> Iterator[None]:
     with running_prefect(root / "prefect"), pytest.MonkeyPatch.context() as patch:
         patch.setenv("RELORA_CACHE", str(root / "cache"))
-        patch.setattr("relora_train.run.run_worker", work_here)
-        patch.setattr("relora_train.evaluation_records.run_worker", work_here)
+        patch.setattr("relora_train.kept_worker.KeptWorker.start", lambda worker, profile: None)
+        patch.setattr("relora_train.kept_worker.KeptWorker.run", lambda worker, *work, **how: work_here(*work, **how))
         yield
 
 

@@ -61,6 +61,8 @@ def _results(data: Comparison) -> Html:
         note(f"{', '.join(data.label(arm) for arm in arms)}: not reached by {key}, which they set themselves.")
         for key, arms in data.unreached.items()
     ]
+    if any(row.trained and row.diverged for row in data.arms):
+        notes.append(note("Where some runs diverged, means are over the others: they flatter the arm."))
     return Html(table(arm_header(data), rows) + note(text) + "".join(notes))
 
 

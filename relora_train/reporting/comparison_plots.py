@@ -68,7 +68,7 @@ def _figure(
         marker = {"marker": "o", "markersize": 3.6} if which == "validation" else {}
         axes.plot(x, mean, color=colour, linestyle=dashes, linewidth=1.6, label=plain(data.label(arm)), **marker)
         axes.fill_between(x, mean - error, mean + error, color=colour, alpha=0.18, linewidth=0)
-    axes.set_xlim(0, data.budget_tokens * 1.02)
+    axes.set_xlim(0, data.budget_tokens * 1.035)
     if limits := loss_limits(curves, data.budget_tokens):
         axes.set_ylim(*limits)
     axes.set_xlabel("tokens")
@@ -80,11 +80,11 @@ def _figure(
 
 
 def loss_limits(curves: dict[str, list[tuple[float, Estimate]]], budget: int) -> tuple[float, float] | None:
-    """Where the loss axis begins and ends: the first tenth of the tokens, where all fall alike, may lie above it.
+    """Where the loss axis begins and ends: the first fifth of the tokens, where all fall alike, may lie above it.
 
     None where nothing is later than that.
     """
-    later = [point.mean for curve in curves.values() for tokens, point in curve if tokens > budget / 10]
+    later = [point.mean for curve in curves.values() for tokens, point in curve if tokens > budget / 5]
     if not later or not math.isfinite(max(later)):
         return None
     span = max(max(later) - min(later), 1e-6)

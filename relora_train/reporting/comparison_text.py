@@ -7,6 +7,9 @@ from typing import Literal
 from relora_train.comparison import ArmResult, Comparison
 from relora_train.reporting.text import MISSING, count, decimal, duration, estimate_text, signed_estimate_text, size
 
+_NAMED = 5
+"""Arms in the headline at most."""
+
 
 def arm_header(data: Comparison) -> tuple[str, ...]:
     """Titles of the columns of arm_cells."""
@@ -48,6 +51,8 @@ def headline(data: Comparison) -> str:
     ranked = sorted((row for row in data.arms if row.val_perplexity), key=lambda row: row.val_perplexity.mean)  # type: ignore[union-attr]
     parts = [f"{row.label} {estimate_text(row.val_perplexity)}" for row in ranked]
     lost = [row.label for row in data.arms if row.diverged and not row.trained]
+    if len(parts) > _NAMED:
+        parts = [*parts[: _NAMED - 1], f"…, last of {len(parts)} {parts[-1]}"]
     told = f"Validation perplexity, best first: {', '.join(parts)}." if parts else "No arm was trained to its end."
     return f"{told} Diverged: {', '.join(lost)}." if lost else told
 
