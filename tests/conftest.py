@@ -14,6 +14,9 @@ from seaweed import Seaweed, running_seaweed
 # Here and in every process the tests start: matrices this small gain nothing from a second thread.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# A table is as wide whatever runs the tests: rich asks for the terminal, and there may be none.
+os.environ["COLUMNS"] = "140"
+
 # A shell starts its background jobs with Ctrl-C ignored, and every process of theirs inherits that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -63,7 +63,6 @@ def test_the_command_prints_a_table_and_writes_json(
 ):
     monkeypatch.setattr("relora_train.console.bench.SHAPES", {"tiny": TINY})
     monkeypatch.setattr("relora_train.console.bench.ARMS", ("paper", "ours"))
-    monkeypatch.setenv("COLUMNS", "140")
     file = tmp_path / "bench.json"
     with pytest.raises(SystemExit) as ended:
         main(["bench", "tiny", "--rounds", "1", "--steps", "1", "--threads", "1", "--output", str(file)])

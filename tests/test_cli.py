@@ -45,7 +45,6 @@ def relora(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("RELORA_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("RELORA_STORE", str(tmp_path / "store"))
-    monkeypatch.setenv("COLUMNS", "120")  # whatever runs the tests, and however long its temporary directory's name
 
     def call(*arguments: str) -> Outcome:
         with pytest.raises(SystemExit) as ended:
