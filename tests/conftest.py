@@ -6,10 +6,15 @@ import os
 import signal
 import uuid
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+from bundles import write_files
 from observed import Observed, observed_flows
 from seaweed import Seaweed, running_seaweed
+
+from relora_train.storage.base import ObjectStore
+from relora_train.storage.opening import open_store
 
 # Here and in every process the tests start: matrices this small gain nothing from a second thread.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -40,6 +45,26 @@ def s3_store_uri(seaweed: Seaweed, monkeypatch: pytest.MonkeyPatch) -> Iterator[
     yield f"s3://{bucket}/some/prefix"
     monkeypatch.delenv("AWS_PROFILE", raising=False)  # a test may have named one that does not exist
     seaweed.delete_bucket(bucket)
+
+
+@pytest.fixture(params=("local", "memory", "s3"))
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> ObjectStore:
+    """An empty store of each kind."""
+    if request.param == "s3":
+        return open_store(request.getfixturevalue("s3_store_uri"))
+    return open_store(tmp_path / "store" if request.param == "local" else f"memory://{uuid.uuid4().hex}")
+
+
+@pytest.fixture
+def memory() -> ObjectStore:
+    """An empty store of this process."""
+    return open_store(f"memory://{uuid.uuid4().hex}")
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory as a bundle holds it; not to be changed."""
+    return write_files(tmp_path_factory.mktemp("files"), "a")
 
 
 @pytest.fixture(scope="session")

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from schedules import schedules
 from stage_runs import ignore, manifest_of, metrics_of, run_all, stage_request, tiny_profile
 from tiny_data import write_tiny_dataset
 
@@ -29,18 +30,7 @@ from relora_train.trainer import run_stage
 DATASET = "d" * 64
 SMALL = {"warm_start_steps": 100, "cycles": 3, "cycle_length": 50, "warmup_steps": 10, "restart_warmup_steps": 5}
 
-SCHEDULES = st.builds(
-    lambda warm, cycles, length: {
-        "warm_start_steps": warm,
-        "cycles": cycles,
-        "cycle_length": length,
-        "warmup_steps": min(20, length),
-        "restart_warmup_steps": min(10, length - 1),
-    },
-    st.integers(0, 500),
-    st.integers(1, 8),
-    st.integers(2, 200),
-)
+SCHEDULES = schedules(most_cycles=8, longest_cycle=200)
 
 
 def profile_of(method: str = "relora", /, **schedule: Any) -> Profile:

@@ -37,13 +37,6 @@ from relora_train.storage.opening import open_store
 PREFIX = "runs/run/checkpoints/step-00000400-abc"
 
 
-@pytest.fixture(params=("local", "memory", "s3"))
-def store(request: pytest.FixtureRequest, tmp_path: Path) -> ObjectStore:
-    if request.param == "s3":
-        return open_store(request.getfixturevalue("s3_store_uri"))
-    return open_store(tmp_path / "store" if request.param == "local" else f"memory://{uuid.uuid4().hex}")
-
-
 @pytest.fixture(params=("local", "s3"))
 def shared_store_uri(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     return request.getfixturevalue("s3_store_uri") if request.param == "s3" else str(tmp_path / "store")

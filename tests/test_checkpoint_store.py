@@ -42,18 +42,6 @@ from relora_train.storage.base import ObjectStore
 from relora_train.storage.opening import open_store
 
 
-@pytest.fixture(params=("local", "memory", "s3"))
-def store(request: pytest.FixtureRequest, tmp_path: Path) -> ObjectStore:
-    if request.param == "s3":
-        return open_store(request.getfixturevalue("s3_store_uri"))
-    return open_store(tmp_path / "store" if request.param == "local" else f"memory://{uuid.uuid4().hex}")
-
-
-@pytest.fixture
-def memory() -> ObjectStore:
-    return open_store(f"memory://{uuid.uuid4().hex}")
-
-
 def add(
     run: CheckpointStore,
     tmp_path: Path,

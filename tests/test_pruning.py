@@ -41,23 +41,6 @@ NOW = timedelta(seconds=-1)
 LAST = RetentionPolicy(keep_last=1)
 
 
-@pytest.fixture(params=("local", "memory", "s3"))
-def store(request: pytest.FixtureRequest, tmp_path: Path) -> ObjectStore:
-    if request.param == "s3":
-        return open_store(request.getfixturevalue("s3_store_uri"))
-    return open_store(tmp_path / "store" if request.param == "local" else f"memory://{uuid.uuid4().hex}")
-
-
-@pytest.fixture
-def memory() -> ObjectStore:
-    return open_store(f"memory://{uuid.uuid4().hex}")
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_files(tmp_path_factory.mktemp("files"), "a")
-
-
 def with_dataset(store: ObjectStore, files: Path) -> str:
     commit_bundle(store, "datasets/corpus/d", files, dataset_manifest(files))
     return f"{store.uri}/datasets/corpus/d"

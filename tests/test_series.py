@@ -6,13 +6,12 @@ import dataclasses
 import json
 import math
 import threading
-import uuid
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
-from bundles import checkpoint_manifest, write_files
+from bundles import checkpoint_manifest
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny_data import write_tiny_dataset
@@ -47,23 +46,6 @@ from relora_train.storage.opening import open_store
 from relora_train.verify import verify_run
 
 EVERYTHING_IS_OLD = timedelta(seconds=-1)
-
-
-@pytest.fixture(params=("local", "memory", "s3"))
-def store(request: pytest.FixtureRequest, tmp_path: Path) -> ObjectStore:
-    if request.param == "s3":
-        return open_store(request.getfixturevalue("s3_store_uri"))
-    return open_store(tmp_path / "store" if request.param == "local" else f"memory://{uuid.uuid4().hex}")
-
-
-@pytest.fixture
-def memory() -> ObjectStore:
-    return open_store(f"memory://{uuid.uuid4().hex}")
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_files(tmp_path_factory.mktemp("files"), "a")
 
 
 def line_of_run(store: ObjectStore, files: Path, count: int, run_id: str = "run") -> list[CheckpointRef]:

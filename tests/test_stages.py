@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel
+from schedules import schedules
 
 from relora_train.config import Profile, default_run_id
 from relora_train.errors import ConfigError
@@ -265,18 +266,7 @@ def test_differences_are_named_with_both_values():
     assert differing_settings(ours, theirs) == ["relora.rank: 32 -> 16", "seed: 0 -> 3"]
 
 
-SCHEDULES = st.builds(
-    lambda warm, cycles, length: {
-        "warm_start_steps": warm,
-        "cycles": cycles,
-        "cycle_length": length,
-        "warmup_steps": min(20, length),
-        "restart_warmup_steps": min(10, length - 1),
-    },
-    st.integers(0, 500),
-    st.integers(1, 12),
-    st.integers(2, 300),
-)
+SCHEDULES = schedules(most_cycles=12, longest_cycle=300)
 
 
 @given(SCHEDULES, st.sampled_from(["full", "lora", "relora"]))

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import uuid
-from pathlib import Path
 
 import pytest
-from bundles import write_files
 from test_pruning import add, straight_run
 
 from relora_train.errors import CheckpointNotFoundError
@@ -17,18 +15,6 @@ from relora_train.retention import RetentionPolicy
 from relora_train.storage.base import ObjectStore
 from relora_train.storage.opening import open_store
 from relora_train.verify import verify_checkpoint, verify_run
-
-
-@pytest.fixture(params=("local", "memory", "s3"))
-def store(request: pytest.FixtureRequest, tmp_path: Path) -> ObjectStore:
-    if request.param == "s3":
-        return open_store(request.getfixturevalue("s3_store_uri"))
-    return open_store(tmp_path / "store" if request.param == "local" else f"memory://{uuid.uuid4().hex}")
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_files(tmp_path_factory.mktemp("files"), "a")
 
 
 def found(store: ObjectStore) -> list[tuple[str, str]]:
