@@ -120,9 +120,7 @@ def fetch_bundle(store: ObjectStore, prefix: str, manifest: Manifest, directory:
     """
     in_place = _local_directory(store, prefix, manifest)
     if in_place is not None:
-        for entry in manifest.files:
-            uri = f"{store.uri}/{_key(prefix, manifest, entry)}"
-            check_file(in_place / entry.path, entry, uri=uri, unless_checked_before=True)
+        _check_in_place(store, prefix, manifest, in_place, unless_checked_before=True)
         return in_place
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -159,13 +157,20 @@ def verify_bundle(store: ObjectStore, prefix: str, manifest: Manifest) -> None:
     """Read every byte of a bundle and return only if all are as committed. Needs disk space for one file."""
     in_place = _local_directory(store, prefix, manifest)
     if in_place is not None:
-        for entry in manifest.files:
-            check_file(in_place / entry.path, entry, uri=f"{store.uri}/{_key(prefix, manifest, entry)}")
+        _check_in_place(store, prefix, manifest, in_place)
         return
     with tempfile.TemporaryDirectory(prefix="relora-verify-") as scratch:
         for entry in manifest.files:
             _check_free_space(Path(scratch), [entry])
             _download(store, _key(prefix, manifest, entry), entry, Path(scratch)).unlink()
+
+
+def _check_in_place(
+    store: ObjectStore, prefix: str, manifest: Manifest, directory: Path, *, unless_checked_before: bool = False
+) -> None:
+    for entry in manifest.files:
+        uri = f"{store.uri}/{_key(prefix, manifest, entry)}"
+        check_file(directory / entry.path, entry, uri=uri, unless_checked_before=unless_checked_before)
 
 
 def _refuse_removed(store: ObjectStore, prefix: str) -> None:

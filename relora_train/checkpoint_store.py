@@ -109,8 +109,10 @@ class CheckpointStore:
 
     def list(self) -> Sequence[CheckpointRef]:
         """All committed checkpoints by step. A damaged manifest is an error here: skipping it would be guessing."""
-        refs = (self._read(place) for place, _ in self._places())
-        return sorted((ref for ref in refs if ref is not None), key=lambda ref: (ref.step, ref.fingerprint))
+        refs, faults = self.survey()
+        if faults:
+            raise faults[0]
+        return refs
 
     def survey(self) -> tuple[Sequence[CheckpointRef], Sequence[CheckpointCorruptError]]:
         """The committed checkpoints that can be read, by step, and what is wrong with the others: for people."""

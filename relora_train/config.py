@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -195,6 +196,12 @@ class BatchConfig(FrozenConfig):
     def tokens(self) -> int:
         """Tokens in an update."""
         return self.sequences * self.sequence_length
+
+    def forward_passes(self, ranks: int) -> tuple[int, int]:
+        """Sequences in a forward pass of the rank with the largest share, and its forward passes an update."""
+        share = math.ceil(self.sequences / ranks)
+        sequences = min(self.micro_sequences or share, share)
+        return sequences, math.ceil(share / sequences)
 
 
 class ScheduleConfig(FrozenConfig):

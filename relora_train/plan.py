@@ -268,19 +268,18 @@ def _orders(
 ) -> list[tuple[tuple[LinearShape, ...], LayerShape, Contraction]]:
     """What fast_path.share_inputs will choose."""
     batch, by_name = profile.batch, {linear.name: linear for linear in wrapped}
-    share = math.ceil(batch.sequences / (profile.launch.world_size or 1))
-    micro_sequences = min(batch.micro_sequences or share, share)
+    sequences, micro_steps = batch.forward_passes(profile.launch.world_size or 1)
     found = []
     for names in sibling_groups(list(by_name)):
         layers = tuple(by_name[name] for name in names)
         layer_shape = LayerShape(
-            tokens=micro_sequences * batch.sequence_length,
+            tokens=sequences * batch.sequence_length,
             in_features=layers[0].in_features,
             out_features=tuple(linear.out_features for linear in layers),
             rank=profile.relora.rank,
             dropout=profile.relora.dropout > 0,
             exact_weight=profile.precision.dtype == "float32",
-            micro_steps=math.ceil(share / micro_sequences),
+            micro_steps=micro_steps,
         )
         device = "cuda" if profile.launch.device == "cuda" else "cpu"
         as_written = profile.launch.sharding != "none" or profile.launch.compile

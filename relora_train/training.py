@@ -259,14 +259,9 @@ def _first_model(request: StageRequest, data: TokenDataset) -> nn.Module:
 def _share_inputs(
     model: nn.Module, profile: Profile, ranks: Ranks, optimizer: torch.optim.Optimizer
 ) -> dict[str, Contraction]:
-    share = -(-profile.batch.sequences // ranks.world_size)
-    micro_sequences = min(profile.batch.micro_sequences or share, share)
-    return share_inputs(
-        model,
-        tokens=micro_sequences * profile.batch.sequence_length,
-        micro_steps=-(-share // micro_sequences),
-        optimizer=optimizer,
-    )
+    sequences, micro_steps = profile.batch.forward_passes(ranks.world_size)
+    tokens = sequences * profile.batch.sequence_length
+    return share_inputs(model, tokens=tokens, micro_steps=micro_steps, optimizer=optimizer)
 
 
 def _start(request: StageRequest) -> TrainingState:
@@ -289,7 +284,7 @@ def _round_frozen_weights(model: nn.Module, parent: Path | None) -> MasterWeight
     for module, layer in relora_layers(model):
         name = f"{module}.weight"
         names.append(name)
-        if parent is None or read_tensor(parent, name) is None:
+        if parent is None or read_tensor(parent, name, rows=slice(0, 0)) is None:  # asks only whether it is there
             in_memory[name] = layer.weight.detach().clone()
         layer.weight.data = layer.weight.data.to(torch.bfloat16)
 
