@@ -473,7 +473,7 @@ def export(
 ) -> None:
     """Write the merged model of a checkpoint for transformers, every byte verified."""
     from relora_train.console.export import export_model
-    from relora_train.console.tables import size_text
+    from relora_train.units import size_text
 
     ref = _resolve(checkpoint, store)
     written = export_model(ref, directory, force=force)

@@ -23,6 +23,7 @@ LIGHT = (
     "relora_train.benchmarking.measure",
     "relora_train.console.bench",
     "relora_train.file_checks",
+    "relora_train.units",
     "relora_train.checkpoint_layout",
     "relora_train.checkpoint_resolve",
     "relora_train.checkpoint_store",

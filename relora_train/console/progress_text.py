@@ -6,6 +6,7 @@ import math
 import re
 
 from relora_train.events import Event
+from relora_train.units import minutes_text
 
 
 def progress_line(event: Event, *, short: bool = False) -> str:
@@ -117,11 +118,7 @@ def seconds_text(seconds: float) -> str:
         return "?"
     if round(seconds) < 60:
         return f"{seconds:.1f} s" if seconds < 9.95 else f"{seconds:.0f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes} min {rest:02d} s"
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min" if hours < 48 else f"{hours // 24} d {hours % 24:02d} h"
+    return minutes_text(seconds)
 
 
 def short_seconds_text(seconds: float) -> str:

@@ -18,6 +18,7 @@ from relora_train.console.plan_tables import sections
 from relora_train.console.progress_text import arrow, seconds_text
 from relora_train.divergence import divergence_text
 from relora_train.plan import Plan
+from relora_train.units import size_text
 
 _SAMPLE_CHARACTERS = 240
 _MERGE_NUMBERS = (("relative_update_norm", 4), ("effective_rank", 1))
@@ -47,15 +48,6 @@ def table(*columns: str, title: str | None = None, left: Sequence[str] = ()) -> 
 def add_row(made: Table, *cells: str) -> None:
     """Add text as it is: a '[' in a name is no markup."""
     made.add_row(*(Text(cell) for cell in cells))
-
-
-def size_text(size_bytes: float) -> str:
-    """'1.5 GB', in powers of 1000."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if size_bytes < 1000:
-            return f"{size_bytes:.0f} B" if unit == "B" else f"{size_bytes:.1f} {unit}"
-        size_bytes /= 1000
-    return f"{size_bytes:,.1f} TB"
 
 
 def time_text(moment: datetime) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from relora_train.reporting.run_data import RunData, StageRow
 from relora_train.statistics import Estimate
+from relora_train.units import minutes_text, size_text
 
 MISSING = "–"
 
@@ -38,7 +39,7 @@ def duration(seconds: float | None) -> str:
 
 def size(size_bytes: int | None) -> str:
     """'1.5 GB', in powers of 1000."""
-    return _shown(size_bytes, _size)
+    return _shown(size_bytes, size_text)
 
 
 def change(before: float | None, after: float | None) -> str:
@@ -104,18 +105,4 @@ def _shown(value: float | None, form: Callable[[float], str]) -> str:
 
 
 def _duration(seconds: float) -> str:
-    if seconds < 59.95:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes} min {rest:02d} s"
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min" if hours < 48 else f"{hours // 24} d {hours % 24:02d} h"
-
-
-def _size(size_bytes: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if size_bytes < 1000:
-            return f"{size_bytes:.0f} B" if unit == "B" else f"{size_bytes:.1f} {unit}"
-        size_bytes /= 1000
-    return f"{size_bytes:,.1f} TB"
+    return f"{seconds:.1f} s" if seconds < 59.95 else minutes_text(seconds)
