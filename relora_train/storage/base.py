@@ -41,6 +41,11 @@ class ObjectStore(Protocol):
         """Root of this store without trailing slash: 'file:///data/relora', 's3://bucket/prefix', 'memory://name'."""
         ...
 
+    @property
+    def is_remote(self) -> bool:
+        """Whether what is written goes over a network, so that it is worth doing beside other work."""
+        ...
+
     def get_bytes(self, key: str) -> tuple[bytes, str]:
         """Content and etag of a small object. Raises ObjectNotFoundError."""
         ...

@@ -42,6 +42,10 @@ class LocalStore:
     def uri(self) -> str:
         return self._root.as_uri().rstrip("/")
 
+    @property
+    def is_remote(self) -> bool:
+        return False
+
     def get_bytes(self, key: str) -> tuple[bytes, str]:
         with self._translated("read", key), self._path(key).open("rb") as stream:
             data = stream.read()

@@ -34,6 +34,10 @@ class MemoryStore:
     def uri(self) -> str:
         return f"memory://{self._name}"
 
+    @property
+    def is_remote(self) -> bool:
+        return False
+
     def get_bytes(self, key: str) -> tuple[bytes, str]:
         data = self._content(key)
         return data, _etag(data)

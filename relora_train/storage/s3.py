@@ -69,6 +69,10 @@ class S3Store:
     def uri(self) -> str:
         return f"s3://{self._bucket}/{self._root}".rstrip("/")
 
+    @property
+    def is_remote(self) -> bool:
+        return True
+
     @functools.cached_property
     def _client(self) -> S3Client:
         """Made by the first request, so that opening a store reads no configuration and cannot fail."""
