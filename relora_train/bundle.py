@@ -77,7 +77,7 @@ def commit_bundle(
 ) -> M:
     """Make the files of `directory` visible all at once, or adopt what another writer committed first.
 
-    permit: called when all is uploaded, before the manifest makes it visible; what it raises keeps that from happening.
+    permit: called before each file, and at last before the manifest makes all visible; what it raises ends the attempt.
 
     Returns the manifest that the store holds from now on: use it, not the argument. Safe to repeat after any failure;
     what is already uploaded is not uploaded again. Raises PreconditionFailedError if the prefix holds other work,
@@ -92,6 +92,8 @@ def commit_bundle(
     files_prefix, was_claimed = _claim(store, prefix, manifest)
     placed = manifest.model_copy(update={"files_prefix": files_prefix})
     for entry in placed.files:
+        if permit is not None:
+            permit()
         key = _key(prefix, placed, entry)
         # Under a claim older than this call the name fixes the bytes; otherwise nothing is known of what lies there.
         if not (was_claimed and _is_uploaded(store, key, entry)):

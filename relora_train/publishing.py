@@ -52,7 +52,10 @@ class Publication:
     """Its files on this machine."""
 
     store: Callable[[Callable[[], None]], CheckpointRef]
-    """Commits it and returns what the store holds. Calls its argument before anything is made visible: it may raise."""
+    """Commits it and returns what the store holds. Calls its argument before each write: it may raise."""
+
+    cancel: Callable[[], None]
+    """Ends an attempt that is under way as soon as may be."""
 
     finish: Callable[[CheckpointRef | None], None]
     """Lets go of the files: with what the store holds, or with None when it holds nothing yet."""
@@ -108,6 +111,8 @@ class Publisher:
                 self._abandoned = True
                 left, self._publications = self._publications, []
             for publication in left:
+                if publication.committed is None:
+                    publication.cancel()
                 publication.finish(publication.committed)
                 if publication.committed is None and publication.error is None:
                     _log.warning("%s", _waits(publication))

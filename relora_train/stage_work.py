@@ -147,7 +147,7 @@ def store_later(run: Run, publisher: Publisher, made: MadeStage) -> CheckpointRe
         made.work.release(remove=committed is not None)
 
     checkpoint = run.checkpoints.place_of(made.manifest)
-    publisher.offer(Publication(checkpoint, made.directory, store, finish))
+    publisher.offer(Publication(checkpoint, made.directory, store, run.store.cancel_uploads, finish))
     return checkpoint
 
 

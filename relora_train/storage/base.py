@@ -62,6 +62,13 @@ class ObjectStore(Protocol):
         """Upload a file with bounded memory. Readers see all of it or nothing. Replaces what was there."""
         ...
 
+    def cancel_uploads(self) -> None:
+        """End what put_file of this very object is doing on other threads, with an error there and nothing visible.
+
+        For a process that is about to end: parts that are on their way are still waited for, the rest is not sent.
+        """
+        ...
+
     def get_file(self, key: str, path: Path) -> None:
         """Download to `path` with bounded memory. Not verified here: the caller compares size and SHA-256."""
         ...
