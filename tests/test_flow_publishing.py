@@ -5,7 +5,6 @@ Real flows on a real S3 server, through a proxy that holds up or refuses what be
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import shutil
@@ -39,8 +38,9 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning"),
 ]
 
-STAGES = ["warm-start", "cycle-1", "cycle-2"]
-OFTEN = {"snapshots.every_steps": 4, "evaluation.sample_prompts": []}
+STAGES = ["warm-start", "cycle-1"]
+SHORT = {"schedule.cycles": 1, "evaluation.sample_prompts": []}
+OFTEN = {**SHORT, "snapshots.every_steps": 4}
 WARM_START = "/checkpoints/step-00000020-"
 
 
@@ -61,7 +61,7 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> list[bytes]:
     """The weights of every stage, each stored before the next one began."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RELORA_CACHE", str(tmp_path_factory.mktemp("cache")))
-        return model_bytes(run_smoke(tmp_path_factory.mktemp("store"), run_id="run")[0])
+        return model_bytes(run_smoke(tmp_path_factory.mktemp("store"), run_id="run", overrides=SHORT)[0])
 
 
 @pytest.fixture
@@ -111,11 +111,9 @@ def test_a_cycle_trains_while_the_checkpoint_before_it_is_stored(
     snapshots = [event for event in seen if event["event"] == "snapshot_committed" and event["stage"] == "cycle-1"]
     assert snapshots and early == []
     merged, stored = index_of(seen, "merge", "cycle-1"), index_of(seen, "checkpoint_stored", "warm-start")
-    assert merged < stored < index_of(seen, "stage_started", "cycle-2")
-    for earlier, later in itertools.pairwise(STAGES):
-        assert index_of(seen, "checkpoint_stored", earlier) < index_of(seen, "checkpoint_stored", later)
+    assert merged < stored < index_of(seen, "checkpoint_stored", "cycle-1")
     finished = [event["uri"] for event in seen if event["event"] == "stage_finished"]
-    assert finished == [None, None, None]  # nothing claims to be stored that is not
+    assert finished == [None, None]  # nothing claims to be stored that is not
     told = [event["uri"] for event in seen if event["event"] == "checkpoint_stored"]
     assert told == [stage.uri for stage in summary.stages]
     assert model_bytes(summary) == expected
@@ -150,7 +148,7 @@ def test_a_flow_killed_while_it_trains_and_stores_loses_neither(
     assert committed(store) == []
     faults.standing = []
     summary, seen = run_smoke(store.uri, run_id="run", overrides=OFTEN)
-    assert trained(seen) == ["cycle-1", "cycle-2"]  # the warm start waited on this machine
+    assert trained(seen) == ["cycle-1"]  # the warm start waited on this machine
     assert [event["stage"] for event in seen if event["event"] == "resumed"] == ["cycle-1"]
     assert model_bytes(summary) == expected
     assert not list(cache.glob("work/run/*/*"))
@@ -162,12 +160,12 @@ def test_what_cannot_be_stored_keeps_no_cycle_from_its_end_and_is_stored_later_u
     faults.standing = [("PUT", WARM_START, answer_instead(403, "AccessDenied"))]
     seen: list[Event] = []
     with listening(seen.append), pytest.raises(AccessDeniedError, match="step-00000020"):
-        run_smoke(store.uri, run_id="run")
+        run_smoke(store.uri, run_id="run", overrides=SHORT)
     assert trained(seen) == ["warm-start", "cycle-1"]
     assert index_of(seen, "stage_finished", "cycle-1") and committed(store) == []
     faults.standing = []
-    summary, seen = run_smoke(store.uri, run_id="run")
-    assert trained(seen) == ["cycle-2"]
+    summary, seen = run_smoke(store.uri, run_id="run", overrides=SHORT)
+    assert trained(seen) == []
     assert model_bytes(summary) == expected
 
 
@@ -208,7 +206,7 @@ def test_what_began_from_a_result_that_did_not_win_is_dropped_and_never_stored(
     assert list(cache.glob("work/run/cycle-1-*/*"))  # of no use, and known for it
     faults.standing = []
     summary, again = run_smoke(store.uri, run_id="run", overrides=OFTEN)
-    assert trained(again) == ["cycle-1", "cycle-2"]
+    assert trained(again) == ["cycle-1"]
     assert not [event for event in again if event["event"] == "resumed"]
     weights = model_bytes(summary)
     assert weights[0] == (tmp_path / "other" / "model.safetensors").read_bytes() != expected[0]
@@ -216,7 +214,7 @@ def test_what_began_from_a_result_that_did_not_win_is_dropped_and_never_stored(
 
 
 def test_ctrl_c_gives_what_is_being_stored_a_bounded_time(
-    store: ObjectStore, faults: Faults, expected: list[bytes], monkeypatch: pytest.MonkeyPatch
+    store: ObjectStore, faults: Faults, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr("relora_train.publishing.STOP_BUDGET_SECONDS", 3.0)
     monkeypatch.setattr("relora_train.snapshot_uploader.STOP_BUDGET_SECONDS", 3.0)
@@ -232,10 +230,5 @@ def test_ctrl_c_gives_what_is_being_stored_a_bounded_time(
         run_smoke(store.uri, run_id="run", overrides=OFTEN)
     assert time.monotonic() - began < 60
     gate.set()
-    faults.standing = []
     time.sleep(1)
-    assert committed(store) == []
-    summary, seen = run_smoke(store.uri, run_id="run", overrides=OFTEN)
-    assert trained(seen) == ["cycle-1", "cycle-2"]
-    assert [event["stage"] for event in seen if event["event"] == "resumed"] == ["cycle-1"]
-    assert model_bytes(summary) == expected
+    assert committed(store) == []  # the one flow that might have stored it is over

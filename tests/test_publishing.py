@@ -8,16 +8,19 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from bundles import checkpoint_manifest, write_files
+from bundles import checkpoint_manifest, fingerprint_of, write_files
+from stage_runs import stage_request, tiny_profile
 
 from relora_train.bundle import commit_bundle
 from relora_train.checkpoint_store import CheckpointRef, CheckpointStore
 from relora_train.errors import AccessDeniedError, PreconditionFailedError, StoreUnavailableError
 from relora_train.manifest import RECORD_FILES, result_digest
 from relora_train.publishing import Publication, Publisher, publishing
+from relora_train.run import Run, fetch_parent
+from relora_train.stage_work import left_output, tidy_up, work_name
 from relora_train.storage.memory import MemoryStore
 from relora_train.storage.opening import open_store
-from relora_train.workspace import WorkDirectory, keep_work_from
+from relora_train.workspace import WorkDirectory, checkpoint_cache, keep_work_from
 
 
 class Shaky(MemoryStore):
@@ -218,3 +221,37 @@ def test_work_that_began_from_other_bytes_is_dropped_whole(tmp_path: Path, monke
     again.release(remove=True)
     work.release(remove=True)  # long over
     assert not work.path.exists()
+
+
+def test_what_a_flow_left_that_was_killed_after_it_had_stored_spares_a_download_and_goes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("RELORA_CACHE", str(tmp_path))
+    run = Run("run", "memory://left", tiny_profile())
+    work = WorkDirectory(*work_name(run, "one", fingerprint_of("one")))
+    files = write_files(work.path / "checkpoint", "one")
+    manifest = checkpoint_manifest(files, step=1, stage="one", work="one")
+    (files / "manifest.json").write_bytes(manifest.to_bytes())
+    committed = run.checkpoints.commit(files, manifest)
+    tidy_up(run, committed)  # somebody is still at work there
+    assert work.path.is_dir()
+    work.release(remove=False)
+    tidy_up(run, committed)
+    assert not work.path.exists()
+    (kept,) = checkpoint_cache("run").iterdir()
+    assert kept == fetch_parent(committed) and (kept / "model.safetensors").stat().st_size == 5000
+    tidy_up(run, committed)
+
+
+def test_a_checkpoint_that_a_power_cut_damaged_before_it_was_stored_is_no_checkpoint(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    request = stage_request(tiny_profile(), "warm-start", tmp_path, tmp_path / "output")
+    assert left_output(request) is None
+    files = write_files(request.output_directory, "one")
+    manifest = checkpoint_manifest(files).model_copy(update={"fingerprint": request.fingerprint})
+    (files / "manifest.json").write_bytes(manifest.to_bytes())
+    assert left_output(request) == manifest
+    (files / "model.safetensors").write_bytes(bytes(5000))
+    assert left_output(request) is None and not files.exists()
+    assert "the stage is finished again" in caplog.text
