@@ -21,7 +21,8 @@ Inside a process events travel as log records of the logger `relora_train.events
     dataset_ready    uri name reused train_tokens val_tokens
     tokenize_progress  phase done_bytes total_bytes (total may be null) megabytes_per_second
     stage_skipped    stage step uri
-    stage_finished   stage step uri seconds
+    stage_finished   stage step uri seconds val_perplexity (uri null: trained, and stored while later stages train)
+    checkpoint_stored  stage step uri seconds (since it was trained; only after a stage_finished without uri)
     diverged         stage learning_rate message attempt attempts
     evaluated        uri stage val_loss val_perplexity bits_per_byte reused
     report_written   html_uri
