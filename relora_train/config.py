@@ -267,6 +267,9 @@ class ReLoRAConfig(FrozenConfig):
     target_modules: tuple[str, ...] | None = None
     """Name endings of the linear layers to wrap; attention and MLP of the model's family when absent."""
 
+    merge_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Numbers a merged weight is kept in; 'bfloat16' rounds it at every merge and loses small updates, to compare."""
+
 
 class OptimizerConfig(FrozenConfig):
     """AdamW."""
@@ -288,6 +291,12 @@ class OptimizerConfig(FrozenConfig):
 
     max_grad_norm: float | None = Field(1.0, gt=0)
     """Gradients are clipped to this global norm."""
+
+    low_rank_lr_ratio: float = Field(1.0, gt=0)
+    """Learning rate of A and B over that of what is trained beside them."""
+
+    low_rank_b_lr_ratio: float = Field(1.0, gt=0)
+    """Learning rate of B over that of A (LoRA+)."""
 
     @model_validator(mode="after")
     def betas_are_below_one(self) -> Self:
@@ -541,6 +550,21 @@ def settings_digest(settings: dict[str, Any]) -> str:
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
+LATER_KEYS = {
+    "schedule": ("jagged",),
+    "relora": ("merge_dtype",),
+    "optimizer": ("low_rank_lr_ratio", "low_rank_b_lr_ratio"),
+}
+"""Keys that came later, by section: at their defaults in no name and no fingerprint, so that older runs keep theirs."""
+
+
+def unset_later_keys(profile: Profile, section: str) -> set[str]:
+    """Those of LATER_KEYS in a section that are at their defaults."""
+    settings = getattr(profile, section)
+    fields = type(settings).model_fields
+    return {key for key in LATER_KEYS[section] if getattr(settings, key) == fields[key].default}
+
+
 def default_run_id(profile: Profile) -> str:
     """'<profile>-<8 hex>': the same settings meet their own run again, other settings make another run.
 
@@ -550,8 +574,7 @@ def default_run_id(profile: Profile) -> str:
         ("name", "divergence", "evaluation", "logging", "snapshots", "launch", "retention"), True
     )
     harmless: dict[str, Any] = {**whole_sections, "data": {"name", "workers", "engine"}}
-    if profile.schedule.jagged:  # runs from before the key keep their name
-        harmless["schedule"] = {"jagged"}
+    harmless |= {section: unset_later_keys(profile, section) for section in LATER_KEYS}
     settings = profile.model_dump(mode="json", exclude=harmless)
     name = re.sub(r"[^a-z0-9._-]+", "-", profile.name.lower()).strip("-.") or "run"
     return f"{name}-{settings_digest(settings)[:8]}"

@@ -36,7 +36,13 @@ def finish_cycle(training: StageTraining, metrics: list[dict[str, Any]], emit: E
             "diverged and nothing of this stage was committed. Lower optimizer.learning_rate, or set "
             "divergence.on_divergence = 'lower_lr'."
         )
-    layers = merge_and_reinit(training.model, cycle=stage.cycle, seed=profile.seed, masters=training.masters)
+    layers = merge_and_reinit(
+        training.model,
+        cycle=stage.cycle,
+        seed=profile.seed,
+        masters=training.masters,
+        keep_in=getattr(torch, profile.relora.merge_dtype),
+    )
     change = _relative_change(before, _probe_output(training))
     reset = reset_optimizer_state(
         training.optimizer,
@@ -87,7 +93,8 @@ def _relative_change(before: Tensor, after: Tensor) -> float:
 
 def _check_unchanged(training: StageTraining, change: float) -> None:
     precision = training.profile.precision
-    exact = precision.dtype == "float32" and precision.matmul_precision == "highest"
+    in_float32 = precision.dtype == training.profile.relora.merge_dtype == "float32"
+    exact = in_float32 and precision.matmul_precision == "highest"
     limit = _ROUNDING["float32" if exact else "bfloat16"]
     if not change <= limit:
         raise TrainingError(

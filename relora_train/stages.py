@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from relora_train.config import Profile, settings_digest
+from relora_train.config import LATER_KEYS, Profile, settings_digest, unset_later_keys
 from relora_train.errors import ConfigError
 from relora_train.manifest import CheckpointManifest
 from relora_train.schedule import jagged_cosine, learning_rate
@@ -197,7 +197,8 @@ def fingerprint_settings(
     its own steps, which on a branch can differ from the profile's: one curve has one fingerprint.
     pretrained_content: digest of the files of model.pretrained, when the stage starts from them.
     """
-    optimizer = profile.optimizer.model_dump(mode="json", exclude={"learning_rate", "warm_start_learning_rate"})
+    elsewhere = {"learning_rate", "warm_start_learning_rate", *LATER_KEYS["optimizer"]}
+    optimizer = profile.optimizer.model_dump(mode="json", exclude=elsewhere)
     settings: dict[str, Any] = {
         "stage": {"kind": stage.kind, "start_step": stage.start_step, "end_step": stage.end_step},
         "dataset_id": dataset_id,
@@ -222,7 +223,9 @@ def fingerprint_settings(
         phase_start = stage.start_step - stage.phase_step
         settings["schedule"]["warm_start_steps"] = phase_start
         settings["schedule"]["total_steps"] = phase_start + profile.schedule.phase_steps
-        settings["relora"] = profile.relora.model_dump(mode="json")
+        settings["relora"] = profile.relora.model_dump(mode="json", exclude=unset_later_keys(profile, "relora"))
+        low_rank_rates = set(LATER_KEYS["optimizer"]) - unset_later_keys(profile, "optimizer")
+        optimizer |= profile.optimizer.model_dump(mode="json", include=low_rank_rates)
     if stage.kind == "relora":
         settings["schedule"]["cycle_length"] = profile.schedule.cycle_length
         if stage.cycle > 1:  # the first cycle climbs by warmup_steps

@@ -35,6 +35,7 @@ KINDS = {
     "relora, bfloat16": tiny_profile(precision={"dtype": "bfloat16"}, **HARD),
     "relora, pure bfloat16": tiny_profile(precision={"dtype": "pure-bfloat16"}, **HARD),
     "relora, zero reset": tiny_profile(optimizer_reset={"mode": "zero"}, schedule={"warm_start_steps": 0}),
+    "relora, LoRA+": tiny_profile(optimizer={"low_rank_b_lr_ratio": 4.0, "weight_decay": 0.1}, **HARD),
     "lora": tiny_profile(method="lora", **HARD),
     "full": tiny_profile(method="full", optimizer={"weight_decay": 0.1}),
 }
@@ -103,6 +104,7 @@ STAGES = [
     ("relora, pure bfloat16", "cycle-2"),
     ("relora, zero reset", "cycle-1"),
     ("relora, zero reset", "cycle-2"),
+    ("relora, LoRA+", "cycle-2"),
     ("lora", "lora"),
     ("full", "full-2"),
 ]
