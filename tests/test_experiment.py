@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from relora_train.comparison import compare_results
 from relora_train.errors import ConfigError, ExperimentInvalidError, ProfileNotFoundError
 from relora_train.experiment import (
     Experiment,
@@ -18,6 +19,7 @@ from relora_train.experiment import (
 )
 from relora_train.experiment_config import ArmConfig, ExperimentConfig
 from relora_train.plan import plan
+from relora_train.reporting.comparison_page import render_comparison
 from relora_train.stages import fingerprint_settings, plan_stages
 
 SHIPPED = [path.stem for path in list_experiments()]
@@ -190,6 +192,15 @@ def test_an_override_that_an_arm_sets_itself_is_said_not_to_reach_it(tmp_path: P
     experiment = load_experiment(write(tmp_path, SMALL), {"method": "full", "relora": {"rank": 4}})
     assert experiment.unreached == {"method": ("lora",)}
     assert {run.arm: run.profile.method for run in experiment.runs} == {"relora": "full", "lora": "lora"}
+
+
+def test_the_search_for_settings_is_shown_as_it_was_written(tmp_path: Path):
+    lines = '[search]\n"relora, rate 4e-3" = "1.388 ± 0.004"\n"relora, rate 6e-3" = "1.391 <not chosen>"\n'
+    compared = compare_results(load_experiment(write(tmp_path, SMALL + lines)), [])
+    html = render_comparison(compared, {}).partition("How the settings were found")[2]
+    assert html.index("relora, rate 4e-3") < html.index("1.388 ± 0.004") < html.index("1.391 &lt;not chosen&gt;")
+    without = compare_results(load_experiment(write(tmp_path, SMALL)), [])
+    assert "How the settings were found" not in render_comparison(without, {})
 
 
 def test_seed_and_name_are_no_overrides(tmp_path: Path):
