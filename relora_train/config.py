@@ -7,6 +7,7 @@ refused and all faults are shown at once. Light: imports no torch, boto3 or pref
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 import re
@@ -228,8 +229,13 @@ class ScheduleConfig(FrozenConfig):
     jagged: bool = True
     """Whether the rate falls to 0 at every merge and climbs back; without it, one cosine through all cycles."""
 
+    cycle_growth: float = Field(1.0, gt=0)
+    """Length of a cycle over that of the one before; together they keep cycles x cycle_length steps."""
+
     @model_validator(mode="after")
     def warmups_fit_in_a_cycle(self) -> Self:
+        if self.cycle_growth != 1:
+            return self
         if self.restart_warmup_steps >= self.cycle_length:
             raise ValueError(
                 f"restart_warmup_steps {self.restart_warmup_steps} must be below cycle_length {self.cycle_length}"
@@ -237,6 +243,26 @@ class ScheduleConfig(FrozenConfig):
         if self.warmup_steps > self.cycle_length:
             raise ValueError(f"warmup_steps {self.warmup_steps} must not exceed cycle_length {self.cycle_length}")
         return self
+
+    @model_validator(mode="after")
+    def warmups_fit_in_grown_cycles(self) -> Self:
+        lengths = [end - start for start, end in itertools.pairwise(self.cycle_bounds)]
+        what = f"cycle_growth {self.cycle_growth:g} makes cycles of {', '.join(map(str, lengths))} steps"
+        if min(lengths) < 2:
+            raise ValueError(f"{what}; each needs 2 at least")
+        if self.restart_warmup_steps >= min(lengths):
+            raise ValueError(f"{what}; restart_warmup_steps {self.restart_warmup_steps} must be below each")
+        if self.warmup_steps > lengths[0]:
+            raise ValueError(f"{what}; warmup_steps {self.warmup_steps} must not exceed the first")
+        return self
+
+    @property
+    def cycle_bounds(self) -> tuple[int, ...]:
+        """Steps of the low-rank phase after which each cycle begins, and after which the last one ends."""
+        if self.cycle_growth == 1:
+            return tuple(cycle * self.cycle_length for cycle in range(self.cycles + 1))
+        shares = [math.expm1(k * math.log(self.cycle_growth)) for k in range(self.cycles + 1)]  # 1 + g + g² + …, scaled
+        return tuple(round(self.phase_steps * share / shares[-1]) for share in shares)
 
     @property
     def phase_steps(self) -> int:
@@ -551,7 +577,7 @@ def settings_digest(settings: dict[str, Any]) -> str:
 
 
 LATER_KEYS = {
-    "schedule": ("jagged",),
+    "schedule": ("jagged", "cycle_growth"),
     "relora": ("merge_dtype",),
     "optimizer": ("low_rank_lr_ratio", "low_rank_b_lr_ratio"),
 }

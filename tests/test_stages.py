@@ -49,6 +49,7 @@ CHANGES = {
     "schedule.restart_warmup_steps": 20,
     "schedule.min_lr_ratio": 0.2,
     "schedule.jagged": False,
+    "schedule.cycle_growth": 1.5,
     "relora.rank": 16,
     "relora.alpha": 16.0,
     "relora.rank_stabilized": True,
@@ -221,6 +222,7 @@ LATER_ONLY = {
     "optimizer_reset.mode": "cycle-1",
     "schedule.restart_warmup_steps": "cycle-2",
     "schedule.jagged": "cycle-2",
+    "schedule.cycle_growth": "cycle-1",
 }
 """Setting -> the first stage it can touch."""
 
