@@ -11,9 +11,10 @@ from relora_train import events
 from relora_train.comparison import ComparisonSummary, RunResult
 from relora_train.errors import DivergedError
 from relora_train.experiment import Experiment, PlannedRun, load_experiment
-from relora_train.overrides import ProfileOverrides
+from relora_train.measured import MeasuredSummary, is_measured
+from relora_train.overrides import ExperimentOverrides
 from relora_train.parameters import ExperimentName, LimitName, PretrainDeployment, Seeds, StoreUri
-from tasks.compare import keep_divergence, look_for_result, read_result, write_comparison
+from tasks.compare import keep_divergence, look_for_result, measure_experiment, read_result, write_comparison
 from tasks.deployed import require_deployment, run_deployed
 from tasks.limits import require_limit
 from tasks.observe import done
@@ -23,26 +24,30 @@ from tasks.store import open_run_store
 @flow(name="compare", flow_run_name="compare-{experiment}", persist_result=False)
 def compare(
     experiment: ExperimentName,
-    overrides: ProfileOverrides | None = None,
+    overrides: ExperimentOverrides | None = None,
     seeds: Seeds | None = None,
     store: StoreUri | None = None,
     deployment: PretrainDeployment | None = None,
     gpu_limit: LimitName | None = None,
-) -> ComparisonSummary:
+) -> ComparisonSummary | MeasuredSummary:
     """Bring every run of an experiment to its end from wherever it stands, and compare them.
 
     Each is an ordinary run of the flow pretrain; a warm start that several begin with is trained once. A run that
-    diverges is a result. What is on record is reused, so the same call goes on after any interruption.
+    diverges is a result. What is on record is reused, so the same call goes on after any interruption. An experiment
+    that trains no runs (the tutorial, table 4) is measured anew, here.
 
     Args:
         experiment: name of a shipped experiment, or path of a TOML file
-        overrides: settings over its base profile, for every arm
+        overrides: settings over its base profile, for every arm; of one without runs over its own
         seeds: instead of the experiment's
         store: directory, file:// or s3://bucket/prefix; $RELORA_STORE, else ./relora-store, when absent
         deployment: deployment of pretrain that makes the runs, side by side; one after another, here, when absent
         gpu_limit: global concurrency limit of which each run holds one slot while it trains; none when absent
     """
-    planned = load_experiment(experiment, overrides.settings() if overrides else {}, seeds)
+    given = overrides.settings() if overrides else {}
+    if is_measured(experiment):
+        return measure_experiment(experiment, given, seeds, open_run_store(store))
+    planned = load_experiment(experiment, given, seeds)
     require_limit(gpu_limit)
     require_deployment(deployment)
     store_uri = open_run_store(store)

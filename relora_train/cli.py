@@ -180,7 +180,8 @@ def compare(
     verbose: Annotated[bool, typer.Option("--verbose", help="Show Prefect's log in place of the progress.")] = False,
 ) -> None:
     """Run an experiment, every arm at every seed, from wherever it stands; table with errors, differences, report."""
-    from relora_train.console.compare import parse_seeds, print_comparison, run_experiment
+    from relora_train.console.compare import parse_seeds, print_comparison, print_measured, run_experiment
+    from relora_train.measured import MeasuredSummary
 
     started = time.monotonic()
     console = console_for_people(to_stderr=as_json)
@@ -195,6 +196,8 @@ def compare(
     )
     if as_json:
         typer.echo(summary.model_dump_json(indent=1))
+    elif isinstance(summary, MeasuredSummary):
+        print_measured(console, summary, seconds=time.monotonic() - started)
     else:
         print_comparison(console, summary, seconds=time.monotonic() - started)
 
@@ -439,30 +442,6 @@ def bench(
         _echo_json(record)
     else:
         show_view(console_for_people(), benchmark.bench_view(record))
-
-
-@app.command()
-def tutorial(
-    seeds: Annotated[int, typer.Option(min=2, help="How many; the first is 0.")] = 10,
-    output: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Also write the losses' plot and all numbers as JSON there.")
-    ] = None,
-    as_json: AsJson = False,
-) -> None:
-    """Compare full rank, LoRA and ReLoRA on a small regression, over seeds, in seconds."""
-    from relora_train.console import tutorial as lesson
-    from relora_train.console.tables import show as show_view
-    from relora_train.tutorial import run_tutorial
-
-    with console_for_people(to_stderr=True).status(f"training three arms with {seeds} seeds …"):
-        result = run_tutorial(seeds)
-    if output is not None:
-        for path in lesson.write_tutorial(result, output):
-            tell(f"Wrote {path}")
-    if as_json:
-        _echo_json(lesson.tutorial_record(result))
-    else:
-        show_view(console_for_people(), lesson.tutorial_view(result))
 
 
 @app.command()

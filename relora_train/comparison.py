@@ -5,6 +5,7 @@ Every number is read from a store: what a flow remembers is not asked. Imports n
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -42,6 +43,27 @@ class CurvePoint(FrozenConfig):
     loss: float
 
 
+class ResetSize(FrozenConfig):
+    """The first updates after one reset of the optimizer, while the learning rate climbs back."""
+
+    cycle: int
+    """That they belong to; 2 or later."""
+
+    largest_change: float
+    """What one of them changed the wrapped weights by, at most, relative to their norm."""
+
+    change_before: float | None
+    """The same of the last update before the merge."""
+
+    largest_a_move: float
+    """What one of them moved A by, at most: Frobenius norm over all layers."""
+
+    @property
+    def ratio(self) -> float | None:
+        """largest_change over change_before."""
+        return self.largest_change / self.change_before if self.change_before else None
+
+
 class RunResult(FrozenConfig):
     """One arm at one seed."""
 
@@ -73,6 +95,9 @@ class RunResult(FrozenConfig):
 
     trainable_parameters: int | None = None
     parameters: int | None = None
+    resets: tuple[ResetSize, ...] = ()
+    """Of every cycle but the first, where the trainer recorded it."""
+
     lowered: tuple[str, ...] = ()
     """Stages that were trained at a lower learning rate because they diverged."""
 
@@ -101,6 +126,12 @@ class ArmResult(FrozenConfig):
     tokens_per_second_in_all: Estimate | None
     peak_memory_bytes: Estimate | None
     seconds: Estimate | None
+    largest_first_change: Estimate | None
+    """Of a run's ResetSize.largest_change the largest, over the seeds."""
+    first_change_ratio: Estimate | None
+    """Of a run's ResetSize.ratio the largest, over the seeds."""
+    largest_a_move: Estimate | None
+    """Of a run's ResetSize.largest_a_move the largest, over the seeds."""
     trainable_parameters: int | None
     parameters: int | None
 
@@ -134,6 +165,9 @@ class Comparison(FrozenConfig):
 
     changes: dict[str, dict[str, Any]]
     """What each arm sets."""
+
+    search: dict[str, str] = Field(default_factory=dict)
+    """What was tried to find the arms' settings -> what it came to."""
 
     arms: tuple[ArmResult, ...]
     differences: tuple[Difference, ...]
@@ -211,6 +245,7 @@ def compare_results(experiment: Experiment, results: Sequence[RunResult]) -> Com
         overrides=dict(experiment.overrides),
         unreached=dict(experiment.unreached),
         changes={name: arm.set for name, arm in config.arms.items()},
+        search=config.search,
         arms=arms,
         differences=tuple(_difference(name, config.reference, results) for name in config.arms),
         runs=tuple(results),
@@ -264,6 +299,7 @@ def _result(run: PlannedRun, latest: CheckpointRef, scores: Mapping[str, Any]) -
         tokens_per_second_in_all=_speed(data, after=0),
         peak_memory_bytes=max(peaks, default=None),
         seconds=sum(row.seconds for row in data.stages),
+        resets=reset_sizes(data),
         lowered=tuple(f"{row.stage} {divergence_text(row.divergence)}" for row in data.stages if row.divergence),
         finished_at=manifest.created_at.astimezone(UTC),
         versions=manifest.versions,
@@ -281,6 +317,26 @@ def _speed(data: RunData, *, after: int) -> float | None:
     known = np.isfinite(tokens) & np.isfinite(rates) & (rates > 0) & (tokens > 0)
     seconds = float((tokens[known] / rates[known]).sum())
     return float(tokens[known].sum()) / seconds if seconds > 0 else None
+
+
+def reset_sizes(data: RunData) -> tuple[ResetSize, ...]:
+    """What the first updates after each reset did, from the records of the steps that the trainer measured."""
+    change, step = data.train["relative_weight_change"], data.train.step
+    found = []
+    for before, row in itertools.pairwise(data.stages):
+        inside = (step > row.start_step) & (step < row.end_step) & np.isfinite(change)
+        if row.cycle < 2 or before.cycle != row.cycle - 1 or not inside.any():
+            continue
+        last = change[step == before.end_step]
+        found.append(
+            ResetSize(
+                cycle=row.cycle,
+                largest_change=float(change[inside].max()),
+                change_before=float(last[0]) if len(last) and np.isfinite(last[0]) else None,
+                largest_a_move=float(data.train["lora_A_update_norm"][inside].max()),
+            )
+        )
+    return tuple(found)
 
 
 def _validation(data: RunData, step_tokens: int) -> tuple[CurvePoint, ...]:
@@ -318,6 +374,8 @@ def _arm_result(name: str, experiment: Experiment, results: Sequence[RunResult])
     of_arm = [result for result in results if result.arm == name]
     trained = [result for result in of_arm if result.outcome == "trained"]
 
+    resets = [result.resets for result in of_arm if result.resets]  # of those that diverged later, too
+
     def over_seeds(field: str) -> Estimate | None:
         values = [getattr(result, field) for result in trained]
         return estimate([float(value) for value in values if value is not None and math.isfinite(value)])
@@ -336,9 +394,16 @@ def _arm_result(name: str, experiment: Experiment, results: Sequence[RunResult])
         tokens_per_second_in_all=over_seeds("tokens_per_second_in_all"),
         peak_memory_bytes=over_seeds("peak_memory_bytes"),
         seconds=over_seeds("seconds"),
+        largest_first_change=estimate([max(size.largest_change for size in sizes) for sizes in resets]),
+        first_change_ratio=estimate([max(found) for sizes in resets if (found := _ratios(sizes))]),
+        largest_a_move=estimate([max(size.largest_a_move for size in sizes) for sizes in resets]),
         trainable_parameters=of_arm[0].trainable_parameters if of_arm else None,
         parameters=of_arm[0].parameters if of_arm else None,
     )
+
+
+def _ratios(sizes: Sequence[ResetSize]) -> list[float]:
+    return [size.ratio for size in sizes if size.ratio is not None]
 
 
 def _difference(arm: str, reference: str, results: Sequence[RunResult]) -> Difference:

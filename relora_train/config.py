@@ -7,6 +7,7 @@ refused and all faults are shown at once. Light: imports no torch, boto3 or pref
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 import re
@@ -228,8 +229,13 @@ class ScheduleConfig(FrozenConfig):
     jagged: bool = True
     """Whether the rate falls to 0 at every merge and climbs back; without it, one cosine through all cycles."""
 
+    cycle_growth: float = Field(1.0, gt=0)
+    """Length of a cycle over that of the one before; together they keep cycles x cycle_length steps."""
+
     @model_validator(mode="after")
     def warmups_fit_in_a_cycle(self) -> Self:
+        if self.cycle_growth != 1:
+            return self
         if self.restart_warmup_steps >= self.cycle_length:
             raise ValueError(
                 f"restart_warmup_steps {self.restart_warmup_steps} must be below cycle_length {self.cycle_length}"
@@ -237,6 +243,26 @@ class ScheduleConfig(FrozenConfig):
         if self.warmup_steps > self.cycle_length:
             raise ValueError(f"warmup_steps {self.warmup_steps} must not exceed cycle_length {self.cycle_length}")
         return self
+
+    @model_validator(mode="after")
+    def warmups_fit_in_grown_cycles(self) -> Self:
+        lengths = [end - start for start, end in itertools.pairwise(self.cycle_bounds)]
+        what = f"cycle_growth {self.cycle_growth:g} makes cycles of {', '.join(map(str, lengths))} steps"
+        if min(lengths) < 2:
+            raise ValueError(f"{what}; each needs 2 at least")
+        if self.restart_warmup_steps >= min(lengths):
+            raise ValueError(f"{what}; restart_warmup_steps {self.restart_warmup_steps} must be below each")
+        if self.warmup_steps > lengths[0]:
+            raise ValueError(f"{what}; warmup_steps {self.warmup_steps} must not exceed the first")
+        return self
+
+    @property
+    def cycle_bounds(self) -> tuple[int, ...]:
+        """Steps of the low-rank phase after which each cycle begins, and after which the last one ends."""
+        if self.cycle_growth == 1:
+            return tuple(cycle * self.cycle_length for cycle in range(self.cycles + 1))
+        shares = [math.expm1(k * math.log(self.cycle_growth)) for k in range(self.cycles + 1)]  # 1 + g + g² + …, scaled
+        return tuple(round(self.phase_steps * share / shares[-1]) for share in shares)
 
     @property
     def phase_steps(self) -> int:
@@ -267,6 +293,9 @@ class ReLoRAConfig(FrozenConfig):
     target_modules: tuple[str, ...] | None = None
     """Name endings of the linear layers to wrap; attention and MLP of the model's family when absent."""
 
+    merge_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Numbers a merged weight is kept in; 'bfloat16' rounds it at every merge and loses small updates, to compare."""
+
 
 class OptimizerConfig(FrozenConfig):
     """AdamW."""
@@ -288,6 +317,12 @@ class OptimizerConfig(FrozenConfig):
 
     max_grad_norm: float | None = Field(1.0, gt=0)
     """Gradients are clipped to this global norm."""
+
+    low_rank_lr_ratio: float = Field(1.0, gt=0)
+    """Learning rate of A and B over that of what is trained beside them."""
+
+    low_rank_b_lr_ratio: float = Field(1.0, gt=0)
+    """Learning rate of B over that of A (LoRA+)."""
 
     @model_validator(mode="after")
     def betas_are_below_one(self) -> Self:
@@ -541,6 +576,21 @@ def settings_digest(settings: dict[str, Any]) -> str:
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
+LATER_KEYS = {
+    "schedule": ("jagged", "cycle_growth"),
+    "relora": ("merge_dtype",),
+    "optimizer": ("low_rank_lr_ratio", "low_rank_b_lr_ratio"),
+}
+"""Keys that came later, by section: at their defaults in no name and no fingerprint, so that older runs keep theirs."""
+
+
+def unset_later_keys(profile: Profile, section: str) -> set[str]:
+    """Those of LATER_KEYS in a section that are at their defaults."""
+    settings = getattr(profile, section)
+    fields = type(settings).model_fields
+    return {key for key in LATER_KEYS[section] if getattr(settings, key) == fields[key].default}
+
+
 def default_run_id(profile: Profile) -> str:
     """'<profile>-<8 hex>': the same settings meet their own run again, other settings make another run.
 
@@ -550,8 +600,7 @@ def default_run_id(profile: Profile) -> str:
         ("name", "divergence", "evaluation", "logging", "snapshots", "launch", "retention"), True
     )
     harmless: dict[str, Any] = {**whole_sections, "data": {"name", "workers", "engine"}}
-    if profile.schedule.jagged:  # runs from before the key keep their name
-        harmless["schedule"] = {"jagged"}
+    harmless |= {section: unset_later_keys(profile, section) for section in LATER_KEYS}
     settings = profile.model_dump(mode="json", exclude=harmless)
     name = re.sub(r"[^a-z0-9._-]+", "-", profile.name.lower()).strip("-.") or "run"
     return f"{name}-{settings_digest(settings)[:8]}"

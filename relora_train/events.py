@@ -30,6 +30,7 @@ Inside a process events travel as log records of the logger `relora_train.events
     arm_reused       arm seed outcome val_perplexity
     arm_diverged     arm seed message
     compared         experiment html_uri
+    measuring        what done total (of an experiment that trains no runs)
     decided          series outcome reason uri (of a retrain's candidate)
     retrained        series outcome reason
 

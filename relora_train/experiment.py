@@ -144,7 +144,7 @@ def load_experiment(
     budget than the file's, all to the same.
     Raises ExperimentInvalidError with all faults at once, ProfileNotFoundError, ConfigError.
     """
-    path = _find(name_or_path)
+    path = find_experiment(name_or_path)
     config = _read(path)
     if seeds:
         config = config.model_copy(update={"seeds": tuple(seeds)})
@@ -176,7 +176,8 @@ def run_tokens(profile: Profile) -> int:
     return profile.schedule.total_steps * profile.batch.tokens
 
 
-def _find(name_or_path: str | Path) -> Path:
+def find_experiment(name_or_path: str | Path) -> Path:
+    """Where a shipped experiment's file lies, or the one at this path. Raises ProfileNotFoundError."""
     path, shipped = Path(name_or_path), {entry.stem: entry for entry in list_experiments()}
     if isinstance(name_or_path, str) and name_or_path in shipped:
         return shipped[name_or_path]

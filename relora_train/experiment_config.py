@@ -52,6 +52,9 @@ class ExperimentConfig(FrozenConfig):
     paper_measure: str = ""
     """What they measure."""
 
+    search: dict[str, str] = Field(default_factory=dict)
+    """How the arms' settings were found: what was tried -> what it came to, as text for the report."""
+
     base: dict[str, Any] = Field(default_factory=dict)
     """Settings over the profile, for every arm."""
 

@@ -37,7 +37,13 @@ def finish_cycle(training: StageTraining, metrics: list[dict[str, Any]], emit: E
             "diverged and nothing of this stage was committed. Lower optimizer.learning_rate, or set "
             "divergence.on_divergence = 'lower_lr'."
         )
-    layers = merge_and_reinit(training.model, cycle=stage.cycle, seed=profile.seed, masters=training.masters)
+    layers = merge_and_reinit(
+        training.model,
+        cycle=stage.cycle,
+        seed=profile.seed,
+        masters=training.masters,
+        keep_in=getattr(torch, profile.relora.merge_dtype),
+    )
     change = _relative_change(before, _probe_output(training))
     reset = reset_optimizer_state(
         training.optimizer,
@@ -99,8 +105,9 @@ def _check_unchanged(training: StageTraining, change: float) -> None:
 
 
 def _computes_as_float32(training: StageTraining) -> bool:
-    """Whether the probe's products have float32's accuracy here: by measurement, whatever the setting is called."""
-    if training.profile.precision.dtype != "float32":
+    """Whether weights and the probe's products have float32's accuracy: by measurement, whatever its setting's name."""
+    profile = training.profile
+    if profile.precision.dtype != "float32" or profile.relora.merge_dtype != "float32":
         return False
     products = products_of(training.model, rows=_PROBE_SEQUENCES * _PROBE_TOKENS)
     return keeps_accuracy(products, training.ranks.device, current_precision())

@@ -99,6 +99,17 @@ if TYPE_CHECKING:
     class ProfileOverrides(Overrides):
         """Settings over a profile."""
 
+    class ExperimentOverrides(ProfileOverrides):
+        """Settings over an experiment."""
+
 else:
     ProfileOverrides = _overrides_of(Profile, "ProfileOverrides")
     ProfileOverrides.__doc__ = "Settings over a profile, by section; what is absent stays the profile's."
+    ExperimentOverrides = create_model(
+        "ExperimentOverrides",
+        __base__=ProfileOverrides,
+        __module__=__name__,
+        __doc__="Settings over an experiment: those of its base profile, or of the section of one that trains no runs.",
+        tutorial=(dict[str, Any], Field(default_factory=_absent, description="Of the regression.")),
+        throughput=(dict[str, Any], Field(default_factory=_absent, description="Of the steps that are measured.")),
+    )

@@ -318,6 +318,11 @@ def _lengthened(settings: Profile, parent: CheckpointRef, cycles: int) -> Profil
             "A LoRA is one update that is merged once, so a series of method 'lora' cannot go on from its champion. "
             "Use method = 'relora', or a fresh warm start every time."
         )
+    if schedule.cycle_growth != 1:
+        raise ConfigError(
+            f"schedule.cycle_growth {schedule.cycle_growth:g} shares a run's steps among all its cycles, so a series "
+            "cannot go on from its champion with further ones. Use cycle_growth = 1, or a fresh warm start every time."
+        )
     done = parent.manifest.cycle
     if settings.method == "full":
         done = max(0, math.ceil((parent.step - schedule.warm_start_steps) / schedule.cycle_length))

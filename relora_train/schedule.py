@@ -59,13 +59,35 @@ def jagged_cosine(
         cycle_length=cycle_length,
         min_lr_ratio=min_lr_ratio,
     )
+    return climbing_cosine(
+        step,
+        cycle_start=step - step % cycle_length,
+        total_steps=total_steps,
+        warmup_steps=warmup_steps,
+        restart_warmup_steps=restart_warmup_steps,
+        min_lr_ratio=min_lr_ratio,
+    )
+
+
+def climbing_cosine(
+    step: int,
+    *,
+    cycle_start: int,
+    total_steps: int,
+    warmup_steps: int,
+    restart_warmup_steps: int,
+    min_lr_ratio: float,
+) -> float:
+    """The same for a cycle of any length that began at cycle_start; 0 for the first, which climbs by warmup_steps."""
     _check_step(step, total_steps=total_steps)
+    if not 0 <= cycle_start <= step:
+        raise ValueError(f"cycle_start = {cycle_start} is not between 0 and step = {step}")
     if step < warmup_steps:
         return step / warmup_steps
     decay_steps = total_steps - warmup_steps
-    step_in_cycle = step % cycle_length
-    if step >= cycle_length and step_in_cycle < restart_warmup_steps:
-        end_of_climb = step - step_in_cycle + restart_warmup_steps
+    step_in_cycle = step - cycle_start
+    if cycle_start and step_in_cycle < restart_warmup_steps:
+        end_of_climb = cycle_start + restart_warmup_steps
         return step_in_cycle / restart_warmup_steps * _decay(end_of_climb - warmup_steps, decay_steps, min_lr_ratio)
     return _decay(step - warmup_steps, decay_steps, min_lr_ratio)
 

@@ -4,8 +4,8 @@ A stage is a function from one checkpoint to the next. Its fingerprint is a hash
 result and of its parent's fingerprint, so a checkpoint with that fingerprint is that stage's result, whoever made it.
 
 The low-rank phase is counted in cycles, not in steps: what follows a checkpoint with k merges is cycle k + 1, at the
-point k * cycle_length of the jagged cosine of the settings in force, wherever the checkpoint's step lies. So a run can
-be continued, extended or branched with any schedule from any of its checkpoints.
+point where the jagged cosine of the settings in force has its k-th merge, wherever the checkpoint's step lies. So a run
+can be continued, extended or branched with any schedule from any of its checkpoints; growing cycles are the exception.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from relora_train.config import Profile, settings_digest
+from relora_train.config import LATER_KEYS, Profile, settings_digest, unset_later_keys
 from relora_train.errors import ConfigError
 from relora_train.manifest import CheckpointManifest
-from relora_train.schedule import jagged_cosine, learning_rate
+from relora_train.schedule import climbing_cosine, learning_rate
 
 StageKind = Literal["full", "warm_start", "relora", "lora"]
 
@@ -81,10 +81,12 @@ def stages_after(profile: Profile, parent: CheckpointManifest | None) -> tuple[S
       (a warm start, or full rank) counts as the warm start, whatever its step; a merged LoRA counts as one cycle.
     - More cycles than before lengthen the cosine: its horizon is the new total, so the first added cycle climbs to
       the point that belongs to it on the longer curve, above where the shorter one ended.
+    - Cycles that grow can only be gone on with as they are: their lengths follow from their number.
     - lora is one update, merged once: it starts from a checkpoint without a merge, and nothing follows it.
     - full goes on along the one cosine of the whole run, at the checkpoint's step.
 
-    Raises ConfigError for a LoRA from a checkpoint with merged cycles, and for another model than the checkpoint's.
+    Raises ConfigError for a LoRA from a checkpoint with merged cycles, for cycles that grow and would not have ended
+    where the checkpoint's did, and for another model than the checkpoint's.
     """
     if parent is None:
         return plan_stages(profile)
@@ -98,6 +100,7 @@ def stages_after(profile: Profile, parent: CheckpointManifest | None) -> tuple[S
             f"{parent.stage} of run {parent.run_id!r} has {parent.cycle} merged cycles, and a LoRA is one update that "
             f"is merged once. Begin before any merge, such as at {parent.run_id}@warm-start, or use method = 'relora'."
         )
+    _refuse_other_growth(profile, parent)
     return _low_rank_stages(profile, after=parent.step, merges=parent.cycle)
 
 
@@ -114,8 +117,8 @@ def until(name: str | None, stages: Sequence[Stage]) -> tuple[Stage, ...]:
 def _full_rank_stages(profile: Profile, *, after: int) -> tuple[Stage, ...]:
     """A stage that `after` lies in is cut to begin there."""
     schedule = profile.schedule
-    warm, length = schedule.warm_start_steps, schedule.cycle_length
-    bounds = [0, *([warm] if warm else []), *(warm + k * length for k in range(1, schedule.cycles + 1))]
+    warm = schedule.warm_start_steps
+    bounds = [0, *([warm] if warm else []), *(warm + bound for bound in schedule.cycle_bounds[1:])]
     return tuple(
         Stage(f"full-{i}", "full", max(start, after), end, 0, phase_step=max(start, after))
         for i, (start, end) in enumerate(itertools.pairwise(bounds), start=1)
@@ -125,14 +128,31 @@ def _full_rank_stages(profile: Profile, *, after: int) -> tuple[Stage, ...]:
 
 def _low_rank_stages(profile: Profile, *, after: int, merges: int) -> tuple[Stage, ...]:
     """What follows step `after`, at which `merges` cycles were done."""
-    schedule, length = profile.schedule, profile.schedule.cycle_length
+    schedule = profile.schedule
     if profile.method == "lora":
-        return (Stage("lora", "lora", after, after + schedule.cycles * length, 1, phase_step=0),)
-    starts = range(after, after + (schedule.cycles - merges) * length, length)
+        return (Stage("lora", "lora", after, after + schedule.phase_steps, 1, phase_step=0),)
+    bounds = schedule.cycle_bounds[merges:]  # none are left where more were merged than there are
     return tuple(
-        Stage(f"cycle-{cycle}", "relora", start, start + length, cycle, phase_step=(cycle - 1) * length)
-        for cycle, start in enumerate(starts, start=merges + 1)
+        Stage(f"cycle-{cycle}", "relora", after + start - bounds[0], after + end - bounds[0], cycle, phase_step=start)
+        for cycle, (start, end) in enumerate(itertools.pairwise(bounds), start=merges + 1)
     )
+
+
+def _refuse_other_growth(profile: Profile, parent: CheckpointManifest) -> None:
+    """Where cycles grow, the next one's length is right only if all before it had theirs."""
+    schedule = profile.schedule
+    if schedule.cycle_growth == 1 or profile.method != "relora" or not 0 < parent.cycle < schedule.cycles:
+        return
+    done = parent.step - int(parent.fingerprint_settings.get("schedule.warm_start_steps", 0))
+    expected = schedule.cycle_bounds[parent.cycle]
+    if done != expected:
+        raise ConfigError(
+            f"{parent.stage} of run {parent.run_id!r} ended after {done} steps of its cycles, where "
+            f"schedule.cycle_growth {schedule.cycle_growth:g} with {schedule.cycles} cycles of {schedule.cycle_length} "
+            f"steps on average has cycle {parent.cycle} end after {expected}: cycles that grow share their steps among "
+            "all, so none can be added later. Set schedule.cycles, cycle_length and cycle_growth as they were there, "
+            "or cycle_growth = 1 for further cycles of cycle_length steps each."
+        )
 
 
 def _refuse_another_model(profile: Profile, parent: CheckpointManifest) -> None:
@@ -176,12 +196,12 @@ def stage_learning_rate(profile: Profile, stage: Stage, step: int) -> float:
             warm_start_learning_rate=profile.warm_start_learning_rate,
             learning_rate=profile.optimizer.learning_rate,
         )
-    return profile.optimizer.learning_rate * jagged_cosine(
+    return profile.optimizer.learning_rate * climbing_cosine(
         updates_done,
+        cycle_start=stage.phase_step if stage.kind == "relora" and schedule.jagged else 0,
         total_steps=schedule.phase_steps,
         warmup_steps=schedule.warmup_steps,
         restart_warmup_steps=schedule.restart_warmup_steps,
-        cycle_length=schedule.cycle_length if stage.kind == "relora" and schedule.jagged else schedule.phase_steps,
         min_lr_ratio=schedule.min_lr_ratio,
     )
 
@@ -197,7 +217,8 @@ def fingerprint_settings(
     its own steps, which on a branch can differ from the profile's: one curve has one fingerprint.
     pretrained_content: digest of the files of model.pretrained, when the stage starts from them.
     """
-    optimizer = profile.optimizer.model_dump(mode="json", exclude={"learning_rate", "warm_start_learning_rate"})
+    elsewhere = {"learning_rate", "warm_start_learning_rate", *LATER_KEYS["optimizer"]}
+    optimizer = profile.optimizer.model_dump(mode="json", exclude=elsewhere)
     settings: dict[str, Any] = {
         "stage": {"kind": stage.kind, "start_step": stage.start_step, "end_step": stage.end_step},
         "dataset_id": dataset_id,
@@ -222,9 +243,13 @@ def fingerprint_settings(
         phase_start = stage.start_step - stage.phase_step
         settings["schedule"]["warm_start_steps"] = phase_start
         settings["schedule"]["total_steps"] = phase_start + profile.schedule.phase_steps
-        settings["relora"] = profile.relora.model_dump(mode="json")
+        settings["relora"] = profile.relora.model_dump(mode="json", exclude=unset_later_keys(profile, "relora"))
+        low_rank_rates = set(LATER_KEYS["optimizer"]) - unset_later_keys(profile, "optimizer")
+        optimizer |= profile.optimizer.model_dump(mode="json", include=low_rank_rates)
     if stage.kind == "relora":
         settings["schedule"]["cycle_length"] = profile.schedule.cycle_length
+        if profile.schedule.cycle_growth != 1:
+            settings["schedule"]["cycle_growth"] = profile.schedule.cycle_growth
         if stage.cycle > 1:  # the first cycle climbs by warmup_steps
             settings["schedule"]["restart_warmup_steps"] = profile.schedule.restart_warmup_steps
             if not profile.schedule.jagged:  # absent otherwise: checkpoints from before the key keep their fingerprint

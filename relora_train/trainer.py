@@ -10,6 +10,7 @@ import math
 import os
 import time
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -32,10 +33,12 @@ from relora_train.snapshotter import Snapshotter
 from relora_train.stages import Stage
 from relora_train.torch_settings import configure_torch, release_memory, settle_matmul_precision
 from relora_train.training import StageTraining, prepare_stage
+from relora_train.update_size import UpdateMeter
 from relora_train.workspace import trainer_lock
 
 _PROGRESS_SECONDS = 0.5
-_FIRST_STEPS = 5  # of a stage are recorded one by one: they show that A and B are alive after a merge
+_FIRST_STEPS = 5
+"""Of a stage are recorded one by one: they show that A and B are alive after a merge, and what a reset did to them."""
 
 
 def run_stage(request: StageRequest, emit: Emit) -> None:
@@ -163,17 +166,20 @@ def _train(training: StageTraining, progress: Progress, emit: Emit, stop: StopRe
     timed, last_record, last_progress = 0, time.monotonic(), 0.0
     first_step_at = time.monotonic()
     snapshotter = (ShardedSnapshotter if training.ranks.sharded else Snapshotter)(training, emit)
+    meter = UpdateMeter(training.model)
     for step in range(first_step + 1, stage.end_step + 1):
+        first_steps = step <= stage.start_step + _FIRST_STEPS
+        measured = stage.low_rank and (first_steps or step == stage.end_step)
+        if measured:
+            meter.begin()
         loss, norm = training.update(step)
         losses += loss
         progress.step = step
         progress.summed += 1
         timed += 1
         now = time.monotonic()
-        first_steps = step <= stage.start_step + _FIRST_STEPS
         if step % every == 0 or step == stage.end_step or first_steps:
             mean = float(losses) / progress.summed
-            check_loss(training, step, mean)
             record = {
                 "kind": "train",
                 "step": step,
@@ -187,7 +193,10 @@ def _train(training: StageTraining, progress: Progress, emit: Emit, stop: StopRe
             }
             if first_steps and stage.low_rank:
                 record |= _low_rank_gradient_norms(training)
+            if measured:
+                record |= meter.end()
             metrics.append(record)
+            check_loss(training, step, mean, metrics)
             losses.zero_()
             progress.summed, timed, last_record = 0, 0, now
         training.optimizer.zero_grad(set_to_none=True)
@@ -236,18 +245,22 @@ def _low_rank_gradient_norms(training: StageTraining) -> dict[str, float]:
     return {f"{factor}_grad_norm": math.sqrt(square) for factor, square in squares.items()}
 
 
-def check_loss(training: StageTraining, step: int, loss: float) -> None:
+def check_loss(training: StageTraining, step: int, loss: float, metrics: Sequence[Mapping[str, Any]] = ()) -> None:
     """Refuse a loss that is not finite, or above twice that of guessing every token alike."""
     limit = 2 * math.log(training.train_data.manifest.vocab_size)
     if not loss <= limit:  # also true for NaN
-        raise DivergedError(_diverged(training, step, loss, "training loss"))
+        raise DivergedError(_diverged(training, step, loss, "training loss", metrics))
 
 
-def _diverged(training: StageTraining, step: int, loss: float, what: str) -> str:
+def _diverged(
+    training: StageTraining, step: int, loss: float, what: str, metrics: Sequence[Mapping[str, Any]] = ()
+) -> str:
     rate = training.learning_rate(min(step, training.stage.end_step))
+    changes = [record["relative_weight_change"] for record in metrics if "relative_weight_change" in record]
+    first = f"; of its first updates one changed the weights by {max(changes):.2g} of their norm" if changes else ""
     return (
-        f"The {what} is {loss:.4g} at step {step} of stage {training.stage.name} (learning rate {rate:.3g}): the run "
-        "diverged and nothing of this stage was committed. Lower optimizer.learning_rate, raise "
+        f"The {what} is {loss:.4g} at step {step} of stage {training.stage.name} (learning rate {rate:.3g}{first}): "
+        "the run diverged and nothing of this stage was committed. Lower optimizer.learning_rate, raise "
         "schedule.restart_warmup_steps or use optimizer_reset.mode = 'zero', under a new run id or from an earlier "
         "checkpoint with --resume-from; or set divergence.on_divergence = 'lower_lr' and run again."
     )

@@ -39,7 +39,7 @@ from relora_train.model import (
     model_skeleton,
     next_token_loss,
 )
-from relora_train.optimizer import build_optimizer, load_optimizer_state_by_name
+from relora_train.optimizer import build_optimizer, load_optimizer_state_by_name, set_learning_rate
 from relora_train.prefetch import Prefetcher
 from relora_train.ranks import Ranks
 from relora_train.relora import apply_relora, reinit, relora_layers
@@ -116,8 +116,7 @@ class StageTraining:
             total += loss.detach()
         rank.sum_gradients(self.trainable)
         norm = self._clip()
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate(step)
+        set_learning_rate(self.optimizer, self.learning_rate(step))
         if isinstance(self.optimizer, BFloat16AdamW):
             self.optimizer.seed_rounding(_draw_seed(self.profile.seed, step, -1, 0))
         self.optimizer.step()
@@ -315,6 +314,8 @@ def _optimizer(request: StageRequest, stage: Stage, model: nn.Module) -> torch.o
         betas=settings.betas,
         eps=settings.eps,
         weight_decay=settings.weight_decay,
+        low_rank_lr_ratio=settings.low_rank_lr_ratio,
+        low_rank_b_lr_ratio=settings.low_rank_b_lr_ratio,
     )
     if request.parent_directory is None or read_training_state(request.parent_directory).stage_kind != stage.kind:
         return optimizer

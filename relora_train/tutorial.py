@@ -9,7 +9,8 @@ known in closed form. Everything is done with this library's own functions. Runs
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -19,34 +20,13 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from relora_train.errors import ConfigError
+from relora_train.measured import TutorialSettings
 from relora_train.optimizer import build_optimizer, reset_optimizer_state
 from relora_train.relora import apply_relora, lora_parameters, merge_and_reinit
 from relora_train.schedule import cosine, is_merge_step, jagged_cosine
 
 Arm = Literal["full", "relora", "lora"]
 ARMS: tuple[Arm, ...] = get_args(Arm)
-
-
-@dataclass(frozen=True)
-class TutorialSettings:
-    """The regression and its training; the same for all arms but for the learning rate's shape."""
-
-    samples: int = 200
-    inputs: int = 10
-    outputs: int = 5
-    noise: float = 0.1
-    """Standard deviation of what no weight explains."""
-    rank: int = 4
-    alpha: float = 4.0
-    steps: int = 300
-    cycle_length: int = 50
-    warmup_steps: int = 10
-    restart_warmup_steps: int = 5
-    min_lr_ratio: float = 0.1
-    learning_rate: float = 0.1
-    """Of 0.03, 0.05, 0.1, 0.2 and 0.3 (seeds 100 to 109) the least at which full rank has converged after these steps;
-    LoRA is as good at 0.2 and ReLoRA a little better at 0.03."""
-    reset_ratio: float = 0.99
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,11 +63,23 @@ def run_tutorial(seeds: int | Sequence[int] = 10, settings: TutorialSettings | N
         raise ConfigError(f"{len(chosen)} seeds have no standard error. Use two or more, such as --seeds 10.")
     settings = settings or TutorialSettings()
     problems = [_Problem.draw(settings, seed) for seed in chosen]
-    losses: dict[Arm, NDArray[np.float64]] = {
-        arm: np.array([_train(arm, problem, settings) for problem in problems]) for arm in ARMS
-    }
+    with _one_thread():
+        losses: dict[Arm, NDArray[np.float64]] = {
+            arm: np.array([_train(arm, problem, settings) for problem in problems]) for arm in ARMS
+        }
     floors = np.array([_floors(problem, settings.rank) for problem in problems])
     return TutorialResult(settings, chosen, losses, best=floors[:, 0], best_low_rank=floors[:, 1])
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Products this small gain nothing from more, and on a busy machine threads that wait for each other lose all."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from prefect import task
 
@@ -10,12 +11,15 @@ from relora_train import comparison, events
 from relora_train.comparison import ComparisonSummary, RunResult
 from relora_train.errors import TrainerCrashedError
 from relora_train.experiment import Experiment, PlannedRun
+from relora_train.measured import MeasuredSummary, load_measured
+from relora_train.measuring import measure
 from relora_train.reporting.comparison_store import store_comparison
 from relora_train.reporting.comparison_text import comparison_markdown
+from relora_train.reporting.measured_report import measured_markdown, store_measured
 from relora_train.storage.opening import open_store
 from tasks.artifacts import publish_markdown
 from tasks.observe import skipped
-from tasks.policies import STORE_IO
+from tasks.policies import STORE_IO, TRAINING
 
 
 @task(**STORE_IO, task_run_name="look-for-{run.run_id}")
@@ -69,3 +73,17 @@ def write_comparison(
         picture_uris=stored.picture_uris,
         reused=reused,
     )
+
+
+@task(**TRAINING, task_run_name="measure-{experiment}")
+def measure_experiment(
+    experiment: str, overrides: Mapping[str, Any], seeds: Sequence[int] | None, store_uri: str
+) -> MeasuredSummary:
+    """Measure an experiment that trains no runs; its report goes to the store and its tables into an artifact."""
+    planned = load_measured(experiment, overrides, seeds)
+    measured, pictures = measure(planned)
+    stored = store_measured(planned, measured, pictures, open_store(store_uri))
+    what = f"Report of experiment {planned.name}: {stored.html_uri}"
+    publish_markdown(f"experiment-{planned.name}", measured_markdown(planned, measured), what)
+    events.emit("compared", experiment=planned.name, html_uri=stored.html_uri)
+    return stored

@@ -218,7 +218,6 @@ def test_every_command_has_one_line_of_help_and_the_exit_codes_are_documented(re
         "join",
         "bench",
         "analyze",
-        "tutorial",
         "compare",
         "experiments",
     }

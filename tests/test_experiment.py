@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from relora_train.comparison import compare_results
 from relora_train.errors import ConfigError, ExperimentInvalidError, ProfileNotFoundError
 from relora_train.experiment import (
     Experiment,
@@ -17,10 +18,19 @@ from relora_train.experiment import (
     run_tokens,
 )
 from relora_train.experiment_config import ArmConfig, ExperimentConfig
+from relora_train.measured import (
+    PaperThroughput,
+    ThroughputExperiment,
+    ThroughputSettings,
+    TutorialSettings,
+    is_measured,
+)
 from relora_train.plan import plan
+from relora_train.reporting.comparison_page import render_comparison
 from relora_train.stages import fingerprint_settings, plan_stages
 
-SHIPPED = [path.stem for path in list_experiments()]
+ALL_SHIPPED = [path.stem for path in list_experiments()]
+SHIPPED = [name for name in ALL_SHIPPED if not is_measured(name)]
 PAPERS_TABLE_2 = ["table2-60m", "table2-130m", "table2-250m", "table2-350m", "table2-1b"]
 SMALL = """
 title = "Two arms"
@@ -60,6 +70,7 @@ def arms(experiment: Experiment) -> dict[str, dict[str, object]]:
 
 def test_the_experiments_that_were_promised_are_shipped():
     assert {"table1", "table2-tiny", "resets", "restarts", "warm-start", *PAPERS_TABLE_2} <= set(SHIPPED)
+    assert {"tutorial", "table4"} == {*ALL_SHIPPED} - {*SHIPPED}
 
 
 @pytest.mark.parametrize("name", SHIPPED)
@@ -80,7 +91,7 @@ def test_no_two_arms_of_a_shipped_experiment_are_the_same(name: str):
     assert len({arm.label for arm in experiment.config.arms.values()}) == len(experiment.config.arms)
 
 
-@pytest.mark.parametrize("name", SHIPPED)
+@pytest.mark.parametrize("name", ALL_SHIPPED)
 def test_a_shipped_experiment_begins_with_source_time_and_hardware(name: str):
     header = (experiment_directory() / f"{name}.toml").read_text().partition("\n\n")[0]
     assert [line[2:].partition(":")[0] for line in header.splitlines() if re.match(r"# \w+: ", line)] == [
@@ -192,6 +203,15 @@ def test_an_override_that_an_arm_sets_itself_is_said_not_to_reach_it(tmp_path: P
     assert {run.arm: run.profile.method for run in experiment.runs} == {"relora": "full", "lora": "lora"}
 
 
+def test_the_search_for_settings_is_shown_as_it_was_written(tmp_path: Path):
+    lines = '[search]\n"relora, rate 4e-3" = "1.388 ± 0.004"\n"relora, rate 6e-3" = "1.391 <not chosen>"\n'
+    compared = compare_results(load_experiment(write(tmp_path, SMALL + lines)), [])
+    html = render_comparison(compared, {}).partition("How the settings were found")[2]
+    assert html.index("relora, rate 4e-3") < html.index("1.388 ± 0.004") < html.index("1.391 &lt;not chosen&gt;")
+    without = compare_results(load_experiment(write(tmp_path, SMALL)), [])
+    assert "How the settings were found" not in render_comparison(without, {})
+
+
 def test_seed_and_name_are_no_overrides(tmp_path: Path):
     assert "--seeds" in refusal(write(tmp_path, SMALL), overrides={"seed": 3})
 
@@ -236,12 +256,25 @@ README = (experiment_directory() / "README.md").read_text()
 
 def test_the_readme_lists_every_shipped_experiment_and_no_other():
     table = README.partition("## Shipped")[2].partition("\n## ")[0]
-    assert sorted(re.findall(r"^\| `([\w-]+)` \|", table, flags=re.MULTILINE)) == sorted(SHIPPED)
+    assert sorted(re.findall(r"^\| `([\w-]+)` \|", table, flags=re.MULTILINE)) == sorted(ALL_SHIPPED)
+
+
+def keys_below(heading: str) -> set[str]:
+    section = README.partition(f"## {heading}\n")[2].partition("\n## ")[0]
+    return set(re.findall(r"^\| `([\w.]+)` \|", section, flags=re.MULTILINE))
 
 
 def test_the_readme_explains_every_key():
-    keys = set(re.findall(r"^\| `([\w.]+)` \|", README.partition("## Every key")[2], flags=re.MULTILINE))
-    assert keys == {*ExperimentConfig.model_fields, *(f"arms.NAME.{key}" for key in ArmConfig.model_fields)}
+    arm_keys = {f"arms.NAME.{key}" for key in ArmConfig.model_fields}
+    assert keys_below("Every key") == {*ExperimentConfig.model_fields, *arm_keys}
+
+
+def test_the_readme_explains_every_key_of_experiments_without_runs():
+    keys = {"title", "kind", "seeds", *(f"tutorial.{key}" for key in TutorialSettings.model_fields)}
+    keys |= {f"throughput.{key}" for key in ThroughputSettings.model_fields} | {"paper_source"}
+    keys |= {f"paper.{key}" for key in PaperThroughput.model_fields}
+    assert keys_below("Experiments that train no runs") == keys
+    assert set(ThroughputExperiment.model_fields) == {"title", "kind", "throughput", "paper_source", "paper"}
 
 
 def test_the_readmes_smaller_experiment_can_be_had():

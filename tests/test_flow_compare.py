@@ -24,12 +24,14 @@ import pytest
 from prefect_server import running_prefect, serving_prefect
 
 from relora_train import events
+from relora_train.benchmarking.request import SHAPES, Shape
 from relora_train.comparison import ComparisonSummary, RunResult, compare_results, training_curve
 from relora_train.config import Profile
 from relora_train.errors import ConfigError, RunSettingsChangedError
 from relora_train.evaluate import evaluate_checkpoint
 from relora_train.events import Event
 from relora_train.experiment import load_experiment
+from relora_train.overrides import ExperimentOverrides
 from relora_train.requests import EvaluationRequest, StageRequest
 from relora_train.storage.opening import open_store
 from relora_train.trainer import run_stage
@@ -271,6 +273,34 @@ def test_every_run_is_an_ordinary_one(finished: tuple[ComparisonSummary, Seen], 
     for run in finished[0].comparison.runs:
         if run.outcome == "trained":
             assert verify_run(store, run.run_id).findings == []
+
+
+def test_the_tutorial_is_measured_and_reported_by_the_same_flow(root: Path):
+    summary, _ = compare_here("tutorial", root, seeds=[0, 1, 2])
+    html = Path(summary.html_uri.removeprefix("file://")).read_text()
+    assert "ReLoRA ends below LoRA" in summary.measured.headline and summary.measured.headline in html
+    assert "best with rank 4" in html and html.count("data:image/png;base64,") == 2 and 'src="http' not in html
+    stored = json.loads(Path(summary.json_uri.removeprefix("file://")).read_text())
+    assert stored["numbers"]["seeds"] == [0, 1, 2] and len(stored["numbers"]["final_loss"]["lora"]) == 3
+    assert Path(summary.picture_uris[0].removeprefix("file://")).read_bytes().startswith(b"\x89PNG")
+
+
+def test_table_4_is_measured_by_the_same_flow(root: Path, monkeypatch: pytest.MonkeyPatch):
+    tiny = Shape(
+        hidden_size=32, intermediate_size=88, layers=2, heads=2, vocab_size=256, rank=4, sequences=4, sequence_length=32
+    )
+    monkeypatch.setitem(SHAPES, "tiny", tiny)
+    settings = {"throughput": {"shapes": ["tiny"], "rounds": 2, "steps": 1, "threads": 1}}
+    summary, seen = compare_here("table4", root, overrides=ExperimentOverrides.model_validate(settings))
+    assert [event["done"] for event in seen.of("measuring")] == [1, 2]
+    record = json.loads(Path(summary.json_uri.removeprefix("file://")).read_text())["numbers"]["shapes"]["tiny"]
+    assert set(record) == {"this library", "as the paper's code"}
+    for pair in record.values():
+        assert min(pair["peak_bytes"].values()) > 0 and min(pair["step_seconds"]["full"]) > 0
+        full, relora, run = (pair["step_seconds"][name][0] for name in ("full", "relora", "adjusted"))
+        assert run == pytest.approx(full / 3 + 2 * relora / 3)
+    html = Path(summary.html_uri.removeprefix("file://")).read_text()
+    assert "2x 3090 (paper, examples/s)" in html and "tiny, this library (here, tokens/s)" in html
 
 
 def test_a_deployment_that_is_not_there_is_refused_before_any_work(experiment: str, tmp_path: Path):

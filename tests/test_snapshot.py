@@ -35,6 +35,8 @@ KINDS = {
     "relora, bfloat16": tiny_profile(precision={"dtype": "bfloat16"}, **HARD),
     "relora, pure bfloat16": tiny_profile(precision={"dtype": "pure-bfloat16"}, **HARD),
     "relora, zero reset": tiny_profile(optimizer_reset={"mode": "zero"}, schedule={"warm_start_steps": 0}),
+    "relora, LoRA+": tiny_profile(optimizer={"low_rank_b_lr_ratio": 4.0, "weight_decay": 0.1}, **HARD),
+    "relora, growing": tiny_profile(schedule={"cycle_growth": 2.0, "restart_warmup_steps": 4}, **HARD),
     "lora": tiny_profile(method="lora", **HARD),
     "full": tiny_profile(method="full", optimizer={"weight_decay": 0.1}),
 }
@@ -103,6 +105,8 @@ STAGES = [
     ("relora, pure bfloat16", "cycle-2"),
     ("relora, zero reset", "cycle-1"),
     ("relora, zero reset", "cycle-2"),
+    ("relora, LoRA+", "cycle-2"),
+    ("relora, growing", "cycle-2"),
     ("lora", "lora"),
     ("full", "full-2"),
 ]

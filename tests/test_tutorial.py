@@ -8,10 +8,10 @@ import math
 import numpy as np
 import pytest
 
-from relora_train.cli import main
-from relora_train.console.tutorial import PAIRS, difference, tutorial_record, verdict
 from relora_train.errors import ConfigError
-from relora_train.tutorial import ARMS, TutorialResult, TutorialSettings, run_tutorial
+from relora_train.measured import TutorialSettings
+from relora_train.tutorial import ARMS, TutorialResult, run_tutorial
+from relora_train.tutorial_summary import PAIRS, difference, tutorial_record, verdict
 
 
 @pytest.fixture(scope="module")
@@ -85,16 +85,6 @@ def test_the_verdict_follows_the_numbers(result):
     )  # fmt: skip
     assert verdict(result).startswith("ReLoRA ends below LoRA")
     assert verdict(swapped).startswith("ReLoRA does not end below LoRA")
-
-
-def test_the_command_writes_table_json_and_plot(tmp_path, capsys):
-    with pytest.raises(SystemExit) as ended:
-        main(["tutorial", "--seeds", "2", "--output", str(tmp_path)])
-    out = capsys.readouterr().out
-    assert ended.value.code == 0
-    assert "LoRA − ReLoRA" in out and "best with rank 4" in out and "2 of 2" in out
-    assert json.loads((tmp_path / "tutorial.json").read_text())["seeds"] == [0, 1]
-    assert (tmp_path / "tutorial.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_one_seed_is_refused():

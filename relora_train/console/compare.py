@@ -18,6 +18,7 @@ from relora_train.console.summary import place
 from relora_train.console.tables import add_row, table
 from relora_train.errors import ConfigError
 from relora_train.experiment import Experiment, list_experiments, load_experiment
+from relora_train.measured import MeasuredSummary, is_measured, load_measured
 from relora_train.run import default_store_uri
 from relora_train.storage.opening import open_store
 
@@ -44,18 +45,22 @@ def run_experiment(
     deployment: str | None,
     console: Console,
     verbose: bool,
-) -> ComparisonSummary:
+) -> ComparisonSummary | MeasuredSummary:
     """Run the flow `compare` and return its summary; what can be refused is refused before anything starts.
 
     Raises the library's own errors, TrainerInterruptedError after Ctrl-C; exits with 143 after SIGTERM.
     """
     overrides = dict(profiles.parse_override(text) for text in sets)
-    planned = load_experiment(name, overrides, seeds)
+    without_runs = is_measured(name)
+    if without_runs:
+        load_measured(name, overrides, seeds)
+    planned = None if without_runs else load_experiment(name, overrides, seeds)
     store = open_store(store_uri or default_store_uri())
     store.preflight()
-    check_inputs(planned.runs[0].profile)
-    for notice in notices(planned):
-        tell(notice)
+    if planned is not None:
+        check_inputs(planned.runs[0].profile)
+        for notice in notices(planned):
+            tell(notice)
     parameters: dict[str, Any] = {
         "experiment": name,
         "overrides": overrides,
@@ -63,7 +68,9 @@ def run_experiment(
         "store": store.uri,
         "deployment": deployment,
     }
-    summary: ComparisonSummary = run_shown("compare", parameters, (), console=console, verbose=verbose)
+    summary: ComparisonSummary | MeasuredSummary = run_shown(
+        "compare", parameters, (), console=console, verbose=verbose
+    )
     return summary
 
 
@@ -106,10 +113,34 @@ def print_comparison(console: Console, summary: ComparisonSummary, *, seconds: f
         console.print(Text(line), soft_wrap=True, highlight=False)
 
 
+def print_measured(console: Console, summary: MeasuredSummary, *, seconds: float) -> None:
+    """The tables of an experiment that trains no runs, and where everything lies."""
+    for each in summary.measured.tables:
+        made = table(*each.header, title=each.title)
+        for row in each.rows:
+            add_row(made, *row)
+        console.print()
+        console.print(made, highlight=False)
+        console.print(Text(each.note, style="dim"), highlight=False)
+    console.print()
+    for line in (
+        summary.measured.headline,
+        f"Report: {place(summary.html_uri)}",
+        f"JSON:   {place(summary.json_uri)}",
+        f"Experiment {summary.experiment} finished in {seconds_text(seconds)}.",
+    ):
+        console.print(Text(line), soft_wrap=True, highlight=False)
+
+
 def describe_experiments() -> list[dict[str, Any]]:
     """Name, title, base profile, arms and time of every shipped experiment."""
-    described = []
+    described: list[dict[str, Any]] = []
     for path in list_experiments():
+        if is_measured(path.stem):
+            config = load_measured(path.stem).config
+            about: dict[str, Any] = {"name": path.stem, "title": config.title, "profile": None, "arms": [], "seeds": []}
+            described.append({**about, "time": _time(path), "path": str(path)})
+            continue
         planned = load_experiment(path.stem)
         described.append(
             {
@@ -129,7 +160,7 @@ def print_experiments(console: Console, described: Sequence[dict[str, Any]]) -> 
     """One line an experiment."""
     made = table("experiment", "arms", "title", left=("title",))
     for item in described:
-        add_row(made, item["name"], str(len(item["arms"])), item["title"])
+        add_row(made, item["name"], str(len(item["arms"])) if item["arms"] else "–", item["title"])
     console.print(made, highlight=False)
 
 

@@ -190,6 +190,8 @@ class RunProgress(logging.Handler):
             case "tokenize_progress":
                 total = event.get("total_bytes")
                 display.counted(str(event.get("phase", "tokenize")), event["done_bytes"], total, tokenize_line(event))
+            case "measuring":
+                display.counted(str(event["what"]), event["done"], event["total"], "")
             case "arm_started":
                 self._stages = tuple(event["stages"])
                 self._half_stored.clear()

@@ -32,8 +32,10 @@ def render_comparison(data: Comparison, pictures: Pictures) -> str:
         ("differences", f"Differences from {data.label(data.reference)}", _differences(data)),
         ("paper", "The paper's numbers beside ours", _paper(data)),
         ("curves", "Curves", Html("".join(figure(pictures[n], *c) for n, c in _CAPTIONS.items() if n in pictures))),
+        ("resets", "First updates after a reset", _resets(data)),
         ("diverged", "Runs that diverged", _diverged(data)),
         ("arms", "Arms", _arms(data)),
+        ("search", "How the settings were found", _search(data)),
         ("runs", "Runs", _runs(data)),
         ("settings", "Settings and versions", _settings(data)),
     ]
@@ -149,6 +151,30 @@ def _ratio(value: object, reference: object) -> str:
     return decimal(value / reference, 3) if both else MISSING  # type: ignore[operator]  # floats, checked
 
 
+def _resets(data: Comparison) -> Html:
+    rows: list[Sequence[Cell]] = [
+        (
+            row.label,
+            estimate_text(row.largest_first_change),
+            estimate_text(row.first_change_ratio),
+            estimate_text(row.largest_a_move),
+            outcome_text(row) or "trained",
+        )
+        for row in data.arms
+        if row.largest_first_change is not None or row.diverged
+    ]
+    if all(row.largest_first_change is None for row in data.arms):
+        return Html("")
+    text = (
+        "Of the first five updates after a merge, before the learning rate has climbed back, the largest change of the "
+        "wrapped weights relative to their norm; how many times the change by the last update before the merge that "
+        "was; and the largest norm of a move of A, whose gradient is zero until B has moved: what the reset left in "
+        "its moments shows there first. Each the largest over a run's cycles, then mean ± standard error over seeds. "
+        "A cycle that diverged left no numbers here: its message below has them."
+    )
+    return Html(table(("Arm", "Change of W", "times the last", "A moved by", ""), rows) + note(text))
+
+
 def _diverged(data: Comparison) -> Html:
     items = []
     for run in (run for run in data.runs if run.outcome == "diverged"):
@@ -170,6 +196,13 @@ def _arms(data: Comparison) -> Html:
         rows.append((row.label, count(row.parameters), count(row.trainable_parameters)))
         rows.append((Html(f"{escape(row.about)} <code>{escape(shown)}</code>"),))
     return Html(table(("Arm", "Parameters", "Trained"), rows))
+
+
+def _search(data: Comparison) -> Html:
+    if not data.search:
+        return Html("")
+    text = "What was tried before the runs above and what it came to, as the experiment's file has it."
+    return Html(table(("Tried", "Result"), list(data.search.items())) + note(text))
 
 
 def _runs(data: Comparison) -> Html:

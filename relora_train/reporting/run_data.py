@@ -21,6 +21,9 @@ TRAIN_FIELDS = (
     "tokens_seen",
     "lora_A_grad_norm",
     "lora_B_grad_norm",
+    "lora_A_update_norm",
+    "lora_B_update_norm",
+    "relative_weight_change",
 )
 
 

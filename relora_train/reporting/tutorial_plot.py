@@ -1,4 +1,4 @@
-"""The figure of `relora tutorial`: every arm's loss by step, over the seeds."""
+"""The figure of the tutorial: every arm's loss by step, over the seeds."""
 
 from __future__ import annotations
 

@@ -1,0 +1,216 @@
+"""What goes beyond the paper does what it says, leaves everything as it was when off, and touches low rank only."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from stage_runs import ignore, manifest_of, metrics_of, stage_request, tiny_profile
+from tiny_data import write_tiny_dataset
+from tiny_models import tiny_llama
+
+from relora_train.config import Profile, ScheduleConfig
+from relora_train.errors import ConfigError
+from relora_train.manifest import CheckpointManifest
+from relora_train.optimizer import build_optimizer, parameter_groups, set_learning_rate
+from relora_train.ranks import Ranks
+from relora_train.relora import apply_relora, lora_parameters, merge, relora_layers
+from relora_train.stages import fingerprint_settings, plan_stages, stage_learning_rate, stages_after
+from relora_train.trainer import run_stage
+from relora_train.training import StageTraining, prepare_stage
+
+CPU = Ranks(rank=0, world_size=1, device=torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_dataset(tmp_path_factory.mktemp("data") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def warm_start(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("run") / "warm-start"
+    run_stage(stage_request(tiny_profile(), "warm-start", dataset, output), ignore)
+    return output
+
+
+def prepared(warm_start: Path, dataset: Path, output: Path, **sections: Any) -> StageTraining:
+    return prepare_stage(stage_request(tiny_profile(**sections), "cycle-1", dataset, output, warm_start), CPU)
+
+
+def wrapped_llama() -> torch.nn.Module:
+    model = tiny_llama()
+    apply_relora(model, rank=4, alpha=4, dropout=0.0, target_modules=None, seed=0)
+    return model
+
+
+# --- learning rates of A and B (LoRA+)
+
+
+def test_every_group_has_its_own_share_of_the_learning_rate():
+    model = wrapped_llama()
+    optimizer = build_optimizer(
+        model,
+        learning_rate=1.0,
+        betas=(0.9, 0.999),
+        eps=1e-8,
+        weight_decay=0.1,
+        low_rank_lr_ratio=2.0,
+        low_rank_b_lr_ratio=8.0,
+    )
+    set_learning_rate(optimizer, 0.01)
+    rates = {name: group["lr"] for group in optimizer.param_groups for name in group["param_names"]}
+    assert set(rates) == {name for name, p in model.named_parameters() if p.requires_grad}
+    for name, rate in rates.items():
+        factor = name.rpartition(".")[2]
+        assert rate == pytest.approx({"lora_A": 0.02, "lora_B": 0.16}.get(factor, 0.01)), name
+
+
+def test_without_ratios_the_groups_are_the_papers():
+    groups = parameter_groups(wrapped_llama(), weight_decay=0.1)
+    assert [(group["weight_decay"], group["lr_ratio"]) for group in groups] == [(0.1, 1.0), (0.0, 1.0)]
+
+
+def test_the_first_update_of_b_is_the_ratio_times_as_large(warm_start: Path, dataset: Path, tmp_path: Path):
+    """Adam's first step has the size of its rate, whatever the gradient: so the ratio shows as it is."""
+    moved = {}
+    for ratio in (1.0, 4.0):
+        training = prepared(warm_start, dataset, tmp_path, optimizer={"low_rank_b_lr_ratio": ratio})
+        training.update(7)  # at rate zero: it only fills the moments
+        training.optimizer.zero_grad()
+        training.update(8)
+        moved[ratio] = {name: p.detach() for name, p in training.model.named_parameters() if p.requires_grad}
+    for name, plain in moved[1.0].items():
+        factor = 4.0 if name.endswith("lora_B") else 1.0
+        torch.testing.assert_close(moved[4.0][name], factor * plain, rtol=1e-5, atol=1e-8)
+
+
+# --- merges in bfloat16
+
+
+@pytest.mark.parametrize(("rms", "lost"), [(6e-6, 0.5), (6e-4, 0.0)])
+def test_a_merge_in_bfloat16_rounds_the_sum_and_loses_small_updates(rms: float, lost: float):
+    model = wrapped_llama()
+    with torch.no_grad():
+        for _, factor in lora_parameters(model):
+            factor.normal_(generator=torch.Generator().manual_seed(1)).mul_((rms / 2) ** 0.5)
+    expected = {
+        name: layer.weight + layer.scaling * layer.lora_B @ layer.lora_A for name, layer in relora_layers(model)
+    }
+    before = {name: layer.weight.detach().clone() for name, layer in relora_layers(model)}
+    merge(model, keep_in=torch.bfloat16)
+    for name, layer in relora_layers(model):
+        torch.testing.assert_close(layer.weight, expected[name].bfloat16().float(), rtol=0.008, atol=0)
+        assert torch.equal(layer.weight, layer.weight.bfloat16().float())
+        kept = (layer.weight != before[name].bfloat16().float()).float().mean()
+        assert (kept < 1 - lost) if lost else (kept > 0.8), name
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_stage_commits_the_rounded_weights_of_wrapped_layers_and_no_others(
+    warm_start: Path, dataset: Path, tmp_path: Path, dtype: str
+):
+    profile = tiny_profile(relora={"merge_dtype": "bfloat16"}, precision={"dtype": dtype})
+    run_stage(stage_request(profile, "cycle-1", dataset, tmp_path / "out", warm_start), ignore)
+    weights = load_file(tmp_path / "out" / "model.safetensors")
+    rounded = {name for name, weight in weights.items() if torch.equal(weight, weight.bfloat16().float())}
+    assert {name for name in rounded if "layernorm" not in name} == {name for name in weights if "_proj" in name}
+    assert 1e-4 < manifest_of(tmp_path / "out")["merge_report"]["max_relative_output_change"] < 0.1
+    assert metrics_of(tmp_path / "out", "merge")
+
+
+# --- growing cycles
+
+
+def growing(**schedule: Any) -> Profile:
+    settings = {"warm_start_steps": 100, "cycles": 4, "cycle_length": 150, "cycle_growth": 2.0, **schedule}
+    return Profile.model_validate({"schedule": settings})
+
+
+def test_every_cycle_is_longer_by_the_factor_and_all_keep_their_steps():
+    stages = plan_stages(growing())
+    assert [(stage.name, stage.start_step, stage.end_step) for stage in stages] == [
+        ("warm-start", 0, 100),
+        ("cycle-1", 100, 140),
+        ("cycle-2", 140, 220),
+        ("cycle-3", 220, 380),
+        ("cycle-4", 380, 700),
+    ]
+    assert growing().schedule.total_steps == growing(cycle_growth=1.0).schedule.total_steps == 700
+
+
+@given(st.floats(0.5, 3.0), st.integers(1, 8), st.integers(60, 400))
+def test_bounds_rise_to_the_phase_and_follow_the_factor_up_to_rounding(growth: float, cycles: int, length: int):
+    settings = {"cycles": cycles, "cycle_length": length, "warmup_steps": 0, "restart_warmup_steps": 0}
+    try:
+        schedule = ScheduleConfig(cycle_growth=growth, **settings)
+    except ValueError as error:
+        assert "each needs 2 at least" in str(error)
+        return
+    bounds = schedule.cycle_bounds
+    lengths = [end - start for start, end in pairwise(bounds)]
+    assert (bounds[0], bounds[-1], len(lengths)) == (0, cycles * length, cycles)
+    exact = [growth**k * cycles * length / sum(growth**j for j in range(cycles)) for k in range(cycles)]
+    assert max(abs(ours - theirs) for ours, theirs in zip(lengths, exact, strict=True)) <= 1
+
+
+def test_the_rate_restarts_at_the_grown_merges_and_lies_on_the_same_cosine():
+    grown, even = growing(), growing(cycle_growth=1.0)
+    rates, cosine = (
+        [
+            stage_learning_rate(p, stage, step)
+            for stage in plan_stages(p)
+            for step in range(stage.first_step, stage.end_step + 1)
+        ]
+        for p in (grown, even.model_copy(update={"schedule": even.schedule.model_copy(update={"jagged": False})}))
+    )
+    assert [step for step, rate in enumerate(rates, start=1) if rate == 0] == [1, 101, 141, 221, 381]
+    climbs = {start + i for start in (140, 220, 380) for i in range(1, 11)}
+    for step, (rate, smooth) in enumerate(zip(rates, cosine, strict=True), start=1):
+        assert rate < smooth if step in climbs else rate == smooth
+
+
+def merged(profile: Profile, cycle: int, run_id: str = "grown") -> CheckpointManifest:
+    stage = next(stage for stage in plan_stages(profile) if stage.cycle == cycle)
+    settings = fingerprint_settings(profile, stage, "d" * 64)
+    return CheckpointManifest(
+        files=(), attempt="a" * 16, versions={}, run_id=run_id, profile="p", stage=stage.name, step=stage.end_step,
+        cycle=cycle, tokens_seen=0, fingerprint="f" * 64, fingerprint_settings=settings, parent=None,
+        dataset_id="d" * 64, dataset_uri="u", stage_seconds=1.0,
+    )  # fmt: skip
+
+
+def test_a_run_with_growing_cycles_goes_on_as_it_is_and_takes_no_more_cycles():
+    parent = merged(growing(), cycle=2)
+    assert stages_after(growing(), parent) == plan_stages(growing())[3:]
+    assert stages_after(growing(), merged(growing(), cycle=4)) == ()
+    with pytest.raises(ConfigError, match=r"cycle-2 of run 'grown' ended after 120 steps .*none can be added later"):
+        stages_after(growing(cycles=5), parent)
+    further = stages_after(growing(cycles=6, cycle_growth=1.0), parent)
+    assert [(stage.name, stage.steps) for stage in further] == [(f"cycle-{k}", 150) for k in (3, 4, 5, 6)]
+    from_a_warm_start = stages_after(growing(cycles=5), merged(growing(), cycle=0))
+    assert from_a_warm_start == plan_stages(growing(cycles=5))[1:]
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"cycle_growth": 8.0}, "cycles of 1, 8, 66, 525 steps; each needs 2"),
+        ({"cycle_growth": 3.0, "restart_warmup_steps": 15}, "restart_warmup_steps 15 must be below each"),
+        ({"warmup_steps": 41}, "warmup_steps 41 must not exceed the first"),
+    ],
+)
+def test_a_growth_that_leaves_a_cycle_too_short_is_refused_with_the_lengths(settings: dict[str, Any], words: str):
+    with pytest.raises(ValueError, match=words):
+        growing(**settings)
+
+
+def test_full_rank_has_its_checkpoints_where_the_cycles_end():
+    profile = growing().model_copy(update={"method": "full"})
+    assert [stage.end_step for stage in plan_stages(profile)] == [100, 140, 220, 380, 700]

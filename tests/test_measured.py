@@ -1,0 +1,111 @@
+"""Experiments that train no runs: what is refused, and the arithmetic of table 4 against numbers worked out by hand."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from relora_train.benchmarking.measure import ArmResult
+from relora_train.benchmarking.request import Arm, ArmRequest, Shape
+from relora_train.errors import ConfigError, ExperimentInvalidError, ProfileNotFoundError
+from relora_train.measured import Measured, MeasuredTable, PaperThroughput, is_measured, load_measured, measured_json
+from relora_train.reporting.measured_report import measured_markdown, render_measured
+from relora_train.throughput import adjusted_speed, measure_throughput, pair_record
+
+SHAPE = Shape(
+    hidden_size=32, intermediate_size=88, layers=1, heads=2, vocab_size=64, rank=2, sequences=10, sequence_length=10
+)
+
+
+def arm(name: Arm, *seconds: float, weights: int, rest: int) -> ArmResult:
+    memory = {"weights": weights, "above_weights": rest, "optimizer": rest // 2}
+    return ArmResult(
+        request=ArmRequest(arm=name, shape=SHAPE), device="cpu", threads=1, seconds=seconds, loss=1.0,
+        flops_per_token=1.0, matmul_flops=1.0, memory=memory, notes={},
+    )  # fmt: skip
+
+
+def test_a_run_with_a_warm_start_is_as_fast_as_its_steps_take_together():
+    """100 tokens a step. A quarter of the steps at 2 s and the rest at 1 s: 1.25 s a step, 80 tokens a second."""
+    full, relora = arm("full", 2.0, 4.0, weights=10, rest=30), arm("paper", 1.0, 2.0, weights=12, rest=20)
+    record = pair_record(full, relora, share=0.25)
+    assert record["step_seconds"]["adjusted"] == [1.25, 2.5]
+    assert record["tokens_per_second"]["full"]["mean"] == (50 + 25) / 2
+    assert record["tokens_per_second"]["adjusted"]["mean"] == (80 + 40) / 2
+    assert record["tokens_per_second"]["adjusted"]["standard_error"] == 20  # half of the difference of two
+    assert record["speed_over_full"]["relora"] == {"mean": 2.0, "standard_error": 0.0, "count": 2}
+    assert record["speed_over_full"]["adjusted"]["mean"] == pytest.approx(1.6)
+    assert record["peak_bytes"] == {"full": 40, "relora": 32}
+    assert pair_record(full, relora, share=0.0)["speed_over_full"]["adjusted"]["mean"] == 2
+    assert pair_record(full, relora, share=1.0)["speed_over_full"]["adjusted"]["mean"] == 1
+
+
+def test_the_papers_gains_of_whole_runs_by_our_formula():
+    """By hand, with a third: 3 / (1/137 + 2/157) = 149.7, 3 / (1/84 + 2/124) = 106.9, 3 / (1/8.8 + 2/17.8) = 13.27."""
+    columns = load_measured("table4").config.paper
+    gains = [adjusted_speed(column, 1 / 3) / column.full for column in columns]
+    assert gains == pytest.approx([1.0925, 1.2731, 1.5085], abs=1e-3)
+    assert [round(100 * (gain - 1)) for gain in gains] != [c.total_percent for c in columns]  # 27 %, printed 32 %
+
+
+def test_the_papers_numbers_are_those_of_its_table_4():
+    found = [(c.where, c.full, c.relora, c.adjusted, c.total_percent) for c in load_measured("table4").config.paper]
+    assert found == [
+        ("8x A100", 137, 157, 149, 9),
+        ("6x A6000 Ada", 84, 124, 111, 32),
+        ("2x 3090", 8.8, 17.8, 14.8, 51),
+    ]
+
+
+def test_experiments_know_whether_they_train_runs():
+    assert is_measured("tutorial") and is_measured("table4") and not is_measured("resets")
+    with pytest.raises(ProfileNotFoundError, match="Did you mean 'tutorial'"):
+        is_measured("tutoria")
+
+
+def test_settings_go_over_the_files_and_the_report_is_of_the_settings():
+    shipped, fewer = load_measured("tutorial"), load_measured("tutorial", {"tutorial.steps": 100}, seeds=[3, 4])
+    assert (fewer.config.tutorial.steps, fewer.config.seeds) == (100, (3, 4))
+    assert fewer.config.tutorial.rank == shipped.config.tutorial.rank
+    assert shipped.digest == load_measured("tutorial", seeds=[3, 4]).digest != fewer.digest
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "words"),
+    [
+        ('title = "x"\nkind = "speed"', {}, "kind"),
+        ('title = "x"\nkind = "tutorial"\n[tutorial]\nrnk = 3', {}, "tutorial.rnk"),
+        ('title = "x"\nkind = "tutorial"\nseeds = [1]', {}, "seeds"),
+        ('title = "x"\nkind = "throughput"', {"throughput.rounds": 1}, "throughput.rounds"),
+    ],
+)
+def test_a_faulty_file_says_what_and_where(tmp_path: Path, text: str, overrides: dict[str, object], words: str):
+    path = tmp_path / "mine.toml"
+    path.write_text(text)
+    with pytest.raises(ExperimentInvalidError) as caught:
+        load_measured(path, overrides)
+    assert words in str(caught.value) and str(path) in str(caught.value)
+
+
+def test_what_has_no_meaning_is_refused():
+    with pytest.raises(ConfigError, match="over rounds"):
+        load_measured("table4", seeds=[0])
+    with pytest.raises(ConfigError, match=r"'relora' is none of its settings.*begins with 'tutorial\.'"):
+        load_measured("tutorial", {"relora.rank": 3})
+    experiment = load_measured("table4", {"throughput.shapes": ["huge"]})
+    with pytest.raises(ConfigError, match=r"There is no shape 'huge' to measure\. Choose from: 9m"):
+        measure_throughput(experiment.config)
+
+
+def test_page_markdown_and_json_say_the_same():
+    experiment = load_measured("table4")
+    table = MeasuredTable(title="Speeds <1>", header=("a", "b"), rows=(("x", "1.5 ± 0.1"),), note="by hand")
+    measured = Measured(headline="It is fast.", facts="cpu", tables=(table,), numbers={"x": [1.5]})
+    html, markdown = render_measured(experiment, measured, {}), measured_markdown(experiment, measured)
+    assert "Speeds &lt;1&gt;" in html and "1.5 ± 0.1" in html and "It is fast." in html
+    assert "| x | 1.5 ± 0.1 |" in markdown and "It is fast." in markdown
+    record = json.loads(measured_json(experiment, measured))
+    assert record["numbers"] == {"x": [1.5]} and record["settings"]["throughput"]["rounds"] == 5
+    assert PaperThroughput.model_validate(record["settings"]["paper"][0]).where == "8x A100"
