@@ -193,6 +193,15 @@ def test_each_rank_holds_its_share_of_weights_and_optimizer_state_and_no_more(sh
             assert 0.45 < record["moments"] / record["all_moments"] < 0.55
 
 
+def test_the_low_rank_layers_of_a_sharded_model_are_on_the_fast_path_and_keep_no_merged_weight(
+    sharded: dict[str, dict[str, Path]],
+):
+    held = json.loads((sharded["relora"]["warm-start"].parent / "rank-0.json").read_text())
+    for stage, layers in (("warm-start", 0), ("cycle-1", 14), ("cycle-2", 14)):
+        orders = held[str(sharded["relora"][stage])]["orders"]
+        assert len(orders) == layers and not any("merged" in order for order in orders), stage
+
+
 def test_a_sharded_stage_stopped_and_continued_has_the_bits_of_the_stage_never_stopped(
     sharded: dict[str, dict[str, Path]],
 ):
