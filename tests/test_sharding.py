@@ -54,6 +54,7 @@ KINDS: dict[str, tuple[Profile, tuple[str, ...]]] = {
         profile_of(schedule=FROM_THE_START, model=UNEVEN | {"tie_word_embeddings": True}),
         ("cycle-1",),
     ),
+    "recomputed": (profile_of(launch={"gradient_checkpointing": True}), ("cycle-1",)),
     "bfloat16": (profile_of(precision={"dtype": "bfloat16"}), ("cycle-2",)),
     "bfloat16 from the start": (profile_of(precision={"dtype": "bfloat16"}, schedule=FROM_THE_START), ("cycle-1",)),
     "lora": (profile_of(method="lora"), ("lora",)),
@@ -88,7 +89,8 @@ def whole(
 
 
 def sharded_request(profile: Profile, stage: str, dataset: Path, out: Path, parent: Path | None) -> StageRequest:
-    profile = profile.model_copy(update={"launch": profile_of(launch=SHARDED).launch})
+    recomputes = {"gradient_checkpointing": profile.launch.gradient_checkpointing}
+    profile = profile.model_copy(update={"launch": profile_of(launch=SHARDED | recomputes).launch})
     return stage_request(profile, stage, dataset, out, parent)
 
 
