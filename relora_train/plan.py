@@ -282,8 +282,9 @@ def _orders(
             micro_steps=micro_steps,
         )
         device = "cuda" if profile.launch.device == "cuda" else "cpu"
-        as_written = profile.launch.sharding != "none" or profile.launch.compile
-        order = REFERENCE if as_written else choose_contraction(layer_shape, device)
+        sharded = profile.launch.sharding == "full" and profile.launch.world_size != 1
+        best = choose_contraction(layer_shape, device, keep_merged=not sharded)
+        order = REFERENCE if profile.launch.compile else best
         found.append((layers, layer_shape, order))
     return found
 

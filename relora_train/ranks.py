@@ -57,7 +57,7 @@ class Ranks:
         """Whether the flag is set on at least one rank; the same answer on all."""
         if self.world_size == 1:
             return flag
-        return bool(self.sum(torch.tensor(float(flag), device=self.device)).item())
+        return bool(self.sum(torch.tensor(float(flag))).item())  # between the CPUs: no GPU is waited for
 
     def share_text(self, text: str | None = None) -> str:
         """The first rank's text, on all; it alone gives one."""
@@ -95,7 +95,7 @@ def joined_ranks(device: str) -> Iterator[Ranks]:
     if on_gpu:
         torch.cuda.set_device(chosen)
     if world_size > 1:
-        dist.init_process_group("nccl" if on_gpu else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
     try:
         yield Ranks(rank=rank, world_size=world_size, device=chosen)
     except RuntimeError as error:

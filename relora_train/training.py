@@ -185,7 +185,7 @@ def prepare_stage(request: StageRequest, ranks: Ranks) -> StageTraining:
     orders: dict[str, Contraction] = {}
     if profile.launch.compile:
         compile_blocks(model)
-    elif stage.low_rank and not ranks.sharded:  # the layers' shards come and go one by one
+    elif stage.low_rank:
         orders = _share_inputs(model, profile, ranks, optimizer)
     batches = Prefetcher(train_data, sequences=profile.batch.sequences, ranks=ranks)
     return StageTraining(
@@ -264,7 +264,9 @@ def _share_inputs(
 ) -> dict[str, Contraction]:
     sequences, micro_steps = profile.batch.forward_passes(ranks.world_size)
     tokens = sequences * profile.batch.sequence_length
-    return share_inputs(model, tokens=tokens, micro_steps=micro_steps, optimizer=optimizer)
+    # A block's weights are whole on a rank only while it computes: kept merged ones would be all the model again.
+    keeps_merged = None if ranks.sharded else optimizer
+    return share_inputs(model, tokens=tokens, micro_steps=micro_steps, optimizer=keeps_merged)
 
 
 def _start(request: StageRequest) -> TrainingState:

@@ -46,7 +46,9 @@ def train_all(plan: ManyStages, emit: Emit) -> None:
     def recorded_prepare(request: StageRequest, ranks: Ranks) -> StageTraining:
         training = prepare(request, ranks)
         held["rank"] = ranks.rank
-        held[str(request.output_directory)] = record = {"weights": 0, "all_weights": 0}
+        record: dict[str, Any] = {"weights": 0, "all_weights": 0}
+        record["orders"] = [str(order) for order in training.orders.values()]
+        held[str(request.output_directory)] = record
         for parameter in training.model.parameters():
             record["weights"] += local(parameter).numel()
             record["all_weights"] += parameter.numel()

@@ -69,7 +69,7 @@ def test_the_share_of_the_flop_bound_and_the_cost_of_dropout_are_of_rounds():
     none, same = timed("ours", (0.8, 1.6, 0.88), 90.0), timed("ours", (0.9, 1.8, 0.99), 100.0)
     assert share_of_flop_bound(ours, full).median == pytest.approx(1.0)  # 1.2 times as fast with 1.2 times fewer FLOPs
     assert share_of_flop_bound(ours, full).lowest == pytest.approx(1.2 / 1.1 / 1.2)
-    record = records_of({"ours-full": full, "ours": ours, "ours p=0": none, "ours p=0, same order": same})
+    record = records_of({"ours-full": full, "ours": ours, "ours p=0": none, "ours p=0 split": same})
     assert record["arms"]["ours p=0"]["flop_bound"] == pytest.approx(120 / 90)
     cost = {part: ratio["median"] for part, ratio in record["dropout_cost"].items()}
     assert cost == pytest.approx({"total": 0.25, "order": 0.125, "masks": 1 / 9})
@@ -138,7 +138,7 @@ def test_the_command_prints_a_table_and_writes_json(
 def test_what_was_found_is_told_in_lines():
     full, ours = timed("ours-full", (1.2,), 120.0), timed("ours", (1.0,), 100.0)
     none, same = timed("ours", (0.8,), 100.0), timed("ours", (0.9,), 100.0)
-    results = {"paper": full, "ours-full": full, "ours": ours, "ours p=0": none, "ours p=0, same order": same}
+    results = {"paper": full, "ours-full": full, "ours": ours, "ours p=0": none, "ours p=0 split": same}
     record = {**about_this_machine(), "precision": "float32", "dropout": 0.1}
     record["shapes"] = {"tiny": {"shape": TINY.model_dump(), **records_of(results)}}
     shown = [part.plain for part in bench_view(record) if isinstance(part, Text)]

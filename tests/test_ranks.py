@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from stage_runs import ignore, metrics_of, stage_request, tiny_profile
 from tiny_data import write_tiny_dataset
 
-from relora_train.checkpoint import load_optimizer_state
+from relora_train.checkpoint import load_optimizer_state, read_training_state
 from relora_train.config import Profile
 from relora_train.errors import ConfigError, TrainerCrashedError
 from relora_train.events import Event
@@ -59,9 +59,9 @@ def alone(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def together(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same cycle by two ranks."""
+    """The same cycle by two ranks, with the path of its products measured by the first and told to the other."""
     out = tmp_path_factory.mktemp("together") / "out"
-    by_two_ranks(stage_request(profile_of(), "cycle-1", dataset, out))
+    by_two_ranks(stage_request(profile_of(precision={"matmul_precision": "auto"}), "cycle-1", dataset, out))
     return out
 
 
@@ -86,6 +86,7 @@ def assert_same_up_to_rounding(one: Path, other: Path, *, rounding: float = 1e-5
 
 def test_two_ranks_give_the_single_process_result_up_to_rounding(alone: Path, together: Path):
     assert_same_up_to_rounding(together, alone)
+    assert read_training_state(together).matmul_precision in ("highest", "high", "medium")
 
 
 # --- what each rank does

@@ -54,6 +54,7 @@ KINDS: dict[str, tuple[Profile, tuple[str, ...]]] = {
         profile_of(schedule=FROM_THE_START, model=UNEVEN | {"tie_word_embeddings": True}),
         ("cycle-1",),
     ),
+    "recomputed": (profile_of(launch={"gradient_checkpointing": True}), ("cycle-1",)),
     "bfloat16": (profile_of(precision={"dtype": "bfloat16"}), ("cycle-2",)),
     "bfloat16 from the start": (profile_of(precision={"dtype": "bfloat16"}, schedule=FROM_THE_START), ("cycle-1",)),
     "lora": (profile_of(method="lora"), ("lora",)),
@@ -88,7 +89,8 @@ def whole(
 
 
 def sharded_request(profile: Profile, stage: str, dataset: Path, out: Path, parent: Path | None) -> StageRequest:
-    profile = profile.model_copy(update={"launch": profile_of(launch=SHARDED).launch})
+    recomputes = {"gradient_checkpointing": profile.launch.gradient_checkpointing}
+    profile = profile.model_copy(update={"launch": profile_of(launch=SHARDED | recomputes).launch})
     return stage_request(profile, stage, dataset, out, parent)
 
 
@@ -191,6 +193,15 @@ def test_each_rank_holds_its_share_of_weights_and_optimizer_state_and_no_more(sh
         for record in held.values():
             assert 0.45 < record["weights"] / record["all_weights"] < 0.55
             assert 0.45 < record["moments"] / record["all_moments"] < 0.55
+
+
+def test_the_low_rank_layers_of_a_sharded_model_are_on_the_fast_path_and_keep_no_merged_weight(
+    sharded: dict[str, dict[str, Path]],
+):
+    held = json.loads((sharded["relora"]["warm-start"].parent / "rank-0.json").read_text())
+    for stage, layers in (("warm-start", 0), ("cycle-1", 14), ("cycle-2", 14)):
+        orders = held[str(sharded["relora"][stage])]["orders"]
+        assert len(orders) == layers and not any("merged" in order for order in orders), stage
 
 
 def test_a_sharded_stage_stopped_and_continued_has_the_bits_of_the_stage_never_stopped(

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from rich.console import Console
 from rich.status import Status
+from rich.table import Table
 from rich.text import Text
 
 from relora_train.benchmarking.measure import ArmResult, Ratio, extra_cost, measure, share_of_flop_bound, speed_ratio
@@ -20,7 +21,7 @@ from relora_train.errors import ConfigError
 
 DEFAULT_SHAPES = ("20m", "35m", "20m-32k")
 _FASTEST = "ours-fast"
-_NO_DROPOUT, _SAME_ORDER = "ours p=0", "ours p=0, same order"
+_NO_DROPOUT, _SAME_ORDER = "ours p=0", "ours p=0 split"
 _PACKAGES = ("torch", "transformers", "peft", "relora-train")
 Precision = Literal["float32", "bfloat16"]
 
@@ -177,7 +178,7 @@ def _ratio_record(ratio: Ratio) -> dict[str, float]:
 
 
 def bench_view(record: Mapping[str, Any]) -> View:
-    """The record as a table a shape."""
+    """The record as two tables a shape, and what follows from them."""
     parts: View = []
     for name, measured in record["shapes"].items():
         shape, arms = measured["shape"], measured["arms"]
@@ -186,28 +187,31 @@ def bench_view(record: Mapping[str, Any]) -> View:
             f"rank {shape['rank']}, {shape['sequences']} x {shape['sequence_length']} tokens, {record['precision']}, "
             f"dropout {record['dropout']:g}"
         )
-        made = table(
-            "step", "tokens/s", "x full", "x paper", "x peft", "MFLOPs/token", "of peak", "weights", "optimizer",
-            "rest", title=title,
-        )  # fmt: skip
-        for label, arm in arms.items():
-            memory = arm["memory_bytes"]
-            rest = memory["above_weights"] - memory["optimizer"]
-            add_row(
-                made,
-                label,
-                f"{arm['tokens_per_second']:,.0f}",
-                *(_ratio_text(arm["speed_over"].get(peer)) for peer in ("full", "paper", "peft")),
-                f"{arm['flops_per_token'] / 1e6:,.1f}",
-                f"{arm['utilisation']:.0%}",
-                *(f"{size / 1e6:,.0f} MB" for size in (memory["weights"], memory["optimizer"], rest)),
-            )
-        parts += [BLANK, made, *_orders(arms), *_findings(measured, record["dropout"])]
+        parts += [BLANK, _speed_table(arms, title), BLANK, _cost_table(arms)]
+        parts += [*_orders(arms), *_findings(measured, record["dropout"])]
     any_arm = next(iter(next(iter(record["shapes"].values()))["arms"].values()))
     versions = ", ".join(f"{package} {number}" for package, number in record["versions"].items())
     where = f"{any_arm['device']}, {any_arm['threads']} threads; {versions}"
     parts += [BLANK, Text(f"Ratios: median of the rounds (lowest–highest). {where}.", style="dim")]
     return parts
+
+
+def _speed_table(arms: Mapping[str, Any], title: str) -> Table:
+    peers = [peer for peer in ("full", "paper", "peft") if peer in arms]
+    made = table("step", "tokens/s", *(f"x {peer}" for peer in peers), "of peak", title=title)
+    for label, arm in arms.items():
+        ratios = (_ratio_text(arm["speed_over"][peer]) for peer in peers)
+        add_row(made, label, f"{arm['tokens_per_second']:,.0f}", *ratios, f"{arm['utilisation']:.0%}")
+    return made
+
+
+def _cost_table(arms: Mapping[str, Any]) -> Table:
+    made = table("step", "MFLOPs/token", "weights", "optimizer", "rest of the peak")
+    for label, arm in arms.items():
+        memory = arm["memory_bytes"]
+        sizes = memory["weights"], memory["optimizer"], memory["above_weights"] - memory["optimizer"]
+        add_row(made, label, f"{arm['flops_per_token'] / 1e6:,.1f}", *(f"{size / 1e6:,.0f} MB" for size in sizes))
+    return made
 
 
 def _orders(arms: Mapping[str, Any]) -> list[Text]:
