@@ -1,6 +1,7 @@
 """On a store beyond this machine a checkpoint is stored while the next cycle trains, and nothing is lost by it.
 
-Real flows on a real S3 server, through a proxy that holds up or refuses what belongs to one checkpoint.
+Real flows on a real S3 server, through a proxy that holds up or refuses what belongs to one checkpoint. One of them is
+behind a marker: `python -m pytest -m slow tests/test_flow_publishing.py`.
 """
 
 from __future__ import annotations
@@ -213,6 +214,7 @@ def test_what_began_from_a_result_that_did_not_win_is_dropped_and_never_stored(
     assert weights[1] != expected[1]
 
 
+@pytest.mark.slow
 def test_ctrl_c_gives_what_is_being_stored_a_bounded_time(
     store: ObjectStore, faults: Faults, monkeypatch: pytest.MonkeyPatch
 ):
