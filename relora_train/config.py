@@ -293,6 +293,9 @@ class ReLoRAConfig(FrozenConfig):
     target_modules: tuple[str, ...] | None = None
     """Name endings of the linear layers to wrap; attention and MLP of the model's family when absent."""
 
+    init: Literal["kaiming", "gradient"] = "kaiming"
+    """What A starts a cycle as: random, or where the gradient of W over the cycle's first batch is largest."""
+
     merge_dtype: Literal["float32", "bfloat16"] = "float32"
     """Numbers a merged weight is kept in; 'bfloat16' rounds it at every merge and loses small updates, to compare."""
 
@@ -578,7 +581,7 @@ def settings_digest(settings: dict[str, Any]) -> str:
 
 LATER_KEYS = {
     "schedule": ("jagged", "cycle_growth"),
-    "relora": ("merge_dtype",),
+    "relora": ("init", "merge_dtype"),
     "optimizer": ("low_rank_lr_ratio", "low_rank_b_lr_ratio"),
 }
 """Keys that came later, by section: at their defaults in no name and no fingerprint, so that older runs keep theirs."""

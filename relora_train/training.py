@@ -20,13 +20,14 @@ from relora_train.checkpoint import (
     read_tensor,
     read_training_state,
 )
-from relora_train.compiling import compile_blocks
+from relora_train.compiling import compile_blocks, without_compiling
 from relora_train.config import Profile
 from relora_train.contraction import Contraction
 from relora_train.dataset import TokenDataset
 from relora_train.errors import ConfigError
 from relora_train.evaluate import autocast
 from relora_train.fast_path import share_inputs
+from relora_train.gradient_init import gradient_init
 from relora_train.model import (
     attend_without_mask,
     build_model,
@@ -95,14 +96,9 @@ class StageTraining:
         """Tokens trained on after update `step`."""
         return self.start.tokens_seen + (step - self.start.step) * self.profile.batch.tokens
 
-    def update(self, step: int) -> tuple[Tensor, Tensor]:
-        """Do update `step` and return its mean loss in nats per token and the gradient norm before clipping.
-
-        Both stay on the device, and nothing here waits for it. A function of the weights, the optimizer state and
-        `step` alone: batch and dropout follow from the profile's seed.
-        """
+    def forward_backward(self, tokens: Tensor, step: int) -> Tensor:
+        """Add the gradients of this rank's share of update `step`'s batch; its share of the loss, on the device."""
         batch, rank = self.profile.batch, self.ranks
-        tokens = self.batches.batch(self.samples_seen(step - 1), last=step == self.stage.end_step)
         total = torch.zeros((), device=rank.device)
         for micro_step, part in enumerate(torch.split(tokens, batch.micro_sequences or len(tokens))):
             torch.manual_seed(_draw_seed(self.profile.seed, step, micro_step, rank.rank))
@@ -110,6 +106,17 @@ class StageTraining:
                 loss = next_token_loss(self.model, part, fused=self.fused_loss) / batch.tokens
             loss.backward()  # type: ignore[no-untyped-call]
             total += loss.detach()
+        return total
+
+    def update(self, step: int) -> tuple[Tensor, Tensor]:
+        """Do update `step` and return its mean loss in nats per token and the gradient norm before clipping.
+
+        Both stay on the device, and nothing here waits for it. A function of the weights, the optimizer state and
+        `step` alone: batch and dropout follow from the profile's seed.
+        """
+        rank = self.ranks
+        tokens = self.batches.batch(self.samples_seen(step - 1), last=step == self.stage.end_step)
+        total = self.forward_backward(tokens, step)
         rank.sum_gradients(self.trainable)
         norm = self._clip()
         set_learning_rate(self.optimizer, self.learning_rate(step))
@@ -184,9 +191,24 @@ def prepare_stage(request: StageRequest, ranks: Ranks) -> StageTraining:
     elif stage.low_rank and not ranks.sharded:  # the layers' shards come and go one by one
         orders = _share_inputs(model, profile, ranks, optimizer)
     batches = Prefetcher(train_data, sequences=profile.batch.sequences, ranks=ranks)
-    return StageTraining(
+    training = StageTraining(
         request, stage, ranks, model, optimizer, train_data, batches, val_data, start, masters, fused_loss, orders
     )
+    if stage.low_rank and profile.relora.init == "gradient" and request.snapshot_directory is None:  # that has its A
+        _draw_from_gradient(training)
+    return training
+
+
+def _draw_from_gradient(training: StageTraining) -> None:
+    """Of the batch of the stage's first update, which that update reads again."""
+    stage, profile = training.stage, training.profile
+    tokens = training.batches.batch(training.samples_seen(stage.start_step), last=True)
+
+    def pass_over_batch() -> None:
+        with without_compiling():  # a compiled block has no hooks
+            training.forward_backward(tokens, stage.first_step)
+
+    gradient_init(training.model, pass_over_batch, ranks=training.ranks, seed=profile.seed, cycle=stage.cycle)
 
 
 def _whole_model(request: StageRequest, data: TokenDataset, ranks: Ranks) -> tuple[nn.Module, MasterWeights | None]:
