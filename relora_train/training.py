@@ -41,8 +41,9 @@ from relora_train.model import (
 )
 from relora_train.optimizer import build_optimizer, load_optimizer_state_by_name, set_learning_rate
 from relora_train.prefetch import Prefetcher
+from relora_train.rank_allocation import ranks_from_warm_start
 from relora_train.ranks import Ranks
-from relora_train.relora import apply_relora, reinit, relora_layers
+from relora_train.relora import apply_relora, reinit, relora_layers, target_names
 from relora_train.requests import StageRequest
 from relora_train.sharding import RowsOf, rows_of_checkpoint, rows_of_first_rank, shard_model
 from relora_train.shards import whole
@@ -177,6 +178,9 @@ def prepare_stage(request: StageRequest, ranks: Ranks) -> StageTraining:
     val_data.require(1)
     start = _start(request)
     model, masters = (_sharded_model if ranks.sharded else _whole_model)(request, train_data, ranks)
+    if stage.low_rank and profile.relora.rank_allocation != "uniform":
+        chosen = {name: layer.rank for name, layer in relora_layers(model)}
+        start = start.model_copy(update={"layer_ranks": chosen})
     attend_without_mask(model)
     fused_loss = head_is_plain(model)
     if profile.precision.trains_in_bfloat16:
@@ -217,7 +221,7 @@ def _whole_model(request: StageRequest, data: TokenDataset, ranks: Ranks) -> tup
     model = load_model(parent) if parent is not None else _first_model(request, data)
     check_fits(model, vocab_size=data.manifest.vocab_size, sequence_length=request.profile.batch.sequence_length)
     if request.stage.low_rank:
-        _wrap(model, request)
+        _wrap(model, request, layer_ranks=_layer_ranks(request, model, data))
         if request.profile.precision.computes_in_bfloat16:
             masters = _round_frozen_weights(model, parent)
     return model, masters
@@ -251,7 +255,26 @@ def _sharded_masters(model: nn.Module, rounded: list[str], exact: dict[str, Tens
     return MasterWeights(rounded, lambda name: exact[name] if exact else rows_of((name,), parameters[name]))
 
 
-def _wrap(model: nn.Module, request: StageRequest) -> None:
+def _layer_ranks(request: StageRequest, model: nn.Module, data: TokenDataset) -> dict[str, int] | None:
+    """Each layer's rank where they are chosen one by one: the parent cycle's, or from what the warm start changed."""
+    relora, parent = request.profile.relora, request.parent_directory
+    if relora.rank_allocation == "uniform":
+        return None
+    state = read_training_state(parent) if parent is not None else None
+    names = target_names(model, relora.target_modules)
+    if state is not None and set(names) == set(state.layer_ranks):
+        return state.layer_ranks
+    if state is None or state.cycle:
+        raise ConfigError(
+            f"relora.rank_allocation = 'warm-start-spectrum' chooses ranks at the end of a warm start, and "
+            f"{request.stage.name} does not follow one: its parent holds no ranks for its layers. Begin at a warm "
+            "start, or set rank_allocation = 'uniform'."
+        )
+    first = _first_model(request, data, seed=state.seed)
+    return ranks_from_warm_start(model, first, names, rank=relora.rank)
+
+
+def _wrap(model: nn.Module, request: StageRequest, *, layer_ranks: dict[str, int] | None = None) -> None:
     relora = request.profile.relora
     apply_relora(
         model,
@@ -262,18 +285,19 @@ def _wrap(model: nn.Module, request: StageRequest) -> None:
         rank_stabilized=relora.rank_stabilized,
         seed=request.profile.seed,
         cycle=request.stage.cycle,
+        layer_ranks=layer_ranks,
     )
 
 
-def _first_model(request: StageRequest, data: TokenDataset) -> nn.Module:
-    """What a run without a parent starts from."""
+def _first_model(request: StageRequest, data: TokenDataset, *, seed: int | None = None) -> nn.Module:
+    """What a run without a parent starts from; with another seed, what a run with that one did."""
     profile = request.profile
     return build_model(
         profile.model,
         vocab_size=data.manifest.vocab_size,
         eos_id=data.manifest.eos_id,
         sequence_length=profile.batch.sequence_length,
-        seed=profile.seed,
+        seed=profile.seed if seed is None else seed,
     )
 
 
@@ -289,7 +313,7 @@ def _start(request: StageRequest) -> TrainingState:
     """The parent's state; on another dataset the data position starts again."""
     profile, dataset_id = request.profile, request.dataset_id
     schedule = profile.schedule.model_dump(mode="json")
-    update = {"dataset_id": dataset_id, "seed": profile.seed, "schedule": schedule}
+    update = {"dataset_id": dataset_id, "seed": profile.seed, "schedule": schedule, "layer_ranks": {}}
     if request.parent_directory is None:
         return TrainingState(step=0, cycle=0, stage_kind="", tokens_seen=0, samples_seen=0, **update)
     parent = read_training_state(request.parent_directory)
