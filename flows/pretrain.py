@@ -6,11 +6,13 @@ from contextlib import closing
 
 from prefect import flow
 
+from flows.training import train_stages
 from relora_train.kept_worker import kept_worker
 from relora_train.lease import hold_run
 from relora_train.overrides import ProfileOverrides
 from relora_train.parameters import CheckpointName, LimitName, ProfileName, RunId, StageName, StoreUri
 from relora_train.profiles import load_profile
+from relora_train.publishing import publishing
 from relora_train.run import Run, choose_run_id, first_and_last, line_of
 from relora_train.stages import stages_after, until
 from relora_train.storage.opening import open_store
@@ -22,7 +24,6 @@ from tasks.observe import done
 from tasks.report import write_report
 from tasks.store import open_run_store, resolve_parent
 from tasks.tokenize import tokenize
-from tasks.train import train_cycle, warm_start
 
 
 @flow(name="pretrain", flow_run_name="pretrain-{profile}", persist_result=False)
@@ -56,17 +57,18 @@ def pretrain(
     name_flow_run(settings.name, run_id)
     stages = until(stop_after, stages_after(settings, parent.manifest if parent else None))
     depends_on = [parent.uri] if parent else ()
-    with hold_run(open_store(store_uri), run_id, depends_on=depends_on) as lease, kept_worker() as worker:
-        run = Run(run_id, store_uri, settings, branches=parent is not None, lease=lease, worker=worker)
+    with (
+        hold_run(open_store(store_uri), run_id, depends_on=depends_on) as lease,
+        kept_worker() as worker,
+        publishing(open_store(store_uri)) as publisher,
+    ):
+        run = Run(
+            run_id, store_uri, settings, branches=parent is not None, lease=lease, worker=worker, publisher=publisher
+        )
         prepared = done(tokenize(run))
-        outcomes = []
         with device_slot(gpu_limit), closing(worker):
-            for stage in stages:
-                train = train_cycle if stage.low_rank else warm_start
-                outcome = done(train(run, stage, prepared.dataset, parent))
-                outcomes.append(outcome)
-                parent = outcome.checkpoint
-            line = line_of(parent)
+            outcomes = train_stages(run, stages, prepared.dataset, parent)
+            line = line_of(outcomes[-1].checkpoint if outcomes else parent)
             evaluations = [done(evaluate_checkpoint(run, ref, prepared.dataset)) for ref in first_and_last(line)]
         report = write_report(run, line, [evaluation.record for evaluation in evaluations])
         return summarize_run(

@@ -6,11 +6,13 @@ from contextlib import closing
 
 from prefect import flow
 
+from flows.training import train_stages
 from relora_train.kept_worker import kept_worker
 from relora_train.lease import hold_run, hold_series
 from relora_train.overrides import ProfileOverrides
 from relora_train.parameters import LimitName, ProfileName, SeriesName, StoreUri
 from relora_train.profiles import load_profile
+from relora_train.publishing import publishing
 from relora_train.retrain_options import Cycles, Margin, MarginKind, OldDataRatio, retrain_options
 from relora_train.retrain_summary import (
     RetrainSummary,
@@ -28,7 +30,6 @@ from tasks.observe import done
 from tasks.report import write_report
 from tasks.series import begin_training, decide_promotion, look_for_new_data, tell_outcome, tokenize_new_data
 from tasks.store import open_run_store
-from tasks.train import train_cycle, warm_start
 
 
 @flow(name="retrain", flow_run_name="retrain-{series}", persist_result=False)
@@ -82,20 +83,16 @@ def retrain(
         with (
             hold_run(open_store(store_uri), plan.run_id, depends_on=plan.depends_on) as run_lease,
             kept_worker() as worker,
+            publishing(open_store(store_uri)) as publisher,
         ):
-            run, parent = plan.run(run_lease, worker), plan.parent
+            run, parent = plan.run(run_lease, worker, publisher), plan.parent
             stages = stages_after(plan.profile, parent.manifest if parent else None)
             prepared = done(tokenize_new_data(run, plan))
             if prepared is None:
                 return tell_outcome(summarize_not_enough(plan))
             begin_training(plan)
-            outcomes = []
             with device_slot(gpu_limit), closing(worker):
-                for stage in stages:
-                    train = train_cycle if stage.low_rank else warm_start
-                    outcome = done(train(run, stage, prepared.dataset, parent))
-                    outcomes.append(outcome)
-                    parent = outcome.checkpoint
+                outcomes = train_stages(run, stages, prepared.dataset, parent)
                 candidate, champion = outcomes[-1].checkpoint, plan.champion
                 ours = done(evaluate_checkpoint(run, candidate, prepared.dataset)).record
                 theirs = done(evaluate_checkpoint(run, champion, prepared.dataset)).record if champion else None

@@ -28,7 +28,7 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -72,8 +72,12 @@ def read_manifest(store: ObjectStore, prefix: str, kind: type[M]) -> M | None:
     return parse_manifest(kind, data, uri=f"{store.uri}/{key}")
 
 
-def commit_bundle(store: ObjectStore, prefix: str, directory: Path, manifest: M) -> M:
+def commit_bundle(
+    store: ObjectStore, prefix: str, directory: Path, manifest: M, *, permit: Callable[[], None] | None = None
+) -> M:
     """Make the files of `directory` visible all at once, or adopt what another writer committed first.
+
+    permit: called before each file, and at last before the manifest makes all visible; what it raises ends the attempt.
 
     Returns the manifest that the store holds from now on: use it, not the argument. Safe to repeat after any failure;
     what is already uploaded is not uploaded again. Raises PreconditionFailedError if the prefix holds other work,
@@ -88,12 +92,16 @@ def commit_bundle(store: ObjectStore, prefix: str, directory: Path, manifest: M)
     files_prefix, was_claimed = _claim(store, prefix, manifest)
     placed = manifest.model_copy(update={"files_prefix": files_prefix})
     for entry in placed.files:
+        if permit is not None:
+            permit()
         key = _key(prefix, placed, entry)
         # Under a claim older than this call the name fixes the bytes; otherwise nothing is known of what lies there.
         if not (was_claimed and _is_uploaded(store, key, entry)):
             store.put_file(key, directory / entry.path)
     try:
         _check_uploads(store, prefix, placed)
+        if permit is not None:
+            permit()
         store.put_bytes(_join(prefix, MANIFEST_NAME), placed.to_bytes(), if_absent=True)
     except (PreconditionFailedError, StoreUnavailableError):
         winner = read_manifest(store, prefix, type(manifest))
@@ -137,6 +145,18 @@ def fetch_bundle(store: ObjectStore, prefix: str, manifest: Manifest, directory:
             _write_durably(directory / MANIFEST_NAME, placed.to_bytes())
     except OSError as error:
         raise disk_error(error, f"write {error.filename or directory} from {_uri(store, prefix)}") from error
+    return directory
+
+
+def check_local(directory: Path, manifest: Manifest) -> Path:
+    """Return a bundle's own directory on this machine if every file in it is as the manifest says.
+
+    A file that this process checked before is not read again, as for fetch_bundle. Raises CheckpointCorruptError or
+    CheckpointIncompleteError.
+    """
+    for entry in manifest.files:
+        path = directory / entry.path
+        check_file(path, entry, uri=path.as_uri(), unless_checked_before=True)
     return directory
 
 

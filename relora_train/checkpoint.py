@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, Literal, TypeVar, cast
 
 import numpy as np
 import torch
@@ -67,6 +67,9 @@ class TrainingState(FrozenConfig):
 
     evaluation_key: str = ""
     """Digest of what the evaluation depends on beside the weights: with the same key it need not be repeated."""
+
+    matmul_precision: Literal["highest", "high", "medium"] | None = None
+    """What precision.matmul_precision = 'auto' stands for in this run."""
 
 
 class LazyMapping(Mapping[str, V]):

@@ -11,7 +11,7 @@ import hashlib
 import json
 import logging
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -88,15 +88,21 @@ class CheckpointStore:
         self.store = store
         self.run_id = check_run_id(run_id)
 
-    def commit(self, directory: Path, manifest: CheckpointManifest) -> CheckpointRef:
+    def commit(
+        self, directory: Path, manifest: CheckpointManifest, *, permit: Callable[[], None] | None = None
+    ) -> CheckpointRef:
         """Make a directory the committed checkpoint of its fingerprint, or adopt the one that another attempt made.
 
-        All or nothing, first one wins, safe to repeat: see relora_train/bundle.py. Does not move the head.
+        All or nothing, first one wins, safe to repeat, permit: see relora_train/bundle.py. Does not move the head.
         """
         if manifest.run_id != self.run_id:
             raise ConfigError(f"A checkpoint of run {manifest.run_id!r} cannot be committed to run {self.run_id!r}.")
-        prefix = checkpoint_prefix(self.run_id, manifest.step, manifest.fingerprint)
-        return make_ref(self.store, prefix, commit_bundle(self.store, prefix, directory, manifest))
+        ref = self.place_of(manifest)
+        return replace(ref, manifest=commit_bundle(self.store, ref.prefix, directory, manifest, permit=permit))
+
+    def place_of(self, manifest: CheckpointManifest) -> CheckpointRef:
+        """The checkpoint as it will be once it is committed. Whether it is, is not looked up."""
+        return make_ref(self.store, checkpoint_prefix(self.run_id, manifest.step, manifest.fingerprint), manifest)
 
     def find(self, fingerprint: str) -> CheckpointRef | None:
         """The committed checkpoint of exactly this work, or None."""

@@ -401,7 +401,7 @@ def evaluate(checkpoint: CheckpointName, store: Store = None, as_json: AsJson = 
 
 @app.command()
 def bench(
-    shapes: Annotated[list[str] | None, typer.Argument(metavar="SHAPE", help="9m, 20m, 35m … llama_1b.")] = None,
+    shapes: Annotated[list[str] | None, typer.Argument(metavar="SHAPE", help="9m, 20m, 35m, 130m … llama_1b.")] = None,
     precision: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
     dropout: Annotated[float, typer.Option(min=0, max=0.9, help="On the input of A, in every arm.")] = 0.1,
     rank: Annotated[int | None, typer.Option(min=1, help="Instead of the shape's.")] = None,
@@ -411,6 +411,7 @@ def bench(
     steps: Annotated[int, typer.Option(min=1, help="Of an arm in a round.")] = 2,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of an arm.")] = None,
     compiled: Annotated[bool, typer.Option("--compile", help="With torch.compile, in every arm.")] = False,
+    arms: Annotated[list[str] | None, typer.Option("--arm", help="Only this one; give it again for more.")] = None,
     output: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write the numbers as JSON.")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -432,6 +433,7 @@ def bench(
         steps=steps,
         threads=threads,
         compiled=compiled,
+        arms=arms or (),
         console=console_for_people(to_stderr=True),
     )
     if output is not None:

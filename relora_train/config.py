@@ -356,8 +356,8 @@ class PrecisionConfig(FrozenConfig):
     dtype: Literal["float32", "bfloat16", "pure-bfloat16"] = "float32"
     """'bfloat16': autocast, frozen weights rounded; 'pure-bfloat16': trained matrices, gradients, Adam's state too."""
 
-    matmul_precision: Literal["highest", "high", "medium"] = "highest"
-    """torch.set_float32_matmul_precision; on many CPUs 'medium' is a faster path of the same accuracy."""
+    matmul_precision: Literal["auto", "highest", "high", "medium"] = "highest"
+    """torch.set_float32_matmul_precision; 'auto' measures at a run's start which is fastest at float32's accuracy."""
 
     deterministic: bool = True
     """Deterministic kernels where there is a choice (always so on CPU)."""

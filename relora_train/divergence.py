@@ -55,6 +55,8 @@ def train_by_policy(
                 return train_stage(lowered, stage, dataset, parent, on_event=on_event, provenance=provenance, **variant)
             except DivergedError as error:
                 failure = _failure(stage, lowered.profile, error)
+                if parent is not None:
+                    run.wait_until_stored(parent)  # or it would be held against another result of the parent
                 run.store.put_bytes(key, (json.dumps(failure, indent=1) + "\n").encode())
                 on_event({"event": "diverged", **failure, "attempt": attempt + 1, "attempts": policy.max_retries + 1})
         failures.append(failure)

@@ -20,6 +20,14 @@ def replace_durably(part: Path, target: Path) -> None:
     sync(target.parent)
 
 
+def sync_all(directory: Path) -> None:
+    """Have a directory on the disk with all that is below it."""
+    for path in directory.rglob("*"):
+        sync(path)
+    sync(directory)
+    sync(directory.parent)
+
+
 def sync(path: Path) -> None:
     """Have what was written to a file, or the names in a directory, on the disk."""
     descriptor = os.open(path, os.O_RDONLY)

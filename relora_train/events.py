@@ -4,7 +4,8 @@ An event is a flat JSON object with the key "event". The trainer process writes 
 output, marked by an ASCII record separator (RFC 7464), so that a library's stray print is never taken for one.
 Inside a process events travel as log records of the logger `relora_train.events`, in the attribute `event`.
 
-    stage_started    stage kind start_step end_step pid device ranks parameters trainable_parameters
+    stage_started    stage kind start_step end_step pid device ranks parameters trainable_parameters products
+                     matmul (with matmul_precision 'auto': what it stands for, and why)
     joined           run_id stage rank ranks last (on a machine beside the flow's)
     resumed          stage step snapshot
     snapshot_committed  stage step directory stall_seconds write_seconds size_bytes
@@ -20,7 +21,8 @@ Inside a process events travel as log records of the logger `relora_train.events
     dataset_ready    uri name reused train_tokens val_tokens
     tokenize_progress  phase done_bytes total_bytes (total may be null) megabytes_per_second
     stage_skipped    stage step uri
-    stage_finished   stage step uri seconds
+    stage_finished   stage step uri seconds val_perplexity (uri null: trained, and stored while later stages train)
+    checkpoint_stored  stage step uri seconds (since it was trained; only after a stage_finished without uri)
     diverged         stage learning_rate message attempt attempts
     evaluated        uri stage val_loss val_perplexity bits_per_byte reused
     report_written   html_uri

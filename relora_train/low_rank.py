@@ -12,13 +12,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from relora_train.contraction import Contraction
 
-_MASK_STEPS = 65_536  # a mask is drawn with 16 bits an entry: p is met to within 1 / 131,072
+_MASK_STEPS = 65_536  # p is met to within 1 / 131,072
+_BYTE = 256
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,7 @@ class _LowRankLinears(torch.autograd.Function):
             outputs = [F.linear(rows, _of(layer.merged), _cast(layer.bias, dtype)) for layer in layers]
         else:
             thin = _joint([layer.A for layer in layers], dtype)
-            low = _dropped(rows, _kept(rows, dropout, seed)) @ thin.T  # (tokens, layers * rank)
+            low = _read(rows, _kept(rows, dropout, seed)) @ thin.T  # (tokens, layers * rank)
             for layer, part in zip(layers, torch.split(low, [len(layer.A) for layer in layers], dim=1), strict=True):
                 y = F.linear(rows, layer.weight.to(dtype), _cast(layer.bias, dtype))
                 outputs.append(y.addmm_(part, layer.B.to(dtype).T, alpha=_low_rank_scale(scaling, dropout)))
@@ -95,11 +97,11 @@ class _LowRankLinears(torch.autograd.Function):
                 torch.mm(gradient, layer.B.to(dtype), out=part)
             through_A *= scale
         kept = _kept(rows, dropout, seed)
+        grad_x = _input_gradient(layers, grads, order, through_A, thin, kept) if needs_x else None
         if order.factors == "low_rank":
-            read = _dropped(rows, kept)
-            grad_thin = _of(through_A).T @ read
-            low = read @ thin.T
-            del read
+            read = _read(rows, kept)
+            grad_thin, low = _of(through_A).T @ read, read @ thin.T
+            del read, kept
             factor_grads = [
                 (grad_A, (gradient.T @ part).mul_(scale))
                 for grad_A, gradient, part in zip(
@@ -110,7 +112,6 @@ class _LowRankLinears(torch.autograd.Function):
             factor_grads = [
                 _through_dense(layer, gradient, rows, scale) for layer, gradient in zip(layers, grads, strict=True)
             ]
-        grad_x = _input_gradient(layers, grads, order, through_A, thin, kept) if needs_x else None
         found: list[Tensor | None] = []
         for layer, gradient, (grad_A, grad_B) in zip(layers, grads, factor_grads, strict=True):
             grad_bias = None if layer.bias is None else gradient.sum(0, dtype=layer.bias.dtype)
@@ -136,7 +137,7 @@ def _input_gradient(
         return _of(total)
     if kept is None:
         return _of(total).addmm_(_of(through_A), thin)
-    return _of(total).add_(_dropped(_of(through_A) @ thin, kept))
+    return _of(total).addcmul_(_of(through_A) @ thin, kept)
 
 
 def _through_dense(layer: Factors, gradient: Tensor, rows: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -144,31 +145,48 @@ def _through_dense(layer: Factors, gradient: Tensor, rows: Tensor, scale: float)
     return layer.B.to(dense.dtype).T @ dense, dense @ layer.A.to(dense.dtype).T
 
 
-def _dropped(rows: Tensor, kept: Tensor | None) -> Tensor:
-    """The rows without the entries to drop, not rescaled: the scale is in the low-rank product's."""
-    return rows if kept is None else rows * kept
+def _read(rows: Tensor, kept: Tensor | None) -> Tensor:
+    """What the low-rank path sees, not rescaled: the scale is in its product. The mask's memory becomes it."""
+    return rows if kept is None else kept.mul_(rows)
 
 
 def _kept(rows: Tensor, dropout: float, seed: int) -> Tensor | None:
-    """A mask for the rows, True where an entry is kept; a function of shape, seed and kind of device. None: all are."""
+    """A mask for the rows, in their dtype: 1 where an entry is kept, else 0; None: all are.
+
+    A function of shape, seed and kind of device, not of the dtype. Entries are kept independently of one another, given
+    their row's threshold.
+    """
     if dropout == 0:
         return None
-    shape, device = rows.shape, rows.device
-    limit = round(dropout * _MASK_STEPS)
-    if device.type != "cpu":
-        generator = torch.Generator(device).manual_seed(seed)
-        return torch.empty(shape, dtype=torch.bool, device=device).bernoulli_(
-            1 - limit / _MASK_STEPS, generator=generator
-        )
-    # Twelve times faster than torch's generator, which draws 32 bits for each entry.
-    raw = np.random.SFC64(seed).random_raw(-(-shape.numel() // 4))
-    bits = torch.from_numpy(raw.view(np.int16))[: shape.numel()].view(shape)
-    return bits >= limit - _MASK_STEPS // 2
+    drop = _dropped_steps(dropout)
+    if rows.device.type != "cpu":
+        generator = torch.Generator(rows.device).manual_seed(seed)
+        return torch.empty_like(rows).bernoulli_(1 - drop / _MASK_STEPS, generator=generator)
+    kept = torch.empty_like(rows)  # written as numbers at once: a bool mask takes longer to make and to multiply by
+    if drop < _MASK_STEPS // 32:
+        values = torch.from_numpy(_random_words(seed, 2 * rows.numel()).view(np.int16))
+        return torch.ge(values[: rows.numel()].view(rows.shape), drop - _MASK_STEPS // 2, out=kept)
+    # 8 bits an entry. Whether a row drops the bytes below `low`, or `low` itself too, is drawn for each row, so that in
+    # the mean the share is p and not a multiple of 1 / 256.
+    values = torch.from_numpy(_random_words(seed, rows.numel() + len(rows)).view(np.uint8))
+    low, rest = divmod(drop, _BYTE)
+    first_kept = (values[-len(rows) :] < rest).to(torch.uint8).add_(low)  # (rows)
+    return torch.ge(values[: rows.numel()].view(rows.shape), first_kept[:, None], out=kept)
+
+
+def _random_words(seed: int, size_bytes: int) -> npt.NDArray[np.uint64]:
+    """Many times faster than torch's generator, which also draws 32 bits for each entry of a mask."""
+    return np.random.SFC64(seed).random_raw(-(-size_bytes // 8))
+
+
+def _dropped_steps(dropout: float) -> int:
+    """The share that a mask drops, in units of 1 / 65,536; above 255 / 256 it is that."""
+    return min(round(dropout * _MASK_STEPS), _MASK_STEPS - _BYTE)
 
 
 def _low_rank_scale(scaling: float, dropout: float) -> float:
     """s / (1 - p), with the p that the mask really has."""
-    return scaling / (1 - round(dropout * _MASK_STEPS) / _MASK_STEPS)
+    return scaling / (1 - _dropped_steps(dropout) / _MASK_STEPS)
 
 
 def _layers(tensors: Sequence[Tensor | None]) -> list[Factors]:

@@ -6,6 +6,7 @@ Light: imports no torch, boto3 or prefect.
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
@@ -17,6 +18,8 @@ from relora_train.checkpoint_layout import RUN_ID_PATTERN
 from relora_train.errors import CheckpointCorruptError
 
 MANIFEST_NAME = "manifest.json"
+RECORD_FILES = ("metrics.jsonl", "profile.json")
+"""Of a checkpoint: its timings; and what the stage was asked, not what came of it."""
 _HASH_CHUNK_BYTES = 1 << 20
 _NAME = rf"^{RUN_ID_PATTERN}$"  # names of directories are made from what a manifest says
 
@@ -180,6 +183,15 @@ def hash_file(path: Path) -> str:
         while chunk := stream.read(_HASH_CHUNK_BYTES):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def result_digest(manifest: Manifest) -> str:
+    """SHA-256 over the files of a checkpoint that later work can depend on: equal exactly when the results are.
+
+    Left out are the records of how it was made: times differ between two attempts that came to the same bits.
+    """
+    listing = sorted((e.path, e.size_bytes, e.sha256) for e in manifest.files if e.path not in RECORD_FILES)
+    return hashlib.sha256(json.dumps(listing).encode()).hexdigest()
 
 
 def describe_files(directory: Path) -> tuple[FileEntry, ...]:

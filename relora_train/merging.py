@@ -10,6 +10,7 @@ from torch import Tensor
 from relora_train.compiling import without_compiling
 from relora_train.errors import DivergedError, TrainingError
 from relora_train.evaluate import autocast
+from relora_train.matmul_probe import current_precision, keeps_accuracy, products_of
 from relora_train.model import logits
 from relora_train.optimizer import reset_optimizer_state
 from relora_train.process import Emit
@@ -93,16 +94,24 @@ def _relative_change(before: Tensor, after: Tensor) -> float:
 
 
 def _check_unchanged(training: StageTraining, change: float) -> None:
-    precision = training.profile.precision
-    in_float32 = precision.dtype == training.profile.relora.merge_dtype == "float32"
-    exact = in_float32 and precision.matmul_precision == "highest"
-    limit = _ROUNDING["float32" if exact else "bfloat16"]
+    limit = _ROUNDING["float32"]
+    if change > limit and not _computes_as_float32(training):
+        limit = _ROUNDING["bfloat16"]
     if not change <= limit:
         raise TrainingError(
             f"Merging cycle {training.stage.cycle} changed the model's output by {change:.2g} of its largest logit, "
             f"more than rounding can ({limit:g}). Nothing was committed. This is a fault of the merge: please report "
             "it with the profile; precision.dtype = 'float32' may avoid it."
         )
+
+
+def _computes_as_float32(training: StageTraining) -> bool:
+    """Whether weights and the probe's products have float32's accuracy: by measurement, whatever its setting's name."""
+    profile = training.profile
+    if profile.precision.dtype != "float32" or profile.relora.merge_dtype != "float32":
+        return False
+    products = products_of(training.model, rows=_PROBE_SEQUENCES * _PROBE_TOKENS)
+    return keeps_accuracy(products, training.ranks.device, current_precision())
 
 
 def _overall(layers: dict[str, LayerMerge]) -> float:

@@ -26,6 +26,7 @@ from relora_train.errors import ConfigError, CorpusEmptyError, CorpusTooSmallErr
 from relora_train.kept_worker import KeptWorker
 from relora_train.lease import Lease
 from relora_train.manifest import DatasetManifest
+from relora_train.publishing import Publisher
 from relora_train.reporting.collect import files_in_stores
 from relora_train.retrain_options import MarginKind, RetrainOptions
 from relora_train.run import DatasetRef, OnEvent, Run
@@ -78,10 +79,17 @@ class RetrainPlan:
         """What must not be pruned meanwhile."""
         return [self.champion.uri] if self.champion else []
 
-    def run(self, lease: Lease | None, worker: KeptWorker | None = None) -> Run:
+    def run(self, lease: Lease | None, worker: KeptWorker | None = None, publisher: Publisher | None = None) -> Run:
         """The run that the candidate is trained in."""
-        branches = self.parent is not None
-        return Run(self.run_id, self.store_uri, self.profile, branches=branches, lease=lease, worker=worker)
+        return Run(
+            self.run_id,
+            self.store_uri,
+            self.profile,
+            branches=self.parent is not None,
+            lease=lease,
+            worker=worker,
+            publisher=publisher,
+        )
 
 
 def plan_retrain(

@@ -27,7 +27,7 @@ from relora_train.evaluation_records import dataset_of
 from relora_train.launch import nodes_of, run_worker
 from relora_train.lease import Lease, hold_run
 from relora_train.lineage import descendants, read_checkpoints
-from relora_train.manifest import CheckpointManifest, parse_manifest
+from relora_train.manifest import RECORD_FILES, CheckpointManifest, parse_manifest
 from relora_train.requests import StageRequest
 from relora_train.run import DatasetRef, OnEvent, Run, fetch_dataset, fetch_parent, stage_identity
 from relora_train.stages import Stage, differing_settings, stage_fingerprint
@@ -35,7 +35,6 @@ from relora_train.storage.opening import open_store
 from relora_train.workspace import checkpoint_cache, work_directory
 
 _RETRY = "retry"
-_NOT_COMPARED = ("metrics.jsonl", "profile.json")  # timings; and what the stage was asked, not what came of it
 
 
 @dataclass(frozen=True)
@@ -129,12 +128,12 @@ def stage_of(manifest: CheckpointManifest) -> Stage:
 def differing_files(ours: CheckpointManifest, theirs: CheckpointManifest) -> tuple[str, ...]:
     """Files that only one of two checkpoints has, or that have other bytes; metrics and settings are not compared."""
     one, two = ({entry.path: entry.sha256 for entry in manifest.files} for manifest in (ours, theirs))
-    return tuple(sorted(name for name in {*one, *two} - {*_NOT_COMPARED} if one.get(name) != two.get(name)))
+    return tuple(sorted(name for name in {*one, *two} - {*RECORD_FILES} if one.get(name) != two.get(name)))
 
 
 def _as_variant(made: CheckpointManifest, checkpoint: CheckpointRef) -> CheckpointManifest:
     """The new attempt under a fingerprint of its own, which follows from its bytes: the same retry is the same."""
-    content = settings_digest({entry.path: entry.sha256 for entry in made.files if entry.path not in _NOT_COMPARED})
+    content = settings_digest({entry.path: entry.sha256 for entry in made.files if entry.path not in RECORD_FILES})
     settings: dict[str, Any] = {**made.fingerprint_settings, _RETRY: content[:16]}
     fingerprint = stage_fingerprint(settings, made.parent.fingerprint if made.parent else None)
     update = {

@@ -5,15 +5,14 @@ The tasks are thin shells around this module. What has been done is what the sto
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from relora_train.bundle import fetch_bundle
+from relora_train.bundle import check_local, fetch_bundle
 from relora_train.checkpoint_layout import dataset_prefix, split_checkpoint_uri
 from relora_train.checkpoint_store import CheckpointRef, CheckpointStore, find_dataset, read_checkpoint
 from relora_train.config import ModelConfig, Profile, default_run_id, settings_digest
@@ -23,22 +22,31 @@ from relora_train.kept_worker import KeptWorker
 from relora_train.launch import nodes_of, run_worker
 from relora_train.lease import Lease
 from relora_train.lineage import choose_result, set_aside
-from relora_train.manifest import CheckpointManifest, DatasetManifest, ParentRef, hash_file, parse_manifest
+from relora_train.manifest import DatasetManifest, ParentRef, hash_file
+from relora_train.publishing import Publisher
 from relora_train.requests import StageRequest
 from relora_train.snapshot_store import SnapshotStore
 from relora_train.snapshot_uploader import SnapshotUploader
+from relora_train.stage_work import (
+    MadeStage,
+    begin_work,
+    committed_output,
+    left_output,
+    store_later,
+    store_now,
+    tidy_up,
+    work_name,
+)
 from relora_train.stages import Stage, differing_settings, fingerprint_settings, stage_fingerprint
 from relora_train.storage.base import ObjectStore
 from relora_train.storage.opening import open_store
 from relora_train.tombstone import read_tombstone, removed_message
-from relora_train.workspace import checkpoint_cache, dataset_cache, short_digest, wait_for_orphan, work_directory
+from relora_train.workspace import WorkDirectory, checkpoint_cache, dataset_cache
 
 STORE_VARIABLE = "RELORA_STORE"
 DEFAULT_STORE = "relora-store"
 
 OnEvent = Callable[[Event], None]
-
-_LOGGER = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -54,6 +62,8 @@ class Run:
     """That this process is the run's one writer; None for who only reads."""
     worker: KeptWorker | None = field(default=None, compare=False, repr=False)
     """The process that trains its stages; None for one of its own each."""
+    publisher: Publisher | None = field(default=None, compare=False, repr=False)
+    """Who stores its checkpoints while later stages train; None to have each stored before the next stage."""
 
     @cached_property
     def store(self) -> ObjectStore:
@@ -72,6 +82,17 @@ class Run:
         """Return only if no other flow writes this run by now; see Lease.check."""
         if self.lease is not None:
             self.lease.check()
+
+    def raise_if_in_vain(self) -> None:
+        """End work of which nothing could be committed: the lease is lost, or what it began from is not the record."""
+        if self.lease is not None:
+            self.lease.raise_if_lost()
+        if self.publisher is not None:
+            self.publisher.raise_if_superseded()
+
+    def wait_until_stored(self, checkpoint: CheckpointRef) -> CheckpointRef:
+        """The checkpoint as the store holds it, once it does; see Publisher.wait."""
+        return checkpoint if self.publisher is None else self.publisher.wait(checkpoint)
 
 
 @dataclass(frozen=True)
@@ -93,7 +114,10 @@ class StageOutcome:
     """A stage's checkpoint, and whether it was there already."""
 
     checkpoint: CheckpointRef
+    """Where it is, or, while it is not stored, will be."""
     reused: bool
+    stored: bool = True
+    """False: trained, durable on this machine, and the run's publisher has yet to store it."""
 
 
 def default_store_uri() -> str:
@@ -218,52 +242,54 @@ def train_stage(
     variant_of: str | None = None,
     divergence: Mapping[str, Any] | None = None,
 ) -> StageOutcome:
-    """Return the stage's committed checkpoint, training it first in a process of its own if there is none yet.
+    """Return the stage's checkpoint, training it first in a process of its own if there is none yet.
 
     Training goes on from the newest valid snapshot of this very stage, whoever made it; without one, from the parent.
     variant_of, divergence: as in the manifest; see relora_train/divergence.py.
+    The checkpoint is committed. Only where the run has a publisher, one that was trained just now may still be on its
+    way: durable on this machine, to be stored in its turn. It may be the parent of the next stage at once.
     Safe to repeat and to race: the first commit wins and every other attempt adopts it.
     """
     settings, fingerprint = stage_identity(run, stage, dataset, parent)
+    if run.publisher is not None:
+        run.publisher.raise_if_superseded()
+        if waiting := run.publisher.find(fingerprint):
+            return StageOutcome(waiting.checkpoint, reused=False, stored=False)
     if found := _find(run, stage, parent, settings, fingerprint):
+        tidy_up(run, found)
         return _reuse(run, found)
-    with work_directory(run.run_id, f"{stage.name}-{fingerprint[:12]}-{short_digest(run.store.uri)}") as directory:
-        if found := _find(run, stage, parent, settings, fingerprint):  # another process may have held the directory
-            return _reuse(run, found)
-        request = StageRequest(
-            run_id=run.run_id,
-            profile=run.profile,
-            stage=stage,
-            fingerprint=fingerprint,
-            fingerprint_settings=settings,
-            variant_of=variant_of,
-            divergence=dict(divergence or {}),
-            parent=ParentRef(uri=parent.uri, fingerprint=parent.fingerprint, step=parent.step) if parent else None,
-            parent_directory=fetch_parent(parent) if parent else None,
-            dataset_uri=dataset.uri,
-            dataset_id=dataset.dataset_id,
-            dataset_directory=fetch_dataset(dataset),
-            output_directory=directory / "checkpoint",
-            snapshots_directory=directory / "snapshots",
-            lock_path=directory / "trainer.lock",
-            provenance=dict(provenance),
-        )
-        snapshots = SnapshotStore(
-            run.store, run.run_id, fingerprint, directory / "snapshots", keep=run.profile.snapshots.keep
-        )
-        wait_for_orphan(directory / "trainer.lock")
-        output = _committed_output(request)
-        if output is None:
-            _run_trainer(run, request, directory / "request.json", snapshots, on_event)
-            output = _committed_output(request)
-        if output is None:
-            raise ObjectNotFoundError(f"The trainer ended well but left no manifest in {request.output_directory}.")
-        run.check_lease()
-        checkpoint = run.checkpoints.commit(request.output_directory, output)
-        run.checkpoints.set_head(checkpoint)
-        run.checkpoints.keep(checkpoint, output, request.output_directory, checkpoint_cache(run.run_id))
-        _clear(snapshots)
-    return StageOutcome(checkpoint, reused=False)
+    work = WorkDirectory(*work_name(run, stage.name, fingerprint))
+    try:
+        found = _find(run, stage, parent, settings, fingerprint)  # another process may have held the directory
+        if found is not None:
+            outcome = _reuse(run, found)
+        else:
+            begin_work(work.path, stage, parent)
+            request = StageRequest(
+                run_id=run.run_id,
+                profile=run.profile,
+                stage=stage,
+                fingerprint=fingerprint,
+                fingerprint_settings=settings,
+                variant_of=variant_of,
+                divergence=dict(divergence or {}),
+                parent=ParentRef(uri=parent.uri, fingerprint=parent.fingerprint, step=parent.step) if parent else None,
+                parent_directory=_files_of(run, parent) if parent else None,
+                dataset_uri=dataset.uri,
+                dataset_id=dataset.dataset_id,
+                dataset_directory=fetch_dataset(dataset),
+                output_directory=work.path / "checkpoint",
+                snapshots_directory=work.path / "snapshots",
+                lock_path=work.path / "trainer.lock",
+                provenance=dict(provenance),
+            )
+            outcome = _train_and_store(run, request, parent, work, on_event)
+    except BaseException:
+        work.release(remove=False)
+        raise
+    if outcome.stored:
+        work.release(remove=True)
+    return outcome
 
 
 def _reuse(run: Run, found: CheckpointRef) -> StageOutcome:
@@ -272,14 +298,50 @@ def _reuse(run: Run, found: CheckpointRef) -> StageOutcome:
     return StageOutcome(found, reused=True)
 
 
+def _files_of(run: Run, parent: CheckpointRef) -> Path:
+    """A parent's verified files on this machine, also of one that is not stored yet."""
+    publication = run.publisher.find(parent.fingerprint) if run.publisher else None
+    return fetch_parent(parent) if publication is None else check_local(publication.directory, parent.manifest)
+
+
+def _train_and_store(
+    run: Run, request: StageRequest, parent: CheckpointRef | None, work: WorkDirectory, on_event: OnEvent
+) -> StageOutcome:
+    snapshots = SnapshotStore(
+        run.store, run.run_id, request.fingerprint, work.path / "snapshots", keep=run.profile.snapshots.keep
+    )
+    output = left_output(request)
+    if output is None:
+        _run_trainer(run, request, parent, work.path / "request.json", snapshots, on_event)
+        output = committed_output(request)
+    if output is None:
+        raise ObjectNotFoundError(f"The trainer ended well but left no manifest in {request.output_directory}.")
+    made = MadeStage(output, work, snapshots)
+    if run.publisher is None:
+        return StageOutcome(store_now(run, made), reused=False)
+    return StageOutcome(store_later(run, run.publisher, made), reused=False, stored=False)
+
+
 def _run_trainer(
-    run: Run, request: StageRequest, request_path: Path, snapshots: SnapshotStore, on_event: OnEvent
+    run: Run,
+    request: StageRequest,
+    parent: CheckpointRef | None,
+    request_path: Path,
+    snapshots: SnapshotStore,
+    on_event: OnEvent,
 ) -> None:
-    """Train from the newest valid snapshot, if any, and store the snapshots that are made meanwhile."""
-    newest = snapshots.newest_valid()
+    """Train from the newest valid snapshot, if any, and store the snapshots that are made meanwhile.
+
+    Not before the parent is stored: who finds them there must find what they began from.
+    """
+
+    def may_store() -> bool:
+        return run.publisher is None or parent is None or run.publisher.is_stored(parent)
+
+    newest = snapshots.newest_valid(local_only=not may_store())
     if newest is not None:
         request = request.model_copy(update={"snapshot_directory": newest.directory})
-    with SnapshotUploader(snapshots) as uploader:
+    with SnapshotUploader(snapshots, may_store=may_store) as uploader:
         if newest is not None and not newest.stored:
             uploader.offer(newest.directory)
         work = run.worker.run if run.worker is not None else run_worker
@@ -287,38 +349,33 @@ def _run_trainer(
             "relora_train.trainer",
             request,
             request_path,
-            on_event=uploader.watch(_unless_lost(run.lease, on_event)),
+            on_event=uploader.watch(_unless_in_vain(run, on_event)),
             nproc_per_node=request.profile.launch.nproc_per_node,
             nodes=nodes_of(request.profile.launch),
         )
 
 
-def _clear(snapshots: SnapshotStore) -> None:
-    """Best effort: what stays is of no use to anyone and harms nobody."""
-    try:
-        snapshots.clear()
-    except ReLoRAError as error:
-        _LOGGER.warning("Snapshots that are no longer needed stay in %s: %s", snapshots.uri, error)
+def _unless_in_vain(run: Run, on_event: OnEvent) -> OnEvent:
+    """Ends the work, by an exception from its next event, once nothing of it could be committed any more."""
 
-
-def _unless_lost(lease: Lease | None, on_event: OnEvent) -> OnEvent:
-    """Ends the work, by an exception from its next event, once another flow has taken the run over."""
-
-    def on_event_while_held(event: Event) -> None:
-        if lease is not None:
-            lease.raise_if_lost()
+    def on_event_meanwhile(event: Event) -> None:
+        if event["event"] == "stopping" and run.publisher is not None:
+            run.publisher.stopping()
+        run.raise_if_in_vain()
         on_event(event)
 
-    return on_event_while_held
+    return on_event_meanwhile
 
 
-def _committed_output(request: StageRequest) -> CheckpointManifest | None:
-    """What an attempt committed on this disk, perhaps an earlier one whose upload failed; else None."""
-    path = request.output_directory / "manifest.json"
-    if not path.is_file():
-        return None
-    manifest = parse_manifest(CheckpointManifest, path.read_bytes(), uri=path.as_uri())
-    return manifest if manifest.fingerprint == request.fingerprint else None
+def store_trained(run: Run, outcome: StageOutcome) -> StageOutcome:
+    """The outcome of a stage once its checkpoint is stored, and its local files are let go of.
+
+    Not before the next stage has been trained: it reads them. Raises what keeps it from being stored; safe to repeat.
+    """
+    checkpoint = run.wait_until_stored(outcome.checkpoint)
+    if run.publisher is not None:
+        run.publisher.settle(checkpoint)
+    return replace(outcome, checkpoint=checkpoint, stored=True)
 
 
 def line_of(checkpoint: CheckpointRef | None) -> list[CheckpointRef]:

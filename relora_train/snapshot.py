@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
@@ -66,6 +66,8 @@ class SnapshotState(FrozenConfig):
     loss_sum: float
     summed: int = Field(ge=0)
     seconds: float = Field(ge=0)
+    matmul_precision: Literal["highest", "high", "medium"] | None = None
+    """As in the training state."""
 
 
 def moving_tensors(training: StageTraining) -> dict[str, Tensor]:
@@ -107,6 +109,7 @@ def describe_progress(training: StageTraining, progress: Progress) -> SnapshotSt
         loss_sum=float(progress.losses),
         summed=progress.summed,
         seconds=progress.seconds,
+        matmul_precision=training.matmul.precision if training.matmul else None,
     )
 
 
@@ -151,12 +154,17 @@ def write_snapshot(
     return directory, manifest
 
 
+def read_snapshot_state(directory: Path) -> SnapshotState:
+    """The small part of a verified snapshot."""
+    return SnapshotState.model_validate_json((directory / STATE_FILE).read_bytes())
+
+
 def restore_snapshot(training: StageTraining, directory: Path) -> Progress:
     """Put the training where the snapshot was taken, all of it or an error. The directory is verified by the caller.
 
     Raises CheckpointCorruptError when the snapshot is of another stage or lacks a tensor.
     """
-    state = SnapshotState.model_validate_json((directory / STATE_FILE).read_bytes())
+    state = read_snapshot_state(directory)
     expected = (training.request.fingerprint, training.samples_seen(state.step))
     if (state.fingerprint, state.samples_seen) != expected:
         raise _foreign(directory, f"stage {state.fingerprint[:12]} at sample {state.samples_seen}")

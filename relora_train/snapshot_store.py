@@ -45,14 +45,17 @@ class SnapshotStore:
     def uri(self) -> str:
         return f"{self._store.uri}/{self._prefix.rstrip('/')}"
 
-    def newest_valid(self) -> FoundSnapshot | None:
+    def newest_valid(self, *, local_only: bool = False) -> FoundSnapshot | None:
         """The newest snapshot of which every byte is as it was written, in the store or on this machine; else None.
+
+        local_only: the store is not asked; what it holds began from another result of the stage's parent.
 
         A damaged one is passed over with a warning that says what is used instead. A store that cannot be reached is
         an error: older work is never taken for the newest. Only while nobody else works on this stage.
         """
         self._remove_unfinished_local()
-        stored, local = set(self._stored()), set(local_snapshots(self._local))
+        stored = set() if local_only else set(self._stored())
+        local = set(local_snapshots(self._local))
         warning = ""
         for name in _newest_first(stored | local):
             try:

@@ -26,6 +26,7 @@ STOP_BUDGET_SECONDS = 28.0
 
 _FAILURE_BUDGET_SECONDS = 25.0  # after a crash: the retry on this machine needs no upload, another machine does
 _RETRY_SECONDS = (1.0, 5.0, 15.0, 60.0)
+_HELD_BACK_SECONDS = 0.5  # between two questions whether snapshots may be stored by now
 
 
 class SnapshotUploader:
@@ -34,10 +35,19 @@ class SnapshotUploader:
     After the block ended well nothing is waited for beyond the upload that is under way: the checkpoint comes next.
     After an exception the newest snapshot is stored before it goes on, for 25 seconds at most, and within 28 seconds
     of the moment the worker was asked to stop.
+
+    may_store: asked before each; as long as it says no, snapshots are made and kept on this machine only. After an
+    exception that is no stop they are not waited for then: the retry on this machine needs no upload.
     """
 
-    def __init__(self, snapshots: SnapshotStore, *, retry_seconds: tuple[float, ...] = _RETRY_SECONDS) -> None:
-        self._snapshots, self._retry_seconds = snapshots, retry_seconds
+    def __init__(
+        self,
+        snapshots: SnapshotStore,
+        *,
+        may_store: Callable[[], bool] = lambda: True,
+        retry_seconds: tuple[float, ...] = _RETRY_SECONDS,
+    ) -> None:
+        self._snapshots, self._may_store, self._retry_seconds = snapshots, may_store, retry_seconds
         self._changed = threading.Condition()
         self._pending: Path | None = None
         self._uploading: Path | None = None
@@ -56,10 +66,12 @@ class SnapshotUploader:
     ) -> None:
         if kind is None:
             self._close(_FAILURE_BUDGET_SECONDS, flush=False)
-        elif self._stopping_at is None:
-            self._close(_FAILURE_BUDGET_SECONDS, flush=True)
-        else:
-            self._close(self._stopping_at + STOP_BUDGET_SECONDS - time.monotonic(), flush=True)
+            return
+        seconds = _FAILURE_BUDGET_SECONDS
+        if self._stopping_at is not None:
+            seconds = self._stopping_at + STOP_BUDGET_SECONDS - time.monotonic()
+        stopped = not issubclass(kind, Exception)
+        self._close(seconds, flush=stopped or self._may_store())
 
     def watch(self, on_event: Callable[[Event], None]) -> Callable[[Event], None]:
         """A listener for run_worker that hears of snapshots and passes every event on."""
@@ -115,7 +127,11 @@ class SnapshotUploader:
     def _next(self) -> Path | None:
         """Wait for a snapshot; None when there will be no more."""
         with self._changed:
-            self._changed.wait_for(lambda: self._pending is not None or self._closing)
+            while not self._abandoned and not (self._closing and self._pending is None):
+                held_back = self._pending is not None and not self._may_store()
+                if self._pending is not None and not held_back:
+                    break
+                self._changed.wait(_HELD_BACK_SECONDS if held_back else None)
             self._uploading = None if self._abandoned else self._pending
             return self._uploading
 

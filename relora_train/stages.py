@@ -5,7 +5,7 @@ result and of its parent's fingerprint, so a checkpoint with that fingerprint is
 
 The low-rank phase is counted in cycles, not in steps: what follows a checkpoint with k merges is cycle k + 1, at the
 point where the jagged cosine of the settings in force has its k-th merge, wherever the checkpoint's step lies. So a run
-can be continued, extended or branched with any schedule from any of its checkpoints, but for cycles that grow.
+can be continued, extended or branched with any schedule from any of its checkpoints; growing cycles are the exception.
 """
 
 from __future__ import annotations

@@ -19,6 +19,7 @@ from relora_train.commit import commit_stage
 from relora_train.config import settings_digest
 from relora_train.errors import DivergedError, TrainerInterruptedError
 from relora_train.evaluate import Evaluation, evaluate_checkpoint, evaluate_model
+from relora_train.matmul_probe import Choice
 from relora_train.merging import finish_cycle
 from relora_train.peak_memory import peak_bytes, reset_peak
 from relora_train.process import Emit, StopRequest, is_asked_to_serve, serve_request, serve_requests
@@ -27,10 +28,10 @@ from relora_train.relora import lora_parameters
 from relora_train.requests import EvaluationRequest, StageRequest
 from relora_train.sharded_saving import ShardedSnapshotter, save_sharded
 from relora_train.shards import whole
-from relora_train.snapshot import Progress, restore_snapshot
+from relora_train.snapshot import Progress, read_snapshot_state, restore_snapshot
 from relora_train.snapshotter import Snapshotter
 from relora_train.stages import Stage
-from relora_train.torch_settings import configure_torch, release_memory
+from relora_train.torch_settings import configure_torch, release_memory, settle_matmul_precision
 from relora_train.training import StageTraining, prepare_stage
 from relora_train.update_size import UpdateMeter
 from relora_train.workspace import trainer_lock
@@ -64,6 +65,7 @@ def run_as_rank(request: StageRequest, ranks: Ranks, stop: StopRequest, emit: Em
         emit = stop.on_lost_listener(emit) if ranks.is_first else _silent
         parts = _Parts(started)
         training = prepare_stage(request, ranks)
+        training.matmul = _settle_matmul_precision(training)
         parts.end("load")
         emit("stage_started", **_describe(training))
         progress = _beginning(training, emit)
@@ -134,7 +136,16 @@ def _describe(training: StageTraining) -> dict[str, Any]:
         "parameters": sum(p.numel() for p in parameters),
         "trainable_parameters": sum(p.numel() for p in parameters if p.requires_grad),
         "products": {str(order): count for order, count in Counter(training.orders.values()).items()},
+        **({"matmul": f"{training.matmul.precision} ({training.matmul.reason})"} if training.matmul else {}),
     }
+
+
+def _settle_matmul_precision(training: StageTraining) -> Choice | None:
+    """As the snapshot says, or the parent; measured in a run's first stage."""
+    directory, recorded = training.request.snapshot_directory, training.start.matmul_precision
+    if directory is not None:
+        recorded = read_snapshot_state(directory).matmul_precision
+    return settle_matmul_precision(training.profile, training.model, training.ranks, recorded=recorded)
 
 
 def _beginning(training: StageTraining, emit: Emit) -> Progress:

@@ -28,6 +28,7 @@ from relora_train.errors import ConfigError
 from relora_train.evaluate import autocast
 from relora_train.fast_path import share_inputs
 from relora_train.gradient_init import gradient_init
+from relora_train.matmul_probe import Choice
 from relora_train.model import (
     attend_without_mask,
     build_model,
@@ -76,6 +77,9 @@ class StageTraining:
 
     merged_adapter: tuple[dict[str, Tensor], dict[str, Any]] | None = None
     """The A and B that the merge of this stage consumed, and their PEFT configuration."""
+
+    matmul: Choice | None = None
+    """What matmul_precision 'auto' stands for."""
 
     @property
     def profile(self) -> Profile:

@@ -11,14 +11,16 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, Self
 
+from relora_train.durable import write_durably
 from relora_train.errors import TrainerCrashedError
 from relora_train.storage.os_errors import disk_error
 
 _LOGGER = logging.getLogger(__name__)
 
 CACHE_VARIABLE = "RELORA_CACHE"
+ORIGIN_FILE = "origin"
 _ORPHAN_SECONDS = 30.0
 
 
@@ -41,31 +43,87 @@ def dataset_cache(dataset_id: str) -> Path:
     return cache_root() / "datasets" / dataset_id[:16]
 
 
+class WorkDirectory:
+    """A directory of this name for one process at a time, from now on until it is released.
+
+    While another live process of this machine holds it, waits (or with wait=False raises BlockingIOError): look again
+    afterwards whether the work is done. A killed process holds nothing. Raises StorageError naming the directory when
+    it cannot be made.
+    """
+
+    def __init__(self, *names: str, wait: bool = True) -> None:
+        self.path = _work_path(*names)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._lock = self.path.with_name(f"{self.path.name}.lock").open("a")
+        except OSError as error:
+            raise disk_error(error, f"use the scratch space {cache_root()} ({CACHE_VARIABLE})") from None
+        try:
+            _lock(self._lock, "/".join(names), wait=wait)
+            self.path.mkdir(parents=True, exist_ok=True)
+        except BaseException:
+            self._lock.close()
+            raise
+
+    @classmethod
+    def left_over(cls, *names: str) -> Self | None:
+        """The directory of work that somebody left, if there is any and nobody holds it at the moment. Never waits."""
+        try:
+            return cls(*names, wait=False) if _work_path(*names).is_dir() else None
+        except BlockingIOError:
+            return None
+
+    def release(self, *, remove: bool) -> None:
+        """Let others have it, with what is in it or without. Only the first call counts."""
+        if self._lock.closed:
+            return
+        if remove:
+            shutil.rmtree(self.path, ignore_errors=True)  # the lock file stays: others may be waiting on it
+        self._lock.close()
+
+
+def _work_path(*names: str) -> Path:
+    return cache_root().joinpath("work", *names)
+
+
 @contextmanager
 def work_directory(*names: str) -> Iterator[Path]:
-    """A directory of this name for one process at a time; removed when the work ended well, kept when it failed.
-
-    While another live process of this machine holds it, waits: look again afterwards whether the work is done. A killed
-    process holds nothing. Raises StorageError naming the directory when it cannot be made.
-    """
-    directory = cache_root().joinpath("work", *names)
-    lock_path = directory.with_name(f"{directory.name}.lock")
+    """A WorkDirectory for the length of the block; removed when the work ended well, kept when it failed."""
+    held = WorkDirectory(*names)
     try:
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        lock = lock_path.open("a")
-    except OSError as error:
-        raise disk_error(error, f"use the scratch space {cache_root()} ({CACHE_VARIABLE})") from None
-    with lock:
-        _wait_for(lock, "/".join(names))
-        directory.mkdir(parents=True, exist_ok=True)
-        yield directory
-        shutil.rmtree(directory, ignore_errors=True)  # the lock file stays: others may be waiting on it
+        yield held.path
+    except BaseException:
+        held.release(remove=False)
+        raise
+    held.release(remove=True)
 
 
-def _wait_for(lock: IO[str], what: str) -> None:
+def keep_work_from(directory: Path, origin: str) -> bool:
+    """Empty a work directory unless all in it began from `origin`, and remember that from now on; whether it did.
+
+    origin: digest of the bytes from which the work begins. What has no memory of it yet may stay: nothing is in it, or
+    the work of a version that began only from what a store holds. Not while anybody works in it.
+    """
+    note = directory / ORIGIN_FILE
+    known = note.read_text().strip() if note.is_file() else None
+    if known == origin:
+        return True
+    if known is not None:
+        for path in directory.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path != note:  # last: a kill on the way must not make the rest look like work without a memory
+                path.unlink()
+    write_durably(note, f"{origin}\n".encode())
+    return known is None
+
+
+def _lock(lock: IO[str], what: str, *, wait: bool) -> None:
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
+        if not wait:
+            raise
         _LOGGER.warning("Another process on this machine is at work on %s; waiting for it.", what)
         fcntl.flock(lock, fcntl.LOCK_EX)
 

@@ -26,6 +26,7 @@ from prefect.client.orchestration import get_client
 from prefect.context import FlowRunContext
 from prefect.logging import get_run_logger
 
+from relora_train.checkpoint_store import CheckpointRef
 from relora_train.events import Event
 from relora_train.reporting.merge_table import merge_table
 from relora_train.reporting.stage_text import (
@@ -142,20 +143,19 @@ class StageArtifacts:
         return watching
 
     def finished(self, outcome: StageOutcome) -> None:
-        """Show the stage as complete, with its checkpoint; one that was there already says so."""
+        """Show the stage as complete, with its checkpoint if that is stored; one that was there already says so."""
         self._show(100.0, finished_text(self._stage, outcome))
         if outcome.reused:
             return
         checkpoint = outcome.checkpoint
-        key, what = self._key("checkpoint"), f"Checkpoint of {self._run_id}, stage {self._stage.name}"
-        markdown = checkpoint_markdown(checkpoint)
-        self._offer_new(create_markdown_artifact, key, markdown=markdown, description=what)
+        if outcome.stored:
+            self._offer_new(create_markdown_artifact, **_checkpoint_fields(self._run_id, checkpoint))
         if checkpoint.manifest.merge_report:
             table, what = merge_table(checkpoint.manifest.merge_report), merge_text(checkpoint)
             self._offer_new(create_table_artifact, self._key("merge"), table=table, description=what)
 
     def _offer_new(self, create: Callable[..., object], key: str, **fields: Any) -> None:
-        self._publisher.offer(key, partial(create, key=key, **fields))
+        self._publisher.offer(key, partial(create, key=artifact_key(key), **fields))
 
     def _show(self, percent: float, text: str) -> None:
         self._percent = percent
@@ -175,6 +175,20 @@ class StageArtifacts:
 
     def _key(self, what: str) -> str:
         return artifact_key(what, self._run_id, self._stage.name)
+
+
+def show_checkpoint(run_id: str, checkpoint: CheckpointRef) -> None:
+    """Show a stored checkpoint: where it lies and how to go on from it."""
+    publish_markdown(**_checkpoint_fields(run_id, checkpoint))
+
+
+def _checkpoint_fields(run_id: str, checkpoint: CheckpointRef) -> dict[str, str]:
+    stage = checkpoint.manifest.stage
+    return {
+        "key": f"checkpoint-{run_id}-{stage}",
+        "markdown": checkpoint_markdown(checkpoint),
+        "description": f"Checkpoint of {run_id}, stage {stage}",
+    }
 
 
 def publish_markdown(key: str, markdown: str, description: str) -> None:

@@ -66,6 +66,7 @@ def describe(event: Event) -> str:
                 f"stage {event['stage']}: steps {event['start_step'] + 1} to {event['end_step']} on {event['device']}, "
                 f"{event['trainable_parameters']:,} of {event['parameters']:,} parameters trained"
                 + "".join(f"; {count} layers: {order}" for order, count in event.get("products", {}).items())
+                + (f"; float32 products: {event['matmul']}" if "matmul" in event else "")
             )
         case "resumed":
             return f"stage {event['stage']}: going on from the snapshot of step {event['step']}"

@@ -8,23 +8,40 @@ from prefect.logging import get_run_logger
 from relora_train import events
 from relora_train.checkpoint_store import CheckpointRef
 from relora_train.divergence import train_by_policy
-from relora_train.run import DatasetRef, Run, StageOutcome
+from relora_train.run import DatasetRef, Run, StageOutcome, store_trained
 from relora_train.stages import Stage
-from tasks.artifacts import StageArtifacts
+from tasks.artifacts import StageArtifacts, show_checkpoint
 from tasks.observe import forward_events, provenance, skipped
-from tasks.policies import TRAINING
+from tasks.policies import STORE_IO, TRAINING
 
 
 @task(**TRAINING, name="warm-start", task_run_name="{stage.name} steps {stage.first_step}-{stage.end_step}")
 def warm_start(run: Run, stage: Stage, dataset: DatasetRef, parent: CheckpointRef | None) -> StageOutcome:
-    """Train the full-rank stage and return its StageOutcome; one that is committed already is shown as Skipped."""
+    """Train the full-rank stage and return its StageOutcome; one that is committed already is shown as Skipped.
+
+    Completed means trained and stored; for a remote store trained and durable on this machine: store_checkpoint
+    follows.
+    """
     return _train(run, stage, dataset, parent)
 
 
 @task(**TRAINING, name="train-cycle", task_run_name="{stage.name} steps {stage.first_step}-{stage.end_step}")
 def train_cycle(run: Run, stage: Stage, dataset: DatasetRef, parent: CheckpointRef | None) -> StageOutcome:
-    """Train one low-rank cycle, merge it and return its StageOutcome; a committed one is shown as Skipped."""
+    """Train one low-rank cycle, merge it and return its StageOutcome; else as warm_start."""
     return _train(run, stage, dataset, parent)
+
+
+@task(**STORE_IO, name="store-checkpoint", task_run_name="store {outcome.checkpoint.manifest.stage}")
+def store_checkpoint(run: Run, outcome: StageOutcome) -> StageOutcome:
+    """Return the StageOutcome of a trained stage once its checkpoint is stored; Completed means committed, head moved.
+
+    Waits for the run's publisher, which has been at it since the stage was trained. To be called when nothing reads the
+    checkpoint's local files any more: after the next stage.
+    """
+    stored = store_trained(run, outcome)
+    show_checkpoint(run.run_id, stored.checkpoint)
+    get_run_logger().info("checkpoint of %s: %s", stored.checkpoint.manifest.stage, stored.checkpoint.uri)
+    return stored
 
 
 def _train(run: Run, stage: Stage, dataset: DatasetRef, parent: CheckpointRef | None) -> StageOutcome:
@@ -32,14 +49,14 @@ def _train(run: Run, stage: Stage, dataset: DatasetRef, parent: CheckpointRef | 
         on_event = shown.watch(forward_events())
         outcome = train_by_policy(run, stage, dataset, parent, on_event=on_event, provenance=provenance())
         shown.finished(outcome)
-    manifest = outcome.checkpoint.manifest
-    get_run_logger().info("checkpoint of %s: %s", stage.name, outcome.checkpoint.uri)
+    manifest, uri = outcome.checkpoint.manifest, outcome.checkpoint.uri
+    get_run_logger().info("checkpoint of %s%s: %s", stage.name, "" if outcome.stored else ", being stored", uri)
     events.emit(
         "stage_skipped" if outcome.reused else "stage_finished",
         stage=stage.name,
         step=stage.end_step,
-        uri=outcome.checkpoint.uri,
+        uri=uri if outcome.stored else None,
         seconds=manifest.stage_seconds,
         val_perplexity=manifest.evaluation.get("val_perplexity"),
     )
-    return skipped(outcome, outcome.checkpoint.uri) if outcome.reused else outcome
+    return skipped(outcome, uri) if outcome.reused else outcome

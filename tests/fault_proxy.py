@@ -58,13 +58,24 @@ def answer_instead(status: int, code: str) -> Fault:
     return fault
 
 
+def held_until(gate: threading.Event) -> Fault:
+    """The request is on its way until somebody opens the gate."""
+
+    def fault(exchange: Exchange) -> None:
+        assert gate.wait(timeout=120), "nobody opened the gate"
+        exchange.forward()
+
+    return fault
+
+
 @dataclass
 class Faults:
-    """Which faults meet the next requests; a matching request uses up one of them."""
+    """Which faults meet the next requests; a matching request uses up one of them, but not one that stands."""
 
     endpoint: str
     lock: threading.Lock = field(default_factory=threading.Lock)
     planned: list[tuple[str, str, Fault]] = field(default_factory=list)
+    standing: list[tuple[str, str, Fault]] = field(default_factory=list)
     met: int = 0
 
     def plan(self, method: str, path_part: str, *faults: Fault) -> None:
@@ -76,6 +87,10 @@ class Faults:
             for index, (method, path_part, fault) in enumerate(self.planned):
                 if method == exchange.method and path_part in exchange.path:
                     del self.planned[index]
+                    self.met += 1
+                    return fault
+            for method, path_part, fault in self.standing:
+                if method == exchange.method and path_part in exchange.path:
                     self.met += 1
                     return fault
         return lambda exchange: exchange.forward()

@@ -338,6 +338,19 @@ def test_plain_progress_is_lines_at_a_bounded_rate_without_control_codes() -> No
     assert all(text.isprintable() and len(text) <= 100 for text in lines)
 
 
+@pytest.mark.parametrize("stored_first", [True, False])
+def test_a_checkpoint_stored_beside_the_next_stage_is_one_quiet_line_after_its_stage(stored_first: bool) -> None:
+    written = io.StringIO()
+    progress = RunProgress(PlainDisplay(Console(file=written, width=100, force_terminal=False)), ["one", "two"])
+    for stage in ("one", "two"):
+        finished = {"event": "stage_finished", "stage": stage, "uri": None, "seconds": 61.0, "val_perplexity": 98.5}
+        stored = {"event": "checkpoint_stored", "stage": stage, "uri": "s3://x", "seconds": 2.0}
+        for event in (stored, finished) if stored_first else (finished, stored):
+            progress.show(event)
+    said = [line.partition(":")[0] + line[-8:] * ("stored" in line) for line in written.getvalue().splitlines()]
+    assert said == ["✓ one", "↑ one: stored", "✓ two", "↑ two: stored"]
+
+
 def test_the_progress_of_an_experiment_says_which_run_it_is_and_each_thing_once() -> None:
     written = io.StringIO()
     progress = RunProgress(PlainDisplay(Console(file=written, width=100, force_terminal=False)), [])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,16 @@ from stored_runs import Workshop
 
 from relora_train.checkpoint_store import CheckpointStore
 from relora_train.config import Profile, default_run_id
-from relora_train.divergence import divergence_text, lower_learning_rate
+from relora_train.divergence import divergence_text, lower_learning_rate, train_by_policy
 from relora_train.errors import DivergedError, RunSettingsChangedError, TrainerCrashedError
+from relora_train.manifest import result_digest
+from relora_train.publishing import Publisher
 from relora_train.reporting.collect import collect_run_data, files_in_stores
 from relora_train.reporting.page import render_page
-from relora_train.run import StageOutcome, fetch_parent
+from relora_train.run import Run, StageOutcome, fetch_parent
 from relora_train.stages import plan_stages
+from relora_train.storage.memory import MemoryStore
+from relora_train.storage.opening import open_store
 
 EXPLODES = 1e3
 """At this rate a cycle of the tiny model diverges in a few steps, at EXPLODES * FACTOR it learns."""
@@ -175,3 +180,41 @@ def test_the_report_says_which_cycle_was_lowered(workshop: Workshop, tmp_path: P
     assert json.loads((fetch_parent(line[1]) / "profile.json").read_text())["optimizer"]["learning_rate"] == (
         EXPLODES * FACTOR
     )
+
+
+class Slow(MemoryStore):
+    """Takes its time with files, and remembers in which order what was written."""
+
+    def __init__(self) -> None:
+        super().__init__("slow")
+        self.written: list[str] = []
+
+    def put_file(self, key: str, path: Path) -> None:
+        time.sleep(0.3)
+        super().put_file(key, path)
+
+    def put_bytes(self, key: str, *arguments: Any, **options: Any) -> str:
+        self.written.append(key)
+        return super().put_bytes(key, *arguments, **options)
+
+
+def test_a_cycle_is_lowered_also_from_a_parent_that_is_still_being_stored(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch
+):
+    expected = workshop.train(explosive(**LOWER))
+    slow, parent, waited = Slow(), None, []
+    monkeypatch.setattr("relora_train.run.open_store", lambda uri: slow if uri == slow.uri else open_store(uri))
+    with Publisher() as publisher:
+        run = Run("tiny", slow.uri, explosive(**LOWER), publisher=publisher)
+        for stage in plan_stages(run.profile):
+            outcome = train_by_policy(run, stage, workshop.dataset, parent, on_event=lambda event: None, provenance={})
+            assert not outcome.stored
+            waited += [not publisher.is_stored(outcome.checkpoint)]
+            parent = outcome.checkpoint
+        publisher.wait(parent)
+    assert all(waited)
+    line = CheckpointStore(slow, "tiny").list()
+    assert [ref.fingerprint for ref in line] == [ref.fingerprint for ref in expected]
+    assert [result_digest(ref.manifest) for ref in line] == [result_digest(ref.manifest) for ref in expected]
+    order = [key.split("/")[2] for key in slow.written if key.endswith("manifest.json") or "/diverged/" in key]
+    assert order == ["checkpoints", "diverged", "checkpoints", "diverged", "checkpoints"]  # never against a guess

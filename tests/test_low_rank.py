@@ -127,9 +127,8 @@ def test_dropout_is_of_the_low_rank_path_alone_and_the_same_both_ways(dropout: f
 def test_a_mask_keeps_its_share_and_is_drawn_anew_by_each_call():
     rows = torch.empty(1000, 100)
     kept = low_rank._kept(rows, 0.1, 7)
-    assert abs(float(kept.double().mean()) - 0.9) < 0.004  # four standard errors
-    assert abs(float((kept[:, 1:] & kept[:, :-1]).double().mean()) - 0.81) < 0.005  # neighbours are independent
     assert torch.equal(kept, low_rank._kept(rows, 0.1, 7))
+    assert torch.equal(kept, low_rank._kept(rows.bfloat16(), 0.1, 7).float())
     assert not torch.equal(kept, low_rank._kept(rows, 0.1, 8))
     layers, x = made_layers(1, dtype=torch.float64), torch.randn(50, 6, dtype=torch.float64)
     torch.manual_seed(0)
@@ -137,6 +136,32 @@ def test_a_mask_keeps_its_share_and_is_drawn_anew_by_each_call():
     torch.manual_seed(0)
     again = low_rank_linears(x, layers, REFERENCE, 1.0, 0.5)[0]
     assert torch.equal(first, again) and not torch.equal(first, second)
+
+
+@pytest.mark.parametrize("dropout", [0.001, 0.1, 0.5, 0.9])
+def test_a_mask_drops_the_very_share_and_its_entries_are_independent(dropout: float):
+    """0.1 and 0.001 are no multiples of 1 / 256, which a draw of 8 bits would round them to."""
+    kept, share = low_rank._kept(torch.empty(8000, 250), dropout, 7).double(), 1 - dropout
+    assert set(kept.unique().tolist()) == {0.0, 1.0}
+
+    def error(entries: Tensor, expected: float) -> float:
+        """In standard errors of a mean of independent draws."""
+        return abs(float(entries.mean()) - expected) / (expected * (1 - expected) / entries.numel()) ** 0.5
+
+    assert error(kept, share) < 4
+    assert error(kept[:, ::2] * kept[:, 1::2], share**2) < 4  # along a row
+    assert error(kept[::2] * kept[1::2], share**2) < 4  # from row to row
+    assert error(kept[:, :125] * kept[:, 125:], share**2) < 4  # far apart in one row, which has one threshold
+    columns, rows = kept.mean(0), kept.mean(1)
+    variance = share * dropout
+    assert float(columns.var()) == pytest.approx(variance / 8000, rel=0.4)  # 250 columns: four standard errors
+    assert float(rows.var()) == pytest.approx(variance / 250, rel=0.07)
+
+
+def test_a_share_next_to_one_is_met_by_its_scale():
+    kept = low_rank._kept(torch.empty(4000, 500), 0.999, 7)
+    assert float(kept.mean()) == pytest.approx(1 / 256, rel=0.05)
+    assert low_rank._low_rank_scale(1.0, 0.999) == 256
 
 
 class Block(nn.Module):

@@ -295,3 +295,25 @@ def test_a_dead_store_holds_an_exception_up_only_as_long_as_the_budget(
     assert time.monotonic() - started < 5
     assert "on this machine goes on from it" in caplog.text.replace("\n", " ")
     assert local_snapshots(tmp_path) == [snapshot_name(10, "a" * 16)]
+
+
+def test_snapshots_wait_on_this_machine_until_they_may_be_stored(tmp_path: Path):
+    store, may = MemoryStore(), threading.Event()
+    held = snapshots(store, tmp_path)
+    with SnapshotUploader(held, may_store=may.is_set) as uploader:
+        for step in (10, 20, 30):
+            uploader.offer(take(tmp_path, step))
+        time.sleep(0.2)
+        assert stored_names(store) == [] and len(local_snapshots(tmp_path)) == 2
+        may.set()
+        wait_for(lambda: held.newest_valid().stored)
+    assert stored_names(store) == [snapshot_name(30, "a" * 16)]
+    may.clear()
+    began = time.monotonic()
+    with pytest.raises(ZeroDivisionError), SnapshotUploader(held, may_store=may.is_set) as uploader:
+        uploader.offer(take(tmp_path, 40))
+        raise ZeroDivisionError  # a crash: the retry on this machine finds it here
+    assert time.monotonic() - began < 2
+    assert stored_names(store) == [snapshot_name(30, "a" * 16)]
+    newest = snapshots(store, tmp_path).newest_valid(local_only=True)
+    assert newest is not None and newest.step == 40 and not newest.stored

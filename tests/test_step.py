@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import time
-import weakref
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from live_bytes import LiveBytes
 from safetensors.torch import load_file
 from stage_runs import ignore, manifest_of, metrics_of, run_all, stage_request, tiny_profile
 from tiny_data import write_tiny_dataset
@@ -76,27 +76,6 @@ def test_gradient_checkpointing_changes_no_bit(dataset: Path, tmp_path: Path, dt
             assert (checkpoint / name).read_bytes() == (recomputed[stage] / name).read_bytes(), (stage, name)
 
 
-class LiveBytes(TorchDispatchMode):
-    """Bytes of the memory that operations made and that is still held: now, and the most there was."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._known: dict[int, int] = {}
-        self.peak = 0
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = {tensor.untyped_storage()._cdata for tensor in tensors_in((args, kwargs))}
-        result = function(*args, **(kwargs or {}))
-        for tensor in tensors_in(result):
-            storage = tensor.untyped_storage()
-            if storage._cdata not in given and storage._cdata not in self._known:
-                key = storage._cdata
-                self._known[key] = storage.nbytes()
-                weakref.finalize(storage, self._known.pop, key, None)
-        self.peak = max(self.peak, sum(self._known.values()))
-        return result
-
-
 def peak_of_an_update(request: Any) -> int:
     training = prepare_stage(request, CPU)
     with LiveBytes() as memory:
@@ -118,10 +97,6 @@ def test_gradient_checkpointing_takes_less_memory(dataset: Path, tmp_path: Path)
         for on in (False, True)
     )
     assert recomputed < 0.5 * plain
-
-
-def tensors_in(tree: Any) -> list[torch.Tensor]:
-    return [leaf for leaf in torch.utils._pytree.tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
 
 
 # --- the end of a cycle

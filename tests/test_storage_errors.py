@@ -7,9 +7,11 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -21,6 +23,7 @@ from fault_proxy import (
     faulty_way_to,
     flip_a_bit_of_the_answer,
     flip_a_bit_of_the_request,
+    held_until,
     lose_the_answer,
 )
 
@@ -437,3 +440,31 @@ def test_a_directory_of_someone_else_is_denied_and_can_still_be_read():
         command = [sys.executable, "-c", DENIED, str(directory), str(source), "65534"]
         done = subprocess.run(command, capture_output=True, text=True)
         assert (done.stdout, done.returncode) == ("passed\n", 0), done.stderr
+
+
+def test_an_upload_is_cancelled_from_another_thread_with_nothing_left_of_it(
+    faults: Faults, s3_store_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("relora_train.storage.s3._PART_BYTES", 5 << 20)
+    (tmp_path / "file").write_bytes(bytes(60 << 20))  # 12 parts, 4 at a time
+    gate, store, ends = threading.Event(), open_store(s3_store_uri), list[Exception]()
+    faults.standing = [("PUT", "uploadId=", held_until(gate))]
+
+    def upload() -> None:
+        try:
+            store.put_file("file", tmp_path / "file")
+        except Exception as error:
+            ends.append(error)
+
+    thread = threading.Thread(target=upload)
+    thread.start()
+    while not faults.met:
+        time.sleep(0.01)
+    store.cancel_uploads()
+    gate.set()
+    thread.join(30)
+    assert len(ends) == 1 and faults.met <= 5  # what was on its way, and nothing after it
+    assert store.head("file") is None
+    assert store.abort_stale_uploads(datetime.now(UTC) + timedelta(days=1), dry_run=True) == []
+    store.put_file("file", tmp_path / "file")
+    assert store.head("file").size_bytes == 60 << 20

@@ -13,9 +13,9 @@ from torch.nn import functional as F
 from relora_train.benchmarking.request import ArmRequest, Shape
 from relora_train.compiling import compile_blocks
 from relora_train.config import ModelConfig, PrecisionConfig
-from relora_train.contraction import LayerShape, flops_per_token
+from relora_train.contraction import REFERENCE, LayerShape, flops_per_token
 from relora_train.evaluate import autocast
-from relora_train.fast_path import share_inputs
+from relora_train.fast_path import SharedInput, share_inputs
 from relora_train.model import attend_without_mask, build_model, next_token_loss
 from relora_train.optimizer import build_optimizer
 from relora_train.relora import DEFAULT_TARGET_MODULES, apply_relora, relora_layers
@@ -132,6 +132,10 @@ def _ours(model: nn.Module, request: ArmRequest, device: torch.device) -> BuiltA
 
     def prepare(optimizer: torch.optim.Optimizer) -> dict[str, str]:
         orders.update(share_inputs(model, tokens=shape.tokens, optimizer=optimizer))
+        if request.as_with_dropout:
+            orders.update(dict.fromkeys(orders, REFERENCE))
+            for _, layer in relora_layers(model):
+                cast(SharedInput, layer.shared).order = REFERENCE
         return {name.removeprefix("model.layers.0."): str(order) for name, order in orders.items() if ".0." in name}
 
     built = _our_step(model, request, device, prepare, linear_flops=0.0)

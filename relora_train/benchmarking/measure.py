@@ -31,6 +31,8 @@ class ArmResult:
     matmul_flops: float
     memory: Mapping[str, int]
     notes: Mapping[str, str]
+    matmul_precision: str
+    """As asked for; of 'auto' what was chosen, and why."""
 
     @property
     def tokens_per_second(self) -> float:
@@ -56,6 +58,18 @@ def speed_ratio(ours: ArmResult, theirs: ArmResult) -> Ratio:
     """Of the tokens a second, each round by itself."""
     values = [other / own for own, other in zip(ours.seconds, theirs.seconds, strict=True)]
     return Ratio(statistics.median(values), min(values), max(values))
+
+
+def share_of_flop_bound(ours: ArmResult, theirs: ArmResult) -> Ratio:
+    """The speed ratio relative to that of the FLOPs a token: 1 where every FLOP saved is time saved."""
+    bound, speed = theirs.flops_per_token / ours.flops_per_token, speed_ratio(ours, theirs)
+    return Ratio(speed.median / bound, speed.lowest / bound, speed.highest / bound)
+
+
+def extra_cost(slower: ArmResult, faster: ArmResult) -> Ratio:
+    """How much more time a step takes, as a share of the faster one's, round by round."""
+    ratio = speed_ratio(faster, slower)
+    return Ratio(ratio.median - 1, ratio.lowest - 1, ratio.highest - 1)
 
 
 def measure(
@@ -87,6 +101,7 @@ def _result(worker: _Worker, answers: Sequence[dict[str, Any]]) -> ArmResult:
         matmul_flops=max(answer["matmul_flops"] for answer in answers),
         memory=answers[-1]["memory"],
         notes=worker.about["notes"],
+        matmul_precision=worker.about["matmul_precision"],
     )
 
 

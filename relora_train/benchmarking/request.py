@@ -40,6 +40,18 @@ SHAPES = {
     "20m": Shape(hidden_size=512, intermediate_size=1376, layers=5, heads=8, vocab_size=4096, rank=32),
     "20m-32k": Shape(hidden_size=512, intermediate_size=1376, layers=1, heads=8, vocab_size=32000, rank=32),
     "35m": Shape(hidden_size=512, intermediate_size=1376, layers=8, heads=8, vocab_size=8192, rank=64),
+    "130m": Shape(
+        hidden_size=768, intermediate_size=2048, layers=2, heads=12, vocab_size=5333, rank=128, sequences=4,
+        sequence_length=512,
+    ),
+    "350m": Shape(
+        hidden_size=1024, intermediate_size=2736, layers=2, heads=16, vocab_size=2667, rank=128, sequences=4,
+        sequence_length=512,
+    ),
+    "1b": Shape(
+        hidden_size=2048, intermediate_size=5461, layers=2, heads=32, vocab_size=2667, rank=128, sequences=2,
+        sequence_length=512,
+    ),
     "llama_130m": Shape(
         hidden_size=768, intermediate_size=2048, layers=12, heads=12, vocab_size=32000, rank=128, sequences=32,
         sequence_length=512,
@@ -53,7 +65,16 @@ SHAPES = {
         sequence_length=512,
     ),
 }  # fmt: skip
-"""The first four are for a CPU, the others the paper's, for a GPU."""
+"""The first four are for a CPU, the last three the paper's, for a GPU. 130m, 350m and 1b are two layers of these, with
+two layers' share of the vocabulary, so that a layer, attention and head take the shares that they have in the whole."""
+
+FEW_ARMS: dict[str, tuple[str, ...]] = {
+    "20m-32k": ("paper", "ours"),
+    "130m": ("paper", "ours-full", "ours", "ours p=0"),
+    "350m": ("paper", "ours-full", "ours", "ours p=0"),
+    "1b": ("ours-full", "ours", "ours p=0"),
+}
+"""Shapes that answer one question each, memory or the share of the FLOP bound, and the arms that it needs."""
 
 
 class ArmRequest(FrozenConfig):
@@ -67,7 +88,12 @@ class ArmRequest(FrozenConfig):
     precision: Literal["float32", "bfloat16"] = "float32"
     """'bfloat16': peers hold everything in it, as the paper's code does; ours has its factors in float32."""
 
-    matmul_precision: Literal["highest", "high", "medium"] = "highest"
+    matmul_precision: Literal["auto", "highest", "high", "medium"] = "highest"
+    """'auto': the fastest that has float32's accuracy, measured on the model's own products."""
+
+    as_with_dropout: bool = False
+    """Of 'ours': the order of products that dropout would leave, also without dropout."""
+
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int | None = Field(None, ge=1)
     compile: bool = False

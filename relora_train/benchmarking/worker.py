@@ -15,6 +15,7 @@ import torch
 
 from relora_train.benchmarking.arms import BuiltArm, build_arm
 from relora_train.benchmarking.request import ArmRequest
+from relora_train.matmul_probe import products_of, settle
 from relora_train.peak_memory import peak_bytes, process_bytes, reset_peak
 
 _PEAK_SIDE = 2048
@@ -23,15 +24,22 @@ _PEAK_SIDE = 2048
 def main() -> None:
     """Serve rounds until standard input ends."""
     request = ArmRequest.model_validate_json(sys.stdin.readline())
-    torch.set_float32_matmul_precision(request.matmul_precision)
+    if request.matmul_precision != "auto":
+        torch.set_float32_matmul_precision(request.matmul_precision)
     if request.threads:
         torch.set_num_threads(request.threads)
     wants_gpu = request.device == "cuda" or (request.device == "auto" and torch.cuda.is_available())
     device = torch.device("cuda" if wants_gpu else "cpu")
     before = process_bytes("VmRSS") or 0
     built = build_arm(request, device)
-    torch.manual_seed(0)
     shape = request.shape
+    if request.matmul_precision == "auto":
+        choice = settle(products_of(built.model, rows=shape.tokens), device, recorded=None)
+        torch.set_float32_matmul_precision(choice.precision)
+        chosen = f"{choice.precision} ({choice.reason})"
+    else:
+        chosen = request.matmul_precision
+    torch.manual_seed(0)
     tokens = torch.randint(shape.vocab_size, (shape.sequences, shape.sequence_length + 1), device=device)
     first = float(built.step(tokens))  # allocates the optimizer's state and what is kept between steps
     reset_peak(device)
@@ -41,6 +49,7 @@ def main() -> None:
         threads=torch.get_num_threads(),
         flops_per_token=built.flops_per_token,
         notes=built.notes,
+        matmul_precision=chosen,
         first_loss=first,
     )
     for line in sys.stdin:

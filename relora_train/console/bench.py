@@ -13,13 +13,14 @@ from rich.console import Console
 from rich.status import Status
 from rich.text import Text
 
-from relora_train.benchmarking.measure import ArmResult, Ratio, measure, speed_ratio
-from relora_train.benchmarking.request import ARMS, SHAPES, Arm, ArmRequest, Shape
+from relora_train.benchmarking.measure import ArmResult, Ratio, extra_cost, measure, share_of_flop_bound, speed_ratio
+from relora_train.benchmarking.request import ARMS, FEW_ARMS, SHAPES, Arm, ArmRequest, Shape
 from relora_train.console.tables import BLANK, View, add_row, table
 from relora_train.errors import ConfigError
 
-DEFAULT_SHAPES = ("20m", "35m")
+DEFAULT_SHAPES = ("20m", "35m", "20m-32k")
 _FASTEST = "ours-fast"
+_NO_DROPOUT, _SAME_ORDER = "ours p=0", "ours p=0, same order"
 _PACKAGES = ("torch", "transformers", "peft", "relora-train")
 Precision = Literal["float32", "bfloat16"]
 
@@ -36,6 +37,7 @@ def bench(
     steps: int,
     threads: int | None,
     compiled: bool,
+    arms: Sequence[str],
     console: Console,
 ) -> dict[str, Any]:
     """Measure every shape and return the record that is written as JSON."""
@@ -43,10 +45,14 @@ def bench(
     for name in names:
         shape = _shape(name, rank, sequence_length, sequences)
         requests = arm_requests(shape, precision=precision, dropout=dropout, threads=threads, compiled=compiled)
+        wanted = arms or FEW_ARMS.get(name) or tuple(requests)
+        requests = {label: request for label, request in requests.items() if label in wanted}
+        if not requests:
+            raise ConfigError(f"None of the arms {', '.join(wanted)} can be measured at {name} with these options.")
         with console.status(f"{name}: starting {len(requests)} arms") as status:
             on_round = partial(_show_round, status, name, rounds)
             results = measure(requests, rounds=rounds, steps=steps, on_round=on_round)
-        record["shapes"][name] = {"shape": shape.model_dump(), "arms": records_of(results)}
+        record["shapes"][name] = {"shape": shape.model_dump(), **records_of(results)}
     return record
 
 
@@ -65,13 +71,20 @@ def _shape(name: str, rank: int | None, sequence_length: int | None, sequences: 
 def arm_requests(
     shape: Shape, *, precision: Precision, dropout: float, threads: int | None, compiled: bool
 ) -> dict[str, ArmRequest]:
-    """The arms by label. ours-fast: products as "medium" precision has them, on many CPUs of the same accuracy."""
+    """The arms by label. ours-fast: the fastest products of float32's accuracy. What dropout costs is seen against
+    ours without it, which may merge weights, and against that in the order of products that dropout leaves.
+    """
     common: dict[str, Any] = {
         "shape": shape, "precision": precision, "dropout": dropout, "threads": threads, "compile": compiled,
     }  # fmt: skip
     requests: dict[str, ArmRequest] = {arm: ArmRequest(arm=arm, **common) for arm in _installed_arms()}
     if precision == "float32":
-        requests[_FASTEST] = ArmRequest(arm="ours", matmul_precision="medium", **common)
+        requests[_FASTEST] = ArmRequest(arm="ours", matmul_precision="auto", **common)
+    if dropout > 0:
+        none = {**common, "dropout": 0.0}
+        requests[_NO_DROPOUT] = ArmRequest(arm="ours", **none)
+        if precision == "float32":  # a weight in bfloat16 is never merged: the order is the same
+            requests[_SAME_ORDER] = ArmRequest(arm="ours", as_with_dropout=True, **none)
     return requests
 
 
@@ -99,9 +112,9 @@ def about_this_machine() -> dict[str, Any]:
 
 
 def records_of(results: Mapping[str, ArmResult]) -> dict[str, Any]:
-    """Every arm's numbers, with its speed relative to the peers."""
+    """Every arm's numbers, with its speed relative to the peers; what dropout costs; memory beside the paper's."""
     peers = [peer for peer in ("full", "paper", "peft", "ours-full") if peer in results]
-    return {
+    arms = {
         label: {
             "device": result.device,
             "threads": result.threads,
@@ -113,9 +126,49 @@ def records_of(results: Mapping[str, ArmResult]) -> dict[str, Any]:
             "memory_bytes": dict(result.memory),
             "loss": result.loss,
             "orders": dict(result.notes),
+            "matmul_precision": result.matmul_precision,
             "speed_over": {peer: _ratio_record(speed_ratio(result, results[peer])) for peer in peers},
+            **_flop_bound(label, results),
         }
         for label, result in results.items()
+    }
+    return {"arms": arms, "dropout_cost": _dropout_cost(results), "memory_over_paper": _memory_over_paper(results)}
+
+
+def _flop_bound(label: str, results: Mapping[str, ArmResult]) -> dict[str, Any]:
+    """Of ours, against our own full-rank step with the same products: what the FLOPs allow, and how much is reached."""
+    if label not in ("ours", _NO_DROPOUT) or "ours-full" not in results:
+        return {}
+    ours, full = results[label], results["ours-full"]
+    return {
+        "flop_bound": full.flops_per_token / ours.flops_per_token,
+        "share_of_flop_bound": _ratio_record(share_of_flop_bound(ours, full)),
+    }
+
+
+def _dropout_cost(results: Mapping[str, ArmResult]) -> dict[str, dict[str, float]]:
+    """Shares of a step's time: all of it; the order that cannot merge; drawing masks and multiplying by them."""
+    pairs = {
+        "total": ("ours", _NO_DROPOUT),
+        "order": (_SAME_ORDER, _NO_DROPOUT),
+        "masks": ("ours", _SAME_ORDER),
+    }
+    return {
+        part: _ratio_record(extra_cost(results[slower], results[faster]))
+        for part, (slower, faster) in pairs.items()
+        if slower in results and faster in results
+    }
+
+
+def _memory_over_paper(results: Mapping[str, ArmResult]) -> dict[str, float]:
+    """Of ours to the paper's: the peak above weights and Adam's state, held at all times, and above weights alone."""
+    if "paper" not in results or "ours" not in results:
+        return {}
+    ours, paper = results["ours"].memory, results["paper"].memory
+    rest = ours["above_weights"] - ours["optimizer"], paper["above_weights"] - paper["optimizer"]
+    return {
+        "above_weights": ours["above_weights"] / paper["above_weights"],
+        "above_weights_and_optimizer": rest[0] / max(rest[1], 1),
     }
 
 
@@ -149,7 +202,7 @@ def bench_view(record: Mapping[str, Any]) -> View:
                 f"{arm['utilisation']:.0%}",
                 *(f"{size / 1e6:,.0f} MB" for size in (memory["weights"], memory["optimizer"], rest)),
             )
-        parts += [BLANK, made, *_orders(arms)]
+        parts += [BLANK, made, *_orders(arms), *_findings(measured, record["dropout"])]
     any_arm = next(iter(next(iter(record["shapes"].values()))["arms"].values()))
     versions = ", ".join(f"{package} {number}" for package, number in record["versions"].items())
     where = f"{any_arm['device']}, {any_arm['threads']} threads; {versions}"
@@ -163,6 +216,32 @@ def _orders(arms: Mapping[str, Any]) -> list[Text]:
     for layer, order in orders.items():
         by_order.setdefault(order, []).append(layer.rpartition(".")[2])
     return [Text(f"  {', '.join(layers)}: {order}", style="dim") for order, layers in by_order.items()]
+
+
+def _findings(measured: Mapping[str, Any], dropout: float) -> list[Text]:
+    """Lines below a shape's table."""
+    arms, lines = measured["arms"], []
+    for label, arm in arms.items():
+        if "flop_bound" in arm:
+            lines.append(
+                f"{label} / ours-full: {_ratio_text(arm['speed_over']['ours-full'])} times as fast, "
+                f"{_share_text(arm['share_of_flop_bound'], '.0%')} of the {arm['flop_bound']:.2f} that FLOPs allow here"
+            )
+    if cost := measured["dropout_cost"]:
+        parts = ", ".join(f"{part} {_share_text(share, '+.1%')}" for part, share in cost.items())
+        lines.append(f"dropout {dropout:g} costs of a step: {parts}")
+    if memory := measured["memory_over_paper"]:
+        lines.append(
+            f"peak memory, ours / paper: {memory['above_weights_and_optimizer']:.2f} above weights and optimizer, "
+            f"{memory['above_weights']:.2f} above weights alone"
+        )
+    if _FASTEST in arms:
+        lines.append(f"{_FASTEST} multiplies at {arms[_FASTEST]['matmul_precision']}")
+    return [Text(f"  {line}") for line in lines]
+
+
+def _share_text(share: Mapping[str, float], form: str) -> str:
+    return f"{share['median']:{form}} ({share['lowest']:{form}} to {share['highest']:{form}})"
 
 
 def _ratio_text(ratio: Mapping[str, float] | None) -> str:

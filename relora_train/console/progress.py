@@ -43,8 +43,8 @@ PLAIN_SECONDS = 10.0
 
 _SHORT_BELOW_COLUMNS = 100
 _ROOM_FOR_CTRL_C = 4  # a terminal writes ^C where the cursor stands; on the next line it would stay there
-_DONE, _REUSED, _MERGED, _NOTICE, _ARM = "✓", "○", "+", "!", "›"
-_STYLES = {_ARM: "bold", _DONE: "green", _REUSED: "dim", _MERGED: "cyan", _NOTICE: "yellow"}
+_DONE, _STORED, _REUSED, _MERGED, _NOTICE, _ARM = "✓", "↑", "○", "+", "!", "›"
+_STYLES = {_ARM: "bold", _DONE: "green", _STORED: "dim", _REUSED: "dim", _MERGED: "cyan", _NOTICE: "yellow"}
 
 
 class Display(Protocol):
@@ -157,6 +157,8 @@ class RunProgress(logging.Handler):
         self._stages = tuple(stages)
         self._before: dict[str, float] = {}
         self._stopping = False
+        self._half_stored: set[str] = set()
+        """Of a stage trained and stored, told of one."""
         self._datasets: set[str | None] = set()
         """Said already: the runs of an experiment share one."""
 
@@ -192,6 +194,7 @@ class RunProgress(logging.Handler):
                 display.counted(str(event["what"]), event["done"], event["total"], "")
             case "arm_started":
                 self._stages = tuple(event["stages"])
+                self._half_stored.clear()
                 display.line(_ARM, arm_started_line(event))
                 display.waiting("starting")
             case "arm_reused":
@@ -217,8 +220,9 @@ class RunProgress(logging.Handler):
             case "stage_committed":
                 display.waiting(f"{event['stage']}: storing the checkpoint")
             case "stage_finished":
-                display.line(_DONE, stage_finished_line(event, self._before.get(event["stage"])))
-                display.waiting(self._next(event["stage"]))
+                self._show_finished(event)
+            case "checkpoint_stored":
+                self._show_half_stored(event["stage"])
             case "diverged":
                 self.notice(diverged_line(event))
             case "stage_skipped":
@@ -234,6 +238,26 @@ class RunProgress(logging.Handler):
             self._display.counted(event["stage"], done, total, progress_line(event, short=self._display.short))
         else:
             self._display.waiting(f"{event['stage']}: step {event['step']:,} is done, evaluating")
+
+    def _show_finished(self, event: Event) -> None:
+        stage = event["stage"]
+        self._display.line(_DONE, stage_finished_line(event, self._before.get(stage)))
+        self._display.waiting(self._next(stage))
+        if event.get("uri") is None:
+            self._show_half_stored(stage)
+
+    def _show_half_stored(self, stage: str) -> None:
+        """Called when a stage is trained and when it is stored, in either order: the second call shows it as stored."""
+        is_last = stage in self._stages and not self._after(stage)
+        if stage not in self._half_stored:
+            self._half_stored.add(stage)
+            if is_last:
+                self._display.waiting(f"{stage}: storing the checkpoint")
+            return
+        self._half_stored.remove(stage)
+        self._display.line(_STORED, f"{stage}: stored")
+        if is_last:
+            self._display.waiting(self._next(stage))
 
     def _after(self, stage: str | None) -> str | None:
         rest = self._stages if stage is None else self._stages[self._stages.index(stage) + 1 :]

@@ -39,7 +39,8 @@ def finished_text(stage: Stage, outcome: StageOutcome) -> str:
     if outcome.reused:
         state = "was there and has been pruned" if outcome.checkpoint.is_removed else "is there already"
         return f"{what} skipped, the checkpoint {state}: `{outcome.checkpoint.uri}`"
-    return f"{what} done in {duration(manifest.stage_seconds)}, validation perplexity {_perplexity(manifest)}"
+    waits = "" if outcome.stored else "; its checkpoint is being stored"
+    return f"{what} done in {duration(manifest.stage_seconds)}, validation perplexity {_perplexity(manifest)}{waits}"
 
 
 def checkpoint_markdown(ref: CheckpointRef) -> str:

@@ -41,6 +41,11 @@ class ObjectStore(Protocol):
         """Root of this store without trailing slash: 'file:///data/relora', 's3://bucket/prefix', 'memory://name'."""
         ...
 
+    @property
+    def is_remote(self) -> bool:
+        """Whether what is written goes over a network, so that it is worth doing beside other work."""
+        ...
+
     def get_bytes(self, key: str) -> tuple[bytes, str]:
         """Content and etag of a small object. Raises ObjectNotFoundError."""
         ...
@@ -55,6 +60,13 @@ class ObjectStore(Protocol):
 
     def put_file(self, key: str, path: Path) -> None:
         """Upload a file with bounded memory. Readers see all of it or nothing. Replaces what was there."""
+        ...
+
+    def cancel_uploads(self) -> None:
+        """End what put_file of this very object is doing on other threads, with an error there and nothing visible.
+
+        For a process that is about to end: parts that are on their way are still waited for, the rest is not sent.
+        """
         ...
 
     def get_file(self, key: str, path: Path) -> None:

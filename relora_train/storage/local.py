@@ -42,6 +42,10 @@ class LocalStore:
     def uri(self) -> str:
         return self._root.as_uri().rstrip("/")
 
+    @property
+    def is_remote(self) -> bool:
+        return False
+
     def get_bytes(self, key: str) -> tuple[bytes, str]:
         with self._translated("read", key), self._path(key).open("rb") as stream:
             data = stream.read()
@@ -78,6 +82,9 @@ class LocalStore:
             with self._locked():
                 temporary.replace(target)
                 _sync_directory(target.parent)
+
+    def cancel_uploads(self) -> None:
+        """Nothing here takes long enough."""
 
     def get_file(self, key: str, path: Path) -> None:
         with self._translated("read", key), self._path(key).open("rb") as source:

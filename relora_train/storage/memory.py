@@ -34,6 +34,10 @@ class MemoryStore:
     def uri(self) -> str:
         return f"memory://{self._name}"
 
+    @property
+    def is_remote(self) -> bool:
+        return False
+
     def get_bytes(self, key: str) -> tuple[bytes, str]:
         data = self._content(key)
         return data, _etag(data)
@@ -51,6 +55,9 @@ class MemoryStore:
 
     def put_file(self, key: str, path: Path) -> None:
         self.put_bytes(key, path.read_bytes())
+
+    def cancel_uploads(self) -> None:
+        """Nothing here takes long enough."""
 
     def get_file(self, key: str, path: Path) -> None:
         path.write_bytes(self._content(key))

@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from botocore.config import Config
     from mypy_boto3_s3 import S3Client
     from mypy_boto3_s3.type_defs import PutObjectRequestTypeDef
+    from s3transfer.futures import TransferFuture
 
 _log = logging.getLogger("relora_train.storage.s3")
 
@@ -64,10 +65,15 @@ class S3Store:
         self._root = f"{prefix.strip('/')}/" if prefix.strip("/") else ""
         self._page_size = page_size
         self._bucket_was_seen = False
+        self._uploads: set[TransferFuture] = set()
 
     @property
     def uri(self) -> str:
         return f"s3://{self._bucket}/{self._root}".rstrip("/")
+
+    @property
+    def is_remote(self) -> bool:
+        return True
 
     @functools.cached_property
     def _client(self) -> S3Client:
@@ -109,9 +115,23 @@ class S3Store:
 
     def put_file(self, key: str, path: Path) -> None:
         full_key = self._root + check_key(key)
-        self._call(
-            key, lambda: self._client.upload_file(str(path), self._bucket, full_key, Config=_transfer_settings())
-        )
+        self._call(key, lambda: self._upload(path, full_key))
+
+    def _upload(self, path: Path, full_key: str) -> None:
+        """As upload_file, which gives nobody a hold on what it does."""
+        from boto3.s3.transfer import create_transfer_manager
+
+        with create_transfer_manager(self._client, _transfer_settings()) as manager:
+            upload = manager.upload(str(path), self._bucket, full_key)
+            self._uploads.add(upload)
+            try:
+                upload.result()
+            finally:
+                self._uploads.discard(upload)
+
+    def cancel_uploads(self) -> None:
+        for upload in tuple(self._uploads):
+            upload.cancel()
 
     def get_file(self, key: str, path: Path) -> None:
         def download() -> None:

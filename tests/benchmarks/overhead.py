@@ -4,6 +4,9 @@
     python tests/benchmarks/overhead.py --shorter 10       # with a tenth of its steps, whose time counts ten times
     python tests/benchmarks/overhead.py --cycle llama_60m  # a cycle of 30 minutes at that model's shapes, simulated
 
+Over S3 (--s3) a checkpoint is stored while the next stage trains: only what is waited for counts, such as a run's last
+one. In a simulated cycle that is what its upload would take beyond 30 minutes.
+
 Add --a-process-each for a trainer process a stage, to compare with. The run is real: own Prefect server, flow, trainer
 process, store (a fresh directory, or a real S3 server on loopback with --s3). The clock starts when the flow's module
 has been imported; everything after that counts, the start of the Prefect server included. Optimizer steps are the
@@ -39,6 +42,8 @@ from relora_train.launch import run_worker
 from relora_train.profiles import load_profile
 
 CYCLE_SECONDS = 1800.0
+UPLOAD = "upload of the checkpoint, beside the next stage"
+WAIT = "wait for the upload of a checkpoint"
 SHORT_STEPS = 2
 
 
@@ -80,6 +85,17 @@ def attribute(started: float, called: float, ended: float, course: Course) -> tu
             row = stages.setdefault(stage, {})
             row[part] = row.get(part, 0.0) + seconds
 
+    stored: list[tuple[float, str, float]] = []
+
+    def wait_for_uploads(begin: float, end: float) -> float:
+        """Seconds for which nothing was trained because a checkpoint was on its way; beside steps they cost nothing."""
+        waited = 0.0
+        for moment, stage, _ in stored:
+            if begin < moment <= end:
+                add(stage, WAIT, moment - begin)
+                waited, begin = waited + moment - begin, moment
+        return waited
+
     for moment, event in course.seen:
         name, stage = event["event"], event.get("stage")
         if name == "dataset_ready":
@@ -87,9 +103,13 @@ def attribute(started: float, called: float, ended: float, course: Course) -> tu
         elif name == "snapshot_committed":
             stalls += event["stall_seconds"]
             continue
+        elif name == "checkpoint_stored":
+            stored.append((moment, stage, event["seconds"]))
+            continue
         elif name == "stage_committed":
             seconds = event["seconds"]
-            add(stage, "before the trainer has its request", moment - last - sum(seconds.values()))
+            idle = moment - last - sum(seconds.values())
+            add(stage, "before the trainer has its request", idle - wait_for_uploads(last, last + idle))
             add(stage, "load", seconds["load"])
             add(stage, "evaluate", seconds["evaluate_before"] + seconds["evaluate_after"])
             add(stage, "optimizer steps", seconds["steps"] - stalls)
@@ -100,6 +120,7 @@ def attribute(started: float, called: float, ended: float, course: Course) -> tu
         elif name == "stage_finished":
             add(stage, "commit to the store, Prefect's records", moment - last)
         elif name == "evaluated":
+            last += wait_for_uploads(last, moment)
             add(None, "final evaluations and samples", moment - last)
         elif name == "report_written":
             add(None, "report", moment - last)
@@ -107,6 +128,8 @@ def attribute(started: float, called: float, ended: float, course: Course) -> tu
             continue
         last = moment
     parts["end of the flow"] = ended - last
+    for _, stage, seconds in stored:
+        stages[stage][UPLOAD] = seconds
     return parts, stages
 
 
@@ -155,6 +178,10 @@ def cycle_overhead(stages: dict[str, dict[str, float]], profile: Profile) -> Non
     tokens = CYCLE_SECONDS / steps * 4 * profile.batch.sequence_length
     share = profile.evaluation.sequences / (profile.schedule.cycle_length * profile.batch.sequences)
     print(f"  30 minutes would train {tokens:,.0f} tokens here; the profile scores {share:.2%} as many after a cycle.")  # noqa: T201
+    upload = row.pop(UPLOAD, 0.0)
+    if upload:
+        print(f"  Its checkpoint was stored in {upload:.2f} s; that goes on beside the next cycle's steps.")  # noqa: T201
+        row[WAIT] = max(0.0, upload - CYCLE_SECONDS)
     row["evaluate"] *= share * tokens / (EVALUATED * profile.batch.sequence_length)
     for part, seconds in sorted(row.items(), key=lambda item: -item[1]):
         print(f"  {part:<42} {seconds:9.2f} s  {100 * seconds / CYCLE_SECONDS:6.3f} %")  # noqa: T201
