@@ -59,6 +59,9 @@ class TrainingState(FrozenConfig):
     schedule: dict[str, Any]
     """The profile's schedule, for people."""
 
+    layer_ranks: dict[str, int] = Field(default_factory=dict)
+    """Rank of each wrapped layer, by module name, where they were chosen one by one; the next cycle has the same."""
+
     evaluation: dict[str, float] = Field(default_factory=dict)
     """Validation loss of these weights."""
 

@@ -293,6 +293,12 @@ class ReLoRAConfig(FrozenConfig):
     target_modules: tuple[str, ...] | None = None
     """Name endings of the linear layers to wrap; attention and MLP of the model's family when absent."""
 
+    rank_allocation: Literal["uniform", "warm-start-spectrum"] = "uniform"
+    """'warm-start-spectrum' shares the same number of parameters out by how many directions the warm start changed."""
+
+    init: Literal["kaiming", "gradient"] = "kaiming"
+    """What A starts a cycle as: random, or where the gradient of W over the cycle's first batch is largest."""
+
     merge_dtype: Literal["float32", "bfloat16"] = "float32"
     """Numbers a merged weight is kept in; 'bfloat16' rounds it at every merge and loses small updates, to compare."""
 
@@ -527,6 +533,19 @@ class Profile(FrozenConfig):
         return self
 
     @model_validator(mode="after")
+    def ranks_by_layer_have_a_warm_start_and_whole_weights(self) -> Self:
+        if self.relora.rank_allocation == "uniform" or self.method == "full":
+            return self
+        if self.schedule.warm_start_steps == 0:
+            raise ValueError("relora.rank_allocation 'warm-start-spectrum' needs schedule.warm_start_steps above 0")
+        if self.launch.sharding == "full":
+            raise ValueError(
+                "relora.rank_allocation 'warm-start-spectrum' looks at whole weights, which launch.sharding 'full' "
+                "never has; set one of them back"
+            )
+        return self
+
+    @model_validator(mode="after")
     def ranks_share_the_batch(self) -> Self:
         if self.launch.world_size is not None and (fault := self.fault_of_ranks(self.launch.world_size)):
             raise ValueError(fault)
@@ -578,7 +597,7 @@ def settings_digest(settings: dict[str, Any]) -> str:
 
 LATER_KEYS = {
     "schedule": ("jagged", "cycle_growth"),
-    "relora": ("merge_dtype",),
+    "relora": ("rank_allocation", "init", "merge_dtype"),
     "optimizer": ("low_rank_lr_ratio", "low_rank_b_lr_ratio"),
 }
 """Keys that came later, by section: at their defaults in no name and no fingerprint, so that older runs keep theirs."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, MutableMapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -97,26 +97,35 @@ def apply_relora(
     seed: int,
     rank_stabilized: bool = False,
     cycle: int = 1,
+    layer_ranks: Mapping[str, int] | None = None,
 ) -> list[str]:
     """Wrap the target layers in place, leaving the model's function as it was; return their names in the model's order.
 
     Only the wrapped weights are frozen. `target_modules` are ends of module names, whole segments ("q_proj",
     "self_attn.q_proj"); None takes the layers of DEFAULT_TARGET_MODULES. Embeddings and the output head are never
     wrapped. `cycle` is the one about to start: a run resumed after cycle k draws with cycle = k + 1 what
-    merge_and_reinit drew.
+    merge_and_reinit drew. `layer_ranks` are by module name; the scaling of every layer stays that of `rank`.
     """
     if rank < 1 or alpha <= 0 or not 0 <= dropout < 1:
         raise ValueError(f"rank = {rank} must be at least 1, alpha = {alpha} above 0 and dropout = {dropout} in [0, 1)")
     if any(True for _ in relora_layers(model)):
         raise ModelError("The model has ReLoRA layers already: call unwrap() on it before wrapping it again.")
     targets = _target_layers(model, target_modules)
+    ranks = dict.fromkeys(targets, rank) if layer_ranks is None else {name: layer_ranks[name] for name in targets}
     for name, linear in targets.items():
-        _check_wrappable(model, name, linear, rank)
+        _check_wrappable(model, name, linear, ranks[name])
     for name, linear in targets.items():
-        layer = ReLoRALinear(linear, rank=rank, alpha=alpha, dropout=dropout, rank_stabilized=rank_stabilized)
+        own, power = ranks[name], 0.5 if rank_stabilized else 1.0
+        own_alpha = alpha if own == rank else alpha * (own / rank) ** power
+        layer = ReLoRALinear(linear, rank=own, alpha=own_alpha, dropout=dropout, rank_stabilized=rank_stabilized)
         model.set_submodule(name, layer.train(linear.training))
         _reinit(layer, name, seed=seed, cycle=cycle)
     return list(targets)
+
+
+def target_names(model: nn.Module, target_modules: Sequence[str] | None) -> list[str]:
+    """The layers that apply_relora would wrap, in the model's order. Raises NoTargetModulesError for none."""
+    return list(_target_layers(model, target_modules))
 
 
 def _target_layers(model: nn.Module, target_modules: Sequence[str] | None) -> dict[str, nn.Linear]:
@@ -298,11 +307,12 @@ def _measure(weight_norm: float, A: Tensor, B: Tensor, scaling: float) -> LayerM
     return LayerMerge(
         update_norm=float(torch.linalg.vector_norm(singular_values)),
         weight_norm=weight_norm,
-        effective_rank=_effective_rank(singular_values),
+        effective_rank=effective_rank(singular_values),
     )
 
 
-def _effective_rank(singular_values: Tensor) -> float:
+def effective_rank(singular_values: Tensor) -> float:
+    """exp of the entropy of the values' shares: 1 for one direction, their number for all alike, 0 for none."""
     total = singular_values.sum()
     if total == 0:
         return 0.0
@@ -357,7 +367,13 @@ def adapter_config(model: nn.Module, *, base_model_name_or_path: str | None = No
     if not layers:
         raise ModelError("The model has no ReLoRA layers, so it has no adapter.")
     first = next(iter(layers.values()))
+    others = {name: layer for name, layer in layers.items() if layer.rank != first.rank}
+    patterns: dict[str, Any] = {
+        "rank_pattern": {name: layer.rank for name, layer in others.items()},
+        "alpha_pattern": {name: layer.alpha for name, layer in others.items()},
+    }
     return {
+        **(patterns if others else {}),
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_model_name_or_path,

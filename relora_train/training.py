@@ -20,13 +20,14 @@ from relora_train.checkpoint import (
     read_tensor,
     read_training_state,
 )
-from relora_train.compiling import compile_blocks
+from relora_train.compiling import compile_blocks, without_compiling
 from relora_train.config import Profile
 from relora_train.contraction import Contraction
 from relora_train.dataset import TokenDataset
 from relora_train.errors import ConfigError
 from relora_train.evaluate import autocast
 from relora_train.fast_path import share_inputs
+from relora_train.gradient_init import gradient_init
 from relora_train.matmul_probe import Choice
 from relora_train.model import (
     attend_without_mask,
@@ -41,8 +42,9 @@ from relora_train.model import (
 )
 from relora_train.optimizer import build_optimizer, load_optimizer_state_by_name, set_learning_rate
 from relora_train.prefetch import Prefetcher
+from relora_train.rank_allocation import ranks_from_warm_start
 from relora_train.ranks import Ranks
-from relora_train.relora import apply_relora, reinit, relora_layers
+from relora_train.relora import apply_relora, reinit, relora_layers, target_names
 from relora_train.requests import StageRequest
 from relora_train.sharding import RowsOf, rows_of_checkpoint, rows_of_first_rank, shard_model
 from relora_train.shards import whole
@@ -99,14 +101,9 @@ class StageTraining:
         """Tokens trained on after update `step`."""
         return self.start.tokens_seen + (step - self.start.step) * self.profile.batch.tokens
 
-    def update(self, step: int) -> tuple[Tensor, Tensor]:
-        """Do update `step` and return its mean loss in nats per token and the gradient norm before clipping.
-
-        Both stay on the device, and nothing here waits for it. A function of the weights, the optimizer state and
-        `step` alone: batch and dropout follow from the profile's seed.
-        """
+    def forward_backward(self, tokens: Tensor, step: int) -> Tensor:
+        """Add the gradients of this rank's share of update `step`'s batch; its share of the loss, on the device."""
         batch, rank = self.profile.batch, self.ranks
-        tokens = self.batches.batch(self.samples_seen(step - 1), last=step == self.stage.end_step)
         total = torch.zeros((), device=rank.device)
         for micro_step, part in enumerate(torch.split(tokens, batch.micro_sequences or len(tokens))):
             torch.manual_seed(_draw_seed(self.profile.seed, step, micro_step, rank.rank))
@@ -114,6 +111,17 @@ class StageTraining:
                 loss = next_token_loss(self.model, part, fused=self.fused_loss) / batch.tokens
             loss.backward()  # type: ignore[no-untyped-call]
             total += loss.detach()
+        return total
+
+    def update(self, step: int) -> tuple[Tensor, Tensor]:
+        """Do update `step` and return its mean loss in nats per token and the gradient norm before clipping.
+
+        Both stay on the device, and nothing here waits for it. A function of the weights, the optimizer state and
+        `step` alone: batch and dropout follow from the profile's seed.
+        """
+        rank = self.ranks
+        tokens = self.batches.batch(self.samples_seen(step - 1), last=step == self.stage.end_step)
+        total = self.forward_backward(tokens, step)
         rank.sum_gradients(self.trainable)
         norm = self._clip()
         set_learning_rate(self.optimizer, self.learning_rate(step))
@@ -174,6 +182,9 @@ def prepare_stage(request: StageRequest, ranks: Ranks) -> StageTraining:
     val_data.require(1)
     start = _start(request)
     model, masters = (_sharded_model if ranks.sharded else _whole_model)(request, train_data, ranks)
+    if stage.low_rank and profile.relora.rank_allocation != "uniform":
+        chosen = {name: layer.rank for name, layer in relora_layers(model)}
+        start = start.model_copy(update={"layer_ranks": chosen})
     attend_without_mask(model)
     fused_loss = head_is_plain(model)
     if profile.precision.trains_in_bfloat16:
@@ -188,9 +199,24 @@ def prepare_stage(request: StageRequest, ranks: Ranks) -> StageTraining:
     elif stage.low_rank:
         orders = _share_inputs(model, profile, ranks, optimizer)
     batches = Prefetcher(train_data, sequences=profile.batch.sequences, ranks=ranks)
-    return StageTraining(
+    training = StageTraining(
         request, stage, ranks, model, optimizer, train_data, batches, val_data, start, masters, fused_loss, orders
     )
+    if stage.low_rank and profile.relora.init == "gradient" and request.snapshot_directory is None:  # that has its A
+        _draw_from_gradient(training)
+    return training
+
+
+def _draw_from_gradient(training: StageTraining) -> None:
+    """Of the batch of the stage's first update, which that update reads again."""
+    stage, profile = training.stage, training.profile
+    tokens = training.batches.batch(training.samples_seen(stage.start_step), last=True)
+
+    def pass_over_batch() -> None:
+        with without_compiling():  # a compiled block has no hooks
+            training.forward_backward(tokens, stage.first_step)
+
+    gradient_init(training.model, pass_over_batch, ranks=training.ranks, seed=profile.seed, cycle=stage.cycle)
 
 
 def _whole_model(request: StageRequest, data: TokenDataset, ranks: Ranks) -> tuple[nn.Module, MasterWeights | None]:
@@ -199,7 +225,7 @@ def _whole_model(request: StageRequest, data: TokenDataset, ranks: Ranks) -> tup
     model = load_model(parent) if parent is not None else _first_model(request, data)
     check_fits(model, vocab_size=data.manifest.vocab_size, sequence_length=request.profile.batch.sequence_length)
     if request.stage.low_rank:
-        _wrap(model, request)
+        _wrap(model, request, layer_ranks=_layer_ranks(request, model, data))
         if request.profile.precision.computes_in_bfloat16:
             masters = _round_frozen_weights(model, parent)
     return model, masters
@@ -233,7 +259,26 @@ def _sharded_masters(model: nn.Module, rounded: list[str], exact: dict[str, Tens
     return MasterWeights(rounded, lambda name: exact[name] if exact else rows_of((name,), parameters[name]))
 
 
-def _wrap(model: nn.Module, request: StageRequest) -> None:
+def _layer_ranks(request: StageRequest, model: nn.Module, data: TokenDataset) -> dict[str, int] | None:
+    """Each layer's rank where they are chosen one by one: the parent cycle's, or from what the warm start changed."""
+    relora, parent = request.profile.relora, request.parent_directory
+    if relora.rank_allocation == "uniform":
+        return None
+    state = read_training_state(parent) if parent is not None else None
+    names = target_names(model, relora.target_modules)
+    if state is not None and set(names) == set(state.layer_ranks):
+        return state.layer_ranks
+    if state is None or state.cycle:
+        raise ConfigError(
+            f"relora.rank_allocation = 'warm-start-spectrum' chooses ranks at the end of a warm start, and "
+            f"{request.stage.name} does not follow one: its parent holds no ranks for its layers. Begin at a warm "
+            "start, or set rank_allocation = 'uniform'."
+        )
+    first = _first_model(request, data, seed=state.seed)
+    return ranks_from_warm_start(model, first, names, rank=relora.rank)
+
+
+def _wrap(model: nn.Module, request: StageRequest, *, layer_ranks: dict[str, int] | None = None) -> None:
     relora = request.profile.relora
     apply_relora(
         model,
@@ -244,18 +289,19 @@ def _wrap(model: nn.Module, request: StageRequest) -> None:
         rank_stabilized=relora.rank_stabilized,
         seed=request.profile.seed,
         cycle=request.stage.cycle,
+        layer_ranks=layer_ranks,
     )
 
 
-def _first_model(request: StageRequest, data: TokenDataset) -> nn.Module:
-    """What a run without a parent starts from."""
+def _first_model(request: StageRequest, data: TokenDataset, *, seed: int | None = None) -> nn.Module:
+    """What a run without a parent starts from; with another seed, what a run with that one did."""
     profile = request.profile
     return build_model(
         profile.model,
         vocab_size=data.manifest.vocab_size,
         eos_id=data.manifest.eos_id,
         sequence_length=profile.batch.sequence_length,
-        seed=profile.seed,
+        seed=profile.seed if seed is None else seed,
     )
 
 
@@ -273,7 +319,7 @@ def _start(request: StageRequest) -> TrainingState:
     """The parent's state; on another dataset the data position starts again."""
     profile, dataset_id = request.profile, request.dataset_id
     schedule = profile.schedule.model_dump(mode="json")
-    update = {"dataset_id": dataset_id, "seed": profile.seed, "schedule": schedule}
+    update = {"dataset_id": dataset_id, "seed": profile.seed, "schedule": schedule, "layer_ranks": {}}
     if request.parent_directory is None:
         return TrainingState(step=0, cycle=0, stage_kind="", tokens_seen=0, samples_seen=0, **update)
     parent = read_training_state(request.parent_directory)

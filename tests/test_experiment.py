@@ -69,7 +69,7 @@ def arms(experiment: Experiment) -> dict[str, dict[str, object]]:
 
 
 def test_the_experiments_that_were_promised_are_shipped():
-    assert {"table1", "table2-tiny", "resets", "restarts", "warm-start", *PAPERS_TABLE_2} <= set(SHIPPED)
+    assert {"table1", "table2-tiny", "resets", "restarts", "warm-start", "beyond", *PAPERS_TABLE_2} <= set(SHIPPED)
     assert {"tutorial", "table4"} == {*ALL_SHIPPED} - {*SHIPPED}
 
 
@@ -151,6 +151,24 @@ def test_the_arms_of_the_resets_differ_in_the_reset_and_nothing_else():
     for settings in found.values():
         differing = {key for key in settings if settings[key] != reference[key]}
         assert differing and all("optimizer_reset." in key for key in differing)
+
+
+def test_the_arms_beyond_the_paper_differ_from_relora_in_their_one_option():
+    arms = load_experiment("beyond").config.arms
+    changed = {
+        name: [f"{section}.{key}" for section, keys in arm.set.items() for key in keys] for name, arm in arms.items()
+    }
+    assert changed == {
+        "relora": [],
+        "bfloat16-merges": ["relora.merge_dtype"],
+        "gradient-init": ["relora.init"],
+        "growing-cycles": ["schedule.cycle_growth"],
+        "rank-by-spectrum": ["relora.rank_allocation"],
+        "lora-plus-4": ["optimizer.low_rank_b_lr_ratio"],
+        "lora-plus-16": ["optimizer.low_rank_b_lr_ratio"],
+        "low-rank-2": ["optimizer.low_rank_lr_ratio"],
+    }
+    assert len(load_experiment("beyond").warm_starts) == 3  # shared by all arms, a seed each
 
 
 def test_the_papers_numbers_are_those_of_its_table_1():

@@ -23,7 +23,7 @@ def arm(name: Arm, *seconds: float, weights: int, rest: int) -> ArmResult:
     memory = {"weights": weights, "above_weights": rest, "optimizer": rest // 2}
     return ArmResult(
         request=ArmRequest(arm=name, shape=SHAPE), device="cpu", threads=1, seconds=seconds, loss=1.0,
-        flops_per_token=1.0, matmul_flops=1.0, memory=memory, notes={},
+        flops_per_token=1.0, matmul_flops=1.0, memory=memory, notes={}, matmul_precision="highest",
     )  # fmt: skip
 
 
