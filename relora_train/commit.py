@@ -25,8 +25,8 @@ from relora_train.checkpoint import (
     write_manifest,
     write_metrics,
 )
-from relora_train.evaluate import Evaluation
 from relora_train.manifest import CheckpointManifest, describe_files
+from relora_train.objectives.base import Evaluation
 from relora_train.optimizer import optimizer_state_by_name
 from relora_train.sharded_saving import save_sharded
 from relora_train.training import StageTraining

@@ -15,6 +15,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from relora_train.objectives.registry import DEFAULT_OBJECTIVE, ObjectiveName, foreign_keys
+
 Method = Literal["full", "lora", "relora"]
 
 
@@ -454,6 +456,9 @@ class Profile(FrozenConfig):
     method: Method = "relora"
     """'relora': warm start, then merged cycles; 'lora': one update merged at the end; 'full': full rank throughout."""
 
+    objective: ObjectiveName = DEFAULT_OBJECTIVE
+    """What is learned: 'causal_lm', the next token of text."""
+
     seed: int = Field(0, ge=0, lt=2**31)
     """Seed of weights, data order, dropout and re-initialisation."""
 
@@ -552,6 +557,7 @@ def default_run_id(profile: Profile) -> str:
     harmless: dict[str, Any] = {**whole_sections, "data": {"name", "workers", "engine"}}
     if profile.schedule.jagged:  # runs from before the key keep their name
         harmless["schedule"] = {"jagged"}
+    harmless |= dict.fromkeys(foreign_keys(profile.objective), True)
     settings = profile.model_dump(mode="json", exclude=harmless)
     name = re.sub(r"[^a-z0-9._-]+", "-", profile.name.lower()).strip("-.") or "run"
     return f"{name}-{settings_digest(settings)[:8]}"

@@ -12,7 +12,8 @@ Inside a process events travel as log records of the logger `relora_train.events
     stopping         seconds (the worker was asked to stop and has so long)
     progress         stage step start_step end_step loss learning_rate tokens_per_second data_wait_share
                      eta_seconds
-    evaluation       stage step when ('before' | 'after') val_loss val_perplexity bits_per_byte
+    evaluation       stage step when ('before' | 'after') and the scores: of text val_loss val_perplexity bits_per_byte
+                     val_tokens, of images val_loss val_accuracy val_images
     merge            stage step cycle max_relative_output_change relative_update_norm effective_rank
                      optimizer_state_zeroed first_lora_A_grad_norm first_lora_B_grad_norm
     stage_committed  stage step directory seconds (of its parts: load evaluate_before steps merge evaluate_after write)
@@ -20,12 +21,12 @@ Inside a process events travel as log records of the logger `relora_train.events
     dataset_ready    uri name reused train_tokens val_tokens
     tokenize_progress  phase done_bytes total_bytes (total may be null) megabytes_per_second
     stage_skipped    stage step uri
-    stage_finished   stage step uri seconds
+    stage_finished   stage step uri seconds and the first score
     diverged         stage learning_rate message attempt attempts
-    evaluated        uri stage val_loss val_perplexity bits_per_byte reused
+    evaluated        uri stage reused and the scores
     report_written   html_uri
     arm_started      arm seed run_id stages (names of what it trains)
-    arm_reused       arm seed outcome val_perplexity
+    arm_reused       arm seed outcome and the first score
     arm_diverged     arm seed message
     compared         experiment html_uri
     decided          series outcome reason uri (of a retrain's candidate)

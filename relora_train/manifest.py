@@ -111,7 +111,7 @@ class CheckpointManifest(Manifest):
     dataset_id: str
     dataset_uri: str
     evaluation: dict[str, float] = {}
-    """val_loss, val_perplexity, bits_per_byte, and the same with the suffix _before for the stage's start."""
+    """The scores of the run's objective, and the same with the suffix _before for the stage's start."""
     merge_report: dict[str, Any] = {}
     divergence: dict[str, Any] = {}
     """Of a stage that diverged first: attempts that failed, learning_rate, learning_rate_factor, profile_learning_rate,

@@ -334,7 +334,9 @@ def adapter_state(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def adapter_config(model: nn.Module, *, base_model_name_or_path: str | None = None) -> dict[str, Any]:
+def adapter_config(
+    model: nn.Module, *, base_model_name_or_path: str | None = None, task_type: str | None = "CAUSAL_LM"
+) -> dict[str, Any]:
     """The content of peft's adapter_config.json for adapter_state(model).
 
     It describes the low-rank updates alone: embeddings, norms, head and biases trained beside them are the base's.
@@ -345,7 +347,7 @@ def adapter_config(model: nn.Module, *, base_model_name_or_path: str | None = No
     first = next(iter(layers.values()))
     return {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        "task_type": task_type,
         "base_model_name_or_path": base_model_name_or_path,
         "r": first.rank,
         "lora_alpha": first.alpha,

@@ -23,21 +23,14 @@ from relora_train.checkpoint import (
 from relora_train.compiling import compile_blocks
 from relora_train.config import Profile
 from relora_train.contraction import Contraction
-from relora_train.dataset import TokenDataset
+from relora_train.dataset import ExampleDataset
 from relora_train.errors import ConfigError
 from relora_train.evaluate import autocast
 from relora_train.fast_path import share_inputs
-from relora_train.model import (
-    attend_without_mask,
-    build_model,
-    check_fits,
-    checkpoint_activations,
-    head_is_plain,
-    load_model,
-    load_skeleton,
-    model_skeleton,
-    next_token_loss,
-)
+from relora_train.manifest import DatasetManifest
+from relora_train.model import checkpoint_activations
+from relora_train.objectives.base import LossFunction, Objective
+from relora_train.objectives.registry import facts_of, objective_of
 from relora_train.optimizer import build_optimizer, load_optimizer_state_by_name
 from relora_train.prefetch import Prefetcher
 from relora_train.ranks import Ranks
@@ -55,20 +48,23 @@ class StageTraining:
     request: StageRequest
     stage: Stage
     ranks: Ranks
+    objective: Objective
     model: nn.Module
+    loss_function: LossFunction
+    """The model's."""
+
     optimizer: torch.optim.AdamW
-    train_data: TokenDataset
+    train_data: ExampleDataset
     batches: Prefetcher
     """Of train_data."""
 
-    val_data: TokenDataset
+    val_data: ExampleDataset
     start: TrainingState
     """Where the stage starts: the parent's end, or the beginning."""
 
     masters: MasterWeights | None
     """Exact frozen weights, when the device holds rounded ones."""
 
-    fused_loss: bool
     orders: Mapping[str, Contraction]
     """In which order each low-rank layer multiplies, by module name; empty where all follow the reference."""
 
@@ -96,18 +92,19 @@ class StageTraining:
         return self.start.tokens_seen + (step - self.start.step) * self.profile.batch.tokens
 
     def update(self, step: int) -> tuple[Tensor, Tensor]:
-        """Do update `step` and return its mean loss in nats per token and the gradient norm before clipping.
+        """Do update `step` and return its mean loss in nats per term and the gradient norm before clipping.
 
         Both stay on the device, and nothing here waits for it. A function of the weights, the optimizer state and
         `step` alone: batch and dropout follow from the profile's seed.
         """
         batch, rank = self.profile.batch, self.ranks
-        tokens = self.batches.batch(self.samples_seen(step - 1), last=step == self.stage.end_step)
+        examples = self.batches.batch(self.samples_seen(step - 1), last=step == self.stage.end_step)
+        terms = self.objective.terms(batch.sequences)
         total = torch.zeros((), device=rank.device)
-        for micro_step, part in enumerate(torch.split(tokens, batch.micro_sequences or len(tokens))):
+        for micro_step, part in enumerate(torch.split(examples, batch.micro_sequences or len(examples))):
             torch.manual_seed(_draw_seed(self.profile.seed, step, micro_step, rank.rank))
             with autocast(self.profile.precision, rank.device):
-                loss = next_token_loss(self.model, part, fused=self.fused_loss) / batch.tokens
+                loss = self.loss_function.loss(part) / terms
             loss.backward()  # type: ignore[no-untyped-call]
             total += loss.detach()
         rank.sum_gradients(self.trainable)
@@ -160,19 +157,19 @@ class MasterWeights(MutableMapping[str, Tensor]):
 
 def prepare_stage(request: StageRequest, ranks: Ranks) -> StageTraining:
     """Load the parent, or build the model, and wrap it as the stage asks. Every rank holds the same, or its rows."""
-    profile = request.profile
-    stage = request.stage
-    length = profile.batch.sequence_length
+    profile, stage = request.profile, request.stage
+    objective = objective_of(profile)
     if fault := profile.fault_of_ranks(ranks.world_size):
         raise ConfigError(f"{fault}.")
-    train_data = TokenDataset(request.dataset_directory, "train", sequence_length=length, seed=profile.seed)
-    val_data = TokenDataset(request.dataset_directory, "val", sequence_length=length)
+    train_data = objective.open_data(request.dataset_directory, "train")
+    val_data = objective.open_data(request.dataset_directory, "val")
     train_data.require(profile.batch.sequences)
     val_data.require(1)
     start = _start(request)
-    model, masters = (_sharded_model if ranks.sharded else _whole_model)(request, train_data, ranks)
-    attend_without_mask(model)
-    fused_loss = head_is_plain(model)
+    build = _sharded_model if ranks.sharded else _whole_model
+    model, masters = build(request, objective, train_data.manifest, ranks)
+    objective.prepare_for_training(model)
+    loss_function = objective.loss_function(model, train_data.manifest)
     if profile.precision.trains_in_bfloat16:
         round_trained_matrices(model)
     model.to(ranks.device).train()
@@ -186,15 +183,29 @@ def prepare_stage(request: StageRequest, ranks: Ranks) -> StageTraining:
         orders = _share_inputs(model, profile, ranks, optimizer)
     batches = Prefetcher(train_data, sequences=profile.batch.sequences, ranks=ranks)
     return StageTraining(
-        request, stage, ranks, model, optimizer, train_data, batches, val_data, start, masters, fused_loss, orders
+        request=request,
+        stage=stage,
+        ranks=ranks,
+        objective=objective,
+        model=model,
+        loss_function=loss_function,
+        optimizer=optimizer,
+        train_data=train_data,
+        batches=batches,
+        val_data=val_data,
+        start=start,
+        masters=masters,
+        orders=orders,
     )
 
 
-def _whole_model(request: StageRequest, data: TokenDataset, ranks: Ranks) -> tuple[nn.Module, MasterWeights | None]:
+def _whole_model(
+    request: StageRequest, objective: Objective, manifest: DatasetManifest, ranks: Ranks
+) -> tuple[nn.Module, MasterWeights | None]:
     """On the CPU, and the exact weights of those held rounded."""
     parent, masters = request.parent_directory, None
-    model = load_model(parent) if parent is not None else _first_model(request, data)
-    check_fits(model, vocab_size=data.manifest.vocab_size, sequence_length=request.profile.batch.sequence_length)
+    model = objective.load_model(parent) if parent is not None else objective.build_model(manifest)
+    objective.check_fits(model, manifest)
     if request.stage.low_rank:
         _wrap(model, request)
         if request.profile.precision.computes_in_bfloat16:
@@ -202,16 +213,18 @@ def _whole_model(request: StageRequest, data: TokenDataset, ranks: Ranks) -> tup
     return model, masters
 
 
-def _sharded_model(request: StageRequest, data: TokenDataset, ranks: Ranks) -> tuple[nn.Module, MasterWeights | None]:
+def _sharded_model(
+    request: StageRequest, objective: Objective, manifest: DatasetManifest, ranks: Ranks
+) -> tuple[nn.Module, MasterWeights | None]:
     """This rank's rows of the same, on its device: read from the parent's files, or made by the first rank."""
-    profile, parent, manifest = request.profile, request.parent_directory, data.manifest
+    profile, parent = request.profile, request.parent_directory
     if parent is not None:
-        model = load_skeleton(parent)
+        model = objective.load_skeleton(parent)
         rows_of = rows_of_checkpoint(parent, model)
     else:
-        model = model_skeleton(profile.model, vocab_size=manifest.vocab_size, eos_id=manifest.eos_id)
-        rows_of = rows_of_first_rank(_first_model(request, data) if ranks.is_first else None, ranks)
-    check_fits(model, vocab_size=manifest.vocab_size, sequence_length=profile.batch.sequence_length)
+        model = objective.model_skeleton(manifest)
+        rows_of = rows_of_first_rank(objective.build_model(manifest) if ranks.is_first else None, ranks)
+    objective.check_fits(model, manifest)
     rounded: list[str] = []
     if request.stage.low_rank:
         _wrap(model, request)
@@ -244,24 +257,12 @@ def _wrap(model: nn.Module, request: StageRequest) -> None:
     )
 
 
-def _first_model(request: StageRequest, data: TokenDataset) -> nn.Module:
-    """What a run without a parent starts from."""
-    profile = request.profile
-    return build_model(
-        profile.model,
-        vocab_size=data.manifest.vocab_size,
-        eos_id=data.manifest.eos_id,
-        sequence_length=profile.batch.sequence_length,
-        seed=profile.seed,
-    )
-
-
 def _share_inputs(
     model: nn.Module, profile: Profile, ranks: Ranks, optimizer: torch.optim.Optimizer
 ) -> dict[str, Contraction]:
     sequences, micro_steps = profile.batch.forward_passes(ranks.world_size)
-    tokens = sequences * profile.batch.sequence_length
-    return share_inputs(model, tokens=tokens, micro_steps=micro_steps, optimizer=optimizer)
+    rows = sequences * facts_of(profile).rows_per_sequence()
+    return share_inputs(model, tokens=rows, micro_steps=micro_steps, optimizer=optimizer)
 
 
 def _start(request: StageRequest) -> TrainingState:
