@@ -88,13 +88,18 @@ def headline_score(scores: Mapping[str, Any]) -> dict[str, float | None]:
 
 def own_settings(profile: Profile) -> dict[str, Any]:
     """The settings that the objective adds to a fingerprint, as JSON values."""
-    keys = OBJECTIVES[profile.objective].own_keys
-    return profile.model_dump(mode="json", include=set(keys)) if keys else {}
+    keys = _keys_of(profile.objective)
+    return profile.model_dump(mode="json", include=keys) if keys else {}
 
 
 def foreign_keys(objective: ObjectiveName) -> set[str]:
-    """Keys of a profile that mean nothing to an objective."""
-    return {key for entry in OBJECTIVES.values() for key in entry.own_keys} - set(OBJECTIVES[objective].own_keys)
+    """Keys of a profile that are not told apart for an objective: no part of its runs' names."""
+    return {"objective"}.union(*map(_keys_of, OBJECTIVES)) - _keys_of(objective)
+
+
+def _keys_of(objective: str) -> set[str]:
+    """The default is named nowhere: what was made before there was another keeps its fingerprint."""
+    return {*OBJECTIVES[objective].own_keys} | ({"objective"} if objective != DEFAULT_OBJECTIVE else set())
 
 
 def _found(place: str) -> Any:
