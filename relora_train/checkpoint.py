@@ -27,7 +27,7 @@ STATE_FILE = "training_state.json"
 METRICS_FILE = "metrics.jsonl"
 PROFILE_FILE = "profile.json"
 ADAPTER_DIRECTORY = "adapter"
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+COMPANION_FILES = ("tokenizer.json", "tokenizer_config.json", "preprocessor_config.json")
 MAX_SHARD_BYTES = 5 * 10**9
 
 _DENSE_ABOVE = 0.5  # share of kept entries from which index and value cost more than the dense tensor
@@ -205,10 +205,11 @@ def save_adapter(tensors: Mapping[str, Tensor], config: Mapping[str, Any], direc
     (directory / "adapter_config.json").write_text(json.dumps(config, indent=1, sort_keys=True) + "\n")
 
 
-def copy_tokenizer(source: Path, directory: Path) -> None:
-    """Put the dataset's tokenizer beside the weights."""
-    for name in TOKENIZER_FILES:
-        shutil.copyfile(source / name, directory / name)
+def copy_companions(source: Path, directory: Path) -> None:
+    """Put what the dataset has for whoever uses the model beside the weights: a tokenizer, or how pixels are scaled."""
+    for name in COMPANION_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, directory / name)
 
 
 def write_metrics(records: list[dict[str, Any]], path: Path) -> None:

@@ -16,7 +16,7 @@ from relora_train.checkpoint import (
     OPTIMIZER_FILE,
     PROFILE_FILE,
     STATE_FILE,
-    copy_tokenizer,
+    copy_companions,
     new_attempt,
     package_versions,
     save_adapter,
@@ -51,7 +51,7 @@ def commit_stage(
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)
     (save_sharded if training.ranks.sharded else _save_whole)(training, directory)
-    copy_tokenizer(request.dataset_directory, directory)
+    copy_companions(request.dataset_directory, directory)
     if training.merged_adapter is not None:
         tensors, config = training.merged_adapter
         save_adapter(tensors, config, directory / ADAPTER_DIRECTORY)

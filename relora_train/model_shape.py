@@ -193,9 +193,9 @@ def _shape_of_directory(pretrained: str) -> ModelShape:
     path = Path(pretrained) / "config.json"
     config = _read_json(path, f"{pretrained!r} is downloaded")
     family = config.get("model_type")
-    readers = {"llama": _llama_of_config, "gpt_neox": _neox_of_config}
+    readers = {"llama": _llama_of_config, "gpt_neox": _neox_of_config, "vit": _vit_of_config}
     if family not in readers:
-        raise ShapeUnknownError(f"models of type {family!r} are not counted, only {' and '.join(readers)}")
+        raise ShapeUnknownError(f"models of type {family!r} are not counted, only {', '.join(readers)}")
     try:
         return readers[family](config)
     except (KeyError, TypeError, ZeroDivisionError) as error:
@@ -267,3 +267,43 @@ def _neox_of_config(config: dict[str, Any]) -> ModelShape:
     norms = (2 * layers + 1) * 2 * hidden  # LayerNorm has a bias
     tied = config.get("tie_word_embeddings", False)
     return ModelShape(config["vocab_size"], hidden, layers, linears, norms, hidden, tied)
+
+
+def _vit_of_config(config: dict[str, Any]) -> ModelShape:
+    size, patch = config["image_size"], config["patch_size"]
+    return vit(
+        classes=len(config["id2label"]) if "id2label" in config else 2,  # transformers leaves its default of 2 out
+        hidden=config["hidden_size"],
+        intermediate=config["intermediate_size"],
+        layers=config["num_hidden_layers"],
+        patch_values=config["num_channels"] * patch**2,
+        patches=(size // patch) ** 2,
+        bias=config.get("qkv_bias", True),
+    )
+
+
+def vit(
+    *, classes: int, hidden: int, intermediate: int, layers: int, patch_values: int, patches: int, bias: bool = True
+) -> ModelShape:
+    """A vision transformer that classifies by its class token."""
+    linears = (
+        *(LinearShape(f"attention.{name}_proj", hidden, hidden, bias) for name in "qkv"),
+        LinearShape("attention.o_proj", hidden, hidden, True),
+        LinearShape("mlp.fc1", hidden, intermediate, True),
+        LinearShape("mlp.fc2", intermediate, hidden, True),
+    )
+    return ModelShape(
+        vocab_size=classes,
+        hidden_size=hidden,
+        layers=layers,
+        linears=linears,
+        norm_parameters=(2 * layers + 1) * 2 * hidden,  # LayerNorm has a bias
+        attention_size=hidden,
+        tied=True,
+        causal=False,
+        extra_rows=1,
+        classifies=True,
+        other_matrices=patch_values * hidden + (patches + 2) * hidden,  # positions, also the class token's, and it
+        other_vectors=hidden + classes,
+        input_flops=4 * patch_values * hidden,  # nothing asks for the gradient of pixels
+    )

@@ -118,7 +118,7 @@ CHANGES_NOTHING = {
 """Settings that change no weight beyond the order of sums."""
 
 
-OF_ONE_OBJECTIVE = {"objective"}
+OF_ONE_OBJECTIVE = {"objective", "images.size", "images.channels", "images.classes", "images.patch_size"}
 """Settings that only another objective than the default knows: tests/test_objectives.py."""
 
 

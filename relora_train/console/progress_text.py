@@ -28,7 +28,8 @@ def tokenize_line(event: Event) -> str:
 
 
 def dataset_line(event: Event) -> str:
-    size = f"{event['train_tokens']:,} tokens to train on, {event['val_tokens']:,} to validate on"
+    unit = event.get("unit", "tokens")
+    size = f"{event['train_tokens']:,} {unit} to train on, {event['val_tokens']:,} to validate on"
     return f"{'reused ' if event['reused'] else ''}dataset {event['name']}: {size}"
 
 

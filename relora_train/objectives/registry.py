@@ -11,14 +11,14 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Literal, cast
 
-from relora_train.objectives.measures import BITS_PER_BYTE, LOSS, PERPLEXITY, Measures
+from relora_train.objectives.measures import ACCURACY, BITS_PER_BYTE, LOSS, PERPLEXITY, Measures
 
 if TYPE_CHECKING:
     from relora_train.config import Profile
     from relora_train.objectives.base import Objective
     from relora_train.objectives.facts import ObjectiveFacts
 
-ObjectiveName = Literal["causal_lm"]
+ObjectiveName = Literal["causal_lm", "image_classification"]
 
 DEFAULT_OBJECTIVE: ObjectiveName = "causal_lm"
 """Of what says nothing of its objective: profiles, and all that was made before there was another."""
@@ -34,6 +34,9 @@ class ObjectiveEntry:
     own_keys: tuple[str, ...]
     """Keys of a profile that mean something to it alone: part of its fingerprints, and of no other objective's."""
 
+    in_series: bool
+    """Whether its sources can grow and be retrained on."""
+
     measures: Measures
     facts: str
     """module:class of what can be known without torch."""
@@ -46,9 +49,18 @@ OBJECTIVES: Mapping[str, ObjectiveEntry] = {
     "causal_lm": ObjectiveEntry(
         sources=("python-stdlib", "text", "jsonl", "parquet", "hub"),
         own_keys=(),
+        in_series=True,
         measures=Measures(PERPLEXITY, BITS_PER_BYTE, judged=LOSS, unit="token", scored="val_tokens", held_out="text"),
         facts="relora_train.objectives.causal_lm_facts:CausalLMFacts",
         implementation="relora_train.objectives.causal_lm:CausalLM",
+    ),
+    "image_classification": ObjectiveEntry(
+        sources=("digits", "idx"),
+        own_keys=("images",),
+        in_series=False,
+        measures=Measures(ACCURACY, LOSS, judged=ACCURACY, unit="image", scored="val_images", held_out="images"),
+        facts="relora_train.objectives.image_facts:ImageFacts",
+        implementation="relora_train.objectives.image_classification:ImageClassification",
     ),
 }
 
