@@ -288,7 +288,7 @@ def result(arm: str, seed: int, dataset_id: str, loss: float = 1.0) -> RunResult
 
 def test_arms_on_different_text_are_not_compared(experiment: str):
     planned = load_experiment(experiment)
-    with pytest.raises(RunSettingsChangedError, match="different text"):
+    with pytest.raises(RunSettingsChangedError, match="different data"):
         compare_results(planned, [result("relora", 0, "a" * 64), result("lora", 0, "b" * 64)])
 
 
