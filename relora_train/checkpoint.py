@@ -89,6 +89,8 @@ def save_model(model: nn.Module, directory: Path, *, weights: Mapping[str, Tenso
 
     weights: the model's state without lora_A and lora_B, already merged. Tied weights are written once.
     """
+    from transformers.utils.logging import disable_progress_bar
+
     unexpected = [
         name for name, tensor in weights.items() if tensor.is_floating_point() and tensor.dtype != torch.float32
     ]
@@ -96,6 +98,7 @@ def save_model(model: nn.Module, directory: Path, *, weights: Mapping[str, Tenso
         raise CheckpointCorruptError(
             f"{unexpected[0]} is {weights[unexpected[0]].dtype}; checkpoints hold float32 only."
         )
+    disable_progress_bar()
     cast(Any, model).save_pretrained(directory, state_dict=dict(weights), max_shard_size=MAX_SHARD_BYTES)
     _name_float32(directory / "config.json")
 

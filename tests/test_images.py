@@ -151,7 +151,7 @@ def test_idx_files_that_cannot_be_used_are_one_error(tmp_path: Path, harm, said:
 def test_fashion_mnist_that_is_not_there_is_one_error_that_says_where_it_is_looked_for(tmp_path: Path):
     with pytest.raises(SourceUnreadableError, match=f"{tmp_path}/none names no file, directory") as caught:
         describe_dataset(idx_data(tmp_path / "none"), TokenizerConfig())
-    assert "Correct data.paths" in str(caught.value)
+    assert "Correct data.paths" in str(caught.value) and "dataset-fashion-mnist" in str(caught.value)
 
 
 def test_without_scikit_learn_the_digits_are_one_error_that_says_what_to_install(monkeypatch: pytest.MonkeyPatch):

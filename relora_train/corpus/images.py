@@ -199,7 +199,10 @@ def _is_held_out(image: NDArray[np.uint8], validation_fraction: float) -> bool:
 
 def _find_idx(data: DataConfig, cache_directory: Path | None) -> list[SourceFile]:
     """The four files, in a fixed order."""
-    files = {_stem(file): file for file in find_files(data.paths, "idx", cache_directory)}
+    try:
+        files = {_stem(file): file for file in find_files(data.paths, "idx", cache_directory)}
+    except SourceUnreadableError as error:
+        raise SourceUnreadableError(f"{error} Debian's dataset-fashion-mnist is a package of such files.") from None
     wanted = [name for names in _IDX_FILES.values() for name in names]
     if missing := [name for name in wanted if name not in files]:
         raise SourceUnreadableError(

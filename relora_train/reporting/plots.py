@@ -201,8 +201,9 @@ def _draw_scores(axes: Any, data: RunData, theme: Theme) -> None:
         if points.size:
             axes.plot(*points.T, marker, label=label, **look)
     digits = max(1, data.measures.headline.digits - 1)
+    offset = -14 if data.measures.headline.higher_is_better else 8  # on the side where no curve comes from
     for step, value in after if len(after) <= MAX_STAGE_LABELS else after[-1:]:
-        place = {"xytext": (0, 8), "textcoords": "offset points", "ha": "center", "color": theme.text}
+        place = {"xytext": (0, offset), "textcoords": "offset points", "ha": "center", "color": theme.text}
         axes.annotate(f"{value:,.{digits}f}", (step, value), fontsize=8.5, **place)
     axes.margins(y=0.25)
     compact_numbers(axes.yaxis)
