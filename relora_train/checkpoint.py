@@ -27,7 +27,7 @@ STATE_FILE = "training_state.json"
 METRICS_FILE = "metrics.jsonl"
 PROFILE_FILE = "profile.json"
 ADAPTER_DIRECTORY = "adapter"
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+COMPANION_FILES = ("tokenizer.json", "tokenizer_config.json", "preprocessor_config.json")
 MAX_SHARD_BYTES = 5 * 10**9
 
 _DENSE_ABOVE = 0.5  # share of kept entries from which index and value cost more than the dense tensor
@@ -95,6 +95,8 @@ def save_model(model: nn.Module, directory: Path, *, weights: Mapping[str, Tenso
 
     weights: the model's state without lora_A and lora_B, already merged. Tied weights are written once.
     """
+    from transformers.utils.logging import disable_progress_bar
+
     unexpected = [
         name for name, tensor in weights.items() if tensor.is_floating_point() and tensor.dtype != torch.float32
     ]
@@ -102,6 +104,7 @@ def save_model(model: nn.Module, directory: Path, *, weights: Mapping[str, Tenso
         raise CheckpointCorruptError(
             f"{unexpected[0]} is {weights[unexpected[0]].dtype}; checkpoints hold float32 only."
         )
+    disable_progress_bar()
     cast(Any, model).save_pretrained(directory, state_dict=dict(weights), max_shard_size=MAX_SHARD_BYTES)
     _name_float32(directory / "config.json")
 
@@ -211,10 +214,11 @@ def save_adapter(tensors: Mapping[str, Tensor], config: Mapping[str, Any], direc
     (directory / "adapter_config.json").write_text(json.dumps(config, indent=1, sort_keys=True) + "\n")
 
 
-def copy_tokenizer(source: Path, directory: Path) -> None:
-    """Put the dataset's tokenizer beside the weights."""
-    for name in TOKENIZER_FILES:
-        shutil.copyfile(source / name, directory / name)
+def copy_companions(source: Path, directory: Path) -> None:
+    """Put what the dataset has for whoever uses the model beside the weights: a tokenizer, or how pixels are scaled."""
+    for name in COMPANION_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, directory / name)
 
 
 def write_metrics(records: list[dict[str, Any]], path: Path) -> None:

@@ -16,7 +16,7 @@ from relora_train.checkpoint import (
     OPTIMIZER_FILE,
     PROFILE_FILE,
     STATE_FILE,
-    copy_tokenizer,
+    copy_companions,
     new_attempt,
     package_versions,
     save_adapter,
@@ -25,8 +25,8 @@ from relora_train.checkpoint import (
     write_manifest,
     write_metrics,
 )
-from relora_train.evaluate import Evaluation
 from relora_train.manifest import CheckpointManifest, describe_files
+from relora_train.objectives.base import Evaluation
 from relora_train.optimizer import optimizer_state_by_name
 from relora_train.sharded_saving import save_sharded
 from relora_train.training import StageTraining
@@ -51,7 +51,7 @@ def commit_stage(
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)
     (save_sharded if training.ranks.sharded else _save_whole)(training, directory)
-    copy_tokenizer(request.dataset_directory, directory)
+    copy_companions(request.dataset_directory, directory)
     if training.merged_adapter is not None:
         tensors, config = training.merged_adapter
         save_adapter(tensors, config, directory / ADAPTER_DIRECTORY)

@@ -24,6 +24,8 @@ from relora_train.errors import CheckpointError, ObjectNotFoundError, ReLoRAErro
 from relora_train.evaluation_records import dataset_of, recorded_evaluation
 from relora_train.experiment import Experiment, PlannedRun
 from relora_train.model_shape import ShapeUnknownError
+from relora_train.objectives.measures import LOSS, Measure, Measures
+from relora_train.objectives.registry import DEFAULT_OBJECTIVE, OBJECTIVES, SCORES, ObjectiveName
 from relora_train.plan import plan
 from relora_train.reporting.collect import collect_run_data, files_in_stores, stage_peak_bytes
 from relora_train.reporting.run_data import RunData
@@ -64,6 +66,13 @@ class ResetSize(FrozenConfig):
         return self.largest_change / self.change_before if self.change_before else None
 
 
+class ScorePoint(FrozenConfig):
+    """A score after so many tokens."""
+
+    tokens: float
+    score: float
+
+
 class RunResult(FrozenConfig):
     """One arm at one seed."""
 
@@ -77,10 +86,11 @@ class RunResult(FrozenConfig):
     checkpoint_uri: str | None = None
     dataset_id: str | None = None
     val_loss: float | None = None
-    """Nats a token, of the held-out text, by the evaluation task."""
+    """Nats a token or an image, of what is held out, by the evaluation task."""
 
     val_perplexity: float | None = None
     bits_per_byte: float | None = None
+    val_accuracy: float | None = None
     tokens_per_second: float | None = None
     """Of the arm's own stages: without a warm start that it branched from. Training only."""
 
@@ -109,6 +119,9 @@ class RunResult(FrozenConfig):
     validation: tuple[CurvePoint, ...] = ()
     """Validation loss by the trainer, at the start of the run and after every stage."""
 
+    scored: tuple[ScorePoint, ...] = ()
+    """The objective's first measure there."""
+
 
 class ArmResult(FrozenConfig):
     """A row of the table: an arm over its seeds."""
@@ -122,6 +135,7 @@ class ArmResult(FrozenConfig):
     val_loss: Estimate | None
     val_perplexity: Estimate | None
     bits_per_byte: Estimate | None
+    val_accuracy: Estimate | None = None
     tokens_per_second: Estimate | None
     tokens_per_second_in_all: Estimate | None
     peak_memory_bytes: Estimate | None
@@ -135,6 +149,11 @@ class ArmResult(FrozenConfig):
     trainable_parameters: int | None
     parameters: int | None
 
+    def score(self, measure: Measure) -> Estimate | None:
+        """Over seeds."""
+        value: Estimate | None = getattr(self, measure.key)
+        return value
+
 
 class Difference(FrozenConfig):
     """An arm less the reference, over the seeds that both finished."""
@@ -142,6 +161,12 @@ class Difference(FrozenConfig):
     arm: str
     val_loss: Estimate | None
     val_perplexity: Estimate | None
+    val_accuracy: Estimate | None = None
+
+    def score(self, measure: Measure) -> Estimate | None:
+        """Over the pairs."""
+        value: Estimate | None = getattr(self, measure.key)
+        return value
 
 
 class Comparison(FrozenConfig):
@@ -149,6 +174,7 @@ class Comparison(FrozenConfig):
 
     experiment: str
     title: str
+    objective: ObjectiveName = DEFAULT_OBJECTIVE
     profile: str
     digest: str
     budget_tokens: int
@@ -172,6 +198,11 @@ class Comparison(FrozenConfig):
     arms: tuple[ArmResult, ...]
     differences: tuple[Difference, ...]
     runs: tuple[RunResult, ...]
+
+    @property
+    def measures(self) -> Measures:
+        """What the arms are scored and compared by."""
+        return OBJECTIVES[self.objective].measures
 
     def label(self, arm: str) -> str:
         return next(row.label for row in self.arms if row.arm == arm)
@@ -234,6 +265,7 @@ def compare_results(experiment: Experiment, results: Sequence[RunResult]) -> Com
     return Comparison(
         experiment=experiment.name,
         title=config.title,
+        objective=experiment.runs[0].profile.objective,
         profile=experiment.profile,
         digest=experiment.digest,
         budget_tokens=experiment.budget_tokens,
@@ -292,9 +324,7 @@ def _result(run: PlannedRun, latest: CheckpointRef, scores: Mapping[str, Any]) -
         outcome="trained",
         checkpoint_uri=latest.uri,
         dataset_id=manifest.dataset_id,
-        val_loss=scores.get("val_loss"),
-        val_perplexity=scores.get("val_perplexity"),
-        bits_per_byte=scores.get("bits_per_byte"),
+        **{name: scores.get(name) for name in SCORES},
         tokens_per_second=_speed(data, after=own_start),
         tokens_per_second_in_all=_speed(data, after=0),
         peak_memory_bytes=max(peaks, default=None),
@@ -305,6 +335,7 @@ def _result(run: PlannedRun, latest: CheckpointRef, scores: Mapping[str, Any]) -
         versions=manifest.versions,
         training=training_curve(data.train["tokens_seen"], data.train["loss"], budget),
         validation=_validation(data, run.profile.batch.tokens),
+        scored=_scored(data, run.profile.batch.tokens),
         **_counted(run),
     )
 
@@ -340,9 +371,19 @@ def reset_sizes(data: RunData) -> tuple[ResetSize, ...]:
 
 
 def _validation(data: RunData, step_tokens: int) -> tuple[CurvePoint, ...]:
-    points = [(row.end_step * step_tokens, row.after.val_loss) for row in data.stages]
-    points.insert(0, (data.stages[0].start_step * step_tokens, data.stages[0].before.val_loss))
-    return tuple(CurvePoint(tokens=at, loss=loss) for at, loss in points if loss is not None and math.isfinite(loss))
+    return tuple(CurvePoint(tokens=at, loss=loss) for at, loss in _by_stage(data, LOSS, step_tokens))
+
+
+def _scored(data: RunData, step_tokens: int) -> tuple[ScorePoint, ...]:
+    found = _by_stage(data, data.measures.headline, step_tokens)
+    return tuple(ScorePoint(tokens=at, score=score) for at, score in found)
+
+
+def _by_stage(data: RunData, measure: Measure, step_tokens: int) -> list[tuple[int, float]]:
+    """Tokens and score at the start and after every stage, where it is finite."""
+    points = [(row.end_step * step_tokens, row.after.of(measure)) for row in data.stages]
+    points.insert(0, (data.stages[0].start_step * step_tokens, data.stages[0].before.of(measure)))
+    return [(at, score) for at, score in points if score is not None and math.isfinite(score)]
 
 
 def _counted(run: PlannedRun) -> dict[str, int | None]:
@@ -363,9 +404,9 @@ def _check_one_dataset(results: Sequence[RunResult]) -> None:
     if len(by_dataset) > 1:
         shown = "".join(f"\n  - {dataset[:12]}: {', '.join(runs)}" for dataset, runs in by_dataset.items())
         raise RunSettingsChangedError(
-            f"The arms were trained on different text, so they cannot be compared (dataset: runs):{shown}\n"
+            f"The arms were trained on different data, so they cannot be compared (dataset: runs):{shown}\n"
             "The source changed between two runs of the experiment. Run it in another store, or delete the runs on the "
-            "text that is gone."
+            "data that is gone."
         )
 
 
@@ -390,6 +431,7 @@ def _arm_result(name: str, experiment: Experiment, results: Sequence[RunResult])
         val_loss=over_seeds("val_loss"),
         val_perplexity=over_seeds("val_perplexity"),
         bits_per_byte=over_seeds("bits_per_byte"),
+        val_accuracy=over_seeds("val_accuracy"),
         tokens_per_second=over_seeds("tokens_per_second"),
         tokens_per_second_in_all=over_seeds("tokens_per_second_in_all"),
         peak_memory_bytes=over_seeds("peak_memory_bytes"),
@@ -416,6 +458,6 @@ def _difference(arm: str, reference: str, results: Sequence[RunResult]) -> Diffe
 
     values = {
         field: paired_difference(by_seed(arm, field), by_seed(reference, field))
-        for field in ("val_loss", "val_perplexity")
+        for field in ("val_loss", "val_perplexity", "val_accuracy")
     }
     return Difference(arm=arm, **values)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from relora_train.errors import DeviceError
-from relora_train.model import blocks, embedding
+from relora_train.model import blocks
 
 
 def compile_blocks(model: nn.Module) -> None:
@@ -18,7 +18,7 @@ def compile_blocks(model: nn.Module) -> None:
     A graph is made at the first update of a stage, and again only for a micro-batch of another shape; weights may
     change in place. Dropout draws other masks than without. Raises DeviceError where torch cannot compile.
     """
-    _check_compiler(embedding(model).weight.device)
+    _check_compiler(next(model.parameters()).device)
     for block in blocks(model) or [cast(Any, model).base_model]:
         block.compile(dynamic=False)
 

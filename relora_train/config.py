@@ -16,6 +16,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from relora_train.objectives.registry import DEFAULT_OBJECTIVE, OBJECTIVES, ObjectiveName, facts_of, foreign_keys
+
 Method = Literal["full", "lora", "relora"]
 
 
@@ -117,16 +119,16 @@ class TokenizerConfig(FrozenConfig):
 
 
 class DataConfig(FrozenConfig):
-    """Where the text comes from and how it becomes token shards."""
+    """Where the text or the images come from and how they become shards."""
 
     name: str = Field("corpus", pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")
     """Folder of the dataset in the store."""
 
-    source: Literal["python-stdlib", "text", "jsonl", "parquet", "hub"] = "python-stdlib"
-    """'python-stdlib' is the standard library's own source, on every machine."""
+    source: Literal["python-stdlib", "text", "jsonl", "parquet", "hub", "digits", "idx"] = "python-stdlib"
+    """'python-stdlib' is the standard library's own source. Images: scikit-learn's 'digits', 'idx' of MNIST's kind."""
 
     paths: tuple[str, ...] = ()
-    """Files, directories, globs or s3:// prefixes, for text, jsonl and parquet."""
+    """Files, directories, globs or s3:// prefixes, for text, jsonl, parquet and idx."""
 
     hub_id: str | None = None
     """Dataset on the hub, for source 'hub'."""
@@ -144,10 +146,10 @@ class DataConfig(FrozenConfig):
     """Field of a document that holds its text."""
 
     max_documents: int | None = Field(None, ge=1)
-    """Stop after so many documents of the source."""
+    """Stop after so many documents, or training images, of the source."""
 
     validation_fraction: float = Field(0.05, gt=0, lt=1)
-    """Share of the documents held out, chosen by a hash of their normalised text."""
+    """Share of documents or digits held out, chosen by a hash of their content; of idx it is the test files."""
 
     shard_tokens: int = Field(8_388_608, ge=1024)
     """Tokens a shard holds at most."""
@@ -160,7 +162,7 @@ class DataConfig(FrozenConfig):
 
     @model_validator(mode="after")
     def source_has_what_it_needs(self) -> Self:
-        if self.source in ("text", "jsonl", "parquet") and not self.paths:
+        if self.source in ("text", "jsonl", "parquet", "idx") and not self.paths:
             raise ValueError(f"source {self.source!r} needs paths")
         if self.source == "hub" and not self.hub_id:
             raise ValueError("source 'hub' needs hub_id")
@@ -168,11 +170,44 @@ class DataConfig(FrozenConfig):
 
     @model_validator(mode="after")
     def paths_have_a_reader(self) -> Self:
-        if self.paths and self.source in ("python-stdlib", "hub"):
+        if self.paths and self.source in ("python-stdlib", "hub", "digits"):
             raise ValueError(
-                f"source {self.source!r} does not read paths; set source to text, jsonl or parquet, or paths to []"
+                f"source {self.source!r} does not read paths; set source to one that does (text, jsonl, parquet, idx), "
+                "or paths to []"
             )
         return self
+
+
+class ImagesConfig(FrozenConfig):
+    """Objective 'image_classification': what the images are, and how a vision transformer cuts them."""
+
+    size: int = Field(8, ge=1)
+    """Pixels of a side; images are square."""
+
+    channels: int = Field(1, ge=1)
+    """Values of a pixel."""
+
+    classes: int = Field(10, ge=2, le=256)
+    """What an image can be."""
+
+    patch_size: int = Field(2, ge=1)
+    """Pixels of a side of a patch. A patch is a token: batch.sequence_length is how many an image has."""
+
+    @model_validator(mode="after")
+    def patches_fill_the_image(self) -> Self:
+        if self.size % self.patch_size:
+            raise ValueError(f"size {self.size} is not a multiple of patch_size {self.patch_size}")
+        return self
+
+    @property
+    def patches(self) -> int:
+        """Of an image."""
+        return (self.size // self.patch_size) ** 2
+
+    @property
+    def patch_values(self) -> int:
+        """Numbers in a patch."""
+        return self.channels * self.patch_size**2
 
 
 class BatchConfig(FrozenConfig):
@@ -495,12 +530,16 @@ class Profile(FrozenConfig):
     method: Method = "relora"
     """'relora': warm start, then merged cycles; 'lora': one update merged at the end; 'full': full rank throughout."""
 
+    objective: ObjectiveName = DEFAULT_OBJECTIVE
+    """What is learned: 'causal_lm', the next token of text; 'image_classification', the class of an image."""
+
     seed: int = Field(0, ge=0, lt=2**31)
     """Seed of weights, data order, dropout and re-initialisation."""
 
     model: ModelConfig = ModelConfig()
     tokenizer: TokenizerConfig = TokenizerConfig()
     data: DataConfig = DataConfig()
+    images: ImagesConfig = ImagesConfig()
     batch: BatchConfig = BatchConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     relora: ReLoRAConfig = ReLoRAConfig()
@@ -513,6 +552,22 @@ class Profile(FrozenConfig):
     snapshots: SnapshotConfig = SnapshotConfig()
     launch: LaunchConfig = LaunchConfig()
     retention: RetentionConfig = RetentionConfig()
+
+    @model_validator(mode="after")
+    def source_belongs_to_the_objective(self) -> Self:
+        sources = OBJECTIVES[self.objective].sources
+        if self.data.source not in sources:
+            raise ValueError(
+                f"objective {self.objective!r} does not learn from data.source {self.data.source!r}; it takes "
+                f"{', '.join(sources)}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def sections_fit_the_objective(self) -> Self:
+        if fault := facts_of(self).fault():
+            raise ValueError(fault)
+        return self
 
     @model_validator(mode="after")
     def sequence_fits_the_model(self) -> Self:
@@ -620,6 +675,7 @@ def default_run_id(profile: Profile) -> str:
     )
     harmless: dict[str, Any] = {**whole_sections, "data": {"name", "workers", "engine"}}
     harmless |= {section: unset_later_keys(profile, section) for section in LATER_KEYS}
+    harmless |= dict.fromkeys(foreign_keys(profile.objective), True)
     settings = profile.model_dump(mode="json", exclude=harmless)
     name = re.sub(r"[^a-z0-9._-]+", "-", profile.name.lower()).strip("-.") or "run"
     return f"{name}-{settings_digest(settings)[:8]}"

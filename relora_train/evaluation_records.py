@@ -23,7 +23,7 @@ from relora_train.workspace import checkpoint_cache, short_digest, work_director
 
 @dataclass(frozen=True)
 class EvaluationOutcome:
-    """checkpoint_uri, stage, step, val_loss, val_perplexity, bits_per_byte, val_tokens, samples; reused or made now."""
+    """checkpoint_uri, stage, step, the scores of the profile's objective, samples; reused or made now."""
 
     record: dict[str, Any]
     reused: bool

@@ -13,21 +13,22 @@ Inside a process events travel as log records of the logger `relora_train.events
     stopping         seconds (the worker was asked to stop and has so long)
     progress         stage step start_step end_step loss learning_rate tokens_per_second data_wait_share
                      eta_seconds
-    evaluation       stage step when ('before' | 'after') val_loss val_perplexity bits_per_byte
+    evaluation       stage step when ('before' | 'after') and the scores: of text val_loss val_perplexity bits_per_byte
+                     val_tokens, of images val_loss val_accuracy val_images
     merge            stage step cycle max_relative_output_change relative_update_norm effective_rank
                      optimizer_state_zeroed first_lora_A_grad_norm first_lora_B_grad_norm
     stage_committed  stage step directory seconds (of its parts: load evaluate_before steps merge evaluate_after write)
     failed           error message
-    dataset_ready    uri name reused train_tokens val_tokens
+    dataset_ready    uri name reused train_tokens val_tokens unit ('tokens' | 'images')
     tokenize_progress  phase done_bytes total_bytes (total may be null) megabytes_per_second
     stage_skipped    stage step uri
-    stage_finished   stage step uri seconds val_perplexity (uri null: trained, and stored while later stages train)
+    stage_finished   stage step uri seconds and the first score (uri null: stored while later stages train)
     checkpoint_stored  stage step uri seconds (since it was trained; only after a stage_finished without uri)
     diverged         stage learning_rate message attempt attempts
-    evaluated        uri stage val_loss val_perplexity bits_per_byte reused
+    evaluated        uri stage reused and the scores
     report_written   html_uri
     arm_started      arm seed run_id stages (names of what it trains)
-    arm_reused       arm seed outcome val_perplexity
+    arm_reused       arm seed outcome and the first score
     arm_diverged     arm seed message
     compared         experiment html_uri
     measuring        what done total (of an experiment that trains no runs)

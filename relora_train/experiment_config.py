@@ -38,7 +38,7 @@ class ExperimentConfig(FrozenConfig):
     """The base: a shipped profile's name, or a path seen from the experiment's file."""
 
     budget_tokens: int = Field(ge=1)
-    """Tokens that every arm trains on, its warm start included."""
+    """Tokens that every arm trains on, its warm start included; of images, patches."""
 
     seeds: tuple[int, ...] = Field((0, 1, 2), min_length=1)
     """Every arm is trained once with each."""

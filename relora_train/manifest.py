@@ -114,7 +114,7 @@ class CheckpointManifest(Manifest):
     dataset_id: str
     dataset_uri: str
     evaluation: dict[str, float] = {}
-    """val_loss, val_perplexity, bits_per_byte, and the same with the suffix _before for the stage's start."""
+    """The scores of the run's objective, and the same with the suffix _before for the stage's start."""
     merge_report: dict[str, Any] = {}
     divergence: dict[str, Any] = {}
     """Of a stage that diverged first: attempts that failed, learning_rate, learning_rate_factor, profile_learning_rate,
@@ -138,26 +138,57 @@ class SnapshotManifest(Manifest):
     """The checkpoint that holds the frozen weights: without it the snapshot is worth nothing."""
 
 
+class ImageFormat(BaseModel):
+    """What the rows of an image dataset are."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    size: int = Field(ge=1)
+    """Pixels of a side."""
+    channels: int = Field(ge=1)
+    classes: int = Field(ge=2)
+    largest_value: int = Field(ge=1)
+    """Of a pixel: what is scaled to 1."""
+    mean: tuple[float, ...]
+    """Of each channel over the training part, values scaled."""
+    deviation: tuple[float, ...]
+    """Standard deviation, likewise."""
+
+    @property
+    def row_bytes(self) -> int:
+        """Of an image and its class."""
+        return self.channels * self.size * self.size + 1
+
+
 class DatasetManifest(Manifest):
-    """Manifest of a tokenized dataset."""
+    """Manifest of a dataset: token shards of text, or images. What is counted in tokens is, of images, in images."""
 
     kind: Literal["dataset"] = "dataset"
     name: str = Field(pattern=_NAME)
     dataset_id: str = Field(pattern=r"^[0-9a-f]{64}$")
     inputs: dict[str, Any]
     """Everything hashed into dataset_id."""
-    token_dtype: Literal["uint16", "uint32"]
+    token_dtype: Literal["uint16", "uint32", "uint8"]
     vocab_size: int
+    """Entries of the tokenizer, or classes."""
     eos_id: int
+    """The token after a document; −1 of images."""
     train_tokens: int
     train_documents: int
     train_bytes: int
-    """UTF-8 bytes of the text behind train_tokens."""
+    """UTF-8 bytes of the text behind train_tokens, or pixels of all channels."""
     val_tokens: int
     val_documents: int
     val_bytes: int
+    images: ImageFormat | None = None
+    """Of a dataset of images."""
     statistics: dict[str, Any] = {}
-    """Informative: duplicates, overlap, tokenization speed."""
+    """Informative: duplicates, overlap, tokenization speed; how often each class is there."""
+
+    @property
+    def unit(self) -> str:
+        """What is counted: 'tokens' or 'images'."""
+        return "images" if self.images else "tokens"
 
 
 M = TypeVar("M", bound=Manifest)

@@ -11,14 +11,13 @@ from relora_train.compiling import without_compiling
 from relora_train.errors import DivergedError, TrainingError
 from relora_train.evaluate import autocast
 from relora_train.matmul_probe import current_precision, keeps_accuracy, products_of
-from relora_train.model import logits
+from relora_train.objectives.registry import facts_of
 from relora_train.optimizer import reset_optimizer_state
 from relora_train.process import Emit
 from relora_train.relora import LayerMerge, adapter_config, adapter_state, lora_parameters, merge_and_reinit
 from relora_train.training import StageTraining
 
 _PROBE_SEQUENCES = 4
-_PROBE_TOKENS = 64
 _ROUNDING = {"float32": 1e-4, "bfloat16": 0.1}
 """Largest change of the output that rounding alone can explain, relative to the largest logit."""
 
@@ -29,7 +28,8 @@ def finish_cycle(training: StageTraining, metrics: list[dict[str, Any]], emit: E
     Raises TrainingError when the output changed by more than rounding: such a checkpoint is not to be trusted.
     """
     stage, profile = training.stage, training.profile
-    training.merged_adapter = (adapter_state(training.model), adapter_config(training.model))
+    config = adapter_config(training.model, task_type=training.objective.adapter_task)
+    training.merged_adapter = (adapter_state(training.model), config)
     before = _probe_output(training)
     if not bool(before.isfinite().all()):
         raise DivergedError(
@@ -78,13 +78,13 @@ def _first_gradient_norms(metrics: list[dict[str, Any]]) -> dict[str, float]:
 
 @torch.no_grad()
 def _probe_output(training: StageTraining) -> Tensor:
-    """Logits of a few held-out sequences, without dropout."""
-    blocks = training.val_data.read_blocks(0, min(_PROBE_SEQUENCES, training.val_data.blocks))
-    tokens = torch.from_numpy(blocks[:, :_PROBE_TOKENS]).to(training.ranks.device)
+    """Logits of a few held-out examples, without dropout."""
+    rows = training.val_data.read_blocks(0, min(_PROBE_SEQUENCES, training.val_data.blocks))
+    examples = torch.from_numpy(rows).to(training.ranks.device)
     training.model.eval()
     try:
         with autocast(training.profile.precision, training.ranks.device), without_compiling():
-            return logits(training.model, tokens).float()
+            return training.loss_function.logits(examples).float()
     finally:
         training.model.train()
 
@@ -110,7 +110,7 @@ def _computes_as_float32(training: StageTraining) -> bool:
     profile = training.profile
     if profile.precision.dtype != "float32" or profile.relora.merge_dtype != "float32":
         return False
-    products = products_of(training.model, rows=_PROBE_SEQUENCES * _PROBE_TOKENS)
+    products = products_of(training.model, rows=_PROBE_SEQUENCES * facts_of(profile).rows_per_sequence())
     return keeps_accuracy(products, training.ranks.device, current_precision())
 
 

@@ -34,17 +34,17 @@ def build_model(config: ModelConfig, *, vocab_size: int, eos_id: int, sequence_l
     return model
 
 
-def load_model(path: str | Path, *, revision: str | None = None) -> nn.Module:
-    """Any causal LM that transformers knows, from a directory or the hub, in float32.
+def load_model(path: str | Path, *, revision: str | None = None, auto_class: str = "AutoModelForCausalLM") -> nn.Module:
+    """Any model that this class of transformers knows, from a directory or the hub, in float32.
 
     No pickle is ever loaded and no code of a checkpoint is ever run: such a one is a ModelNotFoundError.
     """
-    from transformers import AutoModelForCausalLM
+    import transformers
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
     with _reading(path):
-        model = AutoModelForCausalLM.from_pretrained(
+        model = getattr(transformers, auto_class).from_pretrained(
             str(path),
             revision=revision,
             dtype=torch.float32,
@@ -81,16 +81,19 @@ def model_skeleton(config: ModelConfig, *, vocab_size: int, eos_id: int) -> nn.M
         return cast(nn.Module, LlamaForCausalLM(_llama_config(config, vocab_size=vocab_size, eos_id=eos_id)).float())
 
 
-def load_skeleton(path: str | Path, *, revision: str | None = None) -> nn.Module:
+def load_skeleton(
+    path: str | Path, *, revision: str | None = None, auto_class: str = "AutoModelForCausalLM"
+) -> nn.Module:
     """The model that load_model would return, without values: all its tensors are on torch's meta device."""
-    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+    import transformers
+    from transformers import AutoConfig, GenerationConfig
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
     with _reading(path):
         config = AutoConfig.from_pretrained(str(path), revision=revision, trust_remote_code=False)
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(
+            model = getattr(transformers, auto_class).from_config(
                 config, dtype=torch.float32, attn_implementation="sdpa", trust_remote_code=False
             )
         with suppress(OSError):  # not every model has one

@@ -1,6 +1,6 @@
 """What a model is made of, counted from its shape alone. Light: imports no torch, boto3 or prefect.
 
-Counts Llama and GPT-NeoX, the families that relora.py wraps by default.
+Counts the families that relora.py wraps by default: Llama, GPT-NeoX and ViT.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from relora_train.config import ModelConfig, Profile
+from relora_train.config import Profile
 from relora_train.errors import ConfigError, NoTargetModulesError
+from relora_train.objectives.registry import facts_of
 
 
 @dataclass(frozen=True)
@@ -38,10 +39,10 @@ class LinearShape:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """A decoder: embedding, equal blocks of linear layers and norms, head."""
+    """A transformer: embedding, equal blocks of linear layers and norms, head."""
 
     vocab_size: int
-    """Rows of the embedding."""
+    """Rows of the embedding and of the head; of a model without an embedding of tokens, of the head."""
 
     hidden_size: int
     layers: int
@@ -57,19 +58,43 @@ class ModelShape:
     """Width of all query heads together."""
 
     tied: bool
-    """Whether embedding and head are one matrix."""
+    """Whether embedding and head are one matrix, or there is no embedding."""
+
+    causal: bool = True
+    """Whether half of the attention is masked."""
+
+    extra_rows: int = 0
+    """Positions of a sequence that are no tokens, such as a class token."""
+
+    classifies: bool = False
+    """Whether the head reads one position of a sequence instead of all."""
+
+    other_matrices: int = 0
+    """Parameters outside blocks, embedding and head that are no vectors: patch projection, positions."""
+
+    other_vectors: int = 0
+    """Biases outside blocks."""
+
+    input_flops: int = 0
+    """Forward and backward of whatever stands in an embedding's place, for one token."""
 
     @property
     def parameters(self) -> int:
         """All of them; a tied matrix counts once."""
         per_block = sum(linear.weights + linear.bias * linear.out_features for linear in self.linears)
         matrices = 1 if self.tied else 2
-        return matrices * self.vocab_size * self.hidden_size + self.layers * per_block + self.norm_parameters
+        ends = matrices * self.vocab_size * self.hidden_size + self.other_matrices + self.other_vectors
+        return ends + self.layers * per_block + self.norm_parameters
 
     @property
     def vector_parameters(self) -> int:
         """Of these, in norms and biases."""
-        return self.norm_parameters + self.layers * sum(linear.bias * linear.out_features for linear in self.linears)
+        biases = self.layers * sum(linear.bias * linear.out_features for linear in self.linears)
+        return self.norm_parameters + biases + self.other_vectors
+
+    def rows(self, sequence_length: int) -> int:
+        """Positions of a sequence of so many tokens in the blocks."""
+        return sequence_length + self.extra_rows
 
 
 class ShapeUnknownError(Exception):
@@ -80,7 +105,7 @@ def model_shape(profile: Profile) -> ModelShape:
     """The shape of the model a profile trains. Reads local files only; ShapeUnknownError when they do not suffice."""
     if profile.model.pretrained is not None:
         return _shape_of_directory(profile.model.pretrained)
-    return _llama_of_profile(profile.model, _vocabulary(profile))
+    return facts_of(profile).model_shape()
 
 
 def wrapped_layers(shape: ModelShape, *, target_modules: tuple[str, ...] | None, rank: int) -> tuple[LinearShape, ...]:
@@ -106,9 +131,8 @@ def wrapped_layers(shape: ModelShape, *, target_modules: tuple[str, ...] | None,
 
 
 def full_flops_per_token(shape: ModelShape, *, sequence_length: int) -> int:
-    """FLOPs of forward and backward for one token at full rank: 6 for each weight, and causal attention."""
-    linears = sum(6 * linear.weights for linear in shape.linears)
-    return shape.layers * (linears + _attention_flops(shape, sequence_length)) + _head_flops(shape)
+    """FLOPs of forward and backward for one token at full rank: 6 for each weight, and attention."""
+    return _flops_per_token(shape, sequence_length, sum(6 * linear.weights for linear in shape.linears))
 
 
 def low_rank_flops_per_token(
@@ -116,25 +140,27 @@ def low_rank_flops_per_token(
 ) -> int:
     """The same with wrapped weights frozen beside A and B. Not counted: the merges.
 
-    orders: FLOPs a token of the wrapped layers of a block, by the layers that are computed together.
+    orders: FLOPs a position of the wrapped layers of a block, by the layers that are computed together.
     """
     wrapped = {linear for layers in orders for linear in layers}
-    linears = sum(orders.values()) + sum(6 * linear.weights for linear in shape.linears if linear not in wrapped)
-    return round(shape.layers * (linears + _attention_flops(shape, sequence_length)) + _head_flops(shape))
+    others = sum(6 * linear.weights for linear in shape.linears if linear not in wrapped)
+    return _flops_per_token(shape, sequence_length, sum(orders.values()) + others)
 
 
-def _attention_flops(shape: ModelShape, sequence_length: int) -> int:
-    """Scores and their product with the values, forward and backward, half of them masked."""
-    return 6 * shape.attention_size * sequence_length
+def _flops_per_token(shape: ModelShape, sequence_length: int, linears: float) -> int:
+    """linears: FLOPs of a block's linear layers for one position."""
+    rows = shape.rows(sequence_length)
+    attention = (6 if shape.causal else 12) * shape.attention_size * rows  # scores, their product with the values
+    blocks = shape.layers * (linears + attention) * rows / sequence_length
+    head = 6 * shape.vocab_size * shape.hidden_size
+    return round(blocks + (head / sequence_length if shape.classifies else head) + shape.input_flops)
 
 
-def _head_flops(shape: ModelShape) -> int:
-    return 6 * shape.vocab_size * shape.hidden_size
-
-
-def _llama_of_profile(model: ModelConfig, vocab_size: int) -> ModelShape:
+def llama_of_profile(profile: Profile) -> ModelShape:
+    """The Llama that a profile describes; ShapeUnknownError where its tokenizer is not on this machine yet."""
+    model = profile.model
     return _llama(
-        vocab_size=vocab_size,
+        vocab_size=_vocabulary(profile),
         hidden=model.hidden_size,
         intermediate=model.intermediate_size,
         layers=model.num_hidden_layers,
@@ -167,9 +193,9 @@ def _shape_of_directory(pretrained: str) -> ModelShape:
     path = Path(pretrained) / "config.json"
     config = _read_json(path, f"{pretrained!r} is downloaded")
     family = config.get("model_type")
-    readers = {"llama": _llama_of_config, "gpt_neox": _neox_of_config}
+    readers = {"llama": _llama_of_config, "gpt_neox": _neox_of_config, "vit": _vit_of_config}
     if family not in readers:
-        raise ShapeUnknownError(f"models of type {family!r} are not counted, only {' and '.join(readers)}")
+        raise ShapeUnknownError(f"models of type {family!r} are not counted, only {', '.join(readers)}")
     try:
         return readers[family](config)
     except (KeyError, TypeError, ZeroDivisionError) as error:
@@ -241,3 +267,43 @@ def _neox_of_config(config: dict[str, Any]) -> ModelShape:
     norms = (2 * layers + 1) * 2 * hidden  # LayerNorm has a bias
     tied = config.get("tie_word_embeddings", False)
     return ModelShape(config["vocab_size"], hidden, layers, linears, norms, hidden, tied)
+
+
+def _vit_of_config(config: dict[str, Any]) -> ModelShape:
+    size, patch = config["image_size"], config["patch_size"]
+    return vit(
+        classes=len(config["id2label"]) if "id2label" in config else 2,  # transformers leaves its default of 2 out
+        hidden=config["hidden_size"],
+        intermediate=config["intermediate_size"],
+        layers=config["num_hidden_layers"],
+        patch_values=config["num_channels"] * patch**2,
+        patches=(size // patch) ** 2,
+        bias=config.get("qkv_bias", True),
+    )
+
+
+def vit(
+    *, classes: int, hidden: int, intermediate: int, layers: int, patch_values: int, patches: int, bias: bool = True
+) -> ModelShape:
+    """A vision transformer that classifies by its class token."""
+    linears = (
+        *(LinearShape(f"attention.{name}_proj", hidden, hidden, bias) for name in "qkv"),
+        LinearShape("attention.o_proj", hidden, hidden, True),
+        LinearShape("mlp.fc1", hidden, intermediate, True),
+        LinearShape("mlp.fc2", intermediate, hidden, True),
+    )
+    return ModelShape(
+        vocab_size=classes,
+        hidden_size=hidden,
+        layers=layers,
+        linears=linears,
+        norm_parameters=(2 * layers + 1) * 2 * hidden,  # LayerNorm has a bias
+        attention_size=hidden,
+        tied=True,
+        causal=False,
+        extra_rows=1,
+        classifies=True,
+        other_matrices=patch_values * hidden + (patches + 2) * hidden,  # positions, also the class token's, and it
+        other_vectors=hidden + classes,
+        input_flops=4 * patch_values * hidden,  # nothing asks for the gradient of pixels
+    )

@@ -25,6 +25,7 @@ from relora_train.model_shape import (
     model_shape,
     wrapped_layers,
 )
+from relora_train.objectives.registry import facts_of
 from relora_train.stages import Stage, plan_stages, stage_learning_rate
 
 _FP32_BYTES = 4
@@ -274,7 +275,7 @@ def _orders(
     for names in sibling_groups(list(by_name)):
         layers = tuple(by_name[name] for name in names)
         layer_shape = LayerShape(
-            tokens=sequences * batch.sequence_length,
+            tokens=sequences * facts_of(profile).rows_per_sequence(),
             in_features=layers[0].in_features,
             out_features=tuple(linear.out_features for linear in layers),
             rank=profile.relora.rank,

@@ -8,25 +8,25 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 from torch import Tensor
 
-from relora_train.dataset import TokenDataset
+from relora_train.dataset import ExampleDataset
 from relora_train.ranks import Ranks
 
 
 class Prefetcher:
     """One rank's rows of the global batches of `sequences`, on its device.
 
-    Which tokens a batch holds depends on its position alone: reading ahead changes no bit and has no state to save.
+    Which examples a batch holds depends on its position alone: reading ahead changes no bit and has no state to save.
     The dataset is read on this thread only.
     """
 
-    def __init__(self, dataset: TokenDataset, *, sequences: int, ranks: Ranks) -> None:
+    def __init__(self, dataset: ExampleDataset, *, sequences: int, ranks: Ranks) -> None:
         self._dataset, self._sequences, self._ranks = dataset, sequences, ranks
         self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefetch")  # ends when nobody holds it
         self._ahead: tuple[int, Future[Tensor]] | None = None
         self._seconds_waited = 0.0
 
     def batch(self, position: int, *, last: bool = False) -> Tensor:
-        """Token ids (rows, sequence_length + 1) of the batch at this position; unless `last`, begins with the next.
+        """Examples (rows, row length) of the batch at this position; unless `last`, begins with the next.
 
         On a GPU the copy runs beside what the GPU is doing. Raises what reading raises.
         """

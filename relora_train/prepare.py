@@ -1,4 +1,4 @@
-"""Documents -> a dataset directory: tokenizer, training shards, validation shards, and the manifest to commit it with.
+"""Documents or images -> a dataset directory: tokenizer, training and validation shards, the manifest to commit.
 
 The dataset's id is known before any text is tokenized, and the same inputs give the same bytes: on any machine, for
 any number of workers, with either engine. Stopped anywhere, by SIGKILL too, preparation continues where it was.
@@ -27,6 +27,7 @@ from typing import Any
 from relora_train.config import DataConfig, FrozenConfig, TokenizerConfig
 from relora_train.corpus.dataset_inputs import DatasetInputs, resolve_inputs
 from relora_train.corpus.engines import choose_engine
+from relora_train.corpus.images import IMAGE_READERS, ImageInputs, resolve_images, write_images
 from relora_train.corpus.meter import Meter, OnProgress
 from relora_train.corpus.overlap import ngram_overlap
 from relora_train.corpus.selection import Selection
@@ -81,7 +82,7 @@ def describe_dataset(
     Files in a store are fetched to the cache for it, once. selection: what to take of the source; all when absent.
     Raises SourceUnreadableError, TokenizerError, StorageError.
     """
-    found = resolve_inputs(data, tokenizer, cache_directory, selection=selection)
+    found = _resolve(data, tokenizer, cache_directory, selection)
     return found.dataset_id, found.hashed()
 
 
@@ -100,7 +101,7 @@ def prepare_dataset(
     at a time; another waits for it. Raises SourceUnreadableError, CorpusEmptyError, CorpusTooSmallError,
     TokenizerError, DataError and the errors of the source's store and of this disk.
     """
-    found = resolve_inputs(data, tokenizer, cache_directory, selection=selection)
+    found = _resolve(data, tokenizer, cache_directory, selection)
     home = work_directory / f"{data.name}-{found.dataset_id[:16]}"
     try:
         home.mkdir(parents=True, exist_ok=True)
@@ -119,6 +120,14 @@ def read_result(path: Path) -> PreparedDataset:
     return PreparedDataset(Path(result["directory"]), DatasetManifest.model_validate(result["manifest"]))
 
 
+def _resolve(
+    data: DataConfig, tokenizer: TokenizerConfig, cache_directory: Path | None, selection: Selection | None
+) -> DatasetInputs | ImageInputs:
+    if data.source in IMAGE_READERS:
+        return resolve_images(data, cache_directory)
+    return resolve_inputs(data, tokenizer, cache_directory, selection=selection)
+
+
 def _finished(home: Path) -> PreparedDataset | None:
     path, directory = home / "prepared.json", home / "dataset"
     if not path.is_file():
@@ -132,9 +141,19 @@ def _finished(home: Path) -> PreparedDataset | None:
     return PreparedDataset(directory, manifest)
 
 
-def _prepare(found: DatasetInputs, home: Path, on_progress: OnProgress) -> PreparedDataset:
-    data, directory, staged_directory = found.data, home / "dataset", home / "staged"
+def _prepare(found: DatasetInputs | ImageInputs, home: Path, on_progress: OnProgress) -> PreparedDataset:
+    directory = home / "dataset"
     directory.mkdir(exist_ok=True)
+    if isinstance(found, ImageInputs):
+        manifest = write_images(found, directory)
+    else:
+        manifest = _prepare_text(found, home, on_progress)
+    write_durably(home / "prepared.json", manifest.to_bytes())
+    return PreparedDataset(directory, manifest)
+
+
+def _prepare_text(found: DatasetInputs, home: Path, on_progress: OnProgress) -> DatasetManifest:
+    data, directory, staged_directory = found.data, home / "dataset", home / "staged"
     reading = Meter("read", found.source.size_bytes, on_progress)
     corpus = stage_documents(
         found.read_documents(reading.advance),
@@ -152,9 +171,7 @@ def _prepare(found: DatasetInputs, home: Path, on_progress: OnProgress) -> Prepa
         plan, corpus.ranges, workers=data.workers or len(os.sched_getaffinity(0)), on_shard=tokenizing.advance
     )
     tokenizing.tell()
-    manifest = _manifest(found, plan, corpus, records, tokenizing.megabytes_per_second)
-    write_durably(home / "prepared.json", manifest.to_bytes())
-    return PreparedDataset(directory, manifest)
+    return _manifest(found, plan, corpus, records, tokenizing.megabytes_per_second)
 
 
 def _check_both_splits(corpus: StagedCorpus, data: DataConfig) -> None:

@@ -24,6 +24,7 @@ from relora_train.shards import local, norm, part_of, whole
 DEFAULT_TARGET_MODULES = {
     "llama": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
     "gpt_neox": ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"),
+    "vit": ("q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2"),
 }
 """The linear layers of attention and MLP, by the model_type of a transformers config."""
 
@@ -151,7 +152,7 @@ def _wrappable_layers(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
     get_head = getattr(model, "get_output_embeddings", None)
     head = get_head() if callable(get_head) else None
     for name, module in model.named_modules():
-        is_head = module is head or name.rpartition(".")[2] in ("lm_head", "embed_out")
+        is_head = module is head or name.rpartition(".")[2] in ("lm_head", "embed_out", "classifier")
         # A subclass of nn.Linear may hold its weight in another form (4-bit, 8-bit).
         if name and type(module) is nn.Linear and not is_head:
             yield name, module
@@ -358,7 +359,9 @@ def adapter_state(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def adapter_config(model: nn.Module, *, base_model_name_or_path: str | None = None) -> dict[str, Any]:
+def adapter_config(
+    model: nn.Module, *, base_model_name_or_path: str | None = None, task_type: str | None = "CAUSAL_LM"
+) -> dict[str, Any]:
     """The content of peft's adapter_config.json for adapter_state(model).
 
     It describes the low-rank updates alone: embeddings, norms, head and biases trained beside them are the base's.
@@ -375,7 +378,7 @@ def adapter_config(model: nn.Module, *, base_model_name_or_path: str | None = No
     return {
         **(patterns if others else {}),
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        "task_type": task_type,
         "base_model_name_or_path": base_model_name_or_path,
         "r": first.rank,
         "lora_alpha": first.alpha,

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from relora_train.objectives.measures import Measures
 from relora_train.reporting.page import render_page
 from relora_train.reporting.plot_style import DARK, LIGHT
 from relora_train.reporting.plots import draw_plots, overview_png
@@ -78,11 +79,16 @@ def summarize(data: RunData) -> dict[str, Any]:
 
 def stage_table_markdown(data: RunData) -> str:
     """One row a stage, as a GitHub-flavoured Markdown table, then the checkpoints' URIs; no value can break out."""
-    header = ("Stage", "Steps", "Tokens", "Validation perplexity", "Bits per byte", "Time", "Tokens/s", "Checkpoint")
+    headline, second = data.measures.headline, data.measures.second
+    scored = (f"Validation {headline.name}", second.name.capitalize())
+    header = ("Stage", "Steps", "Tokens", *scored, "Time", "Tokens/s", "Checkpoint")
     lines = [f"| {' | '.join(header)} |", "|:--|--:|--:|--:|--:|--:|--:|:--|"]
     for row in data.stages:
         name = row.uri.rstrip("/").rpartition("/")[2]  # in full it would not fit beside the numbers
-        cells = (*(_markdown_cell(cell) for cell in _stage_cells(row)), f"`{_markdown_cell(name, code=True)}`")
+        cells = (
+            *(_markdown_cell(cell) for cell in _stage_cells(row, data.measures)),
+            f"`{_markdown_cell(name, code=True)}`",
+        )
         lines.append(f"| {' | '.join(cells)} |")
     places = [f"- {_markdown_cell(row.stage)}: `{_markdown_cell(row.uri, code=True)}`" for row in data.stages]
     return "\n".join([*lines, "", *places]) + "\n"
@@ -91,20 +97,20 @@ def stage_table_markdown(data: RunData) -> str:
 def overview_markdown(data: RunData) -> str:
     """A heading, the result in one sentence, one figure as a data URL (below 60 kB) and the table of stages."""
     image = base64.b64encode(overview_png(data)).decode("ascii")
-    alt = "Training loss, learning rate and validation perplexity by step"
+    alt = f"Training loss, learning rate and validation {data.measures.headline.name} by step"
     return (
         f"# {_markdown_cell(data.run_id)}\n\n{_markdown_cell(headline(data))}\n\n"
         f"![{alt}](data:image/png;base64,{image})\n\n{stage_table_markdown(data)}"
     )
 
 
-def _stage_cells(row: StageRow) -> tuple[str, ...]:
+def _stage_cells(row: StageRow, measures: Measures) -> tuple[str, ...]:
     return (
         row.stage,
         stage_steps(row),
         count(row.tokens),
-        scores_change(row.before.val_perplexity, row.after.val_perplexity, digits=2),
-        scores_change(row.before.bits_per_byte, row.after.bits_per_byte, digits=3),
+        scores_change(row, measures.headline),
+        scores_change(row, measures.second),
         duration(row.seconds),
         decimal(row.tokens_per_second, 0),
     )

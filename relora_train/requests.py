@@ -60,6 +60,6 @@ class EvaluationRequest(FrozenConfig):
     checkpoint_directory: Path
     dataset_directory: Path
     result_path: Path
-    """JSON: val_loss, val_perplexity, bits_per_byte, val_tokens, samples."""
+    """JSON: the scores of the profile's objective, and samples."""
 
     sequences: int = Field(ge=1)

@@ -26,6 +26,7 @@ from relora_train.errors import ConfigError, CorpusEmptyError, CorpusTooSmallErr
 from relora_train.kept_worker import KeptWorker
 from relora_train.lease import Lease
 from relora_train.manifest import DatasetManifest
+from relora_train.objectives.registry import OBJECTIVES
 from relora_train.publishing import Publisher
 from relora_train.reporting.collect import files_in_stores
 from relora_train.retrain_options import MarginKind, RetrainOptions
@@ -100,6 +101,7 @@ def plan_retrain(
     Raises ConfigError for settings with which the series cannot go on, and the errors of the source and its store.
     """
     check_series(series)
+    _refuse_other_objectives(settings)
     _finish_promoted(store, series)
     data, _ = read_data(store, series)
     _refuse_other_split(settings, data)
@@ -283,6 +285,14 @@ def _refuse_other_split(settings: Profile, data: SeriesData) -> None:
             f"Series {data.series!r} holds out {data.validation_fraction} of its documents since its first retrain; "
             f"with data.validation_fraction {ours} the held-out set would be another. Set it back to "
             f"{data.validation_fraction}, or start another series."
+        )
+
+
+def _refuse_other_objectives(settings: Profile) -> None:
+    if not OBJECTIVES[settings.objective].in_series:
+        raise ConfigError(
+            f"Profile {settings.name!r} has objective {settings.objective!r}, and a series goes on with new documents "
+            "of text. Train it with `relora run`."
         )
 
 

@@ -18,6 +18,7 @@ from typing import Any, Literal
 from relora_train.config import LATER_KEYS, Profile, settings_digest, unset_later_keys
 from relora_train.errors import ConfigError
 from relora_train.manifest import CheckpointManifest
+from relora_train.objectives.registry import DEFAULT_OBJECTIVE, own_settings
 from relora_train.schedule import climbing_cosine, learning_rate
 
 StageKind = Literal["full", "warm_start", "relora", "lora"]
@@ -157,8 +158,10 @@ def _refuse_other_growth(profile: Profile, parent: CheckpointManifest) -> None:
 
 def _refuse_another_model(profile: Profile, parent: CheckpointManifest) -> None:
     """The weights decide the model: settings that say otherwise would be recorded and not used."""
-    ours = _flatten({"model": profile.model.model_dump(mode="json")})
+    ours = _flatten({"model": profile.model.model_dump(mode="json"), **own_settings(profile)})
+    ours["objective"] = profile.objective
     theirs = {key: value for key, value in parent.fingerprint_settings.items() if key in ours}
+    theirs |= {"objective": theirs.get("objective", DEFAULT_OBJECTIVE)} if theirs else {}
     if theirs and (lines := differing_settings({key: ours[key] for key in theirs}, theirs)):
         shown = "".join(f"\n  - {line}" for line in lines)
         raise ConfigError(
@@ -233,6 +236,7 @@ def fingerprint_settings(
             "min_lr_ratio": profile.schedule.min_lr_ratio,
         },
     }
+    settings |= own_settings(profile)
     if pretrained_content is not None:
         settings["model"]["pretrained_content"] = pretrained_content
     if stage.kind == "warm_start":

@@ -19,10 +19,9 @@ class StageSummary(FrozenConfig):
     start_step: int
     end_step: int
     tokens: int
-    val_perplexity_before: float | None
-    val_perplexity: float | None
-    bits_per_byte_before: float | None
-    bits_per_byte: float | None
+    evaluation: dict[str, float]
+    """As in the manifest: the scores after the stage, and before it under names that end in '_before'."""
+
     seconds: float
     uri: str
     reused: bool
@@ -50,16 +49,12 @@ def summarize_stage(run: Run, outcome: StageOutcome) -> StageSummary:
     """A stage's row, from its manifest."""
     manifest = outcome.checkpoint.manifest
     start = manifest.parent.step if manifest.parent else 0
-    scores = manifest.evaluation
     return StageSummary(
         stage=manifest.stage,
         start_step=start,
         end_step=manifest.step,
         tokens=(manifest.step - start) * run.profile.batch.tokens,
-        val_perplexity_before=scores.get("val_perplexity_before"),
-        val_perplexity=scores.get("val_perplexity"),
-        bits_per_byte_before=scores.get("bits_per_byte_before"),
-        bits_per_byte=scores.get("bits_per_byte"),
+        evaluation=manifest.evaluation,
         seconds=manifest.stage_seconds,
         uri=outcome.checkpoint.uri,
         reused=outcome.reused,

@@ -18,9 +18,10 @@ import torch
 from relora_train.commit import commit_stage
 from relora_train.config import settings_digest
 from relora_train.errors import DivergedError, TrainerInterruptedError
-from relora_train.evaluate import Evaluation, evaluate_checkpoint, evaluate_model
+from relora_train.evaluate import evaluate_checkpoint, evaluate_model
 from relora_train.matmul_probe import Choice
 from relora_train.merging import finish_cycle
+from relora_train.objectives.base import Evaluation
 from relora_train.peak_memory import peak_bytes, reset_peak
 from relora_train.process import Emit, StopRequest, is_asked_to_serve, serve_request, serve_requests
 from relora_train.ranks import Ranks, joined_ranks
@@ -246,8 +247,8 @@ def _low_rank_gradient_norms(training: StageTraining) -> dict[str, float]:
 
 
 def check_loss(training: StageTraining, step: int, loss: float, metrics: Sequence[Mapping[str, Any]] = ()) -> None:
-    """Refuse a loss that is not finite, or above twice that of guessing every token alike."""
-    limit = 2 * math.log(training.train_data.manifest.vocab_size)
+    """Refuse a loss that is not finite, or above twice that of guessing."""
+    limit = 2 * training.objective.guessing_loss(training.train_data.manifest)
     if not loss <= limit:  # also true for NaN
         raise DivergedError(_diverged(training, step, loss, "training loss", metrics))
 
@@ -281,10 +282,9 @@ def evaluation_key(request: StageRequest) -> str:
 
 def _evaluation_before(training: StageTraining, metrics: list[dict[str, Any]], emit: Emit) -> Evaluation:
     """Of the stage's start; a resumed stage has it in its records."""
-    names = [field.name for field in dataclasses.fields(Evaluation)]
     for record in metrics:
         if record["kind"] == "evaluation" and record["when"] == "before":
-            return Evaluation(**{name: record[name] for name in names})
+            return training.objective.evaluation.from_record(record)
     return _evaluate(training, metrics, emit, when="before")
 
 
@@ -292,22 +292,17 @@ def _evaluate(training: StageTraining, metrics: list[dict[str, Any]], emit: Emit
     start, profile = training.start, training.profile
     step = training.stage.start_step if when == "before" else training.stage.end_step
     if when == "before" and start.evaluation and start.evaluation_key == evaluation_key(training.request):
-        saved = start.evaluation
-        result = Evaluation(
-            val_loss=saved["val_loss"],
-            val_perplexity=saved["val_perplexity"],
-            bits_per_byte=saved["bits_per_byte"],
-            val_tokens=int(saved["val_tokens"]),
-        )
+        result = training.objective.evaluation.from_record(start.evaluation)
     else:
         result = evaluate_model(
             training.model,
+            training.loss_function,
             training.val_data,
+            training.objective,
             sequences=profile.evaluation.sequences,
             batch_sequences=profile.evaluation.batch_sequences,
             precision=profile.precision,
             ranks=training.ranks,
-            fused=training.fused_loss,
         )
     metrics.append({"kind": "evaluation", "step": step, "when": when, **result.as_record()})
     emit("evaluation", stage=training.stage.name, step=step, when=when, **result.as_record())

@@ -23,23 +23,16 @@ from relora_train.checkpoint import (
 from relora_train.compiling import compile_blocks, without_compiling
 from relora_train.config import Profile
 from relora_train.contraction import Contraction
-from relora_train.dataset import TokenDataset
+from relora_train.dataset import ExampleDataset
 from relora_train.errors import ConfigError
 from relora_train.evaluate import autocast
 from relora_train.fast_path import share_inputs
 from relora_train.gradient_init import gradient_init
+from relora_train.manifest import DatasetManifest
 from relora_train.matmul_probe import Choice
-from relora_train.model import (
-    attend_without_mask,
-    build_model,
-    check_fits,
-    checkpoint_activations,
-    head_is_plain,
-    load_model,
-    load_skeleton,
-    model_skeleton,
-    next_token_loss,
-)
+from relora_train.model import checkpoint_activations
+from relora_train.objectives.base import LossFunction, Objective
+from relora_train.objectives.registry import facts_of, objective_of
 from relora_train.optimizer import build_optimizer, load_optimizer_state_by_name, set_learning_rate
 from relora_train.prefetch import Prefetcher
 from relora_train.rank_allocation import ranks_from_warm_start
@@ -58,20 +51,23 @@ class StageTraining:
     request: StageRequest
     stage: Stage
     ranks: Ranks
+    objective: Objective
     model: nn.Module
+    loss_function: LossFunction
+    """The model's."""
+
     optimizer: torch.optim.AdamW
-    train_data: TokenDataset
+    train_data: ExampleDataset
     batches: Prefetcher
     """Of train_data."""
 
-    val_data: TokenDataset
+    val_data: ExampleDataset
     start: TrainingState
     """Where the stage starts: the parent's end, or the beginning."""
 
     masters: MasterWeights | None
     """Exact frozen weights, when the device holds rounded ones."""
 
-    fused_loss: bool
     orders: Mapping[str, Contraction]
     """In which order each low-rank layer multiplies, by module name; empty where all follow the reference."""
 
@@ -101,27 +97,28 @@ class StageTraining:
         """Tokens trained on after update `step`."""
         return self.start.tokens_seen + (step - self.start.step) * self.profile.batch.tokens
 
-    def forward_backward(self, tokens: Tensor, step: int) -> Tensor:
+    def forward_backward(self, examples: Tensor, step: int) -> Tensor:
         """Add the gradients of this rank's share of update `step`'s batch; its share of the loss, on the device."""
         batch, rank = self.profile.batch, self.ranks
+        terms = self.objective.terms(batch.sequences)
         total = torch.zeros((), device=rank.device)
-        for micro_step, part in enumerate(torch.split(tokens, batch.micro_sequences or len(tokens))):
+        for micro_step, part in enumerate(torch.split(examples, batch.micro_sequences or len(examples))):
             torch.manual_seed(_draw_seed(self.profile.seed, step, micro_step, rank.rank))
             with autocast(self.profile.precision, rank.device):
-                loss = next_token_loss(self.model, part, fused=self.fused_loss) / batch.tokens
+                loss = self.loss_function.loss(part) / terms
             loss.backward()  # type: ignore[no-untyped-call]
             total += loss.detach()
         return total
 
     def update(self, step: int) -> tuple[Tensor, Tensor]:
-        """Do update `step` and return its mean loss in nats per token and the gradient norm before clipping.
+        """Do update `step` and return its mean loss in nats per term and the gradient norm before clipping.
 
         Both stay on the device, and nothing here waits for it. A function of the weights, the optimizer state and
         `step` alone: batch and dropout follow from the profile's seed.
         """
         rank = self.ranks
-        tokens = self.batches.batch(self.samples_seen(step - 1), last=step == self.stage.end_step)
-        total = self.forward_backward(tokens, step)
+        examples = self.batches.batch(self.samples_seen(step - 1), last=step == self.stage.end_step)
+        total = self.forward_backward(examples, step)
         rank.sum_gradients(self.trainable)
         norm = self._clip()
         set_learning_rate(self.optimizer, self.learning_rate(step))
@@ -171,22 +168,22 @@ class MasterWeights(MutableMapping[str, Tensor]):
 
 def prepare_stage(request: StageRequest, ranks: Ranks) -> StageTraining:
     """Load the parent, or build the model, and wrap it as the stage asks. Every rank holds the same, or its rows."""
-    profile = request.profile
-    stage = request.stage
-    length = profile.batch.sequence_length
+    profile, stage = request.profile, request.stage
+    objective = objective_of(profile)
     if fault := profile.fault_of_ranks(ranks.world_size):
         raise ConfigError(f"{fault}.")
-    train_data = TokenDataset(request.dataset_directory, "train", sequence_length=length, seed=profile.seed)
-    val_data = TokenDataset(request.dataset_directory, "val", sequence_length=length)
+    train_data = objective.open_data(request.dataset_directory, "train")
+    val_data = objective.open_data(request.dataset_directory, "val")
     train_data.require(profile.batch.sequences)
     val_data.require(1)
     start = _start(request)
-    model, masters = (_sharded_model if ranks.sharded else _whole_model)(request, train_data, ranks)
+    build = _sharded_model if ranks.sharded else _whole_model
+    model, masters = build(request, objective, train_data.manifest, ranks)
     if stage.low_rank and profile.relora.rank_allocation != "uniform":
         chosen = {name: layer.rank for name, layer in relora_layers(model)}
         start = start.model_copy(update={"layer_ranks": chosen})
-    attend_without_mask(model)
-    fused_loss = head_is_plain(model)
+    objective.prepare_for_training(model)
+    loss_function = objective.loss_function(model, train_data.manifest)
     if profile.precision.trains_in_bfloat16:
         round_trained_matrices(model)
     model.to(ranks.device).train()
@@ -200,7 +197,19 @@ def prepare_stage(request: StageRequest, ranks: Ranks) -> StageTraining:
         orders = _share_inputs(model, profile, ranks, optimizer)
     batches = Prefetcher(train_data, sequences=profile.batch.sequences, ranks=ranks)
     training = StageTraining(
-        request, stage, ranks, model, optimizer, train_data, batches, val_data, start, masters, fused_loss, orders
+        request=request,
+        stage=stage,
+        ranks=ranks,
+        objective=objective,
+        model=model,
+        loss_function=loss_function,
+        optimizer=optimizer,
+        train_data=train_data,
+        batches=batches,
+        val_data=val_data,
+        start=start,
+        masters=masters,
+        orders=orders,
     )
     if stage.low_rank and profile.relora.init == "gradient" and request.snapshot_directory is None:  # that has its A
         _draw_from_gradient(training)
@@ -210,37 +219,41 @@ def prepare_stage(request: StageRequest, ranks: Ranks) -> StageTraining:
 def _draw_from_gradient(training: StageTraining) -> None:
     """Of the batch of the stage's first update, which that update reads again."""
     stage, profile = training.stage, training.profile
-    tokens = training.batches.batch(training.samples_seen(stage.start_step), last=True)
+    examples = training.batches.batch(training.samples_seen(stage.start_step), last=True)
 
     def pass_over_batch() -> None:
         with without_compiling():  # a compiled block has no hooks
-            training.forward_backward(tokens, stage.first_step)
+            training.forward_backward(examples, stage.first_step)
 
     gradient_init(training.model, pass_over_batch, ranks=training.ranks, seed=profile.seed, cycle=stage.cycle)
 
 
-def _whole_model(request: StageRequest, data: TokenDataset, ranks: Ranks) -> tuple[nn.Module, MasterWeights | None]:
+def _whole_model(
+    request: StageRequest, objective: Objective, manifest: DatasetManifest, ranks: Ranks
+) -> tuple[nn.Module, MasterWeights | None]:
     """On the CPU, and the exact weights of those held rounded."""
     parent, masters = request.parent_directory, None
-    model = load_model(parent) if parent is not None else _first_model(request, data)
-    check_fits(model, vocab_size=data.manifest.vocab_size, sequence_length=request.profile.batch.sequence_length)
+    model = objective.load_model(parent) if parent is not None else objective.build_model(manifest)
+    objective.check_fits(model, manifest)
     if request.stage.low_rank:
-        _wrap(model, request, layer_ranks=_layer_ranks(request, model, data))
+        _wrap(model, request, layer_ranks=_layer_ranks(request, model, manifest))
         if request.profile.precision.computes_in_bfloat16:
             masters = _round_frozen_weights(model, parent)
     return model, masters
 
 
-def _sharded_model(request: StageRequest, data: TokenDataset, ranks: Ranks) -> tuple[nn.Module, MasterWeights | None]:
+def _sharded_model(
+    request: StageRequest, objective: Objective, manifest: DatasetManifest, ranks: Ranks
+) -> tuple[nn.Module, MasterWeights | None]:
     """This rank's rows of the same, on its device: read from the parent's files, or made by the first rank."""
-    profile, parent, manifest = request.profile, request.parent_directory, data.manifest
+    profile, parent = request.profile, request.parent_directory
     if parent is not None:
-        model = load_skeleton(parent)
+        model = objective.load_skeleton(parent)
         rows_of = rows_of_checkpoint(parent, model)
     else:
-        model = model_skeleton(profile.model, vocab_size=manifest.vocab_size, eos_id=manifest.eos_id)
-        rows_of = rows_of_first_rank(_first_model(request, data) if ranks.is_first else None, ranks)
-    check_fits(model, vocab_size=manifest.vocab_size, sequence_length=profile.batch.sequence_length)
+        model = objective.model_skeleton(manifest)
+        rows_of = rows_of_first_rank(objective.build_model(manifest) if ranks.is_first else None, ranks)
+    objective.check_fits(model, manifest)
     rounded: list[str] = []
     if request.stage.low_rank:
         _wrap(model, request)
@@ -259,7 +272,7 @@ def _sharded_masters(model: nn.Module, rounded: list[str], exact: dict[str, Tens
     return MasterWeights(rounded, lambda name: exact[name] if exact else rows_of((name,), parameters[name]))
 
 
-def _layer_ranks(request: StageRequest, model: nn.Module, data: TokenDataset) -> dict[str, int] | None:
+def _layer_ranks(request: StageRequest, model: nn.Module, manifest: DatasetManifest) -> dict[str, int] | None:
     """Each layer's rank where they are chosen one by one: the parent cycle's, or from what the warm start changed."""
     relora, parent = request.profile.relora, request.parent_directory
     if relora.rank_allocation == "uniform":
@@ -274,7 +287,7 @@ def _layer_ranks(request: StageRequest, model: nn.Module, data: TokenDataset) ->
             f"{request.stage.name} does not follow one: its parent holds no ranks for its layers. Begin at a warm "
             "start, or set rank_allocation = 'uniform'."
         )
-    first = _first_model(request, data, seed=state.seed)
+    first = objective_of(request.profile.model_copy(update={"seed": state.seed})).build_model(manifest)
     return ranks_from_warm_start(model, first, names, rank=relora.rank)
 
 
@@ -293,26 +306,14 @@ def _wrap(model: nn.Module, request: StageRequest, *, layer_ranks: dict[str, int
     )
 
 
-def _first_model(request: StageRequest, data: TokenDataset, *, seed: int | None = None) -> nn.Module:
-    """What a run without a parent starts from; with another seed, what a run with that one did."""
-    profile = request.profile
-    return build_model(
-        profile.model,
-        vocab_size=data.manifest.vocab_size,
-        eos_id=data.manifest.eos_id,
-        sequence_length=profile.batch.sequence_length,
-        seed=profile.seed if seed is None else seed,
-    )
-
-
 def _share_inputs(
     model: nn.Module, profile: Profile, ranks: Ranks, optimizer: torch.optim.Optimizer
 ) -> dict[str, Contraction]:
     sequences, micro_steps = profile.batch.forward_passes(ranks.world_size)
-    tokens = sequences * profile.batch.sequence_length
+    rows = sequences * facts_of(profile).rows_per_sequence()
     # A block's weights are whole on a rank only while it computes: kept merged ones would be all the model again.
     keeps_merged = None if ranks.sharded else optimizer
-    return share_inputs(model, tokens=tokens, micro_steps=micro_steps, optimizer=keeps_merged)
+    return share_inputs(model, tokens=rows, micro_steps=micro_steps, optimizer=keeps_merged)
 
 
 def _start(request: StageRequest) -> TrainingState:

@@ -13,6 +13,7 @@ from relora_train.errors import TrainerCrashedError
 from relora_train.experiment import Experiment, PlannedRun
 from relora_train.measured import MeasuredSummary, load_measured
 from relora_train.measuring import measure
+from relora_train.objectives.registry import measures_of
 from relora_train.reporting.comparison_store import store_comparison
 from relora_train.reporting.comparison_text import comparison_markdown
 from relora_train.reporting.measured_report import measured_markdown, store_measured
@@ -31,7 +32,8 @@ def look_for_result(experiment: str, run: PlannedRun, store_uri: str) -> RunResu
         found = comparison.diverged_result(store, run, message)
     if found is None:
         return None
-    events.emit("arm_reused", arm=run.arm, seed=run.seed, outcome=found.outcome, val_perplexity=found.val_perplexity)
+    key = measures_of(run.profile).headline.key
+    events.emit("arm_reused", arm=run.arm, seed=run.seed, outcome=found.outcome, **{key: getattr(found, key)})
     return skipped(found, run.run_id)
 
 

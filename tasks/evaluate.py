@@ -7,6 +7,7 @@ from prefect import task
 from relora_train import evaluation_records, events
 from relora_train.checkpoint_store import CheckpointRef
 from relora_train.evaluation_records import EvaluationOutcome, evaluate_or_reuse
+from relora_train.objectives.registry import SCORES
 from relora_train.run import DatasetRef, Run
 from tasks.observe import forward_events, skipped
 from tasks.policies import STORE_IO
@@ -28,6 +29,6 @@ def score_checkpoint(checkpoint: CheckpointRef) -> EvaluationOutcome:
 
 
 def _announced(outcome: EvaluationOutcome, checkpoint: CheckpointRef) -> EvaluationOutcome:
-    scores = {key: outcome.record[key] for key in ("val_loss", "val_perplexity", "bits_per_byte")}
+    scores = {key: value for key, value in outcome.record.items() if key in SCORES}
     events.emit("evaluated", uri=checkpoint.uri, stage=checkpoint.manifest.stage, reused=outcome.reused, **scores)
     return skipped(outcome, "the scores") if outcome.reused else outcome

@@ -14,6 +14,7 @@ from prefect.states import Completed
 
 from relora_train import events
 from relora_train.events import Event
+from relora_train.objectives.registry import measures_in
 
 _LOG_SECONDS = 10.0
 
@@ -50,9 +51,10 @@ def describe(event: Event) -> str:
         case "stage_committed":
             return f"stage {event['stage']}: trained and written at step {event['step']}, now stored"
         case "evaluation" if "when" in event:
+            headline, second = measures_in(event).headline, measures_in(event).second
             return (
-                f"{event['when']} step {event['step']}: validation perplexity {event['val_perplexity']:.2f}, "
-                f"{event['bits_per_byte']:.4f} bits per byte"
+                f"{event['when']} step {event['step']}: validation {headline.name} "
+                f"{headline.text(event[headline.key])}, {second.name} {second.text(event[second.key], digits=4)}"
             )
         case "merge":
             return (

@@ -27,5 +27,6 @@ def tell_dataset(outcome: DatasetOutcome) -> DatasetOutcome:
         reused=outcome.reused,
         train_tokens=manifest.train_tokens,
         val_tokens=manifest.val_tokens,
+        unit=manifest.unit,
     )
     return skipped(outcome, outcome.dataset.uri) if outcome.reused else outcome

@@ -8,6 +8,7 @@ from prefect.logging import get_run_logger
 from relora_train import events
 from relora_train.checkpoint_store import CheckpointRef
 from relora_train.divergence import train_by_policy
+from relora_train.objectives.registry import headline_score
 from relora_train.run import DatasetRef, Run, StageOutcome, store_trained
 from relora_train.stages import Stage
 from tasks.artifacts import StageArtifacts, show_checkpoint
@@ -57,6 +58,6 @@ def _train(run: Run, stage: Stage, dataset: DatasetRef, parent: CheckpointRef | 
         step=stage.end_step,
         uri=uri if outcome.stored else None,
         seconds=manifest.stage_seconds,
-        val_perplexity=manifest.evaluation.get("val_perplexity"),
+        **headline_score(manifest.evaluation),
     )
     return skipped(outcome, uri) if outcome.reused else outcome

@@ -32,6 +32,8 @@ from relora_train.evaluate import evaluate_checkpoint
 from relora_train.events import Event
 from relora_train.experiment import load_experiment
 from relora_train.overrides import ExperimentOverrides
+from relora_train.reporting.comparison_page import render_comparison
+from relora_train.reporting.comparison_text import comparison_markdown
 from relora_train.requests import EvaluationRequest, StageRequest
 from relora_train.storage.opening import open_store
 from relora_train.trainer import run_stage
@@ -72,6 +74,27 @@ set.method = "lora"
 label = "Explodes"
 paper = "diverged"
 set.optimizer.learning_rate = 1e6
+"""
+
+
+IMAGES = """
+title = "ReLoRA and LoRA on images"
+profile = "digits"
+budget_tokens = 46_080
+seeds = [0]
+reference = "lora"
+
+[base]
+launch.threads = 1
+model = {hidden_size = 32, intermediate_size = 64, num_hidden_layers = 1}
+schedule = {warm_start_steps = 15, cycles = 2, cycle_length = 15, warmup_steps = 5, restart_warmup_steps = 2}
+optimizer = {learning_rate = 6e-3, warm_start_learning_rate = 6e-3}
+
+[arms.relora]
+label = "ReLoRA"
+[arms.lora]
+label = "LoRA"
+set.method = "lora"
 """
 
 
@@ -318,7 +341,7 @@ def result(arm: str, seed: int, dataset_id: str, loss: float = 1.0) -> RunResult
 
 def test_arms_on_different_text_are_not_compared(experiment: str):
     planned = load_experiment(experiment)
-    with pytest.raises(RunSettingsChangedError, match="different text"):
+    with pytest.raises(RunSettingsChangedError, match="different data"):
         compare_results(planned, [result("relora", 0, "a" * 64), result("lora", 0, "b" * 64)])
 
 
@@ -331,6 +354,52 @@ def test_only_seeds_that_both_finished_are_paired(experiment: str):
         "lora": (0.5, 1),
         "explodes": None,
     }
+
+
+def test_images_are_compared_by_accuracy_from_the_same_runs_and_checkpoints(root: Path):
+    path = root / "on-images.toml"
+    path.write_text(IMAGES)
+    summary, seen = compare_here(str(path), root)
+    assert seen.trained == ["warm-start-0: warm-start", "relora-0: cycle-1", "relora-0: cycle-2", "lora-0: lora"]
+    data = summary.comparison
+    assert data.objective == "image_classification"
+    for run in data.runs:
+        record = json.loads(next(root.glob(f"store/runs/{run.run_id}/evaluations/*.json")).read_text())
+        assert run.val_accuracy == record["val_accuracy"] and record["val_images"] == 420
+        assert run.val_perplexity is None
+        assert [point.tokens for point in run.scored][-1] == data.budget_tokens
+        assert verify_run(open_store(root / "store"), run.run_id).findings == []
+    stored = json.loads(Path(summary.json_uri.removeprefix("file://")).read_text())
+    assert stored == json.loads(data.model_dump_json())
+    assert {uri.rpartition("/")[2] for uri in summary.picture_uris} == {
+        "training_loss.png", "validation_loss.png", "validation_score.png",
+    }  # fmt: skip
+    html = Path(summary.html_uri.removeprefix("file://")).read_text()
+    assert "Validation accuracy" in html and "Higher accuracy is better" in html and "erplexity" not in html
+
+
+def scored(arm: str, seed: int, accuracy: float) -> RunResult:
+    return RunResult(
+        arm=arm, seed=seed, run_id=f"{arm}-{seed}", outcome="trained", dataset_id="a" * 64, val_loss=accuracy,
+        val_accuracy=accuracy,
+    )  # fmt: skip
+
+
+def test_a_higher_accuracy_is_better_and_a_higher_loss_is_not():
+    """The losses here rise with the accuracy, so that whoever judged by them would say the opposite."""
+    planned = load_experiment("images")
+    found = [
+        scored(arm, seed, base + seed / 1000) for seed in range(5) for arm, base in (("relora", 0.8), ("lora", 0.7))
+    ]
+    found += [scored("full", seed, 0.9 + (seed % 2) / 1000) for seed in range(5)]
+    compared = compare_results(planned, found)
+    assert {each.arm: each.val_accuracy and round(each.val_accuracy.mean, 6) for each in compared.differences} == {
+        "full": pytest.approx(0.0984), "lora": -0.1, "lora-warm": None, "relora": 0.0,
+    }  # fmt: skip
+    html, text = render_comparison(compared, {}), comparison_markdown(compared)
+    assert '<span class="better">+0.0984' in html and '<span class="worse">−0.1' in html
+    assert "Validation accuracy, best first: Full rank 0.90040 ± 0.00024, ReLoRA 0.80200" in text
+    assert "Accuracy less that of ReLoRA, paired by seed:" in text
 
 
 def test_a_training_curve_is_the_mean_of_each_share_of_the_budget():

@@ -109,7 +109,7 @@ def test_the_pipeline_trains_every_stage_once_and_reports(finished: tuple[RunSum
     summary, seen = finished
     assert trained(seen) == ["warm-start", "cycle-1", "cycle-2"]
     assert [stage.stage for stage in summary.stages] == ["warm-start", "cycle-1", "cycle-2"]
-    assert all(stage.val_perplexity < stage.val_perplexity_before for stage in summary.stages)
+    assert all(s.evaluation["val_perplexity"] < s.evaluation["val_perplexity_before"] for s in summary.stages)
     assert [event["cycle"] for event in seen if event["event"] == "merge"] == [1, 2]
     report = Path(summary.report_uri.removeprefix("file://"))
     assert report.is_file() and "cycle-2" in report.read_text()

@@ -10,6 +10,11 @@ import pytest
 
 LIGHT = (
     "relora_train.errors",
+    "relora_train.objectives.registry",
+    "relora_train.objectives.measures",
+    "relora_train.objectives.facts",
+    "relora_train.objectives.causal_lm_facts",
+    "relora_train.objectives.image_facts",
     "relora_train.experiment",
     "relora_train.experiment_config",
     "relora_train.statistics",

@@ -22,6 +22,7 @@ from relora_train.errors import DivergedError, SequenceTooLongError, VocabularyM
 from relora_train.evaluate import evaluate_model
 from relora_train.manifest import describe_files, hash_file
 from relora_train.model import load_model, next_token_loss
+from relora_train.objectives.registry import objective_of
 from relora_train.ranks import Ranks
 from relora_train.stages import plan_stages, stage_learning_rate
 from relora_train.trainer import run_stage
@@ -56,10 +57,18 @@ def test_the_manifest_lists_every_file_with_its_true_digest(checkpoints: dict[st
 def test_plain_from_pretrained_gives_the_loss_the_trainer_measured(checkpoints: dict[str, Path], dataset: Path):
     """Fault B9: the official code's checkpoints lose the low-rank update here."""
     profile = tiny_profile()
+    objective = objective_of(profile)
     model = AutoModelForCausalLM.from_pretrained(checkpoints["cycle-2"])
-    val_data = TokenDataset(dataset, "val", sequence_length=32)
+    val_data = objective.open_data(dataset, "val")
     evaluation = evaluate_model(
-        model, val_data, sequences=16, batch_sequences=5, precision=profile.precision, ranks=CPU, fused=False
+        model,
+        objective.loss_function(model, val_data.manifest),
+        val_data,
+        objective,
+        sequences=16,
+        batch_sequences=5,
+        precision=profile.precision,
+        ranks=CPU,
     )
     expected = manifest_of(checkpoints["cycle-2"])["evaluation"]["val_loss"]
     assert math.isclose(evaluation.val_loss, expected, rel_tol=1e-6)  # float32 sums in another order

@@ -19,6 +19,7 @@ from relora_train.console.tables import add_row, table
 from relora_train.errors import ConfigError
 from relora_train.experiment import Experiment, list_experiments, load_experiment
 from relora_train.measured import MeasuredSummary, is_measured, load_measured
+from relora_train.objectives.measures import LOSS
 from relora_train.run import default_store_uri
 from relora_train.storage.opening import open_store
 
@@ -96,11 +97,14 @@ def print_comparison(console: Console, summary: ComparisonSummary, *, seconds: f
         add_row(made, *arm_cells(data, row))
     console.print()
     console.print(made, highlight=False)
-    paired = table(f"less {data.label(data.reference)}", "loss", "perplexity", "pairs")
+    judged, headline = data.measures.judged, data.measures.headline
+    shown = list(dict.fromkeys((LOSS, headline)))
+    paired = table(f"less {data.label(data.reference)}", *(measure.name for measure in shown), "pairs")
     for each in data.differences:
-        if each.arm != data.reference and each.val_loss is not None:
-            shown = (signed_estimate_text(each.val_loss), signed_estimate_text(each.val_perplexity))
-            add_row(paired, data.label(each.arm), *shown, str(each.val_loss.count))
+        score = each.score(judged)
+        if each.arm != data.reference and score is not None:
+            differences = [signed_estimate_text(each.score(measure)) for measure in shown]
+            add_row(paired, data.label(each.arm), *differences, str(score.count))
     if paired.row_count:
         console.print()
         console.print(paired, highlight=False)

@@ -8,8 +8,9 @@ from typing import Any
 from rich.text import Text
 
 from relora_train.checkpoint_store import CheckpointRef
-from relora_train.console.tables import View, number_text
+from relora_train.console.tables import View
 from relora_train.lineage import Line
+from relora_train.objectives.registry import measures_in
 from relora_train.stages import differing_settings
 
 _SHOWN_CHANGES = 3
@@ -60,8 +61,10 @@ def _describe(
     yield (line.run_id, "bold")
     yield "  " + _stages(line.checkpoints, heads, marked)
     last = line.checkpoints[-1]
-    score = last.manifest.evaluation.get("val_perplexity")
-    yield (f"  step {last.step:,}" + (f", perplexity {number_text(score)}" if score is not None else ""), "dim")
+    headline = measures_in(last.manifest.evaluation).headline
+    score = last.manifest.evaluation.get(headline.key)
+    scored = f", {headline.name} {headline.text(score)}" if score is not None else ""
+    yield (f"  step {last.step:,}{scored}", "dim")
     if parent is not None:
         yield (_changes(line.checkpoints[0], parent), "dim")
     elif manifest.parent is not None:

@@ -37,6 +37,7 @@ from relora_train.console.progress_text import (
     tokenize_line,
 )
 from relora_train.events import Event
+from relora_train.objectives.registry import measures_in
 
 PLAIN_SECONDS = 10.0
 """Between two plain lines of the same work."""
@@ -214,7 +215,7 @@ class RunProgress(logging.Handler):
             case "progress":
                 self._show_step(event)
             case "evaluation" if event.get("when") == "before":
-                self._before[event["stage"]] = event["val_perplexity"]
+                self._before[event["stage"]] = event[measures_in(event).headline.key]
             case "merge":
                 display.line(_MERGED, merge_line(event))
             case "stage_committed":

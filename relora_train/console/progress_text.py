@@ -6,6 +6,7 @@ import math
 import re
 
 from relora_train.events import Event
+from relora_train.objectives.registry import measures_in
 from relora_train.units import minutes_text
 
 
@@ -27,7 +28,8 @@ def tokenize_line(event: Event) -> str:
 
 
 def dataset_line(event: Event) -> str:
-    size = f"{event['train_tokens']:,} tokens to train on, {event['val_tokens']:,} to validate on"
+    unit = event.get("unit", "tokens")
+    size = f"{event['train_tokens']:,} {unit} to train on, {event['val_tokens']:,} to validate on"
     return f"{'reused ' if event['reused'] else ''}dataset {event['name']}: {size}"
 
 
@@ -56,7 +58,8 @@ def merge_line(event: Event) -> str:
 
 def stage_finished_line(event: Event, before: float | None) -> str:
     """'cycle-1: validation perplexity 120.41 → 98.33 in 4.2 s'."""
-    return f"{event['stage']}: validation perplexity {arrow(before, event.get('val_perplexity'))}" + (
+    headline = measures_in(event).headline
+    return f"{event['stage']}: validation {headline.name} {headline.arrow(before, event.get(headline.key))}" + (
         f" in {seconds_text(event['seconds'])}" if event.get("seconds") else ""
     )
 
@@ -68,7 +71,8 @@ def arm_started_line(event: Event) -> str:
 
 def arm_reused_line(event: Event) -> str:
     """'reused relora, seed 0: validation perplexity 98.33'."""
-    scored = f"validation perplexity {perplexity_text(event['val_perplexity'])}"
+    headline = measures_in(event).headline
+    scored = f"validation {headline.name} {headline.text(event[headline.key])}"
     result = "diverged" if event["outcome"] == "diverged" else scored
     return f"reused {event['arm']}, seed {event['seed']}: {result}"
 
@@ -87,29 +91,17 @@ def diverged_line(event: Event) -> str:
 
 
 def stage_skipped_line(event: Event) -> str:
-    perplexity = event.get("val_perplexity")
-    scored = f", validation perplexity {perplexity_text(perplexity)}" if perplexity is not None else ""
+    headline = measures_in(event).headline
+    value = event.get(headline.key)
+    scored = f", validation {headline.name} {headline.text(value)}" if value is not None else ""
     return f"reused {event['stage']}: step {event['step']:,}{scored}"
 
 
 def evaluated_line(event: Event) -> str:
     done = "reused evaluation of" if event["reused"] else "evaluated"
-    scores = (
-        f"validation perplexity {perplexity_text(event['val_perplexity'])}, {event['bits_per_byte']:.3f} bits per byte"
-    )
-    return f"{done} {event['stage']}: {scores}"
-
-
-def arrow(before: float | None, after: float | None) -> str:
-    """'120.41 → 98.33'."""
-    return perplexity_text(after) if before is None else f"{perplexity_text(before)} → {perplexity_text(after)}"
-
-
-def perplexity_text(value: float | None) -> str:
-    """'98.33', '1,235': about four digits."""
-    if value is None:
-        return "–"
-    return "∞" if math.isinf(value) else f"{value:,.2f}" if value < 1000 else f"{value:,.0f}"
+    headline, second = measures_in(event).headline, measures_in(event).second
+    scores = f"validation {headline.name} {headline.text(event[headline.key])}"
+    return f"{done} {event['stage']}: {scores}, {second.name} {second.text(event[second.key])}"
 
 
 def seconds_text(seconds: float) -> str:

@@ -10,8 +10,8 @@ from rich.text import Text
 from relora_train import events
 from relora_train.checkpoint_store import CheckpointRef
 from relora_train.console.progress import shown_progress
-from relora_train.console.progress_text import arrow
 from relora_train.console.tables import View
+from relora_train.objectives.registry import measures_in
 from relora_train.retry import RetryOutcome, retry_stage
 
 
@@ -45,10 +45,11 @@ def _sentences(outcome: RetryOutcome) -> list[str]:
     if outcome.identical:
         kept = f" What was trained from it ({len(below)}) stays valid." if below else ""
         return [f"{name} came out identical, byte for byte: nothing changes.{kept}"]
-    perplexity = arrow(manifest.evaluation.get("val_perplexity"), outcome.evaluation.get("val_perplexity"))
+    headline = measures_in(manifest.evaluation).headline
+    scores = headline.arrow(manifest.evaluation.get(headline.key), outcome.evaluation.get(headline.key))
     lines = [
         f"{name} came out otherwise: {', '.join(outcome.differing_files)}.",
-        f"Validation perplexity, committed → new: {perplexity}.",
+        f"Validation {headline.name}, committed → new: {scores}.",
     ]
     names = "".join(f"\n  {one.manifest.run_id}@{one.manifest.stage}: {one.uri}" for one in below)
     if outcome.replacement is None:

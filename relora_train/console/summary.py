@@ -8,9 +8,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from relora_train.console.progress_text import arrow, count_text, seconds_text, short_seconds_text
-from relora_train.console.tables import add_row, common_place, number_text, samples_lines, table
+from relora_train.console.progress_text import count_text, seconds_text, short_seconds_text
+from relora_train.console.tables import add_row, common_place, samples_lines, table
 from relora_train.divergence import divergence_text
+from relora_train.objectives.measures import Measures
+from relora_train.objectives.registry import measures_in
 from relora_train.storage.opening import uri_to_path
 from relora_train.summary import RunSummary, StageSummary
 
@@ -31,7 +33,8 @@ def print_summary(console: Console, summary: RunSummary, *, seconds: float) -> N
         console.print(Text(_NOTHING_LEFT))
     for record in summary.evaluations:
         if record.get("samples"):
-            scored = f"perplexity {number_text(record['val_perplexity'])}"
+            headline = measures_in(record).headline
+            scored = f"{headline.name} {headline.text(record[headline.key])}"
             console.print(Text(f"\nAfter {record['stage']} ({scored}) the model writes:", style="bold"))
             for line in samples_lines(record):
                 console.print(line)
@@ -68,22 +71,22 @@ def place(uri: str) -> str:
 
 
 def _stages(summary: RunSummary, prefix: str) -> Table:
-    columns = ("stage", "steps", "tokens", "perplexity", "bits/byte", "time", "checkpoint")
+    measures = measures_in(summary.stages[-1].evaluation)
+    columns = ("stage", "steps", "tokens", measures.headline.short, measures.second.short, "time", "checkpoint")
     made = table(*columns, left=("checkpoint",))
     for stage in summary.stages:
-        add_row(made, *_row(stage, prefix))
+        add_row(made, *_row(stage, measures, prefix))
     return made
 
 
-def _row(stage: StageSummary, prefix: str) -> tuple[str, ...]:
-    before, after = stage.bits_per_byte_before, stage.bits_per_byte
-    bits = number_text(after) if before is None else f"{number_text(before)} → {number_text(after)}"
+def _row(stage: StageSummary, measures: Measures, prefix: str) -> tuple[str, ...]:
+    headline, second = measures.headline, measures.second
     return (
         stage.stage,
         f"{stage.start_step + 1}–{stage.end_step}",
         count_text(stage.tokens),
-        arrow(stage.val_perplexity_before, stage.val_perplexity),
-        bits,
+        headline.change(stage.evaluation, digits=headline.short_digits),
+        second.change(stage.evaluation, digits=second.short_digits),
         "reused" if stage.reused else short_seconds_text(stage.seconds),
         stage.uri.removeprefix(prefix),
     )

@@ -15,8 +15,10 @@ from rich.text import Text
 
 from relora_train.checkpoint_store import CheckpointRef, RunInfo
 from relora_train.console.plan_tables import sections
-from relora_train.console.progress_text import arrow, seconds_text
+from relora_train.console.progress_text import seconds_text
 from relora_train.divergence import divergence_text
+from relora_train.objectives.measures import LOSS, Measure
+from relora_train.objectives.registry import measures_in
 from relora_train.plan import Plan
 from relora_train.units import size_text
 
@@ -104,8 +106,9 @@ def runs_view(runs: Sequence[RunInfo]) -> View:
 def checkpoints_view(refs: Sequence[CheckpointRef], line: Sequence[CheckpointRef]) -> View:
     """The checkpoints of a run; those on its line are marked."""
     place, on_line = common_place([ref.uri for ref in refs]), {ref.uri for ref in line}
+    headline = _headline(refs)
     made = table(
-        "", "stage", "step", "tokens", "perplexity", "size", "committed", "checkpoint", left=("stage", "checkpoint")
+        "", "stage", "step", "tokens", headline.short, "size", "committed", "checkpoint", left=("stage", "checkpoint")
     )
     for ref in refs:
         manifest = ref.manifest
@@ -115,7 +118,7 @@ def checkpoints_view(refs: Sequence[CheckpointRef], line: Sequence[CheckpointRef
             manifest.stage,
             f"{ref.step:,}",
             f"{manifest.tokens_seen:,}",
-            number_text(manifest.evaluation.get("val_perplexity")),
+            headline.text(manifest.evaluation.get(headline.key)),
             size_text(manifest.size_bytes),
             time_text(manifest.created_at),
             ref.uri.removeprefix(place),
@@ -128,13 +131,13 @@ def checkpoints_view(refs: Sequence[CheckpointRef], line: Sequence[CheckpointRef
 def checkpoint_view(ref: CheckpointRef, line: Sequence[CheckpointRef]) -> View:
     """All that a checkpoint's manifest says."""
     manifest = ref.manifest
+    measures = measures_in(manifest.evaluation)
     about = facts(
         {
             "checkpoint": ref.uri,
             "run, stage": f"{manifest.run_id}, {manifest.stage} of profile {manifest.profile}",
             "step": f"{ref.step:,} ({manifest.cycle} merges, {manifest.tokens_seen:,} tokens)",
-            "perplexity": _before_after(manifest.evaluation, "val_perplexity", 2),
-            "bits per byte": _before_after(manifest.evaluation, "bits_per_byte", 3),
+            **{m.name: m.change(manifest.evaluation) for m in (measures.headline, measures.second)},
             "committed": f"{time_text(manifest.created_at)}, after {seconds_text(manifest.stage_seconds)} of work",
             "fingerprint": manifest.fingerprint,
             **_variant(ref),
@@ -155,13 +158,12 @@ def _variant(ref: CheckpointRef) -> dict[str, str]:
 
 def evaluation_view(record: dict[str, Any], *, reused: bool) -> View:
     """Scores and samples of one checkpoint."""
+    measures = measures_in(record)
     about = facts(
         {
             "checkpoint": str(record["checkpoint_uri"]),
-            "perplexity": number_text(record["val_perplexity"]),
-            "bits per byte": number_text(record["bits_per_byte"], 3),
-            "loss": number_text(record["val_loss"], 4),
-            "tokens scored": f"{record['val_tokens']:,}" + (" (recorded before)" if reused else ""),
+            **{m.name: m.text(record[m.key]) for m in (measures.headline, measures.second, LOSS)},
+            f"{measures.unit}s scored": f"{record[measures.scored]:,}" + (" (recorded before)" if reused else ""),
         }
     )
     return [about, BLANK, *samples_lines(record)]
@@ -183,18 +185,19 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() or c == "\n" else " " if c == "\t" else "�" for c in text)
 
 
-def _before_after(scores: dict[str, float], name: str, digits: int) -> str:
-    before, after = scores.get(f"{name}_before"), scores.get(name)
-    return arrow(before, after) if digits == 2 else f"{number_text(before, digits)} → {number_text(after, digits)}"
+def _headline(refs: Sequence[CheckpointRef]) -> Measure:
+    """What a table of one run's checkpoints shows of their scores."""
+    return measures_in(refs[-1].manifest.evaluation if refs else {}).headline
 
 
 def _lineage(ref: CheckpointRef, line: Sequence[CheckpointRef]) -> RenderableType:
-    made = table("stage", "step", "perplexity", "checkpoint", title="Line that led here", left=("checkpoint",))
+    headline = _headline(line)
+    made = table("stage", "step", headline.short, "checkpoint", title="Line that led here", left=("checkpoint",))
     parent = line[0].manifest.parent
     if parent is not None:
         add_row(made, "(gone)", f"{parent.step:,}", "–", parent.uri)
     for one in line:
-        score = number_text(one.manifest.evaluation.get("val_perplexity"))
+        score = headline.text(one.manifest.evaluation.get(headline.key))
         add_row(made, one.manifest.stage, f"{one.step:,}", score, one.uri.removeprefix(f"{ref.store_uri}/"))
     return made
 

@@ -26,6 +26,7 @@ _ENDINGS = {
     "text": ("",),
     "jsonl": (".jsonl", ".json", ".ndjson", ".jsonl.gz", ".json.gz", ".ndjson.gz"),
     "parquet": (".parquet",),
+    "idx": ("-ubyte", "-ubyte.gz"),
 }
 _UNSUPPORTED_COMPRESSION = (".zst", ".bz2", ".xz", ".lz4", ".zip", ".tar")
 

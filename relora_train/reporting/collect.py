@@ -21,6 +21,7 @@ from relora_train.bundle import fetch_bundle
 from relora_train.checkpoint_store import CheckpointRef
 from relora_train.errors import CheckpointCorruptError, CheckpointIncompleteError, CheckpointNotFoundError
 from relora_train.manifest import CheckpointManifest
+from relora_train.objectives.registry import SCORES, measures_in
 from relora_train.reporting.run_data import (
     TRAIN_FIELDS,
     Evaluation,
@@ -202,12 +203,16 @@ def _merge_rows(line: Sequence[CheckpointRef]) -> tuple[MergeRow, ...]:
 
 def _evaluation(item: Mapping[str, Any]) -> Evaluation:
     return Evaluation(
-        str(item["checkpoint_uri"]), str(item["stage"]), int(item["step"]), _scores(item), item.get("val_tokens")
+        str(item["checkpoint_uri"]),
+        str(item["stage"]),
+        int(item["step"]),
+        _scores(item),
+        item.get(measures_in(item).scored),
     )
 
 
 def _scores(values: Mapping[str, Any]) -> Scores:
-    return Scores(values.get("val_loss"), values.get("val_perplexity"), values.get("bits_per_byte"))
+    return Scores(**{name: values.get(name) for name in SCORES})
 
 
 @dataclass(frozen=True)

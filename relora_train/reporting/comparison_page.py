@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
-from relora_train.comparison import ArmResult, Comparison, Difference, RunResult
+from relora_train.comparison import ArmResult, Comparison, RunResult
+from relora_train.objectives.measures import LOSS, Measure
 from relora_train.reporting.comparison_text import arm_cells, arm_header, facts_line, headline, outcome_text, paper_text
 from relora_train.reporting.html import Cell, Html, details, escape, figure, note, table
 from relora_train.reporting.page import page
 from relora_train.reporting.rank_sections import Pictures
 from relora_train.reporting.text import MISSING, count, decimal, duration, estimate_text, signed_estimate_text, size
+from relora_train.statistics import Estimate
 
 _CAPTIONS = {
     "training_loss.png": (
@@ -22,6 +24,10 @@ _CAPTIONS = {
         "Validation loss",
         "By the trainer, after every stage, on fewer sequences than the table; the band is one standard error.",
     ),
+    "validation_score.png": (
+        "Validation {score}",
+        "By the trainer, after every stage; the band is one standard error.",
+    ),
 }
 
 
@@ -31,7 +37,7 @@ def render_comparison(data: Comparison, pictures: Pictures) -> str:
         ("results", "Results", _results(data)),
         ("differences", f"Differences from {data.label(data.reference)}", _differences(data)),
         ("paper", "The paper's numbers beside ours", _paper(data)),
-        ("curves", "Curves", Html("".join(figure(pictures[n], *c) for n, c in _CAPTIONS.items() if n in pictures))),
+        ("curves", "Curves", _curves(data, pictures)),
         ("resets", "First updates after a reset", _resets(data)),
         ("diverged", "Runs that diverged", _diverged(data)),
         ("arms", "Arms", _arms(data)),
@@ -47,6 +53,12 @@ def render_comparison(data: Comparison, pictures: Pictures) -> str:
     return page(data.experiment, header, [section for section in sections if section[2]])
 
 
+def _curves(data: Comparison, pictures: Pictures) -> Html:
+    shown = {name: caption for name, caption in _CAPTIONS.items() if name in pictures}
+    score = data.measures.headline.name
+    return Html("".join(figure(pictures[n], title.format(score=score), text) for n, (title, text) in shown.items()))
+
+
 def _results(data: Comparison) -> Html:
     rows: list[Sequence[Cell]] = [_marked(arm_cells(data, row), row, data) for row in data.arms]
     seeds = (
@@ -55,9 +67,10 @@ def _results(data: Comparison) -> Html:
         else "One seed: no errors, and small differences mean nothing. "
     )
     text = (
-        f"{seeds}Loss in nats per token and perplexity on held-out text. Trained: parameters that move after the warm "
-        "start. Tokens/s of training, without a warm start that an arm branched from; in all: with it. Memory: the "
-        "most held while training. Time: of all stages, as if each arm had trained its warm start itself."
+        f"{seeds}Loss in nats per {data.measures.unit} and {data.measures.headline.name} on held-out "
+        f"{data.measures.held_out}. Trained: parameters that move after the warm start. Tokens/s of training, without "
+        "a warm start that an arm branched from; in all: with it. Memory: the most held while training. Time: of all "
+        "stages, as if each arm had trained its warm start itself."
     )
     notes = [
         note(f"{', '.join(data.label(arm) for arm in arms)}: not reached by {key}, which they set themselves.")
@@ -73,38 +86,44 @@ def _marked(cells: Sequence[str], row: ArmResult, data: Comparison) -> Sequence[
 
 
 def _differences(data: Comparison) -> Html:
+    judged = data.measures.judged
+    beside = data.measures.headline if judged == LOSS else LOSS
     rows: list[Sequence[Cell]] = []
     for difference in data.differences:
         if difference.arm != data.reference:
-            loss, perplexity = difference.val_loss, difference.val_perplexity
+            value = difference.score(judged)
             rows.append(
                 (
                     data.label(difference.arm),
-                    _coloured(difference),
-                    signed_estimate_text(perplexity),
-                    count(loss.count if loss else 0),
-                    _verdict(difference),
+                    _coloured(value, judged),
+                    signed_estimate_text(difference.score(beside)),
+                    count(value.count if value else 0),
+                    _verdict(value, judged),
                 )
             )
     if not rows:
         return Html("")
     text = (
-        "The arm less the reference, seed by seed, then mean ± standard error: what a seed does to both cancels. Lower "
-        "is better. Better or worse: the mean lies more than two standard errors from zero, and there are three pairs."
+        "The arm less the reference, seed by seed, then mean ± standard error: what a seed does to both cancels. "
+        f"{'Higher' if judged.higher_is_better else 'Lower'} {judged.name} is better. Better or worse: its mean lies "
+        "more than two standard errors from zero, and there are three pairs."
     )
-    return Html(table(("Arm", "Loss", "Perplexity", "Pairs", ""), rows) + note(text))
+    header = ("Arm", judged.name.capitalize(), beside.name.capitalize(), "Pairs", "")
+    return Html(table(header, rows) + note(text))
 
 
-def _coloured(difference: Difference) -> Html:
-    value = difference.val_loss
+def _coloured(value: Estimate | None, measure: Measure) -> Html:
     text = escape(signed_estimate_text(value))
     if value is None or not value.differs_from_zero():
         return text
-    return Html(f'<span class="{"better" if value.mean < 0 else "worse"}">{text}</span>')
+    return Html(f'<span class="{_better_or_worse(value, measure)}">{text}</span>')
 
 
-def _verdict(difference: Difference) -> str:
-    value = difference.val_loss
+def _better_or_worse(value: Estimate, measure: Measure) -> str:
+    return "better" if (value.mean > 0) == measure.higher_is_better else "worse"
+
+
+def _verdict(value: Estimate | None, measure: Measure) -> str:
     if value is None:
         return "no pair finished"
     if value.standard_error is None:
@@ -113,20 +132,21 @@ def _verdict(difference: Difference) -> str:
         return "too few pairs to tell"
     if not value.differs_from_zero():
         return "not told apart"
-    return "better" if value.mean < 0 else "worse"
+    return _better_or_worse(value, measure)
 
 
 def _paper(data: Comparison) -> Html:
     if all(row.paper is None for row in data.arms):
         return Html("")
+    headline = data.measures.headline
     reference = next(row for row in data.arms if row.arm == data.reference)
     rows = [
         (
             row.label,
             paper_text(row.paper),
             _ratio(row.paper, reference.paper),
-            outcome_text(row) or estimate_text(row.val_perplexity),
-            _ratio(_mean(row), _mean(reference)),
+            outcome_text(row) or estimate_text(row.score(headline)),
+            _ratio(_mean(row, headline), _mean(reference, headline)),
         )
         for row in data.arms
     ]
@@ -136,14 +156,15 @@ def _paper(data: Comparison) -> Html:
         else f" Here {count(data.budget_tokens)} tokens of the {count(data.full_budget_tokens)} that belong to it."
     )
     text = (
-        f"{data.paper_source}: {data.paper_measure}. Ours is perplexity on our own held-out text with our tokenizer: "
-        f"compare the ratios to {reference.label}, not the numbers.{other}"
+        f"{data.paper_source}: {data.paper_measure}. Ours is {headline.name} on our own held-out "
+        f"{data.measures.held_out}: compare the ratios to {reference.label}, not the numbers.{other}"
     )
     return Html(table(("Arm", "Paper", "ratio", "Here", "ratio"), rows) + note(text))
 
 
-def _mean(row: ArmResult) -> float | None:
-    return row.val_perplexity.mean if row.val_perplexity else None
+def _mean(row: ArmResult, measure: Measure) -> float | None:
+    score = row.score(measure)
+    return score.mean if score else None
 
 
 def _ratio(value: object, reference: object) -> str:
@@ -206,20 +227,21 @@ def _search(data: Comparison) -> Html:
 
 
 def _runs(data: Comparison) -> Html:
+    headline = data.measures.headline
     rows: list[Sequence[Cell]] = []
     for run in data.runs:
         rows.append(
             (
                 f"{data.label(run.arm)}, seed {run.seed}",
                 decimal(run.val_loss, 4),
-                decimal(run.val_perplexity, 2) if run.outcome == "trained" else "diverged",
+                decimal(getattr(run, headline.key), headline.digits) if run.outcome == "trained" else "diverged",
                 count(run.tokens_per_second),
                 size(run.peak_memory_bytes),
                 duration(run.seconds),
             )
         )
         rows.append((Html(f"{_lowered(run)}<code>{escape(run.checkpoint_uri or run.run_id)}</code>"),))
-    return details("Every run", table(("Run", "Loss", "Perplexity", "Tokens/s", "Memory", "Time"), rows))
+    return details("Every run", table(("Run", "Loss", headline.name.capitalize(), "Tokens/s", "Memory", "Time"), rows))
 
 
 def _lowered(run: RunResult) -> Html:

@@ -1,4 +1,4 @@
-"""The figures of a comparison, as PNG bytes: losses over tokens, a line an arm, a band of one standard error.
+"""The figures of a comparison, as PNG bytes: losses and scores by tokens, a line an arm, a band of one standard error.
 
 The same data always gives the same bytes. Drawn as the figures of a run are: see plots.py.
 """
@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from relora_train.comparison import Comparison, CurvePoint
+from relora_train.comparison import Comparison, CurvePoint, ScorePoint
+from relora_train.objectives.measures import LOSS
 from relora_train.reporting.plot_style import LIGHT, Theme, legend, new_figure, plain, to_png
 from relora_train.statistics import Estimate, estimate
 
@@ -28,7 +29,9 @@ _DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1.5, 1.5)))
 
 def draw_comparison(data: Comparison, theme: Theme = LIGHT) -> dict[str, bytes]:
     """PNG bytes by file name, in the order of the report; a plot without data is left out."""
-    named = (("training_loss.png", "training", 3.9), ("validation_loss.png", "validation", 3.6))
+    named = [("training_loss.png", "training", 3.9), ("validation_loss.png", "validation", 3.6)]
+    if data.measures.judged != LOSS:  # else the loss says it all
+        named.append(("validation_score.png", "scored", 3.6))
     curves = {name: (arm_curves(data, which), which, height) for name, which, height in named}
     return {
         name: to_png(_figure(data, found, which, height, theme), theme, dpi=_DPI)
@@ -38,14 +41,15 @@ def draw_comparison(data: Comparison, theme: Theme = LIGHT) -> dict[str, bytes]:
 
 
 def arm_curves(data: Comparison, which: str) -> dict[str, list[tuple[float, Estimate]]]:
-    """Of each arm the mean loss and its error over seeds by tokens, in order; arms without a point are left out."""
+    """Of each arm the mean and its error over seeds by tokens, in order; arms without a point are left out."""
     found: dict[str, list[tuple[float, Estimate]]] = {}
     for arm in data.arms:
         by_tokens: dict[float, list[float]] = {}
         for run in data.runs:
-            points: Sequence[CurvePoint] = getattr(run, which)
+            points: Sequence[CurvePoint | ScorePoint] = getattr(run, which)
             for point in points if run.arm == arm.arm else ():
-                by_tokens.setdefault(point.tokens, []).append(point.loss)
+                value = point.loss if isinstance(point, CurvePoint) else point.score
+                by_tokens.setdefault(point.tokens, []).append(value)
         curve = [(tokens, mean) for tokens in sorted(by_tokens) if (mean := estimate(by_tokens[tokens])) is not None]
         if curve:
             found[arm.arm] = curve
@@ -65,7 +69,7 @@ def _figure(
         x = np.array([tokens for tokens, _ in curve])
         mean = np.array([point.mean for _, point in curve])
         error = np.array([point.standard_error or 0.0 for _, point in curve])
-        marker = {"marker": "o", "markersize": 3.6} if which == "validation" else {}
+        marker = {"marker": "o", "markersize": 3.6} if which != "training" else {}
         axes.plot(x, mean, color=colour, linestyle=dashes, linewidth=1.6, label=plain(data.label(arm)), **marker)
         axes.fill_between(x, mean - error, mean + error, color=colour, alpha=0.18, linewidth=0)
     axes.set_xlim(0, data.budget_tokens * 1.035)
@@ -80,7 +84,7 @@ def _figure(
 
 
 def loss_limits(curves: dict[str, list[tuple[float, Estimate]]], budget: int) -> tuple[float, float] | None:
-    """Where the loss axis begins and ends: the first fifth of the tokens, where all fall alike, may lie above it.
+    """Where the axis begins and ends: the first fifth of the tokens, where all move alike, may lie beyond it.
 
     None where nothing is later than that.
     """

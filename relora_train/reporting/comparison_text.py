@@ -14,7 +14,18 @@ _NAMED = 5
 def arm_header(data: Comparison) -> tuple[str, ...]:
     """Titles of the columns of arm_cells."""
     paper = ("Paper",) if _has_paper(data) else ()
-    return ("Arm", "Loss", "Perplexity", *paper, "Trained", "Tokens/s", "in all", "Memory", "Time", "Runs")
+    return (
+        "Arm",
+        "Loss",
+        data.measures.headline.name.capitalize(),
+        *paper,
+        "Trained",
+        "Tokens/s",
+        "in all",
+        "Memory",
+        "Time",
+        "Runs",
+    )
 
 
 def arm_cells(data: Comparison, row: ArmResult) -> tuple[str, ...]:
@@ -24,7 +35,7 @@ def arm_cells(data: Comparison, row: ArmResult) -> tuple[str, ...]:
     return (
         row.label,
         estimate_text(row.val_loss) if row.val_loss else outcome_text(row),
-        estimate_text(row.val_perplexity),
+        estimate_text(row.score(data.measures.headline)),
         *paper,
         _millions(row.trainable_parameters),
         count(row.tokens_per_second.mean if row.tokens_per_second else None),
@@ -48,12 +59,14 @@ def paper_text(value: float | Literal["diverged"] | None) -> str:
 
 def headline(data: Comparison) -> str:
     """The result in one sentence: the arms from best to worst."""
-    ranked = sorted((row for row in data.arms if row.val_perplexity), key=lambda row: row.val_perplexity.mean)  # type: ignore[union-attr]
-    parts = [f"{row.label} {estimate_text(row.val_perplexity)}" for row in ranked]
+    headline = data.measures.headline
+    scored = [(row.label, score) for row in data.arms if (score := row.score(headline)) is not None]
+    ranked = sorted(scored, key=lambda each: each[1].mean, reverse=headline.higher_is_better)
+    parts = [f"{label} {estimate_text(score)}" for label, score in ranked]
     lost = [row.label for row in data.arms if row.diverged and not row.trained]
     if len(parts) > _NAMED:
         parts = [*parts[: _NAMED - 1], f"…, last of {len(parts)} {parts[-1]}"]
-    told = f"Validation perplexity, best first: {', '.join(parts)}." if parts else "No arm was trained to its end."
+    told = f"Validation {headline.name}, best first: {', '.join(parts)}." if parts else "No arm was trained to its end."
     return f"{told} Diverged: {', '.join(lost)}." if lost else told
 
 
@@ -71,13 +84,18 @@ def comparison_markdown(data: Comparison) -> str:
     header = arm_header(data)
     lines = [f"| {' | '.join(header)} |", f"|:--|{'--:|' * (len(header) - 1)}"]
     lines += [f"| {' | '.join(map(_cell, arm_cells(data, row)))} |" for row in data.arms]
+    judged = data.measures.judged
     differences = [
-        f"- {_cell(data.label(each.arm))}: {signed_estimate_text(each.val_loss)}"
+        f"- {_cell(data.label(each.arm))}: {signed_estimate_text(each.score(judged))}"
         for each in data.differences
-        if each.arm != data.reference and each.val_loss
+        if each.arm != data.reference and each.score(judged)
     ]
     reference = _cell(data.label(data.reference))
-    paired = ["", f"Loss less that of {reference}, paired by seed:", "", *differences] if differences else []
+    paired = (
+        ["", f"{judged.name.capitalize()} less that of {reference}, paired by seed:", "", *differences]
+        if differences
+        else []
+    )
     return "\n".join(
         [f"# {_cell(data.title)}", "", _cell(headline(data)), "", _cell(facts_line(data)), "", *lines, *paired, ""]
     )

@@ -7,11 +7,12 @@ import json
 from collections.abc import Sequence
 
 from relora_train.divergence import divergence_text
+from relora_train.objectives.measures import LOSS, Measure
 from relora_train.reporting.html import Cell, Html, details, escape, figure, note, table
 from relora_train.reporting.plot_style import MAX_POINTS
-from relora_train.reporting.plots import loss_ceiling
+from relora_train.reporting.plots import loss_ceiling, score_plot_name
 from relora_train.reporting.rank_sections import Pictures, rank_sections
-from relora_train.reporting.run_data import RunData, Sample, Scores, StageRow
+from relora_train.reporting.run_data import RunData, Sample, StageRow
 from relora_train.reporting.style import STYLE
 from relora_train.reporting.text import (
     change,
@@ -21,6 +22,7 @@ from relora_train.reporting.text import (
     headline,
     percent,
     scientific,
+    score,
     scores_change,
     size,
     stage_steps,
@@ -73,17 +75,14 @@ def _tiles(data: RunData) -> list[tuple[str, str, str]]:
     seconds = sum(row.seconds for row in data.stages)
     tokens = None if any(row.tokens is None for row in data.stages) else sum(row.tokens or 0 for row in data.stages)
     base = next((row for row in data.stages if row.stage == "warm-start"), first)
-    since = change(base.after.val_perplexity, last.after.val_perplexity) if base is not last else ""
-    was = f"was {decimal(base.after.val_perplexity, 2)}, {since}" if since else ""
+    headline, second = data.measures.headline, data.measures.second
+    since = change(base.after.of(headline), last.after.of(headline)) if base is not last else ""
+    was = f"was {score(base.after, headline)}, {since}" if since else ""
     rate = tokens / seconds if tokens is not None and seconds > 0 else None
     shown = f"{len(data.stages)} stage{'s' if len(data.stages) > 1 else ''}"
     return [
-        (
-            "Validation perplexity",
-            decimal(last.after.val_perplexity, 2),
-            was,
-        ),
-        ("Bits per byte", decimal(last.after.bits_per_byte, 3), f"after {last.stage}"),
+        (f"Validation {headline.name}", score(last.after, headline), was),
+        (second.name.capitalize(), score(last.after, second), f"after {last.stage}"),
         ("Steps", count(last.end_step - first.start_step), shown),
         ("Tokens", count(tokens), f"{count(rate)} per second" if rate is not None else ""),
         ("Merges", count(len(data.merges)), f"rank {count(last.rank)} each" if data.merges and last.rank else ""),
@@ -98,7 +97,8 @@ def _tile(title: str, value: str, note: str) -> Html:
 
 
 def _stages(data: RunData) -> Html:
-    header = ("Stage", "Steps", "Tokens", "Val. perplexity", "", "Bits per byte", "Time", "Tokens/s")
+    headline, second = data.measures.headline, data.measures.second
+    header = ("Stage", "Steps", "Tokens", f"Val. {headline.name}", "", second.name.capitalize(), "Time", "Tokens/s")
     rows: list[Sequence[Cell]] = []
     for row in data.stages:
         origin = "" if row.run_id == data.run_id else f"from run {row.run_id} · "
@@ -107,22 +107,25 @@ def _stages(data: RunData) -> Html:
                 row.stage,
                 stage_steps(row),
                 count(row.tokens),
-                scores_change(row.before.val_perplexity, row.after.val_perplexity, digits=2),
-                _change_cell(row.before.val_perplexity, row.after.val_perplexity),
-                scores_change(row.before.bits_per_byte, row.after.bits_per_byte, digits=3),
+                scores_change(row, headline),
+                _change_cell(row, headline),
+                scores_change(row, second),
                 duration(row.seconds),
                 count(row.tokens_per_second),
             )
         )
         rows.append((Html(f"{escape(origin)}<code>{escape(row.uri)}</code>"),))
-    text = "Perplexity and bits per byte on held-out text, before → after the stage. Tokens/s over the whole stage."
+    text = (
+        f"{headline.name.capitalize()} and {second.name} on held-out {data.measures.held_out}, before → after the "
+        "stage. Tokens/s over the whole stage."
+    )
     lowered = [note(f"{row.stage} {divergence_text(row.divergence)}.") for row in data.stages if row.divergence]
     return Html(table(header, rows) + note(text) + "".join(lowered))
 
 
-def _change_cell(before: float | None, after: float | None) -> Html:
-    text = change(before, after)
-    kind = "better" if text.startswith("−") else "worse"
+def _change_cell(row: StageRow, measure: Measure) -> Html:
+    text = change(row.before.of(measure), row.after.of(measure))
+    kind = "better" if text.startswith("−") != measure.higher_is_better else "worse"
     return Html(f'<span class="{kind}">{escape(text)}</span>' if text else "")
 
 
@@ -144,7 +147,10 @@ def _training(data: RunData, pictures: Pictures) -> Html:
     captions = {
         "loss.png": ("Training loss", loss),
         "learning_rate.png": ("Learning rate", "Warms up again after every merge." if data.merges else ""),
-        "perplexity.png": ("Validation perplexity", "Of each checkpoint; values far above the rest are left out."),
+        score_plot_name(data): (
+            f"Validation {data.measures.headline.name}",
+            "Of each checkpoint; values far above the rest are left out.",
+        ),
         "gradient_norm.png": ("Gradient norm", "Of all trained parameters, and of A and B."),
         "throughput.png": ("Tokens per second", "As recorded while training."),
     }
@@ -193,16 +199,15 @@ def _evaluations(data: RunData) -> Html:
         return note(
             "The evaluation task has not scored these checkpoints; the table of stages has the trainer's scores."
         )
+    measures = data.measures
+    shown = dict.fromkeys((LOSS, measures.headline, measures.second))
     rows: list[Sequence[Cell]] = []
     for item in data.evaluations:
-        rows.append((item.stage, count(item.step), count(item.val_tokens), *_score_cells(item.scores)))
+        scores = [score(item.scores, measure) for measure in shown]
+        rows.append((item.stage, count(item.step), count(item.val_tokens), *scores))
         rows.append((Html(f"<code>{escape(item.checkpoint_uri)}</code>"),))
-    header = ("Checkpoint", "Step", "Held-out tokens", "Loss", "Perplexity", "Bits per byte")
+    header = ("Checkpoint", "Step", f"Held-out {measures.unit}s", *(measure.name.capitalize() for measure in shown))
     return Html(table(header, rows))
-
-
-def _score_cells(scores: Scores) -> tuple[str, str, str]:
-    return decimal(scores.val_loss, 4), decimal(scores.val_perplexity, 2), decimal(scores.bits_per_byte, 3)
 
 
 def _samples(samples: Sequence[Sample]) -> Html:

@@ -39,16 +39,21 @@ def draw_plots(data: RunData, theme: Theme = LIGHT) -> dict[str, bytes]:
     """PNG bytes by file name, in the order of the report; a plot without data is left out."""
     recorded = len(data.train) > 0
     low_rank = bool(np.isfinite(data.train["lora_A_grad_norm"]).any())
-    scored = any(points.size for points in _perplexities(data))
+    scored = any(points.size for points in _scores(data))
     plots: list[tuple[str, bool, Callable[[RunData, Theme], Figure]]] = [
         ("loss.png", recorded, loss_figure),
         ("learning_rate.png", recorded, learning_rate_figure),
-        ("perplexity.png", scored, perplexity_figure),
+        (score_plot_name(data), scored, score_figure),
         ("gradient_norm.png", recorded and low_rank, gradient_norm_figure),
         ("throughput.png", recorded, throughput_figure),
     ]
     figures = {name: draw(data, theme) for name, wanted, draw in plots if wanted} | _rank_figures(data, theme)
     return {name: to_png(figure, theme, dpi=_REPORT_DPI) for name, figure in figures.items()}
+
+
+def score_plot_name(data: RunData) -> str:
+    """'perplexity.png', where that is what the run is scored by."""
+    return f"{data.measures.headline.name}.png"
 
 
 def _rank_figures(data: RunData, theme: Theme) -> dict[str, Figure]:
@@ -65,14 +70,15 @@ def _rank_figures(data: RunData, theme: Theme) -> dict[str, Figure]:
 
 
 def overview_png(data: RunData) -> bytes:
-    """Loss, learning rate and perplexity in one small figure: at most OVERVIEW_BYTES, for a data URL."""
+    """Loss, learning rate and validation score in one small figure: at most OVERVIEW_BYTES, for a data URL."""
     figure, grid = new_figure(LIGHT, 6.4, rows=3, titled=True, sharex=True, height_ratios=(3, 1.4, 2))
     figure.subplots_adjust(hspace=0.14)
     upper, middle, lower = grid.flat
     _draw_loss(upper, data, LIGHT)
     _draw_learning_rate(middle, data, LIGHT)
-    _draw_perplexity(lower, data, LIGHT)
-    for axes, title in ((upper, "Training loss"), (middle, "Learning rate"), (lower, "Validation perplexity")):
+    _draw_scores(lower, data, LIGHT)
+    scored = f"Validation {data.measures.headline.name}"
+    for axes, title in ((upper, "Training loss"), (middle, "Learning rate"), (lower, scored)):
         x, y, side = (0.995, 0.88, "right") if axes is middle else (0.008, 0.05, "left")  # where curves are not
         box = {"facecolor": LIGHT.background, "edgecolor": "none", "alpha": 0.8, "pad": 2}
         axes.annotate(title, (x, y), xycoords="axes fraction", ha=side, va="center", fontsize=9.5, bbox=box)
@@ -93,9 +99,9 @@ def learning_rate_figure(data: RunData, theme: Theme) -> Figure:
     return _figure_by_step(data, theme, 2.4, _draw_learning_rate)
 
 
-def perplexity_figure(data: RunData, theme: Theme) -> Figure:
-    """Validation perplexity of every checkpoint: by the trainer, and by the evaluation task where it ran."""
-    return _figure_by_step(data, theme, 3.0, _draw_perplexity)
+def score_figure(data: RunData, theme: Theme) -> Figure:
+    """Validation score of every checkpoint: by the trainer, and by the evaluation task where it ran."""
+    return _figure_by_step(data, theme, 3.0, _draw_scores)
 
 
 def gradient_norm_figure(data: RunData, theme: Theme) -> Figure:
@@ -170,17 +176,18 @@ def _draw_gradient_norm(axes: Any, data: RunData, theme: Theme) -> None:
     legend(axes, theme)
 
 
-def _perplexities(data: RunData) -> tuple[Floats, Floats, Floats]:
-    """(points, 2) of step and finite perplexity: before each stage, after each stage, by the evaluation task."""
-    before = [(row.start_step, row.before.val_perplexity) for row in data.stages]
-    after = [(row.end_step, row.after.val_perplexity) for row in data.stages]
-    task = [(item.step, item.scores.val_perplexity) for item in data.evaluations]
+def _scores(data: RunData) -> tuple[Floats, Floats, Floats]:
+    """(points, 2) of step and finite score: before each stage, after each stage, by the evaluation task."""
+    measure = data.measures.headline
+    before = [(row.start_step, row.before.of(measure)) for row in data.stages]
+    after = [(row.end_step, row.after.of(measure)) for row in data.stages]
+    task = [(item.step, item.scores.of(measure)) for item in data.evaluations]
     return _finite_points(before), _finite_points(after), _finite_points(task)
 
 
-def _draw_perplexity(axes: Any, data: RunData, theme: Theme) -> None:
+def _draw_scores(axes: Any, data: RunData, theme: Theme) -> None:
     mark_stages(axes, data.stages, theme)
-    before, after, task = _perplexities(data)
+    before, after, task = _scores(data)
     # The untrained model's perplexity, about the vocabulary's size, would flatten everything that is of interest.
     ceiling = 4 * float(np.max(after[:, 1], initial=0.0)) or math.inf
     before = before[before[:, 1] <= ceiling]
@@ -193,9 +200,11 @@ def _draw_perplexity(axes: Any, data: RunData, theme: Theme) -> None:
     for (label, points, marker), look in zip(named, looks, strict=True):
         if points.size:
             axes.plot(*points.T, marker, label=label, **look)
-    for step, perplexity in after if len(after) <= MAX_STAGE_LABELS else after[-1:]:
-        place = {"xytext": (0, 8), "textcoords": "offset points", "ha": "center", "color": theme.text}
-        axes.annotate(f"{perplexity:,.1f}", (step, perplexity), fontsize=8.5, **place)
+    digits = max(1, data.measures.headline.digits - 1)
+    offset = -14 if data.measures.headline.higher_is_better else 8  # on the side where no curve comes from
+    for step, value in after if len(after) <= MAX_STAGE_LABELS else after[-1:]:
+        place = {"xytext": (0, offset), "textcoords": "offset points", "ha": "center", "color": theme.text}
+        axes.annotate(f"{value:,.{digits}f}", (step, value), fontsize=8.5, **place)
     axes.margins(y=0.25)
     compact_numbers(axes.yaxis)
     legend(axes, theme)

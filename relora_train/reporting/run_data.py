@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from relora_train.objectives.measures import Measure, Measures
+from relora_train.objectives.registry import measures_in
 from relora_train.spectra.cycles import CycleHistory
 from relora_train.spectra.measures import LayerSpectrum
 
@@ -34,6 +36,12 @@ class Scores:
     val_loss: float | None = None
     val_perplexity: float | None = None
     bits_per_byte: float | None = None
+    val_accuracy: float | None = None
+
+    def of(self, measure: Measure) -> float | None:
+        """The number of this measure."""
+        value: float | None = getattr(self, measure.key)
+        return value
 
 
 @dataclass(frozen=True)
@@ -153,3 +161,9 @@ class RunData:
     """The rank of that update from cycle to cycle, and how the cycles' subspaces overlap, from the adapters."""
     spectra_notes: tuple[str, ...] = ()
     """What of this was left out, and why."""
+
+    @property
+    def measures(self) -> Measures:
+        """What the run is scored by."""
+        recorded = {name: score for name, score in vars(self.stages[-1].after).items() if score is not None}
+        return measures_in(recorded)

@@ -6,10 +6,12 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from relora_train.divergence import divergence_text
-from relora_train.reporting.text import count, decimal, duration, percent, scientific, scores_change, size
+from relora_train.objectives.registry import measures_in
+from relora_train.reporting.text import count, decimal, duration, percent, scientific, size
 
 if TYPE_CHECKING:
     from relora_train.checkpoint_store import CheckpointRef
+    from relora_train.manifest import CheckpointManifest
     from relora_train.run import StageOutcome
     from relora_train.stages import Stage
 
@@ -40,16 +42,17 @@ def finished_text(stage: Stage, outcome: StageOutcome) -> str:
         state = "was there and has been pruned" if outcome.checkpoint.is_removed else "is there already"
         return f"{what} skipped, the checkpoint {state}: `{outcome.checkpoint.uri}`"
     waits = "" if outcome.stored else "; its checkpoint is being stored"
-    return f"{what} done in {duration(manifest.stage_seconds)}, validation perplexity {_perplexity(manifest)}{waits}"
+    return f"{what} done in {duration(manifest.stage_seconds)}, validation {_scored(manifest)}{waits}"
 
 
 def checkpoint_markdown(ref: CheckpointRef) -> str:
     """Where a committed checkpoint lies, what it is worth and how to go on from it."""
     manifest = ref.manifest
+    headline = measures_in(manifest.evaluation).headline
     rows = {
         "Step": count(manifest.step),
         "Tokens seen": count(manifest.tokens_seen),
-        "Validation perplexity": _perplexity(manifest),
+        f"Validation {headline.name}": headline.change(manifest.evaluation),
         "Size": size(manifest.size_bytes),
         "Parent": f"`{manifest.parent.uri}`" if manifest.parent else "none: the run's first stage",
         "Dataset": f"`{manifest.dataset_uri}`",
@@ -80,6 +83,6 @@ def steps_text(start_step: int, end_step: int) -> str:
     return f"{count(start_step + 1)}–{count(end_step)}"
 
 
-def _perplexity(manifest: Any) -> str:
-    scores = manifest.evaluation
-    return scores_change(scores.get("val_perplexity_before"), scores.get("val_perplexity"), digits=2)
+def _scored(manifest: CheckpointManifest) -> str:
+    headline = measures_in(manifest.evaluation).headline
+    return f"{headline.name} {headline.change(manifest.evaluation)}"

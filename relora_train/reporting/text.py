@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from relora_train.reporting.run_data import RunData, StageRow
+from relora_train.objectives.measures import Measure
+from relora_train.reporting.run_data import RunData, Scores, StageRow
 from relora_train.statistics import Estimate
 from relora_train.units import minutes_text, size_text
 
@@ -50,9 +51,15 @@ def change(before: float | None, after: float | None) -> str:
     return relative.replace("-", "−")
 
 
-def scores_change(before: float | None, after: float | None, *, digits: int) -> str:
-    """'45.20 → 31.70'; only the latter where the former is missing."""
-    return decimal(after, digits) if before is None else f"{decimal(before, digits)} → {decimal(after, digits)}"
+def score(scores: Scores, measure: Measure) -> str:
+    """'31.70'."""
+    return decimal(scores.of(measure), measure.digits)
+
+
+def scores_change(row: StageRow, measure: Measure) -> str:
+    """'45.20 → 31.70': before and after the stage; only the latter where the former is missing."""
+    after = score(row.after, measure)
+    return after if row.before.of(measure) is None else f"{score(row.before, measure)} → {after}"
 
 
 def stage_steps(row: StageRow) -> str:
@@ -64,11 +71,12 @@ def headline(data: RunData) -> str:
     """The run's result in one sentence."""
     last = data.stages[-1]
     first = next((row for row in data.stages if row.stage == "warm-start"), data.stages[0])
-    end = f"{decimal(last.after.val_perplexity, 2)} after {last.stage} (step {count(last.end_step)})"
+    shown = data.measures.headline
+    end = f"{score(last.after, shown)} after {last.stage} (step {count(last.end_step)})"
     if first is last:
-        return f"Validation perplexity is {end}."
-    start = f"{decimal(first.after.val_perplexity, 2)} after {first.stage}"
-    return f"Validation perplexity went from {start} to {end}."
+        return f"Validation {shown.name} is {end}."
+    start = f"{score(first.after, shown)} after {first.stage}"
+    return f"Validation {shown.name} went from {start} to {end}."
 
 
 def estimate_text(value: Estimate | None) -> str:

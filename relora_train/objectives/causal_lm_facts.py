@@ -1,0 +1,53 @@
+"""Next-token prediction, as far as it is known without torch. Light."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from relora_train.config import Profile
+from relora_train.errors import ModelNotFoundError, VocabularyMismatchError
+from relora_train.model_shape import ModelShape, llama_of_profile
+
+
+@dataclass(frozen=True)
+class CausalLMFacts:
+    """As ObjectiveFacts."""
+
+    profile: Profile
+
+    def fault(self) -> str | None:
+        return None
+
+    def rows_per_sequence(self) -> int:
+        return self.profile.batch.sequence_length
+
+    def model_shape(self) -> ModelShape:
+        return llama_of_profile(self.profile)
+
+    def check_pretrained(self) -> None:
+        """A local model must have a configuration, and rows for every token of a local tokenizer."""
+        profile = self.profile
+        directory = Path(profile.model.pretrained).expanduser() if profile.model.pretrained else None
+        if directory is None or not directory.is_dir():
+            return
+        try:
+            rows = int(json.loads((directory / "config.json").read_bytes())["vocab_size"])
+        except (OSError, ValueError, KeyError, TypeError):
+            raise ModelNotFoundError(
+                f"model.pretrained {str(directory)!r} has no config.json that names a vocab_size, so it is no model of "
+                "transformers. Correct the path."
+            ) from None
+        entries = profile.tokenizer.vocab_size
+        if profile.tokenizer.path is not None:
+            if not Path(profile.tokenizer.path).expanduser().exists():
+                return
+            from relora_train.tokenizer import load_tokenizer
+
+            entries = load_tokenizer(profile.tokenizer.path, eos_token=profile.tokenizer.eos_token).vocab_size
+        if entries > rows:
+            raise VocabularyMismatchError(
+                f"The tokenizer has {entries} entries, the embedding of {directory} only {rows} rows. "
+                "Use the model's own tokenizer (tokenizer.path)."
+            )

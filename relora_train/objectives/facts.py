@@ -1,0 +1,24 @@
+"""What an objective knows of a profile before anything starts. Light."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from relora_train.model_shape import ModelShape
+
+
+class ObjectiveFacts(Protocol):
+    """Of one profile. A sequence is one example: batch.sequence_length tokens, of which budgets are counted."""
+
+    def fault(self) -> str | None:
+        """Why the profile's sections do not fit together, or None."""
+
+    def rows_per_sequence(self) -> int:
+        """Rows that one sequence makes in the input of a block's linear layers."""
+
+    def model_shape(self) -> ModelShape:
+        """The shape of the model that a profile without model.pretrained trains; ShapeUnknownError."""
+
+    def check_pretrained(self) -> None:
+        """Refuse a model.pretrained on this machine that cannot be trained so. Seconds, no network."""

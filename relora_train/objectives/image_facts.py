@@ -1,0 +1,62 @@
+"""Image classification by a vision transformer, as far as it is known without torch. Light.
+
+A token is a patch: an image is a sequence of batch.sequence_length of them, so budgets, tokens per second and FLOPs a
+token mean for images what they mean for text. The class token, which the model adds to every image, is no token.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from relora_train.config import Profile
+from relora_train.errors import ModelNotFoundError
+from relora_train.model_shape import ModelShape, vit
+
+CLASS_TOKENS = 1
+
+
+@dataclass(frozen=True)
+class ImageFacts:
+    """As ObjectiveFacts."""
+
+    profile: Profile
+
+    def fault(self) -> str | None:
+        images, batch = self.profile.images, self.profile.batch
+        if batch.sequence_length != images.patches:
+            return (
+                f"batch.sequence_length {batch.sequence_length} is not {images.patches}, the patches of "
+                f"{images.patch_size} x {images.patch_size} pixels in an image of {images.size} x {images.size}"
+            )
+        if self.profile.evaluation.sample_prompts:
+            return "evaluation.sample_prompts are continued by a model of text; leave them out"
+        return None
+
+    def rows_per_sequence(self) -> int:
+        return self.profile.batch.sequence_length + CLASS_TOKENS
+
+    def model_shape(self) -> ModelShape:
+        model, images = self.profile.model, self.profile.images
+        return vit(
+            classes=images.classes,
+            hidden=model.hidden_size,
+            intermediate=model.intermediate_size,
+            layers=model.num_hidden_layers,
+            patch_values=images.patch_values,
+            patches=images.patches,
+        )
+
+    def check_pretrained(self) -> None:
+        """A local model must have a configuration; whether it takes the images is seen when it is loaded."""
+        directory = Path(self.profile.model.pretrained).expanduser() if self.profile.model.pretrained else None
+        if directory is None or not directory.is_dir():
+            return
+        try:
+            json.loads((directory / "config.json").read_bytes())["image_size"]
+        except (OSError, ValueError, KeyError, TypeError):
+            raise ModelNotFoundError(
+                f"model.pretrained {str(directory)!r} has no config.json that names an image_size, so it is no model "
+                "of images that transformers knows. Correct the path."
+            ) from None
