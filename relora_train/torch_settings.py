@@ -12,6 +12,7 @@ from torch import nn
 
 from relora_train.config import Profile
 from relora_train.matmul_probe import Choice, MatmulPrecision, products_of, settle
+from relora_train.objectives.registry import facts_of
 from relora_train.ranks import Ranks
 
 
@@ -43,7 +44,7 @@ def settle_matmul_precision(
         return None
     found: Choice | None = None
     if ranks.is_first:
-        rows = profile.batch.forward_passes(ranks.world_size)[0] * profile.batch.sequence_length
+        rows = profile.batch.forward_passes(ranks.world_size)[0] * facts_of(profile).rows_per_sequence()
         products = products_of(model, rows=rows)
         if profile.precision.computes_in_bfloat16:
             found = Choice("highest", "products are in bfloat16")
