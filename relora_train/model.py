@@ -12,10 +12,10 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from relora_train.chunked_loss import chunked_cross_entropy
 from relora_train.config import ModelConfig
 from relora_train.errors import ModelError, ModelNotFoundError, SequenceTooLongError, VocabularyMismatchError
 
-_FUSED_LOSS = nn.LinearCrossEntropyOptions(acc_policy="accurate")
 _UNMASKED = "sdpa_without_mask"
 _EVALUATION_ROWS = 1024  # logits of so many tokens exist at once during evaluation
 
@@ -243,9 +243,7 @@ def fused_loss(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
         bias = None if bias is None else bias.to(dtype)
     if not torch.is_grad_enabled():
         return _chunked_loss(hidden, weight, bias, targets)
-    # Under bfloat16 torch rounds this sum to bfloat16; the gradients are exact, the logged loss has three digits.
-    total = F.linear_cross_entropy(hidden, weight, targets, linear_bias=bias, reduction="sum", options=_FUSED_LOSS)
-    return total.float()
+    return chunked_cross_entropy(hidden, weight, bias, targets)
 
 
 def _chunked_loss(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
