@@ -163,11 +163,7 @@ def load_experiment(
     if not faults:
         faults, budget = _faults_of_budget(runs, budget, may_differ=bool(given))
     if faults:
-        shown = "\n".join(f"  - {fault}" for fault in faults)
-        raise ExperimentInvalidError(
-            f"Experiment {path} has {len(faults)} fault{'s' if len(faults) > 1 else ''}:\n{shown}\n"
-            "Correct them there or in what goes over it; profiles/experiments/README.md explains every key."
-        )
+        raise invalid_experiment(path, faults, where="there or in what goes over it")
     return Experiment(path.stem, config, profile, budget, _warm_starts(runs), tuple(runs), given)
 
 
@@ -197,14 +193,20 @@ def _read(path: Path) -> ExperimentConfig:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ExperimentInvalidError(f"{path} is not valid TOML: {error}. Correct the file and run again.") from None
     except ValidationError as error:
-        faults = "\n".join(
-            f"  - {'.'.join(map(str, fault['loc'])) or 'file'}: {fault['msg'].removeprefix('Value error, ')}"
+        faults = [
+            f"{'.'.join(map(str, fault['loc'])) or 'file'}: {fault['msg'].removeprefix('Value error, ')}"
             for fault in error.errors()
-        )
-        raise ExperimentInvalidError(
-            f"Experiment {path} has {error.error_count()} fault{'s' if error.error_count() > 1 else ''}:\n{faults}\n"
-            "Correct them there; profiles/experiments/README.md explains every key."
-        ) from None
+        ]
+        raise invalid_experiment(path, faults, where="there") from None
+
+
+def invalid_experiment(path: Path, faults: Sequence[str], *, where: str) -> ExperimentInvalidError:
+    """The error that names all of an experiment's faults, and where to correct them."""
+    shown = "\n".join(f"  - {fault}" for fault in faults)
+    return ExperimentInvalidError(
+        f"Experiment {path} has {len(faults)} fault{'s' if len(faults) > 1 else ''}:\n{shown}\n"
+        f"Correct them {where}; profiles/experiments/README.md explains every key."
+    )
 
 
 def _base_profile(config: ExperimentConfig, path: Path) -> str:

@@ -16,8 +16,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, TypeAdapter, ValidationError
 
 from relora_train.config import FrozenConfig, settings_digest
-from relora_train.errors import ConfigError, ExperimentInvalidError
-from relora_train.experiment import find_experiment
+from relora_train.errors import ConfigError
+from relora_train.experiment import find_experiment, invalid_experiment
 from relora_train.overrides import layered
 
 
@@ -212,14 +212,10 @@ def load_measured(
     try:
         config = _ADAPTER.validate_python(layered(settings, overrides or {}) | given)
     except ValidationError as error:
-        faults = "\n".join(
-            f"  - {'.'.join(str(part) for part in fault['loc'][1:]) or 'kind'}: {fault['msg']}"
-            for fault in error.errors()
-        )
-        raise ExperimentInvalidError(
-            f"Experiment {path} has {error.error_count()} fault{'s' if error.error_count() > 1 else ''}:\n{faults}\n"
-            "Correct them there or in what goes over it; profiles/experiments/README.md explains every key."
-        ) from None
+        faults = [
+            f"{'.'.join(str(part) for part in fault['loc'][1:]) or 'kind'}: {fault['msg']}" for fault in error.errors()
+        ]
+        raise invalid_experiment(path, faults, where="there or in what goes over it") from None
     return MeasuredExperiment(path.stem, config)
 
 

@@ -43,16 +43,12 @@ def settle_matmul_precision(
     if profile.precision.matmul_precision != "auto":
         return None
     found: Choice | None = None
-    if ranks.is_first:
+    if profile.precision.computes_in_bfloat16:
+        found = Choice("highest", "products are in bfloat16")
+    elif ranks.is_first:
         rows = profile.batch.forward_passes(ranks.world_size)[0] * facts_of(profile).rows_per_sequence()
-        products = products_of(model, rows=rows)
-        if profile.precision.computes_in_bfloat16:
-            found = Choice("highest", "products are in bfloat16")
-        else:
-            found = settle(products, ranks.device, recorded=recorded)
-    choice = (
-        Choice(*json.loads(ranks.share_text(json.dumps(found)))) if ranks.world_size > 1 or found is None else found
-    )
+        found = settle(products_of(model, rows=rows), ranks.device, recorded=recorded)
+    choice = Choice(*json.loads(ranks.share_text(json.dumps(found))))
     torch.set_float32_matmul_precision(choice.precision)
     return choice
 

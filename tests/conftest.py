@@ -67,6 +67,24 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_files(tmp_path_factory.mktemp("files"), "a")
 
 
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny tokenized dataset; not to be changed."""
+    from tiny_data import write_tiny_dataset
+
+    return write_tiny_dataset(tmp_path_factory.mktemp("data") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def warm_start(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoint directory that is the parent of a tiny run's first cycle; not to be changed."""
+    from stage_runs import ignore, run_stage, stage_request, tiny_profile
+
+    output = tmp_path_factory.mktemp("run") / "warm-start"
+    run_stage(stage_request(tiny_profile(), "warm-start", dataset, output), ignore)
+    return output
+
+
 @pytest.fixture(scope="session")
 def observed(seaweed: Seaweed, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Observed]:
     """One real run with all that it left behind, for the tests of what an operator sees and of what nobody may see."""

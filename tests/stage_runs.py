@@ -6,14 +6,19 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from tiny_data import DATASET_ID
 
 from relora_train.checkpoint import read_training_state
 from relora_train.config import Profile
 from relora_train.manifest import ParentRef
+from relora_train.ranks import Ranks
 from relora_train.requests import StageRequest
 from relora_train.stages import Stage, fingerprint_settings, plan_stages, stage_fingerprint
 from relora_train.trainer import run_stage
+from relora_train.training import StageTraining, prepare_stage
+
+CPU = Ranks(rank=0, world_size=1, device=torch.device("cpu"))
 
 TINY = {
     "name": "tiny",
@@ -70,6 +75,11 @@ def stage_request(
 
 def ignore(event: str, **fields: object) -> None:
     """Drop an event."""
+
+
+def prepared(warm_start: Path, dataset: Path, output: Path, **sections: Any) -> StageTraining:
+    """The first cycle of a tiny run, ready for its first update."""
+    return prepare_stage(stage_request(tiny_profile(**sections), "cycle-1", dataset, output, warm_start), CPU)
 
 
 def run_all(profile: Profile, dataset: Path, output: Path) -> dict[str, Path]:

@@ -12,8 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import PeftModel
 from safetensors.torch import load_file
-from stage_runs import ignore, manifest_of, metrics_of, run_all, stage_request, tiny_profile
-from tiny_data import write_tiny_dataset
+from stage_runs import CPU, ignore, manifest_of, metrics_of, prepared, run_all, stage_request, tiny_profile
 from tiny_models import tiny_llama
 from transformers import AutoModelForCausalLM
 
@@ -24,30 +23,11 @@ from relora_train.gradient_init import gradient_init
 from relora_train.manifest import CheckpointManifest
 from relora_train.optimizer import build_optimizer, parameter_groups, set_learning_rate
 from relora_train.rank_allocation import allocate_ranks, ranks_from_warm_start
-from relora_train.ranks import Ranks
 from relora_train.relora import apply_relora, lora_parameters, merge, relora_layers, target_names
 from relora_train.spectra.adapters import AdapterDirectory
 from relora_train.stages import fingerprint_settings, plan_stages, stage_learning_rate, stages_after
 from relora_train.trainer import run_stage
-from relora_train.training import StageTraining, prepare_stage
-
-CPU = Ranks(rank=0, world_size=1, device=torch.device("cpu"))
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_dataset(tmp_path_factory.mktemp("data") / "tiny")
-
-
-@pytest.fixture(scope="module")
-def warm_start(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    output = tmp_path_factory.mktemp("run") / "warm-start"
-    run_stage(stage_request(tiny_profile(), "warm-start", dataset, output), ignore)
-    return output
-
-
-def prepared(warm_start: Path, dataset: Path, output: Path, **sections: Any) -> StageTraining:
-    return prepare_stage(stage_request(tiny_profile(**sections), "cycle-1", dataset, output, warm_start), CPU)
+from relora_train.training import StageTraining
 
 
 def wrapped_llama() -> torch.nn.Module:

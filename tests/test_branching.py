@@ -12,7 +12,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from schedules import schedules
 from stage_runs import ignore, manifest_of, metrics_of, run_all, stage_request, tiny_profile
-from tiny_data import write_tiny_dataset
 
 from relora_train.config import Profile
 from relora_train.errors import ConfigError
@@ -207,11 +206,6 @@ def test_another_model_than_the_checkpoints_is_refused_by_name():
 
 
 # --- trained ---
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_dataset(tmp_path_factory.mktemp("data") / "tiny")
 
 
 @pytest.fixture(scope="module")

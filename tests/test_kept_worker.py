@@ -27,11 +27,6 @@ from relora_train.trainer import run_stage
 STAGES = ("warm-start", "cycle-1", "cycle-2")
 
 
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_dataset(tmp_path_factory.mktemp("data") / "tiny")
-
-
 @pytest.fixture
 def worker() -> Iterator[KeptWorker]:
     with kept_worker() as worker:

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from stage_runs import ignore, stage_request, tiny_profile
-from tiny_data import write_tiny_dataset
 from tiny_models import tiny_llama
 from torch import nn
 
@@ -112,11 +111,6 @@ def test_a_recorded_choice_is_taken_over_without_a_clock_and_given_up_where_it_i
 
 
 # --- a run
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_dataset(tmp_path_factory.mktemp("data") / "tiny")
 
 
 @pytest.fixture(autouse=True)

@@ -8,25 +8,17 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from stage_runs import ignore, manifest_of, metrics_of, run_all, stage_request, tiny_profile
-from tiny_data import write_tiny_dataset
+from stage_runs import CPU, ignore, manifest_of, metrics_of, run_all, stage_request, tiny_profile
 from torch import nn
 from transformers import AutoModelForCausalLM
 
 from relora_train.bfloat16_adamw import BFloat16AdamW, _Noise, round_at_random, round_trained_matrices
 from relora_train.checkpoint import load_optimizer_state, read_tensor
-from relora_train.ranks import Ranks
 from relora_train.trainer import run_stage
 from relora_train.training import prepare_stage
 
-CPU = Ranks(rank=0, world_size=1, device=torch.device("cpu"))
 SETTINGS = {"lr": 1e-3, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1}
 PURE = {"precision": {"dtype": "pure-bfloat16"}}
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_dataset(tmp_path_factory.mktemp("data") / "tiny")
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from stage_runs import ignore, metrics_of, stage_request, tiny_profile
-from tiny_data import write_tiny_dataset
 
 from relora_train.checkpoint import load_optimizer_state, read_training_state
 from relora_train.config import PrecisionConfig, Profile
@@ -37,11 +36,6 @@ def profile_of(**sections: Any) -> Profile:
     """A cycle without dropout, whose masks would differ between numbers of ranks."""
     schedule = {"warm_start_steps": 0, "cycles": 1, "cycle_length": STEPS, "warmup_steps": 4}
     return tiny_profile(**{"relora": {"dropout": 0.0}, "schedule": schedule, "launch": TWO} | sections)
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_dataset(tmp_path_factory.mktemp("data") / "tiny")
 
 
 def by_two_ranks(request: StageRequest, *, module: str = "relora_train.trainer", on_event: Any = None) -> None:

@@ -15,7 +15,6 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from stage_runs import ignore, manifest_of, metrics_of, run_all, stage_request, tiny_profile
 from test_ranks import assert_same_up_to_rounding
-from tiny_data import write_tiny_dataset
 from tiny_models import tiny_gpt_neox
 from transformers import AutoModelForCausalLM
 
@@ -61,11 +60,6 @@ KINDS: dict[str, tuple[Profile, tuple[str, ...]]] = {
     "full": (profile_of(method="full", schedule=SHORT | {"cycles": 1}), ("full-2",)),
 }
 """Profiles, and the stages of theirs that are trained by ranks that share the model."""
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_dataset(tmp_path_factory.mktemp("data") / "tiny")
 
 
 @pytest.fixture(scope="module")

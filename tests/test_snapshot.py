@@ -14,7 +14,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from stage_runs import ignore, metrics_of, run_all, stage_request, tiny_profile
-from tiny_data import write_tiny_dataset
 
 from relora_train import snapshot, snapshotter
 from relora_train.config import Profile, SnapshotConfig
@@ -42,11 +41,6 @@ KINDS = {
     "lora": tiny_profile(method="lora", **HARD),
     "full": tiny_profile(method="full", optimizer={"weight_decay": 0.1}),
 }
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_dataset(tmp_path_factory.mktemp("data") / "tiny")
 
 
 @pytest.fixture(scope="module")

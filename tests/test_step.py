@@ -13,8 +13,7 @@ import pytest
 import torch
 from live_bytes import LiveBytes
 from safetensors.torch import load_file
-from stage_runs import ignore, manifest_of, metrics_of, run_all, stage_request, tiny_profile
-from tiny_data import write_tiny_dataset
+from stage_runs import CPU, ignore, manifest_of, metrics_of, prepared, run_all, stage_request, tiny_profile
 from tiny_models import tiny_gpt_neox, tiny_llama, token_batch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -31,25 +30,7 @@ from relora_train.relora import apply_relora, lora_parameters, merge_and_reinit
 from relora_train.trainer import run_stage
 from relora_train.training import StageTraining, prepare_stage
 
-CPU = Ranks(rank=0, world_size=1, device=torch.device("cpu"))
 FILES = ("model.safetensors", "optimizer.safetensors", "training_state.json")
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_dataset(tmp_path_factory.mktemp("data") / "tiny")
-
-
-@pytest.fixture(scope="module")
-def warm_start(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The parent of a first cycle."""
-    output = tmp_path_factory.mktemp("run") / "warm-start"
-    run_stage(stage_request(tiny_profile(), "warm-start", dataset, output), ignore)
-    return output
-
-
-def prepared(warm_start: Path, dataset: Path, output: Path, **sections: Any) -> StageTraining:
-    return prepare_stage(stage_request(tiny_profile(**sections), "cycle-1", dataset, output, warm_start), CPU)
 
 
 # --- gradient checkpointing

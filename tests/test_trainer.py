@@ -11,8 +11,8 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from stage_runs import ignore, manifest_of, metrics_of, run_all, stage_request, tiny_profile
-from tiny_data import VOCABULARY, write_tiny_dataset
+from stage_runs import CPU, ignore, manifest_of, metrics_of, run_all, stage_request, tiny_profile
+from tiny_data import VOCABULARY
 from tiny_models import tiny_gpt_neox
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -23,16 +23,8 @@ from relora_train.evaluate import evaluate_model
 from relora_train.manifest import describe_files, hash_file
 from relora_train.model import load_model, next_token_loss
 from relora_train.objectives.registry import objective_of
-from relora_train.ranks import Ranks
 from relora_train.stages import plan_stages, stage_learning_rate
 from relora_train.trainer import run_stage
-
-CPU = Ranks(rank=0, world_size=1, device=torch.device("cpu"))
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_dataset(tmp_path_factory.mktemp("data") / "tiny")
 
 
 @pytest.fixture(scope="module")

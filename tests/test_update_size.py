@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 from stage_runs import ignore, metrics_of, run_all, stage_request, tiny_profile
-from tiny_data import write_tiny_dataset
 from tiny_models import tiny_llama
 
 from relora_train.comparison import RunResult, compare_results, reset_sizes
@@ -22,11 +21,6 @@ from relora_train.reporting.comparison_page import render_comparison
 from relora_train.reporting.run_data import RunData, Scores, StageRow
 from relora_train.trainer import run_stage
 from relora_train.update_size import UpdateMeter, product_norm
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_dataset(tmp_path_factory.mktemp("data") / "tiny")
 
 
 def test_the_norm_of_a_product_is_that_of_the_product():

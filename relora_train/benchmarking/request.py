@@ -35,38 +35,39 @@ class Shape(FrozenConfig):
         return self.sequences * self.sequence_length
 
 
+_PAPERS = {
+    "130m": Shape(
+        hidden_size=768, intermediate_size=2048, layers=12, heads=12, vocab_size=32000, rank=128, sequences=32,
+        sequence_length=512,
+    ),
+    "350m": Shape(
+        hidden_size=1024, intermediate_size=2736, layers=24, heads=16, vocab_size=32000, rank=128, sequences=32,
+        sequence_length=512,
+    ),
+    "1b": Shape(
+        hidden_size=2048, intermediate_size=5461, layers=24, heads=32, vocab_size=32000, rank=128, sequences=32,
+        sequence_length=512,
+    ),
+}  # fmt: skip
+
+
+def _two_layers(shape: Shape, *, sequences: int) -> Shape:
+    """With two layers' share of the vocabulary: a layer, attention and head take the shares that they have in all."""
+    vocab_size = round(2 * shape.vocab_size / shape.layers)
+    return shape.model_copy(update={"layers": 2, "vocab_size": vocab_size, "sequences": sequences})
+
+
 SHAPES = {
     "9m": Shape(hidden_size=256, intermediate_size=688, layers=8, heads=4, vocab_size=4096, rank=16),
     "20m": Shape(hidden_size=512, intermediate_size=1376, layers=5, heads=8, vocab_size=4096, rank=32),
     "20m-32k": Shape(hidden_size=512, intermediate_size=1376, layers=1, heads=8, vocab_size=32000, rank=32),
     "35m": Shape(hidden_size=512, intermediate_size=1376, layers=8, heads=8, vocab_size=8192, rank=64),
-    "130m": Shape(
-        hidden_size=768, intermediate_size=2048, layers=2, heads=12, vocab_size=5333, rank=128, sequences=4,
-        sequence_length=512,
-    ),
-    "350m": Shape(
-        hidden_size=1024, intermediate_size=2736, layers=2, heads=16, vocab_size=2667, rank=128, sequences=4,
-        sequence_length=512,
-    ),
-    "1b": Shape(
-        hidden_size=2048, intermediate_size=5461, layers=2, heads=32, vocab_size=2667, rank=128, sequences=2,
-        sequence_length=512,
-    ),
-    "llama_130m": Shape(
-        hidden_size=768, intermediate_size=2048, layers=12, heads=12, vocab_size=32000, rank=128, sequences=32,
-        sequence_length=512,
-    ),
-    "llama_350m": Shape(
-        hidden_size=1024, intermediate_size=2736, layers=24, heads=16, vocab_size=32000, rank=128, sequences=32,
-        sequence_length=512,
-    ),
-    "llama_1b": Shape(
-        hidden_size=2048, intermediate_size=5461, layers=24, heads=32, vocab_size=32000, rank=128, sequences=32,
-        sequence_length=512,
-    ),
-}  # fmt: skip
-"""The first four are for a CPU, the last three the paper's, for a GPU. 130m, 350m and 1b are two layers of these, with
-two layers' share of the vocabulary, so that a layer, attention and head take the shares that they have in the whole."""
+    "130m": _two_layers(_PAPERS["130m"], sequences=4),
+    "350m": _two_layers(_PAPERS["350m"], sequences=4),
+    "1b": _two_layers(_PAPERS["1b"], sequences=2),
+    **{f"llama_{name}": shape for name, shape in _PAPERS.items()},
+}
+"""The first four are for a CPU, the last three the paper's, for a GPU. 130m, 350m and 1b are two layers of these."""
 
 FEW_ARMS: dict[str, tuple[str, ...]] = {
     "20m-32k": ("paper", "ours"),
