@@ -8,8 +8,8 @@ from prefect import flow
 from pydantic import NonNegativeFloat, PositiveInt
 
 from relora_train.parameters import RunId, StoreUri
-from relora_train.pruning import PruneReport
-from relora_train.retention import RetentionPolicy
+from relora_train.upkeep.pruning import PruneReport
+from relora_train.upkeep.retention import RetentionPolicy
 from tasks.prune import find_runs, prune_checkpoints
 from tasks.store import open_run_store
 

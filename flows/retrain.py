@@ -13,8 +13,8 @@ from relora_train.overrides import ProfileOverrides
 from relora_train.parameters import LimitName, ProfileName, SeriesName, StoreUri
 from relora_train.profiles import load_profile
 from relora_train.publishing import publishing
-from relora_train.retrain_options import Cycles, Margin, MarginKind, OldDataRatio, retrain_options
-from relora_train.retrain_summary import (
+from relora_train.retraining.options import Cycles, Margin, MarginKind, OldDataRatio, retrain_options
+from relora_train.retraining.summary import (
     RetrainSummary,
     summarize_not_enough,
     summarize_nothing_new,

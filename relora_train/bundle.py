@@ -54,7 +54,7 @@ from relora_train.manifest import (
 )
 from relora_train.storage.base import ObjectStore, find_bytes
 from relora_train.storage.os_errors import disk_error
-from relora_train.tombstone import TOMBSTONE_NAME, read_tombstone, removed_message
+from relora_train.upkeep.tombstone import TOMBSTONE_NAME, read_tombstone, removed_message
 
 CLAIM_NAME = "claim.json"
 _DOWNLOADS = 8

@@ -35,11 +35,11 @@ from relora_train.errors import (
     CheckpointNotFoundError,
     ConfigError,
 )
-from relora_train.series import resolve_series
-from relora_train.series_record import SERIES_PATTERN
+from relora_train.retraining.series import resolve_series
+from relora_train.retraining.series_record import SERIES_PATTERN
 from relora_train.storage.base import ObjectStore
 from relora_train.storage.opening import open_store
-from relora_train.tombstone import read_tombstone, removed_message
+from relora_train.upkeep.tombstone import read_tombstone, removed_message
 
 _SERIES = "series:"
 _NAME = re.compile(rf"(?P<run_id>{RUN_ID_PATTERN})(@(?P<selector>[A-Za-z0-9-]+))?")

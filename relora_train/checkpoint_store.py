@@ -36,7 +36,7 @@ from relora_train.errors import (
 from relora_train.manifest import MANIFEST_NAME, CheckpointManifest, DatasetManifest
 from relora_train.storage.base import ObjectStore, find_bytes
 from relora_train.storage.opening import open_store
-from relora_train.tombstone import TOMBSTONE_NAME, read_tombstone, removed_message
+from relora_train.upkeep.tombstone import TOMBSTONE_NAME, read_tombstone, removed_message
 
 _log = logging.getLogger("relora_train.checkpoint_store")
 _HEAD_ATTEMPTS = 5

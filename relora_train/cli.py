@@ -181,7 +181,7 @@ def compare(
 ) -> None:
     """Run an experiment, every arm at every seed, from wherever it stands; table with errors, differences, report."""
     from relora_train.console.compare import parse_seeds, print_comparison, print_measured, run_experiment
-    from relora_train.measured import MeasuredSummary
+    from relora_train.experiments.measured import MeasuredSummary
 
     started = time.monotonic()
     console = console_for_people(to_stderr=as_json)
@@ -231,7 +231,7 @@ def join(
     wait_seconds: Annotated[int, typer.Option(min=1, help="Leave when no stage has begun for so long.")] = 600,
 ) -> None:
     """Train along on another machine, stage after stage, with a run that was started with launch.nnodes above 1."""
-    from relora_train.joining import join_run
+    from relora_train.parallel.joining import join_run
 
     joined = join_run(
         rdzv_endpoint=rdzv_endpoint,
@@ -591,7 +591,7 @@ def pin(
     store: Store = None,
 ) -> None:
     """Keep a checkpoint from every prune until it is unpinned."""
-    from relora_train import pins
+    from relora_train.upkeep import pins
 
     ref = _resolve(checkpoint, store)
     typer.echo(f"{ref.uri} is pinned as {pins.pin(_open(ref.store_uri), ref, name)}.")
@@ -604,7 +604,7 @@ def unpin(
     store: Store = None,
 ) -> None:
     """Remove the pins and export marks of a checkpoint."""
-    from relora_train import pins
+    from relora_train.upkeep import pins
 
     ref = _resolve(checkpoint, store)
     removed = pins.unpin(_open(ref.store_uri), ref, name)
@@ -638,7 +638,7 @@ def promote(
 ) -> None:
     """Make a checkpoint the champion of a series; the next retrain goes on from it."""
     from relora_train.console.series import change_line
-    from relora_train.series import promote as promote_checkpoint
+    from relora_train.retraining.series import promote as promote_checkpoint
 
     opened = _open(store)
     made = promote_checkpoint(opened, series, _resolve(checkpoint, opened.uri), reason=reason)
@@ -721,7 +721,7 @@ def _resolve(name: str, store: str | None) -> Any:
 
 def _record_export(ref: Any, directory: Path) -> None:
     """Best effort: a store that can only be read still exports."""
-    from relora_train.pins import record_export
+    from relora_train.upkeep.pins import record_export
 
     if not ref.prefix:
         return

@@ -28,7 +28,7 @@ from relora_train.checkpoint import (
 from relora_train.manifest import CheckpointManifest, describe_files
 from relora_train.objectives.base import Evaluation
 from relora_train.optimizer import optimizer_state_by_name
-from relora_train.sharded_saving import save_sharded
+from relora_train.parallel.sharded_saving import save_sharded
 from relora_train.training import StageTraining
 
 

@@ -35,10 +35,10 @@ from relora_train.errors import (
     RunInUseError,
     StorageError,
 )
-from relora_train.series_record import series_key
+from relora_train.retraining.series_record import series_key
 from relora_train.storage.base import ObjectStore, find_bytes
 from relora_train.storage.opening import open_store
-from relora_train.tombstone import read_tombstone, removed_message
+from relora_train.upkeep.tombstone import read_tombstone, removed_message
 
 DEFAULT_TTL_SECONDS = 60.0
 _RENEWALS_PER_TTL = 3

@@ -12,9 +12,9 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from relora_train.chunked_loss import chunked_cross_entropy
 from relora_train.config import ModelConfig
 from relora_train.errors import ModelError, ModelNotFoundError, SequenceTooLongError, VocabularyMismatchError
+from relora_train.step.chunked_loss import chunked_cross_entropy
 
 _UNMASKED = "sdpa_without_mask"
 _EVALUATION_ROWS = 1024  # logits of so many tokens exist at once during evaluation

@@ -11,10 +11,10 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from relora_train.bfloat16_adamw import BFloat16AdamW
 from relora_train.errors import ModelError
+from relora_train.parallel.shards import local, part_of, placed_like, whole
 from relora_train.relora import stable_generator
-from relora_train.shards import local, part_of, placed_like, whole
+from relora_train.step.bfloat16_adamw import BFloat16AdamW
 
 ResetMode = Literal["none", "zero", "magnitude", "random"]
 

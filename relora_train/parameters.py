@@ -12,9 +12,9 @@ from typing import Annotated
 from pydantic import Field
 
 from relora_train.checkpoint_layout import RUN_ID_PATTERN
-from relora_train.experiment import list_experiments
+from relora_train.experiments.experiment import list_experiments
 from relora_train.profiles import list_profiles
-from relora_train.series_record import SERIES_PATTERN
+from relora_train.retraining.series_record import SERIES_PATTERN
 
 _SHIPPED = "|".join(re.escape(path.stem) for path in list_profiles())
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 
 from relora_train.config import FrozenConfig, LaunchConfig, OptimizerResetConfig, Profile
-from relora_train.contraction import (
+from relora_train.method.contraction import (
     REFERENCE,
     Contraction,
     LayerShape,

@@ -27,7 +27,7 @@ from typing import Self
 from relora_train.checkpoint_store import CheckpointRef
 from relora_train.errors import PreconditionFailedError, ReLoRAError
 from relora_train.manifest import result_digest
-from relora_train.snapshot_uploader import STOP_BUDGET_SECONDS
+from relora_train.snapshots.uploader import STOP_BUDGET_SECONDS
 from relora_train.storage.base import ObjectStore
 
 _log = logging.getLogger("relora_train.publishing")

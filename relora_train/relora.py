@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from relora_train.errors import DivergedError, ModelError, NoTargetModulesError
-from relora_train.shards import local, norm, part_of, whole
+from relora_train.parallel.shards import local, norm, part_of, whole
 
 DEFAULT_TARGET_MODULES = {
     "llama": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),

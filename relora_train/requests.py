@@ -48,7 +48,7 @@ class StageRequest(FrozenConfig):
 
 
 class JoinRequest(FrozenConfig):
-    """Train along with another machine: `python -m relora_train.joined_trainer --request FILE`."""
+    """Train along with another machine: `python -m relora_train.parallel.joined_trainer --request FILE`."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
 

@@ -25,8 +25,8 @@ from relora_train.lineage import choose_result, set_aside
 from relora_train.manifest import DatasetManifest, ParentRef, hash_file
 from relora_train.publishing import Publisher
 from relora_train.requests import StageRequest
-from relora_train.snapshot_store import SnapshotStore
-from relora_train.snapshot_uploader import SnapshotUploader
+from relora_train.snapshots.store import SnapshotStore
+from relora_train.snapshots.uploader import SnapshotUploader
 from relora_train.stage_work import (
     MadeStage,
     begin_work,
@@ -40,7 +40,7 @@ from relora_train.stage_work import (
 from relora_train.stages import Stage, differing_settings, fingerprint_settings, stage_fingerprint
 from relora_train.storage.base import ObjectStore
 from relora_train.storage.opening import open_store
-from relora_train.tombstone import read_tombstone, removed_message
+from relora_train.upkeep.tombstone import read_tombstone, removed_message
 from relora_train.workspace import WorkDirectory, checkpoint_cache, dataset_cache
 
 STORE_VARIABLE = "RELORA_STORE"

@@ -18,7 +18,7 @@ from relora_train.errors import CheckpointError, ReLoRAError
 from relora_train.manifest import MANIFEST_NAME, CheckpointManifest, parse_manifest, result_digest
 from relora_train.publishing import Publication, Publisher
 from relora_train.requests import StageRequest
-from relora_train.snapshot_store import SnapshotStore
+from relora_train.snapshots.store import SnapshotStore
 from relora_train.stages import Stage
 from relora_train.workspace import WorkDirectory, checkpoint_cache, keep_work_from, short_digest, wait_for_orphan
 

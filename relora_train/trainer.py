@@ -19,22 +19,22 @@ from relora_train.commit import commit_stage
 from relora_train.config import settings_digest
 from relora_train.errors import DivergedError, TrainerInterruptedError
 from relora_train.evaluate import evaluate_checkpoint, evaluate_model
-from relora_train.matmul_probe import Choice
-from relora_train.merging import finish_cycle
+from relora_train.method.merging import finish_cycle
+from relora_train.method.update_size import UpdateMeter
 from relora_train.objectives.base import Evaluation
-from relora_train.peak_memory import peak_bytes, reset_peak
+from relora_train.parallel.ranks import Ranks, joined_ranks
+from relora_train.parallel.sharded_saving import ShardedSnapshotter, save_sharded
+from relora_train.parallel.shards import whole
 from relora_train.process import Emit, StopRequest, is_asked_to_serve, serve_request, serve_requests
-from relora_train.ranks import Ranks, joined_ranks
 from relora_train.relora import lora_parameters
 from relora_train.requests import EvaluationRequest, StageRequest
-from relora_train.sharded_saving import ShardedSnapshotter, save_sharded
-from relora_train.shards import whole
-from relora_train.snapshot import Progress, read_snapshot_state, restore_snapshot
-from relora_train.snapshotter import Snapshotter
+from relora_train.snapshots.snapshot import Progress, read_snapshot_state, restore_snapshot
+from relora_train.snapshots.snapshotter import Snapshotter
 from relora_train.stages import Stage
-from relora_train.torch_settings import configure_torch, release_memory, settle_matmul_precision
+from relora_train.step.matmul_probe import Choice
+from relora_train.step.peak_memory import peak_bytes, reset_peak
+from relora_train.step.torch_settings import configure_torch, release_memory, settle_matmul_precision
 from relora_train.training import StageTraining, prepare_stage
-from relora_train.update_size import UpdateMeter
 from relora_train.workspace import trainer_lock
 
 _PROGRESS_SECONDS = 0.5

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from relora_train.bfloat16_adamw import BFloat16AdamW, round_trained_matrices
 from relora_train.checkpoint import (
     OPTIMIZER_FILE,
     LazyMapping,
@@ -20,28 +19,29 @@ from relora_train.checkpoint import (
     read_tensor,
     read_training_state,
 )
-from relora_train.compiling import compile_blocks, without_compiling
 from relora_train.config import Profile
-from relora_train.contraction import Contraction
 from relora_train.dataset import ExampleDataset
 from relora_train.errors import ConfigError
 from relora_train.evaluate import autocast
-from relora_train.fast_path import share_inputs
-from relora_train.gradient_init import gradient_init
 from relora_train.manifest import DatasetManifest
-from relora_train.matmul_probe import Choice
+from relora_train.method.contraction import Contraction
+from relora_train.method.fast_path import share_inputs
+from relora_train.method.gradient_init import gradient_init
+from relora_train.method.rank_allocation import ranks_from_warm_start
 from relora_train.model import checkpoint_activations
 from relora_train.objectives.base import LossFunction, Objective
 from relora_train.objectives.registry import facts_of, objective_of
 from relora_train.optimizer import build_optimizer, load_optimizer_state_by_name, set_learning_rate
-from relora_train.prefetch import Prefetcher
-from relora_train.rank_allocation import ranks_from_warm_start
-from relora_train.ranks import Ranks
+from relora_train.parallel.ranks import Ranks
+from relora_train.parallel.sharding import RowsOf, rows_of_checkpoint, rows_of_first_rank, shard_model
+from relora_train.parallel.shards import whole
 from relora_train.relora import apply_relora, reinit, relora_layers, target_names
 from relora_train.requests import StageRequest
-from relora_train.sharding import RowsOf, rows_of_checkpoint, rows_of_first_rank, shard_model
-from relora_train.shards import whole
 from relora_train.stages import Stage, stage_learning_rate
+from relora_train.step.bfloat16_adamw import BFloat16AdamW, round_trained_matrices
+from relora_train.step.compiling import compile_blocks, without_compiling
+from relora_train.step.matmul_probe import Choice
+from relora_train.step.prefetch import Prefetcher
 
 
 @dataclass

@@ -7,12 +7,13 @@ from typing import Any
 
 from prefect import task
 
-from relora_train import comparison, events
-from relora_train.comparison import ComparisonSummary, RunResult
+from relora_train import events
 from relora_train.errors import TrainerCrashedError
-from relora_train.experiment import Experiment, PlannedRun
-from relora_train.measured import MeasuredSummary, load_measured
-from relora_train.measuring import measure
+from relora_train.experiments import comparison
+from relora_train.experiments.comparison import ComparisonSummary, RunResult
+from relora_train.experiments.experiment import Experiment, PlannedRun
+from relora_train.experiments.measured import MeasuredSummary, load_measured
+from relora_train.experiments.measuring import measure
 from relora_train.objectives.registry import measures_of
 from relora_train.reporting.comparison_store import store_comparison
 from relora_train.reporting.comparison_text import comparison_markdown

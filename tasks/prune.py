@@ -8,10 +8,10 @@ from prefect import task
 from prefect.logging import get_run_logger
 
 from relora_train.checkpoint_store import list_runs
-from relora_train.pruning import PruneReport, prune_run
-from relora_train.retention import RetentionPolicy
-from relora_train.retention_profile import policy_of_run
 from relora_train.storage.opening import open_store
+from relora_train.upkeep.pruning import PruneReport, prune_run
+from relora_train.upkeep.retention import RetentionPolicy
+from relora_train.upkeep.retention_profile import policy_of_run
 from tasks.policies import STORE_IO
 
 

@@ -11,13 +11,13 @@ from prefect.logging import get_run_logger
 from relora_train import events
 from relora_train.checkpoint_store import CheckpointRef
 from relora_train.config import Profile
-from relora_train.dataset_store import DatasetOutcome
+from relora_train.corpus.dataset_store import DatasetOutcome
 from relora_train.lease import Lease
-from relora_train.retrain import RetrainPlan, conclude, plan_retrain, prepare_next, start
-from relora_train.retrain_options import RetrainOptions
-from relora_train.retrain_summary import STATE_NAMES, RetrainSummary, retrain_markdown
+from relora_train.retraining.options import RetrainOptions
+from relora_train.retraining.retrain import RetrainPlan, conclude, plan_retrain, prepare_next, start
+from relora_train.retraining.series_data import Decision
+from relora_train.retraining.summary import STATE_NAMES, RetrainSummary, retrain_markdown
 from relora_train.run import DatasetRef, Run
-from relora_train.series_data import Decision
 from relora_train.storage.opening import open_store
 from tasks.artifacts import publish_markdown
 from tasks.observe import forward_events, named, provenance

@@ -5,7 +5,7 @@ from __future__ import annotations
 from prefect import task
 
 from relora_train import events
-from relora_train.dataset_store import DatasetOutcome, prepare_or_reuse
+from relora_train.corpus.dataset_store import DatasetOutcome, prepare_or_reuse
 from relora_train.run import Run
 from tasks.observe import forward_events, skipped
 from tasks.policies import STORE_IO

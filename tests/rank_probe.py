@@ -11,7 +11,8 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
-from relora_train import low_rank, trainer
+from relora_train import trainer
+from relora_train.method import low_rank
 from relora_train.optimizer import optimizer_state_by_name
 from relora_train.process import Emit, serve_request
 from relora_train.requests import StageRequest

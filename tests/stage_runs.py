@@ -12,7 +12,7 @@ from tiny_data import DATASET_ID
 from relora_train.checkpoint import read_training_state
 from relora_train.config import Profile
 from relora_train.manifest import ParentRef
-from relora_train.ranks import Ranks
+from relora_train.parallel.ranks import Ranks
 from relora_train.requests import StageRequest
 from relora_train.stages import Stage, fingerprint_settings, plan_stages, stage_fingerprint
 from relora_train.trainer import run_stage

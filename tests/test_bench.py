@@ -15,8 +15,8 @@ from relora_train.benchmarking.measure import ArmResult, measure, share_of_flop_
 from relora_train.benchmarking.request import ARMS, SHAPES, Arm, ArmRequest, Shape
 from relora_train.cli import main
 from relora_train.console.bench import about_this_machine, bench_view, records_of
-from relora_train.contraction import REFERENCE, LayerShape, candidates, flops_per_token
 from relora_train.errors import TrainerCrashedError
+from relora_train.method.contraction import REFERENCE, LayerShape, candidates, flops_per_token
 
 TINY = Shape(
     hidden_size=32, intermediate_size=88, layers=2, heads=2, vocab_size=256, rank=4, sequences=4, sequence_length=32

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from relora_train import chunked_loss
-from relora_train.chunked_loss import chunk_rows, chunked_cross_entropy
+from relora_train.step import chunked_loss
+from relora_train.step.chunked_loss import chunk_rows, chunked_cross_entropy
 
 ROWS, WIDTH, CLASSES = 70, 16, 37
 

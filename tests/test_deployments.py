@@ -22,7 +22,7 @@ from seaweed import Seaweed
 from relora_train.checkpoint_layout import parse_snapshot_name
 from relora_train.checkpoint_resolve import resolve_checkpoint
 from relora_train.storage.opening import open_store
-from relora_train.verify import verify_run
+from relora_train.upkeep.verify import verify_run
 
 SMOKE = {
     "launch": {"threads": 1},

@@ -8,17 +8,17 @@ from pathlib import Path
 
 import pytest
 
-from relora_train.comparison import compare_results
 from relora_train.errors import ConfigError, ExperimentInvalidError, ProfileNotFoundError
-from relora_train.experiment import (
+from relora_train.experiments.comparison import compare_results
+from relora_train.experiments.config import ArmConfig, ExperimentConfig
+from relora_train.experiments.experiment import (
     Experiment,
     experiment_directory,
     list_experiments,
     load_experiment,
     run_tokens,
 )
-from relora_train.experiment_config import ArmConfig, ExperimentConfig
-from relora_train.measured import (
+from relora_train.experiments.measured import (
     PaperThroughput,
     ThroughputExperiment,
     ThroughputSettings,

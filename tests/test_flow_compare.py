@@ -25,19 +25,19 @@ from prefect_server import running_prefect, serving_prefect
 
 from relora_train import events
 from relora_train.benchmarking.request import SHAPES, Shape
-from relora_train.comparison import ComparisonSummary, RunResult, compare_results, training_curve
 from relora_train.config import Profile
 from relora_train.errors import ConfigError, RunSettingsChangedError
 from relora_train.evaluate import evaluate_checkpoint
 from relora_train.events import Event
-from relora_train.experiment import load_experiment
+from relora_train.experiments.comparison import ComparisonSummary, RunResult, compare_results, training_curve
+from relora_train.experiments.experiment import load_experiment
 from relora_train.overrides import ExperimentOverrides
 from relora_train.reporting.comparison_page import render_comparison
 from relora_train.reporting.comparison_text import comparison_markdown
 from relora_train.requests import EvaluationRequest, StageRequest
 from relora_train.storage.opening import open_store
 from relora_train.trainer import run_stage
-from relora_train.verify import verify_run
+from relora_train.upkeep.verify import verify_run
 
 # Prefect and what it depends on warn of their own internals; none of it is ours to mend.
 pytestmark = [

@@ -30,7 +30,7 @@ from relora_train.events import Event
 from relora_train.run import fetch_parent
 from relora_train.storage.opening import open_store
 from relora_train.summary import RunSummary
-from relora_train.verify import verify_run
+from relora_train.upkeep.verify import verify_run
 
 # Prefect and what it depends on warn of their own internals; none of it is ours to mend.
 pytestmark = [

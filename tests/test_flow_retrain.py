@@ -25,13 +25,13 @@ from relora_train.evaluation_records import dataset_of
 from relora_train.events import Event
 from relora_train.lease import hold_series
 from relora_train.profiles import load_profile
-from relora_train.retrain import plan_retrain
-from relora_train.retrain_options import RetrainOptions
-from relora_train.retrain_summary import RetrainSummary
-from relora_train.series import read_series
-from relora_train.series_data import read_data, read_decisions
+from relora_train.retraining.options import RetrainOptions
+from relora_train.retraining.retrain import plan_retrain
+from relora_train.retraining.series import read_series
+from relora_train.retraining.series_data import read_data, read_decisions
+from relora_train.retraining.summary import RetrainSummary
 from relora_train.storage.opening import open_store
-from relora_train.verify import verify_run
+from relora_train.upkeep.verify import verify_run
 
 # Prefect and what it depends on warn of their own internals; none of it is ours to mend.
 pytestmark = [

@@ -21,7 +21,7 @@ from relora_train.events import Event
 from relora_train.kept_worker import KeptWorker, kept_worker
 from relora_train.launch import run_worker
 from relora_train.requests import EvaluationRequest
-from relora_train.torch_settings import release_memory
+from relora_train.step.torch_settings import release_memory
 from relora_train.trainer import run_stage
 
 STAGES = ("warm-start", "cycle-1", "cycle-2")

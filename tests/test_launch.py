@@ -19,7 +19,7 @@ from relora_train.errors import CorpusTooSmallError, TrainerCrashedError, Traine
 from relora_train.events import Event
 from relora_train.launch import STOP_SECONDS, run_worker
 from relora_train.requests import StageRequest
-from relora_train.snapshot_store import local_snapshots
+from relora_train.snapshots.store import local_snapshots
 
 
 def endless(tmp_path: Path):

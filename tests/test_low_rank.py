@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from relora_train import low_rank
-from relora_train.contraction import (
+from relora_train.method import low_rank
+from relora_train.method.contraction import (
     REFERENCE,
     Contraction,
     LayerShape,
@@ -21,8 +21,8 @@ from relora_train.contraction import (
     flops_per_token,
     relative_time,
 )
-from relora_train.fast_path import share_inputs, stop_sharing
-from relora_train.low_rank import Factors, low_rank_linears
+from relora_train.method.fast_path import share_inputs, stop_sharing
+from relora_train.method.low_rank import Factors, low_rank_linears
 from relora_train.relora import (
     ReLoRALinear,
     apply_relora,
@@ -226,7 +226,7 @@ def test_siblings_are_computed_once(monkeypatch: pytest.MonkeyPatch):
         calls.append(len(layers))
         return real(x, layers, *rest)
 
-    monkeypatch.setattr("relora_train.fast_path.low_rank_linears", counted)
+    monkeypatch.setattr("relora_train.method.fast_path.low_rank_linears", counted)
     model = wrapped()
     share_inputs(model, tokens=3)
     model(torch.randn(3, 16, dtype=torch.float64))

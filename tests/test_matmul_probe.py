@@ -12,10 +12,13 @@ from stage_runs import ignore, stage_request, tiny_profile
 from tiny_models import tiny_llama
 from torch import nn
 
-from relora_train import matmul_probe, merging
 from relora_train.checkpoint import read_training_state
 from relora_train.errors import TrainingError
-from relora_train.matmul_probe import (
+from relora_train.method import merging
+from relora_train.relora import apply_relora
+from relora_train.snapshots.snapshot import read_snapshot_state
+from relora_train.step import matmul_probe
+from relora_train.step.matmul_probe import (
     PRECISIONS,
     Measured,
     Product,
@@ -26,8 +29,6 @@ from relora_train.matmul_probe import (
     products_of,
     settle,
 )
-from relora_train.relora import apply_relora
-from relora_train.snapshot import read_snapshot_state
 from relora_train.trainer import run_stage
 
 CPU = torch.device("cpu")

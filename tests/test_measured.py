@@ -10,9 +10,16 @@ import pytest
 from relora_train.benchmarking.measure import ArmResult
 from relora_train.benchmarking.request import Arm, ArmRequest, Shape
 from relora_train.errors import ConfigError, ExperimentInvalidError, ProfileNotFoundError
-from relora_train.measured import Measured, MeasuredTable, PaperThroughput, is_measured, load_measured, measured_json
+from relora_train.experiments.measured import (
+    Measured,
+    MeasuredTable,
+    PaperThroughput,
+    is_measured,
+    load_measured,
+    measured_json,
+)
+from relora_train.experiments.throughput import adjusted_speed, measure_throughput, pair_record
 from relora_train.reporting.measured_report import measured_markdown, render_measured
-from relora_train.throughput import adjusted_speed, measure_throughput, pair_record
 
 SHAPE = Shape(
     hidden_size=32, intermediate_size=88, layers=1, heads=2, vocab_size=64, rank=2, sequences=10, sequence_length=10

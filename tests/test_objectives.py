@@ -18,16 +18,16 @@ from torch import Tensor, nn
 from transformers import AutoModelForImageClassification, ViTConfig, ViTForImageClassification
 
 from relora_train.config import Profile, default_run_id
+from relora_train.corpus.image_dataset import ImageDataset
 from relora_train.errors import ConfigError, NoTargetModulesError
-from relora_train.fast_path import share_inputs, stop_sharing
-from relora_train.image_dataset import ImageDataset
+from relora_train.method.fast_path import share_inputs, stop_sharing
 from relora_train.model_shape import model_shape
 from relora_train.objectives.registry import OBJECTIVES, measures_in, objective_of
 from relora_train.plan import plan
 from relora_train.profiles import load_profile
 from relora_train.relora import apply_relora, merge_and_reinit, relora_layers
-from relora_train.retrain import plan_retrain
-from relora_train.retrain_options import RetrainOptions
+from relora_train.retraining.options import RetrainOptions
+from relora_train.retraining.retrain import plan_retrain
 from relora_train.stages import fingerprint_settings, plan_stages, stage_fingerprint, stages_after
 from relora_train.storage.memory import MemoryStore
 

@@ -18,11 +18,11 @@ from tokenizers import Tokenizer
 from relora_train import events
 from relora_train.bundle import commit_bundle, fetch_bundle
 from relora_train.config import DataConfig, TokenizerConfig
+from relora_train.corpus.prepare import PreparedDataset, PrepareRequest, describe_dataset, prepare_dataset, read_result
 from relora_train.corpus.staging import split_digest, split_of
 from relora_train.dataset import TokenDataset
 from relora_train.errors import CorpusEmptyError, CorpusTooSmallError, SourceUnreadableError
 from relora_train.manifest import hash_file
-from relora_train.prepare import PreparedDataset, PrepareRequest, describe_dataset, prepare_dataset, read_result
 from relora_train.storage.memory import MemoryStore
 from relora_train.tokenizer import DEFAULT_EOS_TOKEN, train_tokenizer
 
@@ -185,7 +185,7 @@ def start(request: PrepareRequest, directory: Path, **environment: str) -> subpr
     path = directory / "request.json"
     path.write_text(request.model_dump_json())
     return subprocess.Popen(
-        [sys.executable, "-m", "relora_train.prepare", "--request", str(path)],
+        [sys.executable, "-m", "relora_train.corpus.prepare", "--request", str(path)],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env={**os.environ, **environment},
     )  # fmt: skip
@@ -223,7 +223,7 @@ def test_preparing_imports_no_torch_and_no_orchestrator_and_describing_no_datase
     code = f"""
 import sys
 from pathlib import Path
-from relora_train.prepare import *
+from relora_train.corpus.prepare import *
 from relora_train.dataset import TokenDataset
 if __name__ == "__main__":
     data = DataConfig(source="parquet", paths=({str(tmp_path / "a.parquet")!r},), validation_fraction=0.3, workers=1)

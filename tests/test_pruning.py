@@ -28,13 +28,13 @@ from relora_train.errors import (
     StoreUnavailableError,
 )
 from relora_train.lease import Holder, hold_run, lease_key, take_lease
-from relora_train.pins import pin, pins_of, record_export, unpin
-from relora_train.pruning import prune_run
-from relora_train.retention import RetentionPolicy, plan_pruning, stage_number
 from relora_train.storage.base import ObjectStore
 from relora_train.storage.memory import MemoryStore
 from relora_train.storage.opening import open_store
-from relora_train.verify import verify_run
+from relora_train.upkeep.pins import pin, pins_of, record_export, unpin
+from relora_train.upkeep.pruning import prune_run
+from relora_train.upkeep.retention import RetentionPolicy, plan_pruning, stage_number
+from relora_train.upkeep.verify import verify_run
 
 NOW = timedelta(seconds=-1)
 """As a grace period: everything is old enough."""

@@ -12,8 +12,8 @@ from stage_runs import CPU, ignore, manifest_of, metrics_of, run_all, stage_requ
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from relora_train.bfloat16_adamw import BFloat16AdamW, _Noise, round_at_random, round_trained_matrices
 from relora_train.checkpoint import load_optimizer_state, read_tensor
+from relora_train.step.bfloat16_adamw import BFloat16AdamW, _Noise, round_at_random, round_trained_matrices
 from relora_train.trainer import run_stage
 from relora_train.training import prepare_stage
 

@@ -22,9 +22,9 @@ from relora_train.config import PrecisionConfig, Profile
 from relora_train.errors import ConfigError, TrainerCrashedError
 from relora_train.events import Event
 from relora_train.launch import nodes_of, run_worker
-from relora_train.ranks import Ranks
+from relora_train.parallel.ranks import Ranks
 from relora_train.requests import StageRequest
-from relora_train.snapshot_store import local_snapshots
+from relora_train.snapshots.store import local_snapshots
 from relora_train.trainer import run_stage
 from relora_train.training import prepare_stage
 

@@ -31,7 +31,7 @@ from relora_train.launch import run_worker
 from relora_train.manifest import CheckpointManifest, DatasetManifest, Manifest, SnapshotManifest
 from relora_train.model import load_model
 from relora_train.run import Run
-from relora_train.snapshot_store import SnapshotStore
+from relora_train.snapshots.store import SnapshotStore
 from relora_train.storage.base import ObjectStore
 from relora_train.storage.opening import open_store
 

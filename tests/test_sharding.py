@@ -18,13 +18,13 @@ from test_ranks import assert_same_up_to_rounding
 from tiny_models import tiny_gpt_neox
 from transformers import AutoModelForCausalLM
 
-from relora_train import sharded_saving
 from relora_train.checkpoint import read_tensor
 from relora_train.config import Profile
 from relora_train.launch import run_worker
-from relora_train.ranks import Ranks
+from relora_train.parallel import sharded_saving
+from relora_train.parallel.ranks import Ranks
 from relora_train.requests import StageRequest
-from relora_train.snapshot_store import local_snapshots
+from relora_train.snapshots.store import local_snapshots
 from relora_train.tensor_stream import TensorStream
 from relora_train.trainer import run_stage
 from relora_train.training import prepare_stage

@@ -15,13 +15,13 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from stage_runs import ignore, metrics_of, run_all, stage_request, tiny_profile
 
-from relora_train import snapshot, snapshotter
 from relora_train.config import Profile, SnapshotConfig
 from relora_train.errors import CheckpointCorruptError, TrainerInterruptedError
 from relora_train.manifest import SnapshotManifest, parse_manifest
 from relora_train.requests import StageRequest
-from relora_train.snapshot_store import local_snapshots
-from relora_train.snapshotter import is_due
+from relora_train.snapshots import snapshot, snapshotter
+from relora_train.snapshots.snapshotter import is_due
+from relora_train.snapshots.store import local_snapshots
 from relora_train.trainer import run_stage
 from relora_train.training import StageTraining
 

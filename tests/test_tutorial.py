@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from relora_train.errors import ConfigError
-from relora_train.measured import TutorialSettings
-from relora_train.tutorial import ARMS, TutorialResult, run_tutorial
-from relora_train.tutorial_summary import PAIRS, difference, tutorial_record, verdict
+from relora_train.experiments.measured import TutorialSettings
+from relora_train.experiments.tutorial import ARMS, TutorialResult, run_tutorial
+from relora_train.experiments.tutorial_summary import PAIRS, difference, tutorial_record, verdict
 
 
 @pytest.fixture(scope="module")

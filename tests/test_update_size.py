@@ -12,15 +12,15 @@ import torch
 from stage_runs import ignore, metrics_of, run_all, stage_request, tiny_profile
 from tiny_models import tiny_llama
 
-from relora_train.comparison import RunResult, compare_results, reset_sizes
 from relora_train.errors import DivergedError
-from relora_train.experiment import load_experiment
+from relora_train.experiments.comparison import RunResult, compare_results, reset_sizes
+from relora_train.experiments.experiment import load_experiment
+from relora_train.method.update_size import UpdateMeter, product_norm
 from relora_train.relora import apply_relora, relora_layers
 from relora_train.reporting.collect import train_curve
 from relora_train.reporting.comparison_page import render_comparison
 from relora_train.reporting.run_data import RunData, Scores, StageRow
 from relora_train.trainer import run_stage
-from relora_train.update_size import UpdateMeter, product_norm
 
 
 def test_the_norm_of_a_product_is_that_of_the_product():

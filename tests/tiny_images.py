@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from relora_train.checkpoint import write_manifest
 from relora_train.config import Profile
-from relora_train.prepare import prepare_dataset
+from relora_train.corpus.prepare import prepare_dataset
 
 TINY = {
     "name": "tiny-digits",

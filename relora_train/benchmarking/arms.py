@@ -11,14 +11,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from relora_train.benchmarking.request import ArmRequest, Shape
-from relora_train.compiling import compile_blocks
 from relora_train.config import ModelConfig, PrecisionConfig
-from relora_train.contraction import REFERENCE, LayerShape, flops_per_token
 from relora_train.evaluate import autocast
-from relora_train.fast_path import SharedInput, share_inputs
+from relora_train.method.contraction import REFERENCE, LayerShape, flops_per_token
+from relora_train.method.fast_path import SharedInput, share_inputs
 from relora_train.model import attend_without_mask, build_model, next_token_loss
 from relora_train.optimizer import build_optimizer
 from relora_train.relora import DEFAULT_TARGET_MODULES, apply_relora, relora_layers
+from relora_train.step.compiling import compile_blocks
 
 _TARGETS = DEFAULT_TARGET_MODULES["llama"]
 _SETTINGS: dict[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}

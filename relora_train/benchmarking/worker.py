@@ -15,8 +15,8 @@ import torch
 
 from relora_train.benchmarking.arms import BuiltArm, build_arm
 from relora_train.benchmarking.request import ArmRequest
-from relora_train.matmul_probe import products_of, settle
-from relora_train.peak_memory import peak_bytes, process_bytes, reset_peak
+from relora_train.step.matmul_probe import products_of, settle
+from relora_train.step.peak_memory import peak_bytes, process_bytes, reset_peak
 
 _PEAK_SIDE = 2048
 

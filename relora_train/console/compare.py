@@ -17,14 +17,14 @@ from relora_train.console.run import run_shown
 from relora_train.console.summary import place
 from relora_train.console.tables import add_row, table
 from relora_train.errors import ConfigError
-from relora_train.experiment import Experiment, list_experiments, load_experiment
-from relora_train.measured import MeasuredSummary, is_measured, load_measured
+from relora_train.experiments.experiment import Experiment, list_experiments, load_experiment
+from relora_train.experiments.measured import MeasuredSummary, is_measured, load_measured
 from relora_train.objectives.measures import LOSS
 from relora_train.run import default_store_uri
 from relora_train.storage.opening import open_store
 
 if TYPE_CHECKING:
-    from relora_train.comparison import ComparisonSummary
+    from relora_train.experiments.comparison import ComparisonSummary
 
 
 def parse_seeds(text: str | None) -> list[int] | None:

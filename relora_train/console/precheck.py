@@ -17,7 +17,7 @@ def check_inputs(profile: Profile) -> str | None:
     None for sources that lie on a hub or in a store: asking them takes time that belongs to the run.
     Raises SourceUnreadableError, TokenizerError, ModelNotFoundError, VocabularyMismatchError.
     """
-    from relora_train.prepare import describe_dataset
+    from relora_train.corpus.prepare import describe_dataset
 
     facts_of(profile).check_pretrained()
     if profile.data.source == "hub" or any("://" in path for path in profile.data.paths):

@@ -12,10 +12,10 @@ from relora_train import profiles
 from relora_train.console.run import run_shown
 from relora_train.console.summary import place
 from relora_train.console.tables import facts
-from relora_train.retrain_options import retrain_options
-from relora_train.retrain_summary import RetrainSummary
+from relora_train.retraining.options import retrain_options
+from relora_train.retraining.series_record import check_series
+from relora_train.retraining.summary import RetrainSummary
 from relora_train.run import default_store_uri
-from relora_train.series_record import check_series
 from relora_train.storage.opening import open_store
 
 

@@ -11,9 +11,9 @@ from rich.text import Text
 
 from relora_train.console.tables import BLANK, View, add_row, facts, number_text, table, time_text
 from relora_train.lease import hold_series
-from relora_train.series import list_series, read_series, roll_back
-from relora_train.series_data import forget, read_data, read_decisions
-from relora_train.series_record import Change, champions_in_order
+from relora_train.retraining.series import list_series, read_series, roll_back
+from relora_train.retraining.series_data import forget, read_data, read_decisions
+from relora_train.retraining.series_record import Change, champions_in_order
 from relora_train.storage.base import ObjectStore
 
 

@@ -12,12 +12,12 @@ from rich.text import Text
 from relora_train.checkpoint_layout import RUN_ID_PATTERN
 from relora_train.checkpoint_resolve import resolve_checkpoint
 from relora_train.console.tables import BLANK, View, add_row, table
-from relora_train.pruning import PruneReport, prune_run
-from relora_train.retention import RetentionPolicy
-from relora_train.retention_profile import policy_of_run
 from relora_train.storage.base import ObjectStore
 from relora_train.units import size_text
-from relora_train.verify import Verification, verify_checkpoint, verify_run
+from relora_train.upkeep.pruning import PruneReport, prune_run
+from relora_train.upkeep.retention import RetentionPolicy
+from relora_train.upkeep.retention_profile import policy_of_run
+from relora_train.upkeep.verify import Verification, verify_checkpoint, verify_run
 
 
 def prune(

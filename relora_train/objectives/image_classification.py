@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from relora_train.config import Profile
+from relora_train.corpus.image_dataset import ImageDataset
 from relora_train.dataset import ExampleDataset
 from relora_train.errors import DataError, ModelError
-from relora_train.image_dataset import ImageDataset
 from relora_train.manifest import DatasetManifest, ImageFormat
 from relora_train.model import load_model, load_skeleton
 from relora_train.objectives.base import Evaluation

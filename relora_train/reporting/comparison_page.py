@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
-from relora_train.comparison import ArmResult, Comparison, RunResult
+from relora_train.experiments.comparison import ArmResult, Comparison, RunResult
+from relora_train.experiments.statistics import Estimate
 from relora_train.objectives.measures import LOSS, Measure
 from relora_train.reporting.comparison_text import arm_cells, arm_header, facts_line, headline, outcome_text, paper_text
 from relora_train.reporting.html import Cell, Html, details, escape, figure, note, table
 from relora_train.reporting.page import page
 from relora_train.reporting.rank_sections import Pictures
 from relora_train.reporting.text import MISSING, count, decimal, duration, estimate_text, signed_estimate_text, size
-from relora_train.statistics import Estimate
 
 _CAPTIONS = {
     "training_loss.png": (

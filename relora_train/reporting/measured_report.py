@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from relora_train.checkpoint_layout import experiment_prefix
-from relora_train.measured import Measured, MeasuredExperiment, MeasuredSummary, measured_json
+from relora_train.experiments.measured import Measured, MeasuredExperiment, MeasuredSummary, measured_json
 from relora_train.reporting.comparison_store import HTML_NAME, JSON_NAME
 from relora_train.reporting.html import Html, escape, figure, note, table
 from relora_train.reporting.page import page

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+from relora_train.experiments.statistics import Estimate
 from relora_train.objectives.measures import Measure
 from relora_train.reporting.run_data import RunData, Scores, StageRow
-from relora_train.statistics import Estimate
 from relora_train.units import minutes_text, size_text
 
 MISSING = "–"

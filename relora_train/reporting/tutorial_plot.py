@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from relora_train.reporting.plot_style import Theme, legend, log_scale, new_figure
 
 if TYPE_CHECKING:
-    from relora_train.tutorial import Arm, TutorialResult  # torch
+    from relora_train.experiments.tutorial import Arm, TutorialResult  # torch
 
 
 def tutorial_figure(result: TutorialResult, titles: Mapping[Arm, str], theme: Theme) -> Figure:

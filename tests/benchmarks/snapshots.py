@@ -38,7 +38,7 @@ from relora_train.model import build_model
 from relora_train.optimizer import build_optimizer, optimizer_state_by_name, reset_optimizer_state
 from relora_train.profiles import load_profile
 from relora_train.relora import adapter_config, adapter_state, apply_relora, lora_parameters, merge_and_reinit
-from relora_train.snapshot import HostBuffers, SnapshotState, moving_tensors, write_snapshot
+from relora_train.snapshots.snapshot import HostBuffers, SnapshotState, moving_tensors, write_snapshot
 from relora_train.storage.base import ObjectStore
 from relora_train.storage.local import LocalStore
 from relora_train.storage.s3 import S3Store

@@ -1,0 +1,73 @@
+"""The committed dataset of a profile: found by content in the store, or prepared in a process and put there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from relora_train.bundle import commit_bundle, keep_fetched
+from relora_train.checkpoint_layout import dataset_prefix
+from relora_train.config import Profile, TokenizerConfig
+from relora_train.corpus.prepare import PrepareRequest, describe_dataset, read_result
+from relora_train.corpus.selection import Selection
+from relora_train.launch import run_worker
+from relora_train.run import DatasetRef, OnEvent, dataset_ref, find_committed_dataset
+from relora_train.storage.base import ObjectStore
+from relora_train.workspace import dataset_cache, short_digest, work_directory
+
+
+@dataclass(frozen=True)
+class DatasetOutcome:
+    """A dataset, and whether it was there already."""
+
+    dataset: DatasetRef
+    reused: bool
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """What a dataset is made of where that is not simply what the profile names."""
+
+    tokenizer: TokenizerConfig
+    selection: Selection
+
+
+def prepare_or_reuse(
+    profile: Profile,
+    store: ObjectStore,
+    *,
+    on_event: OnEvent,
+    corpus: Corpus | None = None,
+    meanwhile: Callable[[], None] = lambda: None,
+) -> DatasetOutcome:
+    """Return the committed dataset of the profile's corpus and tokenizer, tokenizing only what no attempt has yet.
+
+    meanwhile: called once there is something to tokenize, to begin what can go on beside it.
+    Safe to repeat and to race: the first commit wins, and what a killed attempt finished on this machine is used.
+    """
+    tokenizer, selection = (corpus.tokenizer, corpus.selection) if corpus else (profile.tokenizer, None)
+    dataset_id, _ = describe_dataset(profile.data, tokenizer, selection=selection)
+    found = find_committed_dataset(store, profile.data.name, dataset_id)
+    if found is not None:
+        return DatasetOutcome(found, reused=True)
+    with work_directory("datasets", f"{profile.data.name}-{dataset_id[:16]}-{short_digest(store.uri)}") as directory:
+        found = find_committed_dataset(store, profile.data.name, dataset_id)
+        if found is not None:  # by the process that was waited for
+            return DatasetOutcome(found, reused=True)
+        request = PrepareRequest(
+            data=profile.data,
+            tokenizer=tokenizer,
+            selection=selection,
+            work_directory=directory,
+            result_path=directory / "result.json",
+        )
+        meanwhile()
+        # The source may lie in a store or on a hub, so this worker keeps the credentials.
+        run_worker(
+            "relora_train.corpus.prepare", request, directory / "request.json", on_event=on_event, keep_secrets=True
+        )
+        prepared = read_result(request.result_path)
+        prefix = dataset_prefix(prepared.manifest.name, prepared.manifest.dataset_id)
+        manifest = commit_bundle(store, prefix, prepared.directory, prepared.manifest)
+        keep_fetched(store, prepared.manifest, manifest, prepared.directory, dataset_cache(manifest.dataset_id))
+    return DatasetOutcome(dataset_ref(store, manifest), reused=False)

@@ -1,0 +1,284 @@
+"""Experiments as data: arms over one base profile, seeds, and one budget in tokens. Light.
+
+An experiment is sparse TOML (profiles/experiments/README.md). Each of its arms at each seed is an ordinary run whose id
+follows from its settings, so it resumes, retries and is reused like any other, by this experiment and by others. Arms
+that begin with the same warm start branch from one run that makes nothing else.
+"""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from relora_train.config import Profile, settings_digest
+from relora_train.errors import ExperimentInvalidError, ProfileInvalidError, ProfileNotFoundError
+from relora_train.experiments.config import ExperimentConfig
+from relora_train.overrides import layered
+from relora_train.profiles import load_profile, profile_directory
+from relora_train.stages import Stage, fingerprint_settings, plan_stages, until
+
+WARM_START = "warm-start"
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """One arm at one seed, or a warm start that several share."""
+
+    arm: str
+    seed: int
+    run_id: str
+    profile: Profile
+    settings: Mapping[str, Any]
+    """Over the base profile, by section: what the run is started with."""
+    warm_start: str | None
+    """Id of the run that it branches from at its warm start; None for an arm that has none."""
+
+    is_warm_start: bool = False
+    """A run that makes a warm start for others, and nothing else."""
+
+    @property
+    def resume_from(self) -> str | None:
+        """The checkpoint it starts from."""
+        return f"{self.warm_start}@{WARM_START}" if self.warm_start else None
+
+    @property
+    def stop_after(self) -> str | None:
+        """The last stage it trains; None for all of the plan's."""
+        return WARM_START if self.is_warm_start else None
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """What the run trains itself."""
+        stages = until(self.stop_after, plan_stages(self.profile))
+        return stages[1:] if self.warm_start else stages
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """An experiment with every arm resolved."""
+
+    name: str
+    config: ExperimentConfig
+    profile: str
+    """Base profile: a shipped name, or an absolute path."""
+    budget_tokens: int
+    """What the arms come to: the file's, unless overrides changed it for all."""
+    warm_starts: tuple[PlannedRun, ...]
+    """Each before any run that branches from it."""
+    runs: tuple[PlannedRun, ...]
+    """Seed by seed, in each the arms in the file's order: an interrupted experiment has whole seeds first."""
+    overrides: Mapping[str, Any]
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        return tuple(dict.fromkeys(run.seed for run in self.runs))
+
+    @property
+    def digest(self) -> str:
+        """8 hex of what the arms are, whatever the seeds: more seeds go into the same report."""
+        arms = {run.arm: _digest(run.profile.model_copy(update={"seed": 0})) for run in self.runs}
+        return settings_digest({"arms": arms})[:8]
+
+    @property
+    def unreached(self) -> Mapping[str, tuple[str, ...]]:
+        """Overridden keys that some arms set themselves, and which arms these are: theirs stay as they are."""
+        found = {
+            key: tuple(n for n, arm in self.config.arms.items() if key in _leaves(layered(arm.set)))
+            for key in sorted(_leaves(self.overrides))
+        }
+        return {key: arms for key, arms in found.items() if arms}
+
+    def waves(self, runs: Sequence[PlannedRun], *, together: bool) -> list[list[PlannedRun]]:
+        """These runs and the warm starts that they branch from, in an order in which they can be trained.
+
+        together: as much as possible at a time: all warm starts, then all runs. Else one after another.
+        """
+        needed = {run.warm_start for run in runs}
+        starts = [start for start in self.warm_starts if start.run_id in needed]
+        if together:
+            return [wave for wave in (starts, list(runs)) if wave]
+        ordered: list[PlannedRun] = []
+        for run in runs:
+            ordered += [s for s in starts if s.run_id == run.warm_start and s not in ordered]
+            ordered.append(run)
+        return [[run] for run in ordered]
+
+    def parameters(self, run: PlannedRun, *, store_uri: str, gpu_limit: str | None) -> dict[str, Any]:
+        """What the flow pretrain is started with for one of the runs: plain JSON values."""
+        return {
+            "profile": self.profile,
+            "overrides": dict(run.settings),
+            "run_id": run.run_id,
+            "store": store_uri,
+            "resume_from": run.resume_from,
+            "gpu_limit": gpu_limit,
+            "stop_after": run.stop_after,
+        }
+
+    def runs_of(self, arm: str) -> list[PlannedRun]:
+        return [run for run in self.runs if run.arm == arm]
+
+
+def experiment_directory() -> Path:
+    """The experiments that ship with the project."""
+    return profile_directory() / "experiments"
+
+
+def list_experiments() -> list[Path]:
+    """Paths of the shipped experiments, by name."""
+    return sorted(experiment_directory().glob("*.toml"))
+
+
+def load_experiment(
+    name_or_path: str | Path, overrides: Mapping[str, Any] | None = None, seeds: Sequence[int] | None = None
+) -> Experiment:
+    """Resolve a shipped experiment's name, or a path to a TOML file.
+
+    overrides go over the base and under the arms: see Experiment.unreached. With overrides the arms may come to another
+    budget than the file's, all to the same.
+    Raises ExperimentInvalidError with all faults at once, ProfileNotFoundError, ConfigError.
+    """
+    path = find_experiment(name_or_path)
+    config = _read(path)
+    if seeds:
+        config = config.model_copy(update={"seeds": tuple(seeds)})
+    given = layered(overrides or {})
+    faults = [*_misplaced(given), *_repeated(config.seeds)]
+    profile = _base_profile(config, path)
+    runs: list[PlannedRun] = []
+    for seed in config.seeds:
+        for name, arm in config.arms.items():
+            try:
+                runs.append(_planned(name, seed, profile, layered(config.base, given, arm.set)))
+            except ProfileInvalidError as error:
+                if seed == config.seeds[0]:
+                    faults.append(f"arms.{name}: {error}")
+    budget = config.budget_tokens
+    if not faults:
+        faults, budget = _faults_of_budget(runs, budget, may_differ=bool(given))
+    if faults:
+        raise invalid_experiment(path, faults, where="there or in what goes over it")
+    return Experiment(path.stem, config, profile, budget, _warm_starts(runs), tuple(runs), given)
+
+
+def run_tokens(profile: Profile) -> int:
+    """Tokens that a run of this profile trains on, its warm start included."""
+    return profile.schedule.total_steps * profile.batch.tokens
+
+
+def find_experiment(name_or_path: str | Path) -> Path:
+    """Where a shipped experiment's file lies, or the one at this path. Raises ProfileNotFoundError."""
+    path, shipped = Path(name_or_path), {entry.stem: entry for entry in list_experiments()}
+    if isinstance(name_or_path, str) and name_or_path in shipped:
+        return shipped[name_or_path]
+    if path.is_file():
+        return path.resolve()
+    close = difflib.get_close_matches(str(name_or_path), shipped, n=1)
+    hint = f" Did you mean {close[0]!r}?" if close else ""
+    raise ProfileNotFoundError(
+        f"There is no experiment {str(name_or_path)!r}, neither shipped nor as a file.{hint} "
+        f"Shipped: {', '.join(shipped)}. Give one of these or the path of a TOML file."
+    )
+
+
+def _read(path: Path) -> ExperimentConfig:
+    try:
+        return ExperimentConfig.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ExperimentInvalidError(f"{path} is not valid TOML: {error}. Correct the file and run again.") from None
+    except ValidationError as error:
+        faults = [
+            f"{'.'.join(map(str, fault['loc'])) or 'file'}: {fault['msg'].removeprefix('Value error, ')}"
+            for fault in error.errors()
+        ]
+        raise invalid_experiment(path, faults, where="there") from None
+
+
+def invalid_experiment(path: Path, faults: Sequence[str], *, where: str) -> ExperimentInvalidError:
+    """The error that names all of an experiment's faults, and where to correct them."""
+    shown = "\n".join(f"  - {fault}" for fault in faults)
+    return ExperimentInvalidError(
+        f"Experiment {path} has {len(faults)} fault{'s' if len(faults) > 1 else ''}:\n{shown}\n"
+        f"Correct them {where}; profiles/experiments/README.md explains every key."
+    )
+
+
+def _base_profile(config: ExperimentConfig, path: Path) -> str:
+    beside = path.parent / config.profile
+    return str(beside.resolve()) if config.profile.endswith(".toml") and beside.is_file() else config.profile
+
+
+def _planned(arm: str, seed: int, profile: str, settings: Mapping[str, Any]) -> PlannedRun:
+    name = f"{Path(profile).stem}-{arm}-s{seed}"
+    own = layered(settings, {"seed": seed, "name": name})
+    resolved = load_profile(profile, own)
+    return PlannedRun(arm, seed, f"{name}-{_digest(resolved)}", resolved, own, _warm_start_id(resolved, profile))
+
+
+def _warm_start_id(profile: Profile, base: str) -> str | None:
+    """Name of the run that makes a profile's warm start: the same for all whose warm start is the same."""
+    first = plan_stages(profile)[0]
+    if first.kind != "warm_start":
+        return None
+    return f"{Path(base).stem}-{WARM_START}-s{profile.seed}-{_digest(profile, [first])}"
+
+
+def _digest(profile: Profile, stages: Sequence[Stage] | None = None) -> str:
+    """8 hex of all that can change what the stages (all of the plan's) compute, and of nothing else."""
+    settings = {
+        "stages": [fingerprint_settings(profile, stage, dataset_id="") for stage in stages or plan_stages(profile)],
+        "tokenizer": profile.tokenizer.model_dump(mode="json"),
+        "data": profile.data.model_dump(mode="json", exclude={"name", "workers", "engine"}),
+    }
+    return settings_digest(settings)[:8]
+
+
+def _warm_starts(runs: Iterable[PlannedRun]) -> tuple[PlannedRun, ...]:
+    made: dict[str, PlannedRun] = {}
+    for run in runs:
+        if run.warm_start is not None and run.warm_start not in made:
+            name = run.warm_start.rpartition("-")[0]
+            own = layered(run.settings, {"name": name})
+            profile = run.profile.model_copy(update={"name": name})
+            made[run.warm_start] = PlannedRun(
+                WARM_START, run.seed, run.warm_start, profile, own, None, is_warm_start=True
+            )
+    return tuple(made.values())
+
+
+def _misplaced(given: Mapping[str, Any]) -> list[str]:
+    return [
+        f"{key} cannot be set over an experiment: seeds are given by --seeds, names follow"
+        for key in ("seed", "name")
+        if key in given
+    ]
+
+
+def _repeated(seeds: Sequence[int]) -> list[str]:
+    return [] if len(set(seeds)) == len(seeds) else [f"seeds {list(seeds)} name one twice"]
+
+
+def _faults_of_budget(runs: Sequence[PlannedRun], budget: int, *, may_differ: bool) -> tuple[list[str], int]:
+    """Every arm must come to one budget: the file's, or with overrides one of their own."""
+    common = run_tokens(runs[0].profile) if may_differ else budget
+    faults = [
+        f"arms.{run.arm}: {run.profile.schedule.total_steps:,} steps of {run.profile.batch.tokens:,} tokens are "
+        f"{run_tokens(run.profile):,}, not the common budget of {common:,}"
+        for run in runs
+        if run.seed == runs[0].seed and run_tokens(run.profile) != common
+    ]
+    return faults, common
+
+
+def _leaves(settings: Mapping[str, Any], prefix: str = "") -> set[str]:
+    """'section.key' of every value in nested sections."""
+    found: set[str] = set()
+    for key, value in settings.items():
+        found |= _leaves(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key}
+    return found

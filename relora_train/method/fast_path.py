@@ -1,0 +1,144 @@
+"""Let ReLoRA layers work together: those that read one input multiply in one function, in the best order.
+
+Without this the layers follow the reference in relora.py, one by one: the same function, up to the order of rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from relora_train.method.contraction import Contraction, LayerShape, choose_contraction, sibling_groups
+from relora_train.method.low_rank import Factors, low_rank_linears
+from relora_train.relora import ReLoRALinear, relora_layers
+
+
+@dataclass
+class _Waiting:
+    """Outputs that were made with the first of the siblings and that the others have yet to ask for."""
+
+    x: Tensor
+    key: tuple[Any, ...]
+    outputs: dict[int, Tensor]
+
+
+class SharedInput:
+    """ReLoRA layers that are called with the same tensor; the first call computes all of them."""
+
+    def __init__(self, layers: Sequence[ReLoRALinear], order: Contraction) -> None:
+        self.layers, self.order = tuple(layers), order
+        self._waiting: _Waiting | None = None
+        self._merged: dict[int, tuple[tuple[int, ...], Tensor]] = {}
+
+    def __call__(self, layer: ReLoRALinear, x: Tensor) -> Tensor:
+        """The layer's output for x (..., in). Any tensor and any order of calls is right; the same tensor is fast."""
+        key = (x._version, torch.is_grad_enabled(), torch.is_autocast_enabled(x.device.type), layer.training)
+        waiting = self._waiting
+        if waiting is None or waiting.x is not x or waiting.key != key or id(layer) not in waiting.outputs:
+            waiting = self._waiting = _Waiting(x, key, self._compute(x, layer))
+        output = waiting.outputs.pop(id(layer))
+        if not waiting.outputs:
+            self._waiting = None
+        return output
+
+    def _compute(self, x: Tensor, asked: ReLoRALinear) -> dict[int, Tensor]:
+        factors = [
+            Factors(
+                layer.weight, layer.bias, layer.lora_A, layer.lora_B, self._merge(layer) if self.order.merges else None
+            )
+            for layer in self.layers
+        ]
+        dropout = asked.dropout if asked.training else 0.0
+        made = low_rank_linears(x, factors, self.order, asked.scaling, dropout)
+        return {id(layer): output for layer, output in zip(self.layers, made, strict=True)}
+
+    @torch.no_grad()
+    def _merge(self, layer: ReLoRALinear) -> Tensor:
+        """W + s BA, once an update however many forward passes, and again after any other change of the three."""
+        tensors = (layer.weight, layer.lora_A, layer.lora_B)
+        state = tuple(number for tensor in tensors for number in (tensor._version, tensor.data_ptr()))
+        kept = self._merged.get(id(layer))
+        if kept is not None and kept[0] == state:
+            return kept[1]
+        merged = torch.addmm(layer.weight, layer.lora_B, layer.lora_A, alpha=layer.scaling)
+        self._merged[id(layer)] = state, merged
+        return merged
+
+    def forget_after_step(self, optimizer: torch.optim.Optimizer, *arguments: Any) -> None:
+        """Drop the merged weights: a hook for after an optimizer's step."""
+        self._merged.clear()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        """A copied model starts on the reference: its layers are others."""
+        return
+
+
+def share_inputs(
+    model: nn.Module,
+    *,
+    tokens: int,
+    micro_steps: int = 1,
+    optimizer: torch.optim.Optimizer | None = None,
+) -> dict[str, Contraction]:
+    """Put every ReLoRA layer of the model on the fast path; the order chosen, by module name.
+
+    tokens: rows of the layers' input in one forward pass; micro_steps: forward passes an update. Of the choice:
+    contraction.py. optimizer: the one that updates the layers; given it, orders that keep merged weights are allowed,
+    which takes as much memory again as the wrapped weights. Without it nobody could tell that they are out of date:
+    fused optimizers change parameters without a trace.
+    """
+    chosen = {}
+    for names, layers in _groups(model):
+        shape = shape_of(layers, tokens=tokens, micro_steps=micro_steps)
+        order = choose_contraction(shape, layers[0].weight.device.type, keep_merged=optimizer is not None)
+        shared = SharedInput(layers, order)
+        if optimizer is not None and order.merges:
+            optimizer.register_step_post_hook(shared.forget_after_step)
+        for name, layer in zip(names, layers, strict=True):
+            layer.shared = shared
+            chosen[name] = order
+    return chosen
+
+
+def shape_of(layers: Sequence[ReLoRALinear], *, tokens: int, micro_steps: int = 1) -> LayerShape:
+    """What the choice of an order needs to know of layers that share an input."""
+    first = layers[0]
+    return LayerShape(
+        tokens=tokens,
+        in_features=first.in_features,
+        out_features=tuple(layer.out_features for layer in layers),
+        rank=first.rank,
+        dropout=first.dropout > 0,
+        exact_weight=first.weight.dtype in (torch.float32, torch.float64),
+        micro_steps=micro_steps,
+    )
+
+
+def stop_sharing(model: nn.Module) -> None:
+    """Put every layer back on the reference."""
+    for _, layer in relora_layers(model):
+        layer.shared = None
+
+
+def _groups(model: nn.Module) -> list[tuple[tuple[str, ...], list[ReLoRALinear]]]:
+    """The layers with their names, siblings together, in the model's order."""
+    layers = dict(relora_layers(model))
+    groups: list[tuple[tuple[str, ...], list[ReLoRALinear]]] = []
+    for names in sibling_groups(list(layers)):
+        together = [layers[name] for name in names]
+        if all(_alike(together[0], other) for other in together):
+            groups.append((names, together))
+        else:
+            groups += [((name,), [layers[name]]) for name in names]
+    return groups
+
+
+def _alike(one: ReLoRALinear, other: ReLoRALinear) -> bool:
+    def facts(layer: ReLoRALinear) -> tuple[object, ...]:
+        return layer.in_features, layer.rank, layer.scaling, layer.dropout, layer.weight.dtype
+
+    return facts(one) == facts(other)

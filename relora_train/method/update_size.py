@@ -1,0 +1,62 @@
+"""How far single updates move A, B and the weight they stand for: what a reset of the optimizer does to the first ones.
+
+Only the updates that are measured cost anything: a copy of A and B, and reading a few numbers from the device.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from relora_train.parallel.shards import local, norm, whole
+from relora_train.relora import ReLoRALinear, relora_layers
+
+
+class UpdateMeter:
+    """Measures one update after another of a model's low-rank layers. All ranks of a sharded model call together."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._layers = [layer for _, layer in relora_layers(model)]
+        self._before: list[tuple[Tensor, Tensor]] = []
+        self._weight_norm: float | None = None
+
+    def begin(self) -> None:
+        """Remember A and B as they are."""
+        self._before = [_factors(layer) for layer in self._layers]
+
+    def end(self) -> dict[str, float]:
+        """Over all layers, since begin(): Frobenius norms of what A and B moved by, and of what scaling * B A did,
+        relative to the frozen weights'."""
+        squares = [0.0, 0.0, 0.0]
+        for layer, (A, B) in zip(self._layers, self._before, strict=True):
+            new_A, new_B = _factors(layer)
+            change = layer.scaling * product_norm(torch.hstack([new_B - B, B]), torch.vstack([new_A, new_A - A]))
+            for i, size in enumerate((float((new_A - A).norm()), float((new_B - B).norm()), change)):
+                squares[i] += size**2
+        self._before = []
+        a, b, weight = (math.sqrt(square) for square in squares)
+        return {
+            "lora_A_update_norm": a,
+            "lora_B_update_norm": b,
+            "relative_weight_change": weight / self._norm_of_weights(),
+        }
+
+    def _norm_of_weights(self) -> float:
+        """Computed once: they are frozen."""
+        if self._weight_norm is None:
+            weights = [layer.weight for layer in self._layers]
+            self._weight_norm = math.sqrt(sum(norm(local(weight).float(), weight) ** 2 for weight in weights))
+        return self._weight_norm
+
+
+def product_norm(left: Tensor, right: Tensor) -> float:
+    """Frobenius norm of left (out, k) @ right (k, in), in float32, from k x k matrices."""
+    R_left = torch.linalg.qr(left, mode="r").R
+    R_right = torch.linalg.qr(right.T, mode="r").R
+    return float((R_left @ R_right.T).norm())
+
+
+def _factors(layer: ReLoRALinear) -> tuple[Tensor, Tensor]:
+    return tuple(whole(factor).detach().float().clone() for factor in (layer.lora_A, layer.lora_B))  # type: ignore[return-value]
