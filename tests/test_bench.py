@@ -114,7 +114,7 @@ def test_an_arm_that_cannot_be_built_is_one_error():
 def test_the_command_prints_a_table_and_writes_json(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    monkeypatch.setattr("relora_train.console.bench.SHAPES", {"tiny": TINY})
+    monkeypatch.setitem(SHAPES, "tiny", TINY)
     file = tmp_path / "bench.json"
     command = ["bench", "tiny", "--rounds", "1", "--steps", "1", "--threads", "1", "--output", str(file)]
     with pytest.raises(SystemExit) as ended:
@@ -132,7 +132,14 @@ def test_the_command_prints_a_table_and_writes_json(
         assert word in shown, word
     with pytest.raises(SystemExit) as ended:
         main([*command, "--arm", "theirs"])
-    assert ended.value.code == 2 and "None of the arms theirs" in capsys.readouterr().err
+    assert ended.value.code == 2 and "There is no arm 'theirs'" in capsys.readouterr().err
+
+
+def test_a_wrong_name_is_said_before_anything_is_measured(monkeypatch, capsys):
+    monkeypatch.setattr("relora_train.console.bench.measure", None)  # calling it would fail
+    with pytest.raises(SystemExit) as ended:
+        main(["bench", "9m", "huge"])
+    assert ended.value.code == 2 and "There is no shape 'huge' to measure" in capsys.readouterr().err
 
 
 def test_what_was_found_is_told_in_lines():

@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field
 
 from relora_train.config import FrozenConfig
+from relora_train.errors import ConfigError
 
 Arm = Literal["full", "paper", "peft", "ours-full", "ours"]
 """'full': eager transformers, torch's default AdamW, all logits. 'paper': ReLoRA as the paper's code writes it, on the
@@ -68,6 +69,14 @@ SHAPES = {
     **{f"llama_{name}": shape for name, shape in _PAPERS.items()},
 }
 """The first four are for a CPU, the last three the paper's, for a GPU. 130m, 350m and 1b are two layers of these."""
+
+
+def find_shape(name: str) -> Shape:
+    """One of SHAPES. Raises ConfigError for an unknown name."""
+    if name not in SHAPES:
+        raise ConfigError(f"There is no shape {name!r} to measure. Choose from: {', '.join(SHAPES)}.")
+    return SHAPES[name]
+
 
 FEW_ARMS: dict[str, tuple[str, ...]] = {
     "20m-32k": ("paper", "ours"),

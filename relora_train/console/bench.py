@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from relora_train.benchmarking.measure import ArmResult, Ratio, extra_cost, measure, share_of_flop_bound, speed_ratio
-from relora_train.benchmarking.request import ARMS, FEW_ARMS, SHAPES, Arm, ArmRequest, Shape
+from relora_train.benchmarking.request import ARMS, FEW_ARMS, Arm, ArmRequest, Shape, find_shape
 from relora_train.console.tables import BLANK, View, add_row, table
 from relora_train.errors import ConfigError
 
@@ -41,20 +41,34 @@ def bench(
     arms: Sequence[str],
     console: Console,
 ) -> dict[str, Any]:
-    """Measure every shape and return the record that is written as JSON."""
+    """Measure every shape and return the record that is written as JSON. Every name is looked up before any work."""
+    shapes = {name: _shape(name, rank, sequence_length, sequences) for name in names}
+    requests = {
+        name: _chosen_arms(
+            arms,
+            name,
+            arm_requests(shape, precision=precision, dropout=dropout, threads=threads, compiled=compiled),
+        )
+        for name, shape in shapes.items()
+    }
     record: dict[str, Any] = {**about_this_machine(), "precision": precision, "dropout": dropout, "shapes": {}}
-    for name in names:
-        shape = _shape(name, rank, sequence_length, sequences)
-        requests = arm_requests(shape, precision=precision, dropout=dropout, threads=threads, compiled=compiled)
-        wanted = arms or FEW_ARMS.get(name) or tuple(requests)
-        requests = {label: request for label, request in requests.items() if label in wanted}
-        if not requests:
-            raise ConfigError(f"None of the arms {', '.join(wanted)} can be measured at {name} with these options.")
-        with console.status(f"{name}: starting {len(requests)} arms") as status:
+    for name, shape in shapes.items():
+        with console.status(f"{name}: starting {len(requests[name])} arms") as status:
             on_round = partial(_show_round, status, name, rounds)
-            results = measure(requests, rounds=rounds, steps=steps, on_round=on_round)
+            results = measure(requests[name], rounds=rounds, steps=steps, on_round=on_round)
         record["shapes"][name] = {"shape": shape.model_dump(), **records_of(results)}
     return record
+
+
+def _chosen_arms(wanted: Sequence[str], shape_name: str, requests: dict[str, ArmRequest]) -> dict[str, ArmRequest]:
+    """Those asked for; without any, those that the shape is there for."""
+    if unknown := [arm for arm in wanted if arm not in requests]:
+        raise ConfigError(
+            f"There is no arm {unknown[0]!r} to measure at {shape_name} with these options. "
+            f"Choose from: {', '.join(requests)}."
+        )
+    chosen = wanted or FEW_ARMS.get(shape_name) or tuple(requests)
+    return {label: request for label, request in requests.items() if label in chosen}
 
 
 def _show_round(status: Status, name: str, rounds: int, done: int) -> None:
@@ -62,11 +76,9 @@ def _show_round(status: Status, name: str, rounds: int, done: int) -> None:
 
 
 def _shape(name: str, rank: int | None, sequence_length: int | None, sequences: int | None) -> Shape:
-    if name not in SHAPES:
-        raise ConfigError(f"There is no shape {name!r} to measure. Choose from: {', '.join(SHAPES)}.")
     changed = {"rank": rank, "sequence_length": sequence_length, "sequences": sequences}
     update = {key: value for key, value in changed.items() if value is not None}
-    return Shape.model_validate({**SHAPES[name].model_dump(), **update})
+    return Shape.model_validate({**find_shape(name).model_dump(), **update})
 
 
 def arm_requests(

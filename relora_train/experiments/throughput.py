@@ -13,8 +13,7 @@ from typing import Any, cast
 
 from relora_train import events
 from relora_train.benchmarking.measure import ArmResult, measure
-from relora_train.benchmarking.request import SHAPES, Arm, ArmRequest
-from relora_train.errors import ConfigError
+from relora_train.benchmarking.request import Arm, ArmRequest, Shape, find_shape
 from relora_train.experiments.measured import (
     Measured,
     MeasuredTable,
@@ -35,13 +34,11 @@ PAIRS: dict[str, tuple[Arm, Arm]] = {
 def measure_throughput(config: ThroughputExperiment) -> Measured:
     """Measure every shape. Raises ConfigError for an unknown one, TrainerCrashedError for one that does not fit."""
     settings = config.throughput
-    unknown = [name for name in settings.shapes if name not in SHAPES]
-    if unknown:
-        raise ConfigError(f"There is no shape {unknown[0]!r} to measure. Choose from: {', '.join(SHAPES)}.")
+    shapes = {name: find_shape(name) for name in settings.shapes}
     numbers: dict[str, Any] = {"measured_at": datetime.now(UTC).isoformat(timespec="seconds"), "shapes": {}}
     device = ""
-    for name in settings.shapes:
-        results = _measure_shape(name, settings)
+    for name, shape in shapes.items():
+        results = _measure_shape(name, shape, settings)
         first = results["ours-full"]
         device = f"{first.device}, {first.threads} threads" if first.device == "cpu" else first.device
         numbers["shapes"][name] = {
@@ -52,11 +49,11 @@ def measure_throughput(config: ThroughputExperiment) -> Measured:
     return _measured(config, numbers)
 
 
-def _measure_shape(name: str, settings: ThroughputSettings) -> dict[str, ArmResult]:
+def _measure_shape(name: str, shape: Shape, settings: ThroughputSettings) -> dict[str, ArmResult]:
     requests = {
         arm: ArmRequest(
             arm=arm,
-            shape=SHAPES[name],
+            shape=shape,
             precision=settings.precision,
             dropout=settings.dropout,
             threads=settings.threads,

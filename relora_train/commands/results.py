@@ -1,0 +1,162 @@
+"""Commands that make something of a checkpoint: evaluate, export, report, analyze; and bench, which needs none."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from relora_train.commands.options import AsJson, CheckpointName, RunName, Store, echo_json, open_named, resolve
+from relora_train.console.output import console_for_people, tell
+from relora_train.errors import StorageError
+
+
+def evaluate(checkpoint: CheckpointName, store: Store = None, as_json: AsJson = False) -> None:
+    """Score a checkpoint on its dataset's validation split and sample from it; recorded scores are reused."""
+    from relora_train.console.run import evaluate_checkpoint
+    from relora_train.console.tables import evaluation_view
+    from relora_train.console.tables import show as show_view
+
+    console = console_for_people(to_stderr=as_json)
+    outcome = evaluate_checkpoint(resolve(checkpoint, store), console)
+    if as_json:
+        echo_json({**outcome.record, "reused": outcome.reused})
+    else:
+        show_view(console, evaluation_view(outcome.record, reused=outcome.reused))
+
+
+def bench(
+    shapes: Annotated[list[str] | None, typer.Argument(metavar="SHAPE", help="9m, 20m, 35m, 130m … llama_1b.")] = None,
+    precision: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    dropout: Annotated[float, typer.Option(min=0, max=0.9, help="On the input of A, in every arm.")] = 0.1,
+    rank: Annotated[int | None, typer.Option(min=1, help="Instead of the shape's.")] = None,
+    sequence_length: Annotated[int | None, typer.Option(min=8, help="Instead of the shape's.")] = None,
+    sequences: Annotated[int | None, typer.Option(min=1, help="In a step, instead of the shape's.")] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="In each, all arms take their turn.")] = 5,
+    steps: Annotated[int, typer.Option(min=1, help="Of an arm in a round.")] = 2,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of an arm.")] = None,
+    compiled: Annotated[bool, typer.Option("--compile", help="With torch.compile, in every arm.")] = False,
+    arms: Annotated[list[str] | None, typer.Option("--arm", help="Only this one; give it again for more.")] = None,
+    output: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write the numbers as JSON.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure this library's training step beside full rank, the paper's ReLoRA and peft: speed, FLOPs, memory."""
+    from relora_train.console import bench as benchmark
+    from relora_train.console.tables import show as show_view
+    from relora_train.errors import ConfigError
+
+    if precision not in ("float32", "bfloat16"):
+        raise ConfigError(f"--precision {precision!r} is not float32 or bfloat16.")
+    record = benchmark.bench(
+        shapes or benchmark.DEFAULT_SHAPES,
+        precision=precision,  # type: ignore[arg-type]  # checked above
+        dropout=dropout,
+        rank=rank,
+        sequence_length=sequence_length,
+        sequences=sequences,
+        rounds=rounds,
+        steps=steps,
+        threads=threads,
+        compiled=compiled,
+        arms=arms or (),
+        console=console_for_people(to_stderr=True),
+    )
+    if output is not None:
+        output.write_text(json.dumps(record, indent=1) + "\n")
+    if as_json:
+        echo_json(record)
+    else:
+        show_view(console_for_people(), benchmark.bench_view(record))
+
+
+def export(
+    checkpoint: CheckpointName,
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Where the model goes: new or empty.")],
+    force: Annotated[bool, typer.Option("--force", help="Replace the model in a directory that is not empty.")] = False,
+    store: Store = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write the merged model of a checkpoint for transformers, every byte verified."""
+    from relora_train.console.export import export_model
+    from relora_train.units import size_text
+
+    ref = resolve(checkpoint, store)
+    written = export_model(ref, directory, force=force)
+    _record_export(ref, written.directory)
+    if as_json:
+        names = [entry.path for entry in written.files]
+        echo_json({"directory": str(written.directory), "checkpoint_uri": written.checkpoint_uri, "files": names})
+        return
+    typer.echo(f"{len(written.files)} files, {size_text(written.size_bytes)}, in {written.directory}")
+    typer.echo(f'Load it with AutoModelForCausalLM.from_pretrained("{written.directory}").')
+
+
+def report(run: RunName, store: Store = None, as_json: AsJson = False) -> None:
+    """Write the report of a run again from its checkpoints and recorded evaluations."""
+    from relora_train.console.run import write_report
+    from relora_train.console.summary import place
+
+    console = console_for_people(to_stderr=as_json)
+    written = write_report(resolve(run, store), console)
+    if as_json:
+        echo_json({"report_uri": written.html_uri, "picture_uris": written.picture_uris, "summary": written.summary})
+    else:
+        typer.echo(f"Report: {place(written.html_uri)}")
+
+
+def analyze(
+    checkpoint: CheckpointName,
+    against: Annotated[
+        str | None,
+        typer.Option(
+            metavar="CHECKPOINT",
+            help="Any checkpoint of the same model; the last one before the first merge when absent.",
+        ),
+    ] = None,
+    modules: Annotated[
+        list[str] | None, typer.Option("--module", metavar="NAME", help="Only these, e.g. q_proj. Repeatable.")
+    ] = None,
+    few: Annotated[bool, typer.Option("--few", help="Only some layers of the first, middle and last block.")] = False,
+    every_layer: Annotated[bool, typer.Option("--layers", help="Show each layer, not the means of each kind.")] = False,
+    no_history: Annotated[
+        bool, typer.Option("--no-history", help="Nothing from cycle to cycle: spectra only.")
+    ] = False,
+    output: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Also write figures and all numbers as JSON there.")
+    ] = None,
+    store: Store = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show what training changed in the weights: ranks and spectra of the update, its growth, the cycles' overlap."""
+    from relora_train.console import analyze as ranks
+    from relora_train.console.tables import show as show_view
+
+    analysis = ranks.analyze_checkpoint(
+        resolve(checkpoint, store),
+        resolve(against, store) if against else None,
+        modules=tuple(modules or ()),
+        few=few,
+        with_history=not no_history,
+        console=console_for_people(to_stderr=True),
+    )
+    if output is not None:
+        for path in ranks.write_analysis(analysis, output):
+            tell(f"Wrote {path}")
+    if as_json:
+        echo_json(ranks.analysis_record(analysis))
+    else:
+        show_view(console_for_people(), ranks.analysis_view(analysis, every_layer=every_layer))
+
+
+def _record_export(ref: Any, directory: Path) -> None:
+    """Best effort: a store that can only be read still exports."""
+    from relora_train.upkeep.pins import record_export
+
+    if not ref.prefix:
+        return
+    try:
+        record_export(open_named(ref.store_uri), ref, directory)
+    except StorageError as error:
+        tell(f"The export is not recorded, so a prune may remove its checkpoint: {error}")
