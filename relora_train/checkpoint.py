@@ -17,9 +17,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from relora_train.config import FrozenConfig
 from relora_train.errors import CheckpointCorruptError, CheckpointIncompleteError
 from relora_train.manifest import MANIFEST_NAME, Manifest
+from relora_train.settings.base import FrozenConfig
 
 MODEL_FILE = "model.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"

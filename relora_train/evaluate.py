@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from relora_train.config import PrecisionConfig
 from relora_train.dataset import ExampleDataset
 from relora_train.objectives.base import Evaluation, LossFunction, Objective
 from relora_train.objectives.registry import objective_of
 from relora_train.parallel.ranks import Ranks, joined_ranks
 from relora_train.process import Emit, serve_request
 from relora_train.requests import EvaluationRequest
+from relora_train.settings.running import PrecisionConfig
 from relora_train.step.compiling import without_compiling
 from relora_train.step.torch_settings import configure_torch
 

@@ -20,9 +20,10 @@ from pathlib import Path
 from typing import IO, Literal
 
 from relora_train import events
-from relora_train.config import FrozenConfig, LaunchConfig
 from relora_train.errors import ReLoRAError, TrainerCrashedError, error_named
 from relora_train.events import Event
+from relora_train.settings.base import FrozenConfig
+from relora_train.settings.running import LaunchConfig
 
 _LOGGER = logging.getLogger(__name__)
 

@@ -12,8 +12,8 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from relora_train.config import ModelConfig
 from relora_train.errors import ModelError, ModelNotFoundError, SequenceTooLongError, VocabularyMismatchError
+from relora_train.settings.model import ModelConfig
 from relora_train.step.chunked_loss import chunked_cross_entropy
 
 _UNMASKED = "sdpa_without_mask"

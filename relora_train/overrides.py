@@ -20,7 +20,8 @@ from pydantic import (
 )
 from pydantic.fields import FieldInfo
 
-from relora_train.config import FrozenConfig, Profile
+from relora_train.config import Profile
+from relora_train.settings.base import FrozenConfig
 
 
 class Overrides(BaseModel):

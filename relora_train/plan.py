@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 
-from relora_train.config import FrozenConfig, LaunchConfig, OptimizerResetConfig, Profile
+from relora_train.config import Profile
 from relora_train.method.contraction import (
     REFERENCE,
     Contraction,
@@ -26,6 +26,9 @@ from relora_train.model_shape import (
     wrapped_layers,
 )
 from relora_train.objectives.registry import facts_of
+from relora_train.settings.base import FrozenConfig
+from relora_train.settings.method import OptimizerResetConfig
+from relora_train.settings.running import LaunchConfig
 from relora_train.stages import Stage, plan_stages, stage_learning_rate
 
 _FP32_BYTES = 4

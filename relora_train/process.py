@@ -23,9 +23,9 @@ from types import FrameType
 from typing import Any, Protocol, Self, TypeVar
 
 from relora_train import events
-from relora_train.config import FrozenConfig
 from relora_train.errors import DeviceMemoryError, DiskFullError, ReLoRAError
 from relora_train.launch import PARENT_PIPE_VARIABLE, SERVE_OPTION, SERVED, TAKEN
+from relora_train.settings.base import FrozenConfig
 
 _emitting = threading.Lock()
 R = TypeVar("R", bound=FrozenConfig)

@@ -7,8 +7,9 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from relora_train.config import FrozenConfig, Profile
+from relora_train.config import Profile
 from relora_train.manifest import ParentRef
+from relora_train.settings.base import FrozenConfig
 from relora_train.stages import Stage
 
 

@@ -15,7 +15,7 @@ from typing import Any
 from relora_train.bundle import check_local, fetch_bundle
 from relora_train.checkpoint_layout import dataset_prefix, split_checkpoint_uri
 from relora_train.checkpoint_store import CheckpointRef, CheckpointStore, find_dataset, read_checkpoint
-from relora_train.config import ModelConfig, Profile, default_run_id, settings_digest
+from relora_train.config import Profile, default_run_id, settings_digest
 from relora_train.errors import CheckpointNotFoundError, ObjectNotFoundError, ReLoRAError, RunSettingsChangedError
 from relora_train.events import Event
 from relora_train.kept_worker import KeptWorker
@@ -25,6 +25,7 @@ from relora_train.lineage import choose_result, set_aside
 from relora_train.manifest import DatasetManifest, ParentRef, hash_file
 from relora_train.publishing import Publisher
 from relora_train.requests import StageRequest
+from relora_train.settings.model import ModelConfig
 from relora_train.snapshots.store import SnapshotStore
 from relora_train.snapshots.uploader import SnapshotUploader
 from relora_train.stage_work import (

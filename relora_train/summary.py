@@ -7,9 +7,9 @@ from typing import Any
 
 from pydantic import Field
 
-from relora_train.config import FrozenConfig
 from relora_train.evaluation_records import EvaluationOutcome
 from relora_train.run import DatasetRef, Run, StageOutcome
+from relora_train.settings.base import FrozenConfig
 
 
 class StageSummary(FrozenConfig):

@@ -6,9 +6,9 @@ import os
 import signal
 import sys
 
-from relora_train.config import FrozenConfig
 from relora_train.errors import DeviceError, DivergedError
 from relora_train.process import Emit, serve_request
+from relora_train.settings.base import FrozenConfig
 
 
 class FailingRequest(FrozenConfig):

@@ -6,7 +6,7 @@ import json
 import random
 from pathlib import Path
 
-from relora_train.config import DataConfig
+from relora_train.settings.data import DataConfig
 
 WORDS = ("the", "a", "of", "loss", "train", "rank", "merge", "12", "3.5", "naïve", "漢字", "(", ":", "<|endoftext|>")
 

@@ -17,12 +17,12 @@ from hanging_api import hanging_way_to
 
 from relora_train import events
 from relora_train.checkpoint_resolve import resolve_checkpoint
-from relora_train.config import FrozenConfig
 from relora_train.console.local_flow import load_flow, set_orchestrator_environment
 from relora_train.evaluation_records import dataset_of
 from relora_train.events import Event
 from relora_train.profiles import load_profile
 from relora_train.run import Run
+from relora_train.settings.base import FrozenConfig
 from relora_train.stages import Stage, stages_after
 from relora_train.storage.opening import open_store
 

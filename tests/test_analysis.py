@@ -15,11 +15,13 @@ from synthetic_run import DATASET, commit_run, llama_weights, synthetic_profile
 from relora_train.analysis import INITIAL, Layers, analyze, history_for_report, spectra_for_report
 from relora_train.checkpoint_store import CheckpointRef, CheckpointStore
 from relora_train.cli import main
-from relora_train.config import ModelConfig, ReLoRAConfig, ScheduleConfig
 from relora_train.errors import CheckpointCorruptError, ConfigError, ModelError
 from relora_train.manifest import CheckpointManifest, describe_files
 from relora_train.reporting.collect import collect_run_data, files_in_stores
 from relora_train.run import line_of
+from relora_train.settings.method import ReLoRAConfig
+from relora_train.settings.model import ModelConfig
+from relora_train.settings.schedule import ScheduleConfig
 from relora_train.spectra.checkpoints import low_rank_stages, start_of_line
 from relora_train.spectra.kinds import kind_means
 from relora_train.stages import plan_stages

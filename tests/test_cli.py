@@ -63,7 +63,7 @@ def line(tmp_path: Path) -> list[CheckpointRef]:
 
 def add_sibling(line: list[CheckpointRef], tmp_path: Path) -> CheckpointRef:
     """A second cycle-2 beside the first, as a diverged cycle tried again with another setting makes one."""
-    from relora_train.config import ReLoRAConfig
+    from relora_train.settings.method import ReLoRAConfig
     from relora_train.stages import plan_stages
 
     changed = synthetic_profile(relora=ReLoRAConfig(rank=8))
@@ -610,7 +610,7 @@ def test_prune_shows_what_would_go_and_then_removes_it(
 
 
 def test_prune_takes_the_policy_of_the_run_s_profile(relora: Relora, tmp_path: Path) -> None:
-    from relora_train.config import RetentionConfig
+    from relora_train.settings.running import RetentionConfig
 
     profile = synthetic_profile(retention=RetentionConfig(keep_last=1, keep_every=2))
     commit_run(open_store(tmp_path / "store"), "tale", profile, tmp_path / "scratch")

@@ -14,11 +14,11 @@ import pytest
 from stage_runs import manifest_of, stage_request, tiny_profile
 from tiny_data import write_tiny_dataset
 
-from relora_train.config import SnapshotConfig
 from relora_train.errors import CorpusTooSmallError, TrainerCrashedError, TrainerInterruptedError
 from relora_train.events import Event
 from relora_train.launch import STOP_SECONDS, run_worker
 from relora_train.requests import StageRequest
+from relora_train.settings.running import SnapshotConfig
 from relora_train.snapshots.store import local_snapshots
 
 

@@ -17,12 +17,12 @@ from tokenizers import Tokenizer
 
 from relora_train import events
 from relora_train.bundle import commit_bundle, fetch_bundle
-from relora_train.config import DataConfig, TokenizerConfig
 from relora_train.corpus.prepare import PreparedDataset, PrepareRequest, describe_dataset, prepare_dataset, read_result
 from relora_train.corpus.staging import split_digest, split_of
 from relora_train.dataset import TokenDataset
 from relora_train.errors import CorpusEmptyError, CorpusTooSmallError, SourceUnreadableError
 from relora_train.manifest import hash_file
+from relora_train.settings.data import DataConfig, TokenizerConfig
 from relora_train.storage.memory import MemoryStore
 from relora_train.tokenizer import DEFAULT_EOS_TOKEN, train_tokenizer
 

@@ -18,12 +18,13 @@ from safetensors.torch import load_file
 from stage_runs import ignore, metrics_of, stage_request, tiny_profile
 
 from relora_train.checkpoint import load_optimizer_state, read_training_state
-from relora_train.config import PrecisionConfig, Profile
+from relora_train.config import Profile
 from relora_train.errors import ConfigError, TrainerCrashedError
 from relora_train.events import Event
 from relora_train.launch import nodes_of, run_worker
 from relora_train.parallel.ranks import Ranks
 from relora_train.requests import StageRequest
+from relora_train.settings.running import PrecisionConfig
 from relora_train.snapshots.store import local_snapshots
 from relora_train.trainer import run_stage
 from relora_train.training import prepare_stage

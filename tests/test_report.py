@@ -11,7 +11,6 @@ from synthetic_run import commit_run, evaluation_of, synthetic_profile
 
 from relora_train.bundle import read_manifest
 from relora_train.checkpoint_store import CheckpointStore
-from relora_train.config import BatchConfig, ScheduleConfig
 from relora_train.errors import CheckpointCorruptError, CheckpointIncompleteError, CheckpointNotFoundError
 from relora_train.manifest import CheckpointManifest
 from relora_train.report import overview_markdown, stage_table_markdown, summarize, write_report
@@ -20,6 +19,8 @@ from relora_train.reporting.plot_style import MAX_POINTS, downsample, running_me
 from relora_train.reporting.plots import OVERVIEW_BYTES, overview_png
 from relora_train.reporting.run_data import Evaluation, MergeRow, Sample, Scores
 from relora_train.reporting.text import change, count, decimal, duration, percent, scientific, size
+from relora_train.settings.data import BatchConfig
+from relora_train.settings.schedule import ScheduleConfig
 from relora_train.stages import plan_stages
 from relora_train.storage.memory import MemoryStore
 from relora_train.storage.opening import open_store

@@ -19,7 +19,7 @@ from tiny_data import write_tiny_dataset
 from relora_train.checkpoint_resolve import resolve_checkpoint
 from relora_train.checkpoint_store import CheckpointRef, CheckpointStore
 from relora_train.cli import main
-from relora_train.config import Profile, TokenizerConfig
+from relora_train.config import Profile
 from relora_train.corpus.dataset_store import Corpus
 from relora_train.corpus.selection import Selection
 from relora_train.errors import (
@@ -38,6 +38,7 @@ from relora_train.retraining.series_data import Pending, begin, end, read_data, 
 from relora_train.retraining.series_record import Change, champions_in_order, protected_by
 from relora_train.retraining.summary import retrain_markdown, summarize_retrain
 from relora_train.run import DatasetRef, StageOutcome
+from relora_train.settings.data import TokenizerConfig
 from relora_train.storage.base import ObjectStore
 from relora_train.storage.opening import open_store
 from relora_train.upkeep.pins import pins_of

@@ -15,10 +15,11 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from stage_runs import ignore, metrics_of, run_all, stage_request, tiny_profile
 
-from relora_train.config import Profile, SnapshotConfig
+from relora_train.config import Profile
 from relora_train.errors import CheckpointCorruptError, TrainerInterruptedError
 from relora_train.manifest import SnapshotManifest, parse_manifest
 from relora_train.requests import StageRequest
+from relora_train.settings.running import SnapshotConfig
 from relora_train.snapshots import snapshot, snapshotter
 from relora_train.snapshots.snapshotter import is_due
 from relora_train.snapshots.store import local_snapshots

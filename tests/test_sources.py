@@ -13,9 +13,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from relora_train.config import DataConfig
 from relora_train.corpus.sources import read_documents, resolve_source
 from relora_train.errors import SourceUnreadableError
+from relora_train.settings.data import DataConfig
 from relora_train.storage.memory import MemoryStore
 from relora_train.storage.opening import open_store
 

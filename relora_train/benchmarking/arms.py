@@ -11,13 +11,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from relora_train.benchmarking.request import ArmRequest, Shape
-from relora_train.config import ModelConfig, PrecisionConfig
 from relora_train.evaluate import autocast
 from relora_train.method.contraction import REFERENCE, LayerShape, flops_per_token
 from relora_train.method.fast_path import SharedInput, share_inputs
 from relora_train.model import attend_without_mask, build_model, next_token_loss
 from relora_train.optimizer import build_optimizer
 from relora_train.relora import DEFAULT_TARGET_MODULES, apply_relora, relora_layers
+from relora_train.settings.model import ModelConfig
+from relora_train.settings.running import PrecisionConfig
 from relora_train.step.compiling import compile_blocks
 
 _TARGETS = DEFAULT_TARGET_MODULES["llama"]

@@ -6,8 +6,8 @@ from typing import Literal
 
 from pydantic import Field
 
-from relora_train.config import FrozenConfig
 from relora_train.errors import ConfigError
+from relora_train.settings.base import FrozenConfig
 
 Arm = Literal["full", "paper", "peft", "ours-full", "ours"]
 """'full': eager transformers, torch's default AdamW, all logits. 'paper': ReLoRA as the paper's code writes it, on the

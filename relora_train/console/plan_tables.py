@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from relora_train.config import FrozenConfig
 from relora_train.plan import CheckpointSize, PhaseCost, Plan, PlannedStage
+from relora_train.settings.base import FrozenConfig
 
 _PHASE_ROWS = (
     "trained parameters",

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from relora_train.config import DataConfig, TokenizerConfig, settings_digest
+from relora_train.config import settings_digest
 from relora_train.corpus.selection import SelectedSource, Selection, contents_of, select_source
 from relora_train.corpus.sources import Advance, Source, resolve_source
 from relora_train.corpus.staging import PIECE_BYTES, SPLIT_RULE
+from relora_train.settings.data import DataConfig, TokenizerConfig
 from relora_train.tokenizer import DEFAULT_EOS_TOKEN, DocumentTokenizer, load_tokenizer
 
 DATASET_FORMAT = 1

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 
 from relora_train.bundle import commit_bundle, keep_fetched
 from relora_train.checkpoint_layout import dataset_prefix
-from relora_train.config import Profile, TokenizerConfig
+from relora_train.config import Profile
 from relora_train.corpus.prepare import PrepareRequest, describe_dataset, read_result
 from relora_train.corpus.selection import Selection
 from relora_train.launch import run_worker
 from relora_train.run import DatasetRef, OnEvent, dataset_ref, find_committed_dataset
+from relora_train.settings.data import TokenizerConfig
 from relora_train.storage.base import ObjectStore
 from relora_train.workspace import dataset_cache, short_digest, work_directory
 

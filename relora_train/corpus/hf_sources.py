@@ -7,9 +7,9 @@ import re
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from relora_train.config import DataConfig
 from relora_train.corpus.source_files import SourceFile
 from relora_train.errors import SourceUnreadableError
+from relora_train.settings.data import DataConfig
 
 if TYPE_CHECKING:
     from datasets import IterableDataset

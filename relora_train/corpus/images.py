@@ -23,13 +23,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from relora_train.config import DataConfig, settings_digest
+from relora_train.config import settings_digest
 from relora_train.corpus.source_files import SourceFile, find_files
 from relora_train.corpus.sources import identify
 from relora_train.corpus.staging import Split, split_of
 from relora_train.durable import write_durably
 from relora_train.errors import CorpusTooSmallError, SourceUnreadableError
 from relora_train.manifest import DatasetManifest, FileEntry, ImageFormat, hash_file
+from relora_train.settings.data import DataConfig
 
 IMAGES_FORMAT = 1
 """Raised whenever the same inputs would give other bytes."""

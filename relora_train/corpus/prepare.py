@@ -24,7 +24,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from relora_train.config import DataConfig, FrozenConfig, TokenizerConfig
 from relora_train.corpus.dataset_inputs import DatasetInputs, resolve_inputs
 from relora_train.corpus.engines import choose_engine
 from relora_train.corpus.images import IMAGE_READERS, ImageInputs, resolve_images, write_images
@@ -38,6 +37,8 @@ from relora_train.errors import CorpusEmptyError, CorpusTooSmallError, TrainerIn
 from relora_train.launch import PARENT_PIPE_VARIABLE
 from relora_train.manifest import DatasetManifest, FileEntry, hash_file, parse_manifest
 from relora_train.process import Emit, serve_request
+from relora_train.settings.base import FrozenConfig
+from relora_train.settings.data import DataConfig, TokenizerConfig
 from relora_train.storage.os_errors import disk_error
 from relora_train.tokenizer import (
     TOKENIZER_CONFIG_FILE,

@@ -23,10 +23,10 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from relora_train.config import FrozenConfig
 from relora_train.corpus.sources import Advance, Source, identify, read_documents
 from relora_train.corpus.staging import split_digest, split_of
 from relora_train.errors import SourceUnreadableError
+from relora_train.settings.base import FrozenConfig
 
 SELECTION_RULE = "blake2b-64 of seed, new content and split digest; old held-out up to new; 1"
 

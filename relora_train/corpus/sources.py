@@ -19,10 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from relora_train.config import DataConfig
 from relora_train.corpus.hf_sources import hub_rows, parquet_rows, resolve_hub_revision
 from relora_train.corpus.source_files import SourceFile, find_files
 from relora_train.errors import SourceUnreadableError
+from relora_train.settings.data import DataConfig
 
 Advance = Callable[[int], None]
 """Told how many bytes of the source were read since the last call."""

@@ -18,7 +18,6 @@ from pydantic import Field
 
 from relora_train.checkpoint_layout import experiment_prefix
 from relora_train.checkpoint_store import CheckpointRef, CheckpointStore
-from relora_train.config import FrozenConfig
 from relora_train.divergence import divergence_text
 from relora_train.errors import CheckpointError, ObjectNotFoundError, ReLoRAError, RunSettingsChangedError
 from relora_train.evaluation_records import dataset_of, recorded_evaluation
@@ -31,6 +30,7 @@ from relora_train.plan import plan
 from relora_train.reporting.collect import collect_run_data, files_in_stores, stage_peak_bytes
 from relora_train.reporting.run_data import RunData
 from relora_train.run import line_of
+from relora_train.settings.base import FrozenConfig
 from relora_train.storage.base import ObjectStore
 from relora_train.workspace import checkpoint_cache
 

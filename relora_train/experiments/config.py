@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from relora_train.config import FrozenConfig
+from relora_train.settings.base import FrozenConfig
 
 ArmName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,39}$")]
 """Part of run ids."""

@@ -15,10 +15,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, TypeAdapter, ValidationError
 
-from relora_train.config import FrozenConfig, settings_digest
+from relora_train.config import settings_digest
 from relora_train.errors import ConfigError
 from relora_train.experiments.experiment import find_experiment, invalid_experiment
 from relora_train.overrides import layered
+from relora_train.settings.base import FrozenConfig
 
 
 class TutorialSettings(FrozenConfig):

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 
 from pydantic import Field
 
-from relora_train.config import FrozenConfig
+from relora_train.settings.base import FrozenConfig
 
 
 class Estimate(FrozenConfig):

@@ -13,11 +13,11 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from relora_train.config import LaunchConfig
 from relora_train.errors import ConfigError, ReLoRAError, TrainerCrashedError
 from relora_train.events import Event
 from relora_train.launch import Nodes, run_worker
 from relora_train.requests import JoinRequest
+from relora_train.settings.running import LaunchConfig
 
 _PAUSE_SECONDS = 0.5
 

@@ -6,8 +6,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
 
-from relora_train.config import FrozenConfig
 from relora_train.errors import ConfigError
+from relora_train.settings.base import FrozenConfig
 
 Cycles = Annotated[int, Field(ge=1, le=1000, description="Cycles a retrain adds to its champion's")]
 Margin = Annotated[float, Field(ge=0, le=10, description="By how much the validation loss must fall to be promoted")]

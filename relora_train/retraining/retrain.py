@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from relora_train.checkpoint_store import CheckpointRef
-from relora_train.config import DataConfig, Profile, TokenizerConfig, default_run_id, settings_digest
+from relora_train.config import Profile, default_run_id, settings_digest
 from relora_train.corpus.dataset_inputs import inputs_of
 from relora_train.corpus.dataset_store import Corpus, DatasetOutcome, prepare_or_reuse
 from relora_train.corpus.selection import Selection, contents_of
@@ -45,6 +45,7 @@ from relora_train.retraining.series_data import (
 )
 from relora_train.retraining.series_record import Change, Scores, check_series, find_series
 from relora_train.run import DatasetRef, OnEvent, Run
+from relora_train.settings.data import DataConfig, TokenizerConfig
 from relora_train.storage.base import ObjectStore
 from relora_train.storage.opening import open_store
 from relora_train.tokenizer import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE

@@ -14,9 +14,10 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 
-from relora_train.config import FrozenConfig, settings_digest
+from relora_train.config import settings_digest
 from relora_train.errors import CheckpointCorruptError, PreconditionFailedError
 from relora_train.retraining.series_record import Scores, series_key
+from relora_train.settings.base import FrozenConfig
 from relora_train.storage.base import ObjectStore, find_bytes
 
 Outcome = Literal["promoted", "refused", "overtaken"]

@@ -7,11 +7,11 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from relora_train.config import FrozenConfig
 from relora_train.retraining.retrain import RetrainPlan
 from relora_train.retraining.series_data import Decision, Outcome
 from relora_train.retraining.series_record import find_series
 from relora_train.run import StageOutcome
+from relora_train.settings.base import FrozenConfig
 from relora_train.storage.base import ObjectStore
 from relora_train.storage.opening import open_store
 

@@ -21,12 +21,12 @@ from torch import Tensor
 
 from relora_train.checkpoint import METRICS_FILE, LazyMapping, new_attempt, package_versions, write_metrics
 from relora_train.checkpoint_layout import snapshot_name
-from relora_train.config import FrozenConfig
 from relora_train.durable import sync, write_durably
 from relora_train.errors import CheckpointCorruptError
 from relora_train.manifest import MANIFEST_NAME, ParentRef, SnapshotManifest, describe_files
 from relora_train.optimizer import load_optimizer_state_by_name, optimizer_state_by_name
 from relora_train.parallel.shards import local, part_of
+from relora_train.settings.base import FrozenConfig
 from relora_train.tensor_stream import TensorStream
 from relora_train.training import StageTraining
 

@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import Tensor
 
-from relora_train.config import SnapshotConfig
 from relora_train.process import Emit
+from relora_train.settings.running import SnapshotConfig
 from relora_train.snapshots.snapshot import (
     HostBuffers,
     Progress,

@@ -24,9 +24,9 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
 
-from relora_train.config import DataConfig, TokenizerConfig
 from relora_train.corpus.prepare import PreparedDataset, prepare_dataset
 from relora_train.dataset import TokenDataset
+from relora_train.settings.data import DataConfig, TokenizerConfig
 from relora_train.tokenizer import train_tokenizer
 
 VOCAB_SIZE = 16_384

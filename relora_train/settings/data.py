@@ -1,0 +1,148 @@
+"""Settings of what is learned from: text or images, tokenizer, batches. Light."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from relora_train.settings.base import FrozenConfig
+
+
+class TokenizerConfig(FrozenConfig):
+    """The tokenizer: one to load, or a byte-level BPE trained on the training part."""
+
+    path: str | None = None
+    """tokenizer.json, directory or hub id to load; trained when absent."""
+
+    vocab_size: int = Field(4096, ge=257)
+    """Entries of a trained tokenizer, its end-of-text token included."""
+
+    eos_token: str | None = None
+    """The document separator; found by its usual names when absent ('<|endoftext|>' in a trained tokenizer)."""
+
+    training_bytes: int = Field(200_000_000, ge=10_000)
+    """Text a tokenizer is trained on at most."""
+
+
+class DataConfig(FrozenConfig):
+    """Where the text or the images come from and how they become shards."""
+
+    name: str = Field("corpus", pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")
+    """Folder of the dataset in the store."""
+
+    source: Literal["python-stdlib", "text", "jsonl", "parquet", "hub", "digits", "idx"] = "python-stdlib"
+    """'python-stdlib' is the standard library's own source. Images: scikit-learn's 'digits', 'idx' of MNIST's kind."""
+
+    paths: tuple[str, ...] = ()
+    """Files, directories, globs or s3:// prefixes, for text, jsonl, parquet and idx."""
+
+    hub_id: str | None = None
+    """Dataset on the hub, for source 'hub'."""
+
+    hub_config: str | None = None
+    """Its configuration, such as 'en'."""
+
+    hub_split: str = "train"
+    """Its split."""
+
+    hub_revision: str | None = None
+    """Its revision; the newest when absent, recorded with the dataset."""
+
+    text_field: str = "text"
+    """Field of a document that holds its text."""
+
+    max_documents: int | None = Field(None, ge=1)
+    """Stop after so many documents, or training images, of the source."""
+
+    validation_fraction: float = Field(0.05, gt=0, lt=1)
+    """Share of documents or digits held out, chosen by a hash of their content; of idx it is the test files."""
+
+    shard_tokens: int = Field(8_388_608, ge=1024)
+    """Tokens a shard holds at most."""
+
+    workers: int | None = Field(None, ge=1)
+    """Processes that tokenize; one a core when absent. Does not change the result."""
+
+    engine: Literal["auto", "tokenizers", "tiktoken"] = "auto"
+    """Encoder; both give the same bytes."""
+
+    @model_validator(mode="after")
+    def source_has_what_it_needs(self) -> Self:
+        if self.source in ("text", "jsonl", "parquet", "idx") and not self.paths:
+            raise ValueError(f"source {self.source!r} needs paths")
+        if self.source == "hub" and not self.hub_id:
+            raise ValueError("source 'hub' needs hub_id")
+        return self
+
+    @model_validator(mode="after")
+    def paths_have_a_reader(self) -> Self:
+        if self.paths and self.source in ("python-stdlib", "hub", "digits"):
+            raise ValueError(
+                f"source {self.source!r} does not read paths; set source to one that does (text, jsonl, parquet, idx), "
+                "or paths to []"
+            )
+        return self
+
+
+class ImagesConfig(FrozenConfig):
+    """Objective 'image_classification': what the images are, and how a vision transformer cuts them."""
+
+    size: int = Field(8, ge=1)
+    """Pixels of a side; images are square."""
+
+    channels: int = Field(1, ge=1)
+    """Values of a pixel."""
+
+    classes: int = Field(10, ge=2, le=256)
+    """What an image can be."""
+
+    patch_size: int = Field(2, ge=1)
+    """Pixels of a side of a patch. A patch is a token: batch.sequence_length is how many an image has."""
+
+    @model_validator(mode="after")
+    def patches_fill_the_image(self) -> Self:
+        if self.size % self.patch_size:
+            raise ValueError(f"size {self.size} is not a multiple of patch_size {self.patch_size}")
+        return self
+
+    @property
+    def patches(self) -> int:
+        """Of an image."""
+        return (self.size // self.patch_size) ** 2
+
+    @property
+    def patch_values(self) -> int:
+        """Numbers in a patch."""
+        return self.channels * self.patch_size**2
+
+
+class BatchConfig(FrozenConfig):
+    """Geometry of one optimizer update."""
+
+    sequences: int = Field(32, ge=1)
+    """Sequences in an update, over all ranks and micro-steps."""
+
+    sequence_length: int = Field(256, ge=8)
+    """Tokens in a sequence."""
+
+    micro_sequences: int | None = Field(None, ge=1)
+    """Sequences in one forward pass of one rank; all of a rank's share when absent."""
+
+    @model_validator(mode="after")
+    def micro_sequences_divide_sequences(self) -> Self:
+        if self.micro_sequences and self.sequences % self.micro_sequences:
+            raise ValueError(f"sequences {self.sequences} is not a multiple of micro_sequences {self.micro_sequences}")
+        return self
+
+    @property
+    def tokens(self) -> int:
+        """Tokens in an update."""
+        return self.sequences * self.sequence_length
+
+    def forward_passes(self, ranks: int) -> tuple[int, int]:
+        """Sequences in a forward pass of the rank with the largest share, and its forward passes an update."""
+        share = math.ceil(self.sequences / ranks)
+        sequences = min(self.micro_sequences or share, share)
+        return sequences, math.ceil(share / sequences)

@@ -1,0 +1,132 @@
+"""Settings of how a run goes: numbers, evaluation, records, processes, what is kept. Light."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from relora_train.settings.base import FrozenConfig
+
+
+class PrecisionConfig(FrozenConfig):
+    """Numbers the model computes with. Checkpoints are fp32 whatever is chosen here."""
+
+    dtype: Literal["float32", "bfloat16", "pure-bfloat16"] = "float32"
+    """'bfloat16': autocast, frozen weights rounded; 'pure-bfloat16': trained matrices, gradients, Adam's state too."""
+
+    matmul_precision: Literal["auto", "highest", "high", "medium"] = "highest"
+    """torch.set_float32_matmul_precision; 'auto' measures at a run's start which is fastest at float32's accuracy."""
+
+    deterministic: bool = True
+    """Deterministic kernels where there is a choice (always so on CPU)."""
+
+    @property
+    def computes_in_bfloat16(self) -> bool:
+        """Whether forward passes run under autocast and frozen weights are held rounded."""
+        return self.dtype != "float32"
+
+    @property
+    def trains_in_bfloat16(self) -> bool:
+        """Whether trained matrices, their gradients and Adam's state are held in bfloat16."""
+        return self.dtype == "pure-bfloat16"
+
+
+class EvaluationConfig(FrozenConfig):
+    """Held-out evaluation. Changes no weight."""
+
+    sequences: int = Field(256, ge=1)
+    """Validation sequences scored before and after each stage; fewer when the split is smaller."""
+
+    final_sequences: int = Field(4096, ge=1)
+    """Validation sequences scored by the evaluation task."""
+
+    batch_sequences: int = Field(32, ge=1)
+    """Sequences in one forward pass."""
+
+    sample_prompts: tuple[str, ...] = ()
+    """Texts the model continues after the warm start and after the last cycle."""
+
+    sample_tokens: int = Field(48, ge=1)
+    """Tokens of a continuation."""
+
+
+class LoggingConfig(FrozenConfig):
+    """What a stage reports while it runs. Changes no weight."""
+
+    every_steps: int = Field(10, ge=1)
+    """Steps between two metric records."""
+
+
+class SnapshotConfig(FrozenConfig):
+    """How often a stage's state is saved while it runs, so that a killed stage repeats little. Changes no weight."""
+
+    every_steps: int | None = Field(None, ge=1)
+    """Steps between two snapshots; not counted in steps when absent."""
+
+    every_seconds: float | None = Field(300.0, gt=0)
+    """Seconds between two snapshots; 1e9 leaves only the one at a stop."""
+
+    keep: int = Field(2, ge=1)
+    """Snapshots kept in the store, and on this machine while the store is away, until their stage is committed."""
+
+
+class LaunchConfig(FrozenConfig):
+    """How the trainer process is started. Changes no weight beyond float rounding."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """'auto' takes a GPU where there is one."""
+
+    nproc_per_node: Annotated[int, Field(ge=1)] | Literal["gpu"] = 1
+    """Ranks on a machine, by torch's elastic launcher; 'gpu' takes as many as there are GPUs when a stage starts."""
+
+    nnodes: int = Field(1, ge=1)
+    """Machines; all but the flow's run `relora join` and see its cache and dataset under the same paths."""
+
+    rdzv_endpoint: str | None = Field(None, pattern=r"^[A-Za-z0-9._-]+:\d{1,5}$")
+    """'host:port' at which the flow's machine is found by the others; needed with several."""
+
+    sharding: Literal["none", "full"] = "none"
+    """'full' spreads weights, gradients and optimizer over the ranks (FSDP2): for a model too large for one device."""
+
+    threads: int | None = Field(None, ge=1)
+    """CPU threads of a rank; torch's choice when absent."""
+
+    compile: bool = False
+    """torch.compile for training, about a minute a stage; meant for GPUs, slower on the CPU we measured."""
+
+    gradient_checkpointing: bool = False
+    """Keep one activation a block and compute the rest again: far less memory, about a third more FLOPs."""
+
+    @model_validator(mode="after")
+    def a_sharded_model_is_not_compiled(self) -> Self:
+        if self.compile and self.sharding == "full":
+            raise ValueError("compile does not go with sharding 'full'; set one of them back")
+        return self
+
+    @model_validator(mode="after")
+    def gpus_are_counted_only_where_they_are_used(self) -> Self:
+        if self.nproc_per_node == "gpu" and self.device == "cpu":
+            raise ValueError("nproc_per_node 'gpu' needs device 'cuda' or 'auto'")
+        return self
+
+    @model_validator(mode="after")
+    def several_machines_have_a_place_to_meet(self) -> Self:
+        if self.nnodes > 1 and self.rdzv_endpoint is None:
+            raise ValueError(f"nnodes {self.nnodes} needs rdzv_endpoint, 'host:port' of the flow's machine")
+        return self
+
+    @property
+    def world_size(self) -> int | None:
+        """Ranks of a stage; None when only its start tells."""
+        return None if self.nproc_per_node == "gpu" else self.nproc_per_node * self.nnodes
+
+
+class RetentionConfig(FrozenConfig):
+    """What `relora prune` and the flow `prune` keep of a run; with neither key nothing is pruned. Changes no weight."""
+
+    keep_last: int | None = Field(None, ge=1)
+    """Of every line of checkpoints, keep the last so many."""
+
+    keep_every: int | None = Field(None, ge=1)
+    """Also keep every so many-th cycle, the warm start included."""
