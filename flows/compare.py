@@ -9,9 +9,9 @@ from prefect import flow
 from flows.pretrain import pretrain
 from relora_train import events
 from relora_train.errors import DivergedError
-from relora_train.experiments.comparison import ComparisonSummary, RunResult
 from relora_train.experiments.experiment import Experiment, PlannedRun, load_experiment
 from relora_train.experiments.measured import MeasuredSummary, is_measured
+from relora_train.experiments.records import ComparisonSummary, RunResult
 from relora_train.overrides import ExperimentOverrides
 from relora_train.parameters import ExperimentName, LimitName, PretrainDeployment, Seeds, StoreUri
 from tasks.compare import keep_divergence, look_for_result, measure_experiment, read_result, write_comparison

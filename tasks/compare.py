@@ -9,11 +9,11 @@ from prefect import task
 
 from relora_train import events
 from relora_train.errors import TrainerCrashedError
-from relora_train.experiments import comparison
-from relora_train.experiments.comparison import ComparisonSummary, RunResult
+from relora_train.experiments import comparison, run_results
 from relora_train.experiments.experiment import Experiment, PlannedRun
 from relora_train.experiments.measured import MeasuredSummary, load_measured
 from relora_train.experiments.measuring import measure
+from relora_train.experiments.records import ComparisonSummary, RunResult
 from relora_train.objectives.registry import measures_of
 from relora_train.reporting.comparison_store import store_comparison
 from relora_train.reporting.comparison_text import comparison_markdown
@@ -28,9 +28,9 @@ from tasks.policies import STORE_IO, TRAINING
 def look_for_result(experiment: str, run: PlannedRun, store_uri: str) -> RunResult | None:
     """Return what is on record of a run that is finished or diverged, shown as Skipped; None for one to be run."""
     store = open_store(store_uri)
-    found = comparison.find_result(store, run)
-    if found is None and (message := comparison.recorded_divergence(store, experiment, run)):
-        found = comparison.diverged_result(store, run, message)
+    found = run_results.find_result(store, run)
+    if found is None and (message := run_results.recorded_divergence(store, experiment, run)):
+        found = run_results.diverged_result(store, run, message)
     if found is None:
         return None
     key = measures_of(run.profile).headline.key
@@ -41,7 +41,7 @@ def look_for_result(experiment: str, run: PlannedRun, store_uri: str) -> RunResu
 @task(**STORE_IO, task_run_name="result-of-{run.run_id}")
 def read_result(run: PlannedRun, store_uri: str) -> RunResult:
     """Return what a run that has just ended well came to."""
-    found = comparison.find_result(open_store(store_uri), run)
+    found = run_results.find_result(open_store(store_uri), run)
     if found is None:
         raise TrainerCrashedError(
             f"Run {run.run_id} ended well, and {store_uri} holds no scores of its last checkpoint. Was it started with "
@@ -54,9 +54,9 @@ def read_result(run: PlannedRun, store_uri: str) -> RunResult:
 def keep_divergence(experiment: str, run: PlannedRun, message: str, store_uri: str) -> RunResult:
     """Write down that a run diverged, and return it as a result; the experiment goes on."""
     store = open_store(store_uri)
-    comparison.record_divergence(store, experiment, run, message)
+    run_results.record_divergence(store, experiment, run, message)
     events.emit("arm_diverged", arm=run.arm, seed=run.seed, message=message)
-    return comparison.diverged_result(store, run, message)
+    return run_results.diverged_result(store, run, message)
 
 
 @task(**STORE_IO, task_run_name="compare-{experiment.name}")

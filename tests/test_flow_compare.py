@@ -29,8 +29,10 @@ from relora_train.config import Profile
 from relora_train.errors import ConfigError, RunSettingsChangedError
 from relora_train.evaluate import evaluate_checkpoint
 from relora_train.events import Event
-from relora_train.experiments.comparison import ComparisonSummary, RunResult, compare_results, training_curve
+from relora_train.experiments.comparison import compare_results
 from relora_train.experiments.experiment import load_experiment
+from relora_train.experiments.records import ComparisonSummary, RunResult
+from relora_train.experiments.run_results import training_curve
 from relora_train.overrides import ExperimentOverrides
 from relora_train.reporting.comparison_page import render_comparison
 from relora_train.reporting.comparison_text import comparison_markdown

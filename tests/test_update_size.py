@@ -13,8 +13,10 @@ from stage_runs import ignore, metrics_of, run_all, stage_request, tiny_profile
 from tiny_models import tiny_llama
 
 from relora_train.errors import DivergedError
-from relora_train.experiments.comparison import RunResult, compare_results, reset_sizes
+from relora_train.experiments.comparison import compare_results
 from relora_train.experiments.experiment import load_experiment
+from relora_train.experiments.records import RunResult
+from relora_train.experiments.run_results import reset_sizes
 from relora_train.method.update_size import UpdateMeter, product_norm
 from relora_train.relora import apply_relora, relora_layers
 from relora_train.reporting.collect import train_curve

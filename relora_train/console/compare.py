@@ -24,7 +24,7 @@ from relora_train.run import default_store_uri
 from relora_train.storage.opening import open_store
 
 if TYPE_CHECKING:
-    from relora_train.experiments.comparison import ComparisonSummary
+    from relora_train.experiments.records import ComparisonSummary
 
 
 def parse_seeds(text: str | None) -> list[int] | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
-from relora_train.experiments.comparison import ArmResult, Comparison, RunResult
+from relora_train.experiments.records import ArmResult, Comparison, RunResult
 from relora_train.experiments.statistics import Estimate
 from relora_train.objectives.measures import LOSS, Measure
 from relora_train.reporting.comparison_text import arm_cells, arm_header, facts_line, headline, outcome_text, paper_text

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from relora_train.experiments.comparison import Comparison, CurvePoint, ScorePoint
+from relora_train.experiments.records import Comparison, CurvePoint, ScorePoint
 from relora_train.experiments.statistics import Estimate, estimate
 from relora_train.objectives.measures import LOSS
 from relora_train.reporting.plot_style import LIGHT, Theme, legend, new_figure, plain, to_png

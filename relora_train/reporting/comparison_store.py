@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from relora_train.checkpoint_layout import experiment_prefix
-from relora_train.experiments.comparison import Comparison
+from relora_train.experiments.records import Comparison
 from relora_train.reporting.comparison_page import render_comparison
 from relora_train.reporting.comparison_plots import draw_comparison
 from relora_train.reporting.plot_style import DARK, LIGHT

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from relora_train.experiments.comparison import ArmResult, Comparison
+from relora_train.experiments.records import ArmResult, Comparison
 from relora_train.reporting.text import MISSING, count, decimal, duration, estimate_text, signed_estimate_text, size
 
 _NAMED = 5

@@ -1,0 +1,188 @@
+"""What one run of an experiment came to, from its checkpoints alone.
+
+Every number is read from a store: what a flow remembers is not asked. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from collections.abc import Mapping
+from datetime import UTC
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from relora_train.checkpoint_layout import experiment_prefix
+from relora_train.checkpoint_store import CheckpointRef, CheckpointStore
+from relora_train.divergence import divergence_text
+from relora_train.errors import CheckpointError, ObjectNotFoundError, ReLoRAError
+from relora_train.evaluation_records import dataset_of, recorded_evaluation
+from relora_train.experiments.experiment import PlannedRun
+from relora_train.experiments.records import (
+    CurvePoint,
+    ResetSize,
+    RunResult,
+    ScorePoint,
+)
+from relora_train.model_shape import ShapeUnknownError
+from relora_train.objectives.measures import LOSS, Measure
+from relora_train.objectives.registry import SCORES
+from relora_train.plan import plan
+from relora_train.reporting.collect import collect_run_data, files_in_stores, stage_peak_bytes
+from relora_train.reporting.run_data import RunData
+from relora_train.run import line_of
+from relora_train.storage.base import ObjectStore
+from relora_train.workspace import checkpoint_cache
+
+CURVE_BINS = 120
+"""Points of a training curve, each the mean over its share of the budget."""
+
+
+def find_result(store: ObjectStore, run: PlannedRun) -> RunResult | None:
+    """What is recorded of a run that is finished and scored, or None: then it has to be run, or run on."""
+    latest = _latest(store, run)
+    if latest is None or latest.step < run.profile.schedule.total_steps:
+        return None
+    try:
+        scores = recorded_evaluation(run.profile, latest, dataset_of(latest), store)
+    except ObjectNotFoundError:
+        return None
+    return None if scores is None else _result(run, latest, scores)
+
+
+def diverged_result(store: ObjectStore, run: PlannedRun, message: str) -> RunResult:
+    """A run that diverged, with the curve of the stages that it committed before."""
+    latest = _latest(store, run)
+    counted = _counted(run)
+    if latest is None:
+        return RunResult(arm=run.arm, seed=run.seed, run_id=run.run_id, outcome="diverged", message=message, **counted)
+    return _result(run, latest, {}).model_copy(update={"outcome": "diverged", "message": message})
+
+
+def record_divergence(store: ObjectStore, experiment: str, run: PlannedRun, message: str) -> None:
+    """Keep in the store that a run diverged with these settings, so that it is not made a second time."""
+    record = {"run_id": run.run_id, "arm": run.arm, "seed": run.seed, "message": message}
+    store.put_bytes(_divergence_key(experiment, run), (json.dumps(record, indent=1) + "\n").encode())
+
+
+def recorded_divergence(store: ObjectStore, experiment: str, run: PlannedRun) -> str | None:
+    """The message of a divergence that is on record; None otherwise."""
+    try:
+        return str(json.loads(store.get_bytes(_divergence_key(experiment, run))[0])["message"])
+    except (ObjectNotFoundError, ValueError, KeyError, TypeError):
+        return None
+
+
+def training_curve(tokens: NDArray[np.float64], loss: NDArray[np.float64], budget: int) -> tuple[CurvePoint, ...]:
+    """Mean loss of each of CURVE_BINS equal shares of the budget, at the share's middle; shares without records are
+    left out, and so are records that are not finite."""
+    finite = np.isfinite(loss) & np.isfinite(tokens)
+    width = budget / CURVE_BINS
+    share = np.clip(np.ceil(tokens[finite] / width).astype(int) - 1, 0, CURVE_BINS - 1)
+    values = loss[finite]
+    return tuple(
+        CurvePoint(tokens=(int(index) + 0.5) * width, loss=float(values[share == index].mean()))
+        for index in np.unique(share)
+    )
+
+
+def _latest(store: ObjectStore, run: PlannedRun) -> CheckpointRef | None:
+    try:
+        return CheckpointStore(store, run.run_id).latest()
+    except CheckpointError:
+        return None  # whatever is the matter is said when the run is gone on with
+
+
+def _divergence_key(experiment: str, run: PlannedRun) -> str:
+    return f"{experiment_prefix(experiment)}diverged/{run.run_id}.json"
+
+
+def _result(run: PlannedRun, latest: CheckpointRef, scores: Mapping[str, Any]) -> RunResult:
+    line = line_of(latest)
+    fetch = files_in_stores(checkpoint_cache(run.run_id))
+    data = collect_run_data(line, fetch, spectra=False)
+    own = [ref for ref in line if ref.manifest.run_id == run.run_id]
+    peaks = [peak for ref in own if (peak := stage_peak_bytes(ref, fetch)) is not None]
+    own_start = own[0].manifest.parent.step if own[0].manifest.parent else 0
+    manifest = latest.manifest
+    budget = run.profile.schedule.total_steps * run.profile.batch.tokens
+    return RunResult(
+        arm=run.arm,
+        seed=run.seed,
+        run_id=run.run_id,
+        outcome="trained",
+        checkpoint_uri=latest.uri,
+        dataset_id=manifest.dataset_id,
+        **{name: scores.get(name) for name in SCORES},
+        tokens_per_second=_speed(data, after=own_start),
+        tokens_per_second_in_all=_speed(data, after=0),
+        peak_memory_bytes=max(peaks, default=None),
+        seconds=sum(row.seconds for row in data.stages),
+        resets=reset_sizes(data),
+        lowered=tuple(f"{row.stage} {divergence_text(row.divergence)}" for row in data.stages if row.divergence),
+        finished_at=manifest.created_at.astimezone(UTC),
+        versions=manifest.versions,
+        training=training_curve(data.train["tokens_seen"], data.train["loss"], budget),
+        validation=_validation(data, run.profile.batch.tokens),
+        scored=_scored(data, run.profile.batch.tokens),
+        **_counted(run),
+    )
+
+
+def _speed(data: RunData, *, after: int) -> float | None:
+    """Tokens per second of training over the records after a step: all their tokens over all their time."""
+    chosen = data.train.step > after
+    tokens = np.diff(data.train["tokens_seen"], prepend=0.0)[chosen]
+    rates = data.train["tokens_per_second"][chosen]
+    known = np.isfinite(tokens) & np.isfinite(rates) & (rates > 0) & (tokens > 0)
+    seconds = float((tokens[known] / rates[known]).sum())
+    return float(tokens[known].sum()) / seconds if seconds > 0 else None
+
+
+def reset_sizes(data: RunData) -> tuple[ResetSize, ...]:
+    """What the first updates after each reset did, from the records of the steps that the trainer measured."""
+    change, step = data.train["relative_weight_change"], data.train.step
+    found = []
+    for before, row in itertools.pairwise(data.stages):
+        inside = (step > row.start_step) & (step < row.end_step) & np.isfinite(change)
+        if row.cycle < 2 or before.cycle != row.cycle - 1 or not inside.any():
+            continue
+        last = change[step == before.end_step]
+        found.append(
+            ResetSize(
+                cycle=row.cycle,
+                largest_change=float(change[inside].max()),
+                change_before=float(last[0]) if len(last) and np.isfinite(last[0]) else None,
+                largest_a_move=float(data.train["lora_A_update_norm"][inside].max()),
+            )
+        )
+    return tuple(found)
+
+
+def _validation(data: RunData, step_tokens: int) -> tuple[CurvePoint, ...]:
+    return tuple(CurvePoint(tokens=at, loss=loss) for at, loss in _by_stage(data, LOSS, step_tokens))
+
+
+def _scored(data: RunData, step_tokens: int) -> tuple[ScorePoint, ...]:
+    found = _by_stage(data, data.measures.headline, step_tokens)
+    return tuple(ScorePoint(tokens=at, score=score) for at, score in found)
+
+
+def _by_stage(data: RunData, measure: Measure, step_tokens: int) -> list[tuple[int, float]]:
+    """Tokens and score at the start and after every stage, where it is finite."""
+    points = [(row.end_step * step_tokens, row.after.of(measure)) for row in data.stages]
+    points.insert(0, (data.stages[0].start_step * step_tokens, data.stages[0].before.of(measure)))
+    return [(at, score) for at, score in points if score is not None and math.isfinite(score)]
+
+
+def _counted(run: PlannedRun) -> dict[str, int | None]:
+    """Parameters, counted from the shape; None where it is not known on this machine."""
+    try:
+        planned = plan(run.profile)
+    except (ReLoRAError, ShapeUnknownError):
+        return {}
+    cost = planned.low_rank or planned.full
+    return {"parameters": planned.parameters, "trainable_parameters": cost.trainable_parameters if cost else None}
