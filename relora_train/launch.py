@@ -132,7 +132,9 @@ def _command(module: str, request_path: Path, nproc_per_node: int | Literal["gpu
             f"--nnodes={nodes.nnodes}",
             f"--node-rank={nodes.node_rank}",
         ]
-    return [sys.executable, "-m", "torch.distributed.run", *place, f"--nproc-per-node={nproc_per_node}", *worker]
+    log_dir = request_path.parent / "torchrun"  # else each launch leaves a directory in the system's temporary one
+    ranks = [f"--nproc-per-node={nproc_per_node}", f"--log-dir={log_dir}"]
+    return [sys.executable, "-m", "torch.distributed.run", *place, *ranks, *worker]
 
 
 def _environment(*, keep_secrets: bool) -> dict[str, str]:

@@ -54,9 +54,12 @@ def alone(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def together(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same cycle by two ranks."""
+    """The same cycle by two ranks, whose system's temporary directory is `tmp` beside it."""
     out = tmp_path_factory.mktemp("together") / "out"
-    by_two_ranks(stage_request(profile_of(), "cycle-1", dataset, out))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TMPDIR", str(out.parent / "tmp"))
+        (out.parent / "tmp").mkdir()
+        by_two_ranks(stage_request(profile_of(), "cycle-1", dataset, out))
     return out
 
 
@@ -81,6 +84,10 @@ def assert_same_up_to_rounding(one: Path, other: Path, *, rounding: float = 1e-5
 
 def test_two_ranks_give_the_single_process_result_up_to_rounding(alone: Path, together: Path):
     assert_same_up_to_rounding(together, alone)
+
+
+def test_ranks_leave_nothing_in_the_systems_temporary_directory(together: Path):
+    assert list((together.parent / "tmp").iterdir()) == []
 
 
 @pytest.mark.parametrize("sharding", ["none", "full"])
