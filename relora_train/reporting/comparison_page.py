@@ -223,7 +223,7 @@ def _search(data: Comparison) -> Html:
     if not data.search:
         return Html("")
     text = "What was tried before the runs above and what it came to, as the experiment's file has it."
-    return Html(table(("Tried", "Result"), list(data.search.items())) + note(text))
+    return Html(table(("Tried", "Result"), list(data.search.items()), prose=True) + note(text))
 
 
 def _runs(data: Comparison) -> Html:

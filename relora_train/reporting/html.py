@@ -33,8 +33,9 @@ def figure(picture: tuple[bytes, bytes], title: str, caption: str) -> Html:
     )
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[Cell]]) -> Html:
-    """A row of one cell spans the table: an address under the row it belongs to."""
+def table(header: Sequence[str], rows: Sequence[Sequence[Cell]], *, prose: bool = False) -> Html:
+    """A row of one cell spans the table: an address under the row it belongs to. prose: cells hold sentences, which
+    are set from the left and wrap."""
     head = "".join(f'<th scope="col">{escape(title)}</th>' for title in header)
     lines = []
     for row in rows:
@@ -43,7 +44,8 @@ def table(header: Sequence[str], rows: Sequence[Sequence[Cell]]) -> Html:
         else:
             lines.append(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>")
     body = "".join(lines)
-    return Html(f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>')
+    kind = ' class="prose"' if prose else ""
+    return Html(f'<div class="scroll"><table{kind}><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>')
 
 
 def note(text: str) -> Html:

@@ -44,6 +44,7 @@ tbody tr:first-child td { border-top: 0; }
 th:first-child, td:first-child { text-align: left; padding-left: 0; }
 th:last-child, td:last-child { padding-right: 0; }
 td:first-child { font-weight: 500; }
+table.prose th, table.prose td { text-align: left; white-space: normal; }
 tr.address td { border-top: 0; padding: 0 0 9px; white-space: normal; color: var(--muted); font-weight: 400;
   font-size: 12px; line-height: 1.4; }
 .better { color: var(--better); } .worse { color: var(--worse); }
