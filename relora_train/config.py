@@ -104,6 +104,11 @@ class Profile(FrozenConfig):
             return self
         if self.schedule.warm_start_steps == 0:
             raise ValueError("relora.rank_allocation 'warm-start-spectrum' needs schedule.warm_start_steps above 0")
+        if self.relora.rank == 1:
+            raise ValueError(
+                "relora.rank_allocation 'warm-start-spectrum' has nothing to share out at relora.rank 1: every layer "
+                "keeps one direction at least; raise the rank"
+            )
         if self.launch.sharding == "full":
             raise ValueError(
                 "relora.rank_allocation 'warm-start-spectrum' looks at whole weights, which launch.sharding 'full' "

@@ -370,6 +370,8 @@ def test_ranks_by_layer_are_refused_where_there_is_no_spectrum(
     chosen = {"rank_allocation": "warm-start-spectrum"}
     with pytest.raises(ValueError, match=r"needs schedule\.warm_start_steps above 0"):
         tiny_profile(relora=chosen, schedule={"warm_start_steps": 0})
+    with pytest.raises(ValueError, match=r"nothing to share out at relora\.rank 1"):
+        tiny_profile(relora=chosen | {"rank": 1})
     with pytest.raises(ValueError, match="looks at whole weights"):
         tiny_profile(relora=chosen, launch={"sharding": "full"})
     uniform = tmp_path / "uniform"

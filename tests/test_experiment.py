@@ -181,10 +181,12 @@ def test_the_papers_numbers_are_those_of_its_table_1():
 
 
 def test_experiments_share_warm_starts_and_arms_whose_settings_are_the_same():
-    table2, resets = load_experiment("table2-tiny"), load_experiment("resets")
-    assert [run.run_id for run in table2.warm_starts] == [run.run_id for run in resets.warm_starts]
+    for one, other in (("table2-tiny", "table1-tiny"), ("beyond", "resets")):
+        warm_starts = [{run.run_id for run in load_experiment(name).warm_starts} for name in (one, other)]
+        assert warm_starts[0] == warm_starts[1]
     table1 = {run.run_id for run in load_experiment("table1-tiny").runs}
-    assert {run.run_id for run in table2.runs if run.arm in ("full", "lora-warm")} <= table1
+    shared = {run.run_id for run in load_experiment("table2-tiny").runs if run.arm in ("full", "lora", "lora-warm")}
+    assert shared and shared <= table1
 
 
 def test_the_run_ids_stay_when_arms_and_seeds_are_added(tmp_path: Path):
