@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+import shlex
 import tomllib
+from html import unescape
 from pathlib import Path
 
 import pytest
@@ -134,6 +136,8 @@ def test_the_rows_of_table_1_differ_in_the_four_parts_as_the_paper_has_them(name
             cycles and p.schedule.jagged,
             p.method != "full" and p.schedule.warm_start_steps > 0,
         )
+    if name == "table1-tiny":  # the paper's third row once more, with the official code's reset
+        assert parts.pop("restarts-reset-masks") == parts["restarts-reset"]
     assert parts == {  # restarts, optimizer reset, jagged schedule, warm start
         "lora": (False, False, False, False),
         "restarts": (True, False, False, False),
@@ -164,11 +168,13 @@ def test_the_arms_beyond_the_paper_differ_from_relora_in_their_one_option():
         "bfloat16-merges": ["relora.merge_dtype"],
         "gradient-init": ["relora.init"],
         "growing-cycles": ["schedule.cycle_growth"],
-        "rank-by-spectrum": ["relora.rank_allocation"],
-        "lora-plus-4": ["optimizer.low_rank_b_lr_ratio"],
-        "lora-plus-16": ["optimizer.low_rank_b_lr_ratio"],
+        "lora-plus-4": ["optimizer.low_rank_lr_ratio", "optimizer.low_rank_b_lr_ratio"],
+        "lora-plus-16": ["optimizer.low_rank_lr_ratio", "optimizer.low_rank_b_lr_ratio"],
         "low-rank-2": ["optimizer.low_rank_lr_ratio"],
     }
+    for name in ("lora-plus-4", "lora-plus-16"):  # around ReLoRA's rate
+        ratios = arms[name].set["optimizer"]
+        assert ratios["low_rank_lr_ratio"] ** 2 * ratios["low_rank_b_lr_ratio"] == 1
     assert len(load_experiment("beyond").warm_starts) == 3  # shared by all arms, a seed each
 
 
@@ -185,7 +191,7 @@ def test_experiments_share_warm_starts_and_arms_whose_settings_are_the_same():
         warm_starts = [{run.run_id for run in load_experiment(name).warm_starts} for name in (one, other)]
         assert warm_starts[0] == warm_starts[1]
     table1 = {run.run_id for run in load_experiment("table1-tiny").runs}
-    shared = {run.run_id for run in load_experiment("table2-tiny").runs if run.arm in ("full", "lora", "lora-warm")}
+    shared = {run.run_id for run in load_experiment("table2-tiny").runs if run.arm not in ("control",)}
     assert shared and shared <= table1
 
 
@@ -231,6 +237,23 @@ def test_the_search_for_settings_is_shown_as_it_was_written(tmp_path: Path):
     assert html.index("relora, rate 4e-3") < html.index("1.388 ± 0.004") < html.index("1.391 &lt;not chosen&gt;")
     without = compare_results(load_experiment(write(tmp_path, SMALL)), [])
     assert "How the settings were found" not in render_comparison(without, {})
+
+
+def test_the_report_shows_what_the_experiment_sets_over_the_profile(tmp_path: Path):
+    text = SMALL.replace("[arms.relora]", "[base]\nrelora.alpha = 77.5\n\n[arms.relora]", 1)
+    assert "relora.alpha = 77.5" in text
+    html = render_comparison(compare_results(load_experiment(write(tmp_path, text)), []), {})
+    assert "The base is profile smoke with <code>relora.alpha = 77.5</code>" in html
+    assert "The base is profile" not in render_comparison(
+        compare_results(load_experiment(write(tmp_path, SMALL)), []), {}
+    )
+
+
+def test_a_command_in_the_report_can_be_pasted_into_a_shell(tmp_path: Path):
+    overrides = {"evaluation.sample_prompts": ["a b"]}
+    compared = compare_results(load_experiment(write(tmp_path, SMALL), overrides), [])
+    shown = unescape(re.search(r"<code>(relora compare .*?)</code>", render_comparison(compared, {}))[1])
+    assert shlex.split(shown)[-1] == 'evaluation.sample_prompts=["a b"]'
 
 
 def test_seed_and_name_are_no_overrides(tmp_path: Path):

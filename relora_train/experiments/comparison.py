@@ -39,6 +39,7 @@ def compare_results(experiment: Experiment, results: Sequence[RunResult]) -> Com
         paper_measure=config.paper_measure,
         overrides=dict(experiment.overrides),
         unreached=dict(experiment.unreached),
+        base=config.base,
         changes={name: arm.set for name, arm in config.arms.items()},
         search=config.search,
         arms=arms,

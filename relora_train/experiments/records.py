@@ -164,6 +164,9 @@ class Comparison(FrozenConfig):
     unreached: dict[str, tuple[str, ...]]
     """Overridden keys that some arms set themselves, and these arms."""
 
+    base: dict[str, Any] = Field(default_factory=dict)
+    """What the experiment sets over the profile, for every arm."""
+
     changes: dict[str, dict[str, Any]]
     """What each arm sets."""
 

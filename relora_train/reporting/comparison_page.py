@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Sequence
 
 from relora_train.experiments.records import ArmResult, Comparison, RunResult
@@ -106,7 +107,7 @@ def _differences(data: Comparison) -> Html:
     text = (
         "The arm less the reference, seed by seed, then mean ± standard error: what a seed does to both cancels. "
         f"{'Higher' if judged.higher_is_better else 'Lower'} {judged.name} is better. Better or worse: its mean lies "
-        "more than two standard errors from zero, and there are three pairs."
+        "more than two standard errors from zero, over three pairs at least."
     )
     header = ("Arm", judged.name.capitalize(), beside.name.capitalize(), "Pairs", "")
     return Html(table(header, rows) + note(text))
@@ -216,7 +217,9 @@ def _arms(data: Comparison) -> Html:
         shown = " · ".join(f"{key} = {value}" for key, value in changes.items()) or "the base as it is"
         rows.append((row.label, count(row.parameters), count(row.trainable_parameters)))
         rows.append((Html(f"{escape(row.about)} <code>{escape(shown)}</code>"),))
-    return Html(table(("Arm", "Parameters", "Trained"), rows))
+    base = " · ".join(f"{key} = {value}" for key, value in _flat(data.base).items())
+    common = Html(f'<p class="note">The base is profile {escape(data.profile)} with <code>{escape(base)}</code></p>')
+    return Html(table(("Arm", "Parameters", "Trained"), rows) + (common if data.base else ""))
 
 
 def _search(data: Comparison) -> Html:
@@ -250,7 +253,9 @@ def _lowered(run: RunResult) -> Html:
 
 def _settings(data: Comparison) -> Html:
     command = f"relora compare {data.experiment} --seeds {','.join(map(str, data.seeds))}"
-    sets = "".join(f" --set {key}={json.dumps(value)}" for key, value in _flat(data.overrides).items())
+    sets = "".join(
+        f" --set {shlex.quote(f'{key}={json.dumps(value)}')}" for key, value in _flat(data.overrides).items()
+    )
     versions = next((run.versions for run in data.runs if run.versions), {})
     shown = table(("Package", "Version"), sorted(versions.items())) if versions else note("Not recorded.")
     return Html(f"<p><code>{escape(command + sets)}</code></p>" + details("Versions", shown))

@@ -79,7 +79,8 @@ def _figure(
     axes.xaxis.set_major_locator(MaxNLocator(10, steps=[1, 2, 5, 10]))
     unit, name = next(((u, n) for u, n in ((1e9, "B"), (1e6, "M"), (1e3, "k")) if data.budget_tokens >= 2 * u), (1, ""))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value / unit:,g}{name if value else ''}"))
-    legend(axes, theme, columns=2 if len(curves) > 4 else 1)
+    rises = which == "scored" and data.measures.judged.higher_is_better
+    legend(axes, theme, columns=2 if len(curves) > 4 else 1, place="lower right" if rises else "upper right")
     return figure
 
 
