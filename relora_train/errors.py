@@ -65,7 +65,8 @@ class ProfileNotFoundError(ConfigError):
 
 
 class ProfileInvalidError(ConfigError):
-    pass
+    faults: tuple[str, ...] = ()
+    """Each by itself, where there are several."""
 
 
 class ExperimentInvalidError(ConfigError):

@@ -58,6 +58,8 @@ def _find(name_or_path: str | Path) -> Path:
     if isinstance(name_or_path, str) and name_or_path in shipped:
         return shipped[name_or_path]  # a file "smoke" in the working directory is meant by "./smoke"
     if path.is_file():
+        if path.suffix != ".toml":
+            raise ProfileNotFoundError(f"{path} does not end in .toml, as a profile's file must. Rename it.")
         return path
     close = difflib.get_close_matches(str(name_or_path), shipped, n=1)
     hint = f" Did you mean {close[0]!r}?" if close else ""
@@ -97,11 +99,14 @@ def _validate(settings: dict[str, Any], path: Path, sources: Mapping[str, str]) 
     try:
         return Profile.model_validate(settings)
     except ValidationError as error:
-        faults = "\n".join(f"  - {_describe(fault, sources)}" for fault in error.errors())
-        raise ProfileInvalidError(
-            f"{path} has {error.error_count()} fault{'s' if error.error_count() > 1 else ''}:\n{faults}\n"
+        faults = tuple(_describe(fault, sources) for fault in error.errors())
+        shown = "\n".join(f"  - {fault}" for fault in faults)
+        refusal = ProfileInvalidError(
+            f"{path} has {len(faults)} fault{'s' if len(faults) > 1 else ''}:\n{shown}\n"
             "Correct them there or in what goes over it and run again; profiles/README.md explains every key."
-        ) from None
+        )
+        refusal.faults = faults
+        raise refusal from None
 
 
 def _describe(fault: ErrorDetails, sources: Mapping[str, str]) -> str:

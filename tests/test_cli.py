@@ -104,7 +104,10 @@ BAD_INPUT = [
     ),
     pytest.param(["compare", "table2-tyni"], 2, "Did you mean 'table2-tiny'", id="unknown experiment"),
     pytest.param(["compare", "table2-tiny", "--seeds", "0,x"], 2, "write it as 0,1,2", id="seeds that are no numbers"),
-    pytest.param(["compare", "table2-tiny", "--set", "seed=1"], 2, "given by --seeds", id="seed as a setting"),
+    pytest.param(["compare", "table2-tiny", "--set", "seed=1"], 2, "given by `seeds` or", id="seed as a setting"),
+    pytest.param(["compare", "resets", "--deployment", "foo"], 2, "write it as pretrain/NAME", id="no such flow"),
+    pytest.param(["bench", "--output", "no/such/file"], 2, "no/such/file cannot be a file", id="no such place"),
+    pytest.param(["analyze", "tale", "--output", "/proc/x"], 2, "--output /proc/x cannot be made", id="not writable"),
     pytest.param(["report", "gone"], 6, "no run 'gone'", id="report of nothing"),
 ]
 

@@ -27,9 +27,11 @@ from relora_train.experiments.measured import (
     TutorialSettings,
     is_measured,
 )
+from relora_train.experiments.run_results import record_divergence, recorded_divergence
 from relora_train.plan import plan
 from relora_train.reporting.comparison_page import render_comparison
 from relora_train.stages import fingerprint_settings, plan_stages
+from relora_train.storage.opening import open_store
 
 ALL_SHIPPED = [path.stem for path in list_experiments()]
 SHIPPED = [name for name in ALL_SHIPPED if not is_measured(name)]
@@ -201,7 +203,17 @@ def test_the_run_ids_stay_when_arms_and_seeds_are_added(tmp_path: Path):
     after = load_experiment(write(tmp_path, more), seeds=[0, 1])
     assert {run.run_id for run in before.runs} < {run.run_id for run in after.runs}
     assert {run.run_id for run in before.warm_starts} < {run.run_id for run in after.warm_starts}
-    assert before.digest == load_experiment(write(tmp_path, SMALL), seeds=[3, 4]).digest != after.digest
+
+
+def test_every_question_has_a_report_of_its_own(tmp_path: Path):
+    def digest(text: str = SMALL, **given: object) -> str:
+        return load_experiment(write(tmp_path, text), **given).digest
+
+    other_reference = SMALL.replace('reference = "relora"', 'reference = "lora"')
+    fewer_scored = {"evaluation.final_sequences": 16}
+    asked = [digest(), digest(seeds=[0]), digest(other_reference), digest(overrides=fewer_scored)]
+    assert len(set(asked)) == len(asked)
+    assert digest(seeds=[2, 1, 0]) == digest(seeds=[0, 1, 2]) == digest()
 
 
 def test_overrides_go_under_the_arms_and_may_change_the_budget_of_all(tmp_path: Path):
@@ -258,6 +270,28 @@ def test_a_command_in_the_report_can_be_pasted_into_a_shell(tmp_path: Path):
 
 def test_seed_and_name_are_no_overrides(tmp_path: Path):
     assert "--seeds" in refusal(write(tmp_path, SMALL), overrides={"seed": 3})
+    message = refusal(write(tmp_path, SMALL + "set.seed = 7\n[base]\nname = 'mine'\n"))
+    assert "arms.lora.set.seed cannot be set" in message and "base.name cannot be set" in message
+
+
+def test_a_fault_of_an_arm_is_told_as_the_experiments_own(tmp_path: Path):
+    message = refusal(write(tmp_path, SMALL + "set.relora.rnk = 3\n"))
+    assert "  - arms.lora: relora.rnk: no such setting" in message
+    assert "smoke.toml" not in message and message.count("Correct them") == 1
+
+
+@pytest.mark.parametrize("name", ["mine.exp", "mine", "vier ü.toml", ".toml"])
+def test_a_file_is_refused_by_a_name_that_no_folder_could_have(tmp_path: Path, name: str):
+    (tmp_path / name).write_text(SMALL)
+    assert "Rename it" in refusal(tmp_path / name)
+
+
+def test_the_report_names_the_command_that_makes_it_again(tmp_path: Path):
+    (tmp_path / "images.toml").write_text(SMALL)
+    own = render_comparison(compare_results(load_experiment(tmp_path / "images.toml"), []), {})
+    assert "relora compare images.toml --seeds 0,1,2" in own
+    shipped = render_comparison(compare_results(load_experiment("images"), []), {})
+    assert "relora compare images --seeds" in shipped
 
 
 @pytest.mark.parametrize(
@@ -269,12 +303,28 @@ def test_seed_and_name_are_no_overrides(tmp_path: Path):
         ('label = "LoRA"', 'label = "LoRA"\ncolour = 3', "arms.lora.colour: Extra inputs"),
         ("budget_tokens = 30_720", "budget_tokens = 30_720\nseeds = [1, 1]", "name one twice"),
         ('title = "Two arms"', "title = ", "is not valid TOML"),
+        ('label = "LoRA"', 'label = "ReLoRA"', "several arms are called 'ReLoRA'"),
+        ('label = "LoRA"', 'label = ""', "arms.lora.label: String should have at least 1 character"),
+        (
+            "budget_tokens = 30_720",
+            "budget_tokens = 30_720\nseeds = [true]",
+            "seeds.0: Input should be",
+        ),
     ],
 )
 def test_a_faulty_experiment_says_what_and_where(tmp_path: Path, before: str, after: str, words: str):
     path = write(tmp_path, SMALL.replace(before, after))
     message = refusal(path)
     assert words in message and str(path) in message
+
+
+def test_a_divergence_on_record_holds_for_what_was_asked_to_be_done_about_one(tmp_path: Path):
+    path, store = write(tmp_path, SMALL), open_store((tmp_path / "store").as_uri())
+    run = load_experiment(path).runs[0]
+    record_divergence(store, "mine", run, "The loss is nan.")
+    assert recorded_divergence(store, "mine", run) == "The loss is nan."
+    retried = load_experiment(path, {"divergence.on_divergence": "lower_lr"}).runs[0]
+    assert retried.run_id == run.run_id and recorded_divergence(store, "mine", retried) is None
 
 
 def test_seeds_that_name_one_twice_are_refused(tmp_path: Path):
@@ -286,13 +336,17 @@ def test_a_misspelt_experiment_is_answered_with_the_name_that_was_meant():
         load_experiment("table2-tyni")
 
 
-def test_the_base_may_lie_beside_the_experiment(tmp_path: Path):
+def test_the_base_may_lie_beside_the_experiment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "base.toml").write_text("[relora]\nrank = 8\n")
     text = SMALL.replace('"smoke"', '"base.toml"').replace("30_720", str(1000 * 32 * 256))
     experiment = load_experiment(write(tmp_path, text))
     assert {run.profile.relora.rank for run in experiment.runs} == {8}
     with pytest.raises(ConfigError):
         load_experiment(write(tmp_path, SMALL.replace('"smoke"', '"gone.toml"')))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "other").mkdir()
+    with pytest.raises(ProfileNotFoundError, match=r"mine\.toml: its profile .*other/base\.toml is not there"):
+        load_experiment(write(tmp_path / "other", text))
 
 
 README = (experiment_directory() / "README.md").read_text()

@@ -52,9 +52,15 @@ def test_a_name_like_no_other_gets_the_list_and_no_guess():
 
 def test_a_shipped_name_is_not_hidden_by_a_file_in_the_working_directory(tmp_path, monkeypatch):
     write(tmp_path, "seed = 7", name="smoke")
+    write(tmp_path, "seed = 7", name="smoke.toml")
     monkeypatch.chdir(tmp_path)
     assert load_profile("smoke").seed == 0
-    assert load_profile("./smoke").seed == 7
+    assert load_profile("./smoke.toml").seed == 7
+
+
+def test_a_file_that_a_flow_would_not_take_is_refused_by_its_name(tmp_path):
+    with pytest.raises(ProfileNotFoundError, match=r"does not end in \.toml, as a profile's file must"):
+        load_profile(write(tmp_path, "seed = 7", name="mine.conf"))
 
 
 def test_broken_toml_names_file_and_line(tmp_path):

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from relora_train.commands.options import AsJson, CheckpointName, RunName, Store, echo_json, open_named, resolve
-from relora_train.console.output import console_for_people, tell
+from relora_train.console.output import console_for_people, require_writable, tell
 from relora_train.errors import StorageError
 
 
@@ -47,6 +47,8 @@ def bench(
     from relora_train.console.tables import show as show_view
     from relora_train.errors import ConfigError
 
+    if output is not None:
+        require_writable(output, "--output", directory=False)
     if precision not in ("float32", "bfloat16"):
         raise ConfigError(f"--precision {precision!r} is not float32 or bfloat16.")
     record = benchmark.bench(
@@ -133,6 +135,8 @@ def analyze(
     from relora_train.console import analyze as ranks
     from relora_train.console.tables import show as show_view
 
+    if output is not None:
+        require_writable(output, "--output", directory=True)
     analysis = ranks.analyze_checkpoint(
         resolve(checkpoint, store),
         resolve(against, store) if against else None,

@@ -51,6 +51,10 @@ def run_experiment(
 
     Raises the library's own errors, TrainerInterruptedError after Ctrl-C; exits with 143 after SIGTERM.
     """
+    if deployment is not None and not deployment.startswith("pretrain/"):
+        raise ConfigError(
+            f"--deployment {deployment!r} is no deployment of the flow pretrain: write it as pretrain/NAME."
+        )
     overrides = dict(profiles.parse_override(text) for text in sets)
     without_runs = is_measured(name)
     if without_runs:

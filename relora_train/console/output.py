@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import traceback
 from datetime import datetime
+from pathlib import Path
 
 from rich.console import Console
 from rich.text import Text
 
+from relora_train.errors import ConfigError
 from relora_train.workspace import cache_root
 
 _COLUMNS_WITHOUT_TERMINAL = 100
@@ -50,6 +52,19 @@ def describe_fault(error: Exception, *, verbose: bool) -> str:
 def _print(message: Text) -> None:
     console = Console(stderr=True, highlight=False)
     console.print(message, soft_wrap=not console.is_terminal)
+
+
+def require_writable(path: Path, option: str, *, directory: bool) -> None:
+    """Refuse a place for a result before the work that it is for. A directory is made. Raises ConfigError."""
+    try:
+        if directory:
+            path.mkdir(parents=True, exist_ok=True)
+        elif path.is_dir() or not path.parent.is_dir():
+            raise ConfigError(f"{option} {path} cannot be a file there. Choose a path in a directory that exists.")
+        if not os.access(path if directory else path.parent, os.W_OK):
+            raise ConfigError(f"{option} {path} cannot be written to. Choose another place.")
+    except OSError as error:
+        raise ConfigError(f"{option} {path} cannot be made: {error.strerror}. Choose another place.") from None
 
 
 def was_interrupted(error: BaseException) -> bool:

@@ -27,6 +27,7 @@ def compare_results(experiment: Experiment, results: Sequence[RunResult]) -> Com
     arms = tuple(_arm_result(name, experiment, results) for name in config.arms)
     return Comparison(
         experiment=experiment.name,
+        command_name=experiment.command_name,
         title=config.title,
         objective=experiment.runs[0].profile.objective,
         profile=experiment.profile,

@@ -12,10 +12,13 @@ ArmName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,39}$")]
 """Part of run ids."""
 
 
+Seed = Annotated[int, Field(ge=0, lt=2**31, strict=True)]
+
+
 class ArmConfig(FrozenConfig):
     """One arm: what it changes in the base, and what the paper has for it."""
 
-    label: str
+    label: str = Field(min_length=1)
     """What the tables call it."""
 
     about: str = ""
@@ -40,7 +43,7 @@ class ExperimentConfig(FrozenConfig):
     budget_tokens: int = Field(ge=1)
     """Tokens that every arm trains on, its warm start included; of images, patches."""
 
-    seeds: tuple[int, ...] = Field((0, 1, 2), min_length=1)
+    seeds: tuple[Seed, ...] = Field((0, 1, 2), min_length=1)
     """Every arm is trained once with each."""
 
     reference: str
@@ -65,6 +68,13 @@ class ExperimentConfig(FrozenConfig):
     def seeds_differ(self) -> Self:
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds {list(self.seeds)} name one twice")
+        return self
+
+    @model_validator(mode="after")
+    def labels_differ(self) -> Self:
+        labels = [arm.label for arm in self.arms.values()]
+        if twice := sorted({label for label in labels if labels.count(label) > 1}):
+            raise ValueError(f"several arms are called {twice[0]!r}: tables could not tell them apart")
         return self
 
     @model_validator(mode="after")

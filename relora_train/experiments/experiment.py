@@ -8,6 +8,7 @@ that begin with the same warm start branch from one run that makes nothing else.
 from __future__ import annotations
 
 import difflib
+import re
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from relora_train.checkpoint_layout import RUN_ID_PATTERN
 from relora_train.config import Profile, settings_digest
 from relora_train.errors import ExperimentInvalidError, ProfileInvalidError, ProfileNotFoundError
 from relora_train.experiments.config import ExperimentConfig
@@ -74,6 +76,7 @@ class Experiment:
     runs: tuple[PlannedRun, ...]
     """Seed by seed, in each the arms in the file's order: an interrupted experiment has whole seeds first."""
     overrides: Mapping[str, Any]
+    is_shipped: bool
 
     @property
     def seeds(self) -> tuple[int, ...]:
@@ -81,9 +84,18 @@ class Experiment:
 
     @property
     def digest(self) -> str:
-        """8 hex of what the arms are, whatever the seeds: more seeds go into the same report."""
-        arms = {run.arm: _digest(run.profile.model_copy(update={"seed": 0})) for run in self.runs}
-        return settings_digest({"arms": arms})[:8]
+        """8 hex of all that a report shows: another question has a report of its own, beside the earlier one."""
+        settings = {
+            "runs": sorted(run.run_id for run in self.runs),
+            "evaluation": [run.profile.evaluation.model_dump(mode="json") for run in self.runs_of_first_seed],
+            "config": self.config.model_dump(mode="json", exclude={"seeds"}),
+        }
+        return settings_digest(settings)[:8]
+
+    @property
+    def command_name(self) -> str:
+        """What `relora compare` is given: a shipped name, or the file's."""
+        return self.name if self.is_shipped else f"{self.name}.toml"
 
     @property
     def unreached(self) -> Mapping[str, tuple[str, ...]]:
@@ -121,6 +133,10 @@ class Experiment:
             "stop_after": run.stop_after,
         }
 
+    @property
+    def runs_of_first_seed(self) -> list[PlannedRun]:
+        return [run for run in self.runs if run.seed == self.runs[0].seed]
+
     def runs_of(self, arm: str) -> list[PlannedRun]:
         return [run for run in self.runs if run.arm == arm]
 
@@ -149,7 +165,7 @@ def load_experiment(
     if seeds:
         config = config.model_copy(update={"seeds": tuple(seeds)})
     given = layered(overrides or {})
-    faults = [*_misplaced(given), *_repeated(config.seeds)]
+    faults = [*_misplaced(given, config), *_repeated(config.seeds)]
     profile = _base_profile(config, path)
     runs: list[PlannedRun] = []
     for seed in config.seeds:
@@ -158,13 +174,15 @@ def load_experiment(
                 runs.append(_planned(name, seed, profile, layered(config.base, given, arm.set)))
             except ProfileInvalidError as error:
                 if seed == config.seeds[0]:
-                    faults.append(f"arms.{name}: {error}")
+                    faults += [f"arms.{name}: {fault}" for fault in error.faults or (str(error),)]
     budget = config.budget_tokens
     if not faults:
         faults, budget = _faults_of_budget(runs, budget, may_differ=bool(given))
     if faults:
         raise invalid_experiment(path, faults, where="there or in what goes over it")
-    return Experiment(path.stem, config, profile, budget, _warm_starts(runs), tuple(runs), given)
+    return Experiment(
+        path.stem, config, profile, budget, _warm_starts(runs), tuple(runs), given, path in list_experiments()
+    )
 
 
 def run_tokens(profile: Profile) -> int:
@@ -178,6 +196,11 @@ def find_experiment(name_or_path: str | Path) -> Path:
     if isinstance(name_or_path, str) and name_or_path in shipped:
         return shipped[name_or_path]
     if path.is_file():
+        if path.suffix != ".toml" or not re.fullmatch(RUN_ID_PATTERN, path.stem):
+            raise ExperimentInvalidError(
+                f"{path} cannot be an experiment's file by its name, which its report's folder gets: 1 to 100 letters, "
+                "digits, '.', '_' and '-', beginning with a letter or a digit, and .toml. Rename it."
+            )
         return path.resolve()
     close = difflib.get_close_matches(str(name_or_path), shipped, n=1)
     hint = f" Did you mean {close[0]!r}?" if close else ""
@@ -193,11 +216,15 @@ def _read(path: Path) -> ExperimentConfig:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ExperimentInvalidError(f"{path} is not valid TOML: {error}. Correct the file and run again.") from None
     except ValidationError as error:
-        faults = [
-            f"{'.'.join(map(str, fault['loc'])) or 'file'}: {fault['msg'].removeprefix('Value error, ')}"
-            for fault in error.errors()
-        ]
-        raise invalid_experiment(path, faults, where="there") from None
+        raise invalid_experiment(path, faults_of(error), where="there") from None
+
+
+def faults_of(error: ValidationError, *, below: int = 0) -> list[str]:
+    """'key: what is wrong' of each, the key without so many of its first parts; 'file' for the whole."""
+    return [
+        f"{'.'.join(map(str, fault['loc'][below:])) or 'file'}: {fault['msg'].removeprefix('Value error, ')}"
+        for fault in error.errors()
+    ]
 
 
 def invalid_experiment(path: Path, faults: Sequence[str], *, where: str) -> ExperimentInvalidError:
@@ -210,8 +237,12 @@ def invalid_experiment(path: Path, faults: Sequence[str], *, where: str) -> Expe
 
 
 def _base_profile(config: ExperimentConfig, path: Path) -> str:
+    if not config.profile.endswith(".toml"):
+        return config.profile
     beside = path.parent / config.profile
-    return str(beside.resolve()) if config.profile.endswith(".toml") and beside.is_file() else config.profile
+    if not beside.is_file():
+        raise ProfileNotFoundError(f"{path}: its profile {beside} is not there. Correct `profile`, or put it there.")
+    return str(beside.resolve())
 
 
 def _planned(arm: str, seed: int, profile: str, settings: Mapping[str, Any]) -> PlannedRun:
@@ -252,11 +283,14 @@ def _warm_starts(runs: Iterable[PlannedRun]) -> tuple[PlannedRun, ...]:
     return tuple(made.values())
 
 
-def _misplaced(given: Mapping[str, Any]) -> list[str]:
+def _misplaced(given: Mapping[str, Any], config: ExperimentConfig) -> list[str]:
+    arms = {f"arms.{name}.set.": layered(arm.set) for name, arm in config.arms.items()}
+    places: dict[str, Mapping[str, Any]] = {"": given, "base.": layered(config.base), **arms}
     return [
-        f"{key} cannot be set over an experiment: seeds are given by --seeds, names follow"
+        f"{place}{key} cannot be set in an experiment: seeds are given by `seeds` or --seeds, names follow"
+        for place, settings in places.items()
         for key in ("seed", "name")
-        if key in given
+        if key in settings
     ]
 
 

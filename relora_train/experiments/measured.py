@@ -11,13 +11,14 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError, field_validator, model_validator
 
 from relora_train.config import settings_digest
 from relora_train.errors import ConfigError
-from relora_train.experiments.experiment import find_experiment, invalid_experiment
+from relora_train.experiments.config import Seed
+from relora_train.experiments.experiment import faults_of, find_experiment, invalid_experiment
 from relora_train.overrides import layered
 from relora_train.settings.base import FrozenConfig
 
@@ -64,6 +65,23 @@ class TutorialSettings(FrozenConfig):
 
     reset_ratio: float = Field(0.99, ge=0, le=1)
     """Share of Adam's moments that a merge zeroes, by magnitude."""
+
+    @model_validator(mode="after")
+    def rank_is_at_most_the_smaller_side(self) -> Self:
+        if self.rank > min(self.inputs, self.outputs):
+            raise ValueError(f"rank {self.rank} is more than {min(self.inputs, self.outputs)}, the smaller side of W")
+        return self
+
+    @model_validator(mode="after")
+    def warmups_fit(self) -> Self:
+        if self.steps % self.cycle_length:
+            raise ValueError(f"steps {self.steps} are no multiple of cycle_length {self.cycle_length}")
+        if self.warmup_steps > self.cycle_length or self.restart_warmup_steps >= self.cycle_length:
+            raise ValueError(
+                f"warmup_steps {self.warmup_steps} must not exceed cycle_length {self.cycle_length}, and "
+                f"restart_warmup_steps {self.restart_warmup_steps} must be below it"
+            )
+        return self
 
 
 class ThroughputSettings(FrozenConfig):
@@ -115,8 +133,15 @@ class TutorialExperiment(FrozenConfig):
 
     title: str
     kind: Literal["tutorial"]
-    seeds: tuple[int, ...] = Field(tuple(range(10)), min_length=2)
+    seeds: tuple[Seed, ...] = Field(tuple(range(10)), min_length=2)
     tutorial: TutorialSettings = TutorialSettings()
+
+    @field_validator("seeds")
+    @classmethod
+    def seeds_differ(cls, seeds: tuple[int, ...]) -> tuple[int, ...]:
+        if len(set(seeds)) < len(seeds):
+            raise ValueError(f"{list(seeds)} name one twice")
+        return seeds
 
 
 class ThroughputExperiment(FrozenConfig):
@@ -142,8 +167,8 @@ class MeasuredExperiment:
 
     @property
     def digest(self) -> str:
-        """8 hex of what is measured, whatever the seeds: more seeds go into the same report."""
-        return settings_digest(self.config.model_dump(mode="json", exclude={"seeds"}))[:8]
+        """8 hex of what is measured: another question has a report of its own, beside the earlier one."""
+        return settings_digest(self.config.model_dump(mode="json"))[:8]
 
 
 class MeasuredTable(FrozenConfig):
@@ -213,10 +238,7 @@ def load_measured(
     try:
         config = _ADAPTER.validate_python(layered(settings, overrides or {}) | given)
     except ValidationError as error:
-        faults = [
-            f"{'.'.join(str(part) for part in fault['loc'][1:]) or 'kind'}: {fault['msg']}" for fault in error.errors()
-        ]
-        raise invalid_experiment(path, faults, where="there or in what goes over it") from None
+        raise invalid_experiment(path, faults_of(error, below=1), where="there or in what goes over it") from None
     return MeasuredExperiment(path.stem, config)
 
 

@@ -148,6 +148,9 @@ class Comparison(FrozenConfig):
     """A finished experiment."""
 
     experiment: str
+    command_name: str = ""
+    """What `relora compare` is given: the name of a shipped one, or the file's."""
+
     title: str
     objective: ObjectiveName = DEFAULT_OBJECTIVE
     profile: str

@@ -63,15 +63,21 @@ def diverged_result(store: ObjectStore, run: PlannedRun, message: str) -> RunRes
 
 
 def record_divergence(store: ObjectStore, experiment: str, run: PlannedRun, message: str) -> None:
-    """Keep in the store that a run diverged with these settings, so that it is not made a second time."""
-    record = {"run_id": run.run_id, "arm": run.arm, "seed": run.seed, "message": message}
+    """Keep in the store that a run diverged with these settings, so that it is not made a second time.
+
+    What is to be done about divergence is one of them, though it is in no run's name.
+    """
+    asked = run.profile.divergence.model_dump(mode="json")
+    record = {"run_id": run.run_id, "arm": run.arm, "seed": run.seed, "message": message, "divergence": asked}
     store.put_bytes(_divergence_key(experiment, run), (json.dumps(record, indent=1) + "\n").encode())
 
 
 def recorded_divergence(store: ObjectStore, experiment: str, run: PlannedRun) -> str | None:
-    """The message of a divergence that is on record; None otherwise."""
+    """The message of a divergence that is on record for the same settings; None otherwise."""
     try:
-        return str(json.loads(store.get_bytes(_divergence_key(experiment, run))[0])["message"])
+        record = json.loads(store.get_bytes(_divergence_key(experiment, run))[0])
+        same = record["divergence"] == run.profile.divergence.model_dump(mode="json")
+        return str(record["message"]) if same else None
     except (ObjectNotFoundError, ValueError, KeyError, TypeError):
         return None
 

@@ -252,7 +252,7 @@ def _lowered(run: RunResult) -> Html:
 
 
 def _settings(data: Comparison) -> Html:
-    command = f"relora compare {data.experiment} --seeds {','.join(map(str, data.seeds))}"
+    command = f"relora compare {data.command_name or data.experiment} --seeds {','.join(map(str, data.seeds))}"
     sets = "".join(
         f" --set {shlex.quote(f'{key}={json.dumps(value)}')}" for key, value in _flat(data.overrides).items()
     )
