@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from relora_train.benchmarking.measure import ArmResult
 from relora_train.benchmarking.request import Arm, ArmRequest, Shape
+from relora_train.console.compare import print_measured
 from relora_train.errors import ConfigError, ExperimentInvalidError, ProfileNotFoundError
 from relora_train.experiments.measured import (
     Measured,
+    MeasuredSummary,
     MeasuredTable,
     PaperThroughput,
     is_measured,
     load_measured,
     measured_json,
 )
-from relora_train.experiments.throughput import adjusted_speed, measure_throughput, pair_record
+from relora_train.experiments.throughput import adjusted_speed, measure_throughput, pair_record, summarize
 from relora_train.reporting.measured_report import measured_markdown, render_measured
 
 SHAPE = Shape(
@@ -47,6 +51,20 @@ def test_a_run_with_a_warm_start_is_as_fast_as_its_steps_take_together():
     assert record["peak_bytes"] == {"full": 40, "relora": 32}
     assert pair_record(full, relora, share=0.0)["speed_over_full"]["adjusted"]["mean"] == 2
     assert pair_record(full, relora, share=1.0)["speed_over_full"]["adjusted"]["mean"] == 1
+
+
+def test_its_tables_fit_a_hundred_columns_without_breaking_a_name():
+    full, relora = (arm("ours", 1.302, 1.311, weights=400_000_000, rest=10**9) for _ in range(2))
+    pairs = {label: pair_record(full, relora, share=1 / 3) for label in ("this library", "as the paper's code")}
+    numbers = {"measured_at": "2026-01-01T00:00:00+00:00", "device": "cpu", "shapes": {"llama_350m": pairs}}
+    config = load_measured("table4", {"throughput.shapes": ["llama_350m"]}).config
+    measured = summarize(config, numbers)
+    console = Console(width=100, file=io.StringIO())
+    uris = {"html_uri": "file:///r.html", "json_uri": "file:///r.json", "picture_uris": ()}
+    print_measured(console, MeasuredSummary(experiment="table4", title="x", measured=measured, **uris), seconds=1.0)
+    shown = console.file.getvalue()
+    for label in ("llama_350m, this library  ", "llama_350m, as the paper's code  "):
+        assert shown.count(label) == 2, shown
 
 
 def test_the_papers_gains_of_whole_runs_by_our_formula():

@@ -46,7 +46,7 @@ def measure_throughput(config: ThroughputExperiment) -> Measured:
             for label, (full, relora) in PAIRS.items()
         }
     numbers["device"] = device
-    return _measured(config, numbers)
+    return summarize(config, numbers)
 
 
 def _measure_shape(name: str, shape: Shape, settings: ThroughputSettings) -> dict[str, ArmResult]:
@@ -95,11 +95,12 @@ def _estimate(values: list[float]) -> dict[str, Any]:
     return cast(Estimate, estimate(values)).model_dump()
 
 
-def _measured(config: ThroughputExperiment, numbers: dict[str, Any]) -> Measured:
+def summarize(config: ThroughputExperiment, numbers: dict[str, Any]) -> Measured:
+    """Tables and headline from what was measured. Pure."""
     settings = config.throughput
-    rows = [
-        _row(f"{name}, {label}", record) for name, pairs in numbers["shapes"].items() for label, record in pairs.items()
-    ]
+    records = {
+        f"{name}, {label}": record for name, pairs in numbers["shapes"].items() for label, record in pairs.items()
+    }
     last = numbers["shapes"][settings.shapes[-1]]["this library"]
     gain = Estimate.model_validate(last["speed_over_full"]["adjusted"])
     at_once = Estimate.model_validate(last["speed_over_full"]["relora"])
@@ -110,29 +111,39 @@ def _measured(config: ThroughputExperiment, numbers: dict[str, Any]) -> Measured
     )
     note = (
         f"Mean ± standard error over {settings.rounds} rounds in which all arms took turns; ratios are taken within a "
-        f"round. Adjusted: a run whose first {share} % of steps are full rank, by time. Memory: the most held during a "
-        "step, weights included."
+        f"round. Adjusted: a run whose first {share} % of steps are full rank, by time."
     )
-    header = ("Step", "Full, tokens/s", "ReLoRA", "x full", "adjusted", "x full", "Memory full", "ReLoRA")
-    ours = MeasuredTable(title="Speed and memory", header=header, rows=tuple(rows), note=note)
+    speed = MeasuredTable(
+        title="Speed, tokens a second",
+        header=("Step", "Full", "ReLoRA", "x full", "adjusted", "x full"),
+        rows=tuple(_speed_row(label, record) for label, record in records.items()),
+        note=note,
+    )
+    memory = MeasuredTable(
+        title="Memory",
+        header=("Step", "Full", "ReLoRA", "x full"),
+        rows=tuple(_memory_row(label, record) for label, record in records.items()),
+        note="The most held during a step, weights included.",
+    )
     facts = (
         f"{numbers['device']} · {settings.precision} · dropout {settings.dropout:g} · measured "
         f"{numbers['measured_at'].replace('T', ' ').partition('+')[0]} UTC"
     )
-    tables = (ours, _paper_table(config, numbers)) if config.paper else (ours,)
+    tables = (speed, memory, _paper_table(config, numbers)) if config.paper else (speed, memory)
     return Measured(headline=headline, facts=facts, tables=tables, numbers=numbers)
 
 
-def _row(label: str, record: Mapping[str, Any]) -> tuple[str, ...]:
+def _speed_row(label: str, record: Mapping[str, Any]) -> tuple[str, ...]:
     rate, over = (
         {name: estimate_text(Estimate.model_validate(value)) for name, value in record[key].items()}
         for key in ("tokens_per_second", "speed_over_full")
     )
-    peak = {name: size(value) for name, value in record["peak_bytes"].items()}
-    return (
-        label, rate["full"], rate["relora"], over["relora"], rate["adjusted"], over["adjusted"], peak["full"],
-        peak["relora"],
-    )  # fmt: skip
+    return label, rate["full"], rate["relora"], over["relora"], rate["adjusted"], over["adjusted"]
+
+
+def _memory_row(label: str, record: Mapping[str, Any]) -> tuple[str, ...]:
+    full, relora = record["peak_bytes"]["full"], record["peak_bytes"]["relora"]
+    return label, size(full), size(relora), decimal(relora / full, 2)
 
 
 def _paper_table(config: ThroughputExperiment, numbers: Mapping[str, Any]) -> MeasuredTable:
