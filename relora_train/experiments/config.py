@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from relora_train.settings.base import FrozenConfig
 
@@ -12,7 +12,14 @@ ArmName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,39}$")]
 """Part of run ids."""
 
 
-Seed = Annotated[int, Field(ge=0, lt=2**31, strict=True)]
+def _each_once(seeds: tuple[int, ...]) -> tuple[int, ...]:
+    if len(set(seeds)) < len(seeds):
+        raise ValueError(f"{list(seeds)} name one twice")
+    return seeds
+
+
+Seeds = Annotated[tuple[Annotated[int, Field(ge=0, lt=2**31, strict=True)], ...], AfterValidator(_each_once)]
+"""Of an experiment, in the order in which they are trained."""
 
 
 class ArmConfig(FrozenConfig):
@@ -43,7 +50,7 @@ class ExperimentConfig(FrozenConfig):
     budget_tokens: int = Field(ge=1)
     """Tokens that every arm trains on, its warm start included; of images, patches."""
 
-    seeds: tuple[Seed, ...] = Field((0, 1, 2), min_length=1)
+    seeds: Seeds = Field((0, 1, 2), min_length=1)
     """Every arm is trained once with each."""
 
     reference: str
@@ -63,12 +70,6 @@ class ExperimentConfig(FrozenConfig):
 
     arms: dict[ArmName, ArmConfig] = Field(min_length=1)
     """By name, in the order of the tables."""
-
-    @model_validator(mode="after")
-    def seeds_differ(self) -> Self:
-        if len(set(self.seeds)) < len(self.seeds):
-            raise ValueError(f"seeds {list(self.seeds)} name one twice")
-        return self
 
     @model_validator(mode="after")
     def labels_differ(self) -> Self:

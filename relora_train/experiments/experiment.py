@@ -86,8 +86,7 @@ class Experiment:
     def digest(self) -> str:
         """8 hex of all that a report shows: another question has a report of its own, beside the earlier one."""
         settings = {
-            "runs": sorted(run.run_id for run in self.runs),
-            "evaluation": [run.profile.evaluation.model_dump(mode="json") for run in self.runs_of_first_seed],
+            "runs": {run.run_id: run.profile.evaluation.model_dump(mode="json") for run in self.runs},
             "config": self.config.model_dump(mode="json", exclude={"seeds"}),
         }
         return settings_digest(settings)[:8]
@@ -133,10 +132,6 @@ class Experiment:
             "stop_after": run.stop_after,
         }
 
-    @property
-    def runs_of_first_seed(self) -> list[PlannedRun]:
-        return [run for run in self.runs if run.seed == self.runs[0].seed]
-
     def runs_of(self, arm: str) -> list[PlannedRun]:
         return [run for run in self.runs if run.arm == arm]
 
@@ -161,11 +156,9 @@ def load_experiment(
     Raises ExperimentInvalidError with all faults at once, ProfileNotFoundError, ConfigError.
     """
     path = find_experiment(name_or_path)
-    config = _read(path)
-    if seeds:
-        config = config.model_copy(update={"seeds": tuple(seeds)})
+    config = _read(path, seeds)
     given = layered(overrides or {})
-    faults = [*_misplaced(given, config), *_repeated(config.seeds)]
+    faults = _misplaced(given, config)
     profile = _base_profile(config, path)
     runs: list[PlannedRun] = []
     for seed in config.seeds:
@@ -210,13 +203,15 @@ def find_experiment(name_or_path: str | Path) -> Path:
     )
 
 
-def _read(path: Path) -> ExperimentConfig:
+def _read(path: Path, seeds: Sequence[int] | None) -> ExperimentConfig:
+    given = {"seeds": list(seeds)} if seeds else {}
     try:
-        return ExperimentConfig.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
+        return ExperimentConfig.model_validate(tomllib.loads(path.read_text(encoding="utf-8")) | given)
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ExperimentInvalidError(f"{path} is not valid TOML: {error}. Correct the file and run again.") from None
     except ValidationError as error:
-        raise invalid_experiment(path, faults_of(error), where="there") from None
+        where = "there or in what goes over it" if given else "there"
+        raise invalid_experiment(path, faults_of(error), where=where) from None
 
 
 def faults_of(error: ValidationError, *, below: int = 0) -> list[str]:
@@ -292,10 +287,6 @@ def _misplaced(given: Mapping[str, Any], config: ExperimentConfig) -> list[str]:
         for key in ("seed", "name")
         if key in settings
     ]
-
-
-def _repeated(seeds: Sequence[int]) -> list[str]:
-    return [] if len(set(seeds)) == len(seeds) else [f"seeds {list(seeds)} name one twice"]
 
 
 def _faults_of_budget(runs: Sequence[PlannedRun], budget: int, *, may_differ: bool) -> tuple[list[str], int]:

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, TypeAdapter, ValidationError, field_validator, model_validator
+from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
 from relora_train.config import settings_digest
 from relora_train.errors import ConfigError
-from relora_train.experiments.config import Seed
+from relora_train.experiments.config import Seeds
 from relora_train.experiments.experiment import faults_of, find_experiment, invalid_experiment
 from relora_train.overrides import layered
 from relora_train.settings.base import FrozenConfig
@@ -133,15 +133,8 @@ class TutorialExperiment(FrozenConfig):
 
     title: str
     kind: Literal["tutorial"]
-    seeds: tuple[Seed, ...] = Field(tuple(range(10)), min_length=2)
+    seeds: Seeds = Field(tuple(range(10)), min_length=2)
     tutorial: TutorialSettings = TutorialSettings()
-
-    @field_validator("seeds")
-    @classmethod
-    def seeds_differ(cls, seeds: tuple[int, ...]) -> tuple[int, ...]:
-        if len(set(seeds)) < len(seeds):
-            raise ValueError(f"{list(seeds)} name one twice")
-        return seeds
 
 
 class ThroughputExperiment(FrozenConfig):
