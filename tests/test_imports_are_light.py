@@ -33,6 +33,7 @@ LIGHT = (
     "relora_train.checkpoint_resolve",
     "relora_train.checkpoint_store",
     "relora_train.deployments",
+    "relora_train.parallel.devices",
     "relora_train.parallel.joining",
     "relora_train.kept_worker",
     "relora_train.launch",

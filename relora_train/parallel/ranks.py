@@ -6,12 +6,15 @@ import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from relora_train.errors import DeviceError, TrainerCrashedError
+from relora_train.errors import TrainerCrashedError
+from relora_train.parallel.devices import check_devices, usable_gpus
+from relora_train.settings.running import LaunchConfig
 
 
 @dataclass(frozen=True)
@@ -79,15 +82,15 @@ def _tells_of_a_lost_rank(error: RuntimeError) -> bool:
 
 
 @contextmanager
-def joined_ranks(device: str) -> Iterator[Ranks]:
+def joined_ranks(device: Literal["auto", "cpu", "cuda"]) -> Iterator[Ranks]:
     """Join the group that the launcher's environment names; leave it at the end.
 
-    device: 'auto', 'cpu' or 'cuda'. Raises DeviceError when a GPU is asked for and there is none, and
-    TrainerCrashedError, which may be retried, in place of the errors that tell of another rank's death.
+    Raises DeviceError for GPUs that are asked for and not there, and TrainerCrashedError, which may be retried, in
+    place of the errors that tell of another rank's death.
     """
-    if device == "cuda" and not torch.cuda.is_available():
-        raise DeviceError("launch.device is 'cuda', but torch sees no GPU here. Set launch.device to 'cpu' or 'auto'.")
-    on_gpu = device == "cuda" or (device == "auto" and torch.cuda.is_available())
+    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    check_devices(LaunchConfig(device=device, nproc_per_node=local_ranks))
+    on_gpu = device != "cpu" and usable_gpus() > 0
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     rank = int(os.environ.get("RANK", "0"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))

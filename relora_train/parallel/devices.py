@@ -1,0 +1,72 @@
+"""The GPUs of this machine, and what a profile asks of them. Imports torch only when there is something to ask it."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from functools import cache
+
+from relora_train.errors import DeviceError
+from relora_train.settings.running import LaunchConfig
+
+
+def check_devices(launch: LaunchConfig) -> None:
+    """Raise DeviceError if this machine's GPUs cannot take the ranks that a profile starts on it.
+
+    Covers a GPU that is asked for and not there, 'gpu' ranks without one, and more ranks than GPUs: each rank needs a
+    GPU of its own. Ranks of other machines are checked there.
+    """
+    ranks = launch.nproc_per_node
+    if launch.device == "cpu" or (launch.device == "auto" and ranks == 1):
+        return
+    gpus = usable_gpus()
+    if not gpus and launch.device == "cuda":
+        raise DeviceError(
+            f"launch.device is 'cuda', but torch sees no GPU here: {why_no_gpu()}. Set launch.device to 'cpu' or "
+            "'auto' to train on the CPU."
+        )
+    if not gpus and ranks == "gpu":
+        raise DeviceError(
+            f"launch.nproc_per_node is 'gpu', a rank for each GPU, but torch sees none here: {why_no_gpu()}. Set "
+            "launch.nproc_per_node to a number to train on the CPU."
+        )
+    if gpus and ranks != "gpu" and ranks > gpus:
+        visible = f" ({_VISIBLE} is {os.environ[_VISIBLE]!r})" if _VISIBLE in os.environ else ""
+        raise DeviceError(
+            f"launch.nproc_per_node is {ranks}, but torch sees {gpus} GPU{'s' * (gpus > 1)} on this machine{visible}, "
+            "and each rank needs one of its own. Set launch.nproc_per_node to 'gpu' or a smaller number, or "
+            "launch.device to 'cpu'."
+        )
+
+
+_VISIBLE = "CUDA_VISIBLE_DEVICES"
+
+
+def usable_gpus() -> int:
+    """Return how many GPUs torch can use."""
+    return _asked_of_torch()[0]
+
+
+def why_no_gpu() -> str:
+    """Return the reason as far as torch, the environment or the driver tell it."""
+    import torch
+
+    _, said = _asked_of_torch()
+    if torch.version.cuda is None and torch.version.hip is None:
+        return f"torch {torch.__version__} is built for CPUs only"
+    if said:
+        return said
+    if _VISIBLE in os.environ:
+        return f"{_VISIBLE} is {os.environ[_VISIBLE]!r}"
+    return "no driver answers"
+
+
+@cache  # torch gives its reason once a process
+def _asked_of_torch() -> tuple[int, str]:
+    """The number of GPUs, and what torch says when it cannot use them, such as a driver older than its CUDA."""
+    import torch
+
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return gpus, " ".join(str(warning.message).split(" (Triggered internally")[0].strip(". ") for warning in said)

@@ -1,0 +1,36 @@
+"""GPUs that a profile asks for and this machine does not have: a named error at once, wherever it is asked."""
+
+from __future__ import annotations
+
+import pytest
+
+from relora_train.errors import DeviceError
+from relora_train.parallel import devices
+from relora_train.parallel.devices import check_devices
+from relora_train.settings.running import LaunchConfig
+
+
+@pytest.mark.parametrize(
+    ("gpus", "launch", "fault"),
+    [
+        (0, {"device": "cuda"}, r"launch\.device is 'cuda', but torch sees no GPU here: .+"),
+        (0, {"nproc_per_node": "gpu"}, r"launch\.nproc_per_node is 'gpu'.* sees none here: .+"),
+        (1, {"nproc_per_node": 2}, r"nproc_per_node is 2, but torch sees 1 GPU on"),
+        (2, {"device": "cuda", "nproc_per_node": 3}, r"nproc_per_node is 3, but torch sees 2 GPUs on"),
+        (0, {"nproc_per_node": 3}, None),
+        (0, {"device": "cpu", "nproc_per_node": 3}, None),
+        (2, {"device": "cpu", "nproc_per_node": 3}, None),
+        (2, {"device": "cuda", "nproc_per_node": 2}, None),
+        (1, {"device": "cuda", "nproc_per_node": "gpu"}, None),
+    ],
+)
+def test_ranks_without_a_gpu_of_their_own_are_refused(
+    gpus: int, launch: dict[str, object], fault: str | None, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(devices, "usable_gpus", lambda: gpus)
+    if fault is None:
+        check_devices(LaunchConfig.model_validate(launch))
+        return
+    with pytest.raises(DeviceError, match=fault) as caught:
+        check_devices(LaunchConfig.model_validate(launch))
+    assert not caught.value.retryable
