@@ -29,6 +29,11 @@ class Exchange:
     """Cut the connection after so many bytes of the answer's body; -1: before its head."""
 
 
+def cut_the_request(exchange: Exchange) -> None:
+    """The server never hears of it."""
+    exchange.bytes_sent_back = -1
+
+
 def lose_the_answer(exchange: Exchange) -> None:
     exchange.forward()
     exchange.bytes_sent_back = -1
@@ -76,6 +81,8 @@ class Faults:
     lock: threading.Lock = field(default_factory=threading.Lock)
     planned: list[tuple[str, str, Fault]] = field(default_factory=list)
     standing: list[tuple[str, str, Fault]] = field(default_factory=list)
+    at: tuple[int, Fault] | None = None
+    """A fault for one request whatever it is, and how many come before it."""
     met: int = 0
 
     def plan(self, method: str, path_part: str, *faults: Fault) -> None:
@@ -84,6 +91,12 @@ class Faults:
 
     def next_for(self, exchange: Exchange) -> Fault:
         with self.lock:
+            if self.at is not None:
+                before, fault = self.at
+                self.at = (before - 1, fault) if before else None
+                if not before:
+                    self.met += 1
+                    return fault
             for index, (method, path_part, fault) in enumerate(self.planned):
                 if method == exchange.method and path_part in exchange.path:
                     del self.planned[index]

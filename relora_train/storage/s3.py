@@ -28,7 +28,7 @@ from relora_train.errors import (
     StorageError,
 )
 from relora_train.redaction import holds_secrets, without_secrets
-from relora_train.storage.base import ObjectInfo, check_key, is_key
+from relora_train.storage.base import ObjectInfo, check_key, find_bytes, is_key
 from relora_train.storage.os_errors import disk_error
 from relora_train.storage.preflight import probe_conditions
 from relora_train.storage.s3_errors import (
@@ -99,23 +99,34 @@ class S3Store:
             request["IfNoneMatch"] = "*"
         elif if_match is not None:
             request["IfMatch"] = if_match
+        calls = 0
+
+        def put() -> str:
+            nonlocal calls
+            calls += 1
+            return self._client.put_object(**request)["ETag"]
+
         try:
-            return self._call(key, lambda: self._client.put_object(**request)["ETag"])
+            return self._call(key, put)
         except BucketNotFoundError:
             raise
         except (PreconditionFailedError, ObjectNotFoundError) as error:  # 404: If-Match on an absent key
-            cause = error.__cause__
-            if cause is not None and retries_made(cause) > 0:
-                current, etag = self.get_bytes(key)
-                if current == data:
-                    return etag
+            if calls > 1 or (error.__cause__ is not None and retries_made(error.__cause__) > 0):
+                found = find_bytes(self, key)
+                if found is not None and found[0] == data:
+                    return found[1]
             if isinstance(error, PreconditionFailedError):
                 raise
             raise PreconditionFailedError(f"{self._uri_of(key)} is gone: another writer deleted it.") from error
 
     def put_file(self, key: str, path: Path) -> None:
         full_key = self._root + check_key(key)
-        self._call(key, lambda: self._upload(path, full_key))
+        try:
+            self._call(key, lambda: self._upload(path, full_key))
+        except BucketNotFoundError:
+            raise
+        except ObjectNotFoundError:  # NoSuchUpload: some servers have forgotten an upload whose end they were told
+            self._call(key, lambda: self._upload(path, full_key))
 
     def _upload(self, path: Path, full_key: str) -> None:
         """As upload_file, which gives nobody a hold on what it does."""
@@ -173,7 +184,12 @@ class S3Store:
         yield from sorted((info for info in found if is_key(info.key)), key=lambda info: info.key)
 
     def delete(self, key: str) -> None:
-        self._call(check_key(key), lambda: self._client.delete_object(Bucket=self._bucket, Key=self._root + key))
+        try:
+            self._call(check_key(key), lambda: self._client.delete_object(Bucket=self._bucket, Key=self._root + key))
+        except BucketNotFoundError:
+            raise
+        except ObjectNotFoundError:  # S3 itself answers 204; others say 404, also to a retry of their own success
+            return
 
     def abort_stale_uploads(self, older_than: datetime, *, prefix: str = "", dry_run: bool = False) -> Sequence[str]:
         def list_stale() -> list[tuple[str, str]]:
