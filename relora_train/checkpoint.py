@@ -130,6 +130,18 @@ def read_tensor(directory: Path, name: str, *, rows: slice | None = None) -> Ten
         return cast(Tensor, tensors.get_tensor(name) if rows is None else tensors.get_slice(name)[rows])
 
 
+def stored_shapes(directory: Path) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor of a checkpoint's model by name, without reading values."""
+    index = directory / f"{MODEL_FILE}.index.json"
+    files = sorted({*json.loads(index.read_text())["weight_map"].values()}) if index.is_file() else [MODEL_FILE]
+    found = {}
+    for file in files:
+        with safe_open(directory / file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 (no dict)
+                found[name] = tuple(tensors.get_slice(name).get_shape())
+    return found
+
+
 def save_optimizer_state(state: OptimizerState, path: Path) -> None:
     """Write Adam's state in float32; a moment with at most half its entries non-zero as int32 flat index and value.
 

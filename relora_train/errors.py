@@ -14,6 +14,7 @@
     │   └── TokenizerError
     ├── ModelError                     exit 4   a model's shape or weights
     │   ├── ModelNotFoundError
+    │   ├── ModelUnsuitableError                quantised, incomplete, or made for another task
     │   ├── NoTargetModulesError
     │   ├── SequenceTooLongError
     │   └── VocabularyMismatchError
@@ -106,6 +107,10 @@ class ModelError(ReLoRAError):
 
 
 class ModelNotFoundError(ModelError):
+    pass
+
+
+class ModelUnsuitableError(ModelError):
     pass
 
 

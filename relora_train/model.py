@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from pathlib import Path
+from contextlib import contextmanager
 from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from relora_train.errors import ModelError, ModelNotFoundError, SequenceTooLongError, VocabularyMismatchError
+from relora_train.errors import ModelError, ModelUnsuitableError, SequenceTooLongError, VocabularyMismatchError
+from relora_train.pretrained import load_model, load_skeleton
 from relora_train.settings.model import ModelConfig
 from relora_train.step.chunked_loss import chunked_cross_entropy
 
@@ -24,7 +23,7 @@ def build_model(config: ModelConfig, *, vocab_size: int, eos_id: int, sequence_l
     """A transformers causal LM in float32: random weights drawn from `seed` alone, or the pretrained ones.
 
     vocab_size: entries of the tokenizer; the embedding has at least as many rows.
-    Raises ModelNotFoundError, VocabularyMismatchError, SequenceTooLongError.
+    Raises ModelNotFoundError, ModelUnsuitableError, VocabularyMismatchError, SequenceTooLongError.
     """
     if config.pretrained is not None:
         model = load_model(config.pretrained, revision=config.revision)
@@ -32,41 +31,6 @@ def build_model(config: ModelConfig, *, vocab_size: int, eos_id: int, sequence_l
         model = _random_llama(config, vocab_size=vocab_size, eos_id=eos_id, seed=seed)
     check_fits(model, vocab_size=vocab_size, sequence_length=sequence_length)
     return model
-
-
-def load_model(path: str | Path, *, revision: str | None = None, auto_class: str = "AutoModelForCausalLM") -> nn.Module:
-    """Any model that this class of transformers knows, from a directory or the hub, in float32.
-
-    No pickle is ever loaded and no code of a checkpoint is ever run: such a one is a ModelNotFoundError.
-    """
-    import transformers
-    from transformers.utils.logging import disable_progress_bar
-
-    disable_progress_bar()
-    with _reading(path):
-        model = getattr(transformers, auto_class).from_pretrained(
-            str(path),
-            revision=revision,
-            dtype=torch.float32,
-            attn_implementation="sdpa",
-            use_safetensors=True,
-            trust_remote_code=False,  # not asked: a worker's standard input never answers
-        )
-    return cast(nn.Module, model)
-
-
-@contextmanager
-def _reading(path: str | Path) -> Iterator[None]:
-    if str(path).startswith((".", "/", "~")) and not Path(path).expanduser().is_dir():
-        raise ModelNotFoundError(f"model.pretrained {str(path)!r} is no directory. Correct the path, or give a hub id.")
-    try:
-        yield
-    except (OSError, ValueError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ModelNotFoundError(
-            f"model.pretrained {str(path)!r} could not be loaded: {reason} "
-            "Give a directory with config.json and safetensors weights, or a hub id this machine can reach."
-        ) from None
 
 
 def model_skeleton(config: ModelConfig, *, vocab_size: int, eos_id: int) -> nn.Module:
@@ -79,26 +43,6 @@ def model_skeleton(config: ModelConfig, *, vocab_size: int, eos_id: int) -> nn.M
         return load_skeleton(config.pretrained, revision=config.revision)
     with torch.device("meta"):
         return cast(nn.Module, LlamaForCausalLM(_llama_config(config, vocab_size=vocab_size, eos_id=eos_id)).float())
-
-
-def load_skeleton(
-    path: str | Path, *, revision: str | None = None, auto_class: str = "AutoModelForCausalLM"
-) -> nn.Module:
-    """The model that load_model would return, without values: all its tensors are on torch's meta device."""
-    import transformers
-    from transformers import AutoConfig, GenerationConfig
-    from transformers.utils.logging import disable_progress_bar
-
-    disable_progress_bar()
-    with _reading(path):
-        config = AutoConfig.from_pretrained(str(path), revision=revision, trust_remote_code=False)
-        with torch.device("meta"):
-            model = getattr(transformers, auto_class).from_config(
-                config, dtype=torch.float32, attn_implementation="sdpa", trust_remote_code=False
-            )
-        with suppress(OSError):  # not every model has one
-            model.generation_config = GenerationConfig.from_pretrained(str(path), revision=revision)
-    return cast(nn.Module, model)
 
 
 def _random_llama(config: ModelConfig, *, vocab_size: int, eos_id: int, seed: int) -> nn.Module:
@@ -261,13 +205,50 @@ def head_is_plain(model: nn.Module) -> bool:
     """Whether the fused loss equals the model's own on a short probe: no scaled, capped or extended logits."""
     if not isinstance(head(model), nn.Linear):
         return False
-    was_training = model.training
-    model.eval()
-    rows = embedding(model).num_embeddings
-    probe = (torch.arange(18, device=embedding(model).weight.device) * 7919 % rows).reshape(2, 9)
-    try:
+    probe = _probe(model, rows=2)
+    with _evaluating(model):
         ours = next_token_loss(model, probe, fused=True)
         theirs = next_token_loss(model, probe, fused=False)
+    return bool(torch.isclose(ours, theirs, rtol=1e-4))
+
+
+@torch.no_grad()
+def check_causal(model: nn.Module) -> None:
+    """Refuse a model whose logits depend on tokens that come later: it would read what it is to predict.
+
+    Two forward passes over one short sequence, of which the second half changes. Raises ModelUnsuitableError.
+    """
+    tokens = _probe(model, rows=1)
+    half = tokens.shape[1] // 2
+    changed = torch.cat([tokens[:, :half], (tokens[:, half:] + 1) % embedding(model).num_embeddings], dim=1)
+    with _evaluating(model):
+        before, after = logits(model, tokens)[:, :half].float(), logits(model, changed)[:, :half].float()
+    if not bool(before.isfinite().all() & after.isfinite().all()):
+        raise ModelUnsuitableError(
+            f"The {type(model).__name__} gives logits that are not finite: its weights are broken."
+        )
+    moved = float((before - after).abs().max() / before.abs().max().clamp_min(1e-30))
+    exact = before.device.type == "cpu" and all(parameter.dtype != torch.bfloat16 for parameter in model.parameters())
+    # An untrained BERT moves them by 2e-4, a trained one by 1; experts, which sort their tokens anew, by rounding.
+    if moved > (1e-5 if exact else 1e-2):
+        raise ModelUnsuitableError(
+            f"The logits of this {type(model).__name__} look ahead: other tokens later on change them by {moved:.2g} "
+            "of the largest, so it would be trained on what it has to predict. It is an encoder, or its config.json "
+            "makes it one (is_decoder = false). Give a model with causal attention."
+        )
+
+
+def _probe(model: nn.Module, *, rows: int) -> Tensor:
+    """Token ids (rows, 9), spread over the vocabulary."""
+    table = embedding(model)
+    return (torch.arange(rows * 9, device=table.weight.device) * 7919 % table.num_embeddings).reshape(rows, 9)
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    was_training = model.training
+    model.eval()
+    try:
+        yield
     finally:
         model.train(was_training)
-    return bool(torch.isclose(ours, theirs, rtol=1e-4))

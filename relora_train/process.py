@@ -104,7 +104,7 @@ def _crash(error: Exception) -> int:
         emit("failed", error=DiskFullError.__name__, message=message)
         return DiskFullError.exit_code
     traceback.print_exc()
-    if _is_out_of_memory(error):
+    if is_out_of_memory(error):
         message = f"{error} Lower batch.micro_sequences or batch.sequence_length, or use a larger device."
         emit("failed", error=DeviceMemoryError.__name__, message=message.replace("\n", " "))
     else:
@@ -112,7 +112,7 @@ def _crash(error: Exception) -> int:
     return 1
 
 
-def _is_out_of_memory(error: Exception) -> bool:
+def is_out_of_memory(error: Exception) -> bool:
     """torch.OutOfMemoryError by its name, and what allocators and libraries below it say, without importing torch."""
     if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError):
         return True

@@ -20,6 +20,7 @@ LIGHT = (
     "relora_train.experiments.statistics",
     "relora_train.console.compare",
     "relora_train.config",
+    "relora_train.pretrained_config",
     "relora_train.plan",
     "relora_train.schedule",
     "relora_train.manifest",

@@ -29,7 +29,7 @@ from relora_train.console.local_server import check_server
 from relora_train.errors import CheckpointCorruptError, ConfigError, ModelNotFoundError, ReLoRAError
 from relora_train.launch import run_worker
 from relora_train.manifest import CheckpointManifest, DatasetManifest, Manifest, SnapshotManifest
-from relora_train.model import load_model
+from relora_train.pretrained import load_model
 from relora_train.run import Run
 from relora_train.snapshots.store import SnapshotStore
 from relora_train.storage.base import ObjectStore

@@ -21,8 +21,9 @@ from relora_train.dataset import TokenDataset
 from relora_train.errors import DivergedError, SequenceTooLongError, VocabularyMismatchError
 from relora_train.evaluate import evaluate_model
 from relora_train.manifest import describe_files, hash_file
-from relora_train.model import load_model, next_token_loss
+from relora_train.model import next_token_loss
 from relora_train.objectives.registry import objective_of
+from relora_train.pretrained import load_model
 from relora_train.stages import plan_stages, stage_learning_rate
 from relora_train.trainer import run_stage
 

@@ -17,15 +17,15 @@ from relora_train.manifest import DatasetManifest
 from relora_train.model import (
     attend_without_mask,
     build_model,
+    check_causal,
     check_fits,
     head_is_plain,
-    load_model,
-    load_skeleton,
     logits,
     model_skeleton,
     next_token_loss,
 )
 from relora_train.objectives.base import Evaluation
+from relora_train.pretrained import load_model, load_skeleton
 
 _SAMPLE_TEMPERATURE = 0.8
 _SAMPLE_TOP_K = 40
@@ -42,9 +42,10 @@ class TextEvaluation(Evaluation):
 
 
 class NextTokenLoss:
-    """As LossFunction. Examples are token ids (sequences, length + 1)."""
+    """As LossFunction. Examples are token ids (sequences, length + 1). Refuses a model that looks ahead."""
 
     def __init__(self, model: nn.Module) -> None:
+        check_causal(model)
         self._model, self._fused = model, head_is_plain(model)
 
     def loss(self, examples: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from pathlib import Path
 from relora_train.config import Profile
 from relora_train.errors import ModelNotFoundError, VocabularyMismatchError
 from relora_train.model_shape import ModelShape, llama_of_profile
+from relora_train.pretrained_config import CAUSAL_LM, check_config
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,9 @@ class CausalLMFacts:
         if directory is None or not directory.is_dir():
             return
         try:
-            rows = int(json.loads((directory / "config.json").read_bytes())["vocab_size"])
+            config = json.loads((directory / "config.json").read_bytes())
+            check_config(config, directory, CAUSAL_LM)
+            rows = int(config["vocab_size"])
         except (OSError, ValueError, KeyError, TypeError):
             raise ModelNotFoundError(
                 f"model.pretrained {str(directory)!r} has no config.json that names a vocab_size, so it is no model of "

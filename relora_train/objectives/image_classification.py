@@ -21,10 +21,9 @@ from relora_train.corpus.image_dataset import ImageDataset
 from relora_train.dataset import ExampleDataset
 from relora_train.errors import DataError, ModelError
 from relora_train.manifest import DatasetManifest, ImageFormat
-from relora_train.model import load_model, load_skeleton
 from relora_train.objectives.base import Evaluation
-
-_AUTO_CLASS = "AutoModelForImageClassification"
+from relora_train.pretrained import load_model, load_skeleton
+from relora_train.pretrained_config import IMAGE_CLASSIFIER
 
 
 @dataclass(frozen=True)
@@ -94,7 +93,7 @@ class ImageClassification:
     def build_model(self, manifest: DatasetManifest) -> nn.Module:
         model = self._profile.model
         if model.pretrained is not None:
-            return load_model(model.pretrained, revision=model.revision, auto_class=_AUTO_CLASS)
+            return load_model(model.pretrained, revision=model.revision, kind=IMAGE_CLASSIFIER)
         from transformers import ViTForImageClassification
 
         with torch.random.fork_rng(devices=[]):
@@ -104,7 +103,7 @@ class ImageClassification:
     def model_skeleton(self, manifest: DatasetManifest) -> nn.Module:
         model = self._profile.model
         if model.pretrained is not None:
-            return load_skeleton(model.pretrained, revision=model.revision, auto_class=_AUTO_CLASS)
+            return load_skeleton(model.pretrained, revision=model.revision, kind=IMAGE_CLASSIFIER)
         from transformers import ViTForImageClassification
 
         with torch.device("meta"):
@@ -128,10 +127,10 @@ class ImageClassification:
         )
 
     def load_model(self, directory: Path) -> nn.Module:
-        return load_model(directory, auto_class=_AUTO_CLASS)
+        return load_model(directory, kind=IMAGE_CLASSIFIER)
 
     def load_skeleton(self, directory: Path) -> nn.Module:
-        return load_skeleton(directory, auto_class=_AUTO_CLASS)
+        return load_skeleton(directory, kind=IMAGE_CLASSIFIER)
 
     def check_fits(self, model: nn.Module, manifest: DatasetManifest) -> None:
         config, images = cast(Any, model).config, self._profile.images

@@ -13,6 +13,7 @@ from pathlib import Path
 from relora_train.config import Profile
 from relora_train.errors import ModelNotFoundError
 from relora_train.model_shape import ModelShape, vit
+from relora_train.pretrained_config import IMAGE_CLASSIFIER, check_config
 
 CLASS_TOKENS = 1
 
@@ -54,7 +55,9 @@ class ImageFacts:
         if directory is None or not directory.is_dir():
             return
         try:
-            json.loads((directory / "config.json").read_bytes())["image_size"]
+            config = json.loads((directory / "config.json").read_bytes())
+            check_config(config, directory, IMAGE_CLASSIFIER)
+            config["image_size"]
         except (OSError, ValueError, KeyError, TypeError):
             raise ModelNotFoundError(
                 f"model.pretrained {str(directory)!r} has no config.json that names an image_size, so it is no model "

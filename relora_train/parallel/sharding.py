@@ -16,18 +16,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from relora_train.checkpoint import read_tensor
+from relora_train.checkpoint import read_tensor, stored_shapes
 from relora_train.errors import CheckpointCorruptError, ModelError
 from relora_train.model import blocks, file_name, fused_loss
 from relora_train.parallel.ranks import Ranks
 from relora_train.parallel.shards import local, own_rows, part_of
+from relora_train.pretrained import check_tensors
 
 RowsOf = Callable[[Sequence[str], Tensor], Tensor]
 """The rows that this rank holds of a tensor, from the names the model has for it, and the tensor they are for."""
 
 
 def rows_of_checkpoint(directory: Path, model: nn.Module) -> RowsOf:
-    """Reads from the files of such a model nothing but this rank's rows."""
+    """Reads from the files of such a model nothing but this rank's rows. ModelUnsuitableError where they do not fit."""
+    _check_files(directory, model)
 
     def rows(names: Sequence[str], like: Tensor) -> Tensor:
         for name in names:  # of tied tensors, files hold one
@@ -37,6 +39,20 @@ def rows_of_checkpoint(directory: Path, model: nn.Module) -> RowsOf:
         raise CheckpointCorruptError(f"{directory} holds no tensor {names[0]}; resume from another checkpoint.")
 
     return rows
+
+
+def _check_files(directory: Path, model: nn.Module) -> None:
+    """As for a model that is loaded whole; of tied tensors the files must hold one."""
+    stored = stored_shapes(directory)
+    missing, mismatched, unexpected = [], [], {*stored} - {name for name, _ in model.named_buffers()}
+    for name, aliases in _names_of_parameters(model).items():
+        found = [file for file in (file_name(model, alias) for alias in aliases) if file in stored]
+        if not found:
+            missing.append(name)
+        elif stored[found[0]] != tuple(model.get_parameter(name).shape):
+            mismatched.append(name)
+        unexpected -= {*found[:1]}
+    check_tensors(directory, missing, mismatched, [*unexpected])
 
 
 def rows_of_first_rank(model: nn.Module | None, ranks: Ranks) -> RowsOf:

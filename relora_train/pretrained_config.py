@@ -1,0 +1,52 @@
+"""What a model's config.json tells before any weight is read or downloaded. Light."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from relora_train.errors import ModelUnsuitableError
+
+
+@dataclass(frozen=True)
+class LoadedAs:
+    """The kind of model that an objective trains, in the words of transformers."""
+
+    auto_class: str
+
+    architectures: tuple[str, ...]
+    """What stands in the names of its classes. A class without a task, such as LlamaModel, has nothing of the kind."""
+
+
+CAUSAL_LM = LoadedAs("AutoModelForCausalLM", ("ForCausalLM", "LMHead"))
+IMAGE_CLASSIFIER = LoadedAs("AutoModelForImageClassification", ("ForImageClassification",))
+
+
+def check_config(config: Mapping[str, Any], where: str | Path, kind: LoadedAs, *, made_as: str | None = None) -> None:
+    """Raise ModelUnsuitableError for quantised weights, and for an architecture made for another task.
+
+    made_as: the class that transformers makes of it. While that is unknown, a model of text and something else passes.
+    """
+    if not isinstance(config, Mapping):
+        raise TypeError(f"{where} is no JSON object")
+    parts = [config, *(part for part in config.values() if isinstance(part, Mapping))]
+    for quantised in (part.get(key) for part in parts for key in ("quantization_config", "compression_config")):
+        if quantised:
+            method = quantised.get("quant_method") if isinstance(quantised, Mapping) else quantised
+            raise ModelUnsuitableError(
+                f"The weights of {str(where)!r} are quantised (quantization_config in its config.json, method "
+                f"{method!r}). A merge into them would lose the update, or write damaged weights. Give the model's "
+                "unquantised weights."
+            )
+    if made_as is None and "text_config" in config:
+        return
+    for name in config.get("architectures") or ():
+        bare = name.endswith("Model") and "Head" not in name
+        if not bare and name != made_as and not any(part in name for part in kind.architectures):
+            raise ModelUnsuitableError(
+                f"{str(where)!r} is a {name} (architectures in its config.json) and would be loaded as "
+                f"{made_as or kind.auto_class}: a part of it would be lost, and what it lacks made up. Give a model "
+                "that was made for this objective, or set `objective` to what this one was made for."
+            )
