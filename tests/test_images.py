@@ -89,6 +89,7 @@ def test_an_epoch_shows_every_image_once_however_it_is_shared(
 
 
 def idx_directory(directory: Path, *, ending: str = "", train: int = 40, test: int = 12) -> tuple[Path, dict]:
+    directory.mkdir(exist_ok=True)
     draw = np.random.default_rng(0)
     made = {}
     for prefix, number in (("train", train), ("t10k", test)):
@@ -106,7 +107,6 @@ def idx_data(directory: Path, **settings: object) -> DataConfig:
 
 @pytest.mark.parametrize("ending", ["", ".gz"])
 def test_idx_files_are_read_as_published_and_their_test_files_are_held_out(tmp_path: Path, ending: str):
-    (tmp_path / "in").mkdir()
     directory, made = idx_directory(tmp_path / "in", ending=ending)
     prepared = prepare_dataset(idx_data(directory, max_documents=25), TokenizerConfig(), tmp_path / "out")
     (prepared.directory / "manifest.json").write_bytes(prepared.manifest.to_bytes())
@@ -141,7 +141,6 @@ def with_another_count(file: Path) -> None:
     ],
 )
 def test_idx_files_that_cannot_be_used_are_one_error(tmp_path: Path, harm, said: str):
-    (tmp_path / "in").mkdir()
     directory, _ = idx_directory(tmp_path / "in")
     harm(directory / "train-images-idx3-ubyte")
     with pytest.raises(SourceUnreadableError, match=said):
@@ -175,6 +174,17 @@ def test_a_profile_for_other_images_than_the_dataset_s_is_refused(digits: Path):
     profile = tiny_digits(images={"classes": 7})
     with pytest.raises(DataError, match=r"10 classes; the profile's \[images\] says 8 x 8, 1 and 7"):
         objective_of(profile).open_data(digits, "train")
+
+
+def test_idx_files_of_two_folders_are_not_mixed(tmp_path: Path):
+    (here, _), (there, _) = idx_directory(tmp_path / "here"), idx_directory(tmp_path / "there", ending=".gz")
+    with pytest.raises(SourceUnreadableError, match="one file of each name") as refused:
+        describe_dataset(idx_data(here, paths=[str(here), str(there)]), TokenizerConfig())
+    for folder, ending in ((here, ""), (there, ".gz")):
+        assert f"{folder}/t10k-images-idx3-ubyte{ending}" in str(refused.value)
+    (tmp_path / "link").symlink_to(here)
+    once = describe_dataset(idx_data(here), TokenizerConfig())
+    assert describe_dataset(idx_data(here, paths=[str(here), str(tmp_path / "link")]), TokenizerConfig()) == once
 
 
 def test_the_idx_header_is_big_endian(tmp_path: Path):

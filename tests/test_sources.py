@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import gzip
 import json
 import os
@@ -13,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from relora_train.corpus.source_files import SourceFile, find_files, list_files
 from relora_train.corpus.sources import read_documents, resolve_source
 from relora_train.errors import SourceUnreadableError
 from relora_train.settings.data import DataConfig
@@ -63,8 +65,108 @@ def test_directories_globs_and_files_are_read_in_order_and_each_file_once(tmp_pa
         (tmp_path / name).write_text(name)
     assert read("text", tmp_path) == ["a.txt", "b/1.txt", "b/2.md"]
     assert read("text", tmp_path / "**" / "*.txt") == ["a.txt", "b/1.txt"]
+    (tmp_path / "b-c").mkdir()
+    (tmp_path / "b-c" / "d").write_text("b-c/d")
+    # As identities of datasets have been since the first: a directory by its text, a glob by its parts.
+    assert read("text", tmp_path) == ["a.txt", "b-c/d", "b/1.txt", "b/2.md"]
+    assert read("text", tmp_path / "**") == ["a.txt", "b/1.txt", "b/2.md", "b-c/d"]
+    (tmp_path / "b-c" / "d").unlink()
     assert read("text", tmp_path / "b" / "2.md", tmp_path) == ["b/2.md", "a.txt", "b/1.txt"]
     assert read("text", (tmp_path / "b").as_uri()) == ["b/1.txt", "b/2.md"]
+
+
+@pytest.fixture
+def ten_files(tmp_path: Path) -> Path:
+    """Five texts in a folder, five in one below it."""
+    root = tmp_path / "my-text"
+    (root / "sub").mkdir(parents=True)
+    for number in range(10):
+        (root / ("sub" if number % 2 else ".") / f"{number}.txt").write_text(f"text {number}")
+    return root
+
+
+def test_links_multiply_no_corpus_and_leave_its_identity_alone(ten_files, tmp_path, caplog):
+    """glob.glob finds 410 names here for each link to the folder itself."""
+    patterns = [ten_files, ten_files / "**" / "*.txt", ten_files / "**"]
+    before = [resolve("text", pattern).identity for pattern in patterns]
+    assert [one["files"] for one in before] == [10, 10, 10]
+    (ten_files / "0-loop").symlink_to(".")
+    (ten_files / "sub" / "up").symlink_to("..")
+    (ten_files / "00.txt").symlink_to("9.txt")  # nothing
+    (ten_files / "000.txt").symlink_to("8.txt")
+    (ten_files / "again").symlink_to(ten_files / "sub")
+    caplog.clear()
+    for pattern, identity in zip(patterns, before, strict=True):
+        assert resolve("text", pattern).identity == identity
+    assert resolve("text", ten_files / "*" / "*.txt").identity["files"] == 10  # its own five by way of 0-loop
+    told = [record.message for record in caplog.records]
+    assert len(told) == 3, "once each, and the two patterns with ** leave out the same"
+    assert "data.paths: 1 name left out, 10 files taken" in told[0] and "000.txt" in told[0]
+    assert "data.paths: 4 names left out, 10 files taken" in told[1]
+
+
+def test_a_path_that_is_named_twice_counts_once(ten_files, tmp_path, monkeypatch, caplog):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link").symlink_to("my-text")
+    once = resolve("text", "my-text").identity
+    everywhere = ("my-text", "./my-text", ten_files, ten_files.as_uri(), "link", "sub/../my-text/**/*.txt", "m*/*.txt")
+    (tmp_path / "sub").mkdir()
+    assert resolve("text", *everywhere).identity == once
+    assert "data.paths: 55 names left out, 10 files taken. A file counts once" in caplog.records[-1].message
+
+
+def test_links_that_lead_elsewhere_are_followed_by_globs(ten_files, tmp_path):
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more" / "a.txt").write_text("more")
+    (tmp_path / "more" / "back").symlink_to(ten_files)
+    (ten_files / "3.txt").symlink_to(tmp_path / "more" / "a.txt")
+    assert read("text", ten_files / "**" / "*.txt")[:4] == ["text 0", "text 2", "more", "text 4"]
+    (ten_files / "3.txt").unlink()
+    (ten_files / "disk-2").symlink_to(tmp_path / "more")
+    assert len(read("text", ten_files / "**" / "*.txt")) == 11
+    assert len(read("text", ten_files)) == 10, "a directory's links to folders are not followed"
+
+
+def test_a_lattice_of_links_is_walked_in_no_time(tmp_path):
+    """Two links to the next of 30 folders: 2^30 ways to the last one."""
+    for number in range(30):
+        (tmp_path / f"level-{number}").mkdir()
+        for name in ("left", "right"):
+            (tmp_path / f"level-{number}" / name).symlink_to(tmp_path / f"level-{number + 1}")
+    (tmp_path / "level-30").mkdir()
+    (tmp_path / "level-30" / "a.txt").write_text("a")
+    assert read("text", tmp_path / "level-0" / "**" / "*.txt") == ["a"]
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    ["**", "**/*", "*/*", "*.txt", "**/a*", "a/**", "a/**/*.txt", "**/b/**/*.txt", "?/b/../*", "**/[!1].txt", "*/**"],
+)
+def test_without_links_a_pattern_finds_what_python_finds(tmp_path, pattern):
+    for name in ("1.txt", "a/1.txt", "a/b/1.txt", "a/b/2.txt", "a/b/c/2.txt", "b/a1", ".h/1.txt", "a/.h/1.txt", "a/.1"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    found = {os.path.realpath(path) for path in glob.glob(f"{tmp_path}/{pattern}", recursive=True)}  # noqa: PTH207
+    files = sorted(Path(path) for path in found if Path(path).is_file())
+    try:
+        names = [Path(file.identity) for file in list_files([f"{tmp_path}/{pattern}"], "text")]
+    except SourceUnreadableError:
+        names = []
+    assert names == files
+
+
+def test_a_folder_that_cannot_be_listed_is_named(ten_files, monkeypatch, caplog):
+    """As root may list every folder, the system's answer is made up."""
+    listed = os.scandir
+
+    def denied(path):
+        if Path(path).name == "sub":
+            raise PermissionError(13, "Permission denied", str(path))
+        return listed(path)
+
+    monkeypatch.setattr(os, "scandir", denied)
+    assert len(read("text", ten_files)) == 5
+    assert f"{ten_files / 'sub'} cannot be listed (Permission denied): nothing in it is taken." in caplog.text
 
 
 def test_json_lines_are_read_as_the_datasets_library_reads_them(tmp_path):
@@ -170,7 +272,7 @@ def test_a_path_that_names_nothing_is_an_error(tmp_path):
         read("parquet", tmp_path)
 
 
-def test_a_store_gives_the_same_documents_and_identity_as_the_disk(tmp_path):
+def test_a_store_gives_the_same_documents_and_identity_as_the_disk(tmp_path, caplog):
     store = MemoryStore.shared("sources-test")
     write_jsonl(tmp_path / "a.jsonl")
     write_jsonl(tmp_path / "b.jsonl", ["last"])
@@ -183,6 +285,21 @@ def test_a_store_gives_the_same_documents_and_identity_as_the_disk(tmp_path):
         assert in_store.identity == on_disk.identity
         assert list(read_documents(in_store)) == [*TEXTS, "last"]
     assert len(resolve("jsonl", "memory://sources-test/corpus/b.jsonl", cache_directory=tmp_path / "cache").files) == 1
+    overlapping = [f"memory://sources-test/{path}" for path in ("corpus", "corpus/", "", "corpus/a.jsonl", "*/b.jsonl")]
+    assert resolve("jsonl", *overlapping, cache_directory=tmp_path / "cache").identity == on_disk.identity
+    assert "data.paths: 6 names left out, 2 files taken" in caplog.records[-1].message
+
+
+def test_files_are_listed_before_any_is_read_or_fetched(tmp_path, monkeypatch):
+    """So that a path that names nothing is found at once, whatever stands before it."""
+    monkeypatch.setattr(MemoryStore, "get_file", None)
+    monkeypatch.setattr(SourceFile, "of", None)
+    MemoryStore.shared("listed-test").put_bytes("a.txt", b"a")
+    (tmp_path / "a.txt").touch()
+    there = [str(tmp_path / "a.txt"), "memory://listed-test/a.txt"]
+    assert [file.name for file in list_files(there, "text")] == there
+    with pytest.raises(SourceUnreadableError, match=r"nothing\.txt names no file"):
+        find_files([*there, str(tmp_path / "nothing.txt")], "text")
 
 
 def test_an_object_is_fetched_once_and_again_when_it_changed(tmp_path):

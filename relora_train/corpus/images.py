@@ -201,9 +201,18 @@ def _is_held_out(image: NDArray[np.uint8], validation_fraction: float) -> bool:
 def _find_idx(data: DataConfig, cache_directory: Path | None) -> list[SourceFile]:
     """The four files, in a fixed order."""
     try:
-        files = {_stem(file): file for file in find_files(data.paths, "idx", cache_directory)}
+        found = find_files(data.paths, "idx", cache_directory)
     except SourceUnreadableError as error:
         raise SourceUnreadableError(f"{error} Debian's dataset-fashion-mnist is a package of such files.") from None
+    files: dict[str, SourceFile] = {}
+    for file in found:  # in one folder a .gz goes before the plain file beside it
+        other = files.setdefault(_stem(file), file)
+        if other.name.rpartition("/")[0] != file.name.rpartition("/")[0]:
+            raise SourceUnreadableError(
+                f"data.paths names both {other.name} and {file.name}, and source 'idx' takes one file of each name. "
+                "Name the folder that is meant."
+            )
+        files[_stem(file)] = file
     wanted = [name for names in _IDX_FILES.values() for name in names]
     if missing := [name for name in wanted if name not in files]:
         raise SourceUnreadableError(

@@ -7,9 +7,10 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import cache
 from pathlib import Path, PurePath, PurePosixPath
 
 from relora_train.errors import SourceUnreadableError
@@ -62,43 +63,136 @@ class SourceFile:
             )
 
 
-def find_files(paths: Iterable[str], kind: str, cache_directory: Path | None = None) -> list[SourceFile]:
-    """The files that `paths` name, each once, in the order of `paths` and sorted within each of them.
+@dataclass(frozen=True)
+class FoundFile:
+    """A file or an object that data.paths names, not read yet."""
 
-    Raises SourceUnreadableError where one of them names no file, and what a store raises.
-    """
+    name: str
+    """How the user knows it: a path or a URI."""
+
+    identity: str
+    """The real path or the URI: two names with one identity are one file."""
+
+    stored: tuple[ObjectStore, ObjectInfo] | None = None
+    """Where it lies, if that is a store."""
+
+
+def find_files(paths: Iterable[str], kind: str, cache_directory: Path | None = None) -> list[SourceFile]:
+    """Return the files of list_files, fetched where they lie in a store, and hashed. Raises the same errors."""
     cache = (cache_directory or cache_root()) / "sources"
-    found: dict[str, SourceFile] = {}
+    return [
+        _fetched(*file.stored, file.name, cache) if file.stored else SourceFile.of(Path(file.name), file.name)
+        for file in list_files(paths, kind)
+    ]
+
+
+def list_files(paths: Iterable[str], kind: str) -> list[FoundFile]:
+    """Return the files that `paths` name, each once, in the order of `paths` and sorted within each of them.
+
+    Nothing is read or fetched. A file has one name, however many links and paths lead to it; what was left out is
+    counted in a warning. Raises SourceUnreadableError where a path names no file, and what a store raises.
+    """
+    found: dict[str, FoundFile] = {}
+    left_out: list[str] = []
     for path in paths:
-        if "://" in path and not path.startswith("file:"):
-            for store, info in _in_store(path, kind):
-                name = f"{store.uri}/{info.key}"
-                if name not in found:
-                    found[name] = _fetched(store, info, _readable(name), cache)
-        else:
-            for file in _on_disk(path, kind):
-                if str(file) not in found:
-                    found[str(file)] = SourceFile.of(file, _readable(str(file)))
+        in_store = "://" in path and not path.startswith("file:")
+        try:
+            named = _in_store(path, kind) if in_store else _on_disk(path, kind, left_out)
+        except OSError as error:
+            raise SourceUnreadableError(
+                f"{error.filename or path} cannot be read: {error.strerror}. Let this user read it."
+            ) from None
+        for file in named:
+            if file.identity in found:
+                left_out.append(file.name)
+            else:
+                found[file.identity] = file
+    if left_out:
+        _warn_once(
+            f"data.paths: {len(left_out)} name{'s' if len(left_out) > 1 else ''} left out, {len(found)} files taken. "
+            f"A file counts once, whatever links or further paths lead to it. The first left out: {left_out[0]}"
+        )
+    for file in found.values():
+        if file.name.endswith(_UNSUPPORTED_COMPRESSION):
+            raise SourceUnreadableError(f"{file.name} is compressed in a way that is not read; use plain files or .gz.")
     return list(found.values())
 
 
-def _on_disk(path: str, kind: str) -> list[Path]:
+def _on_disk(path: str, kind: str, left_out: list[str]) -> list[FoundFile]:
+    """Files of one path, sorted. Links among them come to `left_out` when their file is found without them."""
     place = uri_to_path(path) if path.startswith("file:") else Path(path).expanduser()
     if place.is_dir():
-        inside = ((file, file.relative_to(place)) for file in place.rglob("*") if file.is_file())
-        chosen = [(name.as_posix(), file) for file, name in inside if _belongs(name, kind)]
-        files = [file for _, file in sorted(chosen)]
+        inside = [folder / name for folder, names in _folders(place) for name in names if _belongs(Path(name), kind)]
+        files = sorted((file for file in inside if file.is_file()), key=Path.as_posix)
     elif place.is_file():
         files = [place]
     else:
-        matches = glob.glob(str(place), recursive=True)  # noqa: PTH207  # Path.glob takes no absolute pattern
-        files = sorted(file for file in map(Path, matches) if file.is_file())
+        matches = set(_matching(Path(place.anchor), place.relative_to(place.anchor).parts, left_out))
+        files = sorted(file for file in matches if file.is_file())
     if not files:
         raise _nothing_found(path, kind, exists=place.is_dir())
-    return files
+    real_folder = cache(os.path.realpath)
+    found: dict[str, FoundFile] = {}
+    for file in sorted(files, key=Path.is_symlink):  # a link to a file that is here too changes nothing
+        identity = os.path.realpath(file) if file.is_symlink() else f"{real_folder(file.parent)}{os.sep}{file.name}"
+        if identity in found:
+            left_out.append(str(file))
+        else:
+            found[identity] = FoundFile(str(file), identity)
+    order = {str(file): number for number, file in enumerate(files)}
+    return sorted(found.values(), key=lambda file: order[file.name])
 
 
-def _in_store(uri: str, kind: str) -> list[tuple[ObjectStore, ObjectInfo]]:
+def _matching(place: Path, parts: tuple[str, ...], left_out: list[str]) -> Iterator[Path]:
+    """Yield what glob.glob finds, except that '**' enters no folder twice: glob follows a link to '.' 40 times."""
+    if not parts:
+        yield place
+    elif parts[0] == "**":
+        for folder, names in _folders(place, left_out) if place.is_dir() else ():
+            if parts[1:]:
+                yield from _matching(folder, parts[1:], left_out)
+            else:
+                yield from (folder / name for name in names)
+    else:
+        for name in glob.glob(parts[0], root_dir=place):  # noqa: PTH207  # Path.glob takes hidden files too
+            yield from _matching(place / name, parts[1:], left_out)
+
+
+def _folders(place: Path, left_out: list[str] | None = None) -> Iterator[tuple[Path, list[str]]]:
+    """Yield a folder and those below it, each once, with their files; hidden ones are passed over.
+
+    Links to folders are followed if there is a list for those that lead to one that was entered already. They come
+    last, so that a folder is known by its own name.
+    """
+    entered: set[str] = set()
+    waiting = [place]
+    while waiting:
+        start = waiting.pop(0)
+        for path, inner, names in os.walk(start, onerror=_warn_unlisted):
+            folder, real = Path(path), os.path.realpath(path)
+            if real in entered:
+                inner.clear()
+                if left_out is not None and folder == start:
+                    left_out.append(str(folder))
+                continue
+            entered.add(real)
+            inner[:] = sorted(name for name in inner if not name.startswith("."))
+            if left_out is not None:
+                waiting += [folder / name for name in inner if (folder / name).is_symlink()]
+            yield folder, [name for name in names if not name.startswith(".")]
+
+
+def _warn_unlisted(error: OSError) -> None:
+    _warn_once(f"{error.filename} cannot be listed ({error.strerror}): nothing in it is taken.")
+
+
+@cache
+def _warn_once(message: str) -> None:
+    """A run looks for its files up to three times."""
+    _log.warning("%s", message)
+
+
+def _in_store(uri: str, kind: str) -> list[FoundFile]:
     scheme, _, rest = uri.partition("://")
     bucket, _, key = rest.partition("/")
     store = open_store(f"{scheme}://{bucket}")
@@ -112,7 +206,7 @@ def _in_store(uri: str, kind: str) -> list[tuple[ObjectStore, ObjectInfo]]:
         found = [info for info in store.list(folder) if _belongs(PurePosixPath(info.key.removeprefix(folder)), kind)]
     if not found:
         raise _nothing_found(uri, kind, exists=False)
-    return [(store, info) for info in found]
+    return [FoundFile(name, name, (store, info)) for info in found for name in [f"{store.uri}/{info.key}"]]
 
 
 def _belongs(name: PurePath, kind: str) -> bool:
@@ -122,12 +216,6 @@ def _belongs(name: PurePath, kind: str) -> bool:
 def _matches(key: str, pattern: str) -> bool:
     """As on a disk: '*' stays within a folder, '**' does not."""
     return fnmatchcase(key, pattern) and ("**" in pattern or key.count("/") == pattern.count("/"))
-
-
-def _readable(name: str) -> str:
-    if name.endswith(_UNSUPPORTED_COMPRESSION):
-        raise SourceUnreadableError(f"{name} is compressed in a way that is not read; use plain files or .gz.")
-    return name
 
 
 def _nothing_found(path: str, kind: str, *, exists: bool) -> SourceUnreadableError:

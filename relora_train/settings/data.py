@@ -36,7 +36,7 @@ class DataConfig(FrozenConfig):
     """'python-stdlib' is the standard library's own source. Images: scikit-learn's 'digits', 'idx' of MNIST's kind."""
 
     paths: tuple[str, ...] = ()
-    """Files, directories, globs or s3:// prefixes, for text, jsonl, parquet and idx."""
+    """Files, directories, globs or s3:// prefixes, for text, jsonl, parquet and idx; a file counts once."""
 
     hub_id: str | None = None
     """Dataset on the hub, for source 'hub'."""
