@@ -26,6 +26,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -59,6 +60,7 @@ from relora_train.upkeep.tombstone import TOMBSTONE_NAME, read_tombstone, remove
 CLAIM_NAME = "claim.json"
 _DOWNLOADS = 8
 _SMALL_BYTES = 64 << 20  # one part of a transfer
+_VARIANT = re.compile(r"^variant-[0-9a-f]{16}/")
 _log = logging.getLogger("relora_train.bundle")
 
 
@@ -113,7 +115,8 @@ def commit_bundle(
     except PreconditionFailedError:
         store.delete(_join(prefix, MANIFEST_NAME))
         raise
-    _remove_leftovers(store, prefix, placed, placed)
+    if was_claimed:
+        remove_leftovers(store, prefix, placed)
     return placed
 
 
@@ -236,7 +239,7 @@ def _adopt(store: ObjectStore, prefix: str, ours: M, winner: M) -> M:
             "%s was committed by another attempt (%s, at %s); this attempt (%s) is dropped and the committed one used.",
             _uri(store, prefix), winner.attempt, winner.created_at.isoformat(timespec="seconds"), ours.attempt,
         )  # fmt: skip
-    _remove_leftovers(store, prefix, ours, winner)
+    remove_leftovers(store, prefix, winner)
     return winner
 
 
@@ -251,17 +254,18 @@ def _work(manifest: Manifest) -> str:
             return f"content {content_digest(manifest)}"
 
 
-def _remove_leftovers(store: ObjectStore, prefix: str, ours: Manifest, winner: Manifest) -> None:
-    """Remove what this attempt, or a dead claimant of the plain names, wrote elsewhere than the winner.
+def remove_leftovers(store: ObjectStore, prefix: str, winner: Manifest) -> None:
+    """Remove what other attempts than the committed one wrote at its prefix, under the names of its files.
 
-    No manifest can ever list these objects: the only one that counts is there and lists others.
+    No manifest can ever list these objects: the only one that counts is there and lists others. Best effort.
     """
-    if content_digest(ours) == content_digest(winner) and not winner.files_prefix:
-        return
+    listed = {_key(prefix, winner, entry) for entry in winner.files}
+    names = {entry.path for entry in winner.files}
     try:
-        for place in {"", _variant_of(ours)} - {winner.files_prefix}:
-            for entry in ours.files:
-                store.delete(_join(prefix, place, entry.path))
+        for info in store.list(f"{prefix}/" if prefix else ""):
+            name = _VARIANT.sub("", info.key.removeprefix(f"{prefix}/"))
+            if name in names and info.key not in listed:
+                store.delete(info.key)
     except StorageError as error:
         _log.warning("%s: leftovers of a dropped attempt stay there: %s", _uri(store, prefix), error)
 

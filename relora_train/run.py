@@ -317,7 +317,7 @@ def _train_and_store(
         output = committed_output(request)
     if output is None:
         raise ObjectNotFoundError(f"The trainer ended well but left no manifest in {request.output_directory}.")
-    made = MadeStage(output, work, snapshots)
+    made = MadeStage(output, work)
     if run.publisher is None:
         return StageOutcome(store_now(run, made), reused=False)
     return StageOutcome(store_later(run, run.publisher, made), reused=False, stored=False)

@@ -11,14 +11,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from relora_train import events
-from relora_train.bundle import check_local
+from relora_train.bundle import check_local, remove_leftovers
+from relora_train.checkpoint_layout import snapshots_prefix
 from relora_train.checkpoint_store import CheckpointRef
 from relora_train.durable import sync_all
 from relora_train.errors import CheckpointError, ReLoRAError
 from relora_train.manifest import MANIFEST_NAME, CheckpointManifest, parse_manifest, result_digest
 from relora_train.publishing import Publication, Publisher
 from relora_train.requests import StageRequest
-from relora_train.snapshots.store import SnapshotStore
+from relora_train.snapshots.store import remove_snapshots
 from relora_train.stages import Stage
 from relora_train.workspace import WorkDirectory, checkpoint_cache, keep_work_from, short_digest, wait_for_orphan
 
@@ -34,7 +35,6 @@ class MadeStage:
 
     manifest: CheckpointManifest
     work: WorkDirectory
-    snapshots: SnapshotStore
 
     @property
     def directory(self) -> Path:
@@ -92,8 +92,11 @@ def work_name(run: Run, stage: str, fingerprint: str) -> tuple[str, str]:
 def tidy_up(run: Run, checkpoint: CheckpointRef) -> None:
     """Remove what a flow left that was killed after it had stored a checkpoint and before it had done with its files.
 
-    They are kept where the next reader looks for them, which spares a download. Best effort.
+    Those on this machine are kept where the next reader looks for them, which spares a download. Best effort.
     """
+    _clear(run, checkpoint.fingerprint)
+    if not checkpoint.is_removed:
+        remove_leftovers(run.store, checkpoint.prefix, checkpoint.manifest)
     work = WorkDirectory.left_over(*work_name(run, checkpoint.manifest.stage, checkpoint.fingerprint))
     if work is None:
         return
@@ -112,7 +115,7 @@ def store_now(run: Run, made: MadeStage) -> CheckpointRef:
     checkpoint = run.checkpoints.commit(made.directory, made.manifest, permit=run.check_lease)
     run.checkpoints.set_head(checkpoint)
     _keep(run, made.manifest, made.directory, checkpoint)
-    _clear(made.snapshots)
+    _clear(run, made.manifest.fingerprint)
     return checkpoint
 
 
@@ -131,7 +134,7 @@ def store_later(run: Run, publisher: Publisher, made: MadeStage) -> CheckpointRe
         checkpoint = run.checkpoints.commit(made.directory, made.manifest, permit=still_ours)
         still_ours()
         run.checkpoints.set_head(checkpoint)
-        _clear(made.snapshots)
+        _clear(run, made.manifest.fingerprint)
         events.emit(
             "checkpoint_stored",
             stage=checkpoint.manifest.stage,
@@ -156,9 +159,9 @@ def _keep(run: Run, made: CheckpointManifest, directory: Path, checkpoint: Check
     run.checkpoints.keep(checkpoint, made, directory, checkpoint_cache(run.run_id))
 
 
-def _clear(snapshots: SnapshotStore) -> None:
-    """Best effort: what stays is of no use to anyone and harms nobody."""
+def _clear(run: Run, fingerprint: str) -> None:
+    """Remove the stage's snapshots from the store: its checkpoint has taken their place. Best effort."""
     try:
-        snapshots.clear()
+        remove_snapshots(run.store, snapshots_prefix(run.run_id, fingerprint))
     except ReLoRAError as error:
-        _LOGGER.warning("Snapshots that are no longer needed stay in %s: %s", snapshots.uri, error)
+        _LOGGER.warning("Snapshots that are no longer needed stay in %s: %s", run.store.uri, error)

@@ -20,7 +20,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from relora_train.bundle import commit_bundle, fetch_bundle, keep_fetched, read_manifest, verify_bundle
+from relora_train.bundle import (
+    commit_bundle,
+    fetch_bundle,
+    keep_fetched,
+    read_manifest,
+    remove_leftovers,
+    verify_bundle,
+)
 from relora_train.errors import (
     CheckpointCorruptError,
     CheckpointIncompleteError,
@@ -230,6 +237,20 @@ def test_a_variant_is_a_whole_directory_and_nothing_uncommitted_stays_loadable(t
     assert not (tmp_path / "store" / PREFIX / "model.safetensors").exists()
     # The writer that was thought dead comes back and finds what happened.
     assert commit_bundle(store, PREFIX, tmp_path / "a", manifest) == final
+
+
+def test_what_dropped_attempts_wrote_goes_and_nothing_else(store, tmp_path):
+    committed(store, tmp_path / "a")
+    manifest = read_manifest(store, PREFIX, CheckpointManifest)
+    listed = [info.key for info in store.list(PREFIX)]
+    for name in ("stranger.txt", f"variant-{'0' * 16}/stranger.txt", "variant-x/config.json"):
+        store.put_bytes(f"{PREFIX}/{name}", b"of somebody")
+    kept = [info.key for info in store.list(PREFIX)]
+    for name in ("config.json", "adapter/adapter_model.safetensors"):
+        store.put_bytes(f"{PREFIX}/variant-{'0' * 16}/{name}", b"of a killed attempt")
+    remove_leftovers(store, PREFIX, manifest)
+    assert [info.key for info in store.list(PREFIX)] == kept and set(listed) < set(kept)
+    verify_bundle(store, PREFIX, manifest)
 
 
 # --- races ---

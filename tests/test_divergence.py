@@ -24,6 +24,7 @@ from relora_train.run import Run, StageOutcome, fetch_parent
 from relora_train.stages import plan_stages
 from relora_train.storage.memory import MemoryStore
 from relora_train.storage.opening import open_store
+from relora_train.upkeep.verify import verify_run
 
 EXPLODES = 1e3
 """At this rate a cycle of the tiny model diverges in a few steps, at EXPLODES * FACTOR it learns."""
@@ -75,6 +76,7 @@ def test_each_cycle_that_diverges_is_trained_at_a_lower_rate_from_its_own_parent
         assert ref.manifest.variant_of not in (None, ref.fingerprint)
     assert CheckpointStore(workshop.store, "tiny").latest() == second
     assert [event["stage"] for event in workshop.events if event["event"] == "diverged"] == ["cycle-1", "cycle-2"]
+    assert verify_run(workshop.store, "tiny").is_clean
 
 
 def test_a_variant_is_what_its_lower_rate_gives_by_itself(workshop: Workshop):

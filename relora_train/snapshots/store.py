@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -76,7 +76,7 @@ class SnapshotStore:
         manifest = _read_local(directory)
         commit_bundle(self._store, self._prefix + directory.name, directory, manifest)
         kept = [name for name in _newest_first(self._stored()) if name not in self._damaged][: self._keep]
-        self._remove_stored(except_for={*kept, directory.name})
+        remove_snapshots(self._store, self._prefix, except_for={*kept, directory.name})
 
     def prune_local(self, *, in_use: Path | None = None) -> None:
         """Keep the newest `keep` committed snapshots on this machine, and one that is being read."""
@@ -84,10 +84,6 @@ class SnapshotStore:
         kept = {*intact[: self._keep], *([in_use.name] if in_use else [])}
         for name in set(local_snapshots(self._local)) - kept:
             self._remove_local(name)
-
-    def clear(self) -> None:
-        """Remove every snapshot of the stage from the store: its checkpoint has taken their place."""
-        self._remove_stored(except_for=set())
 
     def _fetched(self, name: str, *, stored: bool, local: bool) -> Path:
         """A verified directory; the local one if it is sound, as it needs no download."""
@@ -120,17 +116,6 @@ class SnapshotStore:
             if file == MANIFEST_NAME and parse_snapshot_name(name) is not None:
                 yield name
 
-    def _remove_stored(self, *, except_for: set[str]) -> None:
-        """Manifests first, so that no half of a snapshot is ever visible, and claims last."""
-        doomed = [
-            info.key
-            for info in self._store.list(self._prefix)
-            if info.key.removeprefix(self._prefix).partition("/")[0] not in except_for
-        ]
-        order = {MANIFEST_NAME: 0, CLAIM_NAME: 2}
-        for key in sorted(doomed, key=lambda key: order.get(key.rpartition("/")[2], 1)):
-            self._store.delete(key)
-
     def _remove_local(self, name: str) -> None:
         (self._local / name / MANIFEST_NAME).unlink(missing_ok=True)
         shutil.rmtree(self._local / name, ignore_errors=True)
@@ -140,6 +125,18 @@ class SnapshotStore:
         for path in self._local.glob("step-*"):
             if not (path / MANIFEST_NAME).is_file():
                 shutil.rmtree(path, ignore_errors=True)
+
+
+def remove_snapshots(store: ObjectStore, prefix: str, *, except_for: Set[str] = frozenset()) -> None:
+    """Remove a stage's snapshots from a store but those named: manifests first, so that no half of one is ever visible,
+    and claims last.
+    """
+    doomed = [
+        info.key for info in store.list(prefix) if info.key.removeprefix(prefix).partition("/")[0] not in except_for
+    ]
+    order = {MANIFEST_NAME: 0, CLAIM_NAME: 2}
+    for key in sorted(doomed, key=lambda key: order.get(key.rpartition("/")[2], 1)):
+        store.delete(key)
 
 
 def local_snapshots(directory: Path) -> list[str]:

@@ -30,7 +30,7 @@ from relora_train.storage.base import ObjectInfo, ObjectStore
 from relora_train.storage.opening import open_store
 from relora_train.upkeep.tombstone import TOMBSTONE_NAME, read_tombstone
 
-_KNOWN_DIRECTORIES = ("evaluations", "report")
+_KNOWN_DIRECTORIES = ("diverged", "evaluations", "report")
 
 
 @dataclass(frozen=True)

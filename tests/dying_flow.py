@@ -1,0 +1,257 @@
+"""A flow that dies by SIGKILL at a write of our choice. Started as a program: it forks one such flow for each line.
+
+What a write is: whatever changes the store or the scratch space, by name. In a directory, before each call of the
+operating system that makes, renames, links or removes something, or opens it to be written; after one means before the
+next. Also in the midst of one: the file that was written last is cut to half. In a bucket, before and after each
+request that changes it. Stages are real and tiny; nothing is mocked but the trainer's process, which is this one, so
+that flow and trainer die together.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from stage_runs import tiny_profile
+from tiny_data import DATASET_ID
+
+from relora_train.bundle import commit_bundle
+from relora_train.checkpoint_layout import dataset_prefix
+from relora_train.divergence import train_by_policy
+from relora_train.events import Event
+from relora_train.lease import hold_run
+from relora_train.manifest import DatasetManifest, parse_manifest
+from relora_train.publishing import publishing
+from relora_train.requests import StageRequest
+from relora_train.run import Run, StageOutcome, dataset_ref, store_trained
+from relora_train.snapshots.snapshotter import Snapshotter
+from relora_train.stages import plan_stages
+from relora_train.storage.opening import open_store
+from relora_train.trainer import run_stage
+from relora_train.upkeep.pruning import prune_run
+from relora_train.upkeep.retention import RetentionPolicy
+
+RUN = "run"
+PROFILE = tiny_profile(
+    model={"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1},
+    batch={"sequences": 2, "sequence_length": 16},
+    schedule={"warm_start_steps": 2, "cycles": 1, "cycle_length": 6, "warmup_steps": 1, "restart_warmup_steps": 1},
+    relora={"rank": 2, "alpha": 2},
+    evaluation={"sequences": 2, "batch_sequences": 2},
+    snapshots={"every_steps": 2, "every_seconds": None, "keep": 1},
+    launch={"threads": 1},
+)
+_RANDOM = re.compile(r"\b(?!0000)[0-9a-f]{8,64}\b")  # what two runs name differently; steps stay
+_CHANGES = {"os.rename": 2, "os.link": 2, "os.remove": 1, "os.rmdir": 1, "os.mkdir": 1}
+
+
+@dataclass
+class Order:
+    """What one flow is to do, and where it is to die."""
+
+    verb: str
+    """train or prune."""
+    store: str
+    cache: str
+    dataset: str
+    log: str
+    """Where the names of the writes go, one a line."""
+    environment: dict[str, str] = field(default_factory=dict)
+    die_at: str | None = None
+
+
+@dataclass
+class Death:
+    """Names the writes of this process one after another and ends it at one of them."""
+
+    roots: dict[str, str]
+    die_at: str | None
+    names: list[str] = field(default_factory=list)
+    seen: Counter[str] = field(default_factory=Counter)
+    lock: threading.RLock = field(default_factory=threading.RLock)
+    written: str | None = None
+
+    def at(self, name: str) -> None:
+        with self.lock:  # who dies holds it: no other thread writes meanwhile
+            self.seen[name] += 1
+            name = f"{name} #{self.seen[name]}"
+            self.names.append(name)
+            if self.die_at == f"{name}, half written" and self.written is not None:
+                os.truncate(self.written, Path(self.written).stat().st_size // 2)
+                os.kill(os.getpid(), signal.SIGKILL)
+            if self.die_at == name:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    def hear(self, event: str, arguments: tuple[Any, ...]) -> None:
+        """An audit hook: called before what it is told of."""
+        if event == "open":
+            path, mode, flags = arguments
+            if isinstance(path, int) or not (flags & (os.O_WRONLY | os.O_RDWR) or set(mode or "") & set("wax+")):
+                return
+            paths = [os.fsdecode(path)]
+        elif event in _CHANGES:
+            directory = arguments[-1]
+            paths = [_whole(os.fsdecode(path), directory) for path in arguments[: _CHANGES[event]]]
+        else:
+            return
+        named = [self.named(path) for path in paths]
+        if all(named) and not named[-1].endswith(".lock"):
+            self.at(f"{event} {' -> '.join(named)}")
+            self.written = paths[0] if event == "open" else None
+
+    def named(self, path: str) -> str:
+        for root, name in self.roots.items():
+            if path.startswith(f"{root}/"):
+                return _RANDOM.sub("*", name + path.removeprefix(root))
+        return ""
+
+
+def _whole(path: str, directory: Any) -> str:
+    absolute = Path(path).is_absolute() or not isinstance(directory, int) or directory < 0
+    return path if absolute else str(Path(f"/proc/self/fd/{directory}").readlink() / path)
+
+
+def watch_requests(death: Death, store: str) -> None:
+    """Before and after each request by which botocore changes a bucket."""
+    from botocore.httpsession import URLLib3Session
+
+    send, below = URLLib3Session.send, f"{store.removeprefix('s3:/')}/"
+
+    def sending(self: Any, request: Any) -> Any:
+        if request.method in ("GET", "HEAD"):
+            return send(self, request)
+        path, _, query = request.url.partition("?")
+        what = "upload " if "upload" in query else ""
+        name = _RANDOM.sub("*", f"{what}{request.method} {path.partition(below)[2]}")
+        death.at(f"before {name}")
+        answer = send(self, request)
+        death.at(f"after {name}")
+        return answer
+
+    URLLib3Session.send = sending
+
+
+def train(order: Order) -> None:
+    """What the flow does, but in this process: see flows/training.py."""
+    store, outcomes, parent = open_store(order.store), list[StageOutcome](), None
+    store.preflight()
+    with hold_run(store, RUN) as lease, publishing(store) as publisher:
+        run = Run(RUN, order.store, PROFILE, lease=lease, publisher=publisher)
+        directory = Path(order.dataset)
+        path = directory / "manifest.json"
+        made = parse_manifest(DatasetManifest, path.read_bytes(), uri=path.as_uri())
+        dataset = dataset_ref(store, commit_bundle(store, dataset_prefix("tiny", DATASET_ID), directory, made))
+        for stage in plan_stages(PROFILE):
+            outcome = train_by_policy(run, stage, dataset, parent, on_event=once_stored(run), provenance={})
+            outcomes = [*stored(run, outcomes), outcome]
+            parent = outcome.checkpoint
+        stored(run, outcomes)
+
+
+def stored(run: Run, outcomes: list[StageOutcome]) -> list[StageOutcome]:
+    return [outcome if outcome.stored else store_trained(run, outcome) for outcome in outcomes]
+
+
+def once_stored(run: Run) -> Callable[[Event], None]:
+    """Let a snapshot reach the store before training goes on: then the same writes come in every run."""
+
+    def on_event(event: Event) -> None:
+        if event["event"] == "snapshot_committed":
+            name, deadline = Path(event["directory"]).name, time.monotonic() + 5
+            while time.monotonic() < deadline and not any(
+                info.key.endswith(f"{name}/manifest.json") for info in run.store.list(f"runs/{RUN}/snapshots/")
+            ):
+                time.sleep(0.005)
+
+    return on_event
+
+
+def work(module: str, request: StageRequest, path: Path, *, on_event: Callable[[Event], None], **_: Any) -> None:
+    path.write_text(request.model_dump_json())
+    run_stage(request, lambda event, **fields: on_event({"event": event, **fields}))
+
+
+def after_step(self: Snapshotter, progress: Any, *, original: Any = Snapshotter.after_step) -> None:
+    original(self, progress)
+    self.wait()
+
+
+def prune(order: Order) -> None:
+    prune_run(open_store(order.store), RUN, RetentionPolicy(keep_last=1), grace=timedelta(0))
+
+
+def live(order: Order) -> None:
+    """In a process of its own, until the end or until death."""
+    os.environ.update({**order.environment, "RELORA_CACHE": order.cache})
+    roots = {order.cache: "cache"} | ({} if "://" in order.store else {order.store: "store"})
+    death = Death(roots, order.die_at)
+    sys.addaudithook(death.hear)
+    watch_requests(death, order.store)
+    os.fsync = lambda descriptor: None  # a kill loses nothing that this would save, and it is most of the time
+    import relora_train.run
+
+    relora_train.run.run_worker = work  # type: ignore[assignment]
+    Snapshotter.after_step = after_step  # type: ignore[method-assign]
+    {"train": train, "prune": prune}[order.verb](order)
+    death.at("end")
+    Path(order.log).write_text("\n".join(death.names))
+
+
+def warm_up() -> None:
+    """What a first stage spends seconds on, once for all flows. No gradients: torch refuses them after a fork."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    import relora_train.objectives.causal_lm  # noqa: F401
+
+    sizes = {
+        "vocab_size": 8,
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+    }
+    with tempfile.TemporaryDirectory() as directory, torch.no_grad():
+        LlamaForCausalLM(LlamaConfig(**sizes)).save_pretrained(directory)
+        LlamaForCausalLM.from_pretrained(directory)(torch.zeros((1, 4), dtype=torch.long))
+
+
+def say(what: object) -> None:
+    sys.stdout.write(f"{json.dumps(what)}\n")
+    sys.stdout.flush()
+
+
+def serve() -> None:
+    warm_up()
+    say("ready")
+    for line in sys.stdin:
+        child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                live(Order(**json.loads(line)))
+                code = 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stderr.flush()
+                os._exit(code)
+        _, status = os.waitpid(child, 0)
+        say(os.waitstatus_to_exitcode(status))
+
+
+if __name__ == "__main__":
+    serve()
