@@ -29,6 +29,7 @@ from relora_train.manifest import CheckpointManifest, describe_files
 from relora_train.objectives.base import Evaluation
 from relora_train.optimizer import optimizer_state_by_name
 from relora_train.parallel.sharded_saving import save_sharded
+from relora_train.read_back import check_written
 from relora_train.training import StageTraining
 
 
@@ -44,13 +45,15 @@ def commit_stage(
 ) -> CheckpointManifest:
     """Write every file of the checkpoint, the manifest last. What a failed attempt left in the directory is removed.
 
-    For the first rank; the others of a sharded training call save_sharded(training, None) meanwhile.
+    For the first rank; the others of a sharded training call lend_rows(training) meanwhile.
+    Raises CheckpointCorruptError where the files do not hold what was trained.
     """
     request, stage, profile = training.request, training.stage, training.profile
     directory = request.output_directory
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)
     (save_sharded if training.ranks.sharded else _save_whole)(training, directory)
+    check_written(training, directory)
     copy_companions(request.dataset_directory, directory)
     if training.merged_adapter is not None:
         tensors, config = training.merged_adapter
@@ -95,6 +98,12 @@ def commit_stage(
     )
     write_manifest(manifest, directory)
     return manifest
+
+
+def lend_rows(training: StageTraining) -> None:
+    """The part of the other ranks of a sharded training in commit_stage."""
+    save_sharded(training, None)
+    check_written(training, None)
 
 
 def _save_whole(training: StageTraining, directory: Path) -> None:

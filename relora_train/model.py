@@ -70,7 +70,7 @@ def _llama_config(config: ModelConfig, *, vocab_size: int, eos_id: int) -> Any:
 
 
 def file_name(model: nn.Module, name: str) -> str:
-    """What a parameter is called in the model's files, where transformers has another name for it than in memory.
+    """What a tensor is called in the model's files, where transformers has another name for it than in memory.
 
     Raises ModelError where a file holds it in another form, merged with others or split.
     """
@@ -79,7 +79,7 @@ def file_name(model: nn.Module, name: str) -> str:
     known: dict[str, str] | None = getattr(model, "file_names", None)
     if known is not None:
         return known[name]
-    shape = model.get_parameter(name).shape
+    shape = cast(Any, model).get_parameter_or_buffer(name).shape
     written = revert_weight_conversion(cast(Any, model), {name: torch.empty(shape, device="meta")})
     if [tensor.shape for tensor in written.values()] != [shape]:
         raise ModelError(

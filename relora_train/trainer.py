@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from relora_train.commit import commit_stage
+from relora_train.commit import commit_stage, lend_rows
 from relora_train.config import settings_digest
 from relora_train.errors import DivergedError, TrainerInterruptedError
 from relora_train.evaluate import evaluate_checkpoint, evaluate_model
@@ -23,7 +23,7 @@ from relora_train.method.merging import finish_cycle
 from relora_train.method.update_size import UpdateMeter
 from relora_train.objectives.base import Evaluation
 from relora_train.parallel.ranks import Ranks, joined_ranks
-from relora_train.parallel.sharded_saving import ShardedSnapshotter, save_sharded
+from relora_train.parallel.sharded_saving import ShardedSnapshotter
 from relora_train.parallel.shards import whole
 from relora_train.process import Emit, StopRequest, is_asked_to_serve, serve_request, serve_requests
 from relora_train.relora import lora_parameters
@@ -104,7 +104,7 @@ def run_as_rank(request: StageRequest, ranks: Ranks, stop: StopRequest, emit: Em
                 seconds=parts.seconds,
             )
         elif ranks.sharded:
-            save_sharded(training, None)
+            lend_rows(training)
         ranks.barrier()
 
 
