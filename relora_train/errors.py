@@ -32,12 +32,13 @@
     │   ├── CheckpointIncompleteError
     │   ├── CheckpointCorruptError
     │   └── CheckpointAmbiguousError
-    └── TrainingError                  exit 7   the trainer process
-        ├── DivergedError
-        ├── DeviceError                         no such device
-        │   └── DeviceMemoryError               retryable, once: another process may have held the memory
-        ├── TrainerCrashedError                 retryable
-        └── TrainerInterruptedError             exit 130
+    ├── TrainingError                  exit 7   the trainer process
+    │   ├── DivergedError
+    │   ├── DeviceError                         no such device
+    │   │   └── DeviceMemoryError               retryable, once: another process may have held the memory
+    │   ├── TrainerCrashedError                 retryable
+    │   └── TrainerInterruptedError             exit 130
+    └── OrchestratorError              exit 8   retryable; a Prefect server that is away or answers with an error
 
 A message says what happened, where, why, and what to do now. It never holds a secret.
 """
@@ -216,3 +217,8 @@ def error_named(name: str, message: str) -> ReLoRAError:
             return candidate(message)
         pending.extend(candidate.__subclasses__())
     return TrainerCrashedError(f"{name}: {message}")
+
+
+class OrchestratorError(ReLoRAError):
+    exit_code = 8
+    retryable = True

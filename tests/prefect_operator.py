@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from prefect_server import QUIET
+from prefect_server import QUIET, no_server_errors
 
 ROOT = Path(__file__).resolve().parent.parent
 POOL = "test-pool"
@@ -44,10 +44,13 @@ class Operator:
 
     def prefect(self, *arguments: str, expect: int = 0) -> str:
         """The output of a `prefect` command, which must end with this status."""
+        return self.output("prefect", *arguments, expect=expect)
+
+    def output(self, *arguments: str, expect: int = 0) -> str:
+        """The output of a module as a command, which must end with this status."""
         done = subprocess.run(
-            self.command("prefect", *arguments), env=self.environment, cwd=ROOT, capture_output=True, text=True,
-            timeout=120,
-        )  # fmt: skip
+            self.command(*arguments), env=self.environment, cwd=ROOT, capture_output=True, text=True, timeout=120
+        )
         assert done.returncode == expect, (arguments, done.returncode, done.stdout, done.stderr)
         return done.stdout + done.stderr
 
@@ -135,12 +138,13 @@ def running_operator(directory: Path, **environment: str) -> Iterator[Operator]:
     server = operator.start(
         "server", operator.command("prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port))
     )
-    try:
-        wait_for(lambda: answers(operator), 180, operator.last_words)
-        yield operator
-    finally:
-        for worker in reversed(operator.workers):
-            stop(worker, signal.SIGKILL if worker is not server else signal.SIGTERM)
+    with no_server_errors(directory):
+        try:
+            wait_for(lambda: answers(operator), 180, operator.last_words)
+            yield operator
+        finally:
+            for worker in reversed(operator.workers):
+                stop(worker, signal.SIGKILL if worker is not server else signal.SIGTERM)
 
 
 def answers(operator: Operator) -> bool:

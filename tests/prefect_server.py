@@ -1,16 +1,20 @@
-"""A real Prefect server for tests that run flows: for the flows of this process, or as an operator starts one."""
+"""A real Prefect server for tests that run flows: for the flows of this process, or as an operator starts one.
+
+However a test starts a server, `no_server_errors` reads its logs at the end: an ERROR in one fails the test.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
 import time
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +29,49 @@ QUIET = {
 }
 
 
+_ERROR = re.compile(r"^(?:[\d:.]+ \| )?(?:ERROR|CRITICAL)\b.*?(?=^[\d:.]+ \| |^[A-Z]+: |\Z)", re.MULTILINE | re.DOTALL)
+"""A record with its traceback. Prefect begins one with a time, uvicorn with the level."""
+
+
+def server_errors(log: Path) -> list[str]:
+    """What a Prefect server logged as an error, but for SQLite's collisions.
+
+    A transaction that has read before another one wrote may not write any more; on a busy machine Prefect meets that
+    now and then, and does the same again later. PostgreSQL knows no such thing.
+    """
+    records = _ERROR.findall(log.read_text(errors="replace"))
+    return [record for record in records if "(sqlite3.OperationalError) database is locked" not in record]
+
+
+@contextmanager
+def no_server_errors(directory: Path) -> Iterator[None]:
+    """Fail after the block, which must end the servers that write server*.log there, if an error is in a log.
+
+    A server with a broken part answers every request: only its log says, say, that no schedule will ever fire.
+    """
+    yield
+    logs = list(directory.glob("server*.log"))
+    assert logs, f"no server wrote a log into {directory}"
+    for log in logs:
+        errors = server_errors(log)
+        assert not errors, f"{len(errors)} errors of Prefect's server in {log}:\n{''.join(errors)[:5000]}"
+
+
+@contextmanager
+def output_into(log: Path) -> Iterator[None]:
+    """Let processes that the block starts write into a file, when nobody asks how their output should go."""
+    kept = [os.dup(number) for number in (1, 2)]
+    with log.open("wb") as file:
+        for number in (1, 2):
+            os.dup2(file.fileno(), number)
+    try:
+        yield
+    finally:
+        for number, before in zip((1, 2), kept, strict=True):
+            os.dup2(before, number)
+            os.close(before)
+
+
 @contextmanager
 def running_prefect(home: Path) -> Iterator[None]:
     """Flows called in this process talk to a server that ends with the block."""
@@ -36,11 +83,12 @@ def running_prefect(home: Path) -> Iterator[None]:
         from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
         from prefect.testing.utilities import prefect_test_harness
 
-        # The heartbeat thread is joined at the end of every flow and costs a second each time.
-        with (
-            prefect_test_harness(server_startup_timeout=180),
-            temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}),
-        ):
+        home.mkdir(parents=True, exist_ok=True)
+        with no_server_errors(home), ExitStack() as stack:
+            with output_into(home / "server.log"):
+                stack.enter_context(prefect_test_harness(server_startup_timeout=180))
+            # The heartbeat thread is joined at the end of every flow and costs a second each time.
+            stack.enter_context(temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}))
             yield
 
 
@@ -79,16 +127,17 @@ def serving_prefect(home: Path) -> Iterator[ServedPrefect]:
     server = ServedPrefect(f"http://127.0.0.1:{port}/api", home)
     with (home / "server.log").open("wb") as log:
         process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
-    try:
-        _wait_until_healthy(server, process)
-        yield server
-    finally:
-        process.terminate()
+    with no_server_errors(home):
         try:
-            process.wait(timeout=20)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+            _wait_until_healthy(server, process)
+            yield server
+        finally:
+            process.terminate()
+            try:
+                process.wait(timeout=20)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
 
 
 def _wait_until_healthy(server: ServedPrefect, process: subprocess.Popen[bytes]) -> None:

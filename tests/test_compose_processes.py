@@ -19,6 +19,7 @@ from pathlib import Path
 
 import pytest
 from compose_processes import DEPLOY, ROOT, ComposeProcesses, postgres_binaries
+from prefect_server import no_server_errors
 
 pytestmark = [
     pytest.mark.slow,
@@ -37,11 +38,12 @@ def stack() -> Iterator[ComposeProcesses]:
         canaries["POSTGRES_PASSWORD"] += "@:/%"
         canaries["PREFECT_AUTH_STRING"] = f"operator:canary-{secrets.token_hex(12)}"
         running = ComposeProcesses(Path(directory), canaries)
-        try:
-            running.up()
-            yield running
-        finally:
-            running.down()
+        with no_server_errors(running.directory):
+            try:
+                running.up()
+                yield running
+            finally:
+                running.down()
 
 
 GRACE_SECONDS = 120  # the job template's
@@ -135,7 +137,7 @@ def test_deploying_again_changes_nothing(stack: ComposeProcesses):
     """`docker compose up` runs the one-shot service again."""
     before = psql(stack, "select count(*) from deployment"), psql(stack, "select count(*) from work_pool")
     stack.start("deploy")
-    assert stack.processes["deploy"].wait(timeout=120) == 0, stack.log("deploy").read_text()
+    assert stack.processes["deploy"].wait(timeout=400) == 0, stack.log("deploy").read_text()
     assert (psql(stack, "select count(*) from deployment"), psql(stack, "select count(*) from work_pool")) == before
 
 
@@ -157,6 +159,22 @@ def test_the_kubernetes_pool_can_be_made_from_our_template(stack: ComposeProcess
     assert psql(stack, f"select {path} from work_pool where type = 'kubernetes'") == "1"
 
 
+def test_a_schedule_makes_runs_and_the_worker_starts_them(stack: ComposeProcesses):
+    create = ("prefect", "deployment", "schedule", "create", "prune/weekly", "--cron", "* * * * *")
+    made = stack.run("deploy", *create, timeout_seconds=120)
+    assert made.returncode == 0, made.stdout + made.stderr
+    ended = (
+        "select f.state_type from flow_run f join deployment d on d.id = f.deployment_id where d.name = 'weekly'"
+        " and f.auto_scheduled and f.state_type in ('COMPLETED', 'FAILED', 'CRASHED')"
+    )
+    deadline = time.monotonic() + 300
+    while not (states := psql(stack, ended)):
+        assert time.monotonic() < deadline, stack.log("server").read_text()[-3000:]
+        time.sleep(1)
+    assert set(states.split()) == {"COMPLETED"}, stack.log("worker").read_text()[-3000:]
+    stack.run("deploy", "prefect", "deployment", "schedule", "clear", "prune/weekly", "-y", timeout_seconds=120)
+
+
 def test_a_job_that_is_told_to_stop_goes_back_into_the_queue_and_continues_from_its_snapshot(stack: ComposeProcesses):
     """What a reclaimed spot node does to a Kubernetes job: its command, in the image's environment, gets SIGTERM."""
     profile = stack.directory / "longer.toml"
@@ -169,7 +187,7 @@ def test_a_job_that_is_told_to_stop_goes_back_into_the_queue_and_continues_from_
     assert deployed.returncode == 0, deployed.stdout + deployed.stderr
     flow = ("prefect", "deployment", "run", "pretrain/quickstart", "-p", f"profile={profile}", "-p", "run_id=spot")
     scheduled = stack.run("worker", *flow, timeout_seconds=120)
-    flow_run = psql(stack, "select id from flow_run where state_type = 'SCHEDULED'")
+    flow_run = psql(stack, "select id from flow_run where state_type = 'SCHEDULED' and not auto_scheduled")
     assert flow_run, scheduled.stdout + scheduled.stderr
 
     first = start_job(stack, flow_run, "first")

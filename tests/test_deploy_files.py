@@ -292,7 +292,7 @@ def test_the_runbook_explains_every_error_and_how_it_ends():
         r"^\| `(\w+)` \| (\d+) \| (\w*) \| (.+) \| (.+) \|$", (DEPLOY / "README.md").read_text(), flags=re.MULTILINE
     )
     explained = {name: (int(code), retried) for name, code, retried, _, _ in rows}
-    groups = {kind.__name__ for kind in errors.ReLoRAError.__subclasses__()}
+    groups = {kind.__name__ for kind in errors.ReLoRAError.__subclasses__() if kind.__subclasses__()}
     raised = {kind.__name__: kind for kind in leaves if kind.__name__ not in groups}
     assert set(explained) - groups == set(raised)
     for name, kind in raised.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -88,18 +89,28 @@ def test_no_file_holds_a_path_or_a_secret_of_a_machine(path: Path):
     assert not re.search(r"AKIA[0-9A-Z]{16}", text)
 
 
-def test_the_automation_is_one_prefect_takes_and_waits_for_three_heartbeats():
+def test_the_automations_are_ones_prefect_takes_and_wait_as_long_as_a_living_run_may_be_silent():
     from prefect.events.schemas.automations import AutomationCore, EventTrigger
 
-    (given,) = yaml.safe_load((DEPLOY / "automations.yaml").read_text())["automations"]
-    automation = AutomationCore.model_validate(given)
-    assert isinstance(automation.trigger, EventTrigger)
-    for deployment in DEPLOYMENTS.values():
-        beat = int(deployment["work_pool"]["job_variables"]["env"]["PREFECT_FLOWS_HEARTBEAT_FREQUENCY"])
-        assert automation.trigger.within.total_seconds() >= 3 * beat
-        assert given["trigger"]["match_related"]["prefect.resource.id"] in [
-            f"prefect.tag.{t}" for t in deployment["tags"]
-        ]
+    tags = {f"prefect.tag.{tag}" for each in DEPLOYMENTS.values() for tag in each["tags"]}
+    beats = [
+        each["work_pool"]["job_variables"]["env"]["PREFECT_FLOWS_HEARTBEAT_FREQUENCY"] for each in DEPLOYMENTS.values()
+    ]
+    template = json.loads((DEPLOY / "kubernetes" / "base-job-template.json").read_text())
+    seconds_of_silence = {
+        "relora-dead-run": 3 * max(map(int, beats)),
+        "relora-dead-start": 120,
+        "relora-dead-start-elsewhere": 60 + template["variables"]["properties"]["pod_watch_timeout_seconds"]["default"],
+    }
+    automations = yaml.safe_load((DEPLOY / "automations.yaml").read_text())["automations"]
+    assert [each["name"] for each in automations] == list(seconds_of_silence)
+    for given in automations:
+        automation = AutomationCore.model_validate(given)
+        assert isinstance(automation.trigger, EventTrigger)
+        assert automation.trigger.within.total_seconds() >= seconds_of_silence[given["name"]]
+        related = given["trigger"]["match_related"]
+        tagged = related if isinstance(related, dict) else related[0]
+        assert tagged["prefect.resource.id"] in tags
 
 
 def test_an_unknown_deployment_is_refused_by_name():

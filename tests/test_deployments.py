@@ -11,12 +11,16 @@ import signal
 import subprocess
 import sys
 import urllib.error
+import uuid
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
-from prefect_operator import ROOT, Operator, children_of, is_alive, running_operator, wait_for
+import yaml
+from prefect_operator import POOL, ROOT, Operator, children_of, is_alive, running_operator, wait_for
+from prefect_server import no_server_errors, server_errors
 from seaweed import Seaweed
 
 from relora_train.checkpoint_layout import parse_snapshot_name
@@ -100,6 +104,19 @@ WRONG: list[tuple[dict[str, Any], str]] = [
 ]
 
 
+def test_an_error_in_a_servers_log_is_an_error_and_a_collision_in_sqlite_is_none(tmp_path: Path):
+    collision = "07:00:00.1 | ERROR   | a - x\nTraceback\n(sqlite3.OperationalError) database is locked\n"
+    error, warning = "07:00:01.2 | ERROR   | b - y\nTraceback\n", "07:00:02.3 | WARNING | c - no ERROR\n"
+    of_uvicorn = "ERROR:    Exception in ASGI application\n"
+    (tmp_path / "server-2.log").write_text(collision + warning)
+    with no_server_errors(tmp_path):
+        pass
+    (tmp_path / "server-2.log").write_text(warning + error + collision + of_uvicorn + warning)
+    assert server_errors(tmp_path / "server-2.log") == [error, of_uvicorn]
+    with pytest.raises(AssertionError, match="2 errors"), no_server_errors(tmp_path):
+        pass
+
+
 def test_a_wrong_parameter_is_refused_when_the_run_is_created(operator: Operator):
     deployment = operator.api("GET", "/deployments/name/pretrain/quickstart")
     for parameters, words in WRONG:
@@ -158,23 +175,73 @@ def test_a_cancelled_run_commits_a_snapshot_and_leaves_no_process(
     assert worker.poll() is None
 
 
-def test_served_deployments_run_without_a_worker_and_stop_in_order(operator: Operator, bucket: str):
-    command = operator.command("relora_train.cli", "serve", "pretrain/quickstart", "--poll", "1")
+def registered(operator: Operator) -> dict[str, Any]:
+    """All that the server holds of pretrain/quickstart, without what it notes about its use."""
+    found = operator.api("GET", "/deployments/name/pretrain/quickstart")
+    of_its_use = {"updated", "status", "last_polled", "global_concurrency_limit"}
+    return {key: value for key, value in found.items() if key not in of_its_use}
+
+
+def test_a_deployment_of_a_work_pool_is_not_served_unasked(operator: Operator):
+    before = registered(operator)
+    told = operator.output("relora_train.cli", "serve", "pretrain/quickstart", "prune/weekly", expect=2)
+    assert f"pretrain/quickstart (pool {POOL}): served, their runs would" in told and "--take-over" in told
+    assert "Serving at" not in told and registered(operator) == before
+    assert "prune/weekly" not in operator.prefect("deployment", "ls"), "nothing was registered on the way"
+
+
+def test_served_deployments_run_without_a_worker_and_go_back_to_their_pool(operator: Operator, bucket: str):
+    operator.prefect("deployment", "schedule", "create", "pretrain/quickstart", "--cron", "0 0 1 1 *", "--no-active")
+    before = registered(operator)
+    command = operator.command("relora_train.cli", "serve", "pretrain/quickstart", "--poll", "1", "--take-over")
     server = operator.start("serve", command)
-
-    def is_served() -> bool:
-        return operator.api("GET", "/deployments/name/pretrain/quickstart")["work_pool_name"] is None
-
-    wait_for(is_served, 60, operator.last_words)
+    wait_for(lambda: registered(operator)["work_pool_name"] is None, 180, operator.last_words)
     flow_run = operator.run("pretrain/quickstart", profile="smoke", run_id="served", overrides=LONG)
     wait_until_cycle_1(operator, flow_run)
+    waiting = operator.run("pretrain/quickstart", profile="smoke", run_id="waiting", overrides=LONG)
     processes = children_of(server.pid)
     assert flow_process(bucket, "served") in processes
     server.send_signal(signal.SIGTERM)
-    server.wait(timeout=60)
+    server.send_signal(signal.SIGTERM)
+    assert server.wait(timeout=120) == 0, operator.last_words()
     wait_until_gone(processes, 40)
     assert snapshots(bucket, "served")
     assert operator.state(flow_run) in ("CANCELLED", "CRASHED")
+    assert operator.state(waiting) == "CANCELLED" and "ended before" in operator.flow_run(waiting)["state"]["message"]
+    assert registered(operator) == before and before["work_pool_name"] == POOL and not before["paused"]
+
+
+def test_serving_that_is_told_to_stop_before_it_began_gives_back_too(operator: Operator):
+    before = registered(operator)
+    told_at_once = (
+        "import os, signal; from flows.serving import serve_deployments as serve;"
+        "from relora_train.deployments import choose_deployments as choose;"
+        "serve(choose(['pretrain/quickstart']), limit=1, poll_seconds=1, take_over=True,"
+        " on_start=lambda: os.kill(os.getpid(), signal.SIGTERM))"
+    )
+    command = [sys.executable, "-c", told_at_once]
+    subprocess.run(command, env=operator.environment, cwd=operator.directory, check=True, timeout=120)
+    assert registered(operator) == before
+
+
+def test_schedules_make_runs_and_a_worker_starts_them(operator: Operator, worker: subprocess.Popen[bytes]):
+    operator.prefect("--no-prompt", "deploy", "-n", "prune/weekly", "--prefect-file", "deploy/prefect.yaml")
+    operator.prefect("deployment", "schedule", "create", "prune/weekly", "--cron", "* * * * *")
+    deployment = operator.api("GET", "/deployments/name/prune/weekly")
+    schedules = {schedule["id"]: schedule["schedule"]["cron"] for schedule in deployment["schedules"]}
+
+    def scheduled(*states: str) -> set[str]:
+        """The crons whose runs are in one of these states."""
+        asked = {
+            "deployments": {"id": {"any_": [deployment["id"]]}},
+            "flow_runs": {"state": {"type": {"any_": states}}},
+        }
+        return {schedules[run["created_by"]["id"]] for run in operator.api("POST", "/flow_runs/filter", asked)}
+
+    wait_for(lambda: scheduled("SCHEDULED") == {"45 4 * * 0", "* * * * *"}, 180, operator.last_words)
+    wait_for(lambda: scheduled("COMPLETED", "FAILED", "CRASHED"), 240, operator.last_words)
+    assert scheduled("COMPLETED") == {"* * * * *"} and not scheduled("FAILED", "CRASHED"), operator.last_words()
+    operator.api("DELETE", f"/deployments/{deployment['id']}")
 
 
 def test_nightly_retrains_promote_what_is_better_and_refuse_the_rest(
@@ -210,6 +277,42 @@ def installed_automations(operator: Operator) -> list[dict[str, Any]]:
     return [each for each in found if each["name"].startswith("relora-")]
 
 
+def test_a_run_that_is_never_started_is_found_and_one_that_has_ended_stays_as_it_ended(operator: Operator):
+    """The automations as they are shipped, but for a patience of ten seconds, Prefect's shortest."""
+    for given in yaml.safe_load((ROOT / "deploy" / "automations.yaml").read_text())["automations"]:
+        operator.api("POST", "/automations/", {**given, "trigger": {**given["trigger"], "within": 10}})
+
+    def run(*states: str) -> str:
+        flow_run = operator.run("pretrain/quickstart", run_id="never")
+        for state in states:  # as a worker that takes it
+            operator.api("POST", f"/flow_runs/{flow_run}/set_state", {"state": {"type": state}})
+        return flow_run
+
+    ended, dead = run("PENDING", "RUNNING", "FAILED"), run("PENDING")
+    at_the_pool = {"prefect.resource.id": "prefect.tag.relora", "prefect.resource.role": "tag"}
+    heartbeat = {
+        "id": str(uuid.uuid4()),
+        "occurred": datetime.now(UTC).isoformat(),
+        "event": "prefect.flow-run.heartbeat",
+        "resource": {"prefect.resource.id": f"prefect.flow-run.{ended}"},
+        "related": [at_the_pool],
+    }
+    operator.api("POST", "/events", [heartbeat])
+    operator.wait_for_state(dead, "CRASHED", seconds=180)
+    assert "the worker that took it is gone" in operator.flow_run(dead)["state"]["message"]
+
+    def fired() -> bool:
+        """For the run that has ended too, or its state would be no wonder."""
+        about = {"resource": {"id": [f"prefect.flow-run.{ended}"]}}
+        asked = {"filter": {"event": {"name": ["prefect.automation.action.failed"]}, "any_resource": about["resource"]}}
+        return operator.api("POST", "/events/filter", asked)["total"] > 0
+
+    wait_for(fired, 120, operator.last_words)
+    assert operator.state(ended) == "FAILED"
+    for automation in installed_automations(operator):
+        operator.api("DELETE", f"/automations/{automation['id']}")
+
+
 @pytest.mark.slow
 def test_a_worker_that_is_terminated_leaves_a_dead_run_that_the_automation_finds(
     operator: Operator, worker: subprocess.Popen[bytes], bucket: str
@@ -218,7 +321,7 @@ def test_a_worker_that_is_terminated_leaves_a_dead_run_that_the_automation_finds
         subprocess.run(
             ["bash", str(Path(ROOT, "deploy", "automations.sh"))], env=with_venv(operator), check=True, timeout=120
         )
-    assert len(installed_automations(operator)) == 1
+    assert len(installed_automations(operator)) == 3
 
     flow_run = operator.run("pretrain/quickstart", profile="smoke", run_id="terminated", overrides=LONG)
     wait_until_cycle_1(operator, flow_run)

@@ -202,8 +202,11 @@ def serve(
     ] = None,
     limit: Annotated[int, typer.Option(min=1, help="Runs at a time; the others wait.")] = 1,
     poll: Annotated[float, typer.Option(min=0.5, metavar="SECONDS", help="How often the server is asked.")] = 5,
+    take_over: Annotated[
+        bool, typer.Option("--take-over", help="Serve deployments of a work pool too; given back to it at the end.")
+    ] = False,
 ) -> None:
     """Run the deployments of deploy/prefect.yaml from here, for the Prefect server that $PREFECT_API_URL names."""
     from relora_train.console.serve import serve as serve_deployments
 
-    serve_deployments(names or (), console_for_people(), limit=limit, poll_seconds=poll)
+    serve_deployments(names or (), console_for_people(), limit=limit, poll_seconds=poll, take_over=take_over)

@@ -18,10 +18,11 @@ from relora_train.run import STORE_VARIABLE, default_store_uri
 SERVICES_GROUP = "relora_train.services"
 
 
-def serve(names: Sequence[str], console: Console, *, limit: int, poll_seconds: float) -> None:
+def serve(names: Sequence[str], console: Console, *, limit: int, poll_seconds: float, take_over: bool) -> None:
     """Serve deployments, all for no names, until stopped; runs that are going on are then stopped in order.
 
-    Raises ConfigError when no Prefect server is named or answers.
+    take_over: serve also those that belong to a work pool, and give them back at the end.
+    Raises ConfigError when no Prefect server is named or answers, and for a work pool's deployment without `take_over`.
     """
     chosen = choose_deployments(names)
     api_url = _users_server()
@@ -31,10 +32,13 @@ def serve(names: Sequence[str], console: Console, *, limit: int, poll_seconds: f
     set_orchestrator_environment(verbose=True)
     os.environ.setdefault(STORE_VARIABLE, default_store_uri())
     start = _service("serve")
-    console.print(f"Serving at {api_url}, into {os.environ[STORE_VARIABLE]}. Ctrl-C ends it.", soft_wrap=True)
-    for deployment in chosen:
-        console.print(f"  {deployment['full_name']:<22}{deployment['description']}", soft_wrap=True)
-    start(chosen, limit=limit, poll_seconds=poll_seconds)
+
+    def show() -> None:
+        console.print(f"Serving at {api_url}, into {os.environ[STORE_VARIABLE]}. Ctrl-C ends it.", soft_wrap=True)
+        for deployment in chosen:
+            console.print(f"  {deployment['full_name']:<22}{deployment['description']}", soft_wrap=True)
+
+    start(chosen, limit=limit, poll_seconds=poll_seconds, take_over=take_over, on_start=show)
 
 
 def _users_server() -> str:
