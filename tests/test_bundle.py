@@ -18,7 +18,6 @@ from bundles import FILES, checkpoint_manifest, dataset_manifest, write_files
 from fault_proxy import faulty_way_to, flip_a_bit_of_the_answer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from pydantic import ValidationError
 
 from relora_train.bundle import (
     commit_bundle,
@@ -36,7 +35,7 @@ from relora_train.errors import (
     StorageError,
     StoreUnavailableError,
 )
-from relora_train.manifest import CheckpointManifest, FileEntry, describe_files
+from relora_train.manifest import CheckpointManifest, describe_files
 from relora_train.storage.base import ObjectStore
 from relora_train.storage.memory import MemoryStore
 from relora_train.storage.opening import open_store
@@ -563,14 +562,6 @@ def test_too_little_space_is_said_before_anything_is_downloaded(tmp_path):
         fetch_bundle(store, PREFIX, manifest.model_copy(update={"files": tuple(huge)}), tmp_path / "cache")
 
 
-@pytest.mark.parametrize(
-    "path", ["../x", "/etc/passwd", "a/../../x", "a//b", "a/", "./a", ".hidden", "a/.b", "", "a b"]
-)
-def test_a_manifest_cannot_name_a_file_outside_its_bundle(path):
-    with pytest.raises(ValidationError, match="leave the bundle"):
-        FileEntry(path=path, size_bytes=0, sha256="0" * 64)
-
-
 def test_a_symbolic_link_in_the_cache_leads_nothing_outside(tmp_path):
     store = MemoryStore("links")
     manifest = committed(store, tmp_path / "a")
@@ -589,10 +580,3 @@ def test_names_that_the_protocol_uses_are_refused(tmp_path, name):
     path.write_bytes(b"1")
     with pytest.raises(StorageError, match="reserved"):
         commit_bundle(MemoryStore(), PREFIX, tmp_path / "a", checkpoint_manifest(tmp_path / "a"))
-
-
-def test_a_manifest_lists_each_file_once(tmp_path):
-    manifest = checkpoint_manifest(write_files(tmp_path / "a", "a"))
-    twice = manifest.model_dump() | {"files": (*manifest.files, manifest.files[0])}
-    with pytest.raises(ValidationError, match="twice"):
-        CheckpointManifest.model_validate(twice)

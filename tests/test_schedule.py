@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from relora_train.schedule import cosine, cycle_of_step, is_merge_step, jagged_cosine, learning_rate
+from relora_train.schedule import climbing_cosine, cosine, cycle_of_step, is_merge_step, jagged_cosine, learning_rate
 
 PAPER = {
     "total_steps": 15_000,
@@ -122,6 +122,11 @@ def test_a_plain_cosine_warms_up_and_decays_to_its_minimum():
     assert falling == sorted(falling, reverse=True)
 
 
+def test_no_warm_up_begins_at_the_full_rate_and_nothing_but_warm_up_ends_there():
+    assert cosine(0, total_steps=5, warmup_steps=0, min_lr_ratio=0.1) == 1
+    assert cosine(5, total_steps=5, warmup_steps=5, min_lr_ratio=0.1) == 1
+
+
 RUN = {
     "warm_start_steps": 100,
     "total_steps": 400,
@@ -132,6 +137,9 @@ RUN = {
     "warm_start_learning_rate": 5e-4,
     "learning_rate": 1e-3,
 }
+
+
+CLIMB = {"total_steps": 10, "warmup_steps": 1, "restart_warmup_steps": 2, "min_lr_ratio": 0.1}
 
 
 def test_the_warm_start_is_the_start_of_a_cosine_over_the_whole_run():
@@ -178,6 +186,10 @@ def test_settings_that_do_not_fit_together_are_refused_with_names_and_values(cha
     ("call", "named"),
     [
         (lambda: cosine(0, total_steps=5, warmup_steps=6, min_lr_ratio=0), "warmup_steps = 6 .* total_steps = 5"),
+        (lambda: cosine(0, total_steps=5, warmup_steps=-1, min_lr_ratio=0), "warmup_steps = -1"),
+        (lambda: cosine(0, total_steps=0, warmup_steps=0, min_lr_ratio=0), "total_steps = 0"),
+        (lambda: climbing_cosine(3, cycle_start=4, **CLIMB), "cycle_start = 4 .* step = 3"),
+        (lambda: learning_rate(401, **RUN), "step = 401 .* total_steps = 400"),
         (lambda: cosine(6, total_steps=5, warmup_steps=1, min_lr_ratio=0), "step = 6 .* total_steps = 5"),
         (lambda: is_merge_step(1, warm_start_steps=0, cycle_length=0), "cycle_length = 0"),
         (lambda: is_merge_step(-1, warm_start_steps=0, cycle_length=5), "step = -1"),
