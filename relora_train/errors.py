@@ -17,6 +17,7 @@
     │   ├── ModelUnsuitableError                quantised, incomplete, or made for another task
     │   ├── NoTargetModulesError
     │   ├── SequenceTooLongError
+    │   ├── UntrainedLayerError                 a layer that no gradient reaches
     │   └── VocabularyMismatchError
     ├── StorageError                   exit 5   a store; missing, denied and unavailable are different
     │   ├── UnknownStoreSchemeError
@@ -120,6 +121,10 @@ class NoTargetModulesError(ModelError):
 
 
 class SequenceTooLongError(ModelError):
+    pass
+
+
+class UntrainedLayerError(ModelError):
     pass
 
 

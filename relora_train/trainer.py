@@ -19,6 +19,7 @@ from relora_train.commit import commit_stage, lend_rows
 from relora_train.config import settings_digest
 from relora_train.errors import DivergedError, TrainerInterruptedError
 from relora_train.evaluate import evaluate_checkpoint, evaluate_model
+from relora_train.method.learning import check_learning
 from relora_train.method.merging import finish_cycle
 from relora_train.method.update_size import UpdateMeter
 from relora_train.objectives.base import Evaluation
@@ -174,6 +175,7 @@ def _train(training: StageTraining, progress: Progress, emit: Emit, stop: StopRe
         if measured:
             meter.begin()
         loss, norm = training.update(step)
+        check_learning(training, step)
         losses += loss
         progress.step = step
         progress.summed += 1

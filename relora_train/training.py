@@ -74,6 +74,9 @@ class StageTraining:
     merged_adapter: tuple[dict[str, Tensor], dict[str, Any]] | None = None
     """The A and B that the merge of this stage consumed, and their PEFT configuration."""
 
+    checked_learning: bool = False
+    """Whether this process has asked if every low-rank layer learns."""
+
     matmul: Choice | None = None
     """What matmul_precision 'auto' stands for."""
 
