@@ -65,7 +65,7 @@ def pretrain(
         run = Run(
             run_id, store_uri, settings, branches=parent is not None, lease=lease, worker=worker, publisher=publisher
         )
-        prepared = done(tokenize(run))
+        prepared = done(tokenize(run, parent))
         with device_slot(gpu_limit), closing(worker):
             outcomes = train_stages(run, stages, prepared.dataset, parent)
             line = line_of(outcomes[-1].checkpoint if outcomes else parent)

@@ -167,6 +167,7 @@ def settings_digest(settings: dict[str, Any]) -> str:
 
 
 LATER_KEYS = {
+    "tokenizer": ("revision",),
     "schedule": ("jagged", "cycle_growth"),
     "relora": ("rank_allocation", "init", "merge_dtype"),
     "optimizer": ("low_rank_lr_ratio", "low_rank_b_lr_ratio"),
@@ -189,12 +190,25 @@ def default_run_id(profile: Profile) -> str:
     whole_sections = dict.fromkeys(
         ("name", "divergence", "evaluation", "logging", "snapshots", "launch", "retention"), True
     )
-    harmless: dict[str, Any] = {**whole_sections, "data": {"name", "workers", "engine"}}
-    harmless |= {section: unset_later_keys(profile, section) for section in LATER_KEYS}
+    harmless: dict[str, Any] = {**whole_sections, **unnamed_data_keys(profile)}
+    harmless |= {section: unset_later_keys(profile, section) for section in LATER_KEYS if section not in harmless}
     harmless |= dict.fromkeys(foreign_keys(profile.objective), True)
     settings = profile.model_dump(mode="json", exclude=harmless)
     name = re.sub(r"[^a-z0-9._-]+", "-", profile.name.lower()).strip("-.") or "run"
     return f"{name}-{settings_digest(settings)[:8]}"
+
+
+def unnamed_data_keys(profile: Profile) -> dict[str, set[str]]:
+    """Keys of what is learned from that are no part of a run's name, by section.
+
+    Two of them change the data: tokenizer.train and data.bos came later, and their defaults are not what runs before
+    them did. Such a run is found by its old settings, so that it can say how to go on: corpus/tokenizer_choice.py.
+    """
+    bos = {"bos"} if profile.data.bos is not True else set()  # no run before it had one
+    return {
+        "data": {"name", "workers", "engine"} | bos,
+        "tokenizer": {"train", *unset_later_keys(profile, "tokenizer")},
+    }
 
 
 def profile_from_file(path: Path) -> Profile:

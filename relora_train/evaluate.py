@@ -81,7 +81,7 @@ def evaluate_checkpoint(request: EvaluationRequest, emit: Emit) -> None:
             precision=profile.precision,
             ranks=ranks,
         )
-        samples = objective.sample(model, request.checkpoint_directory, ranks.device)
+        samples = objective.sample(model, request.checkpoint_directory, dataset.manifest, ranks.device)
         if ranks.is_first:
             request.result_path.write_text(json.dumps({**evaluation.as_record(), "samples": samples}))
             emit("evaluation", **evaluation.as_record())

@@ -186,6 +186,11 @@ class DatasetManifest(Manifest):
     """Informative: duplicates, overlap, tokenization speed; how often each class is there."""
 
     @property
+    def bos_ids(self) -> tuple[int, ...]:
+        """The tokens before a document; none of images, of most tokenizers, and of what was made before 0.2."""
+        return tuple(self.inputs.get("bos_ids", ()))
+
+    @property
     def unit(self) -> str:
         """What is counted: 'tokens' or 'images'."""
         return "images" if self.images else "tokens"

@@ -95,7 +95,8 @@ def check_fits(model: nn.Module, *, vocab_size: int, sequence_length: int) -> No
     if vocab_size > rows:
         raise VocabularyMismatchError(
             f"The tokenizer has {vocab_size} entries, the model's embedding only {rows} rows. "
-            "Use the model's own tokenizer (tokenizer.path), or set model.vocab_size to at least that many."
+            "Continue a model with its own tokenizer: leave tokenizer.path and tokenizer.train out. For a new model, "
+            "set model.vocab_size to at least that many."
         )
     longest = getattr(cast(Any, model).config, "max_position_embeddings", None)
     if longest is not None and sequence_length > longest:

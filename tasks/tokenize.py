@@ -5,6 +5,7 @@ from __future__ import annotations
 from prefect import task
 
 from relora_train import events
+from relora_train.checkpoint_store import CheckpointRef
 from relora_train.corpus.dataset_store import DatasetOutcome, prepare_or_reuse
 from relora_train.run import Run
 from tasks.observe import forward_events, skipped
@@ -12,9 +13,10 @@ from tasks.policies import STORE_IO
 
 
 @task(**STORE_IO, task_run_name="tokenize-{run.profile.data.name}")
-def tokenize(run: Run) -> DatasetOutcome:
+def tokenize(run: Run, parent: CheckpointRef | None) -> DatasetOutcome:
     """Return the DatasetOutcome of the profile's corpus; one that is committed already is shown as Skipped."""
-    return tell_dataset(prepare_or_reuse(run.profile, run.store, on_event=forward_events(), meanwhile=run.start_worker))
+    outcome = prepare_or_reuse(run, parent=parent, on_event=forward_events(), meanwhile=run.start_worker)
+    return tell_dataset(outcome)
 
 
 def tell_dataset(outcome: DatasetOutcome) -> DatasetOutcome:

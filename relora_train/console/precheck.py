@@ -22,6 +22,7 @@ def check_inputs(profile: Profile) -> str | None:
     facts_of(profile).check_pretrained()
     if profile.data.source == "hub" or any("://" in path for path in profile.data.paths):
         return None
-    if profile.tokenizer.path and not Path(profile.tokenizer.path).expanduser().exists():
+    tokenizer = facts_of(profile).tokenizer()
+    if tokenizer.path and not Path(tokenizer.path).expanduser().exists():
         return None  # perhaps on a hub
-    return describe_dataset(profile.data, profile.tokenizer)[0]
+    return describe_dataset(profile.data, tokenizer)[0]

@@ -11,6 +11,7 @@ from relora_train.config import settings_digest
 from relora_train.corpus.selection import SelectedSource, Selection, contents_of, select_source
 from relora_train.corpus.sources import Advance, Source, resolve_source
 from relora_train.corpus.staging import PIECE_BYTES, SPLIT_RULE
+from relora_train.errors import TokenizerError
 from relora_train.settings.data import DataConfig, TokenizerConfig
 from relora_train.tokenizer import DEFAULT_EOS_TOKEN, DocumentTokenizer, load_tokenizer
 
@@ -36,6 +37,11 @@ class DatasetInputs:
     def eos_token(self) -> str:
         return self.loaded.eos_token if self.loaded else self.settings.eos_token or DEFAULT_EOS_TOKEN
 
+    @property
+    def bos_ids(self) -> tuple[int, ...]:
+        """What stands before each document."""
+        return self.loaded.bos_ids if self.loaded else ()
+
     def read_documents(self, advance: Advance = lambda size: None) -> Iterator[str]:
         """The texts in order; see relora_train/corpus/sources.py."""
         return self.source.read(self.data.validation_fraction, advance)
@@ -48,7 +54,8 @@ class DatasetInputs:
             "vocab_size": settings.vocab_size,
             "training_bytes": settings.training_bytes,
         }
-        return {
+        bos = {"bos_ids": list(self.bos_ids)} if self.bos_ids else {}
+        return bos | {
             "dataset_format": DATASET_FORMAT,
             "source": self.source.identity,
             "text_field": data.text_field if data.source in ("jsonl", "parquet", "hub") else None,
@@ -78,5 +85,12 @@ def resolve_inputs(
 
 def inputs_of(source: Source, settings: TokenizerConfig, selection: Selection) -> DatasetInputs:
     """As resolve_inputs, of a source that was found already."""
-    loaded = load_tokenizer(settings.path, eos_token=settings.eos_token) if settings.path else None
+    bos, loaded = source.data.bos, None
+    if settings.path:
+        loaded = load_tokenizer(settings.path, eos_token=settings.eos_token, revision=settings.revision, bos=bos)
+    elif bos is True:
+        raise TokenizerError(
+            "data.bos = true asks for a BOS token before each document, and a tokenizer that is trained has none: its "
+            "one separator stands between documents. Set data.bos to 'auto', or name a tokenizer in tokenizer.path."
+        )
     return DatasetInputs(source.data, settings, select_source(source, selection), loaded)

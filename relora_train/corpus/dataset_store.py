@@ -7,13 +7,14 @@ from dataclasses import dataclass
 
 from relora_train.bundle import commit_bundle, keep_fetched
 from relora_train.checkpoint_layout import dataset_prefix
-from relora_train.config import Profile
+from relora_train.checkpoint_store import CheckpointRef
+from relora_train.corpus.images import IMAGE_READERS
 from relora_train.corpus.prepare import PrepareRequest, describe_dataset, read_result
 from relora_train.corpus.selection import Selection
+from relora_train.corpus.tokenizer_choice import TextSettings, choose_tokenizer
 from relora_train.launch import run_worker
-from relora_train.run import DatasetRef, OnEvent, dataset_ref, find_committed_dataset
+from relora_train.run import DatasetRef, OnEvent, Run, dataset_ref, find_committed_dataset
 from relora_train.settings.data import TokenizerConfig
-from relora_train.storage.base import ObjectStore
 from relora_train.workspace import dataset_cache, short_digest, work_directory
 
 
@@ -34,30 +35,35 @@ class Corpus:
 
 
 def prepare_or_reuse(
-    profile: Profile,
-    store: ObjectStore,
+    run: Run,
     *,
     on_event: OnEvent,
+    parent: CheckpointRef | None = None,
     corpus: Corpus | None = None,
     meanwhile: Callable[[], None] = lambda: None,
 ) -> DatasetOutcome:
-    """Return the committed dataset of the profile's corpus and tokenizer, tokenizing only what no attempt has yet.
+    """Return the committed dataset of the run's corpus and tokenizer, tokenizing only what no attempt has yet.
 
+    parent: the checkpoint that the run goes on from; see choose_tokenizer.
     meanwhile: called once there is something to tokenize, to begin what can go on beside it.
     Safe to repeat and to race: the first commit wins, and what a killed attempt finished on this machine is used.
     """
-    tokenizer, selection = (corpus.tokenizer, corpus.selection) if corpus else (profile.tokenizer, None)
-    dataset_id, _ = describe_dataset(profile.data, tokenizer, selection=selection)
-    found = find_committed_dataset(store, profile.data.name, dataset_id)
+    store, name, selection = run.store, run.profile.data.name, corpus.selection if corpus else None
+    if corpus is None and run.profile.data.source not in IMAGE_READERS:
+        text, dataset_id = choose_tokenizer(run, parent)
+    else:
+        text = TextSettings(run.profile.data, corpus.tokenizer if corpus else run.profile.tokenizer)
+        dataset_id, _ = describe_dataset(text.data, text.tokenizer, selection=selection)
+    found = find_committed_dataset(store, name, dataset_id)
     if found is not None:
         return DatasetOutcome(found, reused=True)
-    with work_directory("datasets", f"{profile.data.name}-{dataset_id[:16]}-{short_digest(store.uri)}") as directory:
-        found = find_committed_dataset(store, profile.data.name, dataset_id)
+    with work_directory("datasets", f"{name}-{dataset_id[:16]}-{short_digest(store.uri)}") as directory:
+        found = find_committed_dataset(store, name, dataset_id)
         if found is not None:  # by the process that was waited for
             return DatasetOutcome(found, reused=True)
         request = PrepareRequest(
-            data=profile.data,
-            tokenizer=tokenizer,
+            data=text.data,
+            tokenizer=text.tokenizer,
             selection=selection,
             work_directory=directory,
             result_path=directory / "result.json",

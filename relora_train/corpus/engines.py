@@ -22,18 +22,12 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from relora_train.errors import TokenizerError
-from relora_train.tokenizer import DocumentTokenizer
+from relora_train.tokenizer import TRICKY_TEXTS, DocumentTokenizer
 
 Engine = Literal["tokenizers", "tiktoken"]
 Ids = NDArray[np.uint32]
 
 _GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-_TRICKY_TEXTS = (
-    "it's we'll they'VE don't",
-    "  two  spaces\t\ttabs \n\n newlines\r\n \u00a0\u2003 wide\u3000",
-    "x=1234567890;y^2!?...<|endoftext|><|endoftext|> </s>",
-    "naïve café ½ ١٢٣ Ⅷ 漢字かな 한국어 ไทย हिन्दी 👩‍👩‍👧‍👦 e\u0301\u200d\ufeff\x00\x1c",
-)
 _log = logging.getLogger("relora_train.tokenizer")
 
 
@@ -59,7 +53,7 @@ def choose_engine(
     """
     if wanted == "tokenizers":
         return "tokenizers"
-    reason = why_not_tiktoken(tokenizer) or _difference(tokenizer, [*_TRICKY_TEXTS, *sample])
+    reason = why_not_tiktoken(tokenizer) or _difference(tokenizer, [*TRICKY_TEXTS, *sample])
     if reason is None:
         return "tiktoken"
     if wanted == "tiktoken":

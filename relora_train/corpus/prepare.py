@@ -161,6 +161,7 @@ def _prepare_text(found: DatasetInputs, home: Path, on_progress: OnProgress) -> 
         staged_directory,
         validation_fraction=data.validation_fraction,
         range_bytes=data.shard_tokens,
+        markers=1 + len(found.bos_ids),
     )
     reading.tell()
     _check_both_splits(corpus, data)
@@ -196,7 +197,7 @@ def _tokenizer(found: DatasetInputs, home: Path, corpus: StagedCorpus, on_progre
     directory, settings = home / "dataset", found.settings
     eos_token = found.eos_token
     if (directory / TOKENIZER_FILE).is_file():
-        return load_tokenizer(str(directory), eos_token=eos_token)
+        return load_tokenizer(str(directory), eos_token=eos_token, bos=found.data.bos)
     tokenizer = found.loaded
     if tokenizer is None:
         size = min(settings.training_bytes, corpus.text_bytes("train"))

@@ -1,7 +1,7 @@
 """Staged ranges -> token shards, by any number of processes. Range i of a split becomes shard i of it.
 
 `shard-00000.bin` holds little-endian uint16 ids (uint32 for more than 65,536 entries), `shard-00000.len` the uint32
-length in tokens of each document in it, separator included; a document cut by the end of a shard counts in both.
+length in tokens of each document in it, separator and BOS included; one cut by the end of a shard counts in both.
 A shard's bytes depend on its range, the tokenizer and nothing else. A shard is there completely or not at all, and a
 record beside the work tells that it is done: a killed preparation redoes only the shards it was making.
 """
@@ -133,6 +133,8 @@ def write_shard(plan: ShardPlan, encoder: Encoder, staged: StagedRange) -> Shard
     name = f"{staged.split}/shard-{staged.index:05d}"
     part = plan.output_directory / staged.split / f".shard-{staged.index:05d}.part"
     lengths: list[int] = []
+    bos = np.array(plan.tokenizer.bos_ids, dtype=np.uint32)
+    begins = staged.begins_document
     unfinished = 0  # tokens so far of a document whose end has not come
     with part.open("wb") as stream:
         tokens_file = _HashingWriter(stream)
@@ -140,6 +142,10 @@ def write_shard(plan: ShardPlan, encoder: Encoder, staged: StagedRange) -> Shard
             ids = encoder.encode([text for text, _ in batch])
             arrays: list[NDArray[np.uint32]] = []
             for piece, (_, document_ends) in zip(ids, batch, strict=True):
+                if begins:
+                    arrays.append(bos)
+                    unfinished += len(bos)
+                begins = document_ends
                 arrays.append(piece)
                 unfinished += len(piece)
                 if document_ends:

@@ -1,8 +1,8 @@
 """Documents -> staged ranges: the text of each split on disk, cut where shards will be cut.
 
 A range is the source of exactly one shard, so a shard can be made by any process at any time. A range is closed before
-its text and one separator a piece would exceed `shard_tokens` bytes; a byte-level token is a byte or more, so the shard
-never exceeds `shard_tokens` tokens, and is usually a quarter of that.
+its text and one separator a piece (and BOS, where documents begin with it) would exceed `shard_tokens` bytes; a
+byte-level token is a byte or more, so the shard never exceeds `shard_tokens` tokens, and is usually a quarter of that.
 
 A document longer than `PIECE_BYTES` becomes several pieces, which bounds the memory of encoding one. The cut is before
 a single space between two other characters, where no byte-level BPE has a token across; where the text has none, it is
@@ -54,6 +54,9 @@ class StagedRange:
     sha256: str
     """Of the text."""
 
+    begins_document: bool = True
+    """False where a document that the range before has begun goes on."""
+
     @property
     def name(self) -> str:
         return f"{self.split}-{self.index:05d}"
@@ -101,17 +104,19 @@ def cut_into_pieces(text: str, limit_bytes: int) -> Iterator[bytes]:
 
 
 def stage_documents(
-    documents: Iterable[str], directory: Path, *, validation_fraction: float, range_bytes: int
+    documents: Iterable[str], directory: Path, *, validation_fraction: float, range_bytes: int, markers: int = 1
 ) -> StagedCorpus:
     """Write all documents to `directory` as ranges, then its index; empty ones are left out.
 
+    markers: tokens around a document that are not its text.
     A directory whose index is there is complete and used as it is. Staging that was interrupted begins anew.
     """
     if (directory / _INDEX_NAME).is_file():
         return _read_index(directory / _INDEX_NAME)
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)
-    train, val = _RangeWriter(directory, "train", range_bytes), _RangeWriter(directory, "val", range_bytes)
+    train = _RangeWriter(directory, "train", range_bytes, markers)
+    val = _RangeWriter(directory, "val", range_bytes, markers)
     duplicates, empty = _DuplicateCounter(), 0
     sample: list[str] = []
     with train, val:
@@ -161,14 +166,15 @@ def delete_range(directory: Path, staged: StagedRange) -> None:
 class _RangeWriter:
     """Appends documents of one split, closing a range whenever the next piece would overfill it."""
 
-    def __init__(self, directory: Path, split: Split, range_bytes: int) -> None:
+    def __init__(self, directory: Path, split: Split, range_bytes: int, markers: int) -> None:
         self.ranges: list[StagedRange] = []
-        self._directory, self._split, self._range_bytes = directory, split, range_bytes
+        self._directory, self._split, self._range_bytes, self._markers = directory, split, range_bytes, markers
+        self._inside_document = False
         self._begin()
 
     def add(self, text: str) -> None:
         piece: bytes | None = None
-        for following in cut_into_pieces(text, min(PIECE_BYTES, self._range_bytes - 1)):
+        for following in cut_into_pieces(text, min(PIECE_BYTES, self._range_bytes - self._markers)):
             if piece is not None:
                 self._append(piece, ends_document=False)
             piece = following
@@ -185,8 +191,9 @@ class _RangeWriter:
             self._stream.close()
 
     def _append(self, piece: bytes, *, ends_document: bool) -> None:
-        # One separator a piece is counted, though only the last piece of a document gets one.
-        if self._codes and self._text_bytes + len(self._codes) + len(piece) + 1 > self._range_bytes:
+        # Separator and BOS are counted for every piece, though only a document's last and first get them.
+        full = self._text_bytes + len(piece) + self._markers * (len(self._codes) + 1) > self._range_bytes
+        if self._codes and full:
             self._close()
             self._begin()
         self._stream.write(piece)
@@ -194,17 +201,26 @@ class _RangeWriter:
         self._codes.append(len(piece) << 1 | ends_document)
         self._text_bytes += len(piece)
         self._documents += ends_document
+        self._inside_document = not ends_document
 
     def _begin(self) -> None:
         self._digest, self._text_bytes, self._documents = hashlib.sha256(), 0, 0
         self._codes = array("I")
+        self._begins_document = not self._inside_document
         self._stream = self._path("text").open("wb")
 
     def _close(self) -> None:
         self._stream.close()
         self._path("pieces").write_bytes(np.asarray(self._codes, dtype="<u4").tobytes())
         self.ranges.append(
-            StagedRange(self._split, len(self.ranges), self._documents, self._text_bytes, self._digest.hexdigest())
+            StagedRange(
+                self._split,
+                len(self.ranges),
+                self._documents,
+                self._text_bytes,
+                self._digest.hexdigest(),
+                self._begins_document,
+            )
         )
 
     def _path(self, ending: str) -> Path:

@@ -18,7 +18,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from relora_train.checkpoint_layout import RUN_ID_PATTERN
-from relora_train.config import Profile, settings_digest
+from relora_train.config import Profile, settings_digest, unnamed_data_keys
 from relora_train.errors import ExperimentInvalidError, ProfileInvalidError, ProfileNotFoundError
 from relora_train.experiments.config import ExperimentConfig
 from relora_train.overrides import layered
@@ -257,10 +257,11 @@ def _warm_start_id(profile: Profile, base: str) -> str | None:
 
 def _digest(profile: Profile, stages: Sequence[Stage] | None = None) -> str:
     """8 hex of all that can change what the stages (all of the plan's) compute, and of nothing else."""
+    unnamed = unnamed_data_keys(profile)
     settings = {
         "stages": [fingerprint_settings(profile, stage, dataset_id="") for stage in stages or plan_stages(profile)],
-        "tokenizer": profile.tokenizer.model_dump(mode="json"),
-        "data": profile.data.model_dump(mode="json", exclude={"name", "workers", "engine"}),
+        "tokenizer": profile.tokenizer.model_dump(mode="json", exclude=unnamed["tokenizer"]),
+        "data": profile.data.model_dump(mode="json", exclude=unnamed["data"]),
     }
     return settings_digest(settings)[:8]
 

@@ -91,5 +91,7 @@ class Objective(Protocol):
     def summarize(self, sums: Sequence[float], data: ExampleDataset) -> Evaluation:
         """The scores behind the sums over all scored examples of a split."""
 
-    def sample(self, model: nn.Module, checkpoint_directory: Path, device: torch.device) -> list[dict[str, str]]:
+    def sample(
+        self, model: nn.Module, checkpoint_directory: Path, manifest: DatasetManifest, device: torch.device
+    ) -> list[dict[str, str]]:
         """prompt and text of what the model of a checkpoint makes; [] where it makes nothing to look at."""

@@ -110,7 +110,9 @@ class CausalLM:
     def summarize(self, sums: Sequence[float], data: ExampleDataset) -> TextEvaluation:
         return summarize(sums[0], int(sums[1]), cast(TokenDataset, data).bytes_per_token)
 
-    def sample(self, model: nn.Module, checkpoint_directory: Path, device: torch.device) -> list[dict[str, str]]:
+    def sample(
+        self, model: nn.Module, checkpoint_directory: Path, manifest: DatasetManifest, device: torch.device
+    ) -> list[dict[str, str]]:
         evaluation = self._profile.evaluation
         return sample_texts(
             model,
@@ -119,6 +121,7 @@ class CausalLM:
             tokens=evaluation.sample_tokens,
             seed=self._profile.seed,
             device=device,
+            bos_ids=manifest.bos_ids,
         )
 
 
@@ -135,15 +138,26 @@ def summarize(total_nats: float, tokens: int, bytes_per_token: float) -> TextEva
 
 @torch.no_grad()
 def sample_texts(
-    model: nn.Module, tokenizer_path: Path, prompts: Sequence[str], *, tokens: int, seed: int, device: torch.device
+    model: nn.Module,
+    tokenizer_path: Path,
+    prompts: Sequence[str],
+    *,
+    tokens: int,
+    seed: int,
+    device: torch.device,
+    bos_ids: Sequence[int] = (),
 ) -> list[dict[str, str]]:
-    """A continuation of each prompt, drawn at a fixed temperature; the same for the same weights and seed."""
+    """A continuation of each prompt, drawn at a fixed temperature; the same for the same weights and seed.
+
+    bos_ids: what documents began with in training, and so each prompt.
+    """
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(tokenizer_path))
     samples = []
     for index, prompt in enumerate(prompts):
-        ids = torch.tensor([tokenizer.encode(prompt, add_special_tokens=False).ids], device=device)
+        prompt_ids = tokenizer.encode(prompt, add_special_tokens=False).ids
+        ids = torch.tensor([[*bos_ids, *prompt_ids]], device=device)
         torch.manual_seed(seed + index)
         output = cast(Any, model).generate(
             ids,

@@ -10,6 +10,7 @@ from relora_train.config import Profile
 from relora_train.errors import ModelNotFoundError, VocabularyMismatchError
 from relora_train.model_shape import ModelShape, llama_of_profile
 from relora_train.pretrained_config import CAUSAL_LM, check_config
+from relora_train.settings.data import TokenizerConfig
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,13 @@ class CausalLMFacts:
     def model_shape(self) -> ModelShape:
         return llama_of_profile(self.profile)
 
+    def tokenizer(self) -> TokenizerConfig:
+        """The model's own, unless the profile names one or wants one trained: embeddings belong to ids."""
+        model, settings = self.profile.model, self.profile.tokenizer
+        if model.pretrained is None or settings.path is not None or settings.train:
+            return settings
+        return settings.model_copy(update={"path": model.pretrained, "revision": model.revision})
+
     def check_pretrained(self) -> None:
         """A local model must have a configuration, and rows for every token of a local tokenizer."""
         profile = self.profile
@@ -42,15 +50,16 @@ class CausalLMFacts:
                 f"model.pretrained {str(directory)!r} has no config.json that names a vocab_size, so it is no model of "
                 "transformers. Correct the path."
             ) from None
-        entries = profile.tokenizer.vocab_size
-        if profile.tokenizer.path is not None:
-            if not Path(profile.tokenizer.path).expanduser().exists():
+        tokenizer = self.tokenizer()
+        entries = tokenizer.vocab_size
+        if tokenizer.path is not None:
+            if not Path(tokenizer.path).expanduser().exists():
                 return
             from relora_train.tokenizer import load_tokenizer
 
-            entries = load_tokenizer(profile.tokenizer.path, eos_token=profile.tokenizer.eos_token).vocab_size
+            entries = load_tokenizer(tokenizer.path, eos_token=tokenizer.eos_token).vocab_size
         if entries > rows:
             raise VocabularyMismatchError(
                 f"The tokenizer has {entries} entries, the embedding of {directory} only {rows} rows. "
-                "Use the model's own tokenizer (tokenizer.path)."
+                "Use the model's own tokenizer: leave tokenizer.path and tokenizer.train out."
             )

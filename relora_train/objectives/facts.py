@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from relora_train.model_shape import ModelShape
+    from relora_train.settings.data import TokenizerConfig
 
 
 class ObjectiveFacts(Protocol):
@@ -19,6 +20,9 @@ class ObjectiveFacts(Protocol):
 
     def model_shape(self) -> ModelShape:
         """The shape of the model that a profile without model.pretrained trains; ShapeUnknownError."""
+
+    def tokenizer(self) -> TokenizerConfig:
+        """The tokenizer that the profile means; of a path when it is not to be trained."""
 
     def check_pretrained(self) -> None:
         """Refuse a model.pretrained on this machine that cannot be trained so. Seconds, no network."""

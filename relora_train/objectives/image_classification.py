@@ -165,5 +165,7 @@ class ImageClassification:
         nats, images, right = sums
         return ImageEvaluation(val_loss=nats / images, val_accuracy=right / images, val_images=int(images))
 
-    def sample(self, model: nn.Module, checkpoint_directory: Path, device: torch.device) -> list[dict[str, str]]:
+    def sample(
+        self, model: nn.Module, checkpoint_directory: Path, manifest: DatasetManifest, device: torch.device
+    ) -> list[dict[str, str]]:
         return []

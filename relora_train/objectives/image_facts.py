@@ -14,6 +14,7 @@ from relora_train.config import Profile
 from relora_train.errors import ModelNotFoundError
 from relora_train.model_shape import ModelShape, vit
 from relora_train.pretrained_config import IMAGE_CLASSIFIER, check_config
+from relora_train.settings.data import TokenizerConfig
 
 CLASS_TOKENS = 1
 
@@ -48,6 +49,9 @@ class ImageFacts:
             patch_values=images.patch_values,
             patches=images.patches,
         )
+
+    def tokenizer(self) -> TokenizerConfig:
+        return self.profile.tokenizer
 
     def check_pretrained(self) -> None:
         """A local model must have a configuration; whether it takes the images is seen when it is loaded."""

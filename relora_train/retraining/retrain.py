@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from relora_train.checkpoint_store import CheckpointRef
@@ -22,13 +22,13 @@ from relora_train.corpus.dataset_inputs import inputs_of
 from relora_train.corpus.dataset_store import Corpus, DatasetOutcome, prepare_or_reuse
 from relora_train.corpus.selection import Selection, contents_of
 from relora_train.corpus.sources import Source, resolve_source
+from relora_train.corpus.tokenizer_choice import as_checkpoint
 from relora_train.errors import ConfigError, CorpusEmptyError, CorpusTooSmallError, PreconditionFailedError
 from relora_train.kept_worker import KeptWorker
 from relora_train.lease import Lease
 from relora_train.manifest import DatasetManifest
-from relora_train.objectives.registry import OBJECTIVES
+from relora_train.objectives.registry import OBJECTIVES, facts_of
 from relora_train.publishing import Publisher
-from relora_train.reporting.collect import files_in_stores
 from relora_train.retraining.options import MarginKind, RetrainOptions
 from relora_train.retraining.series import find_champion, promote, who
 from relora_train.retraining.series_data import (
@@ -48,8 +48,6 @@ from relora_train.run import DatasetRef, OnEvent, Run
 from relora_train.settings.data import DataConfig, TokenizerConfig
 from relora_train.storage.base import ObjectStore
 from relora_train.storage.opening import open_store
-from relora_train.tokenizer import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE
-from relora_train.workspace import checkpoint_cache
 
 _log = logging.getLogger("relora_train.retraining.retrain")
 
@@ -117,7 +115,11 @@ def plan_retrain(
     else:
         old = _known_parts(source, data, ())
         selection = Selection(new=new, old=old, old_ratio=options.old_data_ratio, seed=settings.seed)
-    tokenizer = settings.tokenizer if champion is None else _tokenizer_of(champion, settings)
+    tokenizer = facts_of(settings).tokenizer()
+    if champion is not None:
+        kept = as_checkpoint(champion, settings, always=True)
+        tokenizer, settings = kept.tokenizer, settings.model_copy(update={"data": kept.data})
+        source = replace(source, data=kept.data)
     profile = settings if parent is None else _lengthened(settings, parent, options.cycles)
     identity = {
         "settings": default_run_id(profile.model_copy(update={"data": DataConfig(), "tokenizer": TokenizerConfig()})),
@@ -144,7 +146,7 @@ def prepare_next(run: Run, plan: RetrainPlan, *, on_event: OnEvent) -> DatasetOu
     must suffice: else CorpusTooSmallError.
     """
     try:
-        outcome = prepare_or_reuse(run.profile, run.store, on_event=on_event, corpus=plan.corpus)
+        outcome = prepare_or_reuse(run, on_event=on_event, corpus=plan.corpus)
     except (CorpusEmptyError, CorpusTooSmallError) as error:
         if plan.parent is None:
             raise
@@ -312,13 +314,6 @@ def _known_parts(source: Source, data: SeriesData, new: Sequence[str]) -> tuple[
     if source.data.source == "hub":
         return tuple(new) or data.seen
     return tuple(sorted({*new, *(set(contents_of(source)) & set(data.seen))}))
-
-
-def _tokenizer_of(champion: CheckpointRef, settings: Profile) -> TokenizerConfig:
-    """The champion's own: a model cannot change its tokenizer, and losses under two of them cannot be compared."""
-    fetch = files_in_stores(checkpoint_cache(champion.manifest.run_id))
-    directory = fetch(champion, [TOKENIZER_FILE, TOKENIZER_CONFIG_FILE])
-    return TokenizerConfig(path=str(directory), eos_token=settings.tokenizer.eos_token)
 
 
 def _lengthened(settings: Profile, parent: CheckpointRef, cycles: int) -> Profile:

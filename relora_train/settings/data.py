@@ -11,10 +11,16 @@ from relora_train.settings.base import FrozenConfig
 
 
 class TokenizerConfig(FrozenConfig):
-    """The tokenizer: one to load, or a byte-level BPE trained on the training part."""
+    """The tokenizer: one to load, the model's own, or a byte-level BPE trained on the training part."""
 
     path: str | None = None
-    """tokenizer.json, directory or hub id to load; trained when absent."""
+    """tokenizer.json, directory or hub id to load; when absent, the model's own, or a trained one for a new model."""
+
+    revision: str | None = None
+    """Hub revision of `path`."""
+
+    train: bool = False
+    """Train one although the model has its own, whose embeddings then belong to other ids; a new model has none."""
 
     vocab_size: int = Field(4096, ge=257)
     """Entries of a trained tokenizer, its end-of-text token included."""
@@ -24,6 +30,12 @@ class TokenizerConfig(FrozenConfig):
 
     training_bytes: int = Field(200_000_000, ge=10_000)
     """Text a tokenizer is trained on at most."""
+
+    @model_validator(mode="after")
+    def a_loaded_one_is_not_trained(self) -> Self:
+        if self.path is not None and self.train:
+            raise ValueError(f"train = true trains a tokenizer, and path {self.path!r} names one to load; drop one")
+        return self
 
 
 class DataConfig(FrozenConfig):
@@ -67,6 +79,9 @@ class DataConfig(FrozenConfig):
 
     engine: Literal["auto", "tokenizers", "tiktoken"] = "auto"
     """Encoder; both give the same bytes."""
+
+    bos: Literal["auto"] | bool = "auto"
+    """Begin each document with the tokenizer's BOS token; 'auto': where the tokenizer does so itself."""
 
     @model_validator(mode="after")
     def source_has_what_it_needs(self) -> Self:
