@@ -30,6 +30,18 @@ ADAPTER_DIRECTORY = "adapter"
 COMPANION_FILES = ("tokenizer.json", "tokenizer_config.json", "preprocessor_config.json")
 MAX_SHARD_BYTES = 5 * 10**9
 
+_ADAPTER_README = """\
+# The low-rank update that this stage merged
+
+A record of what the stage learned, for `relora analyze`: A and B of each wrapped layer, in PEFT's format. Do not load
+it into a model to use it:
+
+- The checkpoint in the directory above has the update in its weights already; there it would count twice.
+- The checkpoint that the stage began from lacks what was trained beside A and B: embeddings, norms, biases and head.
+  `base_model_name_or_path` in adapter_config.json, and `parent` in manifest.json, name that checkpoint.
+
+`relora export CHECKPOINT DIR --as-adapter` writes an adapter that is right on the checkpoint the stage began from.
+"""
 _DENSE_ABOVE = 0.5  # share of kept entries from which index and value cost more than the dense tensor
 _PACKAGES = ("relora-train", "torch", "transformers", "tokenizers", "safetensors", "numpy", "prefect")
 
@@ -219,11 +231,12 @@ def load_optimizer_state(path: Path) -> OptimizerState:
 
 
 def save_adapter(tensors: Mapping[str, Tensor], config: Mapping[str, Any], directory: Path) -> None:
-    """Write A and B as a PEFT adapter in a directory of its own."""
+    """Write A and B as a PEFT adapter in a directory of its own, with a README that says what it is not for."""
     directory.mkdir(parents=True, exist_ok=True)
     contiguous = {name: tensor.detach().float().cpu().contiguous() for name, tensor in tensors.items()}
     save_file(contiguous, directory / "adapter_model.safetensors", metadata={"format": "pt"})
     (directory / "adapter_config.json").write_text(json.dumps(config, indent=1, sort_keys=True) + "\n")
+    (directory / "README.md").write_text(_ADAPTER_README)
 
 
 def copy_companions(source: Path, directory: Path) -> None:

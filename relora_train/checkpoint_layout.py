@@ -47,7 +47,12 @@ def check_run_id(run_id: str) -> str:
 
 def checkpoint_prefix(run_id: str, step: int, fingerprint: str) -> str:
     """Where the checkpoint of this work goes: a retry meets its own name, other settings never do."""
-    return f"{checkpoints_prefix(run_id)}step-{step:08d}-{fingerprint[:12]}"
+    return checkpoints_prefix(run_id) + checkpoint_name(step, fingerprint)
+
+
+def checkpoint_name(step: int, fingerprint: str) -> str:
+    """The last part of that, which is the same in every run and store."""
+    return f"step-{step:08d}-{fingerprint[:12]}"
 
 
 def checkpoints_prefix(run_id: str) -> str:

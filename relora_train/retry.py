@@ -35,6 +35,8 @@ from relora_train.storage.opening import open_store
 from relora_train.workspace import checkpoint_cache, work_directory
 
 _RETRY = "retry"
+_DESCRIPTIONS = ("adapter/README.md", "adapter/adapter_config.json")
+"""Beside what was trained; an earlier version wrote them otherwise."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ def retry_stage(checkpoint: CheckpointRef, *, on_event: OnEvent, replace: bool =
     """
     if replace:
         _require_on_line(checkpoint)
-    profile, parent, dataset = _profile_of(checkpoint), _parent_of(checkpoint), dataset_of(checkpoint)
+    profile, parent, dataset = _profile_of(checkpoint), parent_of(checkpoint), dataset_of(checkpoint)
     stage = stage_of(checkpoint.manifest)
     run = Run(checkpoint.manifest.run_id, checkpoint.store_uri, profile)
     _require_same_settings(run, stage, dataset, parent, checkpoint)
@@ -126,9 +128,11 @@ def stage_of(manifest: CheckpointManifest) -> Stage:
 
 
 def differing_files(ours: CheckpointManifest, theirs: CheckpointManifest) -> tuple[str, ...]:
-    """Files that only one of two checkpoints has, or that have other bytes; metrics and settings are not compared."""
+    """Files that only one of two checkpoints has, or that have other bytes; records are not compared."""
     one, two = ({entry.path: entry.sha256 for entry in manifest.files} for manifest in (ours, theirs))
-    return tuple(sorted(name for name in {*one, *two} - {*RECORD_FILES} if one.get(name) != two.get(name)))
+    return tuple(
+        sorted(name for name in {*one, *two} - {*RECORD_FILES, *_DESCRIPTIONS} if one.get(name) != two.get(name))
+    )
 
 
 def _as_variant(made: CheckpointManifest, checkpoint: CheckpointRef) -> CheckpointManifest:
@@ -180,7 +184,8 @@ def _profile_of(checkpoint: CheckpointRef) -> Profile:
     )
 
 
-def _parent_of(checkpoint: CheckpointRef) -> CheckpointRef | None:
+def parent_of(checkpoint: CheckpointRef) -> CheckpointRef | None:
+    """The committed checkpoint that a stage began from, or None. Raises CheckpointNotFoundError when it is gone."""
     named = checkpoint.manifest.parent
     if named is None:
         return None
@@ -191,7 +196,7 @@ def _parent_of(checkpoint: CheckpointRef) -> CheckpointRef | None:
         parent = None
     if parent is None or parent.fingerprint != named.fingerprint:
         raise CheckpointNotFoundError(
-            f"{checkpoint.uri} was trained from {named.uri}, which is not there any more: a stage can only be made "
-            "again from its parent. Bring it back, or retry an earlier checkpoint."
+            f"{checkpoint.uri} was trained from {named.uri}, which is not there any more (pruned, deleted or moved), "
+            "and this needs both. Bring it back there, or take another checkpoint."
         )
     return parent

@@ -77,22 +77,37 @@ def export(
     checkpoint: CheckpointName,
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="Where the model goes: new or empty.")],
     force: Annotated[bool, typer.Option("--force", help="Replace the model in a directory that is not empty.")] = False,
+    as_adapter: Annotated[
+        bool,
+        typer.Option("--as-adapter", help="Write a PEFT adapter for the checkpoint that the stage began from."),
+    ] = False,
     store: Store = None,
     as_json: AsJson = False,
 ) -> None:
     """Write the merged model of a checkpoint for transformers, every byte verified."""
-    from relora_train.console.export import export_model
+    from relora_train.console.export import export_adapter, export_model
+    from relora_train.errors import ConfigError
     from relora_train.units import size_text
 
-    ref = resolve(checkpoint, store)
-    written = export_model(ref, directory, force=force)
-    _record_export(ref, written.directory)
+    if as_adapter and force:
+        raise ConfigError("--force replaces a model, and --as-adapter writes to a new directory. Drop one of them.")
+    ref, parent = resolve(checkpoint, store), None
+    if as_adapter:
+        written, parent = export_adapter(ref, directory)
+    else:
+        written = export_model(ref, directory, force=force)
+    for kept in filter(None, (ref, parent)):
+        _record_export(kept, written.directory)
     if as_json:
         names = [entry.path for entry in written.files]
         echo_json({"directory": str(written.directory), "checkpoint_uri": written.checkpoint_uri, "files": names})
         return
     typer.echo(f"{len(written.files)} files, {size_text(written.size_bytes)}, in {written.directory}")
-    typer.echo(f'Load it with AutoModelForCausalLM.from_pretrained("{written.directory}").')
+    if as_adapter:
+        base = parent.uri if parent else "the model.pretrained of its run"
+        typer.echo(f'Load it with PeftModel.from_pretrained(model, "{written.directory}"), model being {base}.')
+    else:
+        typer.echo(f'Load it with AutoModelForCausalLM.from_pretrained("{written.directory}").')
 
 
 def report(run: RunName, store: Store = None, as_json: AsJson = False) -> None:

@@ -1,4 +1,7 @@
-"""A checkpoint's model as a plain directory for transformers and everything that reads its format. Imports no torch."""
+"""A checkpoint's model as a plain directory for transformers and all that reads its format, or as a PEFT adapter.
+
+Imports no torch until an adapter is written.
+"""
 
 from __future__ import annotations
 
@@ -10,15 +13,18 @@ from pathlib import Path
 
 from relora_train.bundle import fetch_bundle
 from relora_train.checkpoint_store import CheckpointRef
+from relora_train.config import profile_from_file
 from relora_train.errors import CheckpointCorruptError, CheckpointIncompleteError, ConfigError
-from relora_train.manifest import FileEntry, hash_file
+from relora_train.manifest import FileEntry, describe_files, hash_file
+from relora_train.retry import parent_of
+from relora_train.run import fetch_parent
+from relora_train.spectra.adapters import ADAPTER_FILES
 from relora_train.storage.opening import open_store
 from relora_train.storage.os_errors import disk_error
 
+_TOKENIZER = re.compile(r"tokenizer.*|special_tokens_map\.json|chat_template.*")
 _WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json")
-_MODEL = re.compile(
-    rf"{_WEIGHTS.pattern}|(generation_)?config\.json|tokenizer.*|special_tokens_map\.json|chat_template.*"
-)
+_MODEL = re.compile(rf"{_WEIGHTS.pattern}|(generation_)?config\.json|{_TOKENIZER.pattern}")
 
 
 @dataclass(frozen=True)
@@ -53,6 +59,55 @@ def export_model(checkpoint: CheckpointRef, directory: Path, *, force: bool = Fa
     except OSError as error:
         raise disk_error(error, f"write the model to {directory}") from error
     return ExportedModel(directory, checkpoint.uri, entries)
+
+
+def export_adapter(checkpoint: CheckpointRef, directory: Path) -> tuple[ExportedModel, CheckpointRef | None]:
+    """Write what a low-rank stage learned as a PEFT adapter on what it began from; that is returned too.
+
+    It began from a checkpoint, or, where none is returned, from a local model.pretrained. The directory is new, and
+    appears complete or not at all.
+    """
+    if not set(ADAPTER_FILES) <= {entry.path for entry in checkpoint.manifest.files}:
+        raise ConfigError(
+            f"{checkpoint.uri} ended the full-rank stage {checkpoint.manifest.stage}, which has no low-rank update. "
+            "Name a checkpoint of a cycle or a LoRA, or export this one whole, without --as-adapter."
+        )
+    directory = directory.expanduser().absolute()
+    _refuse_what_is_there(directory, force=False)
+    parent = parent_of(checkpoint)
+    files = fetch_parent(checkpoint)
+    base, name = (fetch_parent(parent), parent.uri) if parent else _pretrained(checkpoint, files)
+    if parent and parent.store_uri.startswith("file:"):
+        name = str(base)
+    from relora_train.peft_export import write_adapter  # torch
+
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{directory.name}-", dir=directory.parent) as scratch:
+            made = Path(scratch) / "adapter"
+            made.mkdir()
+            write_adapter(files, base, made, base_name=name, checkpoint_name=checkpoint.uri)
+            for entry in checkpoint.manifest.files:
+                if _TOKENIZER.fullmatch(entry.path):
+                    shutil.copyfile(files / entry.path, made / entry.path)
+            written = describe_files(made)
+            _move(written, made, directory)
+    except OSError as error:
+        raise disk_error(error, f"write the adapter to {directory}") from error
+    return ExportedModel(directory, checkpoint.uri, written), parent
+
+
+def _pretrained(checkpoint: CheckpointRef, files: Path) -> tuple[Path, str]:
+    """The local model that a checkpoint without a parent began from."""
+    pretrained = profile_from_file(files / "profile.json").model.pretrained
+    directory = Path(pretrained).expanduser() if pretrained else None
+    if directory is None or not directory.is_dir():
+        began = "random weights" if pretrained is None else f"{pretrained!r}, which is no directory of this machine"
+        raise ConfigError(
+            f"{checkpoint.uri} has no parent checkpoint: it began from {began}. An adapter needs a model it belongs "
+            "on. Name a later checkpoint, or export this one whole, without --as-adapter."
+        )
+    return directory, str(directory)
 
 
 def _refuse_what_is_there(directory: Path, *, force: bool) -> None:

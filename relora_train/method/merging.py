@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from relora_train.checkpoint_layout import checkpoint_name
 from relora_train.errors import DivergedError, TrainingError
 from relora_train.evaluate import autocast
 from relora_train.objectives.registry import facts_of
@@ -28,7 +29,12 @@ def finish_cycle(training: StageTraining, metrics: list[dict[str, Any]], emit: E
     Raises TrainingError when the output changed by more than rounding: such a checkpoint is not to be trusted.
     """
     stage, profile = training.stage, training.profile
-    config = adapter_config(training.model, task_type=training.objective.adapter_task)
+    parent = training.request.parent
+    config = adapter_config(
+        training.model,
+        base_model_name_or_path=checkpoint_name(parent.step, parent.fingerprint) if parent else None,
+        task_type=training.objective.adapter_task,
+    )
     training.merged_adapter = (adapter_state(training.model), config)
     before = _probe_output(training)
     if not bool(before.isfinite().all()):
