@@ -34,6 +34,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from relora_train.durable import replace_durably, write_durably
 from relora_train.errors import (
     BucketNotFoundError,
     CheckpointCorruptError,
@@ -145,7 +146,7 @@ def fetch_bundle(store: ObjectStore, prefix: str, manifest: Manifest, directory:
             _download_all(store, prefix, manifest, missing, directory)
             # Here the files lie beside the manifest, also those of a variant: the directory is a bundle of its own.
             placed = manifest.model_copy(update={"files_prefix": ""})
-            _write_durably(directory / MANIFEST_NAME, placed.to_bytes())
+            write_durably(directory / MANIFEST_NAME, placed.to_bytes())
     except OSError as error:
         raise disk_error(error, f"write {error.filename or directory} from {_uri(store, prefix)}") from error
     return directory
@@ -328,7 +329,7 @@ def _download(store: ObjectStore, key: str, entry: FileEntry, directory: Path) -
                 if is_last_attempt:
                     raise
                 _log.warning("%s Downloading it once more, in case it was damaged on the way.", error)
-        _replace_durably(part, target)
+        replace_durably(part, target)
     except BucketNotFoundError:
         raise
     except ObjectNotFoundError as error:
@@ -356,23 +357,6 @@ def _one_process_at_a_time(directory: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
-
-
-def _write_durably(path: Path, data: bytes) -> None:
-    part = path.with_name(f".{path.name}.part")
-    part.write_bytes(data)
-    _replace_durably(part, path)
-
-
-def _replace_durably(part: Path, target: Path) -> None:
-    for path in (part, target.parent):
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-        if path is part:
-            part.replace(target)
 
 
 def _local_directory(store: ObjectStore, prefix: str, manifest: Manifest) -> Path | None:

@@ -63,12 +63,12 @@ class Order:
     """What one flow is to do, and where it is to die."""
 
     verb: str
-    """train or prune."""
+    """train or prune; trace to train under a PowerCut's eyes."""
     store: str
     cache: str
     dataset: str
     log: str
-    """Where the names of the writes go, one a line."""
+    """Where the names of the writes go, one a line; of a trace what a power cut could have broken."""
     environment: dict[str, str] = field(default_factory=dict)
     die_at: str | None = None
 
@@ -98,10 +98,9 @@ class Death:
     def hear(self, event: str, arguments: tuple[Any, ...]) -> None:
         """An audit hook: called before what it is told of."""
         if event == "open":
-            path, mode, flags = arguments
-            if isinstance(path, int) or not (flags & (os.O_WRONLY | os.O_RDWR) or set(mode or "") & set("wax+")):
+            if isinstance(arguments[0], int) or not _writes(arguments):
                 return
-            paths = [os.fsdecode(path)]
+            paths = [os.fsdecode(arguments[0])]
         elif event in _CHANGES:
             directory = arguments[-1]
             paths = [_whole(os.fsdecode(path), directory) for path in arguments[: _CHANGES[event]]]
@@ -117,6 +116,82 @@ class Death:
             if path.startswith(f"{root}/"):
                 return _RANDOM.sub("*", name + path.removeprefix(root))
         return ""
+
+
+@dataclass
+class PowerCut:
+    """Names what would be broken if the power went: names may be on the disk at once, bytes only when they are synced.
+
+    A name that others trust (a manifest and all that it lists, whatever a store shows) must come after its bytes, and
+    be on the disk itself before the next one is given or taken. What a trainer leaves for its own machine is read with
+    every byte checked, so it may be late; but not when the next stage begins before it is stored.
+    """
+
+    store: str
+    broken: list[str] = field(default_factory=list)
+    synced: set[str] = field(default_factory=set)
+    directories: set[str] = field(default_factory=set)
+    """In which a name has changed and is not on the disk."""
+
+    def hear(self, event: str, arguments: tuple[Any, ...]) -> None:
+        if event == "open" and not isinstance(arguments[0], int) and _writes(arguments):
+            path = Path(os.fsdecode(arguments[0]))
+            self.synced.discard(str(path))
+            if path.name == "request.json":  # the stage before is stored, or waits on this machine
+                for manifest in path.parent.parent.glob("*/checkpoint/manifest.json"):
+                    self.whole(manifest, manifest.read_bytes())
+                    self.broken += [] if str(manifest) in self.synced else [f"{manifest} is not synced"]
+        elif event in _CHANGES:
+            names = [_whole(os.fsdecode(path), arguments[-1]) for path in arguments[: _CHANGES[event]]]
+            self.changed(event, names[0], Path(names[-1]))
+
+    def changed(self, event: str, old: str, path: Path) -> None:
+        if event == "os.mkdir":
+            if not path.exists() and path.parent.exists():
+                self.note(path.parent)
+        elif event == "os.rmdir":
+            self.directories.discard(str(path))
+        elif event == "os.link" and path.exists():
+            return  # it will be refused
+        elif not path.name.startswith(".") and self.trusts(path):
+            stored = str(path).startswith(self.store)
+            late = {each for each in self.directories if stored or Path(each) not in path.parents}
+            self.broken += [f"{event} {path} while names in {each} are not synced" for each in late]
+            self.directories -= late
+            if event != "os.remove":
+                self.named(old, path)
+            elif stored:
+                self.note(path.parent)
+
+    def named(self, old: str, path: Path) -> None:
+        self.broken += [] if old in self.synced else [f"{path} was given its name before its bytes were synced"]
+        self.synced.add(str(path))
+        if path.name == "manifest.json":
+            self.whole(path, Path(old).read_bytes())
+        self.note(path.parent)
+
+    def whole(self, path: Path, manifest: bytes) -> None:
+        listed = json.loads(manifest)
+        files = [str(path.parent / listed["files_prefix"] / entry["path"]) for entry in listed["files"]]
+        self.broken += [f"{path} lists {name}, which is not synced" for name in files if name not in self.synced]
+
+    def fsync(self, descriptor: int, original: Callable[[int], None] = os.fsync) -> None:
+        path = str(Path(f"/proc/self/fd/{descriptor}").readlink())
+        original(descriptor)
+        self.synced.add(path)
+        self.directories.discard(path)
+
+    def trusts(self, path: Path) -> bool:
+        return str(path).startswith(self.store) or not {"snapshots", "datasets"}.isdisjoint(path.parts)
+
+    def note(self, directory: Path) -> None:
+        if str(directory).startswith(self.store) or "snapshots" in directory.parts:
+            self.directories.add(str(directory))
+
+
+def _writes(arguments: tuple[Any, ...]) -> bool:
+    _, mode, flags = arguments
+    return bool(flags & (os.O_WRONLY | os.O_RDWR)) or bool(set(mode or "") & set("wax+"))
 
 
 def _whole(path: str, directory: Any) -> str:
@@ -196,15 +271,22 @@ def prune(order: Order) -> None:
 def live(order: Order) -> None:
     """In a process of its own, until the end or until death."""
     os.environ.update({**order.environment, "RELORA_CACHE": order.cache})
+    import relora_train.run
+
+    relora_train.run.run_worker = work  # type: ignore[assignment]
+    Snapshotter.after_step = after_step  # type: ignore[method-assign]
+    if order.verb == "trace":
+        power = PowerCut(order.store)
+        os.fsync = power.fsync
+        sys.addaudithook(power.hear)
+        train(order)
+        Path(order.log).write_text("\n".join(power.broken))
+        return
     roots = {order.cache: "cache"} | ({} if "://" in order.store else {order.store: "store"})
     death = Death(roots, order.die_at)
     sys.addaudithook(death.hear)
     watch_requests(death, order.store)
     os.fsync = lambda descriptor: None  # a kill loses nothing that this would save, and it is most of the time
-    import relora_train.run
-
-    relora_train.run.run_worker = work  # type: ignore[assignment]
-    Snapshotter.after_step = after_step  # type: ignore[method-assign]
     {"train": train, "prune": prune}[order.verb](order)
     death.at("end")
     Path(order.log).write_text("\n".join(death.names))

@@ -20,6 +20,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from relora_train.bundle import (
+    check_local,
     commit_bundle,
     fetch_bundle,
     keep_fetched,
@@ -422,6 +423,34 @@ def test_one_flipped_bit_at_rest_is_refused_by_name(store, tmp_path):
     assert not (cache / "model.safetensors").exists()
     assert not (cache / "manifest.json").exists()
     assert not list(tmp_path.glob("cache/**/*.part"))
+
+
+@pytest.mark.parametrize("size_bytes", [1, (1 << 20) + 1, 5 << 20, (64 << 20) + 1])
+def test_one_flipped_bit_of_a_file_of_any_size_is_refused_by_every_reader(tmp_path, size_bytes):
+    """What was committed, downloaded, kept from before or verified in place; sizes as in test_file_checks.py."""
+    directory = write_files(tmp_path / "a", "a")
+    (directory / "model.safetensors").write_bytes(bytes(size_bytes))
+    made = checkpoint_manifest(directory)
+    local, remote, cache = open_store(tmp_path / "store"), MemoryStore(), tmp_path / "cache"
+    for store in (local, remote):
+        commit_bundle(store, PREFIX, directory, made)
+        damage(store, f"{PREFIX}/model.safetensors")
+        for read in (
+            lambda s=store: verify_bundle(s, PREFIX, made),
+            lambda s=store: fetch_bundle(s, PREFIX, made, cache),
+        ):
+            with pytest.raises(CheckpointCorruptError, match=r"model\.safetensors is damaged"):
+                read()
+    remote.put_file(f"{PREFIX}/model.safetensors", directory / "model.safetensors")
+    model = fetch_bundle(remote, PREFIX, made, cache) / "model.safetensors"
+    for path in (model, directory / "model.safetensors"):
+        with path.open("r+b") as stream:
+            stream.write(b"\1")
+    assert fetch_bundle(remote, PREFIX, made, cache) == cache and not model.read_bytes().strip(b"\0")
+    with pytest.raises(CheckpointCorruptError):
+        check_local(directory, made)
+    with pytest.raises(CheckpointCorruptError):
+        commit_bundle(remote, "elsewhere", directory, made)
 
 
 def test_a_truncated_file_is_refused_with_both_sizes(store, tmp_path):
