@@ -35,6 +35,7 @@ from relora_train.errors import (
     CheckpointNotFoundError,
     ConfigError,
 )
+from relora_train.redaction import refuse_secrets
 from relora_train.retraining.series import resolve_series
 from relora_train.retraining.series_record import SERIES_PATTERN
 from relora_train.storage.base import ObjectStore
@@ -48,7 +49,7 @@ _NAME = re.compile(rf"(?P<run_id>{RUN_ID_PATTERN})(@(?P<selector>[A-Za-z0-9-]+))
 def resolve_checkpoint(spec: str, default_store: ObjectStore) -> CheckpointRef:
     """The one committed checkpoint that `spec` names; names of runs and series are looked up in
     `default_store`."""
-    if "://" in spec:
+    if "://" in refuse_secrets(spec):
         return _at_uri(spec)
     if spec.startswith(_SERIES):
         return _of_series(spec, default_store)

@@ -1,6 +1,7 @@
 """Types of what a flow is started with: a form shows them, and a wrong value is refused when a run is created. Light.
 
-The patterns are JSON Schema as well, so that Prefect's server can check them when a run is created. What they cannot
+The patterns are JSON Schema as well, so that Prefect's server checks them when a run is created: an address with
+credentials is refused before anything records it. What they cannot
 say (whether it is there, whether it fits) is found out in the first seconds of the run.
 """
 
@@ -15,15 +16,16 @@ from relora_train.checkpoint_layout import RUN_ID_PATTERN
 from relora_train.experiments.experiment import list_experiments
 from relora_train.profiles import list_profiles
 from relora_train.retraining.series_record import SERIES_PATTERN
+from relora_train.settings.base import WithoutSecrets
 
 _SHIPPED = "|".join(re.escape(path.stem) for path in list_profiles())
 
-ProfileName = Annotated[str, Field(pattern=rf"^({_SHIPPED}|.*\.toml)$")]
+ProfileName = Annotated[str, Field(pattern=rf"^({_SHIPPED}|.*\.toml)$"), WithoutSecrets()]
 """A shipped profile's name, or a path that ends in .toml."""
 
 _EXPERIMENTS = "|".join(re.escape(path.stem) for path in list_experiments())
 
-ExperimentName = Annotated[str, Field(pattern=rf"^({_EXPERIMENTS}|.*\.toml)$")]
+ExperimentName = Annotated[str, Field(pattern=rf"^({_EXPERIMENTS}|.*\.toml)$"), WithoutSecrets()]
 """A shipped experiment's name, or a path that ends in .toml."""
 
 Seeds = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(min_length=1)]
@@ -41,10 +43,12 @@ RunId = Annotated[str, Field(pattern=rf"^{RUN_ID_PATTERN}$")]
 SeriesName = Annotated[str, Field(pattern=rf"^{SERIES_PATTERN}$")]
 """What can be a folder and a part of a URI."""
 
-CheckpointName = Annotated[str, Field(pattern=rf"^((series:)?{RUN_ID_PATTERN}(@[A-Za-z0-9-]+)?|.*/.*|\.\.?)$")]
+CheckpointName = Annotated[
+    str, Field(pattern=rf"^((series:)?{RUN_ID_PATTERN}(@[A-Za-z0-9-]+)?|.*/.*|\.\.?)$"), WithoutSecrets()
+]
 """RUN, RUN@latest, RUN@cycle-2, RUN@warm-start, RUN@step-400, series:NAME, or a checkpoint's URI or directory."""
 
-StoreUri = Annotated[str, Field(pattern=r"^(s3://[^/]+.*|file://.*|memory://.+|[.~/].*|[^:]+)$")]
+StoreUri = Annotated[str, Field(pattern=r"^(s3://[^/]+.*|file://.*|memory://.+|[.~/].*|[^:]+)$"), WithoutSecrets()]
 """A directory, file:// or s3://bucket/prefix; no other scheme."""
 
 LimitName = Annotated[str, Field(min_length=1)]

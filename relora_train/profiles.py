@@ -14,6 +14,7 @@ from pydantic_core import ErrorDetails
 
 from relora_train.config import Profile
 from relora_train.errors import ConfigError, ProfileInvalidError, ProfileNotFoundError
+from relora_train.redaction import refuse_secrets
 
 _PACKAGE = Path(__file__).resolve().parent
 
@@ -53,7 +54,7 @@ def load_profile(name_or_path: str | Path, overrides: Iterable[str] | Mapping[st
 
 
 def _find(name_or_path: str | Path) -> Path:
-    path = Path(name_or_path)
+    path = Path(refuse_secrets(str(name_or_path)))
     shipped = {entry.stem: entry for entry in list_profiles()}
     if isinstance(name_or_path, str) and name_or_path in shipped:
         return shipped[name_or_path]  # a file "smoke" in the working directory is meant by "./smoke"
@@ -98,6 +99,8 @@ def _apply_override(settings: dict[str, Any], key: str, value: Any) -> None:
 def _validate(settings: dict[str, Any], path: Path, sources: Mapping[str, str]) -> Profile:
     try:
         return Profile.model_validate(settings)
+    except ConfigError as error:
+        raise ProfileInvalidError(f"{path}, or what goes over it: {error}") from None
     except ValidationError as error:
         faults = tuple(_describe(fault, sources) for fault in error.errors())
         shown = "\n".join(f"  - {fault}" for fault in faults)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -62,6 +63,25 @@ def worker(operator: Operator) -> Iterator[subprocess.Popen[bytes]]:
     yield started
     started.kill()
     started.wait()
+
+
+def test_credentials_in_an_address_are_refused_before_the_server_records_them(operator: Operator):
+    canary = f"canary{secrets.token_hex(12)}"
+    address = f"s3://KEY:{canary}@deployments/prefix"
+    for parameters in (
+        {"store": address},
+        {"resume_from": address},
+        {"overrides": {"data": {"source": "text", "paths": ["a.txt", address]}}},
+        {"overrides": {"tokenizer": {"path": address}}},
+    ):
+        given = [part for key, value in parameters.items() for part in ("-p", f"{key}={json.dumps(value)}")]
+        said = operator.prefect("deployment", "run", "pretrain/quickstart", *given, expect=1)
+        assert "never recorded" in " ".join(said.split()), said
+        assert canary not in said
+    assert operator.api("POST", "/flow_runs/filter", {}) == []
+    written = [path for path in operator.directory.rglob("*") if path.is_file()]
+    assert {"prefect.db", "server-0.log"} <= {path.name for path in written}
+    assert [path for path in written if canary.encode() in path.read_bytes()] == []
 
 
 def snapshots(store: str, run_id: str) -> list[int]:

@@ -10,6 +10,7 @@ import os
 import pickle
 import sqlite3
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +24,18 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from relora_train.bundle import commit_bundle, read_manifest
 from relora_train.checkpoint_layout import checkpoint_prefix
+from relora_train.checkpoint_resolve import resolve_checkpoint
 from relora_train.cli import main
 from relora_train.config import Profile
+from relora_train.console.local_flow import load_flow
 from relora_train.console.local_server import check_server
-from relora_train.errors import CheckpointCorruptError, ConfigError, ModelNotFoundError, ReLoRAError
+from relora_train.errors import CheckpointCorruptError, ConfigError, ModelNotFoundError
+from relora_train.experiments.experiment import load_experiment
 from relora_train.launch import run_worker
 from relora_train.manifest import CheckpointManifest, DatasetManifest, Manifest, SnapshotManifest
 from relora_train.pretrained import load_model
+from relora_train.profiles import load_profile
+from relora_train.redaction import refuse_secrets
 from relora_train.run import Run
 from relora_train.snapshots.store import SnapshotStore
 from relora_train.storage.base import ObjectStore
@@ -124,14 +130,94 @@ def test_an_address_with_a_password_is_shown_without_it():
         with pytest.raises(ConfigError, match="PREFECT_API_URL") as caught:
             check_server(address)
         assert "hunter2" not in str(caught.value)
-    for address in (
-        "s3://key:hunter2@bucket/prefix",
-        "https://host/file?X-Amz-Signature=hunter2",
-        "ftp://u:hunter2@h/",
-    ):
-        with pytest.raises(ReLoRAError) as refused:
-            open_store(address)
-        assert "hunter2" not in str(refused.value)
+    for address in WITH_CREDENTIALS:
+        for refuses in (open_store, load_profile, load_experiment, partial(resolve_checkpoint, default_store=None)):
+            with pytest.raises(ConfigError, match="is given with credentials") as refused:
+                refuses(address.format("hunter2"))
+            assert "hunter2" not in str(refused.value)
+
+
+WITH_CREDENTIALS = [
+    "s3://KEY:{}@bucket/prefix.toml", "s3://KEY:{}/or+more@bucket/prefix", "S3://{}@bucket", "KEY:{}@bucket/prefix",
+    "https://user:{}@host/organisation/name", "https://host/file?X-Amz-Signature={}", "s3://b/x?a=1&AWSAccessKeyId={}",
+    "KEY:?{}@bucket", "s3://KEY:?{}@bucket", "ftp://u:{}@h/",
+]  # fmt: skip
+WITHOUT_CREDENTIALS = [
+    "s3://bucket/a@b/c=1/part-?.jsonl", "s3://bucket/??-[a-c]/*", "/home/me@work/a:b", "./a:b@c", "run@cycle-2",
+    "series:news@3", "file:///a@b:c", "file:/a@b", "memory://x", "~/a?b=c.txt", "organisation/name", "C:/a",
+]  # fmt: skip
+PLAIN_TEXT = {
+    "run_id", "series", "stop_after", "gpu_limit", "deployment", "overrides.name", "overrides.model.revision",
+    "overrides.tokenizer.eos_token", "overrides.tokenizer.revision", "overrides.data.name", "overrides.data.hub_config", "overrides.data.hub_split",
+    "overrides.data.hub_revision", "overrides.data.text_field", "overrides.relora.target_modules.0",
+    "overrides.evaluation.sample_prompts.0",
+}  # fmt: skip
+"""Strings that name no place."""
+
+
+def strings_of(schema: dict[str, Any], defined: dict[str, Any]) -> Iterator[tuple[str | int, ...]]:
+    """Where a JSON Schema has a string of any content."""
+    if "$ref" in schema:
+        schema = defined[schema["$ref"].rpartition("/")[2]]
+    for part in (*schema.get("anyOf", ()), *schema.get("allOf", ())):
+        yield from strings_of(part, defined)
+    for name, part in schema.get("properties", {}).items():
+        yield from ((name, *place) for place in strings_of(part, defined))
+    if isinstance(schema.get("items"), dict):
+        yield from ((0, *place) for place in strings_of(schema["items"], defined))
+    if schema.get("type") == "string" and "enum" not in schema and "const" not in schema:
+        yield ()
+
+
+@pytest.mark.parametrize("name", ["pretrain", "retrain", "compare", "evaluate", "prune"])
+def test_every_parameter_that_names_a_place_is_refused_with_credentials_and_not_repeated(name: str):
+    """By the JSON Schema, with which Prefect's server checks parameters before it records them, and by its own type."""
+    from prefect.utilities.schema_tools.validation import ValidationError, validate
+
+    flow = load_flow(name)
+    schema = flow.parameters.model_dump_for_openapi()
+    places = sorted(set(strings_of(schema, schema["definitions"])), key=str)
+    assert ("store",) in places and (("overrides", "data", "paths", 0) in places) == (
+        "overrides" in schema["properties"]
+    )
+    needed = dict.fromkeys(schema.get("required", ()), "x") | ({"experiment": "tutorial"} if name == "compare" else {})
+    named = [place for place in places if ".".join(map(str, place)) not in PLAIN_TEXT]
+    for place, address in zip(named, itertools.cycle(WITH_CREDENTIALS)):
+        value: Any = address.format("hunter2")
+        for part in reversed(place):
+            value = [value] if part == 0 else {part: value}
+        with pytest.raises(ValidationError, match="never recorded") as refused:
+            validate(value, schema, raise_on_error=True, ignore_required=True)
+        with pytest.raises(ConfigError, match="is given with credentials") as told:
+            flow.validate_parameters({**needed, **value})
+        assert "hunter2" not in f"{refused.value} {told.value}", place
+
+
+def test_addresses_without_credentials_are_taken():
+    for address in WITHOUT_CREDENTIALS:
+        assert refuse_secrets(address) == address
+
+
+@pytest.mark.parametrize("command", [
+    ["run", "smoke", "--store", "{}"], ["run", "smoke", "--resume-from", "{}"], ["run", "{}"],
+    ["run", "smoke", "--set", "data.source=text", "--set", "data.paths=['{}']"],
+    ["run", "smoke", "--set", "tokenizer.path={}"], ["run", "smoke", "--set", "model.pretrained={}"],
+    ["retrain", "news", "smoke", "--store", "{}"], ["retrain", "news", "{}"],
+    ["compare", "table1-tiny", "--store", "{}"], ["compare", "{}"], ["evaluate", "{}"], ["evaluate", "run", "--store", "{}"], ["export", "{}", "out"],
+    ["prune", "run", "--store", "{}"], ["verify", "{}"], ["retry", "{}"], ["promote", "news", "{}"],
+])  # fmt: skip
+def test_commands_refuse_credentials_in_an_address_before_prefect_starts(
+    command: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    monkeypatch.setattr("relora_train.console.local_flow.run_flow", None)
+    monkeypatch.setattr("relora_train.console.run.run_flow", None)
+    monkeypatch.chdir(tmp_path)
+    for address in WITH_CREDENTIALS[:5]:
+        with pytest.raises(SystemExit) as ended:
+            main([part.format(address.format("hunter2")) for part in command])
+        said = capsys.readouterr()
+        assert ended.value.code == 2 and "is given with credentials" in " ".join(said.err.split()), said.err
+        assert "hunter2" not in said.err + said.out
 
 
 # --- names from a store ---

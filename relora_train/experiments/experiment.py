@@ -23,6 +23,7 @@ from relora_train.errors import ExperimentInvalidError, ProfileInvalidError, Pro
 from relora_train.experiments.config import ExperimentConfig
 from relora_train.overrides import layered
 from relora_train.profiles import load_profile, profile_directory
+from relora_train.redaction import refuse_secrets
 from relora_train.stages import Stage, fingerprint_settings, plan_stages, until
 
 WARM_START = "warm-start"
@@ -185,7 +186,7 @@ def run_tokens(profile: Profile) -> int:
 
 def find_experiment(name_or_path: str | Path) -> Path:
     """Where a shipped experiment's file lies, or the one at this path. Raises ProfileNotFoundError."""
-    path, shipped = Path(name_or_path), {entry.stem: entry for entry in list_experiments()}
+    path, shipped = Path(refuse_secrets(str(name_or_path))), {entry.stem: entry for entry in list_experiments()}
     if isinstance(name_or_path, str) and name_or_path in shipped:
         return shipped[name_or_path]
     if path.is_file():

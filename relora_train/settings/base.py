@@ -2,10 +2,39 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, GetJsonSchemaHandler
+from pydantic_core import CoreSchema, core_schema
+
+from relora_train.redaction import ADDRESS_WITH_SECRETS, refuse_secrets
 
 
 class FrozenConfig(BaseModel):
     """Base of every section: immutable, numbers are finite, and a key it does not know is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+class WithoutSecrets:
+    """Of a string: it holds no credentials. Refused by ConfigError, and by a JSON Schema that does not repeat them.
+
+    Prefect's server checks parameters against the schema before it records them. Of all keywords `const` alone is
+    answered without the value, and only if no other keyword fails beside it: hence the pattern under `else`.
+    """
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_before_validator_function(
+            lambda value: refuse_secrets(value) if isinstance(value, str) else value, handler(source)
+        )
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        allowed = handler(schema)
+        secret = {"type": "string", "pattern": ADDRESS_WITH_SECRETS}
+        refusal = {"type": "string", "const": "an address without user name, password or key; they are never recorded"}
+        otherwise = {"else": {"pattern": allowed.pop("pattern")}} if "pattern" in allowed else {}
+        return {**allowed, "if": secret, "then": refusal, **otherwise}
+
+
+Address = Annotated[str, WithoutSecrets()]
+"""A path, URI or hub id, without credentials."""

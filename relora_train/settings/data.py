@@ -7,13 +7,13 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from relora_train.settings.base import FrozenConfig
+from relora_train.settings.base import Address, FrozenConfig
 
 
 class TokenizerConfig(FrozenConfig):
     """The tokenizer: one to load, the model's own, or a byte-level BPE trained on the training part."""
 
-    path: str | None = None
+    path: Address | None = None
     """tokenizer.json, directory or hub id to load; when absent, the model's own, or a trained one for a new model."""
 
     revision: str | None = None
@@ -47,10 +47,10 @@ class DataConfig(FrozenConfig):
     source: Literal["python-stdlib", "text", "jsonl", "parquet", "hub", "digits", "idx"] = "python-stdlib"
     """'python-stdlib' is the standard library's own source. Images: scikit-learn's 'digits', 'idx' of MNIST's kind."""
 
-    paths: tuple[str, ...] = ()
+    paths: tuple[Address, ...] = ()
     """Files, directories, globs or s3:// prefixes, for text, jsonl, parquet and idx; a file counts once."""
 
-    hub_id: str | None = None
+    hub_id: Address | None = None
     """Dataset on the hub, for source 'hub'."""
 
     hub_config: str | None = None

@@ -6,13 +6,13 @@ from typing import Self
 
 from pydantic import Field, model_validator
 
-from relora_train.settings.base import FrozenConfig
+from relora_train.settings.base import Address, FrozenConfig
 
 
 class ModelConfig(FrozenConfig):
     """The model: a Llama of this shape, or one to continue from."""
 
-    pretrained: str | None = None
+    pretrained: Address | None = None
     """Local directory or hub id to continue from; the shape below is then ignored."""
 
     revision: str | None = None

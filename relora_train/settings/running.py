@@ -6,7 +6,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from relora_train.settings.base import FrozenConfig
+from relora_train.settings.base import FrozenConfig, WithoutSecrets
 
 
 class PrecisionConfig(FrozenConfig):
@@ -83,7 +83,7 @@ class LaunchConfig(FrozenConfig):
     nnodes: int = Field(1, ge=1)
     """Machines; all but the flow's run `relora join` and see its cache and dataset under the same paths."""
 
-    rdzv_endpoint: str | None = Field(None, pattern=r"^[A-Za-z0-9._-]+:\d{1,5}$")
+    rdzv_endpoint: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+:\d{1,5}$"), WithoutSecrets()] | None = None
     """'host:port' at which the flow's machine is found by the others; needed with several."""
 
     sharding: Literal["none", "full"] = "none"

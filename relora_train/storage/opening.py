@@ -7,7 +7,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from relora_train.errors import StorageError, UnknownStoreSchemeError
-from relora_train.redaction import without_secrets
+from relora_train.redaction import refuse_secrets, without_secrets
 from relora_train.storage.base import ObjectStore
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
@@ -20,7 +20,7 @@ def open_store(uri: str | Path) -> ObjectStore:
     A path or file:// is a directory on this machine (made on first write); s3:// takes endpoint and credentials from
     the standard AWS environment and configuration files only; memory:// is shared by name within the process.
     """
-    text = str(uri)
+    text = str(uri) if isinstance(uri, Path) else refuse_secrets(uri)
     match = None if isinstance(uri, Path) else _SCHEME.match(text)
     scheme = match.group(1).lower() if match else "file"
     if scheme == "file":
@@ -40,11 +40,6 @@ def open_store(uri: str | Path) -> ObjectStore:
         bucket, _, prefix = text.partition("://")[2].partition("/")
         if not bucket:
             raise UnknownStoreSchemeError(f"{text!r} names no bucket. {_ALLOWED}")
-        if "@" in bucket:
-            raise UnknownStoreSchemeError(
-                f"{without_secrets(text)!r} is given with credentials. They belong into AWS_ACCESS_KEY_ID and "
-                "AWS_SECRET_ACCESS_KEY or another standard AWS source: a store's URI is recorded and shown."
-            )
         return S3Store(bucket, prefix)
     raise UnknownStoreSchemeError(f"{without_secrets(text)!r} has the unknown scheme {scheme!r}. {_ALLOWED}")
 
