@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +93,14 @@ def run_all(profile: Profile, dataset: Path, output: Path) -> dict[str, Path]:
         run_stage(stage_request(profile, stage.name, dataset, parent, parent_directory), ignore)
         made[stage.name] = parent
     return made
+
+
+def drawn_factor(name: str, shape: tuple[int, ...], *, cycle: int, seed: int = 0) -> torch.Tensor:
+    """The A of a layer as a cycle begins: Kaiming uniform, its generator seeded by SHA-256 of seed, cycle and name."""
+    digest = hashlib.sha256(f"{seed}/{cycle}/{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    bound = 1 / math.sqrt(shape[1])  # sqrt(6 / ((1 + 5) * in_features))
+    return torch.empty(shape).uniform_(-bound, bound, generator=generator)
 
 
 def metrics_of(checkpoint: Path, kind: str = "train") -> list[dict[str, Any]]:

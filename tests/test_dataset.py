@@ -90,6 +90,15 @@ def test_epochs_differ_and_follow_one_another_without_a_gap(dataset):
     assert np.array_equal(dataset.read_batch(BLOCKS - 2, 4), two_epochs[BLOCKS - 2 : BLOCKS + 2])
 
 
+def test_every_epoch_is_in_its_own_order_of_one_seed(dataset):
+    """Position p is block sample_order(seed, p // blocks)[p % blocks], however batches lie over the ends of epochs."""
+    blocks = dataset.read_blocks(0, BLOCKS)
+    order = np.concatenate([sample_order(7, epoch, BLOCKS) for epoch in range(4)])
+    for count in (1, BLOCKS - 2, BLOCKS):
+        read = [dataset.read_batch(p, count) for p in range(0, len(order) - count + 1, count)]
+        assert np.array_equal(np.concatenate(read), blocks[order[: len(read) * count]])
+
+
 @settings(max_examples=50, deadline=None)
 @given(position=st.integers(0, 200), count=st.integers(4, 20), world_size=st.sampled_from([1, 2, 3, 4]))
 def test_any_number_of_ranks_reads_the_same_global_batch(dataset, position, count, world_size):

@@ -148,7 +148,8 @@ WITHOUT_CREDENTIALS = [
 ]  # fmt: skip
 PLAIN_TEXT = {
     "run_id", "series", "stop_after", "gpu_limit", "deployment", "overrides.name", "overrides.model.revision",
-    "overrides.tokenizer.eos_token", "overrides.tokenizer.revision", "overrides.data.name", "overrides.data.hub_config", "overrides.data.hub_split",
+    "overrides.tokenizer.eos_token", "overrides.tokenizer.revision",
+    "overrides.data.name", "overrides.data.hub_config", "overrides.data.hub_split",
     "overrides.data.hub_revision", "overrides.data.text_field", "overrides.relora.target_modules.0",
     "overrides.evaluation.sample_prompts.0",
 }  # fmt: skip
@@ -203,7 +204,8 @@ def test_addresses_without_credentials_are_taken():
     ["run", "smoke", "--set", "data.source=text", "--set", "data.paths=['{}']"],
     ["run", "smoke", "--set", "tokenizer.path={}"], ["run", "smoke", "--set", "model.pretrained={}"],
     ["retrain", "news", "smoke", "--store", "{}"], ["retrain", "news", "{}"],
-    ["compare", "table1-tiny", "--store", "{}"], ["compare", "{}"], ["evaluate", "{}"], ["evaluate", "run", "--store", "{}"], ["export", "{}", "out"],
+    ["compare", "table1-tiny", "--store", "{}"], ["compare", "{}"], ["evaluate", "{}"],
+    ["evaluate", "run", "--store", "{}"], ["export", "{}", "out"],
     ["prune", "run", "--store", "{}"], ["verify", "{}"], ["retry", "{}"], ["promote", "news", "{}"],
 ])  # fmt: skip
 def test_commands_refuse_credentials_in_an_address_before_prefect_starts(

@@ -11,7 +11,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from stage_runs import CPU, ignore, manifest_of, metrics_of, run_all, stage_request, tiny_profile
+from stage_runs import CPU, drawn_factor, ignore, manifest_of, metrics_of, run_all, stage_request, tiny_profile
 from tiny_data import VOCABULARY
 from tiny_models import tiny_gpt_neox
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -24,8 +24,10 @@ from relora_train.manifest import describe_files, hash_file
 from relora_train.model import next_token_loss
 from relora_train.objectives.registry import objective_of
 from relora_train.pretrained import load_model
+from relora_train.relora import relora_layers
 from relora_train.stages import plan_stages, stage_learning_rate
 from relora_train.trainer import run_stage
+from relora_train.training import prepare_stage
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +95,23 @@ def test_the_low_rank_gradients_are_alive_by_the_second_step_of_every_cycle(chec
         assert by_step[start + 1]["lora_B_grad_norm"] > 0
         assert by_step[start + 2]["lora_B_grad_norm"] > 0
         assert by_step[start + 3]["lora_A_grad_norm"] > 0
+
+
+@pytest.mark.parametrize("seed", [0, 3])
+def test_every_cycle_begins_with_a_factor_of_its_own(
+    checkpoints: dict[str, Path], dataset: Path, tmp_path: Path, seed: int
+):
+    """The heart of the method: with the same A again, every cycle would search the same subspace."""
+    profile = tiny_profile(seed=seed)
+    for cycle, parent in ((1, "warm-start"), (2, "cycle-1")):
+        request = stage_request(profile, f"cycle-{cycle}", dataset, tmp_path / str(cycle), checkpoints[parent])
+        layers = dict(relora_layers(prepare_stage(request, CPU).model))
+        assert len(layers) == 2 * 7
+        for name, layer in layers.items():
+            torch.testing.assert_close(
+                layer.lora_A.data, drawn_factor(name, layer.lora_A.shape, cycle=cycle, seed=seed)
+            )
+            assert layer.lora_B.count_nonzero() == 0
 
 
 def test_the_logged_learning_rate_is_the_schedules_and_dips_where_the_merges_are(checkpoints: dict[str, Path]):
