@@ -63,17 +63,32 @@ def autocast(precision: PrecisionConfig, device: torch.device) -> AbstractContex
     return nullcontext()
 
 
+def hold_as_computed(model: nn.Module, precision: PrecisionConfig) -> None:
+    """Under autocast, hold linear layers in bfloat16, as it rounds them for each product: the same scores in half the
+    memory. Norms and embeddings, also one that is the head, stay float32: it does not round those.
+    """
+    if not precision.computes_in_bfloat16:
+        return
+    looked_up = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and id(module.weight) not in looked_up:
+            module.weight.data = module.weight.data.to(torch.bfloat16)
+
+
 def evaluate_checkpoint(request: EvaluationRequest, emit: Emit) -> None:
     """Score a checkpoint through plain `from_pretrained`, as any user of it would load it, and sample from it."""
     profile = request.profile
     objective = objective_of(profile)
     configure_torch(profile)
     with joined_ranks(profile.launch.device) as ranks:
-        model = objective.load_model(request.checkpoint_directory).to(ranks.device)
         dataset = objective.open_data(request.dataset_directory, "val")
+        model = objective.load_model(request.checkpoint_directory)
+        loss_function = objective.loss_function(model, dataset.manifest)
+        hold_as_computed(model, profile.precision)
+        model.to(ranks.device)
         evaluation = evaluate_model(
             model,
-            objective.loss_function(model, dataset.manifest),
+            loss_function,
             dataset,
             objective,
             sequences=request.sequences,
@@ -81,7 +96,8 @@ def evaluate_checkpoint(request: EvaluationRequest, emit: Emit) -> None:
             precision=profile.precision,
             ranks=ranks,
         )
-        samples = objective.sample(model, request.checkpoint_directory, dataset.manifest, ranks.device)
+        with autocast(profile.precision, ranks.device):
+            samples = objective.sample(model, request.checkpoint_directory, dataset.manifest, ranks.device)
         if ranks.is_first:
             request.result_path.write_text(json.dumps({**evaluation.as_record(), "samples": samples}))
             emit("evaluation", **evaluation.as_record())

@@ -14,17 +14,21 @@ from safetensors.torch import load_file
 from stage_runs import CPU, drawn_factor, ignore, manifest_of, metrics_of, run_all, stage_request, tiny_profile
 from tiny_data import VOCABULARY
 from tiny_models import tiny_gpt_neox
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from relora_train import evaluate
 from relora_train.checkpoint import load_optimizer_state, read_tensor
 from relora_train.dataset import TokenDataset
 from relora_train.errors import DivergedError, SequenceTooLongError, VocabularyMismatchError
-from relora_train.evaluate import evaluate_model
+from relora_train.evaluate import evaluate_model, hold_as_computed
 from relora_train.manifest import describe_files, hash_file
 from relora_train.model import next_token_loss
 from relora_train.objectives.registry import objective_of
 from relora_train.pretrained import load_model
 from relora_train.relora import relora_layers
+from relora_train.requests import EvaluationRequest
+from relora_train.settings.running import PrecisionConfig
 from relora_train.stages import plan_stages, stage_learning_rate
 from relora_train.trainer import run_stage
 from relora_train.training import prepare_stage
@@ -68,6 +72,48 @@ def test_plain_from_pretrained_gives_the_loss_the_trainer_measured(checkpoints: 
     expected = manifest_of(checkpoints["cycle-2"])["evaluation"]["val_loss"]
     assert math.isclose(evaluation.val_loss, expected, rel_tol=1e-6)  # float32 sums in another order
     assert AutoTokenizer.from_pretrained(checkpoints["cycle-2"]).decode([65, 66])
+
+
+def test_an_evaluation_in_bfloat16_holds_half_the_bytes_and_scores_the_same(
+    checkpoints: dict[str, Path], dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Autocast rounds the weights of linear layers for each product; they can as well be held so."""
+    prompts = {"sample_prompts": ("ab",), "sample_tokens": 4}
+    profile = tiny_profile(precision={"dtype": "bfloat16"}, evaluation={"sequences": 16, **prompts})
+    kept: list[nn.Module] = []
+
+    def watched(model: nn.Module, precision: PrecisionConfig) -> None:
+        hold_as_computed(model, precision)
+        kept.append(model)
+
+    monkeypatch.setattr(evaluate, "hold_as_computed", watched)
+    request = EvaluationRequest(
+        profile=profile,
+        checkpoint_directory=checkpoints["cycle-2"],
+        dataset_directory=dataset,
+        result_path=tmp_path / "scores.json",
+        sequences=16,
+    )
+    evaluate.evaluate_checkpoint(request, ignore)
+    record = json.loads((tmp_path / "scores.json").read_text())
+    dtypes = {name.split(".")[-2]: parameter.dtype for name, parameter in kept[0].named_parameters()}
+    assert {name for name, dtype in dtypes.items() if dtype == torch.float32} == {
+        "embed_tokens", "input_layernorm", "post_attention_layernorm", "norm",
+    }  # fmt: skip
+    objective = objective_of(profile)
+    model = AutoModelForCausalLM.from_pretrained(checkpoints["cycle-2"])
+    val_data = objective.open_data(dataset, "val")
+    exact = evaluate_model(
+        model,
+        objective.loss_function(model, val_data.manifest),
+        val_data,
+        objective,
+        sequences=16,
+        batch_sequences=8,
+        precision=profile.precision,
+        ranks=CPU,
+    )
+    assert record["val_loss"] == exact.val_loss and record["samples"][0]["prompt"] == "ab"
 
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # peft asks for it
