@@ -38,6 +38,7 @@
     │   ├── DeviceError                         no such device
     │   │   └── DeviceMemoryError               retryable, once: another process may have held the memory
     │   ├── TrainerCrashedError                 retryable
+    │   ├── TrainerFaultError                   an error in it that comes again each time
     │   └── TrainerInterruptedError             exit 130
     └── OrchestratorError              exit 8   retryable; a Prefect server that is away or answers with an error
 
@@ -46,6 +47,7 @@ A message says what happened, where, why, and what to do now. It never holds a s
 
 from __future__ import annotations
 
+import json
 from typing import ClassVar
 
 
@@ -209,8 +211,46 @@ class TrainerCrashedError(TrainingError):
     retryable = True
 
 
+class TrainerFaultError(TrainingError):
+    pass
+
+
 class TrainerInterruptedError(TrainingError):
     exit_code = 130
+
+
+_COME_AGAIN = (
+    ImportError,
+    SyntaxError,
+    NameError,
+    TypeError,
+    AttributeError,
+    ValueError,
+    LookupError,
+    ArithmeticError,
+    AssertionError,
+    NotImplementedError,
+    RecursionError,
+)
+_FROM_OUTSIDE = (OSError, EOFError, json.JSONDecodeError)
+"""Files, connections, and an answer that was cut off."""
+
+
+def may_pass(error: BaseException) -> bool:
+    """Return True if the same call may succeed later with nothing changed: the one rule of what is tried again.
+
+    Errors of ours say so themselves. Python's errors about code and values follow from what is installed and given, so
+    they come again. What a device, a library below Python, the system or another process reports gets another chance
+    (RuntimeError, OSError, MemoryError and classes of other packages), and so does whatever such an error led to.
+    """
+    if isinstance(error, ReLoRAError):
+        return error.retryable
+    if not isinstance(error, Exception):
+        return False
+    if isinstance(error, _FROM_OUTSIDE) or not isinstance(error, _COME_AGAIN):
+        return True
+    behind = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    return isinstance(behind, _FROM_OUTSIDE)
 
 
 def error_named(name: str, message: str) -> ReLoRAError:

@@ -19,6 +19,7 @@ Inside a process events travel as log records of the logger `relora_train.events
                      optimizer_state_zeroed first_lora_A_grad_norm first_lora_B_grad_norm
     stage_committed  stage step directory seconds (of its parts: load evaluate_before steps merge evaluate_after write)
     failed           error message
+    warning          message (of a worker process; its parent logs it as its own)
     dataset_ready    uri name reused train_tokens val_tokens unit ('tokens' | 'images')
     tokenize_progress  phase done_bytes total_bytes (total may be null) megabytes_per_second
     stage_skipped    stage step uri

@@ -22,6 +22,7 @@ from relora_train.launch import (
     SERVE_OPTION,
     SERVED,
     TAKEN,
+    WORKER,
     Nodes,
     WorkerOutput,
     close_worker,
@@ -88,7 +89,7 @@ class KeptWorker:
             if self._process.poll() is None and self._kind == kind:
                 return self._process, self._output
             self.close()
-        self._process = start_worker([sys.executable, "-m", _MODULE, SERVE_OPTION])
+        self._process = start_worker([sys.executable, "-m", WORKER, _MODULE, SERVE_OPTION])
         self._output, self._kind = WorkerOutput(self._process), kind
         return self._process, self._output
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import IO, Literal
 
 from relora_train import events
-from relora_train.errors import ReLoRAError, TrainerCrashedError, error_named
+from relora_train.errors import ReLoRAError, TrainerCrashedError, TrainerFaultError, error_named
 from relora_train.events import Event
 from relora_train.settings.base import FrozenConfig
 from relora_train.settings.running import LaunchConfig
@@ -29,6 +29,12 @@ _LOGGER = logging.getLogger(__name__)
 
 PARENT_PIPE_VARIABLE = "RELORA_PARENT_PIPE"
 """Tells a worker that its standard input stays open as long as its parent lives."""
+
+WORKER = "relora_train.worker"
+"""The module as which every worker process starts, before that of its work."""
+
+SAFE_PATH = {"PYTHONSAFEPATH": "1"}
+"""Keeps the directory in which a process starts out of its imports, and out of those of the processes it starts."""
 
 SERVE_OPTION = "--serve"
 """Starts a worker without a request; they come on its standard input."""
@@ -119,7 +125,7 @@ def start_worker(command: list[str], *, keep_secrets: bool = False) -> subproces
 
 
 def _command(module: str, request_path: Path, nproc_per_node: int | Literal["gpu"], nodes: Nodes | None) -> list[str]:
-    worker = ["-m", module, "--request", str(request_path)]
+    worker = ["-m", WORKER, module, "--request", str(request_path)]
     if nproc_per_node == 1 and nodes is None:
         return [sys.executable, *worker]
     place = ["--standalone"]
@@ -134,13 +140,14 @@ def _command(module: str, request_path: Path, nproc_per_node: int | Literal["gpu
         ]
     log_dir = request_path.parent / "torchrun"  # else each launch leaves a directory in the system's temporary one
     ranks = [f"--nproc-per-node={nproc_per_node}", f"--log-dir={log_dir}"]
-    return [sys.executable, "-m", "torch.distributed.run", *place, *ranks, *worker]
+    return [sys.executable, "-m", WORKER, "relora_train.parallel.agent", *place, *ranks, *worker]
 
 
 def _environment(*, keep_secrets: bool) -> dict[str, str]:
     kept = {k: v for k, v in os.environ.items() if keep_secrets or not k.startswith(_SECRETS)}
     return {
         **kept,
+        **SAFE_PATH,
         PARENT_PIPE_VARIABLE: "1",
         # libgomp's threads spin for a millisecond at every barrier: beside any other work that costs a factor of six.
         "GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT", "1000"),
@@ -179,7 +186,9 @@ class WorkerOutput:
         try:
             for line in self._stream or ():
                 event = events.decode(line)
-                if event is not None:
+                if event is not None and event["event"] == "warning":
+                    _LOGGER.warning("%s", event["message"])
+                elif event is not None:
                     self._heard.put(event)
                 elif line.strip():
                     self.tail.append(line.rstrip())
@@ -234,10 +243,11 @@ def worker_error(module: str, failures: list[Event], status: int, tail: deque[st
     """The error that a worker's end stands for: its own, else TrainerCrashedError."""
     last_lines = "\n".join(f"    {line}" for line in tail)
     if failures:
-        first = failures[0]
-        error = error_named(str(first["error"]), str(first["message"]))
-        if isinstance(error, TrainerCrashedError) and tail:
-            return TrainerCrashedError(f"{error}\n  Last output:\n{last_lines}")
+        heard = [error_named(str(failure["error"]), str(failure["message"])) for failure in failures]
+        # One rank's error makes the others lose it, and they may be heard first.
+        error = next((each for each in heard if not isinstance(each, TrainerCrashedError)), heard[0])
+        if isinstance(error, TrainerCrashedError | TrainerFaultError) and tail:
+            return type(error)(f"{error}\n  Last output:\n{last_lines}")
         return error
     if status < 0:
         name = signal.Signals(-status).name

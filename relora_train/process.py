@@ -7,6 +7,7 @@ request after request reads from there which one is next.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import errno
 import json
 import logging
@@ -20,17 +21,37 @@ from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
 from types import FrameType
-from typing import Any, Protocol, Self, TypeVar
+from typing import Any, NoReturn, Protocol, Self, TypeVar
 
 from relora_train import events
-from relora_train.errors import DeviceMemoryError, DiskFullError, ReLoRAError
-from relora_train.launch import PARENT_PIPE_VARIABLE, SERVE_OPTION, SERVED, TAKEN
+from relora_train.errors import (
+    DeviceError,
+    DeviceMemoryError,
+    DiskFullError,
+    ReLoRAError,
+    TrainerCrashedError,
+    TrainerFaultError,
+    may_pass,
+)
+from relora_train.launch import PARENT_PIPE_VARIABLE, SERVE_OPTION, SERVED, STOP_SECONDS, TAKEN
 from relora_train.settings.base import FrozenConfig
 
 _emitting = threading.Lock()
 R = TypeVar("R", bound=FrozenConfig)
 
-_MEMORY_WORDS = ("CUDA error: out of memory", "ALLOC_FAILED", "DefaultCPUAllocator", "Cannot allocate memory")
+_MEMORY_WORDS = (
+    "CUDA error: out of memory",
+    "ALLOC_FAILED",
+    "DefaultCPUAllocator",
+    "Cannot allocate memory",
+    "'out of memory'",  # NCCL's, of the driver
+)
+
+
+SNAPSHOT_THREAD = "snapshot"
+"""Name of the thread that writes one."""
+
+SHARED_MEMORY = "/dev/shm"  # noqa: S108 (where NCCL and torch keep it; nothing of ours is there)
 
 
 class Emit(Protocol):
@@ -44,9 +65,9 @@ def serve_request(kind: type[R], work: Callable[[R, Emit], None]) -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--request", type=Path, required=True)
     path = parser.parse_args().request
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    _log_to_parent()
     request = kind.model_validate_json(path.read_bytes())
-    sys.exit(_run(lambda: work(request, emit)))
+    leave(run_reported(lambda: work(request, emit)))
 
 
 Works = Mapping[type[FrozenConfig], Callable[[Any, Emit], None]]
@@ -65,19 +86,19 @@ def serve_requests(works: Works, *, afterwards: Callable[[], None]) -> None:
     ever runs in a process in which another one failed. afterwards: called after each; what it leaves must not matter
     to the next.
     """
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    _log_to_parent()
     kinds = {kind.__name__: kind for kind in works}
     parent = _parent_pipe()
     while (line := parent.next_line()) is not None:
         emit(TAKEN)
         name, path = json.loads(line)
         request, work = kinds[name].model_validate_json(Path(path).read_bytes()), works[kinds[name]]
-        if status := _run(lambda request=request, work=work: work(request, emit)):  # type: ignore[misc]
-            sys.exit(status)
+        if status := run_reported(lambda request=request, work=work: work(request, emit)):  # type: ignore[misc]
+            leave(status)
         del request
         afterwards()
         emit(SERVED)
-    sys.exit(0)
+    leave(0)
 
 
 def emit(event: str, **fields: object) -> None:
@@ -87,7 +108,35 @@ def emit(event: str, **fields: object) -> None:
         sys.stdout.flush()
 
 
-def _run(work: Callable[[], None]) -> int:
+def _log_to_parent() -> None:
+    """Warnings of this project become events, which people see; everything else is ordinary output."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("relora_train").addHandler(_Warnings(logging.WARNING))
+
+
+class _Warnings(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        with contextlib.suppress(BrokenPipeError):  # nobody listens any more
+            emit("warning", message=record.getMessage())
+
+
+def leave(status: int) -> NoReturn:
+    """Exit. A rank that failed leaves its group as it is, at once: the others may never come to say goodbye in it.
+
+    A snapshot that is being written is finished first.
+    """
+    if status == 0 or "RANK" not in os.environ:
+        sys.exit(status)
+    for thread in threading.enumerate():
+        if thread.name == SNAPSHOT_THREAD:
+            thread.join(STOP_SECONDS)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def run_reported(work: Callable[[], object]) -> int:
+    """Do the work and return the exit status; an error is told to the parent as the event `failed`."""
     try:
         work()
     except ReLoRAError as error:
@@ -99,6 +148,14 @@ def _run(work: Callable[[], None]) -> int:
 
 
 def _crash(error: Exception) -> int:
+    if SHARED_MEMORY in str(error):
+        message = (
+            f"This machine's shared memory, {SHARED_MEMORY}, is full or too small ({error}). Ranks on one machine talk "
+            "through it. Start the container with --shm-size=16g or --ipc=host; in Kubernetes mount an emptyDir of "
+            f"medium Memory at {SHARED_MEMORY}."
+        )
+        emit("failed", error=DeviceError.__name__, message=message.replace("\n", " "))
+        return DeviceError.exit_code
     if os.strerror(errno.ENOSPC) in str(error):  # safetensors hides the errno
         message = f"The disk is full ({error}). Free space, or set RELORA_CACHE to a larger disk, and run again."
         emit("failed", error=DiskFullError.__name__, message=message)
@@ -107,8 +164,14 @@ def _crash(error: Exception) -> int:
     if is_out_of_memory(error):
         message = f"{error} Lower batch.micro_sequences or batch.sequence_length, or use a larger device."
         emit("failed", error=DeviceMemoryError.__name__, message=message.replace("\n", " "))
+    elif may_pass(error):
+        emit("failed", error=TrainerCrashedError.__name__, message=f"{type(error).__name__}: {error}")
     else:
-        emit("failed", error="TrainerCrashedError", message=f"{type(error).__name__}: {error}")
+        message = (
+            f"{type(error).__name__}: {error}. It would come again at every try, so none follows. Change what the last "
+            "lines below name (a setting, a file, a package), or report them."
+        )
+        emit("failed", error=TrainerFaultError.__name__, message=message)
     return 1
 
 

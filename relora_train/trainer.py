@@ -23,7 +23,7 @@ from relora_train.method.learning import check_learning
 from relora_train.method.merging import finish_cycle
 from relora_train.method.update_size import UpdateMeter
 from relora_train.objectives.base import Evaluation
-from relora_train.parallel.ranks import Ranks, joined_ranks
+from relora_train.parallel.ranks import SLOW, STEP, Ranks, joined_ranks
 from relora_train.parallel.sharded_saving import ShardedSnapshotter
 from relora_train.parallel.shards import whole
 from relora_train.process import Emit, StopRequest, is_asked_to_serve, serve_request, serve_requests
@@ -208,12 +208,16 @@ def _train(training: StageTraining, progress: Progress, emit: Emit, stop: StopRe
             eta = (now - first_step_at) / (step - first_step) * (stage.end_step - step)
             emit("progress", **_progress(training, step, metrics[-1], eta=eta))
         progress.seconds = time.monotonic() - started
-        if training.ranks.any(stop.is_set()):
+        stopping = training.ranks.any(stop.is_set())
+        if step == first_step + 1:  # on all ranks
+            training.ranks.expect_answers_within(STEP)
+        if stopping:
             # Also a barrier: the first rank to leave would end the others, perhaps while one still writes.
             saved = training.ranks.any(snapshotter.at_stop(progress))
             raise _interrupted(stage, step, stop.reason or "another rank", saved=saved)
         if step < stage.end_step:
             snapshotter.after_step(progress)
+    training.ranks.expect_answers_within(SLOW)
     snapshotter.wait()
 
 

@@ -1,4 +1,4 @@
-"""Named retry policies. What failed for a reason that stays (a setting, a diverged loss, denied access) is not retried.
+"""Named retry policies. What cannot go away by waiting is not retried; errors.may_pass is the rule.
 
 No task keeps results or caches: what has been done is what the store's manifests say.
 """
@@ -11,15 +11,14 @@ from prefect import Task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, TaskRun
 
-from relora_train.errors import ReLoRAError
+from relora_train.errors import may_pass
 
 
 async def worth_retrying(task: Task[..., Any], task_run: TaskRun, state: State[Any]) -> bool:
-    """Whether the same call may succeed later: errors of ours say so themselves, unknown ones get the chance."""
+    """Return True if the same call may succeed later, and was not yet tried as often as its error allows."""
     error = await state.aresult(raise_on_failure=False)
-    if not isinstance(error, ReLoRAError):
-        return isinstance(error, Exception)
-    return error.retryable and (error.max_retries is None or task_run.run_count <= error.max_retries)
+    limit = getattr(error, "max_retries", None)
+    return may_pass(error) and (limit is None or task_run.run_count <= limit)
 
 
 _NOTHING_KEPT: dict[str, Any] = {"cache_policy": NO_CACHE, "persist_result": False}

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
@@ -14,6 +15,7 @@ from torch import Tensor
 from relora_train import trainer
 from relora_train.method import low_rank
 from relora_train.optimizer import optimizer_state_by_name
+from relora_train.parallel.ranks import Ranks
 from relora_train.process import Emit, serve_request
 from relora_train.requests import StageRequest
 from relora_train.training import StageTraining
@@ -24,7 +26,7 @@ def digest(tensor: Tensor) -> str:
 
 
 def probe(request: StageRequest, emit: Emit) -> None:
-    seen: dict[str, Any] = {"dropout_masks": [], "messages": [], "committed": False}
+    seen: dict[str, Any] = {"dropout_masks": [], "messages": [], "limits": [], "committed": False}
     kept, all_reduce = low_rank._kept, dist.all_reduce
     update, finish_cycle = StageTraining.update, trainer.finish_cycle
 
@@ -55,6 +57,11 @@ def probe(request: StageRequest, emit: Emit) -> None:
 
     low_rank._kept, dist.all_reduce = recorded_mask, recorded_all_reduce
     StageTraining.update, trainer.finish_cycle = recorded_update, recorded_finish
+
+    def recorded_limit(ranks: Ranks, limit: timedelta) -> None:
+        seen["limits"].append([len(seen["messages"]), limit.total_seconds()])
+
+    Ranks.expect_answers_within = recorded_limit
     commit_stage = trainer.commit_stage
 
     def recorded_commit(*args: Any, **kwargs: Any) -> Any:

@@ -2,12 +2,49 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from relora_train.errors import DeviceError
 from relora_train.parallel import devices
 from relora_train.parallel.devices import check_devices
+from relora_train.parallel.ranks import joined_ranks
 from relora_train.settings.running import LaunchConfig
+
+
+@pytest.mark.parametrize(
+    ("files", "environment", "sign"),
+    [
+        (["nvidia0", "nvidiactl"], {}, "/nvidia0"),
+        ([], {"NVIDIA_VISIBLE_DEVICES": "all"}, "NVIDIA_VISIBLE_DEVICES=all"),
+        ([], {"NVIDIA_VISIBLE_DEVICES": "void"}, None),
+        (["null"], {}, None),
+        (["nvidia0"], {"CUDA_VISIBLE_DEVICES": "-1"}, None),
+    ],
+)
+def test_a_gpu_that_torch_cannot_use_is_told_of_before_the_cpu_is_taken(
+    files: list[str],
+    environment: dict[str, str],
+    sign: str | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+):
+    for name in ("CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    for name in files:
+        (tmp_path / name).touch()
+    monkeypatch.setattr(devices, "_DEVICE_FILES", tmp_path)
+    monkeypatch.setattr(devices, "usable_gpus", lambda: 0)
+    for device in ("cpu", "auto", "auto"):
+        devices.warn_of_unused_gpu.cache_clear() if device == "cpu" else None
+        with joined_ranks(device) as ranks:
+            assert ranks.device.type == "cpu"
+    told = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert [sign in message for message in told] == ([True] if sign else []), told
 
 
 @pytest.mark.parametrize(

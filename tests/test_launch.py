@@ -7,16 +7,23 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from stage_runs import manifest_of, stage_request, tiny_profile
 from tiny_data import write_tiny_dataset
 
-from relora_train.errors import CorpusTooSmallError, TrainerCrashedError, TrainerInterruptedError
+from relora_train import launch
+from relora_train.errors import (
+    CorpusTooSmallError,
+    DeviceError,
+    TrainerCrashedError,
+    TrainerFaultError,
+    TrainerInterruptedError,
+)
 from relora_train.events import Event
-from relora_train.launch import STOP_SECONDS, run_worker
+from relora_train.launch import run_worker
 from relora_train.requests import StageRequest
 from relora_train.settings.running import SnapshotConfig
 from relora_train.snapshots.store import local_snapshots
@@ -61,6 +68,38 @@ def test_an_error_of_ours_comes_back_as_itself(tmp_path: Path):
         run_worker("relora_train.trainer", request, tmp_path / "request.json", on_event=lambda event: None)
 
 
+def test_a_worker_that_cannot_be_imported_says_why_and_is_not_retried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "needy.py").write_text("import a_package_that_is_not_installed\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    request, path = endless(tmp_path), tmp_path / "request.json"
+    for ranks in (1, 2):
+        with pytest.raises(TrainerFaultError, match="No module named 'a_package_that_is_not_installed'") as caught:
+            run_worker("needy", request, path, on_event=lambda event: None, nproc_per_node=ranks)
+        assert not caught.value.retryable and "needy.py" in str(caught.value)
+
+
+def test_a_rank_for_each_gpu_without_one_is_refused_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    with pytest.raises(DeviceError, match=r"launch\.nproc_per_node is 'gpu'.*Set launch\.nproc_per_node to a number"):
+        path = tmp_path / "request.json"
+        run_worker("relora_train.trainer", endless(tmp_path), path, on_event=lambda event: None, nproc_per_node="gpu")
+
+
+def test_a_warning_in_a_worker_is_heard_as_one_of_its_parent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    (tmp_path / "warner.py").write_text(
+        "import logging\n"
+        "from relora_train.process import serve_request\n"
+        "from relora_train.requests import StageRequest\n"
+        "warn = logging.getLogger('relora_train.x').warning\n"
+        "serve_request(StageRequest, lambda request, emit: warn('mind %s', 'it'))\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    run_worker("warner", endless(tmp_path), tmp_path / "request.json", on_event=lambda event: None)
+    assert [record.message for record in caplog.records if record.levelname == "WARNING"] == ["mind it"]
+
+
 def test_a_killed_worker_is_a_crash_that_may_be_retried_and_commits_nothing(tmp_path: Path):
     def kill(event: Event) -> None:
         if event["event"] == "stage_started":
@@ -100,7 +139,20 @@ def with_snapshots(request: StageRequest, root: Path, **settings: object) -> Sta
     return request.model_copy(update={"profile": profile, "snapshots_directory": root})
 
 
-def test_a_worker_being_stopped_is_still_heard_and_its_snapshot_told_of(tmp_path: Path):
+@pytest.fixture
+def never_killed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A worker that is asked to stop ends by itself, however slow this machine is."""
+    killed: list[int] = []
+    monkeypatch.setattr(launch, "STOP_SECONDS", 600.0)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "killpg", lambda pid, number: killed.append(pid))
+        yield
+    for pid in killed:
+        os.killpg(pid, signal.SIGKILL)
+    assert not killed
+
+
+def test_a_worker_being_stopped_is_still_heard_and_its_snapshot_told_of(tmp_path: Path, never_killed: None):
     seen: list[Event] = []
 
     def interrupt(event: Event) -> None:
@@ -108,18 +160,18 @@ def test_a_worker_being_stopped_is_still_heard_and_its_snapshot_told_of(tmp_path
         if event["event"] == "progress" and "stopping" not in [event["event"] for event in seen]:
             raise KeyboardInterrupt
 
-    started = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
         request = with_snapshots(endless(tmp_path), tmp_path / "snapshots")
         run_worker("relora_train.trainer", request, tmp_path / "request.json", on_event=interrupt)
-    assert time.monotonic() - started < STOP_SECONDS
     names = [event["event"] for event in seen]
     assert names.index("stopping") < names.index("snapshot_committed") and "failed" not in names
     committed = seen[names.index("snapshot_committed")]
     assert local_snapshots(tmp_path / "snapshots") == [Path(committed["directory"]).name]
 
 
-def test_a_worker_that_fills_its_pipe_while_being_stopped_still_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_worker_that_fills_its_pipe_while_being_stopped_still_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, never_killed: None
+):
     """A pipe holds 64 KB; a worker blocked on a full one could never leave in order."""
     (tmp_path / "talker.py").write_text(
         "import signal, sys\n"
@@ -139,11 +191,9 @@ def test_a_worker_that_fills_its_pipe_while_being_stopped_still_ends(tmp_path: P
         if event["event"] == "ready":
             raise KeyboardInterrupt
 
-    started = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
         run_worker("talker", endless(tmp_path), tmp_path / "request.json", on_event=interrupt)
     assert seen == ["ready", "stopping", "last_words"]
-    assert time.monotonic() - started < STOP_SECONDS
 
 
 def test_two_ranks_stopped_and_continued_give_what_two_ranks_give(tmp_path: Path):

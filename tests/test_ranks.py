@@ -14,15 +14,18 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from failing_worker import FailingRequest
 from safetensors.torch import load_file
 from stage_runs import ignore, metrics_of, stage_request, tiny_profile
 
 from relora_train.checkpoint import load_optimizer_state, read_training_state
 from relora_train.config import Profile
-from relora_train.errors import ConfigError, TrainerCrashedError
+from relora_train.errors import ConfigError, DeviceError, DeviceMemoryError, ReLoRAError, TrainerCrashedError
 from relora_train.events import Event
 from relora_train.launch import nodes_of, run_worker
-from relora_train.parallel.ranks import Ranks
+from relora_train.parallel.ranks import SLOW, STEP, Ranks, joined_ranks
+from relora_train.process import is_out_of_memory
 from relora_train.requests import StageRequest
 from relora_train.settings.running import PrecisionConfig
 from relora_train.snapshots.store import local_snapshots
@@ -30,13 +33,18 @@ from relora_train.trainer import run_stage
 from relora_train.training import prepare_stage
 
 STEPS = 30
+CLIPPED_TO = 0.01
 TWO = {"nproc_per_node": 2, "threads": 1}
 
 
 def profile_of(**sections: Any) -> Profile:
-    """A cycle without dropout, whose masks would differ between numbers of ranks."""
+    """A cycle without dropout, whose masks would differ between numbers of ranks. Two ranks have 5 and 4 sequences, in
+    passes of 3, 2 and 3, 1; every update is clipped.
+    """
     schedule = {"warm_start_steps": 0, "cycles": 1, "cycle_length": STEPS, "warmup_steps": 4}
-    return tiny_profile(**{"relora": {"dropout": 0.0}, "schedule": schedule, "launch": TWO} | sections)
+    batch, optimizer = {"sequences": 9, "micro_sequences": 3}, {"max_grad_norm": CLIPPED_TO}
+    settings = {"relora": {"dropout": 0.0}, "schedule": schedule, "batch": batch, "optimizer": optimizer, "launch": TWO}
+    return tiny_profile(**settings | sections)
 
 
 def by_two_ranks(request: StageRequest, *, module: str = "relora_train.trainer", on_event: Any = None) -> None:
@@ -46,9 +54,9 @@ def by_two_ranks(request: StageRequest, *, module: str = "relora_train.trainer",
 
 @pytest.fixture(scope="module")
 def alone(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The cycle as one process trains it."""
+    """The cycle as one process trains it, each batch in one pass."""
     out = tmp_path_factory.mktemp("alone") / "out"
-    run_stage(stage_request(profile_of(), "cycle-1", dataset, out), ignore)
+    run_stage(stage_request(profile_of(batch={"sequences": 9}), "cycle-1", dataset, out), ignore)
     return out
 
 
@@ -64,9 +72,12 @@ def together(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def assert_same_up_to_rounding(one: Path, other: Path, *, rounding: float = 1e-5) -> None:
-    """Losses, merged weights and the optimizer's state after the reset: float32 gradients summed in another order."""
-    losses = [[record["loss"] for record in metrics_of(checkpoint)] for checkpoint in (one, other)]
-    assert losses[0] == pytest.approx(losses[1], rel=rounding)
+    """Losses, gradient norms, merged weights and the optimizer's state after the reset: float32 gradients summed in
+    another order.
+    """
+    for key, times in (("loss", 1), ("grad_norm", 100)):
+        found, expected_values = [[record[key] for record in metrics_of(checkpoint)] for checkpoint in (one, other)]
+        assert found == pytest.approx(expected_values, rel=times * rounding), key
     weights, expected = load_file(one / "model.safetensors"), load_file(other / "model.safetensors")
     assert weights.keys() == expected.keys()
     for name in expected:  # Adam's steps are as long for a tiny gradient as for a large one
@@ -83,6 +94,8 @@ def assert_same_up_to_rounding(one: Path, other: Path, *, rounding: float = 1e-5
 
 
 def test_two_ranks_give_the_single_process_result_up_to_rounding(alone: Path, together: Path):
+    """Shares and passes of unequal size weigh by their sequences, and the sum over ranks is what is clipped."""
+    assert all(record["grad_norm"] > 2 * CLIPPED_TO for record in metrics_of(alone))
     assert_same_up_to_rounding(together, alone)
 
 
@@ -207,6 +220,67 @@ def test_after_a_lost_rank_a_single_one_goes_on_to_the_same_result_up_to_roundin
     request = stage_request(profile_of(launch={"nproc_per_node": 1}), "cycle-1", dataset, tmp_path / "out")
     run_stage(request.model_copy(update={"snapshot_directory": snapshot_of_the_lost}), ignore)
     assert_same_up_to_rounding(tmp_path / "out", together)
+
+
+def fail_as_second_rank(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ReLoRAError:
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    with pytest.raises(ReLoRAError) as caught:
+        request = FailingRequest(kind=kind)
+        run_worker("failing_worker", request, tmp_path / "r.json", on_event=lambda event: None, nproc_per_node=2)
+    return caught.value
+
+
+def test_one_ranks_error_is_told_though_the_others_wait_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """In a group that nobody can leave, as NCCL's in the middle of a message; and what the others say is no cause."""
+    error = fail_as_second_rank("rank out of memory", tmp_path, monkeypatch)
+    assert type(error) is DeviceMemoryError and "Tried to allocate 20.00 GiB" in str(error)
+
+
+def test_a_rank_that_hangs_is_lost_after_the_time_that_an_update_may_take(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    error = fail_as_second_rank("rank hangs", tmp_path, monkeypatch)
+    assert type(error) is TrainerCrashedError and "Rank 0 of 2 lost another one" in str(error)
+
+
+def test_updates_have_a_short_time_and_what_comes_before_and_after_a_long_one(probed: list[dict[str, Any]]):
+    for seen in probed:
+        assert seen["limits"] == [[1, STEP.total_seconds()], [6, SLOW.total_seconds()]]
+    assert STEP < SLOW
+
+
+NCCL = (
+    "NCCL error in: ../torch/csrc/distributed/c10d/NCCLUtils.cpp:77, {what}, NCCL version 2.27.5\n"
+    "{kind}: a general remark.\nLast error:\n{last}"
+)
+
+
+@pytest.mark.parametrize(
+    ("what", "kind", "last", "error", "told"),
+    [
+        (
+            "remote process exited",
+            "ncclRemoteError",
+            "socketProgress: Connection closed by",
+            TrainerCrashedError,
+            "soc",
+        ),
+        ("invalid usage", "ncclInvalidUsage", "Duplicate GPU detected : rank 0 and 1", DeviceError, "Duplicate GPU"),
+        (
+            "unhandled system error",
+            "ncclSystemError",
+            "shared memory segment /dev/shm/nccl-1",
+            dist.DistError,
+            "/dev/shm",
+        ),
+        ("unhandled cuda error", "ncclUnhandledCudaError", "Cuda failure 2 'out of memory'", dist.DistError, "out of"),
+    ],
+)
+def test_what_nccl_says_last_decides_and_is_told(what: str, kind: str, last: str, error: type[Exception], told: str):
+    """Those that are raised as they are get their names from the process, as on a machine with one rank."""
+    with pytest.raises(error, match=told) as caught, joined_ranks("cpu"):
+        raise dist.DistBackendError(NCCL.format(what=what, kind=kind, last=last))
+    assert is_out_of_memory(caught.value) == ("out of memory" in last)
 
 
 # --- several machines

@@ -12,10 +12,12 @@ from prefect_server import running_prefect
 from relora_train.errors import (
     DeviceError,
     DeviceMemoryError,
+    DiskFullError,
     DivergedError,
     ReLoRAError,
     StoreUnavailableError,
     TrainerCrashedError,
+    TrainerFaultError,
 )
 from relora_train.launch import run_worker
 
@@ -62,6 +64,10 @@ def attempts_of(work: Callable[[], None]) -> int:
 
 KINDS = [
     ("exception", TrainerCrashedError, 3),
+    ("Python error", TrainerFaultError, 1),  # follows from what is given: it would come again
+    ("missing package", TrainerFaultError, 1),
+    ("shared memory", DeviceError, 1),
+    ("disk", DiskFullError, 1),
     ("exit status", TrainerCrashedError, 3),
     ("SIGKILL", TrainerCrashedError, 3),
     ("SIGSEGV", TrainerCrashedError, 3),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from typing import Any, Self
 
 from relora_train.benchmarking.request import ArmRequest
 from relora_train.errors import ReLoRAError, TrainerCrashedError
+from relora_train.launch import SAFE_PATH
 
 
 @dataclass(frozen=True)
@@ -119,6 +121,7 @@ class _Worker:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
+            env={**os.environ, **SAFE_PATH},
             text=True,
         )
         try:

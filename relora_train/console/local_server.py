@@ -10,7 +10,6 @@ from __future__ import annotations
 import atexit
 import http.client
 import os
-import runpy
 import signal
 import socket
 import subprocess
@@ -24,6 +23,7 @@ from dataclasses import dataclass, field
 from typing import IO
 
 from relora_train.errors import ConfigError, ReLoRAError
+from relora_train.launch import SAFE_PATH
 from relora_train.redaction import without_secrets
 
 _APP = "prefect.server.api.server:create_app"
@@ -57,7 +57,7 @@ class LocalServer:
     def _start(self) -> None:
         self.process = subprocess.Popen(  # noqa: S603 (our own module and interpreter)
             self.command,
-            env={**os.environ, **_AS_PREFECT_STARTS_IT},
+            env={**os.environ, **SAFE_PATH, **_AS_PREFECT_STARTS_IT},
             stdin=subprocess.DEVNULL,
             stdout=self.output,
             stderr=subprocess.STDOUT,
@@ -112,7 +112,7 @@ def start_local_server() -> LocalServer:
     """
     port = _free_port()
     output = tempfile.TemporaryFile()  # noqa: SIM115 (lives as long as the server)
-    command = [sys.executable, "-P", "-m", "relora_train.console.local_server", str(port), str(os.getpid())]
+    command = [sys.executable, "-m", "relora_train.console.local_server", str(port), str(os.getpid())]
     server = LocalServer(f"http://{_HOST}:{port}/api", command, output)
     atexit.register(server.stop)
     return server
@@ -151,9 +151,10 @@ def _answers(url: str) -> bool:
 
 def _serve(port: int, owner: int) -> None:
     threading.Thread(target=_leave_with, args=(owner,), daemon=True).start()
-    sys.argv = ["uvicorn", "--factory", _APP, "--host", _HOST, "--port", str(port), "--log-level", "error"]
-    sys.argv += ["--lifespan", "on"]
-    runpy.run_module("uvicorn", run_name="__main__", alter_sys=True)
+    import uvicorn
+
+    # Not its command, which imports from the current directory first.
+    uvicorn.run(_APP, factory=True, host=_HOST, port=port, log_level="error", lifespan="on")
 
 
 def _leave_with(owner: int) -> None:

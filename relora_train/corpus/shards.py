@@ -17,6 +17,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -29,6 +30,7 @@ from relora_train.corpus.engines import Encoder, Engine, make_encoder
 from relora_train.corpus.staging import Split, StagedRange, delete_range, read_pieces
 from relora_train.durable import replace_durably, write_durably
 from relora_train.errors import DataError
+from relora_train.launch import SAFE_PATH
 from relora_train.manifest import FileEntry
 from relora_train.tokenizer import DocumentTokenizer
 
@@ -94,7 +96,8 @@ def _in_processes(
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(plan,))
     try:
-        futures = {pool.submit(_work, staged): staged for staged in pending}
+        with _safe_path():  # a process is started by the submission that needs it
+            futures = {pool.submit(_work, staged): staged for staged in pending}
         for future in as_completed(futures):
             yield futures[future], future.result()
     except BrokenProcessPool:
@@ -104,6 +107,21 @@ def _in_processes(
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def _safe_path() -> Iterator[None]:
+    """Have the processes that are started meanwhile import nothing from the directory they start in."""
+    (name,) = SAFE_PATH
+    before = os.environ.get(name)
+    os.environ.update(SAFE_PATH)
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 _write_in_worker: Callable[[StagedRange], ShardRecord]  # set once in every worker

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import warnings
 from functools import cache
+from pathlib import Path
 
 from relora_train.errors import DeviceError
 from relora_train.settings.running import LaunchConfig
+
+_LOGGER = logging.getLogger(__name__)
+_VISIBLE, _GIVEN = "CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES"
+_DEVICE_FILES = Path("/dev")
 
 
 def check_devices(launch: LaunchConfig) -> None:
@@ -39,9 +45,6 @@ def check_devices(launch: LaunchConfig) -> None:
         )
 
 
-_VISIBLE = "CUDA_VISIBLE_DEVICES"
-
-
 def usable_gpus() -> int:
     """Return how many GPUs torch can use."""
     return _asked_of_torch()[0]
@@ -59,6 +62,25 @@ def why_no_gpu() -> str:
     if _VISIBLE in os.environ:
         return f"{_VISIBLE} is {os.environ[_VISIBLE]!r}"
     return "no driver answers"
+
+
+@cache  # once a process
+def warn_of_unused_gpu() -> None:
+    """Warn that device 'auto' means the CPU although this machine, or what started the container, speaks of a GPU.
+
+    Not where CUDA_VISIBLE_DEVICES hides it on purpose.
+    """
+    files = sorted(_DEVICE_FILES.glob("nvidia[0-9]*"))
+    given = os.environ.get(_GIVEN, "none")
+    sign = str(files[0]) if files else None if given in ("", "none", "void") else f"{_GIVEN}={given}"
+    if sign is None or usable_gpus() or os.environ.get(_VISIBLE) in ("", "-1"):
+        return
+    _LOGGER.warning(
+        "Training on the CPU, though there is an NVIDIA device here (%s): torch cannot use it, since %s. Install the "
+        "build of torch that fits the driver, or a newer driver. launch.device = 'cuda' stops a run instead, 'cpu' "
+        "silences this.",
+        sign, why_no_gpu(),
+    )  # fmt: skip
 
 
 @cache  # torch gives its reason once a process

@@ -6,14 +6,16 @@ import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from relora_train.errors import TrainerCrashedError
-from relora_train.parallel.devices import check_devices, usable_gpus
+from relora_train.errors import DeviceError, ReLoRAError, TrainerCrashedError
+from relora_train.parallel.devices import check_devices, usable_gpus, warn_of_unused_gpu
+from relora_train.process import SHARED_MEMORY, is_out_of_memory
 from relora_train.settings.running import LaunchConfig
 
 
@@ -76,15 +78,46 @@ class Ranks:
         if self.world_size > 1:
             dist.barrier()
 
+    def expect_answers_within(self, limit: timedelta) -> None:
+        """From now on, take a rank that has not answered for so long as lost."""
+        if self.world_size > 1:
+            dist.distributed_c10d._set_pg_timeout(limit)
 
-def _tells_of_a_lost_rank(error: RuntimeError) -> bool:
-    return isinstance(error, dist.DistError) or "gloo/transport" in str(error)
+
+SLOW = timedelta(minutes=30)
+"""What other ranks may take to load, compile, evaluate, merge or write."""
+
+STEP = timedelta(minutes=5)
+"""What they may take for an update once each has done one: compiled, tuned, its data at hand."""
+
+
+def _as_ours(error: RuntimeError, rank: int, world_size: int) -> ReLoRAError | None:
+    """The error of ours that one of the communication between ranks stands for; None for any other."""
+    text = str(error)
+    if not (isinstance(error, dist.DistError) or "gloo/transport" in text):
+        return None
+    first, _, last = text.partition("Last error:")  # NCCL's, which has the cause
+    reason = "; ".join(part.strip().splitlines()[0] for part in (first, last) if part.strip())
+    if is_out_of_memory(error) or SHARED_MEMORY in text:
+        return None  # told by the process for whatever meets them
+    if "ncclInvalidUsage" in text:
+        return DeviceError(
+            f"NCCL refuses the GPUs of rank {rank} of {world_size} ({reason}). Each rank needs a whole GPU of its own: "
+            "parts of one (MIG) cannot be joined. Set launch.nproc_per_node to the number of GPUs."
+        )
+    return TrainerCrashedError(
+        f"Rank {rank} of {world_size} lost another one ({reason}). Nothing of the stage was committed; the same "
+        "command goes on from its newest snapshot, also with another number of ranks. A rank that is killed without a "
+        "word was often killed for memory: see batch.micro_sequences."
+    )
 
 
 @contextmanager
 def joined_ranks(device: Literal["auto", "cpu", "cuda"]) -> Iterator[Ranks]:
-    """Join the group that the launcher's environment names; leave it at the end.
+    """Join the group that the launcher's environment names; leave it at a good end.
 
+    After an error it is not left: that waits for ranks that may sit in a message and never come. The process is to
+    tell of the error and exit.
     Raises DeviceError for GPUs that are asked for and not there, and TrainerCrashedError, which may be retried, in
     place of the errors that tell of another rank's death.
     """
@@ -97,18 +130,15 @@ def joined_ranks(device: Literal["auto", "cpu", "cuda"]) -> Iterator[Ranks]:
     chosen = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
     if on_gpu:
         torch.cuda.set_device(chosen)
-    if world_size > 1:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
+    elif device == "auto" and rank == 0:
+        warn_of_unused_gpu()
     try:
+        if world_size > 1:
+            dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=SLOW)
         yield Ranks(rank=rank, world_size=world_size, device=chosen)
     except RuntimeError as error:
-        if not _tells_of_a_lost_rank(error):
-            raise
-        raise TrainerCrashedError(
-            f"Rank {rank} of {world_size} lost another one ({str(error).splitlines()[0]}). Nothing of the stage was "
-            "committed; the same command goes on from its newest snapshot, also with another number of ranks. A rank "
-            "that is killed without a word was often killed for memory: see batch.micro_sequences."
-        ) from error
-    finally:
-        if world_size > 1:
-            dist.destroy_process_group()
+        if ours := _as_ours(error, rank, world_size):
+            raise ours from error
+        raise
+    if world_size > 1:
+        dist.destroy_process_group()

@@ -25,6 +25,7 @@ from relora_train.checkpoint import (
 )
 from relora_train.model import file_name
 from relora_train.optimizer import optimizer_state_by_name
+from relora_train.parallel.ranks import SLOW, STEP
 from relora_train.parallel.shards import gathered, local, whole
 from relora_train.process import Emit
 from relora_train.snapshots.snapshot import Progress, describe_progress, moving_tensors, write_snapshot
@@ -162,9 +163,13 @@ class ShardedSnapshotter:
         tensors = moving_tensors(self._training)
         layout: Layout = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
         stream = TensorStream(layout, (whole(tensor) for tensor in tensors.values()))
-        if self._training.ranks.is_first:
+        ranks = self._training.ranks
+        ranks.expect_answers_within(SLOW)
+        if ranks.is_first:
             self._write(root, progress, stream, started)
         stream.finish()  # also what a full disk left over: the other ranks are at it
+        ranks.barrier()  # the file is on the disk
+        ranks.expect_answers_within(STEP)
 
     def _write(self, root: Path, progress: Progress, stream: TensorStream, started: float) -> None:
         request, stage = self._training.request, self._training.stage.name

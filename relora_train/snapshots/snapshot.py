@@ -95,7 +95,7 @@ class HostBuffers:
                 on_gpu = tensor.device.type == "cuda"
                 self._kept[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=on_gpu)
             self._kept[name].copy_(tensor, non_blocking=True)
-        if torch.cuda.is_available():
+        if any(tensor.is_cuda for tensor in tensors.values()):
             torch.cuda.synchronize()
         return {name: self._kept[name] for name in tensors}
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from relora_train.process import Emit
+from relora_train.process import SNAPSHOT_THREAD, Emit
 from relora_train.settings.running import SnapshotConfig
 from relora_train.snapshots.snapshot import (
     HostBuffers,
@@ -55,7 +55,7 @@ class Snapshotter:
         if self._writer is None or not self._writer.is_alive():
             work = self._copied(progress)
             if work is not None:
-                self._writer = threading.Thread(target=self._write, args=work, name="snapshot")
+                self._writer = threading.Thread(target=self._write, args=work, name=SNAPSHOT_THREAD)
                 self._writer.start()
 
     def at_stop(self, progress: Progress) -> bool:
