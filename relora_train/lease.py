@@ -3,7 +3,8 @@
 `runs/<run_id>/lease.json` names its holder, who renews it three times a TTL. Guarantees:
 1. Of any number of flows with one run id at most one holds the lease; the others stop with RunInUseError.
 2. A lease outlives its holder by 1.25 TTL at most, and not at all where its death can be seen: same machine, same boot,
-   same PID namespace, and that process (PID and start time, so that a reused PID deceives nobody) is gone.
+   same PID namespace, and that process (PID and start time, so that a reused PID deceives nobody) is gone, or is the
+   one that asks and holds nothing of the kind.
 3. Nobody compares two machines' clocks. A waiter takes over when it saw the same etag for 1.25 TTL on its own monotonic
    clock; a renewal seen meanwhile proves the holder alive. The holder counts its TTL from before it asked.
 4. Who could not renew for a TTL is told by `check()`: it renews on the spot, or raises. `check()` before every write.
@@ -45,6 +46,9 @@ _RENEWALS_PER_TTL = 3
 _OBSERVED_TTLS = 1.25
 """Clocks of two machines may run at slightly different speed; no more than that is assumed of them."""
 
+_held_here: set[str] = set()
+"""Nonces of the leases that this process holds or has asked for."""
+
 _log = logging.getLogger("relora_train.lease")
 
 
@@ -62,17 +66,25 @@ class Holder(BaseModel):
 
     @classmethod
     def this_process(cls) -> Self:
+        """This process for one lease; until `let_go`, which is for who did not get it or has released it."""
+        nonce = secrets.token_hex(8)
+        _held_here.add(nonce)
         return cls(
             host=socket.gethostname(), pid=os.getpid(), boot=_boot(), process_started=_process_started(os.getpid()),
-            nonce=secrets.token_hex(8),
+            nonce=nonce,
         )  # fmt: skip
 
+    def let_go(self) -> None:
+        _held_here.discard(self.nonce)
+
     def is_alive(self) -> bool | None:
-        """Whether the process lives; None when it cannot be told from here."""
+        """Whether the process lives and, if it is this one, still holds or asks for it; None: cannot be told here."""
         if self.boot is None or self.process_started is None or self.boot != _boot():
             return None
         if self.host != socket.gethostname():
             return None
+        if self.pid == os.getpid() and self.nonce not in _held_here:
+            return False  # such as one that was granted by an answer that never came
         return _process_started(self.pid) == self.process_started
 
     def __str__(self) -> str:
@@ -137,12 +149,13 @@ class Lease:
         self._ended.set()
         self._thread.join()
         with self._lock:
-            if self._lost is not None:
-                return
             try:
-                self._put(released=True)
+                if self._lost is None:
+                    self._put(released=True)
             except StorageError as error:
                 _log.warning("%s could not be released and will expire: %s", self._uri, error)
+            finally:
+                self._record.holder.let_go()
 
     @property
     def _uri(self) -> str:
@@ -243,6 +256,14 @@ def take_lease(
         holder=Holder.this_process(), purpose=purpose, since=now, renewed=now, ttl_seconds=ttl_seconds,
         depends_on=tuple(depends_on),
     )  # fmt: skip
+    try:
+        return _taken(store, key, what, record)
+    except BaseException:
+        record.holder.let_go()
+        raise
+
+
+def _taken(store: ObjectStore, key: str, what: str, record: LeaseRecord) -> Lease:
     watched: tuple[str, float] | None = None
     while True:
         asked_at = _seconds()
@@ -258,7 +279,7 @@ def take_lease(
         except PreconditionFailedError:
             continue  # another process was faster: look again whom it belongs to
         was_renewed = watched is not None and watched[0] != etag
-        if holder.purpose == purpose and (was_renewed or holder.holder.is_alive()):
+        if holder.purpose == record.purpose and (was_renewed or holder.holder.is_alive()):
             raise _in_use(store, key, what, holder)
         if watched is None:
             _log.warning(
@@ -277,20 +298,25 @@ def try_lease(store: ObjectStore, key: str, *, unheard_of: Callable[[], bool], t
     """
     now = datetime.now(UTC)
     record = LeaseRecord(holder=Holder.this_process(), purpose="prune", since=now, renewed=now, ttl_seconds=ttl_seconds)
-    asked_at = _seconds()
+    lease, asked_at = None, _seconds()
     try:
         found = read_lease(store, key)
         if found is None:
-            return Lease(store, key, record, store.put_bytes(key, record.to_bytes(), if_absent=True), asked_at)
+            lease = Lease(store, key, record, store.put_bytes(key, record.to_bytes(), if_absent=True), asked_at)
+            return lease
         held, etag = found
         lives = held.holder.is_alive()
         if not held.released and (lives or (lives is None and not unheard_of())):
             return None
         # What its runs started from stays known: see protections.py.
         record = record.model_copy(update={"depends_on": held.depends_on})
-        return Lease(store, key, record, store.put_bytes(key, record.to_bytes(), if_match=etag), asked_at)
+        lease = Lease(store, key, record, store.put_bytes(key, record.to_bytes(), if_match=etag), asked_at)
+        return lease
     except PreconditionFailedError:
         return None
+    finally:
+        if lease is None:
+            record.holder.let_go()
 
 
 def read_lease(store: ObjectStore, key: str) -> tuple[LeaseRecord, str] | None:

@@ -150,7 +150,8 @@ class PowerCut:
             if not path.exists() and path.parent.exists():
                 self.note(path.parent)
         elif event == "os.rmdir":
-            self.directories.discard(str(path))
+            if not any(path.iterdir()):  # else it will be refused
+                self.directories.discard(str(path))
         elif event == "os.link" and path.exists():
             return  # it will be refused
         elif not path.name.startswith(".") and self.trusts(path):

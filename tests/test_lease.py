@@ -197,6 +197,30 @@ def test_a_renewal_whose_answer_was_lost_is_no_loss(seaweed, s3_store_uri, monke
             lease.check()
 
 
+def test_a_lease_that_was_granted_by_a_lost_answer_is_taken_at_once_by_the_same_process(
+    seaweed, s3_store_uri, monkeypatch
+):
+    """A task that is retried in its process meets what its first try was given and never heard of."""
+    monkeypatch.setenv("RELORA_S3_MAX_ATTEMPTS", "1")
+    with faulty_way_to(seaweed.endpoint) as way:
+        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", way.endpoint)
+        store = open_store(s3_store_uri)
+        way.plan("PUT", "lease.json", lose_the_answer)
+        with pytest.raises(StoreUnavailableError), hold_run(store, "run", ttl_seconds=600):
+            pass
+        assert not _record(s3_store_uri)["released"]
+        with hold_run(store, "run", ttl_seconds=600) as lease:
+            lease.check()
+            with pytest.raises(RunInUseError), hold_run(store, "run", ttl_seconds=600):
+                pass
+            lease.check()
+            way.plan("PUT", "lease.json", answer_instead(503, "SlowDown"))
+        assert not _record(s3_store_uri)["released"]  # it could not be told, and the process lives on
+        prune = try_lease(store, lease_key("run"), unheard_of=lambda: False, ttl_seconds=60)
+        assert prune is not None
+        prune.release()
+
+
 def test_a_reused_pid_is_another_process():
     ours = Holder.this_process()
     assert ours.is_alive()
