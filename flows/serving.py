@@ -24,6 +24,7 @@ from prefect.states import Cancelled
 from prefect.types.entrypoint import EntrypointType
 
 from relora_train.errors import ConfigError, OrchestratorError
+from tasks.deployed import server_errors
 
 
 class OrderlyRunner(Runner):
@@ -151,7 +152,8 @@ def serve_deployments(
     """
     runner = OrderlyRunner(limit=limit, query_seconds=poll_seconds, pause_on_shutdown=True)
     served = [_deployment(each) for each in deployments]
-    asyncio.run(runner.serve(served, take_over=take_over, on_start=on_start))
+    with server_errors():
+        asyncio.run(runner.serve(served, take_over=take_over, on_start=on_start))
 
 
 def _deployment(given: dict[str, Any]) -> RunnerDeployment:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, cast
 from uuid import UUID
 
@@ -13,9 +14,27 @@ from prefect.client.schemas.objects import FlowRun, State
 from prefect.deployments import run_deployment
 from prefect.exceptions import ObjectNotFound
 
-from relora_train.errors import ConfigError, DivergedError, TrainerCrashedError
+from relora_train.errors import ConfigError, DivergedError, OrchestratorError, TrainerCrashedError
 
 _POLL_SECONDS = 3.0
+
+
+@contextmanager
+def server_errors() -> Iterator[None]:
+    """Raise OrchestratorError for a Prefect server that does not answer, or answers a request with an error."""
+    try:
+        yield
+    except httpx.HTTPStatusError as error:
+        answer, request = error.response, error.request
+        raise OrchestratorError(
+            f"Prefect's server answered {request.method} {request.url.copy_with(username=None, password=None)} with "
+            f"{answer.status_code} {answer.reason_phrase}: {answer.text[:300]}. Look into its log; then start again."
+        ) from None
+    except httpx.HTTPError as error:
+        raise OrchestratorError(
+            f"Prefect's server, which PREFECT_API_URL names, does not answer ({type(error).__name__}: {error}). "
+            "Bring it back; then start again."
+        ) from None
 
 
 def require_deployment(name: str | None) -> None:
@@ -23,21 +42,21 @@ def require_deployment(name: str | None) -> None:
     if name is None:
         return
     try:
-        with get_client(sync_client=True) as client:
+        with server_errors(), get_client(sync_client=True) as client:
             client.read_deployment_by_name(name)
-    except (ObjectNotFound, httpx.HTTPError) as error:
+    except (ObjectNotFound, ValueError):  # a name without its slash
         raise ConfigError(
-            f"The deployment {name!r} cannot be had from Prefect's server ({type(error).__name__}). Set "
-            "PREFECT_API_URL to a server that has it (`prefect deployment ls`), or leave it out: the runs are then "
-            "made one after another, here."
+            f"Prefect's server knows no deployment {name!r}. Set PREFECT_API_URL to a server that has it "
+            "(`prefect deployment ls`), or leave it out: the runs are then made one after another, here."
         ) from None
 
 
 def run_deployed(deployment: str, runs: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, DivergedError | None]]:
     """Start a run of the deployment for each name with its parameters; give each name that ended, and how it diverged.
 
-    Raises TrainerCrashedError, when all have ended, for those that ended neither well nor by divergence. Who is stopped
-    while waiting leaves them to go on; asked for again while one still works, its run id is in use.
+    Raises TrainerCrashedError, when all have ended, for those that ended neither well nor by divergence. If the server
+    is lost, it raises OrchestratorError at once. The runs go on then, as they do if you stop what waits for them; asked
+    for again while one still works, its run id is in use.
     """
     waiting = {name: _start(deployment, name, parameters) for name, parameters in runs.items()}
     failed = []
@@ -45,7 +64,8 @@ def run_deployed(deployment: str, runs: Mapping[str, Mapping[str, Any]]) -> Iter
         while waiting:
             time.sleep(_POLL_SECONDS)
             for name, flow_run_id in list(waiting.items()):
-                state = client.read_flow_run(flow_run_id).state
+                with server_errors():
+                    state = client.read_flow_run(flow_run_id).state
                 if state is None or not state.is_final():
                     continue
                 del waiting[name]
@@ -63,7 +83,8 @@ def run_deployed(deployment: str, runs: Mapping[str, Mapping[str, Any]]) -> Iter
 
 
 def _start(deployment: str, name: str, parameters: Mapping[str, Any]) -> UUID:
-    started = run_deployment(deployment, parameters=dict(parameters), flow_run_name=name, timeout=0)
+    with server_errors():
+        started = run_deployment(deployment, parameters=dict(parameters), flow_run_name=name, timeout=0)
     return cast(FlowRun, started).id  # outside of an event loop it is the run, not a coroutine
 
 

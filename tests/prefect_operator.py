@@ -105,8 +105,15 @@ class Operator:
         data = None if body is None else json.dumps(body).encode()
         headers = {"Content-Type": "application/json"}
         request = urllib.request.Request(f"{self.api_url}{path}", data=data, headers=headers, method=method)
-        with urllib.request.urlopen(request, timeout=30) as response:
-            return json.loads(response.read() or b"null")
+        for seconds in (1, 2, 4, 8, 16, None):  # Prefect's own client asks a busy server again, too
+            try:
+                with urllib.request.urlopen(request, timeout=30) as response:
+                    return json.loads(response.read() or b"null")
+            except urllib.error.HTTPError as error:
+                if error.code != 503 or seconds is None:
+                    raise
+                time.sleep(seconds)
+        return None
 
     def last_words(self) -> str:
         return "\n".join(path.read_text(errors="replace")[-3000:] for path in sorted(self.directory.glob("*.log")))

@@ -17,7 +17,8 @@ from types import FrameType
 from typing import Any
 
 from relora_train.console.local_server import check_server, start_local_server
-from relora_train.errors import ConfigError
+from relora_train.errors import ConfigError, OrchestratorError
+from relora_train.redaction import without_secrets
 
 FLOWS_GROUP = "relora_train.flows"
 
@@ -69,7 +70,16 @@ def run_flow(
             flow = load_flow(name)  # imports Prefect: a few seconds in which the server starts
             server.wait_until_ready()
         with _notices_to(on_notice):
-            return flow(**parameters)
+            try:
+                return flow(**parameters)
+            except Exception as error:
+                if any(kind.__module__ == "httpx" for kind in type(error).__mro__):
+                    server_url = without_secrets(os.environ[_API_URL])
+                    raise OrchestratorError(
+                        f"Prefect's server at {server_url} failed: {_first_line(str(error))}. If it is yours, look "
+                        "into its log. What is committed is kept: start again to go on."
+                    ) from error
+                raise
 
 
 def set_orchestrator_environment(*, verbose: bool) -> None:

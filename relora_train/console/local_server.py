@@ -8,6 +8,7 @@ This module is both sides: what starts the server, and with `python -m` the serv
 from __future__ import annotations
 
 import atexit
+import http
 import http.client
 import os
 import signal
@@ -22,7 +23,7 @@ import urllib.request
 from dataclasses import dataclass, field
 from typing import IO
 
-from relora_train.errors import ConfigError, ReLoRAError
+from relora_train.errors import ConfigError, OrchestratorError, ReLoRAError
 from relora_train.launch import SAFE_PATH
 from relora_train.redaction import without_secrets
 
@@ -119,13 +120,23 @@ def start_local_server() -> LocalServer:
 
 
 def check_server(api_url: str) -> None:
-    """Return when somebody answers there; ConfigError for a server of the user's that does not."""
+    """Return when a Prefect server answers there that is well.
+
+    Raises ConfigError for an address where none answers, and OrchestratorError for one that answers with an error.
+    """
     shown = without_secrets(api_url)  # Prefect logs in with a user name and a password from there; we only knock
     try:
         with urllib.request.urlopen(f"{shown}/health", timeout=10):  # noqa: S310 (the user's own setting)
             return
-    except urllib.error.HTTPError:
-        return  # an answer; what it thinks of us, Prefect will say
+    except urllib.error.HTTPError as error:
+        if error.code == http.HTTPStatus.NOT_FOUND:
+            raise ConfigError(
+                f"{shown}, which PREFECT_API_URL names, is no Prefect API: it has no /health. Such an address ends "
+                "with /api."
+            ) from None
+        raise OrchestratorError(
+            f"The Prefect server at {shown} answers {error.code} {error.reason}. Look into its log; then start again."
+        ) from None
     except (OSError, ValueError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", error)
         raise ConfigError(
