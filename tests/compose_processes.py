@@ -24,7 +24,7 @@ from seaweed import free_ports
 ROOT = Path(__file__).resolve().parent.parent
 DEPLOY = ROOT / "deploy"
 HEALTHY_WITHIN_SECONDS = 180
-CONTAINER_PORTS = {"server": "4200", "postgres": "5432", "store": "8333"}
+CONTAINER_PORTS = {"server": "4200", "postgres": "5432", "store": "8333", "worker": "8080"}
 WEED_INNER_PORTS = (
     "s3.port.grpc", "master.port", "master.port.grpc", "volume.port", "volume.port.grpc",
     "filer.port", "filer.port.grpc", "admin.port", "admin.port.grpc", "webdav.port",
@@ -65,7 +65,7 @@ class ComposeProcesses:
             ready = [name for name in waiting if set(self.services[name].get("depends_on", {})) <= set(self.processes)]
             for name in ready:
                 for dependency, how in self.services[name].get("depends_on", {}).items():
-                    self._wait_for(dependency, how["condition"])
+                    self.wait_for(dependency, how["condition"])
                 self.start(name)
 
     def start(self, name: str) -> None:
@@ -145,14 +145,14 @@ class ComposeProcesses:
     def here(self, text: str) -> str:
         """A word of the compose file or the image, with what is called differently outside a container."""
         text = re.sub(r"\$\{(\w+):\?[^}]*\}", lambda found: self.secrets[found[1]], text.replace("$$", "$"))
-        text = re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", text)
+        text = with_defaults(text)
         for service, port in CONTAINER_PORTS.items():
             text = text.replace(f"//{service}:", "//127.0.0.1:")
             text = re.sub(rf"(?<!\d){port}(?!\d)", str(self.ports[service]), text)
         text = text.replace("0.0.0.0", "127.0.0.1")
         return text.replace("-dir=/data", f"-dir={self.directory / 'data'}")
 
-    def _wait_for(self, name: str, condition: str) -> None:
+    def wait_for(self, name: str, condition: str) -> None:
         process, began = self.processes[name], time.monotonic()
         if name in self.start_up_seconds:
             return
@@ -216,6 +216,13 @@ class ComposeProcesses:
                 env=own, cwd=directory, stdout=output, stderr=output, check=True, **identity,
             )  # fmt: skip
         password.unlink()
+
+
+def with_defaults(text: str) -> str:
+    """What compose makes of `${NAME:-default}` for an empty .env; a default may hold another one."""
+    while (expanded := re.sub(r"\$\{\w+:-([^${}]*)\}", r"\1", text)) != text:
+        text = expanded
+    return text
 
 
 def image_environment() -> dict[str, str]:

@@ -6,6 +6,7 @@ python -m pytest -m slow tests/test_compose_processes.py       # about two minut
 from __future__ import annotations
 
 import base64
+import json
 import os
 import re
 import secrets
@@ -97,6 +98,13 @@ def test_the_api_is_closed_to_who_has_no_password(stack: ComposeProcesses):
     request.add_header("Authorization", f"Basic {password}")
     with urllib.request.urlopen(request, timeout=10) as answer:
         assert int(answer.read()) >= 1
+
+
+def test_the_worker_is_healthy_and_the_page_finds_its_api(stack: ComposeProcesses):
+    stack.wait_for("worker", "service_healthy")
+    address = f"http://127.0.0.1:{stack.ports['server']}"
+    with urllib.request.urlopen(f"{address}/ui-settings", timeout=30) as answer:
+        assert json.loads(answer.read())["api_url"] == f"{address}/api"
 
 
 def test_no_secret_is_in_the_database_or_in_any_log(stack: ComposeProcesses):

@@ -15,6 +15,7 @@ from uuid import uuid4
 
 import pytest
 import yaml
+from compose_processes import with_defaults
 from jsonschema import Draft202012Validator
 
 from relora_train import errors
@@ -79,8 +80,8 @@ def test_compose_and_its_example_environment_name_the_same_variables():
     offered = dict(re.findall(r"^#?([A-Z][A-Z0-9_]*)=(.*)$", example, flags=re.MULTILINE))
     assert set(offered) == referenced
     assert {name for name, value in offered.items() if not value} == required, "exactly the secrets are left empty"
-    for name, default in re.findall(r"\$\{(\w+):-([^}]*)\}", text):
-        assert offered[name] == default, f"{name}: .env.example shows another default than compose uses"
+    for whole, name in re.findall(r"(\$\{(\w+):-(?:[^${}]|\$\{[^}]*\})*\})", text):
+        assert offered[name] == with_defaults(whole), f"{name}: .env.example shows another default than compose uses"
 
 
 def test_no_secret_stands_in_a_file_and_git_ignores_the_one_that_holds_them():
@@ -105,6 +106,18 @@ def test_no_secret_stands_in_a_file_and_git_ignores_the_one_that_holds_them():
 def test_ports_are_bound_to_loopback():
     published = [port for service in compose()["services"].values() for port in service.get("ports", [])]
     assert published and all(str(port).startswith("127.0.0.1:") for port in published)
+
+
+def test_no_service_may_take_the_whole_machine_or_more_rights_than_it_needs():
+    services = compose()["services"]
+    for name, service in services.items():
+        assert service["cap_drop"] == ["ALL"] and service["security_opt"] == ["no-new-privileges:true"], name
+        assert service["pids_limit"], name
+        assert "mem_limit" in service or service["restart"] == "no", name
+        assert "healthcheck" in service or service["restart"] == "no", name
+    assert {name for name, service in services.items() if "cap_add" in service} == {"postgres"}
+    assert "--with-healthcheck" in services["worker"]["command"], "its health check asks for that page"
+    assert "${PREFECT_UI_API_URL:-" in services["server"]["environment"]["PREFECT_SERVER_UI_API_URL"], "behind a proxy"
 
 
 def test_images_are_pinned_and_ours_carry_the_projects_version():
@@ -238,6 +251,7 @@ def test_the_rendered_job_has_gpus_shared_memory_time_to_stop_and_secrets_by_ref
     (container,) = pod["containers"]
     assert container["resources"]["limits"]["nvidia.com/gpu"] == 4
     assert "cpu" not in container["resources"]["limits"], "a limit nobody asked for is left out"
+    assert container["resources"]["requests"]["ephemeral-storage"] == "100Gi", "of a node that has the scratch space"
     assert pod["nodeSelector"] == {"pool": "gpu"} and pod["tolerations"][0]["key"] == "nvidia.com/gpu"
     assert pod["terminationGracePeriodSeconds"] >= 60
     assert job["spec"]["backoffLimit"] == 0, "Prefect, not Kubernetes, starts an evicted run again"

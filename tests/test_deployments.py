@@ -267,7 +267,17 @@ def test_schedules_make_runs_and_a_worker_starts_them(operator: Operator, worker
 def test_nightly_retrains_promote_what_is_better_and_refuse_the_rest(
     operator: Operator, worker: subprocess.Popen[bytes], bucket: str, tmp_path: Path
 ):
-    operator.prefect("--no-prompt", "deploy", "-n", "retrain/nightly", "--prefect-file", "deploy/prefect.yaml")
+    deploy = ("--no-prompt", "deploy", "-n", "retrain/nightly", "--prefect-file", "deploy/prefect.yaml")
+    operator.prefect(*deploy)
+
+    def crons() -> list[tuple[str, bool]]:
+        schedules = operator.api("GET", "/deployments/name/retrain/nightly")["schedules"]
+        return [(each["schedule"]["cron"], each["active"]) for each in schedules]
+
+    assert crons() == []
+    operator.prefect("deployment", "schedule", "create", "retrain/nightly", "--cron", "15 2 * * *")
+    operator.prefect(*deploy)
+    assert crons() == [("15 2 * * *", True)], "a later deploy leaves it alone"
     data = {"source": "jsonl", "paths": [str(tmp_path)], "name": "nights"}
     overrides = {**SMOKE, "schedule": {"cycles": 1, "min_lr_ratio": 1.0}, "data": data}
 
