@@ -104,9 +104,15 @@ def _validate(settings: dict[str, Any], path: Path, sources: Mapping[str, str]) 
     except ValidationError as error:
         faults = tuple(_describe(fault, sources) for fault in error.errors())
         shown = "\n".join(f"  - {fault}" for fault in faults)
+        made_by = [_origin(fault, sources) for fault in error.errors()]
+        # What ships is right by itself, so a contradiction without one origin is made by what is set over it.
+        over = [origin for origin in made_by if origin] or (list(sources.values()) if path in list_profiles() else [])
+        in_file = not over or (None in made_by and path not in list_profiles())
+        places = [*dict.fromkeys(over), *([str(path)] if in_file else [])]
         refusal = ProfileInvalidError(
-            f"{path} has {len(faults)} fault{'s' if len(faults) > 1 else ''}:\n{shown}\n"
-            "Correct them there or in what goes over it and run again; profiles/README.md explains every key."
+            f"{path} {'' if in_file else 'with what is set over it '}has {len(faults)} "
+            f"fault{'s' if len(faults) > 1 else ''}:\n{shown}\n"
+            f"Correct {', '.join(places)} and run again; profiles/README.md explains every key."
         )
         refusal.faults = faults
         raise refusal from None
@@ -119,9 +125,16 @@ def _describe(fault: ErrorDetails, sources: Mapping[str, str]) -> str:
         message = f"no such setting{_suggest(fault['loc'])}"
     elif fault["type"] not in ("value_error",):
         message = f"{message} (got {fault['input']!r})"
+    origin = _origin(fault, sources)
+    shown = f" [{origin}]" if origin else ""
+    return f"{field}: {message}{shown}" if field else message
+
+
+def _origin(fault: ErrorDetails, sources: Mapping[str, str]) -> str | None:
+    """The override that set the faulty value; None where it stands in the file, or several values contradict."""
+    field = ".".join(str(part) for part in fault["loc"])
     setters = [source for key, source in sources.items() if f"{field}.".startswith(f"{key}.")]
-    origin = f" [{setters[-1]}]" if setters else ""
-    return f"{field}: {message}{origin}" if field else message
+    return setters[-1] if setters else None
 
 
 def _suggest(location: tuple[int | str, ...]) -> str:

@@ -101,12 +101,23 @@ def test_all_faults_are_shown_at_once_with_file_and_field(tmp_path):
 
 @pytest.mark.parametrize("override", ["relora.rank=0", "relora={rank = 0}"])
 def test_a_fault_made_by_an_override_says_so(override):
-    assert f"(got 0) [--set {override.partition('=')[0]}]" in refusal("smoke", override)
+    key, message = override.partition("=")[0], refusal("smoke", override)
+    assert f"(got 0) [--set {key}]" in message
+    assert "smoke.toml with what is set over it has 1 fault" in message and f"Correct --set {key} and run" in message
+
+
+def test_a_fault_is_to_be_corrected_where_it_was_made(tmp_path):
+    path = write(tmp_path, "[relora]\nrank = 0\n")
+    assert f"Correct {path} and run" in refusal(path)
+    assert f"Correct --set batch.sequences, {path} and run" in refusal(path, "batch.sequences=0")
+    assert "Correct --set batch.sequences and run" in refusal(
+        write(tmp_path, "[relora]\nrank = 4\n"), "batch.sequences=0"
+    )
 
 
 def test_a_contradiction_between_sections_is_a_fault_of_the_profile():
     message = refusal("smoke", "relora.rank=65")
-    assert "has 1 fault:" in message
+    assert "has 1 fault:" in message and "Correct --set relora.rank and run" in message
     assert "relora.rank 65 exceeds 64" in message
 
 

@@ -35,7 +35,7 @@ from relora_train.retraining.options import RetrainOptions
 from relora_train.retraining.retrain import RetrainPlan, conclude, judge, plan_retrain, prepare_next, start
 from relora_train.retraining.series import find_champion, list_series, promote, read_series, roll_back
 from relora_train.retraining.series_data import Pending, begin, end, read_data, read_decisions
-from relora_train.retraining.series_record import Change, champions_in_order, protected_by
+from relora_train.retraining.series_record import Change, Scores, champions_in_order, protected_by
 from relora_train.retraining.summary import retrain_markdown, summarize_retrain
 from relora_train.run import DatasetRef, StageOutcome
 from relora_train.settings.data import TokenizerConfig
@@ -142,6 +142,20 @@ def test_there_must_be_something_to_go_back_to(memory: ObjectStore, files: Path)
         resolve_checkpoint("series:s@2", memory)
     with pytest.raises(ConfigError, match="write series:NAME"):
         resolve_checkpoint("series:../s", memory)
+
+
+def test_after_a_rollback_the_loss_of_the_champion_is_shown_again(
+    tmp_path: Path, files: Path, capsys: pytest.CaptureFixture[str]
+):
+    store = open_store(tmp_path)
+    for ref, loss in zip(line_of_run(store, files, 2), (3.25, 3.5), strict=True):
+        promote(store, "s", ref, reason="", scores=Scores(candidate_loss=loss, champion_loss=None, dataset_uri="d"))
+    roll_back(store, "s", reason="")
+    for arguments in (["series"], ["series", "s"]):
+        with pytest.raises(SystemExit):
+            main([*arguments, "--store", str(tmp_path)])
+        (line,) = [line for line in capsys.readouterr().out.splitlines() if " 3 " in line and "run@cycle-1" in line]
+        assert "3.2500" in line and "–" not in line
 
 
 def change(number: int, back_to: int | None) -> Change:
@@ -406,6 +420,7 @@ def test_the_commands_promote_show_and_roll_back(
     history = relora("series", "s")
     assert "it is the first" in history and two.uri in history
     assert one.uri in relora("rollback", "s", "--reason", "it wrote nonsense")
+    assert "run@cycle-1" in relora("series")
     shown = json.loads(relora("series", "s", "--json"))
     assert shown["champion"] == one.uri and shown["changes"][2]["reason"] == "it wrote nonsense"
     assert json.loads(relora("series", "--json"))[0]["series"] == "s"

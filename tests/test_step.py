@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
-import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from relora_train.model import attend_without_mask
 from relora_train.optimizer import above_quantile, build_optimizer, reset_optimizer_state
 from relora_train.parallel.ranks import Ranks
 from relora_train.relora import apply_relora, lora_parameters, merge_and_reinit
-from relora_train.step import compiling
+from relora_train.step import compiling, prefetch
 from relora_train.step.prefetch import Prefetcher
 from relora_train.trainer import run_stage
 from relora_train.training import StageTraining, prepare_stage
@@ -214,35 +214,40 @@ def test_what_is_read_ahead_is_what_is_asked_for(dataset: Path):
 def test_the_next_batch_is_read_on_another_thread_while_this_one_is_used(
     dataset: Path, monkeypatch: pytest.MonkeyPatch
 ):
+    """By a clock that only reading moves on: a second for each batch."""
     data, readers = TokenDataset(dataset, "train", sequence_length=32), []
     real = data.read_batch
 
     def slow(position: int, *arguments: Any, **options: Any) -> Any:
         readers.append((position, threading.current_thread() is threading.main_thread()))
-        time.sleep(0.1)
         return real(position, *arguments, **options)
 
     monkeypatch.setattr(data, "read_batch", slow)
+    monkeypatch.setattr(prefetch.time, "perf_counter", lambda: float(len(readers)))
     batches = Prefetcher(data, sequences=4, ranks=CPU)
-    batches.batch(0)
-    assert batches.take_seconds_waited() >= 0.1
-    time.sleep(0.3)  # the update
-    batches.batch(4, last=True)
-    assert batches.take_seconds_waited() < 0.05 and batches.take_seconds_waited() == 0
-    assert readers == [(0, False), (4, False)]
+    batches.batch(0, last=True)
+    assert batches.take_seconds_waited() == 1
+    batches.batch(4)
+    ahead = batches._ahead
+    assert ahead is not None and ahead[1].result(timeout=60) is not None  # during the update
+    batches.take_seconds_waited()
+    batches.batch(8, last=True)
+    assert batches.take_seconds_waited() == 0
+    assert readers == [(0, False), (4, False), (8, False)]
 
 
 def test_a_slow_loader_shows_in_the_records(
     warm_start: Path, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    def shares(name: str) -> list[float]:
-        run_stage(stage_request(tiny_profile(), "cycle-1", dataset, tmp_path / name, warm_start), ignore)
-        return [record["data_wait_share"] for record in metrics_of(tmp_path / name)][1:]
-
-    assert max(shares("usual")) < 0.3
-    real = TokenDataset.read_batch
-    monkeypatch.setattr(TokenDataset, "read_batch", lambda *a, **o: time.sleep(0.2) or real(*a, **o))
-    assert min(shares("slow")) > 0.5
+    """What was waited since the last record, over the time since then, which the tokens and their rate tell."""
+    profile = tiny_profile()
+    monkeypatch.setattr(Prefetcher, "take_seconds_waited", lambda batches: 0.125)
+    run_stage(stage_request(profile, "cycle-1", dataset, tmp_path / "out", warm_start), ignore)
+    records = metrics_of(tmp_path / "out")
+    for before, record in itertools.pairwise(records):
+        tokens = (record["step"] - before["step"]) * profile.batch.tokens
+        assert record["data_wait_share"] == pytest.approx(0.125 * record["tokens_per_second"] / tokens)
+    assert len(records) > 5
 
 
 # --- torch.compile

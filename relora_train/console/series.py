@@ -13,7 +13,7 @@ from relora_train.console.tables import BLANK, View, add_row, facts, number_text
 from relora_train.lease import hold_series
 from relora_train.retraining.series import list_series, read_series, roll_back
 from relora_train.retraining.series_data import forget, read_data, read_decisions
-from relora_train.retraining.series_record import Change, champions_in_order
+from relora_train.retraining.series_record import Change, SeriesRecord, champions_in_order
 from relora_train.storage.base import ObjectStore
 
 
@@ -24,8 +24,9 @@ def all_series_view(store: ObjectStore) -> View:
         return [Text(f"No series has promoted a checkpoint in {store.uri} yet.")]
     made = table("series", "change", "promoted", "loss", "since", left=("promoted",))
     for name in names:
-        latest = read_series(store, name).latest
-        add_row(made, name, str(latest.number), _short(latest), _loss(latest), time_text(latest.at))
+        record = read_series(store, name)
+        latest = record.latest
+        add_row(made, name, str(latest.number), _short(latest), _loss(record, latest), time_text(latest.at))
     return [Text(f"In {store.uri}"), made]
 
 
@@ -37,7 +38,7 @@ def series_view(store: ObjectStore, name: str) -> View:
     for change in record.changes:
         mark = "●" if change.number == record.latest.number else "○" if change.number in going_back else " "
         what = change.kind if change.back_to is None else f"rollback to {change.back_to}"
-        cells = (what, _short(change), _loss(change), time_text(change.at), change.by, change.reason)
+        cells = (what, _short(change), _loss(record, change), time_text(change.at), change.by, change.reason)
         add_row(changes, mark, str(change.number), *cells)
     decisions = table("run", "outcome", "when", "why", left=("outcome", "why"))
     for decision in read_decisions(store, name):
@@ -97,8 +98,10 @@ def _short(change: Change) -> str:
     return f"{run_id}@{change.stage}"
 
 
-def _loss(change: Change) -> str:
-    return number_text(change.scores.candidate_loss if change.scores else None, 4)
+def _loss(record: SeriesRecord, change: Change) -> str:
+    """The champion's loss when it was promoted, also once a rollback has made it champion again."""
+    promotion = change if change.back_to is None else record.changes[change.back_to - 1]
+    return number_text(promotion.scores.candidate_loss if promotion.scores else None, 4)
 
 
 def _seen(parts: int) -> str:

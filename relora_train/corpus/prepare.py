@@ -222,8 +222,8 @@ def _training_texts(
                 return
             yield text
             size = len(text.encode())
+            advance(min(size, limit_bytes - given))
             given += size
-            advance(size)
 
 
 def _manifest(
