@@ -215,6 +215,28 @@ def test_after_zero_the_next_update_is_that_of_a_new_optimizer():
         assert torch.equal(after_reset, expected)
 
 
+@pytest.mark.parametrize(("mode", "restart_clock", "rates"), [
+    ("magnitude", False, 0.1 / math.sqrt(0.01)), ("random", False, 0.1 / math.sqrt(0.01)),
+    ("magnitude", True, 1.0), ("random", True, 1.0), ("zero", False, 1.0), ("zero", True, 1.0),
+])  # fmt: skip
+def test_a_restarted_clock_makes_the_first_update_of_an_emptied_entry_one_rate(mode, restart_clock, rates):
+    """(1 - beta1) / sqrt(1 - beta2) rates where bias correction still counts the updates before. Betas 0.9, 0.99."""
+    model, optimizer = trained()
+    low_rank = dict(lora_parameters(model))
+    for parameter in optimizer.state:
+        optimizer.state[parameter]["step"].fill_(10_000)
+    reset(optimizer, model, mode=mode, ratio=1.0, restart_clock=restart_clock)
+    clocks = {name: state["step"].item() for name, state in snapshot(optimizer, model).items()}
+    restarted = restart_clock or mode == "zero"
+    assert clocks == {name: 0 if restarted and name in low_rank else 10_000 for name in clocks}
+    before = {name: factor.detach().clone() for name, factor in low_rank.items()}
+    backward(model, seed=50)
+    optimizer.step()
+    for name, factor in low_rank.items():
+        moved = (factor.detach() - before[name])[factor.grad.abs() > 1e-5].abs()  # eps is 1e-8
+        torch.testing.assert_close(moved, torch.full_like(moved, rates * 1e-3), rtol=2e-2, atol=0)
+
+
 def test_none_changes_nothing():
     model, optimizer = trained()
     before = snapshot(optimizer, model)
