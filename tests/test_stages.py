@@ -339,6 +339,17 @@ def test_stages_of_each_method():
     ]
 
 
+def test_cycles_and_full_rank_hand_on_their_optimizer_and_low_rank_is_what_a_merge_ends():
+    traits = {
+        stage.kind: (stage.hands_on_optimizer, stage.low_rank)
+        for method in ("relora", "lora", "full")
+        for stage in plan_stages(Profile.model_validate({"schedule": SMALL, "method": method}))
+    }
+    assert traits == {
+        "warm_start": (False, False), "relora": (True, True), "lora": (False, True), "full": (True, False),
+    }  # fmt: skip
+
+
 def test_a_run_can_stop_after_any_of_its_stages_and_no_other():
     stages = plan_stages(Profile.model_validate({"schedule": SMALL}))
     assert [stage.name for stage in until("cycle-1", stages)] == ["warm-start", "cycle-1"]
