@@ -538,6 +538,16 @@ def test_a_removal_that_crashed_at_its_tombstone_is_taken_back_for_who_needs_it_
     assert verify_run(store, "run").findings == []
 
 
+def test_a_removal_that_was_killed_is_finished_wherever_in_the_run_it_was(memory, files):
+    refs = straight_run(memory, files, cycles=3)
+    for ref in refs[1:3]:
+        memory.put_bytes(f"{ref.prefix}/deleted.json", Tombstone(reason="x", manifest=ref.manifest).to_bytes())
+        memory.delete(f"{ref.prefix}/manifest.json")
+    prune_run(memory, "run", None)
+    assert [keys_at(memory, ref) for ref in refs[1:3]] == [["deleted.json"]] * 2
+    assert stages(memory) == ["warm-start", "cycle-3"]
+
+
 def test_a_removal_is_taken_back_also_where_the_files_lie_beside_the_manifest(memory, files):
     refs = straight_run(memory, files, cycles=1)
     for name in ("manifest.json", "claim.json"):
