@@ -113,7 +113,7 @@ def reset_optimizer_state(
     """Empty the moments of these parameters, wholly or in part; each tensor is pruned on its own.
 
     - none: nothing. zero: both moments and Adam's step; `ratio` is not used.
-    - magnitude: keep entries whose |exp_avg| lies strictly above the `ratio` quantile of |exp_avg|.
+    - magnitude: keep entries whose |exp_avg| lies strictly above the `ratio` quantile of |exp_avg|; all at ratio 0.
     - random: keep an entry where a uniform draw u > ratio, drawn on the CPU from (seed, cycle, parameter name).
 
     One mask serves both moments. `independent_masks` gives the paper's literal behaviour, a mask for each moment: then
@@ -161,6 +161,8 @@ def _masks(
     """For each moment, True where it is kept."""
 
     def mask(moment: Tensor) -> Tensor:
+        if ratio == 0 and mode != "zero":  # the least entry is not above itself
+            return torch.ones_like(moment, dtype=torch.bool)
         if mode == "magnitude":
             return above_quantile(moment.abs(), ratio)
         if mode == "random":

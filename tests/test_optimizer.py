@@ -185,7 +185,7 @@ def test_the_mask_keeps_its_meaning_in_every_dtype(dtype):
 
 @pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("independent_masks", [False, True])
-@pytest.mark.parametrize("ratio", [0.0, 0.8, 0.99, 1.0])
+@pytest.mark.parametrize("ratio", [0.1, 0.8, 0.99, 1.0])
 def test_magnitude_keeps_what_a_float64_reference_keeps(fused, independent_masks, ratio):
     model, optimizer = trained(fused=fused)
     before = snapshot(optimizer, model)
@@ -264,6 +264,15 @@ def test_none_changes_nothing():
     assert_state_equal(snapshot(optimizer, model), before)
     assert report.zeroed == 0
     assert report.entries > 0
+
+
+@pytest.mark.parametrize("mode", ["magnitude", "random"])
+def test_at_ratio_0_nothing_is_dropped_not_even_the_least_entry(mode):
+    model, optimizer = trained()
+    before = snapshot(optimizer, model)
+    report = reset(optimizer, model, mode=mode, ratio=0.0)
+    assert report.zeroed == 0
+    assert_state_equal(snapshot(optimizer, model), before)
 
 
 @pytest.mark.parametrize("mode", ["zero", "magnitude", "random"])

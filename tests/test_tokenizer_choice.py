@@ -96,6 +96,17 @@ def test_bos_is_the_configured_token_or_a_usual_one_or_an_error(tmp_path):
         load_tokenizer(str(path), bos=True)
 
 
+def test_a_bos_that_is_not_marked_special_cannot_be_forged_either(tmp_path):
+    path = write_tokenizer(tmp_path) / "tokenizer.json"
+    description = json.loads(path.read_text())
+    for token in description["added_tokens"]:
+        token["special"] = False
+    path.write_text(json.dumps(description))
+    loaded = load_tokenizer(str(path))
+    assert loaded.bos_ids == (300,)
+    assert 300 not in loaded.encoder().encode(f"a{BOS} b", add_special_tokens=False).ids
+
+
 def test_every_document_begins_with_bos_once_by_any_engine_and_however_it_is_cut(tmp_path, corpus):
     settings = TokenizerConfig(path=str(write_tokenizer(tmp_path / "t")))
     long = " ".join(TEXTS * 20)
