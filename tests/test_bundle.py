@@ -435,9 +435,11 @@ def test_one_flipped_bit_of_a_file_of_any_size_is_refused_by_every_reader(tmp_pa
     (directory / "model.safetensors").write_bytes(bytes(size_bytes))
     made = checkpoint_manifest(directory)
     local, remote, cache = open_store(tmp_path / "store"), MemoryStore(), tmp_path / "cache"
+    flipped = tmp_path / "flipped"
+    flipped.write_bytes(bytes(size_bytes - 1) + b"\1")
     for store in (local, remote):
         commit_bundle(store, PREFIX, directory, made)
-        damage(store, f"{PREFIX}/model.safetensors")
+        store.put_file(f"{PREFIX}/model.safetensors", flipped)
         for read in (
             lambda s=store: verify_bundle(s, PREFIX, made),
             lambda s=store: fetch_bundle(s, PREFIX, made, cache),

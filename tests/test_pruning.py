@@ -25,6 +25,7 @@ from relora_train.errors import (
     ConfigError,
     PreconditionFailedError,
     RunInUseError,
+    StorageError,
     StoreUnavailableError,
 )
 from relora_train.lease import Holder, hold_run, lease_key, take_lease
@@ -312,6 +313,34 @@ def test_two_prunes_of_a_run_do_not_run_at_once(memory, files):
         prune_run(memory, "run", LAST)
     other.release()
     assert prune_run(memory, "run", LAST).removed
+
+
+@pytest.mark.parametrize("linked", ["runs", "runs/run", "runs/run/checkpoints", "runs/run/snapshots"])
+def test_a_link_out_of_the_store_is_not_followed(linked, tmp_path, files):
+    inside, outside = tmp_path / "store", tmp_path / "outside"
+    store = open_store(inside)
+    straight_run(store, files, cycles=2)
+    store.put_bytes("runs/run/snapshots/0123456789ab/step-850/state.safetensors", b"x")
+    (inside / linked).rename(outside)
+    (inside / linked).symlink_to(outside)
+    before = sorted(outside.rglob("*"))
+    for dry_run in (True, False):
+        with pytest.raises(StorageError, match=r"symbolic link leads to .*outside.*Nothing was pruned"):
+            prune_run(store, "run", LAST, grace=NOW, dry_run=dry_run)
+    assert sorted(outside.rglob("*")) == before
+
+
+def test_a_link_below_a_run_is_no_checkpoint_and_a_linked_store_is_its_own(tmp_path, files):
+    store = open_store(tmp_path / "store")
+    refs = straight_run(store, files, cycles=2)
+    place, outside = tmp_path / "store" / refs[0].prefix, tmp_path / "outside"
+    place.rename(outside)
+    place.symlink_to(outside)
+    before = sorted(outside.rglob("*"))
+    (tmp_path / "link").symlink_to(tmp_path / "store")
+    prune_run(open_store(tmp_path / "link"), "run", LAST, grace=NOW)
+    assert sorted(outside.rglob("*")) == before
+    assert [ref.stage for ref in (known.manifest for known in CheckpointStore(store, "run").list())] == ["cycle-2"]
 
 
 # --- leftovers ---
