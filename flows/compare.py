@@ -12,6 +12,7 @@ from relora_train.errors import DivergedError
 from relora_train.experiments.experiment import Experiment, PlannedRun, load_experiment
 from relora_train.experiments.measured import MeasuredSummary, is_measured
 from relora_train.experiments.records import ComparisonSummary, RunResult
+from relora_train.model_check import check_settings
 from relora_train.overrides import ExperimentOverrides
 from relora_train.parameters import ExperimentName, LimitName, PretrainDeployment, Seeds, StoreUri
 from tasks.compare import keep_divergence, look_for_result, measure_experiment, read_result, write_comparison
@@ -50,6 +51,8 @@ def compare(
     planned = load_experiment(experiment, given, seeds)
     require_limit(gpu_limit)
     require_deployment(deployment)
+    for run in planned.runs:  # of every arm, before the warm start that they share
+        check_settings(run.profile)
     store_uri = open_run_store(store)
     results = {run.run_id: done(look_for_result(planned.name, run, store_uri)) for run in planned.runs}
     missing = [run for run in planned.runs if results[run.run_id] is None]

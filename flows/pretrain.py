@@ -18,6 +18,7 @@ from relora_train.stages import stages_after, until
 from relora_train.storage.opening import open_store
 from relora_train.summary import RunSummary, summarize_run
 from tasks.artifacts import name_flow_run
+from tasks.check import check_model
 from tasks.evaluate import evaluate_checkpoint
 from tasks.limits import device_slot, require_limit
 from tasks.observe import done
@@ -55,7 +56,8 @@ def pretrain(
     parent = resolve_parent(resume_from, store_uri) if resume_from else None
     run_id = run_id or choose_run_id(settings, parent)
     name_flow_run(settings.name, run_id)
-    stages = until(stop_after, stages_after(settings, parent.manifest if parent else None))
+    planned = stages_after(settings, parent.manifest if parent else None)
+    stages = until(stop_after, planned)
     depends_on = [parent.uri] if parent else ()
     with (
         hold_run(open_store(store_uri), run_id, depends_on=depends_on) as lease,
@@ -65,6 +67,7 @@ def pretrain(
         run = Run(
             run_id, store_uri, settings, branches=parent is not None, lease=lease, worker=worker, publisher=publisher
         )
+        check_model(run, planned, parent)
         prepared = done(tokenize(run, parent))
         with device_slot(gpu_limit), closing(worker):
             outcomes = train_stages(run, stages, prepared.dataset, parent)

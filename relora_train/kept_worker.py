@@ -31,7 +31,7 @@ from relora_train.launch import (
     stop_worker,
     worker_error,
 )
-from relora_train.requests import EvaluationRequest, StageRequest
+from relora_train.requests import EvaluationRequest, ModelCheckRequest, StageRequest
 
 _MODULE = "relora_train.trainer"
 
@@ -52,7 +52,7 @@ class KeptWorker:
     def run(
         self,
         module: str,
-        request: StageRequest | EvaluationRequest,
+        request: StageRequest | EvaluationRequest | ModelCheckRequest,
         request_path: Path,
         *,
         on_event: Callable[[Event], None],

@@ -111,16 +111,21 @@ def model_shape(profile: Profile) -> ModelShape:
 def wrapped_layers(shape: ModelShape, *, target_modules: tuple[str, ...] | None, rank: int) -> tuple[LinearShape, ...]:
     """The layers of a block that get a low-rank update: those named by their ends, whole segments; None: all.
 
-    Raises NoTargetModulesError, and ConfigError where the rank exceeds a side of such a layer.
+    Raises NoTargetModulesError for a name without a layer, ConfigError where the rank exceeds a side of a layer, and
+    ShapeUnknownError for names of single blocks.
     """
     names = tuple(linear.name for linear in shape.linears)
     suffixes = names if target_modules is None else target_modules
-    wrapped = tuple(li for li in shape.linears if any(f".{li.name}".endswith(f".{suffix}") for suffix in suffixes))
-    if not wrapped:
+    unmatched = [suffix for suffix in suffixes if not any(f".{name}".endswith(f".{suffix}") for name in names)]
+    if beyond := [suffix for suffix in unmatched if suffix.endswith(tuple(f".{name}" for name in names))]:
+        raise ShapeUnknownError(f"relora.target_modules picks blocks ({beyond[0]!r}), and all blocks are counted alike")
+    if unmatched or not suffixes:
         raise NoTargetModulesError(
-            f"No linear layer is named by relora.target_modules = {list(suffixes)}. "
-            f"A block has {', '.join(names)}: set relora.target_modules to ends of some of these."
+            f"relora.target_modules names {', '.join(map(repr, unmatched)) or 'nothing'}, and no linear layer of a "
+            f"block is called so (embeddings and head are trained in full). A block has {', '.join(names)}: set "
+            "relora.target_modules to ends of some of these."
         )
+    wrapped = tuple(li for li in shape.linears if any(f".{li.name}".endswith(f".{suffix}") for suffix in suffixes))
     for linear in wrapped:
         if rank > min(linear.in_features, linear.out_features):
             raise ConfigError(
@@ -190,8 +195,12 @@ def _vocabulary(profile: Profile) -> int:
 
 
 def _shape_of_directory(pretrained: str) -> ModelShape:
-    path = Path(pretrained) / "config.json"
-    config = _read_json(path, f"{pretrained!r} is downloaded")
+    path = Path(pretrained).expanduser() / "config.json"
+    return shape_of_config(_read_json(path, f"{pretrained!r} is downloaded"), path)
+
+
+def shape_of_config(config: Mapping[str, Any], path: Path | str) -> ModelShape:
+    """The shape that a config.json describes; ShapeUnknownError for a family that is not counted."""
     family = config.get("model_type")
     readers = {"llama": _llama_of_config, "gpt_neox": _neox_of_config, "vit": _vit_of_config}
     if family not in readers:
@@ -214,7 +223,7 @@ def _read_json(path: Path, until: str) -> dict[str, Any]:
     return content
 
 
-def _llama_of_config(config: dict[str, Any]) -> ModelShape:
+def _llama_of_config(config: Mapping[str, Any]) -> ModelShape:
     hidden, heads = config["hidden_size"], config["num_attention_heads"]
     head_size = config.get("head_dim") or hidden // heads
     return _llama(
@@ -255,7 +264,7 @@ def _llama(
     return ModelShape(vocab_size, hidden, layers, linears, norms, attention, tied)
 
 
-def _neox_of_config(config: dict[str, Any]) -> ModelShape:
+def _neox_of_config(config: Mapping[str, Any]) -> ModelShape:
     hidden, intermediate, layers = config["hidden_size"], config["intermediate_size"], config["num_hidden_layers"]
     bias = config.get("attention_bias", True)
     linears = (
@@ -269,7 +278,7 @@ def _neox_of_config(config: dict[str, Any]) -> ModelShape:
     return ModelShape(config["vocab_size"], hidden, layers, linears, norms, hidden, tied)
 
 
-def _vit_of_config(config: dict[str, Any]) -> ModelShape:
+def _vit_of_config(config: Mapping[str, Any]) -> ModelShape:
     size, patch = config["image_size"], config["patch_size"]
     return vit(
         classes=len(config["id2label"]) if "id2label" in config else 2,  # transformers leaves its default of 2 out

@@ -156,12 +156,10 @@ def plan(profile: Profile) -> Plan:
     unknown = parameters = None
     try:
         shape = model_shape(profile)
+        low_rank = None if profile.method == "full" else _low_rank_cost(profile, shape)
+        parameters, full = shape.parameters, _full_cost(profile, shape)
     except ShapeUnknownError as error:
         unknown = str(error)
-    else:
-        parameters = shape.parameters
-        full = _full_cost(profile, shape)
-        low_rank = None if profile.method == "full" else _low_rank_cost(profile, shape)
     costs = [low_rank if stage.low_rank else full for stage in stages]
     planned = tuple(_planned_stage(profile, stage, cost, parameters) for stage, cost in zip(stages, costs, strict=True))
     total_tokens = profile.schedule.total_steps * profile.batch.tokens

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from relora_train.errors import DivergedError, ModelError, NoTargetModulesError
+from relora_train.errors import ConfigError, DivergedError, ModelError, NoTargetModulesError
 from relora_train.parallel.shards import local, norm, part_of, whole
 
 DEFAULT_TARGET_MODULES = {
@@ -125,27 +125,50 @@ def apply_relora(
 
 
 def target_names(model: nn.Module, target_modules: Sequence[str] | None) -> list[str]:
-    """The layers that apply_relora would wrap, in the model's order. Raises NoTargetModulesError for none."""
+    """The layers that apply_relora would wrap, in the model's order. Raises NoTargetModulesError as check_targets."""
     return list(_target_layers(model, target_modules))
+
+
+def check_targets(model: nn.Module, target_modules: Sequence[str] | None, *, rank: int) -> None:
+    """Refuse what apply_relora would: NoTargetModulesError, ModelError, and ConfigError for a rank above a side.
+
+    Each of the target_modules must name a layer that can be wrapped. The tensors may be on the meta device.
+    """
+    for name, linear in _target_layers(model, target_modules).items():
+        _check_wrappable(model, name, linear, rank)
 
 
 def _target_layers(model: nn.Module, target_modules: Sequence[str] | None) -> dict[str, nn.Linear]:
     linears = dict(_wrappable_layers(model))
+    kinds = ", ".join(sorted({name.rpartition(".")[2] for name in linears})) or "(there are none)"
+    family = getattr(getattr(model, "config", None), "model_type", None)
     if target_modules is None:
-        family = getattr(getattr(model, "config", None), "model_type", None)
         suffixes: Sequence[str] = DEFAULT_TARGET_MODULES.get(str(family), ())
-        wanted = f"No target modules are known for the model type {family!r}"
     else:
         suffixes = [target_modules] if isinstance(target_modules, str) else target_modules
-        wanted = f"No linear layer is named by target_modules = {list(suffixes)}"
-    targets = {n: m for n, m in linears.items() if any(f".{n}".endswith(f".{suffix}") for suffix in suffixes)}
-    if not targets:
-        kinds = sorted({name.rpartition(".")[2] for name in linears})
+    found = {suffix: [name for name in linears if f".{name}".endswith(f".{suffix}")] for suffix in suffixes}
+    if not any(found.values()) or (target_modules is not None and not all(found.values())):
+        wanted = f"No target modules are known for the model type {family!r}"
+        if target_modules is not None:
+            unfit = [f"{suffix!r} ({_why_not(model, suffix)})" for suffix in suffixes if not found[suffix]]
+            wanted = f"relora.target_modules names {', '.join(unfit) or 'nothing'}"
         raise NoTargetModulesError(
-            f"{wanted}. The linear layers that can be wrapped are called {', '.join(kinds) or '(there are none)'}: "
-            "set target_modules to some of these."
+            f"{wanted}. The linear layers that can be wrapped are called {kinds}: set relora.target_modules to some of "
+            "these."
         )
-    return targets
+    return {name: linear for name, linear in linears.items() if any(name in names for names in found.values())}
+
+
+def _why_not(model: nn.Module, suffix: str) -> str:
+    """What is called so, if anything is."""
+    for name, module in model.named_modules():
+        if name and f".{name}".endswith(f".{suffix}"):
+            if isinstance(module, nn.Embedding):
+                return "an embedding, which is trained in full"
+            if type(module) is nn.Linear:
+                return "the output head, which is trained in full"
+            return f"no nn.Linear but a {type(module).__name__}"
+    return "no module is called so"
 
 
 def _wrappable_layers(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
@@ -161,7 +184,10 @@ def _wrappable_layers(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
 def _check_wrappable(model: nn.Module, name: str, linear: nn.Linear, rank: int) -> None:
     smaller = min(linear.in_features, linear.out_features)
     if rank > smaller:
-        raise ValueError(f"rank = {rank} is more than {smaller}, the smaller side of {name}")
+        raise ConfigError(
+            f"relora.rank {rank} exceeds {smaller}, the smaller side of {name}. Lower relora.rank, or leave the layer "
+            "out of relora.target_modules."
+        )
     holders = [n for n, p in model.named_parameters(remove_duplicate=False) if p is linear.weight]
     if len(holders) > 1:
         raise ModelError(

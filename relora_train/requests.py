@@ -48,6 +48,17 @@ class StageRequest(FrozenConfig):
     provenance: dict[str, str] = Field(default_factory=dict)
 
 
+class ModelCheckRequest(FrozenConfig):
+    """Find out if a run's model can be trained: `python -m relora_train.model_check_worker --request FILE`."""
+
+    profile: Profile
+    low_rank: bool
+    """Whether the run wraps layers."""
+
+    config_directory: Path | None = None
+    """config.json of the checkpoint that the run starts from; the profile's own model when absent."""
+
+
 class JoinRequest(FrozenConfig):
     """Train along with another machine: `python -m relora_train.parallel.joined_trainer --request FILE`."""
 

@@ -22,13 +22,14 @@ from relora_train.evaluate import evaluate_checkpoint, evaluate_model
 from relora_train.method.learning import check_learning
 from relora_train.method.merging import finish_cycle
 from relora_train.method.update_size import UpdateMeter
+from relora_train.model_check_worker import check_model
 from relora_train.objectives.base import Evaluation
 from relora_train.parallel.ranks import SLOW, STEP, Ranks, joined_ranks
 from relora_train.parallel.sharded_saving import ShardedSnapshotter
 from relora_train.parallel.shards import whole
-from relora_train.process import Emit, StopRequest, is_asked_to_serve, serve_request, serve_requests
+from relora_train.process import Emit, StopRequest, Works, is_asked_to_serve, serve_request, serve_requests
 from relora_train.relora import lora_parameters
-from relora_train.requests import EvaluationRequest, StageRequest
+from relora_train.requests import EvaluationRequest, ModelCheckRequest, StageRequest
 from relora_train.snapshots.snapshot import Progress, read_snapshot_state, restore_snapshot
 from relora_train.snapshots.snapshotter import Snapshotter
 from relora_train.stages import Stage
@@ -316,10 +317,11 @@ def _evaluate(training: StageTraining, metrics: list[dict[str, Any]], emit: Emit
 
 
 def _serve_all() -> None:
-    """Stages, and evaluations of what they made, for as long as the parent has any."""
+    """Stages, evaluations of what they made, and a look at the model before, for as long as the parent has any."""
     from transformers import AutoModelForCausalLM, LlamaForCausalLM  # noqa: F401 (seconds, while nobody waits yet)
 
-    serve_requests({StageRequest: run_stage, EvaluationRequest: evaluate_checkpoint}, afterwards=release_memory)
+    works: Works = {StageRequest: run_stage, EvaluationRequest: evaluate_checkpoint, ModelCheckRequest: check_model}
+    serve_requests(works, afterwards=release_memory)
 
 
 if __name__ == "__main__":

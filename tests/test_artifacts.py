@@ -46,6 +46,7 @@ def test_runs_and_tasks_are_named_by_what_they_do(observed: Observed, flow_run: 
     assert flow_run["name"] == f"smoke · {RUN_ID}" and flow_run["state_type"] == "COMPLETED"
     assert [task["name"] for task in observed.task_runs(flow_run)] == [
         "open-store",
+        f"check-model-of-{RUN_ID}",
         "tokenize-python-stdlib-smoke",
         "warm-start steps 1-20",
         "cycle-1 steps 21-40",

@@ -21,6 +21,7 @@ LIGHT = (
     "relora_train.console.compare",
     "relora_train.config",
     "relora_train.pretrained_config",
+    "relora_train.model_check",
     "relora_train.plan",
     "relora_train.schedule",
     "relora_train.manifest",

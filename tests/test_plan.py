@@ -165,8 +165,8 @@ def test_grouped_keys_and_tied_embeddings_of_a_profile_are_counted():
     assert shape.parameters == 5000 * 256 + 4 * per_layer + 9 * 256
 
 
-def unknown(model: dict | None = None, tokenizer: dict | None = None) -> str:
-    planned = plan(Profile.model_validate({"model": model or {}, "tokenizer": tokenizer or {}}))
+def unknown(**settings: dict) -> str:
+    planned = plan(Profile.model_validate(settings))
     assert (planned.parameters, planned.full, planned.low_rank) == (None, None, None)
     assert (planned.total_flops, planned.full_rank_flops, planned.disk_bytes) == (None, None, None)
     assert planned.total_tokens == 1000 * 32 * 256
@@ -175,7 +175,7 @@ def unknown(model: dict | None = None, tokenizer: dict | None = None) -> str:
 
 
 def test_a_model_on_the_hub_is_unknown_until_downloaded():
-    assert unknown({"pretrained": "some/model"}) == "not known until 'some/model' is downloaded"
+    assert unknown(model={"pretrained": "some/model"}) == "not known until 'some/model' is downloaded"
 
 
 def test_a_tokenizer_on_the_hub_leaves_the_embedding_unknown_unless_its_rows_are_set():
@@ -198,7 +198,7 @@ def test_a_tokenizer_on_the_hub_leaves_the_embedding_unknown_unless_its_rows_are
 def test_a_directory_that_tells_no_shape_is_no_crash(tmp_path, content, reason):
     if content is not None:
         (tmp_path / "config.json").write_text(content)
-    assert reason in unknown({"pretrained": str(tmp_path)})
+    assert reason in unknown(model={"pretrained": str(tmp_path)})
 
 
 @pytest.mark.parametrize("kind", ["bpe", "unigram"])
@@ -228,6 +228,9 @@ def test_target_modules_are_ends_of_names_in_whole_segments():
     assert adapter("q_proj", "down_proj") == 8 * 8 * (512 + 512 + 1376 + 512)
     with pytest.raises(NoTargetModulesError, match=r"self_attn\.q_proj, .*mlp\.down_proj"):
         adapter("proj")
+    with pytest.raises(NoTargetModulesError, match="names 'lm_head', and no linear layer of a block is called so"):
+        adapter("q_proj", "lm_head")
+    assert "picks blocks" in unknown(relora={"target_modules": ["layers.1.self_attn.q_proj"]})
 
 
 def test_layers_that_are_not_wrapped_stay_trained():

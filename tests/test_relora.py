@@ -14,13 +14,14 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
-from relora_train.errors import DivergedError, ModelError, NoTargetModulesError
+from relora_train.errors import ConfigError, DivergedError, ModelError, NoTargetModulesError
 from relora_train.optimizer import build_optimizer
 from relora_train.relora import (
     ReLoRALinear,
     adapter_config,
     adapter_state,
     apply_relora,
+    check_targets,
     lora_parameters,
     merge,
     merge_and_reinit,
@@ -187,7 +188,7 @@ def test_tied_embeddings_stay_tied_and_trained():
         (["q_proj"], ["model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj"]),
         (["self_attn.q_proj"], ["model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj"]),
         (["layers.1.mlp.up_proj"], ["model.layers.1.mlp.up_proj"]),
-        (["lm_head", "1.mlp.up_proj"], ["model.layers.1.mlp.up_proj"]),
+        (["1.mlp.up_proj"], ["model.layers.1.mlp.up_proj"]),
     ],
 )
 def test_targets_are_matched_on_whole_segments(target_modules, expected):
@@ -205,6 +206,28 @@ def test_no_match_names_the_layers_there_are(target_modules):
     assert all(name in str(error.value) for name in LLAMA_LAYERS)
 
 
+@pytest.mark.parametrize(
+    ("target_modules", "said"),
+    [
+        (["q_proj", "lm_head"], r"names 'lm_head' \(the output head, which is trained in full\)"),
+        (["embed_tokens", "q_proj"], r"names 'embed_tokens' \(an embedding, which is trained in full\)"),
+        (
+            ["q_proj", "k_prj", "norm"],
+            r"names 'k_prj' \(no module is called so\), 'norm' \(no nn.Linear but a LlamaRMSNorm",
+        ),
+    ],
+)
+def test_every_name_must_be_of_a_layer_that_can_be_wrapped(target_modules, said):
+    model = tiny_llama()
+    for refuse in (
+        lambda: wrap(model, target_modules=target_modules),
+        lambda: check_targets(model, target_modules, rank=4),
+    ):
+        with pytest.raises(NoTargetModulesError, match=said):
+            refuse()
+    assert not list(relora_layers(model))
+
+
 def test_a_model_without_known_targets_asks_for_them():
     with pytest.raises(NoTargetModulesError, match="called 0, 2"):
         wrap(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)))
@@ -213,7 +236,7 @@ def test_a_model_without_known_targets_asks_for_them():
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"rank": 33}, ValueError, r"rank = 33 is more than 32, .* model\.layers\.0\.self_attn\.q_proj"),
+        ({"rank": 33}, ConfigError, r"relora\.rank 33 exceeds 32, .* model\.layers\.0\.self_attn\.q_proj"),
         ({"rank": 0}, ValueError, "rank = 0"),
         ({"alpha": 0.0}, ValueError, r"alpha = 0\.0"),
         ({"dropout": 1.0}, ValueError, r"dropout = 1\.0"),

@@ -19,6 +19,7 @@ from relora_train.console.tables import add_row, table
 from relora_train.errors import ConfigError
 from relora_train.experiments.experiment import Experiment, list_experiments, load_experiment
 from relora_train.experiments.measured import MeasuredSummary, is_measured, load_measured
+from relora_train.model_check import check_settings
 from relora_train.objectives.measures import LOSS
 from relora_train.run import default_store_uri
 from relora_train.storage.opening import open_store
@@ -63,6 +64,8 @@ def run_experiment(
     store = open_store(store_uri or default_store_uri())
     store.preflight()
     if planned is not None:
+        for run in planned.runs:
+            check_settings(run.profile)
         check_inputs(planned.runs[0].profile)
         for notice in notices(planned):
             tell(notice)

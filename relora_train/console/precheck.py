@@ -8,18 +8,21 @@ from __future__ import annotations
 from pathlib import Path
 
 from relora_train.config import Profile
+from relora_train.model_check import check_settings
 from relora_train.objectives.registry import facts_of
 
 
-def check_inputs(profile: Profile) -> str | None:
+def check_inputs(profile: Profile, *, resumed: bool = False) -> str | None:
     """Refuse sources, tokenizers and models on this machine that cannot work; return the dataset's id if it is known.
 
     None for sources that lie on a hub or in a store: asking them takes time that belongs to the run.
-    Raises SourceUnreadableError, TokenizerError, ModelNotFoundError, VocabularyMismatchError.
+    resumed: the run starts from a checkpoint, so that the profile's own model is not loaded.
+    Raises SourceUnreadableError, TokenizerError, and what check_settings does.
     """
     from relora_train.corpus.prepare import describe_dataset
 
-    facts_of(profile).check_pretrained()
+    if not resumed:
+        check_settings(profile)
     if profile.data.source == "hub" or any("://" in path for path in profile.data.paths):
         return None
     tokenizer = facts_of(profile).tokenizer()

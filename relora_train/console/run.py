@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import signal
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,7 @@ from relora_train.errors import TrainerInterruptedError
 from relora_train.evaluation_records import EvaluationOutcome, score_checkpoint
 from relora_train.run import default_store_uri, line_of
 from relora_train.stages import stages_after
-from relora_train.storage.base import ObjectStore, parse_json
+from relora_train.storage.base import ObjectStore
 from relora_train.storage.opening import open_store
 from relora_train.summary import RunSummary
 
@@ -52,7 +53,7 @@ def run_profile(
         check_run_id(run_id)
     store = open_store(store_uri or default_store_uri())
     store.preflight()
-    check_inputs(settings)
+    check_inputs(settings, resumed=resume_from is not None)
     parent = resolve_checkpoint(resume_from, store).manifest if resume_from else None
     stages = [stage.name for stage in stages_after(settings, parent)]
     parameters = {
@@ -101,9 +102,8 @@ def recorded_evaluations(store: ObjectStore, line: Sequence[CheckpointRef]) -> l
     newest: dict[str, dict[str, Any]] = {}
     for run_id in dict.fromkeys(ref.manifest.run_id for ref in line):
         for info in sorted(store.list(f"runs/{run_id}/evaluations/"), key=lambda info: info.modified_at):
-            with suppress(ValueError, KeyError, TypeError):  # one that is damaged is no record
-                record = parse_json(store.get_bytes(info.key)[0])
-                newest[record["checkpoint_uri"]] = record
+            record = json.loads(store.get_bytes(info.key)[0])
+            newest[record["checkpoint_uri"]] = record
     return [newest[ref.uri] for ref in line if ref.uri in newest]
 
 

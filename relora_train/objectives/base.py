@@ -67,6 +67,9 @@ class Objective(Protocol):
     def model_skeleton(self, manifest: DatasetManifest) -> nn.Module:
         """The same model without values: all its tensors are on torch's meta device."""
 
+    def load_pretrained(self) -> nn.Module:
+        """The model that model.pretrained names, if it can be trained so; no tokenizer is looked at."""
+
     def load_model(self, directory: Path) -> nn.Module:
         """The model of a checkpoint, as any user of it would load it."""
 

@@ -86,6 +86,12 @@ class CausalLM:
     def model_skeleton(self, manifest: DatasetManifest) -> nn.Module:
         return model_skeleton(self._profile.model, vocab_size=manifest.vocab_size, eos_id=manifest.eos_id)
 
+    def load_pretrained(self) -> nn.Module:
+        model = load_model(cast(str, self._profile.model.pretrained), revision=self._profile.model.revision)
+        check_fits(model, vocab_size=0, sequence_length=self._profile.batch.sequence_length)
+        check_causal(model)
+        return model
+
     def load_model(self, directory: Path) -> nn.Module:
         return load_model(directory)
 

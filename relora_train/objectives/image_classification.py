@@ -90,10 +90,15 @@ class ImageClassification:
             )
         return data
 
+    def load_pretrained(self) -> nn.Module:
+        path, revision = cast(str, self._profile.model.pretrained), self._profile.model.revision
+        model = load_model(path, revision=revision, kind=IMAGE_CLASSIFIER)
+        self._check_images(model)
+        return model
+
     def build_model(self, manifest: DatasetManifest) -> nn.Module:
-        model = self._profile.model
-        if model.pretrained is not None:
-            return load_model(model.pretrained, revision=model.revision, kind=IMAGE_CLASSIFIER)
+        if self._profile.model.pretrained is not None:
+            return self.load_pretrained()
         from transformers import ViTForImageClassification
 
         with torch.random.fork_rng(devices=[]):
@@ -133,6 +138,9 @@ class ImageClassification:
         return load_skeleton(directory, kind=IMAGE_CLASSIFIER)
 
     def check_fits(self, model: nn.Module, manifest: DatasetManifest) -> None:
+        self._check_images(model)
+
+    def _check_images(self, model: nn.Module) -> None:
         config, images = cast(Any, model).config, self._profile.images
         ours = {
             "image_size": images.size,
