@@ -10,6 +10,7 @@ from pydantic import NonNegativeFloat, PositiveInt
 from relora_train.parameters import RunId, StoreUri
 from relora_train.upkeep.pruning import PruneReport
 from relora_train.upkeep.retention import RetentionPolicy
+from tasks.observe import done
 from tasks.prune import find_runs, prune_checkpoints
 from tasks.store import open_run_store
 
@@ -36,4 +37,4 @@ def prune(
     policy = None if keep_last is None and keep_every is None else RetentionPolicy(keep_last, keep_every)
     store_uri, grace = open_run_store(store), timedelta(hours=grace_hours)
     runs = [run_id] if run_id else find_runs(store_uri)
-    return [prune_checkpoints(store_uri, run, policy, grace, dry_run) for run in runs]
+    return [done(prune_checkpoints(store_uri, run, policy, grace, dry_run)) for run in runs]

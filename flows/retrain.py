@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from contextlib import closing
+from contextlib import ExitStack, closing
 
 from prefect import flow
 
 from flows.training import train_stages
+from relora_train.errors import RunInUseError
 from relora_train.kept_worker import kept_worker
 from relora_train.lease import hold_run, hold_series
 from relora_train.overrides import ProfileOverrides
@@ -29,7 +30,14 @@ from tasks.evaluate import evaluate_checkpoint
 from tasks.limits import device_slot, require_limit
 from tasks.observe import done
 from tasks.report import write_report
-from tasks.series import begin_training, decide_promotion, look_for_new_data, tell_outcome, tokenize_new_data
+from tasks.series import (
+    begin_training,
+    decide_promotion,
+    look_for_new_data,
+    tell_already_running,
+    tell_outcome,
+    tokenize_new_data,
+)
 from tasks.store import open_run_store
 
 
@@ -49,8 +57,9 @@ def retrain(
 ) -> RetrainSummary:
     """Train a series' champion on what its source holds more than last time; promote the result if it is better.
 
-    Ends as NoNewData, NotEnoughData, Promoted, Refused or Overtaken, all of them success. To be scheduled: a missed run
-    costs nothing, a doubled one does nothing twice, a killed one is continued by the next.
+    Ends as NoNewData, NotEnoughData, Promoted, Refused, Overtaken or, in a deployment, AlreadyRunning, all of them
+    success. To be scheduled: a missed run costs nothing, a doubled one does nothing twice, a killed one is continued by
+    the next.
 
     Args:
         series: name of the series; its first retrain trains the whole plan and is promoted as it is
@@ -76,7 +85,11 @@ def retrain(
     require_limit(gpu_limit)
     settings = load_profile(profile, overrides.settings() if overrides else {})
     store_uri = open_run_store(store)
-    with hold_series(open_store(store_uri), series) as lease:
+    with ExitStack() as held:
+        try:
+            lease = held.enter_context(hold_series(open_store(store_uri), series))
+        except RunInUseError as error:
+            return tell_already_running(series, store_uri, error)
         plan = look_for_new_data(series, store_uri, settings, options, lease)
         if plan is None:
             return tell_outcome(summarize_nothing_new(open_store(store_uri), series))

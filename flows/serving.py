@@ -13,7 +13,6 @@ from prefect import Flow
 from prefect.client.orchestration import PrefectClient, get_client
 from prefect.client.schemas.actions import DeploymentUpdate
 from prefect.client.schemas.filters import DeploymentFilter, FlowRunFilter
-from prefect.client.schemas.objects import ConcurrencyLimitConfig
 from prefect.client.schemas.responses import DeploymentResponse
 from prefect.deployments.runner import RunnerDeployment
 from prefect.exceptions import ObjectNotFound
@@ -165,6 +164,5 @@ def _deployment(given: dict[str, Any]) -> RunnerDeployment:
         parameters=given.get("parameters"),
         tags=given.get("tags"),
         schedules=[Schedule(**schedule) for schedule in given.get("schedules", ())],
-        concurrency_limit=ConcurrencyLimitConfig(**given["concurrency_limit"]),
         entrypoint_type=EntrypointType.MODULE_PATH,
     )

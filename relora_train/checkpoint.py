@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from relora_train.errors import CheckpointCorruptError, CheckpointIncompleteError
 from relora_train.manifest import MANIFEST_NAME, Manifest
 from relora_train.settings.base import FrozenConfig
+from relora_train.tokenizer import TOKENIZER_FILES
 
 MODEL_FILE = "model.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
@@ -27,7 +28,7 @@ STATE_FILE = "training_state.json"
 METRICS_FILE = "metrics.jsonl"
 PROFILE_FILE = "profile.json"
 ADAPTER_DIRECTORY = "adapter"
-COMPANION_FILES = ("tokenizer.json", "tokenizer_config.json", "preprocessor_config.json")
+COMPANION_FILES = (*TOKENIZER_FILES, "preprocessor_config.json")
 MAX_SHARD_BYTES = 5 * 10**9
 
 _ADAPTER_README = """\

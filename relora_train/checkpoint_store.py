@@ -34,7 +34,7 @@ from relora_train.errors import (
     PreconditionFailedError,
 )
 from relora_train.manifest import MANIFEST_NAME, CheckpointManifest, DatasetManifest
-from relora_train.storage.base import ObjectStore, find_bytes
+from relora_train.storage.base import ObjectStore, find_bytes, parse_json
 from relora_train.storage.opening import open_store
 from relora_train.upkeep.tombstone import TOMBSTONE_NAME, read_tombstone, removed_message
 
@@ -239,7 +239,7 @@ class CheckpointStore:
             return None, None
         data, etag = found
         try:
-            place = parse_checkpoint_prefix(json.loads(data)["checkpoint"])
+            place = parse_checkpoint_prefix(parse_json(data)["checkpoint"])
         except (ValueError, KeyError, TypeError):
             place = None
         if place is None or place.run_id != self.run_id:

@@ -168,9 +168,10 @@ def settings_digest(settings: dict[str, Any]) -> str:
 
 LATER_KEYS = {
     "tokenizer": ("revision",),
-    "schedule": ("jagged", "cycle_growth"),
+    "schedule": ("jagged", "cycle_growth", "horizon"),
     "relora": ("rank_allocation", "init", "merge_dtype"),
     "optimizer": ("low_rank_lr_ratio", "low_rank_b_lr_ratio"),
+    "optimizer_reset": ("restart_clock",),
 }
 """Keys that came later, by section: at their defaults in no name and no fingerprint, so that older runs keep theirs."""
 

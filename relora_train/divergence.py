@@ -21,7 +21,7 @@ from relora_train.config import Profile
 from relora_train.errors import DivergedError, ObjectNotFoundError
 from relora_train.run import DatasetRef, OnEvent, Run, StageOutcome, find_stage, stage_identity, train_stage
 from relora_train.stages import Stage
-from relora_train.storage.base import ObjectStore
+from relora_train.storage.base import ObjectStore, parse_json
 
 
 def train_by_policy(
@@ -110,7 +110,7 @@ def _failure(stage: Stage, profile: Profile, error: DivergedError) -> dict[str, 
 def _known_failure(store: ObjectStore, key: str) -> dict[str, Any] | None:
     """What an earlier attempt left; a damaged record is none, and costs one attempt."""
     try:
-        record = json.loads(store.get_bytes(key)[0])
+        record = parse_json(store.get_bytes(key)[0])
     except (ObjectNotFoundError, ValueError):
         return None
     return record if isinstance(record, dict) and {"learning_rate", "message"} <= record.keys() else None

@@ -26,7 +26,7 @@
     │   ├── AccessDeniedError
     │   ├── StoreUnavailableError               retryable
     │   ├── PreconditionFailedError             another writer was first
-    │   ├── UnsafeStoreError                    the store ignores conditional writes
+    │   ├── UnsafeStoreError                    the store ignores conditional writes, or alters what is written
     │   └── DiskFullError
     ├── CheckpointError                exit 6   what a store holds is not what was asked for
     │   ├── CheckpointNotFoundError

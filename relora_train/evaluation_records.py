@@ -16,7 +16,7 @@ from relora_train.launch import run_worker
 from relora_train.manifest import DatasetManifest
 from relora_train.requests import EvaluationRequest
 from relora_train.run import DatasetRef, OnEvent, fetch_dataset, fetch_parent
-from relora_train.storage.base import ObjectStore
+from relora_train.storage.base import ObjectStore, parse_json
 from relora_train.storage.opening import open_store
 from relora_train.workspace import checkpoint_cache, short_digest, work_directory
 
@@ -106,8 +106,10 @@ def recorded_evaluation(
 
 def _recorded(store: ObjectStore, key: str, checkpoint: CheckpointRef) -> EvaluationOutcome | None:
     try:
-        record = json.loads(store.get_bytes(key)[0])
-    except ObjectNotFoundError:
+        record = parse_json(store.get_bytes(key)[0])
+    except (ObjectNotFoundError, ValueError):  # one that is damaged costs another evaluation
+        return None
+    if not isinstance(record, dict):
         return None
     return EvaluationOutcome({**record, "checkpoint_uri": checkpoint.uri}, reused=True)  # the store may have moved
 

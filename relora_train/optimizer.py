@@ -106,20 +106,25 @@ def reset_optimizer_state(
     mode: ResetMode,
     ratio: float,
     independent_masks: bool = False,
+    restart_clock: bool = False,
     seed: int = 0,
     cycle: int = 0,
 ) -> ResetReport:
     """Empty the moments of these parameters, wholly or in part; each tensor is pruned on its own.
 
     - none: nothing. zero: both moments and Adam's step; `ratio` is not used.
-    - magnitude: keep entries whose |exp_avg| lies strictly above the `ratio` quantile of |exp_avg|.
+    - magnitude: keep entries whose |exp_avg| lies strictly above the `ratio` quantile of |exp_avg|; all at ratio 0.
     - random: keep an entry where a uniform draw u > ratio, drawn on the CPU from (seed, cycle, parameter name).
 
     One mask serves both moments. `independent_masks` gives the paper's literal behaviour, a mask for each moment: then
     most entries that keep exp_avg have lost exp_avg_sq, and their next update is of the order lr * exp_avg / eps.
     `parameters` may be named, as from lora_parameters(); unnamed ones are called by their position. A parameter
-    without state, one that was never updated, is left alone. Adam's step is kept except by zero. A sharded moment is
-    pruned by the mask that it would have whole: it is gathered, one tensor at a time.
+    without state, one that was never updated, is left alone. A sharded moment is pruned by the mask that it would have
+    whole: it is gathered, one tensor at a time.
+
+    Adam's step is kept except by zero, as in the paper's code: bias correction counts an emptied entry's moments as
+    full ones, and its first updates are (1 - beta1) / sqrt(1 - beta2) = 3.2 times the rate. With `restart_clock` each
+    parameter's step begins anew, and they are 1.0 times the rate.
     """
     if mode not in get_args(ResetMode):
         raise ValueError(f"mode = {mode!r} is not one of {', '.join(get_args(ResetMode))}")
@@ -132,7 +137,7 @@ def reset_optimizer_state(
             continue
         moments = [state[key] for key in MOMENTS]
         entries += sum(moment.numel() for moment in moments)
-        if mode == "zero":
+        if mode == "zero" or restart_clock:
             state["step"].zero_()
         generator = stable_generator(seed, cycle, name)
         masks = _masks([whole(moment) for moment in moments], mode, ratio, independent_masks, generator)
@@ -156,6 +161,8 @@ def _masks(
     """For each moment, True where it is kept."""
 
     def mask(moment: Tensor) -> Tensor:
+        if ratio == 0 and mode != "zero":  # the least entry is not above itself
+            return torch.ones_like(moment, dtype=torch.bool)
         if mode == "magnitude":
             return above_quantile(moment.abs(), ratio)
         if mode == "random":

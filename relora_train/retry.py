@@ -72,7 +72,7 @@ def retry_stage(checkpoint: CheckpointRef, *, on_event: OnEvent, replace: bool =
     """
     if replace:
         _require_on_line(checkpoint)
-    profile, parent, dataset = _profile_of(checkpoint), parent_of(checkpoint), dataset_of(checkpoint)
+    profile, parent, dataset = profile_of(checkpoint), parent_of(checkpoint), dataset_of(checkpoint)
     stage = stage_of(checkpoint.manifest)
     run = Run(checkpoint.manifest.run_id, checkpoint.store_uri, profile)
     _require_same_settings(run, stage, dataset, parent, checkpoint)
@@ -173,7 +173,8 @@ def _require_same_settings(
         )
 
 
-def _profile_of(checkpoint: CheckpointRef) -> Profile:
+def profile_of(checkpoint: CheckpointRef) -> Profile:
+    """The resolved settings that a checkpoint was made with."""
     entries = tuple(entry for entry in checkpoint.manifest.files if entry.path == "profile.json")
     if not entries:
         raise CheckpointIncompleteError(f"{checkpoint.uri} holds no profile.json, so its stage cannot be retried.")

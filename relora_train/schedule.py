@@ -52,6 +52,7 @@ def jagged_cosine(
     `step` counts from 0 inside the phase, `total_steps` is the phase's length, and every climb ends on the cosine: the
     update right after a merge runs at 0 when restart_warmup_steps > 0. Source: `cosine_restarts` of Guitaricet/relora.
     """
+    _check_step(step, total_steps=total_steps)
     check_jagged_cosine(
         total_steps=total_steps,
         warmup_steps=warmup_steps,
@@ -78,8 +79,11 @@ def climbing_cosine(
     restart_warmup_steps: int,
     min_lr_ratio: float,
 ) -> float:
-    """The same for a cycle of any length that began at cycle_start; 0 for the first, which climbs by warmup_steps."""
-    _check_step(step, total_steps=total_steps)
+    """The same for a cycle of any length that began at cycle_start; 0 for the first, which climbs by warmup_steps.
+
+    Beyond total_steps the cosine stays at its end.
+    """
+    _check_step(min(step, total_steps), total_steps=total_steps)
     if not 0 <= cycle_start <= step:
         raise ValueError(f"cycle_start = {cycle_start} is not between 0 and step = {step}")
     if step < warmup_steps:
@@ -147,8 +151,8 @@ def learning_rate(
 
 
 def _decay(step: int, total_steps: int, min_lr_ratio: float) -> float:
-    """Half a cosine wave from 1 at step 0 to min_lr_ratio at total_steps."""
-    progress = step / max(1, total_steps)
+    """Half a cosine wave from 1 at step 0 to min_lr_ratio at total_steps, and on at that."""
+    progress = min(1.0, step / max(1, total_steps))
     return min_lr_ratio + (1 - min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
 
 

@@ -81,7 +81,8 @@ def stages_after(profile: Profile, parent: CheckpointManifest | None) -> tuple[S
     - relora goes on with cycle parent.cycle + 1 and ends after schedule.cycles in all. A checkpoint without a merge
       (a warm start, or full rank) counts as the warm start, whatever its step; a merged LoRA counts as one cycle.
     - More cycles than before lengthen the cosine: its horizon is the new total, so the first added cycle climbs to
-      the point that belongs to it on the longer curve, above where the shorter one ended.
+      the point that belongs to it on the longer curve, above where the shorter one ended (without schedule.jagged it
+      begins there, in one step). With schedule.horizon the curve stays what it was.
     - Cycles that grow can only be gone on with as they are: their lengths follow from their number.
     - lora is one update, merged once: it starts from a checkpoint without a merge, and nothing follows it.
     - full goes on along the one cosine of the whole run, at the checkpoint's step.
@@ -182,19 +183,20 @@ def stage_learning_rate(profile: Profile, stage: Stage, step: int) -> float:
     """Learning rate of update `step`, counted from 1, as a function of the profile, the stage and the step alone.
 
     'full' is one cosine over the whole run. 'lora' has the ReLoRA phase as a single cycle, so it never restarts; nor do
-    the cycles of schedule.jagged = false.
+    the cycles of schedule.jagged = false. Beyond schedule.horizon every cosine stays at its end.
     """
     schedule = profile.schedule
     updates_done = stage.phase_step + step - 1 - stage.start_step
     if not stage.low_rank:
         one_phase = stage.kind == "full"
+        horizon = schedule.warm_start_steps + schedule.horizon_steps
         return learning_rate(
-            updates_done,
+            min(updates_done, horizon),
             warm_start_steps=0 if one_phase else schedule.warm_start_steps,
-            total_steps=schedule.total_steps,
+            total_steps=horizon,
             warmup_steps=schedule.warmup_steps,
-            restart_warmup_steps=schedule.restart_warmup_steps,
-            cycle_length=schedule.total_steps if one_phase else schedule.cycle_length,
+            restart_warmup_steps=0 if one_phase else schedule.restart_warmup_steps,
+            cycle_length=horizon if one_phase else schedule.cycle_length,
             min_lr_ratio=schedule.min_lr_ratio,
             warm_start_learning_rate=profile.warm_start_learning_rate,
             learning_rate=profile.optimizer.learning_rate,
@@ -202,7 +204,7 @@ def stage_learning_rate(profile: Profile, stage: Stage, step: int) -> float:
     return profile.optimizer.learning_rate * climbing_cosine(
         updates_done,
         cycle_start=stage.phase_step if stage.kind == "relora" and schedule.jagged else 0,
-        total_steps=schedule.phase_steps,
+        total_steps=schedule.horizon_steps,
         warmup_steps=schedule.warmup_steps,
         restart_warmup_steps=schedule.restart_warmup_steps,
         min_lr_ratio=schedule.min_lr_ratio,
@@ -231,7 +233,7 @@ def fingerprint_settings(
         "precision": profile.precision.model_dump(mode="json"),
         "optimizer": optimizer,
         "schedule": {
-            "total_steps": profile.schedule.total_steps,
+            "total_steps": profile.schedule.warm_start_steps + profile.schedule.horizon_steps,
             "warmup_steps": profile.schedule.warmup_steps,
             "min_lr_ratio": profile.schedule.min_lr_ratio,
         },
@@ -246,7 +248,7 @@ def fingerprint_settings(
     if stage.low_rank:
         phase_start = stage.start_step - stage.phase_step
         settings["schedule"]["warm_start_steps"] = phase_start
-        settings["schedule"]["total_steps"] = phase_start + profile.schedule.phase_steps
+        settings["schedule"]["total_steps"] = phase_start + profile.schedule.horizon_steps
         settings["relora"] = profile.relora.model_dump(mode="json", exclude=unset_later_keys(profile, "relora"))
         low_rank_rates = set(LATER_KEYS["optimizer"]) - unset_later_keys(profile, "optimizer")
         optimizer |= profile.optimizer.model_dump(mode="json", include=low_rank_rates)
@@ -258,7 +260,8 @@ def fingerprint_settings(
             settings["schedule"]["restart_warmup_steps"] = profile.schedule.restart_warmup_steps
             if not profile.schedule.jagged:  # absent otherwise: checkpoints from before the key keep their fingerprint
                 settings["schedule"]["jagged"] = False
-        settings["optimizer_reset"] = profile.optimizer_reset.model_dump(mode="json")
+        unset = unset_later_keys(profile, "optimizer_reset")
+        settings["optimizer_reset"] = profile.optimizer_reset.model_dump(mode="json", exclude=unset)
     return _flatten(settings)
 
 

@@ -12,7 +12,10 @@ from torch import Tensor
 Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 """Dtype and shape by name."""
 
-_DTYPES = {torch.float32: "F32", torch.float64: "F64", torch.bfloat16: "BF16", torch.int32: "I32", torch.int64: "I64"}
+_DTYPES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
+    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
 _ALIGNMENT = 8
 
 

@@ -10,8 +10,9 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Collection, Iterable
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +24,13 @@ from relora_train.errors import TokenizerError
 DEFAULT_EOS_TOKEN = "<|endoftext|>"  # noqa: S105  # a token of text, no secret
 TOKENIZER_FILE = "tokenizer.json"
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
+_OTHER_FILES = (
+    "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "tokenizer.model", "tekken.json",
+    "vocab.json", "merges.txt", "vocab.txt", "spiece.model", "sentencepiece.bpe.model",
+)  # fmt: skip
+TOKENIZER_FILES = (TOKENIZER_FILE, TOKENIZER_CONFIG_FILE, *_OTHER_FILES)
+"""All that a tokenizer may consist of, where transformers looks for it; the first is always there."""
+
 _USUAL_EOS_TOKENS = (DEFAULT_EOS_TOKEN, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]", "[SEP]")
 _USUAL_BOS_TOKENS = ("<s>", "<bos>", "<|begin_of_text|>", "<|startoftext|>", "<|bos|>", "[BOS]")
 TRICKY_TEXTS = (
@@ -54,13 +62,18 @@ class DocumentTokenizer:
     bos_ids: tuple[int, ...] = ()
     """What stands before each document; usually nothing or one token."""
 
+    others: Mapping[str, bytes] = field(default_factory=dict)
+    """Its other files by name, such as a chat template: for whoever uses the model."""
+
     @property
     def sha256(self) -> str:
         """Digest of tokenizer.json."""
         return hashlib.sha256(self.json_text.encode()).hexdigest()
 
     def save(self, directory: Path) -> None:
-        """Write the two files that `AutoTokenizer.from_pretrained(directory)` needs."""
+        """Write its files, of which `AutoTokenizer.from_pretrained(directory)` needs two."""
+        for name, content in self.others.items():
+            write_durably(directory / name, content)
         write_durably(directory / TOKENIZER_CONFIG_FILE, self.config_text.encode())
         write_durably(directory / TOKENIZER_FILE, self.json_text.encode())  # last: with it, both are there
 
@@ -105,7 +118,8 @@ def load_tokenizer(
     """
     json_text, config_text = _found(path, revision)
     eos = eos_token or _usual_eos_token(json_text, config_text, path)
-    return _described(json_text, config_text or _default_config(eos), eos, path, bos=bos)
+    found = _described(json_text, config_text or _default_config(eos), eos, path, bos=bos)
+    return replace(found, others=_other_files(path, revision))
 
 
 def differing_ids(path: str, revision: str | None, other: DocumentTokenizer) -> str | None:
@@ -253,6 +267,22 @@ def _read_if_there(path: Path) -> str | None:
     except ValueError as error:
         raise TokenizerError(f"{path} is not JSON: {error}. Repair or remove it.") from None
     return text
+
+
+def _other_files(path: str, revision: str | None) -> dict[str, bytes]:
+    """The files beside tokenizer.json that are there, of those that transformers looks for."""
+    place = Path(path).expanduser()
+    if not place.exists():
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import EntryNotFoundError
+
+        found = {}
+        for name in _OTHER_FILES:
+            with suppress(EntryNotFoundError):  # also where it is not in the cache of a machine without a network
+                found[name] = Path(hf_hub_download(path, name, revision=revision)).read_bytes()
+        return found
+    folder = place if place.is_dir() else place.parent
+    return {name: (folder / name).read_bytes() for name in _OTHER_FILES if (folder / name).is_file()}
 
 
 def _from_hub(hub_id: str, revision: str | None) -> tuple[str, str | None]:

@@ -7,16 +7,23 @@ from typing import Any
 
 from prefect import task
 from prefect.logging import get_run_logger
+from prefect.runtime import deployment
 
 from relora_train import events
 from relora_train.checkpoint_store import CheckpointRef
 from relora_train.config import Profile
 from relora_train.corpus.dataset_store import DatasetOutcome
+from relora_train.errors import RunInUseError
 from relora_train.lease import Lease
 from relora_train.retraining.options import RetrainOptions
 from relora_train.retraining.retrain import RetrainPlan, conclude, plan_retrain, prepare_next, start
 from relora_train.retraining.series_data import Decision
-from relora_train.retraining.summary import STATE_NAMES, RetrainSummary, retrain_markdown
+from relora_train.retraining.summary import (
+    STATE_NAMES,
+    RetrainSummary,
+    retrain_markdown,
+    summarize_already_running,
+)
 from relora_train.run import DatasetRef, Run
 from relora_train.storage.opening import open_store
 from tasks.artifacts import publish_markdown
@@ -61,6 +68,18 @@ def decide_promotion(
     decision = conclude(plan, candidate, evaluation, champion_evaluation, dataset, provenance=provenance())
     events.emit("decided", series=plan.series, outcome=decision.outcome, reason=decision.reason, uri=candidate.uri)
     return named(STATE_NAMES[decision.outcome], decision, decision.reason)
+
+
+def tell_already_running(series: str, store_uri: str, error: RunInUseError) -> RetrainSummary:
+    """End a deployment's retrain in order when another one of the series lives; raise the error to any other caller.
+
+    A schedule that fires again too early is no failure: what goes on does all there is to do.
+    """
+    if not deployment.id:
+        raise error
+    get_run_logger().info("%s", error)
+    summary = summarize_already_running(open_store(store_uri), series, str(error))
+    return named(STATE_NAMES[summary.outcome], summary, summary.reason)
 
 
 def tell_outcome(summary: RetrainSummary) -> RetrainSummary:

@@ -20,12 +20,19 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 from prefect_server import QUIET, no_server_errors
 
 ROOT = Path(__file__).resolve().parent.parent
 POOL = "test-pool"
 FINAL = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
+
+AS_DOCUMENTED = {
+    "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
+    "PREFECT_CLIENT_MAX_RETRIES": "9",
+}
+"""What deploy/README.md has an operator set, and deploy/Dockerfile sets, for server and worker."""
 
 T = TypeVar("T")
 
@@ -38,6 +45,14 @@ class Operator:
     environment: dict[str, str]
     directory: Path
     workers: list[subprocess.Popen[bytes]] = field(default_factory=list)
+    server: subprocess.Popen[bytes] = field(init=False)
+
+    def start_server(self) -> None:
+        """On the database, the files and the port that it had before; returns when it answers."""
+        port = str(urlsplit(self.api_url).port)
+        command = self.command("prefect", "server", "start", "--host", "127.0.0.1", "--port", port)
+        self.server = self.start("server", command)
+        wait_for(lambda: answers(self), 180, self.last_words)
 
     def command(self, *arguments: str) -> list[str]:
         return [sys.executable, "-m", *arguments]
@@ -136,22 +151,20 @@ def running_operator(directory: Path, **environment: str) -> Iterator[Operator]:
             "PREFECT_HOME": str(directory / "prefect"),
             "PREFECT_API_URL": f"http://127.0.0.1:{port}/api",
             "PREFECT_WORKER_QUERY_SECONDS": "1",
+            **AS_DOCUMENTED,
             "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
             "RELORA_WORK_POOL": POOL,
             "RELORA_CACHE": str(directory / "cache"),
             **environment,
         },
     )
-    server = operator.start(
-        "server", operator.command("prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port))
-    )
     with no_server_errors(directory):
         try:
-            wait_for(lambda: answers(operator), 180, operator.last_words)
+            operator.start_server()
             yield operator
         finally:
             for worker in reversed(operator.workers):
-                stop(worker, signal.SIGKILL if worker is not server else signal.SIGTERM)
+                stop(worker, signal.SIGKILL if worker is not operator.server else signal.SIGTERM)
 
 
 def answers(operator: Operator) -> bool:

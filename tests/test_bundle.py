@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -33,13 +34,15 @@ from relora_train.errors import (
     CheckpointIncompleteError,
     DiskFullError,
     PreconditionFailedError,
+    RunInUseError,
     StorageError,
     StoreUnavailableError,
 )
-from relora_train.manifest import CheckpointManifest, describe_files
+from relora_train.manifest import CheckpointManifest, describe_files, hash_file
 from relora_train.storage.base import ObjectStore
 from relora_train.storage.memory import MemoryStore
 from relora_train.storage.opening import open_store
+from relora_train.upkeep.tombstone import Tombstone
 
 PREFIX = "runs/run/checkpoints/step-00000400-abc"
 
@@ -432,9 +435,11 @@ def test_one_flipped_bit_of_a_file_of_any_size_is_refused_by_every_reader(tmp_pa
     (directory / "model.safetensors").write_bytes(bytes(size_bytes))
     made = checkpoint_manifest(directory)
     local, remote, cache = open_store(tmp_path / "store"), MemoryStore(), tmp_path / "cache"
+    flipped = tmp_path / "flipped"
+    flipped.write_bytes(bytes(size_bytes - 1) + b"\1")
     for store in (local, remote):
         commit_bundle(store, PREFIX, directory, made)
-        damage(store, f"{PREFIX}/model.safetensors")
+        store.put_file(f"{PREFIX}/model.safetensors", flipped)
         for read in (
             lambda s=store: verify_bundle(s, PREFIX, made),
             lambda s=store: fetch_bundle(s, PREFIX, made, cache),
@@ -609,3 +614,109 @@ def test_names_that_the_protocol_uses_are_refused(tmp_path, name):
     path.write_bytes(b"1")
     with pytest.raises(StorageError, match="reserved"):
         commit_bundle(MemoryStore(), PREFIX, tmp_path / "a", checkpoint_manifest(tmp_path / "a"))
+
+
+# --- what each step asks, leaves and says
+
+
+def test_every_file_and_at_last_the_manifest_asks_for_permission(tmp_path):
+    for refused_at in (*range(1, len(FILES) + 2), None):
+        store, asked = MemoryStore(), []
+
+        def permit(store=store, asked=asked, refused_at=refused_at):
+            asked.append({info.key for info in store.list(PREFIX)})
+            if len(asked) == refused_at:
+                raise RunInUseError("another flow took over")
+
+        manifest = checkpoint_manifest(write_files(tmp_path / "a", "a"))
+        if refused_at is not None:
+            with pytest.raises(RunInUseError):
+                commit_bundle(store, PREFIX, tmp_path / "a", manifest, permit=permit)
+            assert read_manifest(store, PREFIX, CheckpointManifest) is None
+            assert len(asked) == refused_at, "nothing is written after a refusal"
+    commit_bundle(store, PREFIX, tmp_path / "a", manifest, permit=permit)
+    claim = f"{PREFIX}/claim.json"
+    assert [len(keys - {claim}) for keys in asked] == list(range(len(FILES) + 1))
+    assert json.loads(store.get_bytes(claim)[0])["attempt"] == manifest.attempt
+
+
+def test_where_a_checkpoint_was_removed_nothing_is_committed(tmp_path):
+    store = MemoryStore("removed")
+    manifest = checkpoint_manifest(write_files(tmp_path / "a", "a"))
+    store.put_bytes(f"{PREFIX}/deleted.json", Tombstone(reason="tidy", manifest=manifest).to_bytes())
+    with pytest.raises(PreconditionFailedError, match=f"memory://removed/{PREFIX} was removed by .*tidy"):
+        commit_bundle(store, PREFIX, tmp_path / "a", manifest)
+    assert [info.key for info in store.list()] == [f"{PREFIX}/deleted.json"]
+
+
+def test_leftovers_that_cannot_be_removed_are_no_failure_and_said(tmp_path, caplog):
+    class Keeps(MemoryStore):
+        def delete(self, key):
+            raise StoreUnavailableError("not now")
+
+    store = Keeps("keeps")
+    manifest = committed(store, tmp_path / "a")
+    store.put_bytes(f"{PREFIX}/variant-{'0' * 16}/config.json", b"x")
+    remove_leftovers(store, PREFIX, manifest)
+    assert f"memory://keeps/{PREFIX}: leftovers" in caplog.text and "not now" in caplog.text
+
+
+@pytest.mark.parametrize("limit", [299, 300, 301])
+def test_each_file_is_downloaded_once_whatever_its_size(tmp_path, monkeypatch, limit):
+    monkeypatch.setattr("relora_train.bundle._SMALL_BYTES", limit)
+    store = CountingStore()
+    fetch_bundle(store, PREFIX, committed(store, tmp_path / "a"), tmp_path / "cache")
+    assert sorted(store.downloaded) == sorted(FILES)
+
+
+def test_a_file_that_was_checked_is_not_read_again_by_the_same_process(tmp_path, monkeypatch):
+    store, hashed = CountingStore(), []
+    manifest = committed(store, tmp_path / "a")
+    cache = fetch_bundle(store, PREFIX, manifest, tmp_path / "cache")
+    now = time.time() + 60  # what was written just now may still change within its time stamp
+    monkeypatch.setattr("relora_train.file_checks.time.time", lambda: now)
+    fetch_bundle(store, PREFIX, manifest, cache)
+    monkeypatch.setattr("relora_train.file_checks.hash_file", lambda path: hashed.append(path) or hash_file(path))
+    fetch_bundle(store, PREFIX, manifest, cache)
+    assert hashed == []
+    verify_bundle(store, PREFIX, manifest)
+    assert len(hashed) == len(FILES), "and verify reads every byte"
+
+
+def test_two_bundles_are_kept_side_by_side(tmp_path):
+    store = CountingStore()
+    for name in ("a", "b"):
+        manifest = checkpoint_manifest(write_files(tmp_path / name, name), work=name)
+        placed = commit_bundle(store, name, tmp_path / name, manifest)
+        keep_fetched(store, manifest, placed, tmp_path / name, tmp_path / "cache" / name)
+        assert not (tmp_path / name).exists() and contents(tmp_path / "cache" / name)
+
+
+def test_the_first_failure_ends_the_downloads_that_wait(tmp_path):
+    class Fails(MemoryStore):
+        begun = 0
+
+        def get_file(self, key, path):
+            self.begun += 1
+            if key.endswith("0000"):
+                raise StoreUnavailableError(key)
+            time.sleep(1)  # long enough for the failure to be heard
+            super().get_file(key, path)
+
+    store, source = Fails(), tmp_path / "a"
+    source.mkdir()
+    for number in range(40):
+        (source / f"{number:04d}").write_bytes(b"x")
+    manifest = commit_bundle(store, PREFIX, source, checkpoint_manifest(source))
+    with pytest.raises(StoreUnavailableError, match="0000"):
+        fetch_bundle(store, PREFIX, manifest, tmp_path / "cache")
+    assert store.begun < 40
+
+
+def test_verifying_says_that_a_file_does_not_fit_before_it_is_downloaded(tmp_path):
+    store = CountingStore()
+    manifest = committed(store, tmp_path / "a")
+    huge = manifest.files[0].model_copy(update={"size_bytes": 1 << 60})
+    with pytest.raises(DiskFullError, match=f"{1 << 60} are needed"):
+        verify_bundle(store, PREFIX, manifest.model_copy(update={"files": (huge,)}))
+    assert store.downloaded == []

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from relora_train.dataset import TokenDataset, read_dataset_manifest, sample_order
+from relora_train.dataset import TokenDataset, map_shards, read_dataset_manifest, sample_order
 from relora_train.errors import CheckpointCorruptError, CheckpointIncompleteError, CorpusTooSmallError
 from relora_train.manifest import MANIFEST_NAME, DatasetManifest, describe_files
 
@@ -127,10 +127,22 @@ def test_a_corpus_smaller_than_a_batch_is_refused_with_numbers_and_remedies(dire
         CorpusTooSmallError, match=r"198 tokens in 4 shards.* 23 sequences of 8.*24 are needed"
     ) as error:
         dataset.read_batch(0, 24)
-    assert "lower batch.sequences" in str(error.value)
+    assert "lower batch.sequences" in str(error.value) and "shard_tokens" not in str(error.value)
     long = TokenDataset(directory, "val", sequence_length=1000)
-    with pytest.raises(CorpusTooSmallError, match=r"raise data\.validation_fraction"):
+    with pytest.raises(
+        CorpusTooSmallError, match=r"raise data\.validation_fraction, or raise data\.shard_tokens"
+    ) as error:
         long.require(1)
+    assert "fewer" not in str(error.value)
+
+
+def test_a_split_without_a_token_has_no_examples_and_is_refused_like_any_other(tmp_path):
+    empty = write_dataset(tmp_path / "empty", (0, 1))
+    assert [len(shard) for shard in map_shards(empty, "train", read_dataset_manifest(empty))] == [0, 1]
+    for directory, shards in ((empty, 2), (write_dataset(tmp_path / "none", ()), 0)):
+        dataset = TokenDataset(directory, "train", sequence_length=LENGTH)
+        with pytest.raises(CorpusTooSmallError, match=f"in {shards} shards, which makes 0 sequences"):
+            dataset.read_batch(0, 1)
 
 
 def test_bytes_per_token_is_that_of_the_split(directory):

@@ -159,6 +159,24 @@ def test_the_image_starts_from_a_pinned_base_and_runs_as_nobody_special():
     assert user == f"{security['runAsUser']}:{security['runAsGroup']}" and security["fsGroup"] == security["runAsGroup"]
 
 
+def test_every_server_we_start_or_document_keeps_slots_in_files_and_its_clients_wait_for_it():
+    from prefect_operator import AS_DOCUMENTED
+
+    from relora_train.console.local_server import _SERVER_SETTINGS
+
+    image = " ".join(rest for word, rest in instructions() if word == "ENV")
+    texts = {"image": image, **{name: (ROOT / name).read_text() for name in ("README.md", "deploy/README.md")}}
+    for variable, value in AS_DOCUMENTED.items():
+        for name, text in texts.items():
+            assert f"{variable}={value}" in text, f"{name} lacks {variable}"
+    storage = "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE"
+    assert _SERVER_SETTINGS[storage] == AS_DOCUMENTED[storage]
+    waited = sum(2**attempt for attempt in range(1, int(AS_DOCUMENTED["PREFECT_CLIENT_MAX_RETRIES"]) + 1))
+    assert 0.8 * waited >= 600, "ten minutes, of which jitter may take a fifth"
+    home = re.search(r"PREFECT_HOME=(\S+)/prefect\b", image)
+    assert home and f"server:{home[1]}" in compose()["services"]["server"]["volumes"], "or they go with the container"
+
+
 def test_every_install_in_the_image_is_held_to_the_constraints():
     environment = " ".join(rest for word, rest in instructions() if word == "ENV")
     path = "/src/deploy/constraints.txt"

@@ -96,7 +96,7 @@ def test_a_device_is_held_while_it_is_used_and_a_limit_that_does_not_exist_is_re
 
     with pytest.raises(ConfigError, match="prefect gcl create gpu --limit 1"):
         evaluate("scored", store=finished.store_uri, gpu_limit="gpu")
-    with pytest.raises(ConfigError, match="must be created"), device_slot("gpu"):
+    with pytest.raises(ConfigError, match="it was deleted"), device_slot("gpu"):
         pass
     with get_client(sync_client=True) as client:
         client._client.post("/v2/concurrency_limits/", json={"name": "gpu", "limit": 1}).raise_for_status()

@@ -23,7 +23,7 @@ from relora_train.corpus.sources import _stdlib_files
 from relora_train.errors import ConfigError, CorpusTooSmallError, RunInUseError
 from relora_train.evaluation_records import dataset_of
 from relora_train.events import Event
-from relora_train.lease import hold_series
+from relora_train.lease import hold_series, take_lease
 from relora_train.profiles import load_profile
 from relora_train.retraining.options import RetrainOptions
 from relora_train.retraining.retrain import plan_retrain
@@ -263,9 +263,32 @@ def _kill_while_training(nights: Nights) -> None:
             process.send_signal(signal.SIGKILL)
 
 
-def test_two_retrains_of_a_series_at_once_do_no_harm(first: RetrainSummary, nights: Nights):
-    with hold_series(nights.store, "nightly"), pytest.raises(RunInUseError, match="Series 'nightly' is in use"):
-        nights.retrain()
+def test_two_retrains_of_a_series_at_once_do_no_harm(
+    first: RetrainSummary, nights: Nights, monkeypatch: pytest.MonkeyPatch
+):
+    with hold_series(nights.store, "nightly"):
+        with pytest.raises(RunInUseError, match="Series 'nightly' is in use"):
+            nights.retrain()
+        monkeypatch.setenv("PREFECT__RUNTIME__DEPLOYMENT__ID", "deployed")
+        summary, state, trained = nights.retrain()
+    assert (state, trained, summary.champion_uri) == ("AlreadyRunning", [], nights.champion), (
+        "a schedule's is no failure"
+    )
+
+
+def test_two_prunes_of_a_run_at_once_do_no_harm(first: RetrainSummary, nights: Nights, monkeypatch: pytest.MonkeyPatch):
+    from flows.prune import prune
+
+    assert first.run_id is not None
+    other = take_lease(nights.store, f"runs/{first.run_id}/prune.json", "The other prune", purpose="prune")
+    try:
+        with pytest.raises(RunInUseError, match="Pruning of run"):
+            prune(store=nights.store.uri, run_id=first.run_id)
+        monkeypatch.setenv("PREFECT__RUNTIME__DEPLOYMENT__ID", "deployed")
+        (report,) = prune(store=nights.store.uri, run_id=first.run_id)
+    finally:
+        other.release()
+    assert report.verdicts == () and "in use" in report.notes[0]
 
 
 def test_the_form_knows_the_bounds_of_every_parameter():

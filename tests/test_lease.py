@@ -17,9 +17,10 @@ from pathlib import Path
 import pytest
 from fault_proxy import answer_instead, faulty_way_to, lose_the_answer
 
-from relora_train.errors import CheckpointCorruptError, RunInUseError, StoreUnavailableError
+from relora_train.errors import CheckpointCorruptError, PreconditionFailedError, RunInUseError, StoreUnavailableError
 from relora_train.lease import Holder, LeaseRecord, hold_run, lease_key, read_lease, try_lease
 from relora_train.storage.base import ObjectStore
+from relora_train.storage.memory import MemoryStore
 from relora_train.storage.opening import open_store
 
 TTL_SECONDS = 1.2
@@ -79,7 +80,8 @@ def test_a_second_flow_is_refused_at_once_while_the_first_lives_on_this_machine(
         with pytest.raises(RunInUseError) as refused, hold_run(open_store(store_uri), "run", ttl_seconds=TTL_SECONDS):
             pass
         assert time.monotonic() - began < 30
-        for said in ("'run'", f"process {first.pid} on", "since", "Wait for it or stop it", "another run id"):
+        waits = "free after 75 s"  # 1.25 TTL
+        for said in ("'run'", f"process {first.pid} on", "since", waits, "Wait for it or stop it", "another run id"):
             assert said in str(refused.value)
         assert asked(first) == "ok\n"
         with hold_run(open_store(store_uri), "other", ttl_seconds=TTL_SECONDS):
@@ -104,13 +106,14 @@ def test_a_killed_flow_of_this_machine_is_followed_at_once(store_uri):
         assert time.monotonic() - began < 10
 
 
-def test_a_killed_flow_of_another_machine_is_followed_when_its_lease_has_run_out(store_uri, elsewhere):
+def test_a_killed_flow_of_another_machine_is_followed_when_its_lease_has_run_out(store_uri, elsewhere, caplog):
     with holder(store_uri) as first:
         first.kill()
         began = time.monotonic()
         with hold_run(open_store(store_uri), "run", ttl_seconds=TTL_SECONDS) as lease:
             lease.check()
         assert TTL_SECONDS < time.monotonic() - began < 4 * TTL_SECONDS
+    assert caplog.text.count("waiting up to 2 s to see whether it is alive") == 1, "a waiter says so once"
 
 
 def test_a_flow_that_slept_while_it_was_replaced_notices_on_waking_and_writes_no_more(store_uri, elsewhere):
@@ -219,6 +222,77 @@ def test_a_lease_that_was_granted_by_a_lost_answer_is_taken_at_once_by_the_same_
         prune = try_lease(store, lease_key("run"), unheard_of=lambda: False, ttl_seconds=60)
         assert prune is not None
         prune.release()
+
+
+class LosesAnAnswer(MemoryStore):
+    """A repeated write is refused, for the write whose answer was lost has changed the object."""
+
+    loses = False
+
+    def put_bytes(self, key, data, **condition):
+        etag = super().put_bytes(key, data, **condition)
+        if self.loses:
+            self.loses = False
+            raise PreconditionFailedError(key)
+        return etag
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The holder's clock, in seconds; it stands until a test moves it."""
+    now = [1000.0]
+    monkeypatch.setattr("relora_train.lease._seconds", lambda: now[0])
+    return now
+
+
+def test_the_store_is_asked_once_a_ttl_and_not_before_every_write(clock):
+    store = LosesAnAnswer()
+    with hold_run(store, "run", ttl_seconds=600) as lease:
+        renewals = []
+        for passed in (0, 599, 2, 0, 598, 3):
+            clock[0] += passed
+            lease.check()
+            renewals.append(read_lease(store, lease_key("run"))[0].renewals)
+    assert renewals == [0, 0, 1, 1, 1, 2]
+
+
+def test_a_renewal_whose_answer_was_lost_is_no_loss_in_any_store(clock):
+    store = LosesAnAnswer()
+    with hold_run(store, "run", ttl_seconds=600) as lease:
+        clock[0] += 601
+        store.loses = True
+        lease.check()
+        assert not lease.is_lost
+    assert read_lease(store, lease_key("run"))[0].released
+
+
+def test_a_prune_takes_over_from_the_dead_and_from_those_unheard_of_and_from_no_other():
+    store, key = memory(), lease_key("run")
+
+    def is_taken(unheard_of: bool) -> bool:
+        taken = try_lease(store, key, unheard_of=lambda: unheard_of, ttl_seconds=60)
+        if taken is not None:
+            taken.release()
+        return taken is not None
+
+    with hold_run(store, "run", ttl_seconds=600):
+        assert not is_taken(unheard_of=True), "it lives"
+        record = read_lease(store, key)[0]
+        dead = record.holder.model_copy(update={"process_started": "1"})
+        far = record.holder.model_copy(update={"host": "elsewhere"})
+        for holder, unheard_of, expected in ((far, False, False), (far, True, True), (dead, False, True)):
+            store.put_bytes(key, record.model_copy(update={"holder": holder}).to_bytes())
+            assert is_taken(unheard_of) == expected, holder
+
+
+def test_a_lease_from_before_its_later_fields_is_that_of_a_flow_at_work():
+    written = {
+        "holder": {"host": "elsewhere", "pid": 1, "nonce": "0"}, "since": "2026-01-01T00:00:00Z",
+        "renewed": "2026-01-01T00:00:00Z", "ttl_seconds": 60,
+    }  # fmt: skip
+    record = LeaseRecord.model_validate(written)
+    assert (record.purpose, record.renewals, record.released, record.depends_on) == ("train", 0, False, ())
+    assert record.holder.is_alive() is None
 
 
 def test_a_reused_pid_is_another_process():

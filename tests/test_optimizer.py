@@ -7,15 +7,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import backward, relative_error, tiny_llama, train
 from torch import nn
+from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
 
 from relora_train.errors import ModelError
 from relora_train.optimizer import (
+    FUSED_DEVICES,
     above_quantile,
     build_optimizer,
     load_optimizer_state_by_name,
     optimizer_state_by_name,
     parameter_groups,
     reset_optimizer_state,
+    set_learning_rate,
 )
 from relora_train.relora import apply_relora, lora_parameters, relora_layers
 
@@ -115,6 +118,23 @@ def test_fused_is_taken_where_the_device_has_it_and_is_deterministic():
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
 
 
+def test_the_fused_kernel_is_asked_for_on_devices_that_torch_has_it_for():
+    assert {"cpu", "cuda"} <= set(FUSED_DEVICES) <= set(_get_fused_kernels_supported_devices())
+
+
+def test_a_ratio_of_a_group_is_that_of_its_rate():
+    model = wrapped_llama()
+    groups = parameter_groups(model, weight_decay=0.1, low_rank_lr_ratio=2.0, low_rank_b_lr_ratio=4.0)
+    ratios = {name: group["lr_ratio"] for group in groups for name, _ in group["params"]}
+    assert {name.rpartition(".")[2]: ratio for name, ratio in ratios.items()} == {
+        "lora_A": 2.0, "lora_B": 8.0, "weight": 1.0,
+    }  # fmt: skip
+    assert groups[0]["lr_ratio"] == 1.0, "what is no factor comes first, as without ratios"
+    optimizer = torch.optim.AdamW(groups)
+    set_learning_rate(optimizer, 0.01)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.01 * group["lr_ratio"] for group in groups]
+
+
 # --- the quantile
 
 
@@ -165,7 +185,7 @@ def test_the_mask_keeps_its_meaning_in_every_dtype(dtype):
 
 @pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("independent_masks", [False, True])
-@pytest.mark.parametrize("ratio", [0.0, 0.8, 0.99, 1.0])
+@pytest.mark.parametrize("ratio", [0.1, 0.8, 0.99, 1.0])
 def test_magnitude_keeps_what_a_float64_reference_keeps(fused, independent_masks, ratio):
     model, optimizer = trained(fused=fused)
     before = snapshot(optimizer, model)
@@ -215,6 +235,28 @@ def test_after_zero_the_next_update_is_that_of_a_new_optimizer():
         assert torch.equal(after_reset, expected)
 
 
+@pytest.mark.parametrize(("mode", "restart_clock", "rates"), [
+    ("magnitude", False, 0.1 / math.sqrt(0.01)), ("random", False, 0.1 / math.sqrt(0.01)),
+    ("magnitude", True, 1.0), ("random", True, 1.0), ("zero", False, 1.0), ("zero", True, 1.0),
+])  # fmt: skip
+def test_a_restarted_clock_makes_the_first_update_of_an_emptied_entry_one_rate(mode, restart_clock, rates):
+    """(1 - beta1) / sqrt(1 - beta2) rates where bias correction still counts the updates before. Betas 0.9, 0.99."""
+    model, optimizer = trained()
+    low_rank = dict(lora_parameters(model))
+    for parameter in optimizer.state:
+        optimizer.state[parameter]["step"].fill_(10_000)
+    reset(optimizer, model, mode=mode, ratio=1.0, restart_clock=restart_clock)
+    clocks = {name: state["step"].item() for name, state in snapshot(optimizer, model).items()}
+    restarted = restart_clock or mode == "zero"
+    assert clocks == {name: 0 if restarted and name in low_rank else 10_000 for name in clocks}
+    before = {name: factor.detach().clone() for name, factor in low_rank.items()}
+    backward(model, seed=50)
+    optimizer.step()
+    for name, factor in low_rank.items():
+        moved = (factor.detach() - before[name])[factor.grad.abs() > 1e-5].abs()  # eps is 1e-8
+        torch.testing.assert_close(moved, torch.full_like(moved, rates * 1e-3), rtol=2e-2, atol=0)
+
+
 def test_none_changes_nothing():
     model, optimizer = trained()
     before = snapshot(optimizer, model)
@@ -222,6 +264,15 @@ def test_none_changes_nothing():
     assert_state_equal(snapshot(optimizer, model), before)
     assert report.zeroed == 0
     assert report.entries > 0
+
+
+@pytest.mark.parametrize("mode", ["magnitude", "random"])
+def test_at_ratio_0_nothing_is_dropped_not_even_the_least_entry(mode):
+    model, optimizer = trained()
+    before = snapshot(optimizer, model)
+    report = reset(optimizer, model, mode=mode, ratio=0.0)
+    assert report.zeroed == 0
+    assert_state_equal(snapshot(optimizer, model), before)
 
 
 @pytest.mark.parametrize("mode", ["zero", "magnitude", "random"])

@@ -25,6 +25,7 @@ from relora_train.errors import (
     ConfigError,
     PreconditionFailedError,
     RunInUseError,
+    StorageError,
     StoreUnavailableError,
 )
 from relora_train.lease import Holder, hold_run, lease_key, take_lease
@@ -34,6 +35,7 @@ from relora_train.storage.opening import open_store
 from relora_train.upkeep.pins import pin, pins_of, record_export, unpin
 from relora_train.upkeep.pruning import prune_run
 from relora_train.upkeep.retention import RetentionPolicy, plan_pruning, stage_number
+from relora_train.upkeep.tombstone import Tombstone
 from relora_train.upkeep.verify import verify_run
 
 NOW = timedelta(seconds=-1)
@@ -137,6 +139,11 @@ def test_planning_after_pruning_removes_nothing_more(drawn):
     gone = {verdict.checkpoint.prefix for verdict in plan_pruning(history, policy, protected) if not verdict.keep}
     after = [CheckpointRef(**{**vars(ref), "is_removed": ref.is_removed or ref.prefix in gone}) for ref in history]
     assert all(verdict.keep for verdict in plan_pruning(after, policy, protected))
+
+
+def test_a_stage_counts_as_the_cycles_done_at_its_end():
+    numbers = {name: stage_number(name) for name in ("warm-start", "lora", "cycle-1", "cycle-12", "full-3")}
+    assert numbers == {"warm-start": 0, "lora": 1, "cycle-1": 1, "cycle-12": 12, "full-3": 3}
 
 
 def test_a_policy_without_a_rule_is_none():
@@ -308,6 +315,34 @@ def test_two_prunes_of_a_run_do_not_run_at_once(memory, files):
     assert prune_run(memory, "run", LAST).removed
 
 
+@pytest.mark.parametrize("linked", ["runs", "runs/run", "runs/run/checkpoints", "runs/run/snapshots"])
+def test_a_link_out_of_the_store_is_not_followed(linked, tmp_path, files):
+    inside, outside = tmp_path / "store", tmp_path / "outside"
+    store = open_store(inside)
+    straight_run(store, files, cycles=2)
+    store.put_bytes("runs/run/snapshots/0123456789ab/step-850/state.safetensors", b"x")
+    (inside / linked).rename(outside)
+    (inside / linked).symlink_to(outside)
+    before = sorted(outside.rglob("*"))
+    for dry_run in (True, False):
+        with pytest.raises(StorageError, match=r"symbolic link leads to .*outside.*Nothing was pruned"):
+            prune_run(store, "run", LAST, grace=NOW, dry_run=dry_run)
+    assert sorted(outside.rglob("*")) == before
+
+
+def test_a_link_below_a_run_is_no_checkpoint_and_a_linked_store_is_its_own(tmp_path, files):
+    store = open_store(tmp_path / "store")
+    refs = straight_run(store, files, cycles=2)
+    place, outside = tmp_path / "store" / refs[0].prefix, tmp_path / "outside"
+    place.rename(outside)
+    place.symlink_to(outside)
+    before = sorted(outside.rglob("*"))
+    (tmp_path / "link").symlink_to(tmp_path / "store")
+    prune_run(open_store(tmp_path / "link"), "run", LAST, grace=NOW)
+    assert sorted(outside.rglob("*")) == before
+    assert [ref.stage for ref in (known.manifest for known in CheckpointStore(store, "run").list())] == ["cycle-2"]
+
+
 # --- leftovers ---
 
 
@@ -331,18 +366,43 @@ def test_leftovers_go_when_they_are_old_and_not_before(store, files):
     assert len(verify_run(store, "run").findings) == 4
     assert prune_run(store, "run", None).leftovers == ()
     assert all(store.head(key) for key in keys)
+    sizes = sum(store.head(key).size_bytes for key in keys)
     planned = prune_run(store, "run", None, grace=NOW, dry_run=True)
     assert all(store.head(key) for key in keys)
     done = prune_run(store, "run", None, grace=NOW)
     assert done.leftovers == planned.leftovers and sum(left.object_count for left in done.leftovers) == len(keys)
+    places = {f"{store.uri}/{key.rpartition('/')[0]}" for key in keys}
+    assert all(any(place.startswith(left.uri) for place in places) for left in done.leftovers)
+    assert done.removed_bytes == sum(left.size_bytes for left in done.leftovers) == sizes
     assert not any(store.head(key) for key in keys)
     assert stages(store) == ["warm-start", "cycle-1", "cycle-2"]
     assert verify_run(store, "run").findings == []
 
 
+def test_the_claim_of_an_upload_goes_last_and_the_manifest_of_a_snapshot_first(files):
+    """Killed in between, nothing is left that promises files which are gone."""
+
+    class Recording(MemoryStore):
+        deleted: tuple[str, ...] = ()
+
+        def delete(self, key: str) -> None:
+            self.deleted += (key,)
+            super().delete(key)
+
+    store = Recording("recording")
+    keys = litter(store, straight_run(store, files, cycles=2))
+    prune_run(store, "run", None, grace=NOW)
+    order = [store.deleted.index(key) for key in keys]
+    assert order[0] > order[1], "claim, file"
+    assert order[4] < order[5], "manifest, file"
+
+
 def test_what_a_flow_could_still_finish_stays_while_it_is_under_way(memory, files, monkeypatch):
     keys = litter(memory, straight_run(memory, files, cycles=2))
     with hold_run(memory, "run"):
+        planned = prune_run(memory, "run", None, grace=NOW, dry_run=True)
+        assert planned.notes == ("2 unfinished uploads stay while a flow of the run is under way",)
+        assert len(planned.leftovers) == 2
         for alive in (True, None):
             monkeypatch.setattr(Holder, "is_alive", lambda self, alive=alive: alive)
             report = prune_run(memory, "run", None, grace=timedelta(0) if alive is None else NOW)
@@ -366,6 +426,7 @@ def test_half_uploads_go_when_they_are_old(store, tmp_path, seaweed, files):
     assert prune_run(store, "run", None).leftovers == ()
     (found,) = prune_run(store, "run", None, grace=timedelta(seconds=-5)).leftovers
     assert "runs/run/checkpoints/x/" in found.uri and found.why == "half an upload"
+    assert (found.size_bytes, found.object_count) == (0, 1)
     assert prune_run(store, "run", None, grace=timedelta(seconds=-5)).leftovers == ()
     assert not store.abort_stale_uploads(datetime.now(UTC) + timedelta(hours=1))
 
@@ -504,6 +565,31 @@ def test_a_removal_that_crashed_at_its_tombstone_is_taken_back_for_who_needs_it_
     store.put_bytes("runs/run/refs/late.json", json.dumps({"checkpoint": refs[0].prefix}).encode())
     assert prune_run(store, "run", LAST).removed == []
     assert verify_run(store, "run").findings == []
+
+
+def test_a_removal_that_was_killed_is_finished_wherever_in_the_run_it_was(memory, files):
+    refs = straight_run(memory, files, cycles=3)
+    for ref in refs[1:3]:
+        memory.put_bytes(f"{ref.prefix}/deleted.json", Tombstone(reason="x", manifest=ref.manifest).to_bytes())
+        memory.delete(f"{ref.prefix}/manifest.json")
+    prune_run(memory, "run", None)
+    assert [keys_at(memory, ref) for ref in refs[1:3]] == [["deleted.json"]] * 2
+    assert stages(memory) == ["warm-start", "cycle-3"]
+
+
+def test_a_removal_is_taken_back_also_where_the_files_lie_beside_the_manifest(memory, files):
+    refs = straight_run(memory, files, cycles=1)
+    for name in ("manifest.json", "claim.json"):
+        memory.delete(f"{refs[0].prefix}/{name}")
+    memory.put_bytes(f"{refs[0].prefix}/claim.json", b'{"content": "of another attempt"}')
+    variant = add(memory, files, 0, None)
+    assert variant.manifest.files_prefix
+    tombstone = Tombstone(reason="x", manifest=variant.manifest)
+    memory.put_bytes(f"{variant.prefix}/deleted.json", tombstone.to_bytes())
+    memory.put_bytes("runs/run/refs/late.json", json.dumps({"checkpoint": variant.prefix}).encode())
+    assert prune_run(memory, "run", LAST).removed == []
+    CheckpointStore(memory, "run").verify(variant)
+    assert "deleted.json" not in keys_at(memory, variant)
 
 
 def test_a_commit_overtaken_by_a_prune_is_taken_back(memory, files):

@@ -200,9 +200,11 @@ def test_a_lease_lost_during_the_upload_keeps_the_checkpoint_invisible(memory: M
 
     directory = write_files(tmp_path / "files", "a")
     manifest = checkpoint_manifest(directory)
-    with pytest.raises(PreconditionFailedError, match="taken over"):
-        commit_bundle(memory, "place", directory, manifest, permit=lost)
-    assert "place/manifest.json" not in {info.key for info in memory.list()}
+    for files_before in range(len(manifest.files) + 1):
+        asked = iter([True] * files_before)
+        with pytest.raises(PreconditionFailedError, match="taken over"):
+            commit_bundle(memory, "place", directory, manifest, permit=lambda asked=asked: next(asked, None) or lost())
+        assert "place/manifest.json" not in {info.key for info in memory.list()}
     assert commit_bundle(memory, "place", directory, manifest) == manifest
 
 

@@ -9,6 +9,7 @@ import json
 import os
 import pickle
 import sqlite3
+import uuid
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -25,13 +26,16 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from relora_train.bundle import commit_bundle, read_manifest
 from relora_train.checkpoint_layout import checkpoint_prefix
 from relora_train.checkpoint_resolve import resolve_checkpoint
+from relora_train.checkpoint_store import CheckpointStore
 from relora_train.cli import main
 from relora_train.config import Profile
 from relora_train.console.local_flow import load_flow
 from relora_train.console.local_server import check_server
+from relora_train.console.run import recorded_evaluations
 from relora_train.errors import CheckpointCorruptError, ConfigError, ModelNotFoundError
 from relora_train.experiments.experiment import load_experiment
 from relora_train.launch import run_worker
+from relora_train.lease import hold_run
 from relora_train.manifest import CheckpointManifest, DatasetManifest, Manifest, SnapshotManifest
 from relora_train.pretrained import load_model
 from relora_train.profiles import load_profile
@@ -40,6 +44,10 @@ from relora_train.run import Run
 from relora_train.snapshots.store import SnapshotStore
 from relora_train.storage.base import ObjectStore
 from relora_train.storage.opening import open_store
+from relora_train.upkeep.pins import pin, pins_of
+from relora_train.upkeep.pruning import prune_run
+from relora_train.upkeep.tombstone import read_tombstone
+from relora_train.upkeep.verify import verify_run
 
 ROOT = Path(__file__).resolve().parent.parent
 PRODUCT = sorted(path for part in ("relora_train", "tasks", "flows") for path in (ROOT / part).rglob("*.py"))
@@ -314,6 +322,34 @@ def test_a_link_in_the_place_of_a_file_is_not_written_through(tmp_path: Path):
     with pytest.raises(CheckpointCorruptError, match="symbolic link"):
         fetch_bundle(store, "p", manifest, cache)
     assert outside.read_bytes() == b"mine"
+
+
+DEEP = b'{"checkpoint": ' + b"[" * 200_000 + b"]" * 200_000 + b"}"
+
+
+@pytest.mark.parametrize("data", [DEEP, DEEP.replace(b"[", b'{"a":').replace(b"]", b"}"), b"\xff\xfe", b"1", b"null"])
+def test_json_of_a_store_that_is_beyond_all_use_is_a_damaged_object_and_no_fault_of_ours(data: bytes, tmp_path: Path):
+    store = open_store(f"memory://deep-{uuid.uuid4().hex}")
+    made = checkpoint_manifest(write_files(tmp_path / "files", "a"))
+    run = CheckpointStore(store, made.run_id)
+    ref = run.commit(tmp_path / "files", made)
+    store.put_bytes("runs/run/refs/head.json", data)
+    store.put_bytes("runs/run/refs/pinned.json", data)
+    store.put_bytes("runs/run/evaluations/x.json", data)
+    store.put_bytes("runs/run/lease.json", data)
+    for read in (run.head, lambda: hold_run(store, "run").__enter__(), lambda: prune_run(store, "run", None)):
+        with pytest.raises(CheckpointCorruptError):
+            read()
+    assert {each.kind for each in verify_run(store, "run").findings} >= {"damaged"}
+    assert list(pins_of(store, ref)) == [] and recorded_evaluations(store, [ref]) == []
+    with pytest.raises(ConfigError, match="already holds"):
+        pin(store, ref, "pinned")
+    store.put_bytes(f"{ref.prefix}/manifest.json", data)
+    with pytest.raises(CheckpointCorruptError):
+        run.list()
+    store.put_bytes(f"{ref.prefix}/deleted.json", data)
+    with pytest.raises(CheckpointCorruptError):
+        read_tombstone(store, ref.prefix)
 
 
 # --- nothing becomes code ---

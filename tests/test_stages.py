@@ -3,9 +3,9 @@ import re
 from itertools import pairwise
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 from schedules import schedules
 
 from relora_train.config import Profile, default_run_id
@@ -50,6 +50,7 @@ CHANGES = {
     "schedule.min_lr_ratio": 0.2,
     "schedule.jagged": False,
     "schedule.cycle_growth": 1.5,
+    "schedule.horizon": 7,
     "relora.rank": 16,
     "relora.alpha": 16.0,
     "relora.rank_stabilized": True,
@@ -69,6 +70,7 @@ CHANGES = {
     "optimizer_reset.mode": "zero",
     "optimizer_reset.ratio": 0.9,
     "optimizer_reset.independent_masks": True,
+    "optimizer_reset.restart_clock": True,
     "precision.dtype": "bfloat16",
     "precision.matmul_precision": "medium",
     "precision.deterministic": False,
@@ -154,6 +156,8 @@ def leaf_settings() -> set[str]:
 def profile_with(changes: dict) -> Profile:
     if "launch.nnodes" in changes:  # refused without
         changes = {"launch.rdzv_endpoint": CHANGES_NOTHING["launch.rdzv_endpoint"], **changes}
+    if changes.get("tokenizer.train"):  # refused with
+        changes = {key: value for key, value in changes.items() if key != "tokenizer.path"}
     if changes.get("launch.sharding") == "full":  # does not go with it
         changes = {key: value for key, value in changes.items() if key != "launch.compile"}
     settings: dict = {}
@@ -191,6 +195,7 @@ def test_a_setting_that_changes_the_result_changes_the_fingerprint(key):
 @given(st.lists(st.sampled_from(sorted(CHANGES)), unique=True), st.lists(st.sampled_from(sorted(CHANGES)), unique=True))
 def test_two_sets_of_changes_have_one_fingerprint_only_when_they_are_equal(ours, theirs):
     """No change hides another."""
+    assume(not any({"schedule.horizon", "schedule.cycle_growth"} <= {*keys} for keys in (ours, theirs)))
     profiles = [profile_with({key: CHANGES[key] for key in keys if key != "method"}) for keys in (ours, theirs)]
     same = last_fingerprint(profiles[0]) == last_fingerprint(profiles[1])
     assert same == ({*ours} - {"method"} == {*theirs} - {"method"})
@@ -334,6 +339,17 @@ def test_stages_of_each_method():
     ]
 
 
+def test_cycles_and_full_rank_hand_on_their_optimizer_and_low_rank_is_what_a_merge_ends():
+    traits = {
+        stage.kind: (stage.hands_on_optimizer, stage.low_rank)
+        for method in ("relora", "lora", "full")
+        for stage in plan_stages(Profile.model_validate({"schedule": SMALL, "method": method}))
+    }
+    assert traits == {
+        "warm_start": (False, False), "relora": (True, True), "lora": (False, True), "full": (True, False),
+    }  # fmt: skip
+
+
 def test_a_run_can_stop_after_any_of_its_stages_and_no_other():
     stages = plan_stages(Profile.model_validate({"schedule": SMALL}))
     assert [stage.name for stage in until("cycle-1", stages)] == ["warm-start", "cycle-1"]
@@ -402,3 +418,28 @@ def test_the_readme_marks_what_each_setting_changes():
         | dict.fromkeys(CHANGES_NOTHING, "○")
     )
     assert marks == expected
+
+
+@pytest.mark.parametrize("jagged", [True, False])
+@pytest.mark.parametrize("method", ["relora", "lora", "full"])
+def test_a_horizon_keeps_the_curve_and_the_fingerprints_while_cycles_are_added(method: str, jagged: bool):
+    """Six cycles on the curve of four: the first four as they were, then the rate at the curve's end."""
+    shape = {"warm_start_steps": 30, "cycle_length": 40, "warmup_steps": 5, "restart_warmup_steps": 4, "jagged": jagged}
+    four, six = (Profile.model_validate({"method": method, "schedule": {**shape, "cycles": n}}) for n in (4, 6))
+    long = Profile.model_validate({"method": method, "schedule": {**shape, "cycles": 6, "horizon": 4}})
+    short = Profile.model_validate({"method": method, "schedule": {**shape, "cycles": 4, "horizon": 6}})
+    assert rates(long)[: len(rates(four))] == rates(four)
+    added = rates(long)[len(rates(four)) :]
+    assert len(added) == 80 and max(added) == pytest.approx(1e-4)  # min_lr_ratio of the peak
+    climbs = [1e-4 * step / 4 for step in range(4)] if method == "relora" and jagged else [1e-4] * 4
+    assert added == pytest.approx((climbs + [1e-4] * 36) * 2, abs=1e-9)
+    assert rates(short) == rates(six)[: len(rates(four))]
+    if method != "lora":  # which is one stage, and ends elsewhere
+        assert list(fingerprints(long).items())[:5] == list(fingerprints(four).items())
+        assert list(fingerprints(six).items())[:5] == list(fingerprints(short).items())
+    assert not set(fingerprints(six).values()) & set(fingerprints(four).values())
+
+
+def test_cycles_that_grow_take_no_horizon():
+    with pytest.raises(ValidationError, match="horizon 5 counts cycles of one length"):
+        Profile.model_validate({"schedule": {"horizon": 5, "cycle_growth": 1.5}})

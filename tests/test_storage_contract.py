@@ -18,7 +18,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from relora_train.errors import ObjectNotFoundError, PreconditionFailedError, StorageError
+from relora_train.errors import CheckpointCorruptError, ObjectNotFoundError, PreconditionFailedError, StorageError
 from relora_train.manifest import hash_file
 from relora_train.storage.base import ObjectStore, check_key
 from relora_train.storage.memory import MemoryStore
@@ -71,6 +71,18 @@ def test_an_empty_object_is_an_object(store):
     store.put_bytes("empty", b"")
     assert store.get_bytes("empty")[0] == b""
     assert store.head("empty").size_bytes == 0
+
+
+def test_what_is_read_whole_has_a_limit_and_files_have_none(store, tmp_path, monkeypatch):
+    (tmp_path / "large").write_bytes(bytes(2001))
+    store.put_file("large", tmp_path / "large")
+    store.put_bytes("small", bytes(2000))
+    monkeypatch.setattr("relora_train.storage.base.SMALL_OBJECT_BYTES", 2000)
+    assert store.get_bytes("small")[0] == bytes(2000)
+    with pytest.raises(CheckpointCorruptError, match=r"/large has 2,001 bytes.*at most 2,000"):
+        store.get_bytes("large")
+    store.get_file("large", tmp_path / "target")
+    assert (tmp_path / "target").read_bytes() == bytes(2001)
 
 
 def test_what_does_not_exist_is_said_so_by_name(store, tmp_path):

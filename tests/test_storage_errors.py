@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 from botocore.exceptions import ClientError
 from fault_proxy import (
+    Exchange,
     Faults,
     answer_instead,
     cut_the_answer,
@@ -192,6 +193,7 @@ def test_settings_that_make_no_sense_are_configuration_errors(s3_store_uri, monk
         ("PreconditionFailed", 412, PreconditionFailedError),
         ("ConditionalRequestConflict", 409, StoreUnavailableError),
         ("BadDigest", 400, StoreUnavailableError),
+        ("NotImplemented", 501, StorageError),
         ("SlowDown", 503, StoreUnavailableError),
         ("InternalError", 500, StoreUnavailableError),
         ("", 502, StoreUnavailableError),
@@ -257,6 +259,47 @@ def test_a_store_that_ignores_conditions_is_refused_and_left_clean(forgets):
         probe_conditions(store)
     assert list(store.list()) == []
     probe_conditions(ForgetfulStore())
+
+
+def test_a_server_that_stores_the_framing_of_checksums_is_refused_with_the_way_out(faults, s3_store_uri):
+    """As some servers do with aws-chunked bodies; here it comes with the answer, after the real server's checks."""
+
+    def framed(exchange: Exchange) -> None:
+        exchange.forward()
+        exchange.answer = b"%x\r\n%s\r\n0\r\nx-amz-checksum-crc32:AAAA\r\n" % (len(exchange.answer), exchange.answer)
+        exchange.answer_headers = [each for each in exchange.answer_headers if "checksum" not in each[0].lower()]
+
+    store = open_store(s3_store_uri)
+    faults.standing = [("GET", "/preflight/", framed)]
+    with pytest.raises(UnsafeStoreError, match="AWS_REQUEST_CHECKSUM_CALCULATION=when_required"):
+        store.preflight()
+    faults.standing = [("GET", "/preflight/", flip_a_bit_of_the_answer_and_its_checksum)]
+    with pytest.raises(UnsafeStoreError, match="other bytes than were written"):
+        store.preflight()
+    faults.standing = []
+    store.preflight()
+    assert list(store.list()) == []
+
+
+def flip_a_bit_of_the_answer_and_its_checksum(exchange: Exchange) -> None:
+    flip_a_bit_of_the_answer(exchange)
+    exchange.answer_headers = [each for each in exchange.answer_headers if "checksum" not in each[0].lower()]
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "message"),
+    [
+        (501, "NotImplemented", "A header you provided implies functionality that is not implemented"),
+        (411, "MissingContentLength", "You must provide the Content-Length HTTP header"),
+        (400, "XAmzContentSHA256Mismatch", "The provided 'x-amz-content-sha256' header does not match"),
+        (400, "InvalidArgument", "Unsupported value STREAMING-UNSIGNED-PAYLOAD-TRAILER"),
+    ],
+)
+def test_a_server_that_refuses_checksums_is_told_apart_from_wrong_settings(status, code, message):
+    answer = {"Error": {"Code": code, "Message": message}, "ResponseMetadata": {"HTTPStatusCode": status}}
+    error = storage_error(ClientError(answer, "PutObject"), uri="s3://bucket/key", endpoint="https://host")
+    assert type(error) is StorageError and not error.retryable
+    assert "AWS_REQUEST_CHECKSUM_CALCULATION=when_required" in str(error)
 
 
 def test_a_store_that_refuses_every_if_match_is_refused_too():

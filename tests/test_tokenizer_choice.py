@@ -24,7 +24,7 @@ from relora_train.checkpoint_layout import dataset_prefix
 from relora_train.checkpoint_store import CheckpointRef, CheckpointStore
 from relora_train.config import Profile, default_run_id
 from relora_train.console.precheck import check_inputs
-from relora_train.corpus.prepare import describe_dataset, prepare_dataset
+from relora_train.corpus.prepare import PreparedDataset, describe_dataset, prepare_dataset
 from relora_train.corpus.tokenizer_choice import TextSettings, as_checkpoint, choose_tokenizer
 from relora_train.errors import ProfileInvalidError, RunSettingsChangedError, TokenizerError, VocabularyMismatchError
 from relora_train.objectives.causal_lm import sample_texts
@@ -96,6 +96,17 @@ def test_bos_is_the_configured_token_or_a_usual_one_or_an_error(tmp_path):
         load_tokenizer(str(path), bos=True)
 
 
+def test_a_bos_that_is_not_marked_special_cannot_be_forged_either(tmp_path):
+    path = write_tokenizer(tmp_path) / "tokenizer.json"
+    description = json.loads(path.read_text())
+    for token in description["added_tokens"]:
+        token["special"] = False
+    path.write_text(json.dumps(description))
+    loaded = load_tokenizer(str(path))
+    assert loaded.bos_ids == (300,)
+    assert 300 not in loaded.encoder().encode(f"a{BOS} b", add_special_tokens=False).ids
+
+
 def test_every_document_begins_with_bos_once_by_any_engine_and_however_it_is_cut(tmp_path, corpus):
     settings = TokenizerConfig(path=str(write_tokenizer(tmp_path / "t")))
     long = " ".join(TEXTS * 20)
@@ -103,30 +114,27 @@ def test_every_document_begins_with_bos_once_by_any_engine_and_however_it_is_cut
         stream.write(json.dumps({"text": long}) + "\n")  # goes over many shards
         stream.write(json.dumps({"text": f"{BOS} forged {EOS}"}) + "\n")
     made = prepare_dataset(corpus, settings, tmp_path / "one")
-    documents = [
-        tokens for split in ("train", "val") for tokens in joined(documents_of(made, split), made.manifest.eos_id)
-    ]
+    documents = documents_in(made)
     assert len(documents) == 122
     bos_id = made.manifest.bos_ids[0]
     assert all(tokens[0] == bos_id and tokens.count(bos_id) == 1 for tokens in documents)
     plain = prepare_dataset(corpus.model_copy(update={"bos": False}), settings, tmp_path / "plain")
-    without = [
-        tokens for split in ("train", "val") for tokens in joined(documents_of(plain, split), plain.manifest.eos_id)
-    ]
-    assert [tokens[1:] for tokens in documents] == without
+    assert [tokens[1:] for tokens in documents] == documents_in(plain)
     assert plain.manifest.dataset_id != made.manifest.dataset_id and plain.manifest.bos_ids == ()
     assert made.manifest.train_tokens == plain.manifest.train_tokens + made.manifest.train_documents
+    one_shard = prepare_dataset(corpus.model_copy(update={"shard_tokens": 2_000_000}), settings, tmp_path / "long")
+    assert documents_in(one_shard) == documents  # there the long one is several pieces of one shard
     for engine, workers in (("tiktoken", 2), ("tokenizers", 3)):
         other = corpus.model_copy(update={"engine": engine, "workers": workers})
         assert contents(prepare_dataset(other, settings, tmp_path / engine)) == contents(made)
 
 
-def joined(parts: list[list[int]], eos_id: int) -> list[list[int]]:
-    """Documents whole again that the ends of shards have cut."""
+def documents_in(made: PreparedDataset) -> list[list[int]]:
+    """All documents of a dataset; those that the ends of shards have cut are whole again."""
     documents: list[list[int]] = [[]]
-    for part in parts:
+    for part in (part for split in ("train", "val") for part in documents_of(made, split)):
         documents[-1].extend(part)
-        if part[-1] == eos_id:
+        if part[-1] == made.manifest.eos_id:
             documents.append([])
     return documents[:-1]
 

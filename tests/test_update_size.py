@@ -86,6 +86,14 @@ def test_independent_masks_show_in_the_first_updates(dataset: Path, tmp_path: Pa
     assert max(apart) > 10 * max(joint) > 0
 
 
+def test_a_restarted_clock_shows_in_the_first_updates(dataset: Path, tmp_path: Path):
+    """With every entry emptied it is what 'zero' does; how large the updates are: tests/test_optimizer.py."""
+    kept = moves_after_the_reset(dataset, tmp_path / "kept", mode="random", ratio=1.0)
+    anew = moves_after_the_reset(dataset, tmp_path / "anew", mode="random", ratio=1.0, restart_clock=True)
+    zero = moves_after_the_reset(dataset, tmp_path / "zero", mode="zero")
+    assert anew == zero != kept
+
+
 def test_a_stage_that_diverges_says_what_its_first_updates_did(dataset: Path, tmp_path: Path):
     profile = tiny_profile(optimizer={"learning_rate": 1e6, "warm_start_learning_rate": 1e-3})
     run_stage(stage_request(profile, "warm-start", dataset, tmp_path / "warm"), ignore)

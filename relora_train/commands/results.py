@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast, get_args
 
 import typer
 
@@ -81,28 +81,39 @@ def export(
         bool,
         typer.Option("--as-adapter", help="Write a PEFT adapter for the checkpoint that the stage began from."),
     ] = False,
+    dtype: Annotated[
+        str, typer.Option(help="float32 as the checkpoint holds it, or rounded to bfloat16 or float16.")
+    ] = "float32",
     store: Store = None,
     as_json: AsJson = False,
 ) -> None:
     """Write the merged model of a checkpoint for transformers, every byte verified."""
-    from relora_train.console.export import export_adapter, export_model
+    from relora_train.console.export import Dtype, export_adapter, export_model, unfinished_stages
     from relora_train.errors import ConfigError
     from relora_train.units import size_text
 
-    if as_adapter and force:
-        raise ConfigError("--force replaces a model, and --as-adapter writes to a new directory. Drop one of them.")
+    if as_adapter and (force or dtype != "float32"):
+        raise ConfigError("--as-adapter writes float32 to a new directory: drop it, or --force and --dtype.")
+    if dtype not in get_args(Dtype):
+        raise ConfigError(f"--dtype {dtype!r} is not one of {', '.join(get_args(Dtype))}.")
     ref, parent = resolve(checkpoint, store), None
     if as_adapter:
         written, parent = export_adapter(ref, directory)
     else:
-        written = export_model(ref, directory, force=force)
+        written = export_model(ref, directory, force=force, dtype=cast(Dtype, dtype))
+    unfinished = unfinished_stages(ref)
     for kept in filter(None, (ref, parent)):
         _record_export(kept, written.directory)
     if as_json:
         names = [entry.path for entry in written.files]
-        echo_json({"directory": str(written.directory), "checkpoint_uri": written.checkpoint_uri, "files": names})
+        about = {"stage": ref.manifest.stage, "step": ref.step, "unfinished_stages": unfinished}
+        origin = {"directory": str(written.directory), "checkpoint_uri": written.checkpoint_uri}
+        echo_json({**origin, **about, "files": names})
         return
-    typer.echo(f"{len(written.files)} files, {size_text(written.size_bytes)}, in {written.directory}")
+    what = f"{ref.manifest.run_id}@{ref.manifest.stage}, step {ref.step}"
+    typer.echo(f"{what}: {len(written.files)} files, {size_text(written.size_bytes)}, in {written.directory}")
+    if unfinished:
+        typer.echo(f"The run is not finished: its settings plan {', '.join(unfinished)} after this.")
     if as_adapter:
         base = parent.uri if parent else "the model.pretrained of its run"
         typer.echo(f'Load it with PeftModel.from_pretrained(model, "{written.directory}"), model being {base}.')

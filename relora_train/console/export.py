@@ -1,28 +1,34 @@
 """A checkpoint's model as a plain directory for transformers and all that reads its format, or as a PEFT adapter.
 
-Imports no torch until an adapter is written.
+Imports no torch until an adapter is written or weights are rounded.
 """
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from relora_train.bundle import fetch_bundle
-from relora_train.checkpoint_store import CheckpointRef
-from relora_train.config import profile_from_file
-from relora_train.errors import CheckpointCorruptError, CheckpointIncompleteError, ConfigError
+from relora_train.checkpoint_store import CheckpointRef, CheckpointStore
+from relora_train.errors import CheckpointCorruptError, CheckpointIncompleteError, ConfigError, ReLoRAError
 from relora_train.manifest import FileEntry, describe_files, hash_file
-from relora_train.retry import parent_of
+from relora_train.retry import parent_of, profile_of
 from relora_train.run import fetch_parent
 from relora_train.spectra.adapters import ADAPTER_FILES
+from relora_train.stages import stages_after
 from relora_train.storage.opening import open_store
 from relora_train.storage.os_errors import disk_error
+from relora_train.tokenizer import TOKENIZER_FILES
 
-_TOKENIZER = re.compile(r"tokenizer.*|special_tokens_map\.json|chat_template.*")
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+_HEADER_BYTES = 100_000_000  # safetensors itself reads no larger one
+_TOKENIZER = re.compile("|".join(["tokenizer.*", "chat_template.*", *map(re.escape, TOKENIZER_FILES)]))
 _WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json")
 _MODEL = re.compile(rf"{_WEIGHTS.pattern}|(generation_)?config\.json|{_TOKENIZER.pattern}")
 
@@ -40,9 +46,12 @@ class ExportedModel:
         return sum(entry.size_bytes for entry in self.files)
 
 
-def export_model(checkpoint: CheckpointRef, directory: Path, *, force: bool = False) -> ExportedModel:
+def export_model(
+    checkpoint: CheckpointRef, directory: Path, *, force: bool = False, dtype: Dtype = "float32"
+) -> ExportedModel:
     """Write the merged model and its tokenizer, every byte verified, so that `from_pretrained(directory)` works.
 
+    The header of each file of weights names run, stage, step and fingerprint. dtype: what the weights are rounded to.
     The directory appears complete or not at all. One that holds something already is refused, unless `force`: then
     its model is replaced and other files stay.
     """
@@ -54,11 +63,54 @@ def export_model(checkpoint: CheckpointRef, directory: Path, *, force: bool = Fa
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{directory.name}-", dir=directory.parent) as scratch:
+            model = Path(scratch) / "model"
             _collect(checkpoint, entries, Path(scratch))
-            _move(entries, Path(scratch) / "model", directory)
+            _name_origin(checkpoint, model)
+            if dtype != "float32":
+                from relora_train.rounding import round_model  # torch
+
+                round_model(model, dtype)
+            written = describe_files(model)
+            _move(written, model, directory)
     except OSError as error:
         raise disk_error(error, f"write the model to {directory}") from error
-    return ExportedModel(directory, checkpoint.uri, entries)
+    return ExportedModel(directory, checkpoint.uri, written)
+
+
+def unfinished_stages(checkpoint: CheckpointRef) -> list[str]:
+    """Return the stages that a checkpoint's own settings plan after it and its run has not committed."""
+    if not checkpoint.prefix:
+        return []
+    run = CheckpointStore(open_store(checkpoint.store_uri), checkpoint.manifest.run_id)
+    made = {ref.manifest.stage for ref in run.history() if ref.step > checkpoint.step}
+    try:
+        following = stages_after(profile_of(checkpoint), checkpoint.manifest)
+    except (ReLoRAError, ValueError):  # settings of another version: the model is there all the same
+        return []
+    return [stage.name for stage in following if stage.name not in made]
+
+
+def _name_origin(checkpoint: CheckpointRef, model: Path) -> None:
+    """Write into the header of each file of weights where they come from; a checkpoint's own names only its format."""
+    manifest = checkpoint.manifest
+    origin = {"run": manifest.run_id, "stage": manifest.stage, "step": str(manifest.step)}
+    origin["fingerprint"] = manifest.fingerprint
+    for path in model.glob("*.safetensors"):
+        with path.open("rb") as source:
+            size = int.from_bytes(source.read(8), "little")
+            try:
+                header = json.loads(source.read(min(size, _HEADER_BYTES)))
+                header["__metadata__"] = {**header.get("__metadata__", {}), **origin}
+            except (ValueError, TypeError, AttributeError, RecursionError) as error:
+                raise CheckpointCorruptError(
+                    f"{path.name} of {checkpoint.uri} has no header of safetensors: {error}. Use another checkpoint."
+                ) from None
+            text = json.dumps(header, separators=(",", ":")).encode()
+            text += b" " * (-len(text) % 8)
+            with path.with_suffix(".named").open("wb") as target:
+                target.write(len(text).to_bytes(8, "little") + text)
+                shutil.copyfileobj(source, target, 1 << 22)
+        path.with_suffix(".named").replace(path)
 
 
 def export_adapter(checkpoint: CheckpointRef, directory: Path) -> tuple[ExportedModel, CheckpointRef | None]:
@@ -76,7 +128,7 @@ def export_adapter(checkpoint: CheckpointRef, directory: Path) -> tuple[Exported
     _refuse_what_is_there(directory, force=False)
     parent = parent_of(checkpoint)
     files = fetch_parent(checkpoint)
-    base, name = (fetch_parent(parent), parent.uri) if parent else _pretrained(checkpoint, files)
+    base, name = (fetch_parent(parent), parent.uri) if parent else _pretrained(checkpoint)
     if parent and parent.store_uri.startswith("file:"):
         name = str(base)
     from relora_train.peft_export import write_adapter  # torch
@@ -97,9 +149,9 @@ def export_adapter(checkpoint: CheckpointRef, directory: Path) -> tuple[Exported
     return ExportedModel(directory, checkpoint.uri, written), parent
 
 
-def _pretrained(checkpoint: CheckpointRef, files: Path) -> tuple[Path, str]:
+def _pretrained(checkpoint: CheckpointRef) -> tuple[Path, str]:
     """The local model that a checkpoint without a parent began from."""
-    pretrained = profile_from_file(files / "profile.json").model.pretrained
+    pretrained = profile_of(checkpoint).model.pretrained
     directory = Path(pretrained).expanduser() if pretrained else None
     if directory is None or not directory.is_dir():
         began = "random weights" if pretrained is None else f"{pretrained!r}, which is no directory of this machine"

@@ -63,6 +63,7 @@ def run_flow(
     with _termination_raises():
         if users_server := os.environ.get(_API_URL):
             check_server(users_server)
+            os.environ.setdefault("PREFECT_CLIENT_MAX_RETRIES", "9")  # it may be away for ten minutes
             flow = load_flow(name)
         else:
             server = start_local_server()

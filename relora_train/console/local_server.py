@@ -29,10 +29,11 @@ from relora_train.redaction import without_secrets
 
 _APP = "prefect.server.api.server:create_app"
 _HOST = "127.0.0.1"
-_AS_PREFECT_STARTS_IT = {
+_SERVER_SETTINGS = {
     "PREFECT_UI_ENABLED": "0",
     "PREFECT__SERVER_EPHEMERAL": "1",  # no schedulers, no web pages
     "PREFECT__SERVER_FINAL": "1",
+    "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",  # outlive a kill
 }
 _TIMEOUT_VARIABLE = "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS"
 _STOP_SECONDS = 10.0
@@ -58,7 +59,7 @@ class LocalServer:
     def _start(self) -> None:
         self.process = subprocess.Popen(  # noqa: S603 (our own module and interpreter)
             self.command,
-            env={**os.environ, **SAFE_PATH, **_AS_PREFECT_STARTS_IT},
+            env={**os.environ, **SAFE_PATH, **_SERVER_SETTINGS},
             stdin=subprocess.DEVNULL,
             stdout=self.output,
             stderr=subprocess.STDOUT,

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import signal
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +22,7 @@ from relora_train.errors import TrainerInterruptedError
 from relora_train.evaluation_records import EvaluationOutcome, score_checkpoint
 from relora_train.run import default_store_uri, line_of
 from relora_train.stages import stages_after
-from relora_train.storage.base import ObjectStore
+from relora_train.storage.base import ObjectStore, parse_json
 from relora_train.storage.opening import open_store
 from relora_train.summary import RunSummary
 
@@ -102,8 +101,9 @@ def recorded_evaluations(store: ObjectStore, line: Sequence[CheckpointRef]) -> l
     newest: dict[str, dict[str, Any]] = {}
     for run_id in dict.fromkeys(ref.manifest.run_id for ref in line):
         for info in sorted(store.list(f"runs/{run_id}/evaluations/"), key=lambda info: info.modified_at):
-            record = json.loads(store.get_bytes(info.key)[0])
-            newest[record["checkpoint_uri"]] = record
+            with suppress(ValueError, KeyError, TypeError):  # one that is damaged is no record
+                record = parse_json(store.get_bytes(info.key)[0])
+                newest[record["checkpoint_uri"]] = record
     return [newest[ref.uri] for ref in line if ref.uri in newest]
 
 

@@ -41,8 +41,8 @@ from relora_train.settings.base import FrozenConfig
 from relora_train.settings.data import DataConfig, TokenizerConfig
 from relora_train.storage.os_errors import disk_error
 from relora_train.tokenizer import (
-    TOKENIZER_CONFIG_FILE,
     TOKENIZER_FILE,
+    TOKENIZER_FILES,
     DocumentTokenizer,
     load_tokenizer,
     train_tokenizer,
@@ -266,7 +266,7 @@ def _manifest(
 
 
 def _tokenizer_entries(directory: Path) -> list[FileEntry]:
-    paths = [directory / name for name in (TOKENIZER_FILE, TOKENIZER_CONFIG_FILE)]
+    paths = [directory / name for name in TOKENIZER_FILES if (directory / name).is_file()]
     return [FileEntry(path=path.name, size_bytes=path.stat().st_size, sha256=hash_file(path)) for path in paths]
 
 

@@ -23,7 +23,7 @@ from relora_train.objectives.registry import facts_of
 from relora_train.reporting.collect import files_in_stores
 from relora_train.run import Run
 from relora_train.settings.data import DataConfig, TokenizerConfig
-from relora_train.tokenizer import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE, differing_ids, load_tokenizer
+from relora_train.tokenizer import TOKENIZER_FILE, TOKENIZER_FILES, differing_ids, load_tokenizer
 from relora_train.workspace import checkpoint_cache
 
 _log = logging.getLogger("relora_train.corpus.tokenizer_choice")
@@ -77,7 +77,8 @@ def as_checkpoint(checkpoint: CheckpointRef, profile: Profile, *, always: bool =
 def tokenizer_directory(checkpoint: CheckpointRef) -> Path:
     """Return a local directory with a checkpoint's tokenizer. Raises CheckpointIncompleteError where it has none."""
     fetch = files_in_stores(checkpoint_cache(checkpoint.manifest.run_id))
-    return fetch(checkpoint, [TOKENIZER_FILE, TOKENIZER_CONFIG_FILE])
+    there = [entry.path for entry in checkpoint.manifest.files if entry.path in TOKENIZER_FILES]
+    return fetch(checkpoint, [TOKENIZER_FILE, *there])
 
 
 def _is_open(settings: TokenizerConfig) -> bool:

@@ -34,7 +34,7 @@ from relora_train.plan import plan
 from relora_train.reporting.collect import collect_run_data, files_in_stores, stage_peak_bytes
 from relora_train.reporting.run_data import RunData
 from relora_train.run import line_of
-from relora_train.storage.base import ObjectStore
+from relora_train.storage.base import ObjectStore, parse_json
 from relora_train.workspace import checkpoint_cache
 
 CURVE_BINS = 120
@@ -75,7 +75,7 @@ def record_divergence(store: ObjectStore, experiment: str, run: PlannedRun, mess
 def recorded_divergence(store: ObjectStore, experiment: str, run: PlannedRun) -> str | None:
     """The message of a divergence that is on record for the same settings; None otherwise."""
     try:
-        record = json.loads(store.get_bytes(_divergence_key(experiment, run))[0])
+        record = parse_json(store.get_bytes(_divergence_key(experiment, run))[0])
         same = record["divergence"] == run.profile.divergence.model_dump(mode="json")
         return str(record["message"]) if same else None
     except (ObjectNotFoundError, ValueError, KeyError, TypeError):

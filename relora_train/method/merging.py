@@ -57,6 +57,7 @@ def finish_cycle(training: StageTraining, metrics: list[dict[str, Any]], emit: E
         mode=profile.optimizer_reset.mode,
         ratio=profile.optimizer_reset.ratio,
         independent_masks=profile.optimizer_reset.independent_masks,
+        restart_clock=profile.optimizer_reset.restart_clock,
         seed=profile.seed,
         cycle=stage.cycle,
     )

@@ -21,6 +21,7 @@ STATE_NAMES = {
     "overtaken": "Overtaken",
     "no-new-data": "NoNewData",
     "not-enough-data": "NotEnoughData",
+    "already-running": "AlreadyRunning",
 }
 """What the flow run's final state is called; all of them are states of success."""
 
@@ -30,7 +31,7 @@ class RetrainSummary(FrozenConfig):
 
     series: str
     store_uri: str
-    outcome: Outcome | Literal["no-new-data", "not-enough-data"]
+    outcome: Outcome | Literal["no-new-data", "not-enough-data", "already-running"]
     reason: str
     champion_uri: str | None
     """What the series has promoted now."""
@@ -55,6 +56,17 @@ def summarize_nothing_new(store: ObjectStore, series: str) -> RetrainSummary:
         store_uri=store.uri,
         outcome="no-new-data",
         reason="the source holds nothing that the series has not been trained on",
+        champion_uri=_champion_uri(store, series),
+    )
+
+
+def summarize_already_running(store: ObjectStore, series: str, reason: str) -> RetrainSummary:
+    """Of a retrain that was begun while another one of the series lives."""
+    return RetrainSummary(
+        series=series,
+        store_uri=store.uri,
+        outcome="already-running",
+        reason=reason,
         champion_uri=_champion_uri(store, series),
     )
 

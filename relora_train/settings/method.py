@@ -83,6 +83,15 @@ class OptimizerResetConfig(FrozenConfig):
     independent_masks: bool = False
     """Prune both moments by masks of their own, as the paper's code does; can diverge."""
 
+    restart_clock: bool = False
+    """Adam's step of A and B begins anew too, as 'zero' always does: emptied entries then move by the rate at first."""
+
+    @model_validator(mode="after")
+    def clock_restarts_with_a_reset(self) -> Self:
+        if self.restart_clock and self.mode == "none":
+            raise ValueError("restart_clock needs a reset, and mode 'none' has none; take another mode")
+        return self
+
 
 class DivergenceConfig(FrozenConfig):
     """What happens to a stage whose loss explodes. Changes no weight of a stage that does not."""

@@ -35,8 +35,20 @@ class ScheduleConfig(FrozenConfig):
     jagged: bool = True
     """Whether the rate falls to 0 at every merge and climbs back; without it, one cosine through all cycles."""
 
+    horizon: int | None = Field(None, ge=1)
+    """Cycles for which the cosine is drawn; `cycles` when absent. Beyond it the rate stays at min_lr_ratio."""
+
     cycle_growth: float = Field(1.0, gt=0)
     """Length of a cycle over that of the one before; together they keep cycles x cycle_length steps."""
+
+    @model_validator(mode="after")
+    def cycles_that_grow_have_no_other_horizon(self) -> Self:
+        if self.horizon is not None and self.cycle_growth != 1:
+            raise ValueError(
+                f"horizon {self.horizon} counts cycles of one length, and cycle_growth {self.cycle_growth:g} shares "
+                "the steps among all cycles; leave one of them out"
+            )
+        return self
 
     @model_validator(mode="after")
     def warmups_fit_in_a_cycle(self) -> Self:
@@ -72,10 +84,15 @@ class ScheduleConfig(FrozenConfig):
 
     @property
     def phase_steps(self) -> int:
-        """Steps of all cycles; the horizon of the jagged cosine."""
+        """Steps of all cycles."""
         return self.cycles * self.cycle_length
 
     @property
+    def horizon_steps(self) -> int:
+        """Steps of the low-rank phase at which the cosine ends."""
+        return (self.horizon or self.cycles) * self.cycle_length
+
+    @property
     def total_steps(self) -> int:
-        """Steps of the whole run; the horizon of the warm start's cosine."""
+        """Steps of the whole run."""
         return self.warm_start_steps + self.phase_steps

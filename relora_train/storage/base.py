@@ -6,16 +6,21 @@ object on a case-sensitive disk and in a bucket, and no key can leave the store'
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
-from relora_train.errors import BucketNotFoundError, ObjectNotFoundError, StorageError
+from relora_train.errors import BucketNotFoundError, CheckpointCorruptError, ObjectNotFoundError, StorageError
 
 _KEY = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*(/[A-Za-z0-9_-][A-Za-z0-9._-]*)*")
+
+
+SMALL_OBJECT_BYTES = 64 << 20
+"""Nothing that is read whole into memory has more: manifests, leases, refs, records."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +52,10 @@ class ObjectStore(Protocol):
         ...
 
     def get_bytes(self, key: str) -> tuple[bytes, str]:
-        """Content and etag of a small object. Raises ObjectNotFoundError."""
+        """Content and etag of a small object. Raises ObjectNotFoundError.
+
+        One above SMALL_OBJECT_BYTES is a CheckpointCorruptError, before anything of it is read.
+        """
         ...
 
     def put_bytes(self, key: str, data: bytes, *, if_absent: bool = False, if_match: str | None = None) -> str:
@@ -114,6 +122,23 @@ def check_key(key: str) -> str:
             "that do not start with a dot, separated by '/'."
         )
     return key
+
+
+def check_small(size_bytes: int, uri: str) -> None:
+    """Refuse to read an object whole that nothing of this project wrote."""
+    if size_bytes > SMALL_OBJECT_BYTES:
+        raise CheckpointCorruptError(
+            f"{uri} has {size_bytes:,} bytes, where a manifest or a record has at most {SMALL_OBJECT_BYTES:,}: "
+            "something else was written in its place. It is not read. Restore or delete it."
+        )
+
+
+def parse_json(data: bytes) -> Any:
+    """What an object of a store says. ValueError for whatever is no JSON, also for what is nested beyond any use."""
+    try:
+        return json.loads(data)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
 
 
 def find_bytes(store: ObjectStore, key: str) -> tuple[bytes, str] | None:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from relora_train.errors import ObjectNotFoundError, PreconditionFailedError, StorageError
-from relora_train.storage.base import ObjectInfo, check_key
+from relora_train.storage.base import ObjectInfo, check_key, check_small
 from relora_train.storage.os_errors import disk_error
 from relora_train.storage.preflight import probe_conditions
 
@@ -48,6 +48,7 @@ class LocalStore:
 
     def get_bytes(self, key: str) -> tuple[bytes, str]:
         with self._translated("read", key), self._path(key).open("rb") as stream:
+            check_small(os.fstat(stream.fileno()).st_size, self._uri_of(key))
             data = stream.read()
             return data, _etag(os.fstat(stream.fileno()), data)
 

@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from relora_train.errors import ObjectNotFoundError, PreconditionFailedError
-from relora_train.storage.base import ObjectInfo, check_key
+from relora_train.storage.base import ObjectInfo, check_key, check_small
 from relora_train.storage.preflight import probe_conditions
 
 _shared_stores: dict[str, MemoryStore] = {}
@@ -40,6 +40,7 @@ class MemoryStore:
 
     def get_bytes(self, key: str) -> tuple[bytes, str]:
         data = self._content(key)
+        check_small(len(data), f"{self.uri}/{key}")
         return data, _etag(data)
 
     def put_bytes(self, key: str, data: bytes, *, if_absent: bool = False, if_match: str | None = None) -> str:

@@ -2,6 +2,7 @@
 
 Lists of "S3-compatible" stores are not to be trusted: of four servers tried two ignored If-None-Match silently, one
 only If-Match, and some MinIO releases accept If-Match on an object that is not there. Each step below catches one.
+Others do not know the checksums that are sent with a request, and store them with the object.
 """
 
 from __future__ import annotations
@@ -11,17 +12,25 @@ import secrets
 from relora_train.errors import PreconditionFailedError, UnsafeStoreError
 from relora_train.storage.base import ObjectStore
 
+CHECKSUM_ADVICE = (
+    "Set AWS_REQUEST_CHECKSUM_CALCULATION=when_required, so that requests carry no checksum where S3 does not ask for "
+    "one (every file is still read by its SHA-256), or upgrade this server."
+)
+
 
 def probe_conditions(store: ObjectStore) -> None:
-    """Return only if racing commits to this store have one winner; raise UnsafeStoreError otherwise.
+    """Return only if what is written is read back and racing commits have one winner; else raise UnsafeStoreError.
 
     Writes under `preflight/` with a random name, and removes what it wrote also when it fails.
     Not covered: whether conditions are atomic under a race (a single client cannot see that).
     """
     nonce = secrets.token_hex(8)
     key, absent_key = f"preflight/{nonce}", f"preflight/{nonce}-absent"
-    etag = store.put_bytes(key, f"first {nonce}".encode(), if_absent=True)
+    first = f"first {nonce}".encode()
+    etag = store.put_bytes(key, first, if_absent=True)
     try:
+        if (found := store.get_bytes(key)[0]) != first:
+            raise _altering(store, first, found)
         if _accepted(store, key, if_absent=True):
             raise _unsafe(store, "overwrote an object that had to be absent (If-None-Match is ignored)")
         if _accepted(store, key, if_match='"0000000000000000000000000000000a"'):
@@ -41,6 +50,18 @@ def _accepted(store: ObjectStore, key: str, *, if_absent: bool = False, if_match
     except PreconditionFailedError:
         return False
     return True
+
+
+def _altering(store: ObjectStore, written: bytes, found: bytes) -> UnsafeStoreError:
+    if written in found:
+        return UnsafeStoreError(
+            f"{store.uri} stored {len(found)} bytes where {len(written)} were written: it keeps the framing of an "
+            f"upload with a checksum (aws-chunked) as part of the object. {CHECKSUM_ADVICE}"
+        )
+    return UnsafeStoreError(
+        f"{store.uri} gave back other bytes than were written ({len(found)}, not {len(written)}), so no checkpoint "
+        "would be whole there. Look for a proxy that changes what passes, or use another store."
+    )
 
 
 def _unsafe(store: ObjectStore, what: str) -> UnsafeStoreError:

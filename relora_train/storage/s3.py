@@ -25,10 +25,10 @@ from relora_train.errors import (
     ConfigError,
     ObjectNotFoundError,
     PreconditionFailedError,
-    StorageError,
+    ReLoRAError,
 )
 from relora_train.redaction import holds_secrets, without_secrets
-from relora_train.storage.base import ObjectInfo, check_key, find_bytes, is_key
+from relora_train.storage.base import ObjectInfo, check_key, check_small, find_bytes, is_key
 from relora_train.storage.os_errors import disk_error
 from relora_train.storage.preflight import probe_conditions
 from relora_train.storage.s3_errors import (
@@ -85,6 +85,7 @@ class S3Store:
             answer = self._client.get_object(Bucket=self._bucket, Key=self._root + key)
             # closing(): as its own context manager the body would give its raw stream, which verifies no checksum.
             with closing(answer["Body"]) as body:
+                check_small(answer["ContentLength"], self._uri_of(key))
                 return body.read(), answer["ETag"]
 
         return self._call(check_key(key), get)
@@ -230,7 +231,7 @@ class S3Store:
         for attempt in range(_REPEATS):
             try:
                 return request()
-            except (StorageError, ConfigError):
+            except ReLoRAError:
                 raise
             except Exception as error:
                 cause = innermost(error)

@@ -6,6 +6,7 @@ A message names the object's full URI and the endpoint. It never repeats a key i
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from relora_train.errors import (
@@ -17,6 +18,7 @@ from relora_train.errors import (
     StorageError,
     StoreUnavailableError,
 )
+from relora_train.storage.preflight import CHECKSUM_ADVICE
 
 _DENIED = {
     "AccessDenied": "this identity may not do that; ask for read, write, list and delete on the prefix",
@@ -54,6 +56,8 @@ _UNAVAILABLE = {
 }
 _REPEATED = {"BadDigest", "XAmzContentSHA256Mismatch", "ConditionalRequestConflict", "OperationAborted", "409"}
 _REPEATED_CLASSES = {"IncompleteReadError", "ResponseStreamingError", "FlexibleChecksumError"}
+_CHECKSUMS_UNKNOWN = {"NotImplemented", "XAmzContentSHA256Mismatch", "MissingContentLength", "501", "411"}
+"""What servers say that do not know the checksums sent with a request, or the framing in which they come."""
 _FULL = {"QuotaExceeded", "XMinioStorageFull", "InsufficientStorage", "507"}
 
 
@@ -125,6 +129,12 @@ def _answer_error(error: BaseException, uri: str, where: str, bucket_is_missing:
         return DiskFullError(
             f"The server of {where} has no space left ({code}). Free some space there, then run again."
         )
+    message = getattr(error, "response", {}).get("Error", {}).get("Message", "")
+    if code in _CHECKSUMS_UNKNOWN or (status == 400 and re.search(r"checksum|trailer|aws-chunked", message, re.I)):
+        return StorageError(
+            f"{where} refused the request, {code}: {message}. Servers that do not know S3's checksums say so. "
+            f"{CHECKSUM_ADVICE}"
+        )
     if code in _REPEATED or status == 409:
         return StoreUnavailableError(
             f"{where} refused several attempts ({code}): bytes were damaged on the way, or others keep writing the "
@@ -135,7 +145,6 @@ def _answer_error(error: BaseException, uri: str, where: str, bucket_is_missing:
             f"{where} is unavailable ({code or status}), after all retries. Nothing is half written. "
             "Run again later: finished uploads are reused."
         )
-    message = getattr(error, "response", {}).get("Error", {}).get("Message", "")
     return StorageError(f"{where} refused the request, {code}: {message}. Check bucket, region and endpoint.")
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from relora_train.checkpoint_layout import parse_checkpoint_prefix
 from relora_train.checkpoint_store import CheckpointRef
 from relora_train.errors import CheckpointNotFoundError, ConfigError, ObjectNotFoundError, PreconditionFailedError
-from relora_train.storage.base import ObjectStore
+from relora_train.storage.base import ObjectStore, parse_json
 from relora_train.upkeep.protections import EXPORT_NAME, HEAD_NAME
 from relora_train.upkeep.tombstone import read_tombstone, removed_message
 
@@ -38,7 +38,10 @@ def pin(store: ObjectStore, ref: CheckpointRef, name: str | None = None, *, note
     try:
         store.put_bytes(key, (json.dumps(record, indent=1) + "\n").encode(), if_absent=True)
     except PreconditionFailedError:
-        held = json.loads(store.get_bytes(key)[0]).get("checkpoint")
+        try:
+            held = parse_json(store.get_bytes(key)[0])["checkpoint"]
+        except (ValueError, KeyError, TypeError):
+            held = f"something that cannot be read ({key})"
         if held != ref.prefix:
             raise ConfigError(
                 f"The pin {name!r} already holds {store.uri}/{held}. Unpin that first, or choose another --name."
@@ -74,7 +77,7 @@ def pins_of(store: ObjectStore, ref: CheckpointRef) -> Sequence[str]:
         if name == HEAD_NAME:
             continue
         try:
-            record = json.loads(store.get_bytes(info.key)[0])
+            record = parse_json(store.get_bytes(info.key)[0])
         except (ObjectNotFoundError, ValueError):
             continue
         if isinstance(record, dict) and record.get("checkpoint") == ref.prefix:

@@ -12,7 +12,6 @@ Not seen: runs in other stores that branch from here. Pin what they start from.
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -22,7 +21,7 @@ from relora_train.errors import CheckpointCorruptError, ObjectNotFoundError
 from relora_train.lease import LeaseRecord
 from relora_train.manifest import MANIFEST_NAME
 from relora_train.retraining.series_record import SeriesRecord, is_pointer, protected_by
-from relora_train.storage.base import ObjectInfo, ObjectStore
+from relora_train.storage.base import ObjectInfo, ObjectStore, parse_json
 from relora_train.upkeep.tombstone import TOMBSTONE_NAME
 
 HEAD_NAME = "head.json"
@@ -148,7 +147,7 @@ class Protections:
         except ObjectNotFoundError:
             return {}
         try:
-            value = json.loads(data)
+            value = parse_json(data)
         except ValueError:
             value = None
         if not isinstance(value, dict):

@@ -22,7 +22,7 @@ from datetime import datetime, timedelta
 from relora_train.bundle import CLAIM_NAME
 from relora_train.checkpoint_layout import check_run_id, checkpoints_prefix, parse_checkpoint_prefix
 from relora_train.checkpoint_store import CheckpointRef, CheckpointStore
-from relora_train.errors import CheckpointNotFoundError, ObjectNotFoundError
+from relora_train.errors import CheckpointNotFoundError, ObjectNotFoundError, StorageError
 from relora_train.lease import Lease, lease_key, read_lease, take_lease, try_lease
 from relora_train.manifest import MANIFEST_NAME
 from relora_train.storage.base import ObjectInfo, ObjectStore
@@ -76,11 +76,14 @@ def prune_run(
 ) -> PruneReport:
     """Remove the checkpoints that neither policy nor anything else keeps, then leftovers. Safe to kill and to repeat.
 
-    policy None: leftovers only. Raises CheckpointNotFoundError for a run of which the store holds nothing,
+    policy None: leftovers only. Nothing outside a local store is touched: StorageError where a symbolic link leads out.
+    Raises CheckpointNotFoundError for a run of which the store holds nothing,
     RunInUseError while another prune of the run lives, CheckpointCorruptError if what may protect cannot be read.
     """
     if not any(True for _ in store.list(f"runs/{check_run_id(run_id)}/")):
         raise CheckpointNotFoundError(f"{store.uri} has no run {run_id!r}. See `relora runs`.")
+    for part in ("checkpoints", "snapshots"):
+        _refuse_way_out(store, f"runs/{run_id}/{part}/x")
     with _only_prune(store, run_id, dry_run=dry_run) as check:
         return _Pruning(store, run_id, grace, dry_run, check).run(policy)
 
@@ -246,6 +249,19 @@ class _Pruning:
         if self._now is None:
             self._now = store_time(self._store)
         return self._now - self._grace
+
+
+def _refuse_way_out(store: ObjectStore, key: str) -> None:
+    """Below these places no link is followed by a listing, so nothing beyond one is ever found."""
+    path = store.local_path(key)
+    if path is None:
+        return
+    root = path.parents[key.count("/")]
+    if not path.parent.resolve().is_relative_to(root.resolve()):
+        raise StorageError(
+            f"{path.parent} lies outside the store {store.uri}: a symbolic link leads to {path.parent.resolve()}. "
+            "Nothing was pruned. Name the store that really holds the run, or move the run into this one."
+        )
 
 
 def store_time(store: ObjectStore) -> datetime:

@@ -7,7 +7,6 @@ Not covered: a manifest that was replaced by another valid one of the same work;
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import PurePosixPath
@@ -26,7 +25,7 @@ from relora_train.errors import (
 )
 from relora_train.lease import lease_key, read_lease
 from relora_train.manifest import MANIFEST_NAME, DatasetManifest, Manifest
-from relora_train.storage.base import ObjectInfo, ObjectStore
+from relora_train.storage.base import ObjectInfo, ObjectStore, parse_json
 from relora_train.storage.opening import open_store
 from relora_train.upkeep.tombstone import TOMBSTONE_NAME, read_tombstone
 
@@ -190,7 +189,7 @@ class _Verifier:
     def _refs(self, objects: Sequence[ObjectInfo]) -> None:
         for info in objects:
             try:
-                prefix = json.loads(self._store.get_bytes(info.key)[0])["checkpoint"]
+                prefix = parse_json(self._store.get_bytes(info.key)[0])["checkpoint"]
                 there = self._store.head(f"{prefix}/{MANIFEST_NAME}") if parse_checkpoint_prefix(prefix) else None
             except (ValueError, KeyError, TypeError):
                 self._find("damaged", info.key, "it names no checkpoint")

@@ -1,0 +1,146 @@
+"""Prefect's server is restarted, or away, while deployments train: no run ends by it, and every slot comes back.
+
+The absence of six minutes is in `python -m pytest -m slow tests/test_server_restarts.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from prefect_operator import Operator, children_of, running_operator, stop, wait_for
+
+from relora_train.storage.opening import open_store
+from relora_train.upkeep.verify import verify_run
+
+SMOKE = {
+    "launch": {"threads": 1},
+    "evaluation": {"sample_prompts": [], "sequences": 8, "final_sequences": 8},
+    "schedule": {"cycles": 1},
+}
+LONG = {**SMOKE, "schedule": {"cycles": 1, "warm_start_steps": 0, "cycle_length": 200_000}}
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(tmp_path_factory.mktemp("store"))
+
+
+@pytest.fixture(scope="module")
+def operator(store: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Operator]:
+    with running_operator(tmp_path_factory.mktemp("operator"), RELORA_STORE=store) as made:
+        made.prefect("gcl", "create", "gpu", "--limit", "1")
+        made.deploy("pretrain/quickstart")
+        yield made
+
+
+@pytest.fixture
+def worker(operator: Operator) -> Iterator[subprocess.Popen[bytes]]:
+    started = operator.start_worker()
+    yield started
+    for pid in children_of(started.pid):
+        os.kill(pid, signal.SIGKILL)
+    stop(started, signal.SIGKILL)
+
+
+def begin(operator: Operator, run_id: str, overrides: dict[str, Any], **parameters: Any) -> str:
+    return operator.run("pretrain/quickstart", profile="smoke", run_id=run_id, overrides=overrides, **parameters)
+
+
+def flow_process(store: str, run_id: str) -> int:
+    """The pid of the flow that writes a run, as its lease says."""
+    return int(json.loads(open_store(store).get_bytes(f"runs/{run_id}/lease.json")[0])["holder"]["pid"])
+
+
+def wait_for_line(operator: Operator, flow_run_id: str, start: str) -> None:
+    def said() -> bool:
+        assert operator.state(flow_run_id) in ("SCHEDULED", "PENDING", "RUNNING"), operator.logs(flow_run_id)
+        return any(line.startswith(start) for line in operator.logs(flow_run_id))
+
+    wait_for(said, 240, lambda: (operator.flow_run(flow_run_id)["state"], operator.last_words()))
+
+
+def held_trainers(operator: Operator, store: str, flow_run_id: str, run_id: str) -> list[int]:
+    """Let a run train until we say otherwise, however fast this machine is: its trainers are stopped in a stage."""
+    wait_for_line(operator, flow_run_id, "stage ")
+    trainers = children_of(flow_process(store, run_id))
+    assert trainers
+    for pid in trainers:
+        os.kill(pid, signal.SIGSTOP)
+    return trainers
+
+
+def let_go(trainers: list[int]) -> None:
+    for pid in trainers:
+        os.kill(pid, signal.SIGCONT)
+
+
+def slots_taken(operator: Operator) -> int:
+    return int(operator.api("GET", "/v2/concurrency_limits/gpu")["active_slots"])
+
+
+def test_a_server_that_is_restarted_ends_no_training(operator: Operator, worker: subprocess.Popen[bytes], store: str):
+    run = begin(operator, "restarted", SMOKE, gpu_limit="gpu")
+    trainers = held_trainers(operator, store, run, "restarted")
+    for number, seconds_away in ((signal.SIGTERM, 0), (signal.SIGKILL, 0), (signal.SIGTERM, 15)):
+        stop(operator.server, number)
+        time.sleep(seconds_away)
+        operator.start_server()
+        state = operator.flow_run(run)["state"]
+        assert state["type"] == "RUNNING" and slots_taken(operator) == 1
+        assert state["state_details"]["deployment_concurrency_lease_id"] is None, "Prefect ends a run that loses it"
+    let_go(trainers)
+    operator.wait_for_state(run, "COMPLETED", seconds=240)
+    assert verify_run(open_store(store), "restarted").findings == []
+    assert slots_taken(operator) == 0, "the server forgot who held it"
+    assert not [line for line in operator.logs(run) if "leases in its memory" in line or "not know any more" in line]
+
+
+def test_a_run_says_that_it_waits_and_gets_the_slot_of_one_killed_while_the_server_was_away(
+    operator: Operator, worker: subprocess.Popen[bytes], store: str
+):
+    holder = begin(operator, "holder", LONG, gpu_limit="gpu")
+    wait_for_line(operator, holder, "stage ")
+    waiting = begin(operator, "waiting", SMOKE, gpu_limit="gpu")
+    wait_for_line(operator, waiting, "waiting for a slot of gpu")
+    assert operator.flow_run(waiting)["state_name"] == "WaitingForSlot"
+    assert any("held by 'smoke · holder'" in line for line in operator.logs(waiting))
+
+    stop(operator.server, signal.SIGKILL)
+    os.kill(flow_process(store, "holder"), signal.SIGKILL)
+    operator.start_server()
+    operator.wait_for_state(waiting, "COMPLETED", seconds=300)
+    assert operator.state(holder) == "CRASHED"
+    assert slots_taken(operator) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(2400)
+def test_a_server_that_is_away_for_six_minutes_ends_no_training(
+    operator: Operator, worker: subprocess.Popen[bytes], store: str
+):
+    """One run comes to its end meanwhile, and cannot tell; one goes on training. The worker takes the next one."""
+    done = begin(operator, "done-meanwhile", SMOKE, gpu_limit="gpu")
+    going_on = begin(operator, "going-on", SMOKE)
+    trainers = held_trainers(operator, store, going_on, "going-on")
+    wait_for_line(operator, done, "stage ")
+    stop(operator.server, signal.SIGTERM)
+    time.sleep(360)
+    assert not json.loads(open_store(store).get_bytes("runs/going-on/lease.json")[0])["released"]
+    operator.start_server()
+    let_go(trainers)
+    operator.wait_for_state(done, "COMPLETED", seconds=600)
+    operator.wait_for_state(going_on, "COMPLETED", seconds=600)
+    assert slots_taken(operator) == 0
+    after = begin(operator, "after", LONG, gpu_limit="gpu")
+    wait_for_line(operator, after, "stage ")
+    operator.prefect("flow-run", "cancel", after)
+    operator.wait_for_state(after, "CANCELLED", seconds=90)
+    for run_id in ("done-meanwhile", "going-on"):
+        assert verify_run(open_store(store), run_id).findings == []
