@@ -9,8 +9,17 @@ import pytest
 from relora_train.errors import DeviceError
 from relora_train.parallel import devices
 from relora_train.parallel.devices import check_devices
+from relora_train.parallel.joining import join_run
 from relora_train.parallel.ranks import joined_ranks
 from relora_train.settings.running import LaunchConfig
+
+
+def test_a_machine_without_the_gpus_of_its_ranks_does_not_join(monkeypatch: pytest.MonkeyPatch):
+    """Not even when nobody answers at the endpoint, and before it waits there."""
+    monkeypatch.setattr(devices, "usable_gpus", lambda: 1)
+    place = {"rdzv_endpoint": "127.0.0.1:9", "nnodes": 2, "node_rank": 1, "device": "auto"}
+    with pytest.raises(DeviceError, match="nproc_per_node is 8"):
+        join_run(**place, nproc_per_node="8", wait_seconds=600, tell=print)
 
 
 @pytest.mark.parametrize(

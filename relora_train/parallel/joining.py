@@ -16,6 +16,7 @@ from pydantic import ValidationError
 from relora_train.errors import ConfigError, ReLoRAError, TrainerCrashedError
 from relora_train.events import Event
 from relora_train.launch import Nodes, run_worker
+from relora_train.parallel.devices import check_devices
 from relora_train.requests import JoinRequest
 from relora_train.settings.running import LaunchConfig
 
@@ -37,9 +38,11 @@ def join_run(
     Also returns when no further stage has begun for wait_seconds.
 
     A stage that fails or is stopped is the flow's to report and to repeat; this machine is there for the next attempt.
-    Raises ConfigError for settings that fit no flow, and TrainerCrashedError when no stage began at all.
+    Raises ConfigError for settings that fit no flow, DeviceError for GPUs that are not here, and
+    TrainerCrashedError when no stage began at all.
     """
     launch = _checked(rdzv_endpoint, nnodes, node_rank, nproc_per_node, device)
+    check_devices(launch)  # a rank that fails once all have met would end the flow's stage
     joined: list[Event] = []
 
     def on_event(event: Event) -> None:
