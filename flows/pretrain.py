@@ -7,13 +7,14 @@ from contextlib import closing
 from prefect import flow
 
 from flows.training import train_stages
+from relora_train.evaluation_records import recorded_evaluations
 from relora_train.kept_worker import kept_worker
 from relora_train.lease import hold_run
 from relora_train.overrides import ProfileOverrides
 from relora_train.parameters import CheckpointName, LimitName, ProfileName, RunId, StageName, StoreUri
 from relora_train.profiles import load_profile
 from relora_train.publishing import publishing
-from relora_train.run import Run, choose_run_id, first_and_last, line_of
+from relora_train.run import Run, choose_run_id, first_and_last, line_of, line_to_head
 from relora_train.stages import stages_after, until
 from relora_train.storage.opening import open_store
 from relora_train.summary import RunSummary, summarize_run
@@ -73,12 +74,16 @@ def pretrain(
             outcomes = train_stages(run, stages, prepared.dataset, parent)
             line = line_of(outcomes[-1].checkpoint if outcomes else parent)
             evaluations = [done(evaluate_checkpoint(run, ref, prepared.dataset)) for ref in first_and_last(line)]
-        report = write_report(run, line, [evaluation.record for evaluation in evaluations])
+        whole = line_to_head(run, line)
+        later = whole[len(line) :]
+        records = [evaluation.record for evaluation in evaluations] + recorded_evaluations(run.store, later)
+        report = write_report(run, whole, records)
         return summarize_run(
             run,
             prepared.dataset,
             outcomes,
             evaluations,
+            later_stages=[checkpoint.manifest.stage for checkpoint in later],
             dataset_reused=prepared.reused,
             report_uri=report.html_uri,
             picture_uris=report.picture_uris,

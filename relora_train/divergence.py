@@ -39,13 +39,13 @@ def train_by_policy(
     An attempt that is known to have diverged is not made again. Safe to repeat.
     """
     policy = run.profile.divergence
-    if policy.on_divergence == "fail" or find_stage(run, stage, dataset, parent) is not None:
+    if policy.on_divergence == "fail" or find_stage(run, stage, dataset.dataset_id, parent) is not None:
         return train_stage(run, stage, dataset, parent, on_event=on_event, provenance=provenance)
-    own = stage_identity(run, stage, dataset, parent)[1]
+    own = stage_identity(run, stage, dataset.dataset_id, parent)[1]
     failures: list[dict[str, Any]] = []
     for attempt in range(policy.max_retries + 1):
         lowered = replace(run, profile=lower_learning_rate(run.profile, stage, attempt))
-        key = diverged_key(run.run_id, stage_identity(lowered, stage, dataset, parent)[1])
+        key = diverged_key(run.run_id, stage_identity(lowered, stage, dataset.dataset_id, parent)[1])
         failure = _known_failure(run.store, key)
         if failure is None:
             variant: dict[str, Any] = {}

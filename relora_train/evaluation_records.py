@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -102,6 +104,17 @@ def recorded_evaluation(
     """What evaluate_or_reuse would reuse; None where it would score."""
     found = _recorded(store, _key(profile, checkpoint, dataset), checkpoint)
     return None if found is None else found.record
+
+
+def recorded_evaluations(store: ObjectStore, line: Sequence[CheckpointRef]) -> list[dict[str, Any]]:
+    """The newest record of every checkpoint of a line that the store holds one for, in the line's order."""
+    newest: dict[str, dict[str, Any]] = {}
+    for run_id in dict.fromkeys(ref.manifest.run_id for ref in line):
+        for info in sorted(store.list(f"runs/{run_id}/evaluations/"), key=lambda info: info.modified_at):
+            with suppress(ValueError, KeyError, TypeError):  # one that is damaged is no record
+                record = parse_json(store.get_bytes(info.key)[0])
+                newest[record["checkpoint_uri"]] = record
+    return [newest[ref.uri] for ref in line if ref.uri in newest]
 
 
 def _recorded(store: ObjectStore, key: str, checkpoint: CheckpointRef) -> EvaluationOutcome | None:

@@ -163,7 +163,7 @@ def _require_same_settings(
     run: Run, stage: Stage, dataset: DatasetRef, parent: CheckpointRef | None, checkpoint: CheckpointRef
 ) -> None:
     """A retry under settings that are read otherwise today would prove nothing."""
-    ours = stage_identity(run, stage, dataset, parent)[0]
+    ours = stage_identity(run, stage, dataset.dataset_id, parent)[0]
     theirs = {key: value for key, value in checkpoint.manifest.fingerprint_settings.items() if key != _RETRY}
     if lines := differing_settings(ours, theirs):
         shown = "".join(f"\n  - {line}" for line in lines)

@@ -6,7 +6,7 @@ The tasks are thin shells around this module. What has been done is what the sto
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -160,13 +160,34 @@ def fetch_parent(parent: CheckpointRef) -> Path:
     return CheckpointStore(store, parent.manifest.run_id).fetch(parent, checkpoint_cache(parent.manifest.run_id))
 
 
-def find_stage(run: Run, stage: Stage, dataset: DatasetRef, parent: CheckpointRef | None) -> CheckpointRef | None:
+def find_stage(run: Run, stage: Stage, dataset_id: str, parent: CheckpointRef | None) -> CheckpointRef | None:
     """The stage's committed checkpoint or the variant that took its place; None when it has yet to be trained.
 
     One that retention removed counts as trained as long as something that came from it is there: `is_removed`.
     Raises RunSettingsChangedError when this run holds a checkpoint of the same stage made with other settings.
     """
-    return _find(run, stage, parent, *stage_identity(run, stage, dataset, parent))
+    return _find(run, stage, parent, *stage_identity(run, stage, dataset_id, parent))
+
+
+def check_settings(run: Run, stages: Iterable[Stage]) -> None:
+    """Raise RunSettingsChangedError where the run's stages were made with other settings; its data are not looked at.
+
+    Seconds, and before anything starts; the flow looks again, with its data. For a run that does not branch.
+    """
+    parent, refs = None, run.checkpoints.history()
+    for stage in stages:
+        data = {ref.manifest.fingerprint_settings.get("dataset_id") for ref in refs if ref.manifest.stage == stage.name}
+        refusal, found = None, None
+        for dataset_id in filter(None, data):
+            try:
+                found = found or find_stage(run, stage, dataset_id, parent)
+            except RunSettingsChangedError as error:
+                refusal = error
+        if found is None and refusal is not None:
+            raise refusal
+        if found is None:
+            return
+        parent = found
 
 
 def _find(
@@ -187,12 +208,10 @@ def _find(
     return found
 
 
-def stage_identity(
-    run: Run, stage: Stage, dataset: DatasetRef, parent: CheckpointRef | None
-) -> tuple[dict[str, Any], str]:
+def stage_identity(run: Run, stage: Stage, dataset_id: str, parent: CheckpointRef | None) -> tuple[dict[str, Any], str]:
     """The stage's settings and their fingerprint."""
     content = None if parent else pretrained_content(run.profile.model)
-    settings = fingerprint_settings(run.profile, stage, dataset.dataset_id, pretrained_content=content)
+    settings = fingerprint_settings(run.profile, stage, dataset_id, pretrained_content=content)
     return settings, stage_fingerprint(settings, parent.fingerprint if parent else None)
 
 
@@ -251,7 +270,7 @@ def train_stage(
     way: durable on this machine, to be stored in its turn. It may be the parent of the next stage at once.
     Safe to repeat and to race: the first commit wins and every other attempt adopts it.
     """
-    settings, fingerprint = stage_identity(run, stage, dataset, parent)
+    settings, fingerprint = stage_identity(run, stage, dataset.dataset_id, parent)
     if run.publisher is not None:
         run.publisher.raise_if_superseded()
         if waiting := run.publisher.find(fingerprint):
@@ -394,6 +413,12 @@ def line_of(checkpoint: CheckpointRef | None) -> list[CheckpointRef]:
             _read_if_there(parent.uri) if parent and parent.fingerprint not in {c.fingerprint for c in line} else None
         )
     return line
+
+
+def line_to_head(run: Run, line: list[CheckpointRef]) -> list[CheckpointRef]:
+    """The line and what the run has beyond its end, as after a command that added cycles to it."""
+    whole = line_of(run.checkpoints.head(missing_ok=True))
+    return whole if line and line[-1] in whole else line
 
 
 def _read_if_there(uri: str) -> CheckpointRef | None:

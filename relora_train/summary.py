@@ -37,6 +37,9 @@ class RunSummary(FrozenConfig):
     dataset_uri: str
     dataset_reused: bool
     stages: tuple[StageSummary, ...]
+    later_stages: tuple[str, ...] = ()
+    """What the run has beyond the profile's last stage: added by another command, and in the report."""
+
     evaluations: tuple[dict[str, Any], ...]
     """Scores and samples by the evaluation task."""
 
@@ -68,6 +71,7 @@ def summarize_run(
     stages: Sequence[StageOutcome],
     evaluations: Sequence[EvaluationOutcome],
     *,
+    later_stages: Sequence[str],
     dataset_reused: bool,
     report_uri: str,
     picture_uris: Sequence[str],
@@ -79,6 +83,7 @@ def summarize_run(
         dataset_uri=dataset.uri,
         dataset_reused=dataset_reused,
         stages=tuple(summarize_stage(run, outcome) for outcome in stages),
+        later_stages=tuple(later_stages),
         evaluations=tuple(evaluation.record for evaluation in evaluations),
         evaluations_reused=sum(evaluation.reused for evaluation in evaluations),
         report_uri=report_uri,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import signal
@@ -14,10 +15,13 @@ from typing import Any
 
 import pytest
 from prefect_server import running_prefect
+from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 from relora_train import events
 from relora_train.checkpoint_resolve import resolve_checkpoint
+from relora_train.console import run
+from relora_train.console.summary import closing_lines
 from relora_train.errors import (
     CheckpointCorruptError,
     CheckpointNotFoundError,
@@ -214,6 +218,25 @@ def test_a_run_id_used_again_with_other_settings_is_refused_by_name(
     assert "--run-id" in str(caught.value) and "--resume-from" in str(caught.value)
 
 
+def test_other_settings_of_a_run_are_refused_before_prefect_is_started(
+    finished: tuple[RunSummary, list[Event]], local_store: Path, monkeypatch: pytest.MonkeyPatch
+):
+    started: list[str] = []
+    monkeypatch.setattr(run, "run_shown", lambda flow, parameters, *rest, **options: started.append(flow))
+
+    def relora_run(*sets: str) -> None:
+        given = {"run_id": "first", "store_uri": str(local_store), "resume_from": None}
+        run.run_profile("smoke", ["launch.threads=1", *sets], **given, console=Console(), verbose=False)
+
+    with pytest.raises(RunSettingsChangedError, match=r"optimizer\.betas"):
+        relora_run("optimizer.betas=[0.9, 0.95]")
+    with pytest.raises(RunSettingsChangedError, match=r"at stage cycle-1:\n  - relora\.rank: 8 -> 4"):
+        relora_run("relora.rank=4", "relora.alpha=8")
+    assert not started
+    relora_run()
+    assert started == ["pretrain"]
+
+
 def test_a_second_flow_of_a_run_stops_while_the_first_lives_and_takes_over_when_it_is_dead(
     finished: tuple[RunSummary, list[Event]], local_store: Path
 ):
@@ -294,6 +317,12 @@ def test_a_finished_run_is_extended_in_place_by_one_command(
     assert [stage.stage for stage in summary.stages] == ["cycle-3"]
     again, seen = run_smoke(local_store, **extension)
     assert trained(seen) == [] and again.stages == ()
+    first, seen = run_smoke(local_store, run_id="longer")
+    assert trained(seen) == [] and first.later_stages == ("cycle-3",) and again.later_stages == ()
+    report = json.loads(Path(first.report_uri.removeprefix("file://")).with_name("summary.json").read_text())
+    assert [row["stage"] for row in report["stages"]] == ["warm-start", "cycle-1", "cycle-2", "cycle-3"]
+    assert [item["stage"] for item in report["evaluations"]][-1] == "cycle-3"
+    assert "Not of this command: cycle-3," in "\n".join(closing_lines(first, seconds=1.0))
     assert resolve_checkpoint("longer@latest", open_store(summary.store_uri)).uri == summary.stages[0].uri
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -19,10 +19,9 @@ from relora_train.console.output import tell
 from relora_train.console.precheck import check_inputs
 from relora_train.console.progress import RunProgress, shown_progress
 from relora_train.errors import TrainerInterruptedError
-from relora_train.evaluation_records import EvaluationOutcome, score_checkpoint
-from relora_train.run import default_store_uri, line_of
+from relora_train.evaluation_records import EvaluationOutcome, recorded_evaluations, score_checkpoint
+from relora_train.run import Run, check_settings, choose_run_id, default_store_uri, line_of
 from relora_train.stages import stages_after
-from relora_train.storage.base import ObjectStore, parse_json
 from relora_train.storage.opening import open_store
 from relora_train.summary import RunSummary
 
@@ -54,7 +53,9 @@ def run_profile(
     store.preflight()
     check_inputs(settings, resumed=resume_from is not None)
     parent = resolve_checkpoint(resume_from, store).manifest if resume_from else None
-    stages = [stage.name for stage in stages_after(settings, parent)]
+    stages = stages_after(settings, parent)
+    if parent is None:
+        check_settings(Run(run_id or choose_run_id(settings, None), store.uri, settings), stages)
     parameters = {
         "profile": name,
         "overrides": dict(profiles.parse_override(text) for text in sets),
@@ -62,7 +63,9 @@ def run_profile(
         "store": store.uri,
         "resume_from": resume_from,
     }
-    summary: RunSummary = run_shown("pretrain", parameters, stages, console=console, verbose=verbose)
+    summary: RunSummary = run_shown(
+        "pretrain", parameters, [stage.name for stage in stages], console=console, verbose=verbose
+    )
     return summary
 
 
@@ -94,17 +97,6 @@ def write_report(checkpoint: CheckpointRef, console: Console) -> StoredReport:
 
         store, line = open_store(checkpoint.store_uri), line_of(checkpoint)
         return report_run(line, recorded_evaluations(store, line), store, checkpoint.manifest.run_id)
-
-
-def recorded_evaluations(store: ObjectStore, line: Sequence[CheckpointRef]) -> list[dict[str, Any]]:
-    """The newest record of every checkpoint of a line that the store holds one for, in the line's order."""
-    newest: dict[str, dict[str, Any]] = {}
-    for run_id in dict.fromkeys(ref.manifest.run_id for ref in line):
-        for info in sorted(store.list(f"runs/{run_id}/evaluations/"), key=lambda info: info.modified_at):
-            with suppress(ValueError, KeyError, TypeError):  # one that is damaged is no record
-                record = parse_json(store.get_bytes(info.key)[0])
-                newest[record["checkpoint_uri"]] = record
-    return [newest[ref.uri] for ref in line if ref.uri in newest]
 
 
 @contextmanager

@@ -46,6 +46,11 @@ def print_summary(console: Console, summary: RunSummary, *, seconds: float) -> N
 def closing_lines(summary: RunSummary, *, seconds: float) -> list[str]:
     """Where things are, what was reused, how long it took."""
     lines = [f"{stage.stage} {divergence_text(stage.divergence)}." for stage in summary.stages if stage.divergence]
+    if summary.later_stages:
+        lines.append(
+            f"Not of this command: {', '.join(summary.later_stages)}, which another one added to the run. The report "
+            f"shows all; go on from there with --resume-from {summary.run_id}@latest."
+        )
     lines.append(f"Report: {place(summary.report_uri)}")
     pictures = [PurePosixPath(uri) for uri in summary.picture_uris]
     if pictures:
