@@ -16,6 +16,7 @@ from relora_train.bundle import check_local, fetch_bundle
 from relora_train.checkpoint_layout import dataset_prefix, split_checkpoint_uri
 from relora_train.checkpoint_store import CheckpointRef, CheckpointStore, find_dataset, read_checkpoint
 from relora_train.config import Profile, default_run_id, settings_digest
+from relora_train.corpus.dataset_changes import dataset_changes
 from relora_train.errors import CheckpointNotFoundError, ObjectNotFoundError, ReLoRAError, RunSettingsChangedError
 from relora_train.events import Event
 from relora_train.kept_worker import KeptWorker
@@ -241,6 +242,7 @@ def _check_same_origin(run: Run, parent: CheckpointRef | None, refs: Sequence[Ch
 
 def _settings_changed(run: Run, stage: Stage, ours: dict[str, Any], other: CheckpointRef) -> RunSettingsChangedError:
     lines = differing_settings(ours, other.manifest.fingerprint_settings) or ["the checkpoint it started from"]
+    lines = [text for line in lines for text in (_dataset_changes(run, other, line) or [line])]
     shown = "\n".join(f"  - {line}" for line in lines)
     return RunSettingsChangedError(
         f"Run {run.run_id!r} already holds stage {other.manifest.stage} made with other settings ({other.uri}).\n"
@@ -249,6 +251,18 @@ def _settings_changed(run: Run, stage: Stage, ours: dict[str, Any], other: Check
         f"checkpoint with --resume-from, e.g. --resume-from {run.run_id}@{other.manifest.stage}. "
         f"More cycles for this run: --run-id {run.run_id} --resume-from {run.run_id}@latest --set schedule.cycles=N."
     )
+
+
+def _dataset_changes(run: Run, other: CheckpointRef, line: str) -> list[str]:
+    """In words what two dataset ids differ in; nothing of another line, or where one of the datasets is gone."""
+    key, _, ids = line.partition(": ")
+    if key != "dataset_id":
+        return []
+    root, _, place = other.manifest.dataset_uri.rpartition("/datasets/")
+    theirs, ours = ids.split(" -> ")
+    found = find_dataset(open_store(root), place.split("/")[0], theirs)
+    now = find_dataset(run.store, run.profile.data.name, ours)
+    return dataset_changes(found, now) if found and now else []
 
 
 def train_stage(

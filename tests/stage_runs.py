@@ -97,10 +97,14 @@ def run_all(profile: Profile, dataset: Path, output: Path) -> dict[str, Path]:
 
 def drawn_factor(name: str, shape: tuple[int, ...], *, cycle: int, seed: int = 0) -> torch.Tensor:
     """The A of a layer as a cycle begins: Kaiming uniform, its generator seeded by SHA-256 of seed, cycle and name."""
-    digest = hashlib.sha256(f"{seed}/{cycle}/{name}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    generator = torch.Generator().manual_seed(seed_of(seed, cycle, name))
     bound = 1 / math.sqrt(shape[1])  # sqrt(6 / ((1 + 5) * in_features))
     return torch.empty(shape).uniform_(-bound, bound, generator=generator)
+
+
+def seed_of(seed: int, cycle: int, name: str) -> int:
+    """What everything random about a layer in a cycle is drawn from."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{cycle}/{name}".encode()).digest()[:8], "big") >> 1
 
 
 def metrics_of(checkpoint: Path, kind: str = "train") -> list[dict[str, Any]]:

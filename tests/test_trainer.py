@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from stage_runs import CPU, drawn_factor, ignore, manifest_of, metrics_of, run_all, stage_request, tiny_profile
-from tiny_data import VOCABULARY
+from stage_runs import CPU, drawn_factor, ignore, manifest_of, metrics_of, run_all, seed_of, stage_request, tiny_profile
+from tiny_data import DATASET_ID, VOCABULARY
 from tiny_models import tiny_gpt_neox
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -20,18 +22,19 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from relora_train import evaluate
 from relora_train.checkpoint import load_optimizer_state, read_tensor
 from relora_train.dataset import TokenDataset
-from relora_train.errors import DivergedError, SequenceTooLongError, VocabularyMismatchError
+from relora_train.errors import DivergedError, SequenceTooLongError, TrainingError, VocabularyMismatchError
 from relora_train.evaluate import evaluate_model, hold_as_computed
 from relora_train.manifest import describe_files, hash_file
+from relora_train.method.merging import _relative_change
 from relora_train.model import next_token_loss
 from relora_train.objectives.registry import objective_of
 from relora_train.pretrained import load_model
-from relora_train.relora import relora_layers
+from relora_train.relora import merge_and_reinit, relora_layers
 from relora_train.requests import EvaluationRequest
 from relora_train.settings.running import PrecisionConfig
 from relora_train.stages import plan_stages, stage_learning_rate
 from relora_train.trainer import run_stage
-from relora_train.training import prepare_stage
+from relora_train.training import _draw_seed, prepare_stage
 
 
 @pytest.fixture(scope="module")
@@ -201,6 +204,58 @@ def test_the_optimizer_state_is_pruned_and_small(checkpoints: dict[str, Path]):
     moments = state["model.layers.0.self_attn.q_proj.lora_B"]
     assert torch.equal(moments["exp_avg"] != 0, moments["exp_avg_sq"] != 0)  # fault B2: one mask for both
     assert state["model.embed_tokens.weight"]["exp_avg"].count_nonzero() > 0
+
+
+def test_a_random_reset_keeps_what_is_drawn_from_seed_cycle_and_name(
+    checkpoints: dict[str, Path], dataset: Path, tmp_path: Path
+):
+    """Not the same entries in every cycle, or in every run: those would keep their moments for ever."""
+    profile = tiny_profile(seed=3, optimizer_reset={"mode": "random", "ratio": 0.5})
+    for cycle, parent in ((1, "warm-start"), (2, "cycle-1")):
+        run_stage(stage_request(profile, f"cycle-{cycle}", dataset, tmp_path / str(cycle), checkpoints[parent]), ignore)
+        state = load_optimizer_state(tmp_path / str(cycle) / "optimizer.safetensors")
+        for name in ("model.layers.0.self_attn.q_proj.lora_B", "model.layers.1.mlp.up_proj.lora_A"):
+            generator = torch.Generator().manual_seed(seed_of(3, cycle, name))
+            kept = torch.rand(state[name]["exp_avg"].shape, generator=generator) > 0.5
+            assert torch.equal(state[name]["exp_avg"] != 0, kept), (cycle, name)
+
+
+@pytest.mark.parametrize("harm", [2.0, float("nan")])
+def test_a_merge_after_which_the_model_computes_something_else_is_not_committed(
+    checkpoints: dict[str, Path], dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, harm: float
+):
+    from relora_train.method import merging
+
+    def harmful(model: torch.nn.Module, **options: Any) -> Any:
+        report = merge_and_reinit(model, **options)
+        next(layer for _, layer in relora_layers(model)).weight.data[0, 0] *= 100 * harm
+        return report
+
+    monkeypatch.setattr(merging, "merge_and_reinit", harmful)
+    request = stage_request(tiny_profile(), "cycle-1", dataset, tmp_path / "out", checkpoints["warm-start"])
+    with pytest.raises(TrainingError, match="changed the model's output by"):
+        run_stage(request, ignore)
+    assert not (tmp_path / "out" / "manifest.json").exists()
+
+
+def test_the_change_of_an_output_is_that_of_the_logit_that_changed_most():
+    before = torch.linspace(-4, 2, 1000)
+    after = before.clone()
+    after[7] += 2
+    assert _relative_change(before, after) == 0.5
+
+
+def test_on_another_dataset_the_data_begin_at_their_beginning_and_tokens_are_counted_on(
+    checkpoints: dict[str, Path], dataset: Path, tmp_path: Path
+):
+    request = stage_request(tiny_profile(), "cycle-2", dataset, tmp_path, checkpoints["cycle-1"])
+    same, other = (prepare_stage(request.model_copy(update={"dataset_id": id_}), CPU) for id_ in (DATASET_ID, "b" * 64))
+    assert (same.samples_seen(14), other.samples_seen(14), other.samples_seen(15)) == (14 * 8, 0, 8)
+    assert same.tokens_seen(15) == other.tokens_seen(15) == 15 * 8 * 32
+
+
+def test_dropout_is_drawn_from_seed_step_micro_step_and_rank():
+    assert len({_draw_seed(*drawn) for drawn in itertools.product(range(3), repeat=4)}) == 81
 
 
 def test_a_warm_start_ends_with_its_optimizer_and_full_rank_stages_hand_theirs_on(dataset: Path, tmp_path: Path):

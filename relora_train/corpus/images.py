@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from relora_train.config import settings_digest
+from relora_train.corpus.dataset_changes import source_record
 from relora_train.corpus.source_files import SourceFile, find_files
 from relora_train.corpus.sources import identify
 from relora_train.corpus.staging import Split, split_of
@@ -147,7 +148,8 @@ def write_images(found: ImageInputs, directory: Path) -> DatasetManifest:
         statistics={
             f"{split}_images_of_class": np.bincount(part.classes, minlength=images.classes).tolist()
             for split, part in parts.items()
-        },
+        }
+        | source_record(found.data.source, found.files),
     )
 
 

@@ -24,6 +24,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from relora_train.corpus.dataset_changes import source_record
 from relora_train.corpus.dataset_inputs import DatasetInputs, resolve_inputs
 from relora_train.corpus.engines import choose_engine
 from relora_train.corpus.images import IMAGE_READERS, ImageInputs, resolve_images, write_images
@@ -261,6 +262,7 @@ def _manifest(
             "tokens_per_byte": round((tokens["train"] + tokens["val"]) / text_bytes, 4),
             "engine": plan.engine,
             "megabytes_per_second": round(megabytes_per_second, 2),
+            **source_record(found.data.source, found.source.files),
         },
     )
 

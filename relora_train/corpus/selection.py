@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
+from relora_train.corpus.source_files import SourceFile
 from relora_train.corpus.sources import Advance, Source, identify, read_documents
 from relora_train.corpus.staging import split_digest, split_of
 from relora_train.errors import SourceUnreadableError
@@ -67,6 +68,11 @@ class SelectedSource:
             "seed": self.selection.seed,
             "rule": SELECTION_RULE,
         }
+
+    @property
+    def files(self) -> tuple[SourceFile, ...]:
+        """On this machine's disk, new ones first."""
+        return self.new.files + (self.old.files if self.old else ())
 
     @property
     def size_bytes(self) -> int | None:
