@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Sequence
 from typing import Annotated, NoReturn
@@ -9,7 +10,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from relora_train.commands import looking, planning, results, series, training, upkeep
-from relora_train.console.output import complain, describe_fault, tell, was_interrupted
+from relora_train.console.output import Warnings, complain, describe_fault, tell, was_interrupted
 from relora_train.errors import ReLoRAError, TrainerInterruptedError
 
 _EXIT_CODES = """
@@ -82,6 +83,7 @@ for _command in _COMMANDS:
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """The console entry point. Ends with a documented exit code; an error of ours is one message and no traceback."""
     given = list(sys.argv[1:] if arguments is None else arguments)
+    logging.lastResort = Warnings(logging.WARNING)
     try:
         typer.main.get_command(app)(given, prog_name="relora")
     except TrainerInterruptedError as error:

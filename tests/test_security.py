@@ -6,6 +6,7 @@ import ast
 import base64
 import itertools
 import json
+import logging
 import os
 import pickle
 import sqlite3
@@ -31,15 +32,17 @@ from relora_train.cli import main
 from relora_train.config import Profile
 from relora_train.console.local_flow import load_flow
 from relora_train.console.local_server import check_server
+from relora_train.console.output import Warnings, harmless
 from relora_train.console.run import recorded_evaluations
 from relora_train.errors import CheckpointCorruptError, ConfigError, ModelNotFoundError
 from relora_train.experiments.experiment import load_experiment
 from relora_train.launch import run_worker
 from relora_train.lease import hold_run
-from relora_train.manifest import CheckpointManifest, DatasetManifest, Manifest, SnapshotManifest
+from relora_train.manifest import CheckpointManifest, DatasetManifest, Manifest, ParentRef, SnapshotManifest
 from relora_train.pretrained import load_model
 from relora_train.profiles import load_profile
 from relora_train.redaction import refuse_secrets
+from relora_train.retraining.series import promote as promote_checkpoint
 from relora_train.run import Run
 from relora_train.snapshots.store import SnapshotStore
 from relora_train.storage.base import ObjectStore
@@ -350,6 +353,82 @@ def test_json_of_a_store_that_is_beyond_all_use_is_a_damaged_object_and_no_fault
     store.put_bytes(f"{ref.prefix}/deleted.json", data)
     with pytest.raises(CheckpointCorruptError):
         read_tombstone(store, ref.prefix)
+
+
+STEERING = "\x1b]0;owned\x07\x1b[2J\x1b[31m\r\x08\x9b1A\u202egnp\u2066"
+"""Sets a title, clears the screen, colours, overwrites a line, and shows text backwards."""
+
+SHOWN = [
+    ["runs"], ["runs", "--tree"], ["checkpoints", "run"], ["show", "run@latest"], ["verify", "run"],
+    ["verify", "run@latest"], ["prune", "run", "--dry-run", "--keep-last", "1"], ["series", "nightly"],
+    ["rollback", "nightly"], ["pin", "run@latest"], ["unpin", "run@latest"], ["retry", "run@latest"],
+    ["evaluate", "run@latest"], ["export", "run@latest", "out"], ["report", "run@latest"],
+    ["show", "run@no-such-stage"], ["run", "smoke", "--resume-from", "run@latest"],
+]  # fmt: skip
+
+
+@pytest.fixture
+def steering_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ObjectStore:
+    """A run and a series whose every free text tries to steer a terminal."""
+    monkeypatch.setenv("RELORA_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("RELORA_STORE", f"memory://steering-{uuid.uuid4().hex}")
+    monkeypatch.chdir(tmp_path)
+    store = open_store(os.environ["RELORA_STORE"])
+    made, parent = checkpoint_manifest(write_files(tmp_path / "files", "a")), None
+    for step, settings in ((400, {"x": "a"}), (500, {"x": STEERING, STEERING: 1})):
+        update = {
+            "step": step, "stage": f"cycle-{step}{STEERING}", "profile": STEERING, "versions": {STEERING: STEERING},
+            "fingerprint": f"{step:064x}", "fingerprint_settings": settings, "dataset_uri": f"memory://x/{STEERING}",
+            "dataset_id": STEERING, "parent": parent, "provenance": {STEERING: STEERING},
+            "evaluation": {STEERING: 1.0, "val_loss": 1.0}, "merge_report": {STEERING: 1.0, "layers": {STEERING: {}}},
+            "divergence": {
+                "attempts": 1, "learning_rate": 1.0, "learning_rate_factor": 0.5, "profile_learning_rate": 2.0,
+                "failures": [STEERING],
+            },
+        }  # fmt: skip
+        ref = CheckpointStore(store, "run").commit(tmp_path / "files", made.model_copy(update=update))
+        parent = parent or ParentRef(uri=f"{ref.uri}{STEERING}", fingerprint=ref.fingerprint, step=step)
+    pin(store, ref, "kept", note=STEERING)
+    promote_checkpoint(store, "nightly", ref, reason=STEERING)
+    store.put_bytes("runs/damaged/checkpoints/step-00000001-0123456789ab/manifest.json", json.dumps(STEERING).encode())
+    return store
+
+
+@pytest.mark.parametrize("command", SHOWN, ids=" ".join)
+def test_nothing_in_a_store_steers_the_terminal(
+    command: list[str], steering_store: ObjectStore, capsys: pytest.CaptureFixture[str]
+):
+    with pytest.raises(SystemExit):
+        main(command)
+    said = capsys.readouterr()
+    assert said.out + said.err
+    assert harmless(said.out + said.err) == said.out + said.err
+
+
+@pytest.mark.parametrize("command", [["runs"], ["checkpoints", "run"], ["show", "run@latest"]], ids=" ".join)
+def test_json_is_printed_as_it_is(command: list[str], steering_store: ObjectStore, capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit):
+        main([*command, "--json"])
+    out = capsys.readouterr().out
+    assert "\x1b" not in out and STEERING in _texts(json.loads(out))
+
+
+def _texts(value: Any) -> str:
+    """All strings of a JSON value, one after the other."""
+    if isinstance(value, dict):
+        return " ".join(f"{key} {_texts(each)}" for key, each in value.items())
+    return " ".join(map(_texts, value)) if isinstance(value, list) else str(value)
+
+
+def test_a_warning_that_nobody_shows_steers_nothing(capsys: pytest.CaptureFixture[str]):
+    Warnings().handle(logging.LogRecord("relora_train", logging.WARNING, "", 0, "is %s", (STEERING,), None))
+    said = capsys.readouterr().err
+    assert said.startswith("is ") and harmless(said) == said
+
+
+def test_what_people_write_is_shown_as_it_is():
+    text = "Ünïcode — “quotes” 漢字 🎉 a\tb\nc \u200d"
+    assert harmless(text) == text
 
 
 # --- nothing becomes code ---

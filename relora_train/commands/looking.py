@@ -17,7 +17,7 @@ from relora_train.commands.options import (
     open_named,
     resolve,
 )
-from relora_train.console.output import complain, console_for_people
+from relora_train.console.output import complain, console_for_people, say
 from relora_train.errors import CheckpointError
 
 
@@ -124,4 +124,4 @@ def _print_tree(store: Any, *, as_json: bool) -> None:
 def _say_empty(store: Any) -> None:
     inside = store.local_path("runs")
     missing = inside is not None and not inside.parent.is_dir()
-    typer.echo(f"No run has a checkpoint in {store.uri} yet{': there is no such directory' if missing else ''}.")
+    say(f"No run has a checkpoint in {store.uri} yet{': there is no such directory' if missing else ''}.")

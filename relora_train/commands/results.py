@@ -9,7 +9,7 @@ from typing import Annotated, Any, cast, get_args
 import typer
 
 from relora_train.commands.options import AsJson, CheckpointName, RunName, Store, echo_json, open_named, resolve
-from relora_train.console.output import console_for_people, require_writable, tell
+from relora_train.console.output import console_for_people, require_writable, say, tell
 from relora_train.errors import StorageError
 
 
@@ -111,14 +111,14 @@ def export(
         echo_json({**origin, **about, "files": names})
         return
     what = f"{ref.manifest.run_id}@{ref.manifest.stage}, step {ref.step}"
-    typer.echo(f"{what}: {len(written.files)} files, {size_text(written.size_bytes)}, in {written.directory}")
+    say(f"{what}: {len(written.files)} files, {size_text(written.size_bytes)}, in {written.directory}")
     if unfinished:
-        typer.echo(f"The run is not finished: its settings plan {', '.join(unfinished)} after this.")
+        say(f"The run is not finished: its settings plan {', '.join(unfinished)} after this.")
     if as_adapter:
         base = parent.uri if parent else "the model.pretrained of its run"
-        typer.echo(f'Load it with PeftModel.from_pretrained(model, "{written.directory}"), model being {base}.')
+        say(f'Load it with PeftModel.from_pretrained(model, "{written.directory}"), model being {base}.')
     else:
-        typer.echo(f'Load it with AutoModelForCausalLM.from_pretrained("{written.directory}").')
+        say(f'Load it with AutoModelForCausalLM.from_pretrained("{written.directory}").')
 
 
 def report(run: RunName, store: Store = None, as_json: AsJson = False) -> None:
@@ -131,7 +131,7 @@ def report(run: RunName, store: Store = None, as_json: AsJson = False) -> None:
     if as_json:
         echo_json({"report_uri": written.html_uri, "picture_uris": written.picture_uris, "summary": written.summary})
     else:
-        typer.echo(f"Report: {place(written.html_uri)}")
+        say(f"Report: {place(written.html_uri)}")
 
 
 def analyze(

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from relora_train.commands.options import AsJson, CheckpointName, SeriesName, Store, echo_json, open_named, resolve
-from relora_train.console.output import console_for_people
+from relora_train.console.output import console_for_people, say
 
 
 def series(
@@ -39,7 +39,7 @@ def promote(
 
     opened = open_named(store)
     made = promote_checkpoint(opened, series, resolve(checkpoint, opened.uri), reason=reason)
-    typer.echo(change_line(opened, series, made))
+    say(change_line(opened, series, made))
 
 
 def rollback(
@@ -57,4 +57,4 @@ def rollback(
     from relora_train.console import series as console_series
 
     for line in console_series.roll_back_lines(open_named(store), series, to, reason=reason, data_again=data_again):
-        typer.echo(line)
+        say(line)

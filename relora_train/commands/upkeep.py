@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from relora_train.commands.options import AsJson, CheckpointName, RunName, Store, echo_json, open_named, resolve
-from relora_train.console.output import console_for_people
+from relora_train.console.output import console_for_people, say
 from relora_train.errors import CheckpointError
 
 
@@ -62,7 +62,7 @@ def pin(
     from relora_train.upkeep import pins
 
     ref = resolve(checkpoint, store)
-    typer.echo(f"{ref.uri} is pinned as {pins.pin(open_named(ref.store_uri), ref, name)}.")
+    say(f"{ref.uri} is pinned as {pins.pin(open_named(ref.store_uri), ref, name)}.")
 
 
 def unpin(
@@ -75,4 +75,4 @@ def unpin(
 
     ref = resolve(checkpoint, store)
     removed = pins.unpin(open_named(ref.store_uri), ref, name)
-    typer.echo(f"{ref.uri} is no longer pinned as {', '.join(removed)}.")
+    say(f"{ref.uri} is no longer pinned as {', '.join(removed)}.")

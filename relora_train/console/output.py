@@ -2,26 +2,51 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import re
 import traceback
+from collections.abc import Iterable
 from datetime import datetime
 from pathlib import Path
 
-from rich.console import Console
+import typer
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.segment import Segment
 from rich.text import Text
 
 from relora_train.errors import ConfigError
 from relora_train.workspace import cache_root
 
 _COLUMNS_WITHOUT_TERMINAL = 100
+_STEERING = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+"""Controls, of which escapes are made, and marks that reorder what is shown."""
+
+
+def harmless(text: str) -> str:
+    """The text as it may go to a terminal: whatever could steer it is replaced, since names and notes of a store, of
+    a file or of a server may hold anything. All that people read passes here; JSON is printed as it is.
+    """
+    return _STEERING.sub("\N{REPLACEMENT CHARACTER}", text)
+
+
+class _HarmlessConsole(Console):
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else segment._replace(text=harmless(segment.text))
 
 
 def console_for_people(*, to_stderr: bool = False) -> Console:
     """Standard output or error. Without a terminal, lines are 100 columns wide unless $COLUMNS says otherwise."""
-    console = Console(stderr=to_stderr, highlight=False)
+    console = _HarmlessConsole(stderr=to_stderr, highlight=False)
     if console.is_terminal or "COLUMNS" in os.environ:
         return console
-    return Console(stderr=to_stderr, highlight=False, width=_COLUMNS_WITHOUT_TERMINAL)
+    return _HarmlessConsole(stderr=to_stderr, highlight=False, width=_COLUMNS_WITHOUT_TERMINAL)
+
+
+def say(message: str) -> None:
+    """A line of a command's result, on standard output."""
+    typer.echo(harmless(message))
 
 
 def tell(message: str) -> None:
@@ -32,6 +57,13 @@ def tell(message: str) -> None:
 def complain(message: str) -> None:
     """The message with which a command fails."""
     _print(Text.assemble(("Error: ", "bold red"), message))
+
+
+class Warnings(logging.Handler):
+    """For log records that nobody else shows."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tell(self.format(record))
 
 
 def describe_fault(error: Exception, *, verbose: bool) -> str:
@@ -50,7 +82,7 @@ def describe_fault(error: Exception, *, verbose: bool) -> str:
 
 
 def _print(message: Text) -> None:
-    console = Console(stderr=True, highlight=False)
+    console = _HarmlessConsole(stderr=True, highlight=False)
     console.print(message, soft_wrap=not console.is_terminal)
 
 
