@@ -176,11 +176,10 @@ def test_a_prompt_begins_as_documents_do(tmp_path):
     generate = model.generate
     model.generate = lambda ids, **options: (seen.append(ids[0].tolist()), generate(ids, **options))[1]
     for bos_ids in ((), (300,)):
-        sample_texts(
-            model, path, ["the", ""][: 1 + len(bos_ids)], tokens=3, seed=0, device=torch.device("cpu"), bos_ids=bos_ids
-        )
+        options = {"tokens": 3, "seed": 0, "device": torch.device("cpu"), "bos_ids": bos_ids, "eos_id": 299}
+        sample_texts(model, path, ["the", ""], **options)
     the = Tokenizer.from_file(str(path)).encode("the", add_special_tokens=False).ids
-    assert seen == [the, [300, *the], [300]]
+    assert seen == [the, [299], [300, *the], [300]]
 
 
 def profile_of(corpus: DataConfig, **sections: Any) -> Profile:

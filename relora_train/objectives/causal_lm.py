@@ -128,6 +128,7 @@ class CausalLM:
             seed=self._profile.seed,
             device=device,
             bos_ids=manifest.bos_ids,
+            eos_id=manifest.eos_id,
         )
 
 
@@ -151,19 +152,24 @@ def sample_texts(
     tokens: int,
     seed: int,
     device: torch.device,
+    eos_id: int,
     bos_ids: Sequence[int] = (),
 ) -> list[dict[str, str]]:
     """A continuation of each prompt, drawn at a fixed temperature; the same for the same weights and seed.
 
-    bos_ids: what documents began with in training, and so each prompt.
+    bos_ids: what documents began with in training, and so each prompt. An empty prompt is continued from there, or from
+    eos_id, which ended the document before; of one that is too long for the model's positions the end is.
     """
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(tokenizer_path))
+    positions = getattr(cast(Any, model).config, "max_position_embeddings", None) or 10**9
+    tokens = min(tokens, positions - 1)
     samples = []
     for index, prompt in enumerate(prompts):
         prompt_ids = tokenizer.encode(prompt, add_special_tokens=False).ids
-        ids = torch.tensor([[*bos_ids, *prompt_ids]], device=device)
+        known = [*bos_ids, *prompt_ids] or [eos_id]
+        ids = torch.tensor([known[-(positions - tokens) :]], device=device)
         torch.manual_seed(seed + index)
         output = cast(Any, model).generate(
             ids,
