@@ -47,7 +47,7 @@ if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
     if ! command -v uv > /dev/null || ! uv pip install --python .venv/bin/python $backend "${what[@]}"; then
         if [ "$torch" = cpu ] && [ -z "$installed" ]; then
             pip install --retries 1 --timeout 15 --no-deps --index-url https://download.pytorch.org/whl/cpu \
-                "torch==$version" || echo "PyTorch's CPU index cannot be reached: taking the package index's build."
+                "torch==$version" || echo "PyTorch's CPU index cannot be reached. The package index's build may be CUDA's: 3 GB."
         fi
         pip install "${what[@]}"
     fi

@@ -23,7 +23,7 @@ from seaweed import free_ports
 
 ROOT = Path(__file__).resolve().parent.parent
 DEPLOY = ROOT / "deploy"
-HEALTHY_WITHIN_SECONDS = 180
+HEALTHY_WITHIN_SECONDS = 400
 CONTAINER_PORTS = {"server": "4200", "postgres": "5432", "store": "8333", "worker": "8080"}
 WEED_INNER_PORTS = (
     "s3.port.grpc", "master.port", "master.port.grpc", "volume.port", "volume.port.grpc",

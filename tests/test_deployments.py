@@ -231,17 +231,37 @@ def test_served_deployments_run_without_a_worker_and_go_back_to_their_pool(opera
     assert registered(operator) == before and before["work_pool_name"] == POOL and not before["paused"]
 
 
-def test_serving_that_is_told_to_stop_before_it_began_gives_back_too(operator: Operator):
+def test_serving_that_is_told_to_stop_before_it_began_gives_back_what_is_still_its_own(operator: Operator):
+    program = """
+import os, signal, sys, urllib.request
+from flows.serving import serve_deployments
+from relora_train.deployments import choose_deployments
+
+def deploy_again(pool_and_queue):
+    url = f"{os.environ['PREFECT_API_URL']}/deployments/{sys.argv[1]}"
+    headers = {"Content-Type": "application/json"}
+    urllib.request.urlopen(urllib.request.Request(url, pool_and_queue.encode(), headers, method="PATCH"))
+
+def on_start():
+    for change in sys.argv[2:]:
+        deploy_again(change)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+chosen = choose_deployments(["pretrain/quickstart"])
+serve_deployments(chosen, limit=1, poll_seconds=1, take_over=True, on_start=on_start)
+"""
     before = registered(operator)
-    told_at_once = (
-        "import os, signal; from flows.serving import serve_deployments as serve;"
-        "from relora_train.deployments import choose_deployments as choose;"
-        "serve(choose(['pretrain/quickstart']), limit=1, poll_seconds=1, take_over=True,"
-        " on_start=lambda: os.kill(os.getpid(), signal.SIGTERM))"
-    )
-    command = [sys.executable, "-c", told_at_once]
-    subprocess.run(command, env=operator.environment, cwd=operator.directory, check=True, timeout=120)
-    assert registered(operator) == before
+
+    def serve_for_a_moment(*changes: str) -> dict[str, Any]:
+        command = [sys.executable, "-c", program, before["id"], *changes]
+        subprocess.run(command, env=operator.environment, cwd=operator.directory, check=True, timeout=300)
+        return registered(operator)
+
+    assert serve_for_a_moment() == before
+    deployed_again = {"work_pool_name": POOL, "work_queue_name": "another"}
+    assert serve_for_a_moment(json.dumps(deployed_again))["work_queue_name"] == "another"
+    as_before = {key: before[key] for key in ("work_pool_name", "work_queue_name", "entrypoint")}
+    operator.api("PATCH", f"/deployments/{before['id']}", as_before)
 
 
 def test_schedules_make_runs_and_a_worker_starts_them(operator: Operator, worker: subprocess.Popen[bytes]):
@@ -264,20 +284,22 @@ def test_schedules_make_runs_and_a_worker_starts_them(operator: Operator, worker
     operator.api("DELETE", f"/deployments/{deployment['id']}")
 
 
-def test_nightly_retrains_promote_what_is_better_and_refuse_the_rest(
-    operator: Operator, worker: subprocess.Popen[bytes], bucket: str, tmp_path: Path
-):
-    deploy = ("--no-prompt", "deploy", "-n", "retrain/nightly", "--prefect-file", "deploy/prefect.yaml")
-    operator.prefect(*deploy)
-
-    def crons() -> list[tuple[str, bool]]:
+def test_no_night_is_scheduled_unasked_and_a_schedule_outlives_later_deploys(operator: Operator):
+    def deploy() -> list[tuple[str, bool]]:
+        operator.prefect("--no-prompt", "deploy", "-n", "retrain/nightly", "--prefect-file", "deploy/prefect.yaml")
         schedules = operator.api("GET", "/deployments/name/retrain/nightly")["schedules"]
         return [(each["schedule"]["cron"], each["active"]) for each in schedules]
 
-    assert crons() == []
+    assert deploy() == []
     operator.prefect("deployment", "schedule", "create", "retrain/nightly", "--cron", "15 2 * * *")
-    operator.prefect(*deploy)
-    assert crons() == [("15 2 * * *", True)], "a later deploy leaves it alone"
+    assert deploy() == [("15 2 * * *", True)]
+    operator.prefect("deployment", "schedule", "clear", "-y", "retrain/nightly")
+
+
+def test_nightly_retrains_promote_what_is_better_and_refuse_the_rest(
+    operator: Operator, worker: subprocess.Popen[bytes], bucket: str, tmp_path: Path
+):
+    operator.prefect("--no-prompt", "deploy", "-n", "retrain/nightly", "--prefect-file", "deploy/prefect.yaml")
     data = {"source": "jsonl", "paths": [str(tmp_path)], "name": "nights"}
     overrides = {**SMOKE, "schedule": {"cycles": 1, "min_lr_ratio": 1.0}, "data": data}
 
