@@ -649,6 +649,15 @@ def test_where_a_checkpoint_was_removed_nothing_is_committed(tmp_path):
     assert [info.key for info in store.list()] == [f"{PREFIX}/deleted.json"]
 
 
+def test_a_commit_beside_a_dropped_attempt_clears_what_that_one_wrote(tmp_path):
+    store = MemoryStore("dropped")
+    store.put_bytes(f"{PREFIX}/claim.json", b'{"content": "of the other"}')
+    store.put_bytes(f"{PREFIX}/config.json", b"of the other")
+    placed = committed(store, tmp_path / "a")
+    names = {info.key.removeprefix(f"{PREFIX}/") for info in store.list()}
+    assert names == {"claim.json", "manifest.json", *(f"{placed.files_prefix}/{name}" for name in FILES)}
+
+
 def test_leftovers_that_cannot_be_removed_are_no_failure_and_said(tmp_path, caplog):
     class Keeps(MemoryStore):
         def delete(self, key):

@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 from safetensors.torch import load_file
 from stage_runs import ignore, metrics_of, run_all, stage_request, tiny_profile
 
@@ -232,7 +233,7 @@ def test_a_snapshot_of_another_stage_is_refused(dataset: Path, undisturbed: dict
         StopsAfter(patch, 8)
         run_stage(request.model_copy(update={"snapshots_directory": tmp_path / "snapshots"}), ignore)
     other = resumed_request("relora", "cycle-2", dataset, undisturbed, tmp_path / "out")
-    with pytest.raises(CheckpointCorruptError, match="not of this stage"):
+    with pytest.raises(CheckpointCorruptError, match=r"is of stage [0-9a-f]{12} at sample \d+, not of this stage"):
         run_stage(other.model_copy(update={"snapshot_directory": newest(tmp_path / "snapshots")}), ignore)
 
 
@@ -250,6 +251,16 @@ def test_a_diverged_state_is_never_saved(
     with pytest.raises(Exception, match="diverged"):
         run_stage(request.model_copy(update={"snapshots_directory": tmp_path / "snapshots"}), ignore)
     assert not (tmp_path / "snapshots").exists()
+
+
+@pytest.mark.parametrize("name", ["step", "samples_seen", "summed", "seconds"])
+def test_what_a_snapshot_counts_is_there_and_not_negative(name: str):
+    counted = {"step": 0, "samples_seen": 0, "summed": 0, "seconds": 0.0}
+    state = {"fingerprint": "f", "loss_sum": -1.0}
+    assert snapshot.SnapshotState.model_validate(state | counted).matmul_precision is None
+    for wrong in (state | counted | {name: -1}, {k: v for k, v in (state | counted).items() if k != name}):
+        with pytest.raises(ValidationError, match=name):
+            snapshot.SnapshotState.model_validate(wrong)
 
 
 @given(st.integers(1, 10_000), st.none() | st.integers(1, 50), st.none() | st.floats(1, 1e6), st.floats(0, 2e6))

@@ -178,6 +178,36 @@ class Writes(MemoryStore):
         super().delete(key)
 
 
+def test_snapshots_go_manifest_first_and_claim_last(tmp_path: Path):
+    """Killed in between, no manifest lists what is gone, and no name is free while files lie under it."""
+    written: list[str] = []
+    store = Writes(written.append)
+    for step in (10, 20):
+        snapshots(store, tmp_path).upload(take(tmp_path, step))
+    written.clear()
+    remove_snapshots(store, PREFIX)
+    names = [key.rpartition("/")[2] for key in written]
+    assert names[:2] == ["manifest.json"] * 2 and names[-2:] == ["claim.json"] * 2 and len(names) == 8
+
+
+def test_a_kept_snapshot_whose_files_lie_beside_its_manifest_is_kept_whole(tmp_path: Path):
+    store = MemoryStore()
+    store.put_bytes(f"{PREFIX}{snapshot_name(10, 'a' * 16)}/claim.json", b'{"content": "of another attempt"}')
+    for step in (10, 20):
+        snapshots(store, tmp_path / "one").upload(take(tmp_path / "one", step))
+    damage_stored(store, snapshot_name(20, "a" * 16))
+    found = snapshots(store, tmp_path / "other").newest_valid()
+    assert found is not None and found.step == 10
+    assert (found.directory / "snapshot.json").read_text() == '{"step": 10}'
+
+
+def test_what_cannot_be_removed_from_this_machine_is_passed_over(tmp_path: Path):
+    take(tmp_path, 10)
+    (tmp_path / "step-00000020-file").write_text("no directory")
+    found = snapshots(MemoryStore(), tmp_path).newest_valid()
+    assert found is not None and found.step == 10
+
+
 def crash_points(tmp_path: Path) -> Iterator[tuple[int, Writes]]:
     """Stores that crash at the n-th write or removal of an upload that also prunes, until one does not crash."""
     for point in range(100):

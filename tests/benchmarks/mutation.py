@@ -51,7 +51,10 @@ MODULES: dict[str, tuple[list[str], list[str]]] = {
     "bundle": (["bundle.py"], ["test_bundle.py", "test_file_checks.py"]),
     "lease": (["lease.py"], ["test_lease.py"]),
     "pruning": (["upkeep/pruning.py", "upkeep/retention.py"], ["test_pruning.py"]),
-    "training step": (["training.py"], ["test_step.py", "test_trainer.py"]),
+    "training step": (
+        ["training.py"],
+        ["test_training.py", "test_learning.py", "test_beyond.py", "test_trainer.py", "test_sharding.py"],
+    ),
     "dataset order": (["dataset.py"], ["test_dataset.py"]),
     "snapshot": (["snapshots/snapshot.py", "snapshots/store.py"], ["test_snapshot.py", "test_snapshot_store.py"]),
 }
