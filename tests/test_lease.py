@@ -256,6 +256,33 @@ def test_the_store_is_asked_once_a_ttl_and_not_before_every_write(clock):
     assert renewals == [0, 0, 1, 1, 1, 2]
 
 
+@pytest.mark.parametrize("found", [None, "released"])
+def test_who_was_overtaken_between_looking_and_writing_looks_again(found):
+    """By one that lives: the lease is the other's, whatever was seen of it before."""
+    key = lease_key("run")
+
+    class Overtaken(MemoryStore):
+        rival: bytes | None = None
+
+        def put_bytes(self, key, data, **condition):
+            rival, self.rival = self.rival, None
+            if rival is not None:
+                super().put_bytes(key, rival)
+            return super().put_bytes(key, data, **condition)
+
+    store = Overtaken()
+    with hold_run(store, "run", ttl_seconds=600):
+        rival = read_lease(store, key)[0]
+        if found is None:
+            store.delete(key)
+        else:
+            store.put_bytes(key, rival.model_copy(update={"released": True}).to_bytes())
+        store.rival = rival.to_bytes()
+        with pytest.raises(RunInUseError), hold_run(store, "run", ttl_seconds=600):
+            pass
+        assert read_lease(store, key)[0] == rival
+
+
 def test_a_renewal_whose_answer_was_lost_is_no_loss_in_any_store(clock):
     store = LosesAnAnswer()
     with hold_run(store, "run", ttl_seconds=600) as lease:

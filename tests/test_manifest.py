@@ -134,6 +134,11 @@ def test_a_manifest_cannot_be_changed_after_it_was_checked():
             type(part).model_validate({**part.model_dump(), "surprise": 1})
 
 
+def test_a_dataset_says_what_stands_before_its_documents():
+    assert parsed(DatasetManifest).bos_ids == ()
+    assert parsed(DatasetManifest, inputs={"bos_ids": [1, 2]}).bos_ids == (1, 2)
+
+
 def test_rows_of_images_are_their_pixels_and_their_class():
     manifest = parsed(DatasetManifest, images=IMAGES)
     assert manifest.images.row_bytes == 2 * 3 * 3 + 1

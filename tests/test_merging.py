@@ -71,6 +71,8 @@ def test_a_cycle_ends_in_the_merge_and_the_reset_of_its_profile_and_says_so(trai
     assert set(training.merged_adapter[0]) == {
         f"base_model.model.{name}.weight" for name, _ in lora_parameters(twin.model)
     }
+    parent = training.request.parent
+    assert parent is not None and parent.fingerprint[:12] in training.merged_adapter[1]["base_model_name_or_path"]
     assert any(factor.count_nonzero() for name, factor in training.merged_adapter[0].items() if "lora_B" in name)
 
 

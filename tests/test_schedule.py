@@ -189,6 +189,7 @@ def test_settings_that_do_not_fit_together_are_refused_with_names_and_values(cha
         (lambda: cosine(0, total_steps=5, warmup_steps=-1, min_lr_ratio=0), "warmup_steps = -1"),
         (lambda: cosine(0, total_steps=0, warmup_steps=0, min_lr_ratio=0), "total_steps = 0"),
         (lambda: climbing_cosine(3, cycle_start=4, **CLIMB), "cycle_start = 4 .* step = 3"),
+        (lambda: climbing_cosine(0, cycle_start=0, **{**CLIMB, "total_steps": 0}), "total_steps = 0"),
         (lambda: learning_rate(401, **RUN), "step = 401 .* total_steps = 400"),
         (lambda: cosine(6, total_steps=5, warmup_steps=1, min_lr_ratio=0), "step = 6 .* total_steps = 5"),
         (lambda: is_merge_step(1, warm_start_steps=0, cycle_length=0), "cycle_length = 0"),
