@@ -206,8 +206,9 @@ def unnamed_data_keys(profile: Profile) -> dict[str, set[str]]:
     them did. Such a run is found by its old settings, so that it can say how to go on: corpus/tokenizer_choice.py.
     """
     bos = {"bos"} if profile.data.bos is not True else set()  # no run before it had one
+    later = set() if profile.data.validation_paths else {"validation_paths"}
     return {
-        "data": {"name", "workers", "engine"} | bos,
+        "data": {"name", "workers", "engine"} | bos | later,
         "tokenizer": {"train", *unset_later_keys(profile, "tokenizer")},
     }
 

@@ -13,12 +13,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from made_up_corpus import made_up_text, write_corpus
+from pydantic import ValidationError
 from tokenizers import Tokenizer
 
 from relora_train import events
 from relora_train.bundle import commit_bundle, fetch_bundle
 from relora_train.corpus.prepare import PreparedDataset, PrepareRequest, describe_dataset, prepare_dataset, read_result
-from relora_train.corpus.staging import split_digest, split_of
+from relora_train.corpus.staging import cut_into_pieces, split_digest, split_of
 from relora_train.dataset import TokenDataset
 from relora_train.errors import CorpusEmptyError, CorpusTooSmallError, SourceUnreadableError
 from relora_train.manifest import hash_file
@@ -162,9 +163,71 @@ def test_a_source_without_text_and_one_without_a_second_side_are_refused(tmp_pat
     data = DataConfig(source="jsonl", paths=(str(path),))
     with pytest.raises(CorpusEmptyError, match="1 empty documents"):
         prepare_dataset(data, TOKENIZER, tmp_path)
-    path.write_text('{"text": "alone"}\n')
-    with pytest.raises(CorpusTooSmallError, match="has 1 documents and none of them falls into the"):
-        prepare_dataset(data, TOKENIZER, tmp_path)
+    for text in ('{"text": "alone"}\n', '{"text": "alike"}\n' * 30):
+        path.write_text(text)
+        with pytest.raises(CorpusTooSmallError, match=r"documents and none of them falls into the .* Give more text"):
+            prepare_dataset(data, TOKENIZER, tmp_path)
+
+
+def test_one_file_of_text_is_cut_into_documents_of_which_some_are_held_out(tmp_path):
+    text = " ".join(made_up_text(seed) for seed in range(300))
+    (tmp_path / "book.txt").write_text(text)
+    data = DataConfig(source="text", paths=(str(tmp_path / "book.txt"),), workers=1, shard_tokens=50_000)
+    made = prepare_dataset(data, TOKENIZER, tmp_path / "out")
+    tokenizer, manifest = Tokenizer.from_file(str(made.directory / "tokenizer.json")), made.manifest
+    parts = {s: [tokenizer.decode(tokens[:-1]) for tokens in documents_of(made, s)] for s in ("train", "val")}
+    pieces = [piece.decode() for piece in cut_into_pieces(text, 8192)]
+    assert sorted(parts["train"] + parts["val"]) == sorted(pieces) and len(pieces) > 15
+    for split, found in parts.items():
+        assert found == [piece for piece in pieces if piece in set(found)] and found, split
+    assert manifest.train_bytes + manifest.val_bytes == len(text.encode())
+    assert "1 documents empty, so documents were cut to 8,192 bytes" in manifest.statistics["split_note"]
+    assert contents(prepare_dataset(data, TOKENIZER, tmp_path / "again")) == contents(made)
+
+
+@pytest.mark.parametrize("fraction", [0.05, 0.95])
+def test_of_documents_that_all_fall_on_one_side_the_nearest_is_moved(tmp_path, fraction):
+    texts, seed = [], 0
+    while len(texts) < 30:  # thirty in a row on the larger side
+        text, seed = made_up_text(seed), seed + 1
+        if (split_of(split_digest(text), fraction) == "val") == (fraction > 0.5) and len(text) > 20:
+            texts.append(text)
+    path = tmp_path / "c.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    data = DataConfig(source="jsonl", paths=(str(path),), validation_fraction=fraction, workers=1)
+    made = prepare_dataset(data, TOKENIZER, tmp_path / "out")
+    alone = "val" if fraction < 0.5 else "train"
+    tokenizer = Tokenizer.from_file(str(made.directory / "tokenizer.json"))
+    nearest = (min if fraction < 0.5 else max)(texts, key=split_digest)
+    assert [tokenizer.decode(tokens[:-1]) for tokens in documents_of(made, alone)] == [nearest]
+    assert made.manifest.train_documents + made.manifest.val_documents == 30
+    assert "the document nearest to that side was moved" in made.manifest.statistics["split_note"]
+
+
+def test_named_files_are_held_out_and_all_else_is_trained_on(tmp_path, corpus):
+    rows = [json.dumps({"text": made_up_text(seed)}) + "\n" for seed in range(60)]
+    (tmp_path / "train.jsonl").write_text("".join(rows[:40]))
+    (tmp_path / "val.jsonl").write_text("".join(rows[40:]))
+    paths = {"paths": (str(tmp_path / "train.jsonl"),), "validation_paths": (str(tmp_path / "val.jsonl"),)}
+    data = corpus.model_copy(update={**paths, "max_documents": 30})
+    made = prepare_dataset(data, TOKENIZER, tmp_path / "out")
+    tokenizer = Tokenizer.from_file(str(made.directory / "tokenizer.json"))
+    for split, seeds in (("train", range(30)), ("val", range(40, 60))):
+        found = [tokenizer.decode(tokens[:-1]) for tokens in documents_of(made, split)]
+        assert found == [made_up_text(seed) for seed in seeds]
+    ids = {describe_dataset(data.model_copy(update={"validation_fraction": f}), TOKENIZER)[0] for f in (0.1, 0.5)}
+    assert ids == {made.manifest.dataset_id}
+    (tmp_path / "val.jsonl").write_text("".join(rows[41:]))
+    assert describe_dataset(data, TOKENIZER)[0] not in ids
+    gone = data.model_copy(update={"validation_paths": (str(tmp_path / "gone"),)})
+    with pytest.raises(SourceUnreadableError, match=r"Correct data\.validation_paths"):
+        describe_dataset(gone, TOKENIZER)
+    with pytest.raises(ValidationError, match="takes no validation_paths"):
+        DataConfig(validation_paths=("x",))
+
+
+def test_what_the_rule_splits_is_split_by_the_rule_alone(prepared):
+    assert "split_note" not in prepared.manifest.statistics
 
 
 def test_a_source_repaired_after_an_error_is_read_anew(corpus, tmp_path):

@@ -14,6 +14,7 @@ import pytest
 from bundles import checkpoint_manifest
 from hypothesis import given
 from hypothesis import strategies as st
+from made_up_corpus import made_up_text
 from tiny_data import write_tiny_dataset
 
 from relora_train.checkpoint_resolve import resolve_checkpoint
@@ -26,6 +27,7 @@ from relora_train.errors import (
     CheckpointCorruptError,
     CheckpointNotFoundError,
     ConfigError,
+    CorpusTooSmallError,
     PreconditionFailedError,
 )
 from relora_train.lease import hold_series
@@ -336,6 +338,22 @@ def test_new_objects_below_an_s3_prefix_are_found_and_tokenized_with_the_champio
     following = plan_retrain(store, "s", settings, RetrainOptions())
     assert len(following.new) == 1 and following.corpus.selection.old == plan.new
     assert following.run_id != plan.run_id
+
+
+def test_a_series_needs_documents_of_which_the_rule_holds_some_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A document that was moved by hand one night could be trained on the next."""
+    monkeypatch.setenv("RELORA_CACHE", str(tmp_path / "cache"))
+    book, store = tmp_path / "book.txt", open_store(tmp_path / "store")
+    book.write_text(" ".join(made_up_text(seed) for seed in range(60)))
+    data = {"source": "text", "paths": [str(book)]}
+    batch = {"sequences": 2, "sequence_length": 16}
+    settings = Profile.model_validate({"data": data, "tokenizer": {"vocab_size": 300}, "batch": batch})
+    plan = plan_retrain(store, "s", settings, RetrainOptions())
+    with pytest.raises(CorpusTooSmallError, match="needs documents of which the split rule holds some out"):
+        prepare_next(plan.run(None), plan, on_event=lambda event: None)
+    named = Profile.model_validate({"data": {**data, "validation_paths": [str(book)]}})
+    with pytest.raises(ConfigError, match="validation_paths does not go with it"):
+        plan_retrain(store, "s", named, RetrainOptions())
 
 
 def test_a_champion_that_moved_meanwhile_leaves_candidate_and_data_for_later(memory: ObjectStore, files: Path):

@@ -90,6 +90,7 @@ THROUGH_THE_DATASET = {
     "data.hub_split": "test",
     "data.hub_revision": "v2",
     "data.paths": (),
+    "data.validation_paths": (),
     "data.text_field": "content",
     "data.max_documents": 10,
     "data.validation_fraction": 0.1,
@@ -217,7 +218,10 @@ def test_another_dataset_changes_every_fingerprint():
 
 
 @pytest.mark.parametrize(
-    "key", sorted({*CHANGES, *THROUGH_THE_DATASET} - {"data.paths", "data.source", "tokenizer.train"})
+    "key",
+    sorted(
+        {*CHANGES, *THROUGH_THE_DATASET} - {"data.paths", "data.validation_paths", "data.source", "tokenizer.train"}
+    ),
 )
 def test_a_setting_that_changes_the_result_makes_another_run(key):
     assert default_run_id(profile_with({key: {**CHANGES, **THROUGH_THE_DATASET}[key]})) != default_run_id(Profile())

@@ -23,7 +23,8 @@ def check_inputs(profile: Profile, *, resumed: bool = False) -> str | None:
 
     if not resumed:
         check_settings(profile)
-    if profile.data.source == "hub" or any("://" in path for path in profile.data.paths):
+    paths = (*profile.data.paths, *profile.data.validation_paths)
+    if profile.data.source == "hub" or any("://" in path for path in paths):
         return None
     tokenizer = facts_of(profile).tokenizer()
     if tokenizer.path and not Path(tokenizer.path).expanduser().exists():

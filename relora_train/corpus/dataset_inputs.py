@@ -9,7 +9,7 @@ from typing import Any
 
 from relora_train.config import settings_digest
 from relora_train.corpus.selection import SelectedSource, Selection, contents_of, select_source
-from relora_train.corpus.sources import Advance, Source, resolve_source
+from relora_train.corpus.sources import Advance, Source, identify, read_held_out, resolve_source
 from relora_train.corpus.staging import PIECE_BYTES, SPLIT_RULE
 from relora_train.errors import TokenizerError
 from relora_train.settings.data import DataConfig, TokenizerConfig
@@ -46,6 +46,10 @@ class DatasetInputs:
         """The texts in order; see relora_train/corpus/sources.py."""
         return self.source.read(self.data.validation_fraction, advance)
 
+    def read_held_out(self) -> Iterator[str]:
+        """The texts of data.validation_paths."""
+        return read_held_out(self.source.new)
+
     def hashed(self) -> dict[str, Any]:
         """Everything that can change a byte of the dataset, and nothing else: no path, no number of workers."""
         data, settings = self.data, self.settings
@@ -54,15 +58,18 @@ class DatasetInputs:
             "vocab_size": settings.vocab_size,
             "training_bytes": settings.training_bytes,
         }
-        bos = {"bos_ids": list(self.bos_ids)} if self.bos_ids else {}
-        return bos | {
+        later: dict[str, Any] = {"bos_ids": list(self.bos_ids)} if self.bos_ids else {}
+        split: dict[str, Any] = {"rule": SPLIT_RULE, "validation_fraction": data.validation_fraction}
+        if held_out := self.source.new.held_out:
+            split = {"rule": "data.validation_paths", **identify(data.source, held_out)}
+        return later | {
             "dataset_format": DATASET_FORMAT,
             "source": self.source.identity,
             "text_field": data.text_field if data.source in ("jsonl", "parquet", "hub") else None,
             "max_documents": data.max_documents,
             "tokenizer": {"sha256": self.loaded.sha256} if self.loaded else trained,
             "eos_token": self.eos_token,
-            "split": {"rule": SPLIT_RULE, "validation_fraction": data.validation_fraction},
+            "split": split,
             "shard_tokens": data.shard_tokens,
             "piece_bytes": PIECE_BYTES,
         }

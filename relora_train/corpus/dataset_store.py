@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -16,6 +17,8 @@ from relora_train.launch import run_worker
 from relora_train.run import DatasetRef, OnEvent, Run, dataset_ref, find_committed_dataset
 from relora_train.settings.data import TokenizerConfig
 from relora_train.workspace import dataset_cache, short_digest, work_directory
+
+_log = logging.getLogger("relora_train.corpus.dataset_store")
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,8 @@ def prepare_or_reuse(
             "relora_train.corpus.prepare", request, directory / "request.json", on_event=on_event, keep_secrets=True
         )
         prepared = read_result(request.result_path)
+        if note := prepared.manifest.statistics.get("split_note"):
+            _log.warning("Dataset %r: %s.", name, note)
         prefix = dataset_prefix(prepared.manifest.name, prepared.manifest.dataset_id)
         manifest = commit_bundle(store, prefix, prepared.directory, prepared.manifest)
         keep_fetched(store, prepared.manifest, manifest, prepared.directory, dataset_cache(manifest.dataset_id))

@@ -32,7 +32,7 @@ from relora_train.corpus.meter import Meter, OnProgress
 from relora_train.corpus.overlap import ngram_overlap
 from relora_train.corpus.selection import Selection
 from relora_train.corpus.shards import ShardPlan, ShardRecord, write_shards
-from relora_train.corpus.staging import StagedCorpus, read_pieces, read_sample, stage_documents
+from relora_train.corpus.staging import DOCUMENT_BYTES, StagedCorpus, read_pieces, read_sample, stage_both_sides
 from relora_train.durable import write_durably
 from relora_train.errors import CorpusEmptyError, CorpusTooSmallError, TrainerInterruptedError
 from relora_train.launch import PARENT_PIPE_VARIABLE
@@ -157,12 +157,14 @@ def _prepare(found: DatasetInputs | ImageInputs, home: Path, on_progress: OnProg
 def _prepare_text(found: DatasetInputs, home: Path, on_progress: OnProgress) -> DatasetManifest:
     data, directory, staged_directory = found.data, home / "dataset", home / "staged"
     reading = Meter("read", found.source.size_bytes, on_progress)
-    corpus = stage_documents(
+    corpus = stage_both_sides(
         found.read_documents(reading.advance),
+        found.read_documents,
         staged_directory,
         validation_fraction=data.validation_fraction,
         range_bytes=data.shard_tokens,
         markers=1 + len(found.bos_ids),
+        held_out=found.read_held_out() if data.validation_paths else None,
     )
     reading.tell()
     _check_both_splits(corpus, data)
@@ -188,8 +190,8 @@ def _check_both_splits(corpus: StagedCorpus, data: DataConfig) -> None:
         side = "training" if train == 0 else "validation"
         raise CorpusTooSmallError(
             f"Dataset {data.name!r} has {train + val} documents and none of them falls into the {side} part, with "
-            f"data.validation_fraction {data.validation_fraction}: whole documents are held out, chosen by a hash. "
-            "Give more documents, cut long files into documents (JSON lines), or change data.validation_fraction."
+            f"data.validation_fraction {data.validation_fraction}, though few are cut to {DOCUMENT_BYTES:,} bytes. "
+            "Give more text, or name held-out files in data.validation_paths."
         )
 
 
@@ -261,6 +263,7 @@ def _manifest(
             "validation_13gram_overlap": round(overlap, 4),
             "tokens_per_byte": round((tokens["train"] + tokens["val"]) / text_bytes, 4),
             "engine": plan.engine,
+            **({"split_note": corpus.split_note} if corpus.split_note else {}),
             "megabytes_per_second": round(megabytes_per_second, 2),
             **source_record(found.data.source, found.source.files),
         },

@@ -15,7 +15,7 @@ import sysconfig
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -47,6 +47,9 @@ class Source:
     revision: str = ""
     """Commit of a hub dataset."""
 
+    held_out: tuple[SourceFile, ...] = ()
+    """Of data.validation_paths."""
+
     @property
     def size_bytes(self) -> int | None:
         """Bytes that reading will go through; None where that is unknown beforehand."""
@@ -63,7 +66,13 @@ def resolve_source(data: DataConfig, cache_directory: Path | None = None) -> Sou
         names = {"hub_id": data.hub_id, "config": data.hub_config, "split": data.hub_split}
         return Source(data, {"format": "hub", **names, "revision": revision}, (), revision)
     files = _stdlib_files() if data.source == "python-stdlib" else find_files(data.paths, data.source, cache_directory)
-    return Source(data, identify(data.source, files), tuple(files))
+    held_out: tuple[SourceFile, ...] = ()
+    if data.validation_paths:
+        try:
+            held_out = tuple(find_files(data.validation_paths, data.source, cache_directory))
+        except SourceUnreadableError as error:
+            raise SourceUnreadableError(str(error).replace("data.paths", "data.validation_paths")) from None
+    return Source(data, identify(data.source, files), tuple(files), held_out=held_out)
 
 
 def identify(kind: str, files: Sequence[SourceFile]) -> dict[str, Any]:
@@ -93,6 +102,12 @@ def read_documents(source: Source, advance: Advance = lambda size: None) -> Iter
                 "no encoding can hold. Repair or remove that document."
             ) from None
         yield text
+
+
+def read_held_out(source: Source) -> Iterator[str]:
+    """The texts of data.validation_paths, all of them, as read_documents."""
+    data = source.data.model_copy(update={"max_documents": None})
+    return read_documents(replace(source, data=data, files=source.held_out))
 
 
 def _located_documents(source: Source, advance: Advance) -> Iterator[tuple[str, str]]:

@@ -9,7 +9,7 @@ a single space between two other characters, where no byte-level BPE has a token
 between any two characters. Pieces of a document follow one another and only the last is followed by the separator.
 
 A document goes to validation by a hash of its normalised text: lower case, ASCII white space removed. Documents that
-differ in nothing else land on the same side.
+differ in nothing else land on the same side. Where that leaves a side empty, `side_for` moves the nearest one there.
 """
 
 from __future__ import annotations
@@ -19,8 +19,10 @@ import json
 import re
 import shutil
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Literal, Self
 
@@ -30,6 +32,9 @@ from relora_train.durable import write_durably
 from relora_train.errors import DataError
 
 PIECE_BYTES = 1 << 18
+DOCUMENT_BYTES = 8192
+"""Of documents that long ones are cut into, where there are too few to hold some out."""
+
 SPLIT_RULE = "blake2b-64 of the text in lower case without ASCII white space"
 _INDEX_NAME = "index.json"
 _SAMPLE_NAME = "sample.json"
@@ -39,6 +44,8 @@ _SINGLE_SPACE = re.compile(r"(?<=\S) (?=\S)")
 _COUNTED_DIGESTS = 1 << 18
 
 Split = Literal["train", "val"]
+Side = Callable[[int], Split]
+"""The side a document's digest puts it on."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +78,9 @@ class StagedCorpus:
     duplicate_documents: int
     """Documents whose normalised text was seen before; an estimate above a quarter of a million documents."""
 
+    split_note: str = ""
+    """What was done about a side that the split rule left empty."""
+
     def documents(self, split: Split) -> int:
         return sum(staged.documents for staged in self.ranges if staged.split == split)
 
@@ -89,6 +99,25 @@ def split_of(digest: int, validation_fraction: float) -> Split:
     return "val" if digest < validation_fraction * 2.0**64 else "train"
 
 
+def side_for(digests: Iterable[int], validation_fraction: float) -> Side:
+    """Return the split rule, changed only where it leaves a side empty: the document nearest to that side goes there.
+
+    With fewer than two different documents nothing can be moved.
+    """
+    known = sorted(set(digests))
+    if len(known) > 1 and split_of(known[0], validation_fraction) == "train":
+        return lambda digest: "val" if digest == known[0] else "train"
+    if len(known) > 1 and split_of(known[-1], validation_fraction) == "val":
+        return lambda digest: "train" if digest == known[-1] else "val"
+    return lambda digest: split_of(digest, validation_fraction)
+
+
+def cut_long_documents(documents: Iterable[str]) -> Iterator[str]:
+    """The texts as documents of at most DOCUMENT_BYTES."""
+    for text in documents:
+        yield from (piece.decode() for piece in cut_into_pieces(text, DOCUMENT_BYTES))
+
+
 def cut_into_pieces(text: str, limit_bytes: int) -> Iterator[bytes]:
     """The text as UTF-8 in pieces of at most `limit_bytes`; joined, they are the text."""
     encoded = text.encode()
@@ -104,11 +133,20 @@ def cut_into_pieces(text: str, limit_bytes: int) -> Iterator[bytes]:
 
 
 def stage_documents(
-    documents: Iterable[str], directory: Path, *, validation_fraction: float, range_bytes: int, markers: int = 1
+    documents: Iterable[str],
+    directory: Path,
+    *,
+    validation_fraction: float,
+    range_bytes: int,
+    markers: int = 1,
+    side: Side | None = None,
+    split_note: str = "",
+    held_out: Iterable[str] = (),
 ) -> StagedCorpus:
     """Write all documents to `directory` as ranges, then its index; empty ones are left out.
 
-    markers: tokens around a document that are not its text.
+    markers: tokens around a document that are not its text. side, split_note: another rule than split_of, and why.
+    held_out: documents that go to validation whatever the rule says.
     A directory whose index is there is complete and used as it is. Staging that was interrupted begins anew.
     """
     if (directory / _INDEX_NAME).is_file():
@@ -120,20 +158,62 @@ def stage_documents(
     duplicates, empty = _DuplicateCounter(), 0
     sample: list[str] = []
     with train, val:
-        for text in documents:
+        given = chain(((text, False) for text in documents), ((text, True) for text in held_out))
+        for text, is_held_out in given:
             if not text:
                 empty += 1
                 continue
             digest = split_digest(text)
             duplicates.add(digest)
-            writer = train if split_of(digest, validation_fraction) == "train" else val
+            goes_to = "val" if is_held_out else side(digest) if side else split_of(digest, validation_fraction)
+            writer = train if goes_to == "train" else val
             writer.add(text)
             if len(sample) < _SAMPLE_DOCUMENTS:
                 sample.append(text[:_SAMPLE_CHARACTERS])
-    corpus = StagedCorpus((*train.ranges, *val.ranges), empty, duplicates.estimate)
+    corpus = StagedCorpus((*train.ranges, *val.ranges), empty, duplicates.estimate, split_note)
     write_durably(directory / _SAMPLE_NAME, json.dumps(sample).encode())
     write_durably(directory / _INDEX_NAME, json.dumps(asdict(corpus)).encode())
     return corpus
+
+
+def stage_both_sides(
+    documents: Iterable[str],
+    read_again: Callable[[], Iterable[str]],
+    directory: Path,
+    *,
+    validation_fraction: float,
+    range_bytes: int,
+    markers: int,
+    held_out: Iterable[str] | None = None,
+) -> StagedCorpus:
+    """Stage by the split rule; if it leaves a side empty, again with one document moved there, cut first where few.
+
+    Few are fewer than the rule needs to expect one on each side. What the rule splits is staged as ever. held_out: the
+    validation part, instead of the rule.
+    """
+    stage = partial(
+        stage_documents,
+        directory=directory,
+        validation_fraction=validation_fraction,
+        range_bytes=range_bytes,
+        markers=markers,
+    )
+    if held_out is not None:
+        return stage(documents, side=lambda digest: "train", held_out=held_out)
+    corpus = stage(documents)
+    sizes = corpus.documents("train"), corpus.documents("val")
+    if sum(sizes) == 0 or 0 not in sizes:
+        return corpus
+    few = sum(sizes) * min(validation_fraction, 1 - validation_fraction) < 1
+    done = f"documents were cut to {DOCUMENT_BYTES:,} bytes" if few else "the document nearest to that side was moved"
+    note = f"The split rule leaves a side of {sum(sizes)} documents empty, so {done}"
+
+    def read() -> Iterable[str]:
+        return cut_long_documents(read_again()) if few else read_again()
+
+    side = side_for((split_digest(text) for text in read() if text), validation_fraction)
+    shutil.rmtree(directory)
+    return stage(read(), side=side, split_note=note)
 
 
 def read_pieces(directory: Path, staged: StagedRange) -> Iterator[tuple[str, bool]]:

@@ -147,6 +147,11 @@ def prepare_next(run: Run, plan: RetrainPlan, *, on_event: OnEvent) -> DatasetOu
     """
     try:
         outcome = prepare_or_reuse(run, on_event=on_event, corpus=plan.corpus)
+        if note := outcome.dataset.manifest.statistics.get("split_note"):
+            raise CorpusTooSmallError(
+                f"Series {plan.series!r} needs documents of which the split rule holds some out: {note}. Give more "
+                "documents, or cut long files into documents (JSON lines)."
+            )
     except (CorpusEmptyError, CorpusTooSmallError) as error:
         if plan.parent is None:
             raise
@@ -282,6 +287,11 @@ def _decision_of(store: ObjectStore, series: str, change: Change, pending: Pendi
 
 
 def _refuse_other_split(settings: Profile, data: SeriesData) -> None:
+    if settings.data.validation_paths:
+        raise ConfigError(
+            "A series scores on what the split rule holds out of its new documents, so data.validation_paths does not "
+            "go with it. Leave it out, or train with `relora run`."
+        )
     ours = settings.data.validation_fraction
     if data.validation_fraction not in (None, ours):
         raise ConfigError(

@@ -50,6 +50,9 @@ class DataConfig(FrozenConfig):
     paths: tuple[Address, ...] = ()
     """Files, directories, globs or s3:// prefixes, for text, jsonl, parquet and idx; a file counts once."""
 
+    validation_paths: tuple[Address, ...] = ()
+    """Files to hold out, named like `paths` and read alike; then all of `paths` is trained on."""
+
     hub_id: Address | None = None
     """Dataset on the hub, for source 'hub'."""
 
@@ -89,6 +92,12 @@ class DataConfig(FrozenConfig):
             raise ValueError(f"source {self.source!r} needs paths")
         if self.source == "hub" and not self.hub_id:
             raise ValueError("source 'hub' needs hub_id")
+        return self
+
+    @model_validator(mode="after")
+    def held_out_files_are_text(self) -> Self:
+        if self.validation_paths and self.source not in ("text", "jsonl", "parquet"):
+            raise ValueError(f"source {self.source!r} takes no validation_paths; text, jsonl and parquet do")
         return self
 
     @model_validator(mode="after")
