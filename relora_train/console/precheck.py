@@ -26,7 +26,8 @@ def check_inputs(profile: Profile, *, resumed: bool = False) -> str | None:
     paths = (*profile.data.paths, *profile.data.validation_paths)
     if profile.data.source == "hub" or any("://" in path for path in paths):
         return None
-    tokenizer = facts_of(profile).tokenizer()
+    tokenizer = profile.tokenizer if resumed else facts_of(profile).tokenizer()  # a checkpoint brings its own
     if tokenizer.path and not Path(tokenizer.path).expanduser().exists():
         return None  # perhaps on a hub
-    return describe_dataset(profile.data, tokenizer)[0]
+    dataset_id, _ = describe_dataset(profile.data, tokenizer)
+    return None if resumed else dataset_id
