@@ -534,13 +534,16 @@ def test_a_commit_that_crashed_anywhere_is_completed_by_the_next(fresh, files, t
 def test_a_prune_that_crashed_anywhere_is_completed_by_the_next(fresh, files, monkeypatch):
     dead_holders(monkeypatch)
     template = fresh()
-    litter(template, straight_run(template, files, cycles=1))
+    refs = straight_run(template, files, cycles=1)
+    litter(template, refs)
 
     def prepared() -> ObjectStore:
         return copied(template, fresh)
 
     def check(store: ObjectStore, operations: list[str]) -> None:
         run = CheckpointStore(store, "run")
+        left = {info.key.removeprefix(f"{refs[0].prefix}/") for info in store.list(f"{refs[0].prefix}/")}
+        assert "claim.json" in left or left == {"deleted.json"}, "a name was free while files lay under it"
         assert run.latest().manifest.stage == "cycle-1"
         for ref in run.list():
             run.verify(ref)
