@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -145,10 +146,15 @@ def _draw_seed(seed: int, step: int, micro_step: int, rank: int) -> int:
 
 
 class MasterWeights(MutableMapping[str, Tensor]):
-    """float32 weights by name: the parent checkpoint's until overwritten, read from disk one at a time."""
+    """float32 weights by name: the parent checkpoint's until overwritten, read from disk one at a time.
 
-    def __init__(self, names: list[str], read: Callable[[str], Tensor]) -> None:
+    One that is overwritten goes to the disk too: all merged ones together are as large as the model. Its file in
+    `scratch` has no name any more, so nothing of it outlives the process.
+    """
+
+    def __init__(self, names: list[str], read: Callable[[str], Tensor], scratch: Path) -> None:
         self._names, self._read = set(names), read
+        self._scratch = scratch if scratch.is_dir() else None  # on a machine beside the flow's: the system's own
         self._written: dict[str, Tensor] = {}
 
     def __getitem__(self, name: str) -> Tensor:
@@ -157,7 +163,15 @@ class MasterWeights(MutableMapping[str, Tensor]):
         return self._written[name] if name in self._written else self._read(name)
 
     def __setitem__(self, name: str, value: Tensor) -> None:
-        self._written[name] = value
+        value = value.detach().cpu().contiguous()
+        if not value.numel():  # a rank without a row of it: an empty file cannot be mapped
+            self._written[name] = value
+            return
+        with tempfile.NamedTemporaryFile(dir=self._scratch) as file:
+            file.write(value.view(-1).view(torch.uint8).numpy().data)
+            file.flush()
+            mapped = torch.from_file(file.name, shared=False, size=value.numel(), dtype=value.dtype)
+        self._written[name] = mapped.view(value.shape)
 
     def __delitem__(self, name: str) -> None:
         raise TypeError("a master weight cannot be removed")
@@ -241,7 +255,7 @@ def _whole_model(
     if request.stage.low_rank:
         _wrap(model, request, layer_ranks=_layer_ranks(request, model, manifest))
         if request.profile.precision.computes_in_bfloat16:
-            masters = _round_frozen_weights(model, parent)
+            masters = _round_frozen_weights(model, parent, request.output_directory.parent)
     return model, masters
 
 
@@ -267,12 +281,15 @@ def _sharded_model(
     exact = shard_model(model, rows_of, ranks, keep=() if parent is not None else rounded)
     if request.stage.low_rank:
         reinit(model, seed=profile.seed, cycle=request.stage.cycle)
-    return model, _sharded_masters(model, rounded, exact, rows_of) if rounded else None
+    scratch = request.output_directory.parent
+    return model, _sharded_masters(model, rounded, exact, rows_of, scratch) if rounded else None
 
 
-def _sharded_masters(model: nn.Module, rounded: list[str], exact: dict[str, Tensor], rows_of: RowsOf) -> MasterWeights:
+def _sharded_masters(
+    model: nn.Module, rounded: list[str], exact: dict[str, Tensor], rows_of: RowsOf, scratch: Path
+) -> MasterWeights:
     parameters = dict(model.named_parameters())
-    return MasterWeights(rounded, lambda name: exact[name] if exact else rows_of((name,), parameters[name]))
+    return MasterWeights(rounded, lambda name: exact[name] if exact else rows_of((name,), parameters[name]), scratch)
 
 
 def _layer_ranks(request: StageRequest, model: nn.Module, manifest: DatasetManifest) -> dict[str, int] | None:
@@ -332,7 +349,7 @@ def _start(request: StageRequest) -> TrainingState:
     return parent.model_copy(update=update)
 
 
-def _round_frozen_weights(model: nn.Module, parent: Path | None) -> MasterWeights:
+def _round_frozen_weights(model: nn.Module, parent: Path | None, scratch: Path) -> MasterWeights:
     """Hold the wrapped weights in bfloat16; the exact ones stay in the parent's files, or else in memory."""
     in_memory: dict[str, Tensor] = {}
     names = []
@@ -351,7 +368,7 @@ def _round_frozen_weights(model: nn.Module, parent: Path | None) -> MasterWeight
             raise KeyError(name)
         return tensor
 
-    return MasterWeights(names, read)
+    return MasterWeights(names, read, scratch)
 
 
 def _optimizer(request: StageRequest, stage: Stage, model: nn.Module) -> torch.optim.AdamW:
