@@ -330,6 +330,23 @@ def test_a_reused_pid_is_another_process():
     assert ours.model_copy(update={"host": "elsewhere"}).is_alive() is None
 
 
+def test_a_holder_counts_from_before_it_asked(monkeypatch):
+    """An answer that took longer than the lease grants nothing: a waiter may have taken over meanwhile."""
+    now, puts = [0.0], []
+
+    class Slow(MemoryStore):
+        def put_bytes(self, key, data, **conditions):
+            puts.append(key)
+            now[0] += 61
+            return super().put_bytes(key, data, **conditions)
+
+    monkeypatch.setattr("relora_train.lease._seconds", lambda: now[0])
+    with hold_run(Slow(), "run", ttl_seconds=60) as lease:
+        for asked in (2, 3):  # the first answer was late, and so was that of the renewal
+            lease.check()
+            assert len(puts) == asked
+
+
 def test_a_damaged_lease_is_nobody_s_and_said_so():
     store = memory()
     store.put_bytes(lease_key("run"), b"{}")
