@@ -256,6 +256,19 @@ def test_the_store_is_asked_once_a_ttl_and_not_before_every_write(clock):
     assert renewals == [0, 0, 1, 1, 1, 2]
 
 
+def test_who_was_replaced_is_told_by_whom_and_overwrites_nothing(clock):
+    store, key = MemoryStore(), lease_key("run")
+    with hold_run(store, "run", ttl_seconds=600) as lease:
+        record = read_lease(store, key)[0]
+        other = record.holder.model_copy(update={"host": "elsewhere", "nonce": "other"})
+        store.put_bytes(key, record.model_copy(update={"holder": other}).to_bytes())
+        clock[0] += 601
+        with pytest.raises(RunInUseError, match=r"lost memory:.* on elsewhere holds it since"):
+            lease.check()
+        assert lease.is_lost
+    assert read_lease(store, key)[0].holder == other and not read_lease(store, key)[0].released
+
+
 @pytest.mark.parametrize("found", [None, "released"])
 def test_who_was_overtaken_between_looking_and_writing_looks_again(found):
     """By one that lives: the lease is the other's, whatever was seen of it before."""
