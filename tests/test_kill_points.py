@@ -167,6 +167,8 @@ def test_a_second_kill_on_another_machine_leaves_nothing_of_either(flows: Flows)
     first = f"os.link {place}/.tmp-* -> {place}/manifest.json #1"
     second = f"os.remove {place}/config.json #1"
     assert flows.live(flows.order(trial, die_at=first)) == -signal.SIGKILL
+    kept = [info.key for info in open_store(flows.stores(trial)).list(f"runs/{RUN}/snapshots/")]
+    assert any(key.endswith("manifest.json") for key in kept), "snapshots went before their stage was committed"
     assert flows.live(flows.order(trial, machine="two", die_at=second)) == -signal.SIGKILL
     assert not verify_run(open_store(flows.stores(trial)), RUN).is_clean
     assert flows.live(flows.order(trial, machine="two")) == 0
