@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from relora_train.errors import ModelUnsuitableError
+from relora_train.errors import ModelNotFoundError, ModelUnsuitableError
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,36 @@ class LoadedAs:
 
 CAUSAL_LM = LoadedAs("AutoModelForCausalLM", ("ForCausalLM", "LMHead"))
 IMAGE_CLASSIFIER = LoadedAs("AutoModelForImageClassification", ("ForImageClassification",))
+
+
+def read_config(directory: Path, kind: LoadedAs, *, key: str) -> int:
+    """Return the number that the config.json of a local model has under `key`.
+
+    Raises ModelNotFoundError for a directory without such a file or without safetensors, and as check_config.
+    """
+    place = f"model.pretrained {str(directory)!r}"
+    try:
+        config = json.loads((directory / "config.json").read_bytes())
+    except OSError:
+        raise ModelNotFoundError(
+            f"{place} has no config.json, so it is no model of transformers. Correct the path."
+        ) from None
+    except ValueError as error:
+        raise ModelNotFoundError(f"{directory / 'config.json'} is not JSON: {error}. Copy the model again.") from None
+    try:
+        check_config(config, directory, kind)
+        number = int(config[key])
+    except (KeyError, TypeError, ValueError):
+        raise ModelNotFoundError(
+            f"{place} has a config.json without {key}, so it is no model that transformers loads for this objective. "
+            "Correct the path."
+        ) from None
+    if not any(directory.glob("*.safetensors")):
+        raise ModelNotFoundError(
+            f"{place} holds no weights in safetensors, and others are never loaded: pickles can run code. Load the "
+            "model with transformers where you trust it, and give what save_pretrained writes."
+        )
+    return number
 
 
 def check_config(config: Mapping[str, Any], where: str | Path, kind: LoadedAs, *, made_as: str | None = None) -> None:

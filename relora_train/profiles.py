@@ -104,10 +104,9 @@ def _validate(settings: dict[str, Any], path: Path, sources: Mapping[str, str]) 
     except ValidationError as error:
         faults = tuple(_describe(fault, sources) for fault in error.errors())
         shown = "\n".join(f"  - {fault}" for fault in faults)
-        made_by = [_origin(fault, sources) for fault in error.errors()]
-        # What ships is right by itself, so a contradiction without one origin is made by what is set over it.
-        over = [origin for origin in made_by if origin] or (list(sources.values()) if path in list_profiles() else [])
-        in_file = not over or (None in made_by and path not in list_profiles())
+        shipped = path in list_profiles()
+        over = [maker for fault in error.errors() for maker in _makers(fault, sources, shipped=shipped)]
+        in_file = not over or (not shipped and not all(_origin(fault, sources) for fault in error.errors()))
         places = [*dict.fromkeys(over), *([str(path)] if in_file else [])]
         refusal = ProfileInvalidError(
             f"{path} {'' if in_file else 'with what is set over it '}has {len(faults)} "
@@ -123,6 +122,8 @@ def _describe(fault: ErrorDetails, sources: Mapping[str, str]) -> str:
     message = fault["msg"].removeprefix("Value error, ")
     if fault["type"] == "extra_forbidden":
         message = f"no such setting{_suggest(fault['loc'])}"
+    elif fault["type"] == "tuple_type":
+        message = f'needs a list, such as {fault["loc"][-1]} = ["…"] (got {fault["input"]!r})'
     elif fault["type"] not in ("value_error",):
         message = f"{message} (got {fault['input']!r})"
     origin = _origin(fault, sources)
@@ -135,6 +136,15 @@ def _origin(fault: ErrorDetails, sources: Mapping[str, str]) -> str | None:
     field = ".".join(str(part) for part in fault["loc"])
     setters = [source for key, source in sources.items() if f"{field}.".startswith(f"{key}.")]
     return setters[-1] if setters else None
+
+
+def _makers(fault: ErrorDetails, sources: Mapping[str, str], *, shipped: bool) -> list[str]:
+    """The overrides that may have made a fault. A shipped file is right by itself: they made each contradiction."""
+    if origin := _origin(fault, sources):
+        return [origin]
+    section = ".".join(str(part) for part in fault["loc"])
+    within = [source for key, source in sources.items() if key.startswith(f"{section}.")]
+    return (within or list(sources.values())) if shipped else []
 
 
 def _suggest(location: tuple[int | str, ...]) -> str:

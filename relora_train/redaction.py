@@ -14,6 +14,14 @@ A regular expression of Python and of JSON Schema. A '?' alone is a glob's; writ
 """
 
 
+_SHOWN = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*://)[^\s'\"]*@|(?<=://)([^\s'\"?]*)\?[A-Za-z0-9_.%-]+=[^\s'\"]*")
+
+
+def masked(text: str) -> str:
+    """Return a text in which no address with a scheme shows a user name, password or query."""
+    return _SHOWN.sub(lambda found: found[1] or found[2], text)
+
+
 def refuse_secrets(address: str) -> str:
     """Return an address of a store, file, checkpoint or hub entry that holds no credentials; else raise ConfigError."""
     if re.search(ADDRESS_WITH_SECRETS, address):

@@ -221,7 +221,9 @@ def _parsed(json_text: str, name: str) -> Tokenizer:
     try:
         return Tokenizer.from_str(json_text)
     except Exception as error:  # the Rust side raises bare Exception
-        raise TokenizerError(f"{name} is not a tokenizer.json that `tokenizers` reads: {error}.") from None
+        raise TokenizerError(
+            f"The {TOKENIZER_FILE} of {name} cannot be read: {str(error).strip(' .')}. Copy it again. {_ANOTHER}"
+        ) from None
 
 
 def _usual_eos_token(json_text: str, config_text: str | None, name: str) -> str:
@@ -315,7 +317,6 @@ def _converted(path: str, revision: str | None) -> str:
         backend = AutoTokenizer.from_pretrained(path, revision=revision).backend_tokenizer
     except Exception as error:  # converters raise whatever they meet
         raise TokenizerError(
-            f"{path} holds no {TOKENIZER_FILE} and transformers makes none of it: {type(error).__name__}: "
-            f"{str(error).splitlines()[0]} {_ANOTHER}"
+            f"{path} holds no {TOKENIZER_FILE}, and no other files from which transformers makes one. {_ANOTHER}"
         ) from error
     return str(backend.to_str())

@@ -145,6 +145,24 @@ def test_quantised_weights_are_refused_before_any_is_read(changes: dict[str, Any
             look(directory)
 
 
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        (None, "has no config.json"),
+        ("{", r"config\.json is not JSON: Expecting property name"),
+        ("[]", "without vocab_size"),
+        ('{"vocab_size": "many"}', "without vocab_size"),
+        ('{"vocab_size": 4096}', "no weights in safetensors"),
+    ],
+)
+def test_a_directory_that_holds_no_model_is_refused_for_its_own_reason(config: str | None, said: str, tmp_path: Path):
+    (tmp_path / "pytorch_model.bin").touch()
+    if config is not None:
+        (tmp_path / "config.json").write_text(config)
+    with pytest.raises(ModelNotFoundError, match=said):
+        facts_of(causal(tmp_path)).check_pretrained()
+
+
 def classifier() -> PreTrainedModel:
     return LlamaForSequenceClassification(tiny_llama().config)
 

@@ -115,6 +115,16 @@ def test_a_fault_is_to_be_corrected_where_it_was_made(tmp_path):
     )
 
 
+def test_a_contradiction_is_to_be_corrected_in_what_was_set_in_its_section():
+    message = refusal("smoke", "relora.rank=4", "data.source=text", "data.paths=[]", "seed=3")
+    assert "source 'text' needs paths" in message
+    assert "Correct --set data.source, --set data.paths and run again" in message
+
+
+def test_a_list_is_asked_for_by_the_name_that_toml_has_for_it():
+    assert "data.paths: needs a list, such as paths = [\"…\"] (got 'a.txt')" in refusal("smoke", "data.paths=a.txt")
+
+
 def test_a_contradiction_between_sections_is_a_fault_of_the_profile():
     message = refusal("smoke", "relora.rank=65")
     assert "has 1 fault:" in message and "Correct --set relora.rank and run" in message

@@ -234,6 +234,23 @@ def test_commands_refuse_credentials_in_an_address_before_prefect_starts(
         assert "hunter2" not in said.err + said.out
 
 
+@pytest.mark.parametrize("command", [
+    ["run", "smoke", "--set", "s3://KEY:{}@b/x"], ["run", "smoke", "--set", "data.source=s3://KEY:{}@b/x"],
+    ["run", "smoke", "--set", "data.source=text", "--set", "data.paths=s3://KEY:{}@b/x"],
+    ["run", "smoke", "--run-id", "s3://KEY:{}@b/x"], ["series", "s3://KEY:a/{}@b/x"],
+    ["run", "smoke", "--set", "https://b/x?X-Amz-Signature={}&a=b"],
+])  # fmt: skip
+def test_an_address_in_a_wrong_place_is_shown_without_its_credentials(
+    command: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        main([part.format("hunter2") for part in command])
+    said = capsys.readouterr()
+    assert ended.value.code == 2 and "://b/x" in said.err
+    assert "hunter2" not in said.err + said.out
+
+
 # --- names from a store ---
 
 HOSTILE_PATHS = [

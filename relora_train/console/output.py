@@ -16,6 +16,7 @@ from rich.segment import Segment
 from rich.text import Text
 
 from relora_train.errors import ConfigError
+from relora_train.redaction import masked
 from relora_train.workspace import cache_root
 
 _COLUMNS_WITHOUT_TERMINAL = 100
@@ -50,13 +51,13 @@ def say(message: str) -> None:
 
 
 def tell(message: str) -> None:
-    """One message on standard error; its text is shown as it is, brackets included."""
-    _print(Text(message))
+    """One message on standard error; its text is shown as it is, brackets included, but for credentials."""
+    _print(Text(masked(message)))
 
 
 def complain(message: str) -> None:
-    """The message with which a command fails."""
-    _print(Text.assemble(("Error: ", "bold red"), message))
+    """The message with which a command fails. It shows no credentials of an address that was given in a wrong place."""
+    _print(Text.assemble(("Error: ", "bold red"), masked(message)))
 
 
 class Warnings(logging.Handler):

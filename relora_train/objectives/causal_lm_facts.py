@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from relora_train.config import Profile
-from relora_train.errors import ModelNotFoundError, VocabularyMismatchError
+from relora_train.errors import VocabularyMismatchError
 from relora_train.model_shape import ModelShape, llama_of_profile
-from relora_train.pretrained_config import CAUSAL_LM, check_config
+from relora_train.pretrained_config import CAUSAL_LM, read_config
 from relora_train.settings.data import TokenizerConfig
 
 
@@ -41,15 +40,7 @@ class CausalLMFacts:
         directory = Path(profile.model.pretrained).expanduser() if profile.model.pretrained else None
         if directory is None or not directory.is_dir():
             return
-        try:
-            config = json.loads((directory / "config.json").read_bytes())
-            check_config(config, directory, CAUSAL_LM)
-            rows = int(config["vocab_size"])
-        except (OSError, ValueError, KeyError, TypeError):
-            raise ModelNotFoundError(
-                f"model.pretrained {str(directory)!r} has no config.json that names a vocab_size, so it is no model of "
-                "transformers. Correct the path."
-            ) from None
+        rows = read_config(directory, CAUSAL_LM, key="vocab_size")
         tokenizer = self.tokenizer()
         entries = tokenizer.vocab_size
         if tokenizer.path is not None:

@@ -6,14 +6,12 @@ token mean for images what they mean for text. The class token, which the model 
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from relora_train.config import Profile
-from relora_train.errors import ModelNotFoundError
 from relora_train.model_shape import ModelShape, vit
-from relora_train.pretrained_config import IMAGE_CLASSIFIER, check_config
+from relora_train.pretrained_config import IMAGE_CLASSIFIER, read_config
 from relora_train.settings.data import TokenizerConfig
 
 CLASS_TOKENS = 1
@@ -58,12 +56,4 @@ class ImageFacts:
         directory = Path(self.profile.model.pretrained).expanduser() if self.profile.model.pretrained else None
         if directory is None or not directory.is_dir():
             return
-        try:
-            config = json.loads((directory / "config.json").read_bytes())
-            check_config(config, directory, IMAGE_CLASSIFIER)
-            config["image_size"]
-        except (OSError, ValueError, KeyError, TypeError):
-            raise ModelNotFoundError(
-                f"model.pretrained {str(directory)!r} has no config.json that names an image_size, so it is no model "
-                "of images that transformers knows. Correct the path."
-            ) from None
+        read_config(directory, IMAGE_CLASSIFIER, key="image_size")
