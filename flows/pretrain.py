@@ -23,6 +23,7 @@ from tasks.check import check_model
 from tasks.evaluate import evaluate_checkpoint
 from tasks.limits import device_slot, require_limit
 from tasks.observe import done
+from tasks.presence import present
 from tasks.report import write_report
 from tasks.store import open_run_store, resolve_parent
 from tasks.tokenize import tokenize
@@ -61,6 +62,7 @@ def pretrain(
     stages = until(stop_after, planned)
     depends_on = [parent.uri] if parent else ()
     with (
+        present(),
         hold_run(open_store(store_uri), run_id, depends_on=depends_on) as lease,
         kept_worker() as worker,
         publishing(open_store(store_uri)) as publisher,

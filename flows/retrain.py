@@ -29,6 +29,7 @@ from tasks.check import check_model
 from tasks.evaluate import evaluate_checkpoint
 from tasks.limits import device_slot, require_limit
 from tasks.observe import done
+from tasks.presence import present
 from tasks.report import write_report
 from tasks.series import (
     begin_training,
@@ -90,6 +91,7 @@ def retrain(
             lease = held.enter_context(hold_series(open_store(store_uri), series))
         except RunInUseError as error:
             return tell_already_running(series, store_uri, error)
+        held.enter_context(present())
         plan = look_for_new_data(series, store_uri, settings, options, lease)
         if plan is None:
             return tell_outcome(summarize_nothing_new(open_store(store_uri), series))

@@ -1,7 +1,7 @@
 """Wait for a device that several runs share: one slot of a global concurrency limit of Prefect.
 
 A slot is a lease on the server. Guarantees:
-1. A run that is killed gives its slot back: at once when the server knows of its end, else after _LEASE_SECONDS.
+1. A run that is killed gives its slot back: soon after the server knows of its end, else after _LEASE_SECONDS.
 2. A server that is away ends no training. Up to _LEASE_SECONDS the slot is kept as well.
 Both need a server that keeps leases in files. In its memory a restart loses them, and their slots stay taken:
 require_limit warns, and the next run that waits frees them once no other run of that server is going on.
@@ -35,6 +35,7 @@ from prefect.exceptions import ObjectNotFound
 from prefect.states import Running
 
 from relora_train.errors import ConfigError
+from tasks.presence import LOOK_SECONDS
 
 WAITING = "WaitingForSlot"
 """Name of a flow run's state, of type Running, while it waits."""
@@ -50,6 +51,9 @@ _TELL_SECONDS = 600.0
 _STOP_SECONDS = 5.0  # a cancelled run is killed after 30
 _EMPTY_LOOKS = 3
 """A run that has just got its slot says so within one look."""
+
+_GRACE = timedelta(seconds=3 * LOOK_SECONDS)
+"""A run that was marked Crashed by mistake has said so by then."""
 
 _log = logging.getLogger("relora_train.limits")
 
@@ -180,8 +184,9 @@ def _release(client: SyncPrefectClient, limit: str, lease: UUID) -> None:
 
 def _release_slots_of_ended_runs(client: SyncPrefectClient, limit: str) -> bool:
     """Release what runs hold of whose end the server knows; True if a slot may be free now."""
-    recently = datetime.now(UTC) - timedelta(seconds=2 * _LEASE_SECONDS)
-    over = _runs(client, TERMINAL_STATES, end_time=FlowRunFilterEndTime(after_=recently))
+    now = datetime.now(UTC)
+    recent = FlowRunFilterEndTime(after_=now - timedelta(seconds=2 * _LEASE_SECONDS), before_=now - _GRACE)
+    over = _runs(client, TERMINAL_STATES, end_time=recent)
     return sum(_release_slot_of(client, run, limit) for run in over) > 0
 
 

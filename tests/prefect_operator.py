@@ -122,7 +122,7 @@ class Operator:
         request = urllib.request.Request(f"{self.api_url}{path}", data=data, headers=headers, method=method)
         for seconds in (1, 2, 4, 8, 16, None):  # Prefect's own client asks a busy server again, too
             try:
-                with urllib.request.urlopen(request, timeout=30) as response:
+                with urllib.request.urlopen(request, timeout=120) as response:
                     return json.loads(response.read() or b"null")
             except urllib.error.HTTPError as error:
                 if error.code != 503 or seconds is None:

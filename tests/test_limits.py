@@ -7,6 +7,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from uuid import UUID
 
 import pytest
@@ -43,6 +44,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SyncPrefectClie
 @pytest.fixture
 def client(server: SyncPrefectClient, monkeypatch: pytest.MonkeyPatch) -> SyncPrefectClient:
     monkeypatch.setattr(limits, "_POLL_SECONDS", 0.1)
+    monkeypatch.setattr(limits, "_GRACE", timedelta(0))
     server.update_global_concurrency_limit("gpu", GlobalConcurrencyLimitUpdate(active_slots=0))
     return server
 
