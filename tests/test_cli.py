@@ -25,6 +25,7 @@ from synthetic_run import commit_run, evaluation_of, synthetic_profile
 
 from relora_train.checkpoint_store import CheckpointRef
 from relora_train.cli import app, main
+from relora_train.console.local_flow import TerminatedError, _termination_raises
 from relora_train.console.output import describe_fault
 from relora_train.console.progress import PLAIN_SECONDS, LiveDisplay, PlainDisplay, RunProgress
 from relora_train.console.summary import print_summary, reused_text
@@ -309,6 +310,16 @@ def test_an_export_is_the_checkpoints_own_model_and_force_replaces_an_older_one(
 
 
 # What is shown while a run goes.
+
+
+def test_a_termination_that_a_library_makes_an_error_of_its_own_is_still_one() -> None:
+    with pytest.raises(TerminatedError, match="SIGTERM"), _termination_raises():
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except TerminatedError:
+            raise ValueError("Invalid bounding box") from None  # as matplotlib does
+    with pytest.raises(ValueError, match="mine"), _termination_raises():
+        raise ValueError("mine")
 
 
 def stage_events(stage: str, start: int, end: int) -> Iterator[tuple[float, dict[str, Any]]]:

@@ -68,6 +68,22 @@ def test_a_chat_template_is_in_checkpoint_and_export_and_goes_on_with_the_tokeni
         assert said == "<a>"
 
 
+def test_no_export_goes_into_the_store_or_over_the_model_that_its_run_began_from(workshop, checkpoint, tmp_path):
+    inside = tmp_path / "store" / checkpoint.prefix
+    for place in (inside, inside.parent / "new", tmp_path / "store"):
+        with pytest.raises(ConfigError, match="lies in the store"):
+            export_model(checkpoint, place, force=True)
+    export_model(checkpoint, tmp_path / "base")
+    before = (tmp_path / "base" / "model.safetensors").read_bytes()
+    schedule = {"warm_start_steps": 2, "cycles": 1, "cycle_length": 3}
+    profile = tiny_profile(schedule=schedule, model={"pretrained": str(tmp_path / "base")})
+    continued = workshop.train(profile, "continued")[-1]
+    with pytest.raises(ConfigError, match=r"is the model that the run began from \(model\.pretrained\)"):
+        export_model(continued, tmp_path / "base", force=True)
+    assert (tmp_path / "base" / "model.safetensors").read_bytes() == before
+    export_model(checkpoint, tmp_path / "base", force=True)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_an_export_has_the_dtype_asked_for_and_names_its_origin(checkpoint, tmp_path, dtype):
     written = export_model(checkpoint, tmp_path / "out", dtype=dtype)

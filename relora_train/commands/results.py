@@ -92,8 +92,10 @@ def export(
     from relora_train.errors import ConfigError
     from relora_train.units import size_text
 
-    if as_adapter and (force or dtype != "float32"):
-        raise ConfigError("--as-adapter writes float32 to a new directory: drop it, or --force and --dtype.")
+    refused = ["--force"] * force + [f"--dtype {dtype}"] * (dtype != "float32")
+    if as_adapter and refused:
+        given = " and ".join(refused)
+        raise ConfigError(f"--as-adapter writes float32 to a new directory. Leave {given} out, or --as-adapter.")
     if dtype not in get_args(Dtype):
         raise ConfigError(f"--dtype {dtype!r} is not one of {', '.join(get_args(Dtype))}.")
     ref, parent = resolve(checkpoint, store), None

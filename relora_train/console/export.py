@@ -12,6 +12,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+from urllib.parse import unquote, urlsplit
 
 from relora_train.bundle import fetch_bundle
 from relora_train.checkpoint_store import CheckpointRef, CheckpointStore
@@ -59,7 +60,7 @@ def export_model(
     if not any(_WEIGHTS.fullmatch(entry.path) for entry in entries):
         raise CheckpointIncompleteError(f"{checkpoint.uri} holds no model.safetensors. Use another checkpoint.")
     directory = directory.expanduser().absolute()
-    _refuse_what_is_there(directory, force=force)
+    _refuse_what_is_there(directory, checkpoint, force=force)
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{directory.name}-", dir=directory.parent) as scratch:
@@ -88,6 +89,15 @@ def unfinished_stages(checkpoint: CheckpointRef) -> list[str]:
     except (ReLoRAError, ValueError):  # settings of another version: the model is there all the same
         return []
     return [stage.name for stage in following if stage.name not in made]
+
+
+def _model_it_began_from(checkpoint: CheckpointRef) -> Path | None:
+    """The model.pretrained of its settings, as far as this version can read them."""
+    try:
+        pretrained = profile_of(checkpoint).model.pretrained
+    except (ReLoRAError, ValueError):
+        return None
+    return Path(pretrained).expanduser().resolve() if pretrained else None
 
 
 def _name_origin(checkpoint: CheckpointRef, model: Path) -> None:
@@ -125,7 +135,7 @@ def export_adapter(checkpoint: CheckpointRef, directory: Path) -> tuple[Exported
             "Name a checkpoint of a cycle or a LoRA, or export this one whole, without --as-adapter."
         )
     directory = directory.expanduser().absolute()
-    _refuse_what_is_there(directory, force=False)
+    _refuse_what_is_there(directory, checkpoint, force=False)
     parent = parent_of(checkpoint)
     files = fetch_parent(checkpoint)
     base, name = (fetch_parent(parent), parent.uri) if parent else _pretrained(checkpoint)
@@ -162,13 +172,24 @@ def _pretrained(checkpoint: CheckpointRef) -> tuple[Path, str]:
     return directory, str(directory)
 
 
-def _refuse_what_is_there(directory: Path, *, force: bool) -> None:
+def _refuse_what_is_there(directory: Path, checkpoint: CheckpointRef, *, force: bool) -> None:
+    if checkpoint.store_uri.startswith("file:"):
+        store = Path(unquote(urlsplit(checkpoint.store_uri).path)).resolve()
+        if directory.resolve().is_relative_to(store):
+            raise ConfigError(
+                f"{directory} lies in the store {store}, which holds only what runs commit. Give a directory elsewhere."
+            )
     if directory.exists() and not directory.is_dir():
         raise ConfigError(f"{directory} is a file. Give a directory that is new or empty.")
     if directory.is_dir() and any(directory.iterdir()) and not force:
         raise ConfigError(
             f"{directory} is not empty, and nothing in it was changed. Give a directory that is new or empty, or "
             "--force to replace the model in it."
+        )
+    if force and _model_it_began_from(checkpoint) == directory.resolve():
+        raise ConfigError(
+            f"{directory} is the model that the run began from (model.pretrained), and the run needs it as it is. Give "
+            "another directory."
         )
 
 

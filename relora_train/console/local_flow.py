@@ -166,15 +166,21 @@ def _first_sentence(text: str) -> str:
 def _termination_raises() -> Iterator[None]:
     """SIGTERM and SIGHUP end the block in order, with TerminatedError, instead of the process on the spot."""
     previous: dict[signal.Signals, Any] = {}
+    arrived: list[str] = []
+
+    def terminate(number: int, frame: FrameType | None) -> None:
+        arrived.append(signal.Signals(number).name)
+        raise TerminatedError(arrived[0])
+
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) == signal.SIG_DFL:  # ignored under nohup: then it stays so
-            previous[number] = signal.signal(number, _raise_terminated)
+            previous[number] = signal.signal(number, terminate)
     try:
         yield
+    except Exception as error:
+        if arrived:  # inside matplotlib's C++ it comes out as ValueError("Invalid bounding box")
+            raise TerminatedError(arrived[0]) from error
+        raise
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-
-
-def _raise_terminated(number: int, frame: FrameType | None) -> None:
-    raise TerminatedError(signal.Signals(number).name)

@@ -1,6 +1,7 @@
 """What can be known to fail before anything starts: paths, tokenizer and model that do not fit. Seconds, no network.
 
-Everything here is checked again where it matters; this only spares the wait. Imports no torch and no Prefect.
+Everything here is checked again where it matters; this only spares the wait. Imports no Prefect, and torch only to be
+asked for a GPU that the profile wants.
 """
 
 from __future__ import annotations
@@ -17,10 +18,12 @@ def check_inputs(profile: Profile, *, resumed: bool = False) -> str | None:
 
     None for sources that lie on a hub or in a store: asking them takes time that belongs to the run.
     resumed: the run starts from a checkpoint, so that the profile's own model is not loaded.
-    Raises SourceUnreadableError, TokenizerError, and what check_settings does.
+    Raises SourceUnreadableError, TokenizerError, DeviceError, and what check_settings does.
     """
     from relora_train.corpus.prepare import describe_dataset
+    from relora_train.parallel.devices import check_devices
 
+    check_devices(profile.launch)
     if not resumed:
         check_settings(profile)
     paths = (*profile.data.paths, *profile.data.validation_paths)

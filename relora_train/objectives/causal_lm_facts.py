@@ -50,7 +50,12 @@ class CausalLMFacts:
 
             entries = load_tokenizer(tokenizer.path, eos_token=tokenizer.eos_token).vocab_size
         if entries > rows:
+            own = profile.tokenizer.path is None and not profile.tokenizer.train
+            remedy = (
+                "They do not belong together: give a model whose embedding has a row for each token."
+                if own
+                else "Use the model's own tokenizer: leave tokenizer.path and tokenizer.train out."
+            )
             raise VocabularyMismatchError(
-                f"The tokenizer has {entries} entries, the embedding of {directory} only {rows} rows. "
-                "Use the model's own tokenizer: leave tokenizer.path and tokenizer.train out."
+                f"The tokenizer has {entries} entries, the embedding of {directory} only {rows} rows. " + remedy
             )
