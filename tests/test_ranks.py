@@ -107,7 +107,8 @@ def test_ranks_leave_nothing_in_the_systems_temporary_directory(together: Path):
 def test_two_ranks_draw_a_from_the_same_gradient_as_one(dataset: Path, tmp_path: Path, sharding: str):
     """A of relora.init = 'gradient' needs sums over all ranks' tokens, whether they hold all weights or rows."""
     schedule = {"warm_start_steps": 0, "cycles": 1, "cycle_length": 5, "warmup_steps": 4}
-    settings = {"schedule": schedule, "relora": {"dropout": 0.0, "init": "gradient"}}
+    equal_shares = {"sequences": 8}  # as a sharded model needs them
+    settings = {"schedule": schedule, "batch": equal_shares, "relora": {"dropout": 0.0, "init": "gradient"}}
     run_stage(stage_request(profile_of(**settings), "cycle-1", dataset, tmp_path / "one" / "out"), ignore)
     (tmp_path / "two").mkdir()
     request = stage_request(
@@ -168,8 +169,8 @@ def test_only_the_first_rank_commits(probed: list[dict[str, Any]]):
 
 def test_more_ranks_than_sequences_are_refused_also_when_only_the_start_tells(dataset: Path, tmp_path: Path):
     request = stage_request(profile_of(launch={"nproc_per_node": "gpu"}), "cycle-1", dataset, tmp_path / "out")
-    with pytest.raises(ConfigError, match="leaves some of 9 ranks without a sequence"):
-        prepare_stage(request, Ranks(rank=0, world_size=9, device=torch.device("cpu")))
+    with pytest.raises(ConfigError, match="leaves some of 10 ranks without a sequence"):
+        prepare_stage(request, Ranks(rank=0, world_size=10, device=torch.device("cpu")))
 
 
 # --- a lost rank
@@ -308,7 +309,8 @@ def test_two_machines_give_the_bits_of_two_ranks_on_one_and_meet_again_for_the_n
         try:
             for out, sharding, cycles in (("first", "full", 2), ("last", "none", 1)):
                 schedule = {"warm_start_steps": 0, "cycles": cycles, "cycle_length": STEPS, "warmup_steps": 4}
-                profile = profile_of(launch=launch | {"sharding": sharding}, schedule=schedule)
+                batch = {"batch": {"sequences": 8}} if sharding == "full" else {}  # it needs equal shares
+                profile = profile_of(launch=launch | {"sharding": sharding}, schedule=schedule, **batch)
                 request = stage_request(profile, "cycle-1", dataset, tmp_path / out)
                 seen: list[Event] = []
                 nodes = nodes_of(profile.launch)
