@@ -70,7 +70,7 @@ def _llama_config(config: ModelConfig, *, vocab_size: int, eos_id: int) -> Any:
 
 
 def file_name(model: nn.Module, name: str) -> str:
-    """What a tensor is called in the model's files, where transformers has another name for it than in memory.
+    """Return the name of a tensor in the model's files, where transformers has another name for it than in memory.
 
     Raises ModelError where a file holds it in another form, merged with others or split.
     """

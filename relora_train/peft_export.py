@@ -1,4 +1,4 @@
-"""What one low-rank stage learned as a PEFT adapter that is right on the model the stage began from.
+"""Write what one low-rank stage learned as a PEFT adapter that is right on the model the stage began from.
 
 The adapter/ of a checkpoint holds A and B alone. Here everything else that the stage trained goes with them: PEFT's
 `modules_to_save` are whole modules (embeddings, norms, head), `bias` the biases of wrapped layers.

@@ -1,4 +1,4 @@
-"""What a model's config.json tells before any weight is read or downloaded. Light."""
+"""Read what a model's config.json tells before any weight is read or downloaded. Light."""
 
 from __future__ import annotations
 

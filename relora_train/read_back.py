@@ -24,7 +24,7 @@ def check_written(training: StageTraining, directory: Path | None) -> None:
     """
     model = training.model
     masters: Mapping[str, Tensor] = training.masters or {}
-    # Of a sharded model's tied tensors each is gathered once; of a whole one's, both names are looked at.
+    # Each tied tensor of a sharded model is gathered once; in a whole model both names are looked at.
     tensors = dict(model.named_parameters()) if training.ranks.sharded else model.state_dict()
     held = {name: tensor for name, tensor in tensors.items() if name.rpartition(".")[2] not in ("lora_A", "lora_B")}
     loaded: dict[str, Tensor] = {}

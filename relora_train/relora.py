@@ -160,7 +160,7 @@ def _target_layers(model: nn.Module, target_modules: Sequence[str] | None) -> di
 
 
 def _why_not(model: nn.Module, suffix: str) -> str:
-    """What is called so, if anything is."""
+    """Return what the name stands for in the model, as the reason why it cannot be wrapped."""
     for name, module in model.named_modules():
         if name and f".{name}".endswith(f".{suffix}"):
             if isinstance(module, nn.Embedding):

@@ -53,7 +53,7 @@ class ModelCheckRequest(FrozenConfig):
 
     profile: Profile
     low_rank: bool
-    """Whether the run wraps layers."""
+    """Return True if the run wraps layers."""
 
     config_directory: Path | None = None
     """config.json of the checkpoint that the run starts from; the profile's own model when absent."""

@@ -60,7 +60,7 @@ class DocumentTokenizer:
     """One more than the largest id: the rows an embedding needs."""
 
     bos_ids: tuple[int, ...] = ()
-    """What stands before each document; usually nothing or one token."""
+    """The ids that stand before each document; usually none or one."""
 
     others: Mapping[str, bytes] = field(default_factory=dict)
     """Its other files by name, such as a chat template: for whoever uses the model."""
@@ -183,7 +183,7 @@ def _described(
 def _bos_ids(
     tokenizer: Tokenizer, config_text: str, eos_id: int, name: str, *, wanted: Literal["auto"] | bool
 ) -> tuple[int, ...]:
-    """What the tokenizer puts before a text itself; where it puts nothing and a BOS token is wanted, that."""
+    """Return what the tokenizer puts before a text itself; where it puts nothing and a BOS token is wanted, that."""
     if wanted is False:
         return ()
     tokenizer.no_padding()

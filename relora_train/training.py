@@ -76,7 +76,7 @@ class StageTraining:
     """The A and B that the merge of this stage consumed, and their PEFT configuration."""
 
     checked_learning: bool = False
-    """Whether this process has asked if every low-rank layer learns."""
+    """True once this process has asked if every low-rank layer learns."""
 
     matmul: Choice | None = None
     """What matmul_precision 'auto' stands for."""

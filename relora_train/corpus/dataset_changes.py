@@ -1,4 +1,4 @@
-"""What makes one dataset another, in words: files that came, went or changed, another Python, other settings. Light."""
+"""Say in words how two datasets differ: files that came, went or changed, another Python, other settings. Light."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from relora_train.corpus.source_files import SourceFile
 from relora_train.manifest import DatasetManifest
 
 _MOST_FILES = 2_000
-"""Of a corpus of more files a manifest keeps no names."""
+"""A manifest keeps no names of a corpus with more files."""
 
 _SHOWN = 5
 
 
 def source_record(kind: str, files: Sequence[SourceFile]) -> dict[str, Any]:
-    """What a dataset's manifest keeps of its source, beside its identity: names and digests of files, the Python."""
+    """The part of a source that a manifest keeps beside its identity: names and digests of files, the Python."""
     if kind == "python-stdlib":
         return {"python": platform.python_version()}
     return {"source_files": {file.name: file.sha256 for file in files}} if 0 < len(files) <= _MOST_FILES else {}

@@ -39,7 +39,7 @@ class DatasetInputs:
 
     @property
     def bos_ids(self) -> tuple[int, ...]:
-        """What stands before each document."""
+        """The ids that stand before each document."""
         return self.loaded.bos_ids if self.loaded else ()
 
     def read_documents(self, advance: Advance = lambda size: None) -> Iterator[str]:

@@ -74,7 +74,7 @@ class FoundFile:
     """The real path or the URI: two names with one identity are one file."""
 
     stored: tuple[ObjectStore, ObjectInfo] | None = None
-    """Where it lies, if that is a store."""
+    """The address, if the file lies in a store."""
 
 
 def find_files(paths: Iterable[str], kind: str, cache_directory: Path | None = None) -> list[SourceFile]:

@@ -48,7 +48,7 @@ class Source:
     """Commit of a hub dataset."""
 
     held_out: tuple[SourceFile, ...] = ()
-    """Of data.validation_paths."""
+    """The files of data.validation_paths."""
 
     @property
     def size_bytes(self) -> int | None:

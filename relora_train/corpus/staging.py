@@ -33,7 +33,7 @@ from relora_train.errors import DataError
 
 PIECE_BYTES = 1 << 18
 DOCUMENT_BYTES = 8192
-"""Of documents that long ones are cut into, where there are too few to hold some out."""
+"""Size of the documents that long ones are cut into, where there are too few to hold some out."""
 
 SPLIT_RULE = "blake2b-64 of the text in lower case without ASCII white space"
 _INDEX_NAME = "index.json"
@@ -79,7 +79,7 @@ class StagedCorpus:
     """Documents whose normalised text was seen before; an estimate above a quarter of a million documents."""
 
     split_note: str = ""
-    """What was done about a side that the split rule left empty."""
+    """The remedy for a side that the split rule left empty."""
 
     def documents(self, split: Split) -> int:
         return sum(staged.documents for staged in self.ranges if staged.split == split)

@@ -15,7 +15,7 @@ from relora_train.training import StageTraining
 _LOGGER = logging.getLogger(__name__)
 
 CHECKED_UPDATE = 10
-"""Of a stage. Its first has no learning rate, and a head that starts as zeros passes no gradient on at once."""
+"""The update that is checked. A stage's first has no rate, and a head of zeros passes no gradient on at once."""
 
 _EXPERT = re.compile(r"(?<=\.experts\.)\d+(?=\.)")
 

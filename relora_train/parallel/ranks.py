@@ -85,10 +85,10 @@ class Ranks:
 
 
 SLOW = timedelta(minutes=30)
-"""What other ranks may take to load, compile, evaluate, merge or write."""
+"""The time that other ranks may take to load, compile, evaluate, merge or write."""
 
 STEP = timedelta(minutes=5)
-"""What they may take for an update once each has done one: compiled, tuned, its data at hand."""
+"""The time that they may take for an update once each has done one: compiled, tuned, its data at hand."""
 
 
 def _as_ours(error: RuntimeError, rank: int, world_size: int) -> ReLoRAError | None:

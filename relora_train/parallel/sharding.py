@@ -42,7 +42,7 @@ def rows_of_checkpoint(directory: Path, model: nn.Module) -> RowsOf:
 
 
 def _check_files(directory: Path, model: nn.Module) -> None:
-    """As for a model that is loaded whole; of tied tensors the files must hold one."""
+    """Check the files as those of a whole model; they must hold one of tied tensors."""
     stored = stored_shapes(directory)
     missing, mismatched, unexpected = [], [], {*stored} - {name for name, _ in model.named_buffers()}
     for name, aliases in _names_of_parameters(model).items():

@@ -61,7 +61,7 @@ def summarize_nothing_new(store: ObjectStore, series: str) -> RetrainSummary:
 
 
 def summarize_already_running(store: ObjectStore, series: str, reason: str) -> RetrainSummary:
-    """Of a retrain that was begun while another one of the series lives."""
+    """Summarize a retrain that was begun while another one of the series lives."""
     return RetrainSummary(
         series=series,
         store_uri=store.uri,

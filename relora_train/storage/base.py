@@ -134,7 +134,7 @@ def check_small(size_bytes: int, uri: str) -> None:
 
 
 def parse_json(data: bytes) -> Any:
-    """What an object of a store says. ValueError for whatever is no JSON, also for what is nested beyond any use."""
+    """Return what an object of a store says. ValueError for what is no JSON, or is nested beyond any use."""
     try:
         return json.loads(data)
     except RecursionError:

@@ -57,7 +57,7 @@ _UNAVAILABLE = {
 _REPEATED = {"BadDigest", "XAmzContentSHA256Mismatch", "ConditionalRequestConflict", "OperationAborted", "409"}
 _REPEATED_CLASSES = {"IncompleteReadError", "ResponseStreamingError", "FlexibleChecksumError"}
 _CHECKSUMS_UNKNOWN = {"NotImplemented", "XAmzContentSHA256Mismatch", "MissingContentLength", "501", "411"}
-"""What servers say that do not know the checksums sent with a request, or the framing in which they come."""
+"""Words of servers that do not know the checksums sent with a request, or the framing in which they come."""
 _FULL = {"QuotaExceeded", "XMinioStorageFull", "InsufficientStorage", "507"}
 
 
