@@ -53,10 +53,10 @@ def test_a_corpus_that_is_too_small_is_refused_before_a_model_is_made(
         prepare_stage(request, CPU)
 
 
-def test_master_weights_are_the_parents_until_they_are_written():
+def test_master_weights_are_the_parents_until_they_are_written(tmp_path: Path):
     read: list[str] = []
     parent: Mapping[str, torch.Tensor] = {name: torch.full((2,), float(i)) for i, name in enumerate("ba")}
-    masters = MasterWeights(list(parent), lambda name: read.append(name) or parent[name])
+    masters = MasterWeights(list(parent), lambda name: read.append(name) or parent[name], tmp_path)
     assert (list(masters), len(masters), "c" in masters) == (["a", "b"], 2, False)
     masters["a"] = torch.tensor([7.0, 7.0])
     assert {name: masters[name].tolist() for name in masters} == {"a": [7.0, 7.0], "b": [0.0, 0.0]}
