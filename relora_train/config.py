@@ -207,6 +207,7 @@ def unnamed_data_keys(profile: Profile) -> dict[str, set[str]]:
     """
     bos = {"bos"} if profile.data.bos is not True else set()  # no run before it had one
     later = set() if profile.data.validation_paths else {"validation_paths"}
+    later |= {"unreadable"} if profile.data.unreadable == "stop" else set()
     return {
         "data": {"name", "workers", "engine"} | bos | later,
         "tokenizer": {"train", *unset_later_keys(profile, "tokenizer")},

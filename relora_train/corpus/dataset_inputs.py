@@ -59,6 +59,8 @@ class DatasetInputs:
             "training_bytes": settings.training_bytes,
         }
         later: dict[str, Any] = {"bos_ids": list(self.bos_ids)} if self.bos_ids else {}
+        if data.unreadable == "skip":
+            later["unreadable"] = "skip"
         split: dict[str, Any] = {"rule": SPLIT_RULE, "validation_fraction": data.validation_fraction}
         if held_out := self.source.new.held_out:
             split = {"rule": "data.validation_paths", **identify(data.source, held_out)}

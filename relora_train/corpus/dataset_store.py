@@ -10,6 +10,7 @@ from relora_train.bundle import commit_bundle, keep_fetched
 from relora_train.checkpoint_layout import dataset_prefix
 from relora_train.checkpoint_store import CheckpointRef
 from relora_train.corpus.images import IMAGE_READERS
+from relora_train.corpus.left_out import left_out_note
 from relora_train.corpus.prepare import PrepareRequest, describe_dataset, read_result
 from relora_train.corpus.selection import Selection
 from relora_train.corpus.tokenizer_choice import TextSettings, choose_tokenizer
@@ -79,6 +80,8 @@ def prepare_or_reuse(
         prepared = read_result(request.result_path)
         if note := prepared.manifest.statistics.get("split_note"):
             _log.warning("Dataset %r: %s.", name, note)
+        if note := left_out_note(prepared.manifest.statistics.get("left_out", ())):
+            _log.info("Dataset %r: %s.", name, note)
         prefix = dataset_prefix(prepared.manifest.name, prepared.manifest.dataset_id)
         manifest = commit_bundle(store, prefix, prepared.directory, prepared.manifest)
         keep_fetched(store, prepared.manifest, manifest, prepared.directory, dataset_cache(manifest.dataset_id))

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
+from relora_train.corpus.left_out import Fault, text_or_fault
 from relora_train.corpus.source_files import SourceFile
 from relora_train.errors import SourceUnreadableError
 from relora_train.settings.data import DataConfig
@@ -18,8 +19,10 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 _ROWS_AT_ONCE = 256
 
 
-def parquet_rows(file: SourceFile, text_field: str, advance: Callable[[int], None]) -> Iterator[tuple[str, str]]:
-    """Each row's text, with the row's place. Only the text column is read."""
+def parquet_rows(
+    file: SourceFile, text_field: str, advance: Callable[[int], None]
+) -> Iterator[tuple[str, str | Fault]]:
+    """Each row's text, with the row's place. Only the text column is read. Raises Fault if the file is no such file."""
     import pyarrow.parquet as parquet
 
     try:
@@ -27,23 +30,31 @@ def parquet_rows(file: SourceFile, text_field: str, advance: Callable[[int], Non
             fields = list(opened.schema_arrow.names)
             rows = max(1, opened.metadata.num_rows)
     except (OSError, ValueError) as error:  # pyarrow's errors derive from these
-        raise SourceUnreadableError(f"{file.name} is no parquet file: {error}. Leave it out of data.paths.") from None
-    _check_field(file.name, fields, text_field)
+        if _is_of_this_machine(error):
+            raise SourceUnreadableError(f"{file.name} cannot be read: {error}. Let this user read it.") from None
+        fault = f"{file.name} is no parquet file: {error}. Leave it out of data.paths."
+        raise Fault(fault, "no parquet file", "files") from None
+    if missing := _missing_field(file.name, fields, text_field):
+        raise Fault(missing, f"no field {text_field!r}", "files")
     columns = {"columns": [text_field]}
     stream = _load("parquet", file.name, data_files=[str(file.path)], split="train", streaming=True, **columns)
-    for number, (where, text) in enumerate(_texts(stream, file.name, text_field), start=1):
+    for number, (where, text) in enumerate(
+        _texts(stream, file.name, text_field, damaged=lambda said: Fault(said, "damaged", "files")), start=1
+    ):
         advance(file.size_bytes * number // rows - file.size_bytes * (number - 1) // rows)
         yield where, text
 
 
-def hub_rows(data: DataConfig, revision: str, advance: Callable[[int], None]) -> Iterator[tuple[str, str]]:
+def hub_rows(data: DataConfig, revision: str, advance: Callable[[int], None]) -> Iterator[tuple[str, str | Fault]]:
     """Each row's text of one revision of a hub dataset, streamed: nothing but the rows at hand is kept."""
     name = f"{data.hub_id}@{revision[:12]}"
     stream = _load(data.hub_id, name, data.hub_config, split=data.hub_split, revision=revision, streaming=True)
     fields = list(stream.features or _first_row(stream, name))
-    _check_field(name, fields, data.text_field)
-    for where, text in _texts(stream.select_columns([data.text_field]), name, data.text_field):
-        advance(len(text))
+    if missing := _missing_field(name, fields, data.text_field):
+        raise SourceUnreadableError(missing)
+    stream = stream.select_columns([data.text_field])
+    for where, text in _texts(stream, name, data.text_field, damaged=SourceUnreadableError):
+        advance(len(text) if isinstance(text, str) else 0)
         yield where, text
 
 
@@ -73,7 +84,9 @@ def _load(path: str | None, name: str, *args: Any, **kwargs: Any) -> IterableDat
         raise _hub_error(name, error) from error
 
 
-def _texts(stream: IterableDataset, name: str, text_field: str) -> Iterator[tuple[str, str]]:
+def _texts(
+    stream: IterableDataset, name: str, text_field: str, *, damaged: Callable[[str], Exception]
+) -> Iterator[tuple[str, str | Fault]]:
     row = 0
     batches = iter(stream.with_format("arrow").iter(batch_size=_ROWS_AT_ONCE))
     while True:
@@ -81,19 +94,20 @@ def _texts(stream: IterableDataset, name: str, text_field: str) -> Iterator[tupl
             table = next(batches, None)
             values = [] if table is None else table.column(text_field).to_pylist()
         except Exception as error:  # as above; a decoding fault surfaces here
-            raise SourceUnreadableError(
+            kind = SourceUnreadableError if _is_of_this_machine(error) else damaged
+            raise kind(
                 f"{name} cannot be read after row {row}: {type(error).__name__}: {error}. Repair or fetch it again."
             ) from error
         if table is None:
             return
         for value in values:
             row += 1
-            if value is not None and not isinstance(value, str):
-                raise SourceUnreadableError(
-                    f"{name}, row {row}: the field {text_field!r} holds a {type(value).__name__}, not text. "
-                    "Name another field in data.text_field."
-                )
-            yield f"{name}, row {row}", value or ""
+            yield (where := f"{name}, row {row}"), text_or_fault(value, text_field, where)
+
+
+def _is_of_this_machine(error: Exception) -> bool:
+    """Return True for a fault that another attempt may not have; pyarrow gives damaged content no error number."""
+    return isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno is not None)
 
 
 def _first_row(stream: IterableDataset, name: str) -> dict[str, Any]:
@@ -103,12 +117,11 @@ def _first_row(stream: IterableDataset, name: str) -> dict[str, Any]:
         raise _hub_error(name, error) from error
 
 
-def _check_field(name: str, fields: list[str], text_field: str) -> None:
-    if fields and text_field not in fields:
-        raise SourceUnreadableError(
-            f"{name} has no field {text_field!r}. It has: {', '.join(map(repr, fields))}. "
-            "Name the one that holds the text in data.text_field."
-        )
+def _missing_field(name: str, fields: list[str], text_field: str) -> str | None:
+    if not fields or text_field in fields:
+        return None
+    there = ", ".join(map(repr, fields))
+    return f"{name} has no field {text_field!r}. It has: {there}. Name the one that holds the text in data.text_field."
 
 
 def _hub_error(name: str, error: Exception) -> SourceUnreadableError:

@@ -28,6 +28,7 @@ from relora_train.corpus.dataset_changes import source_record
 from relora_train.corpus.dataset_inputs import DatasetInputs, resolve_inputs
 from relora_train.corpus.engines import choose_engine
 from relora_train.corpus.images import IMAGE_READERS, ImageInputs, resolve_images, write_images
+from relora_train.corpus.left_out import left_out_note
 from relora_train.corpus.meter import Meter, OnProgress
 from relora_train.corpus.overlap import ngram_overlap
 from relora_train.corpus.selection import Selection
@@ -165,6 +166,7 @@ def _prepare_text(found: DatasetInputs, home: Path, on_progress: OnProgress) -> 
         range_bytes=data.shard_tokens,
         markers=1 + len(found.bos_ids),
         held_out=found.read_held_out() if data.validation_paths else None,
+        left_out=found.source.new.left_out.facts,
     )
     reading.tell()
     _check_both_splits(corpus, data)
@@ -181,17 +183,19 @@ def _prepare_text(found: DatasetInputs, home: Path, on_progress: OnProgress) -> 
 
 def _check_both_splits(corpus: StagedCorpus, data: DataConfig) -> None:
     train, val = corpus.documents("train"), corpus.documents("val")
+    left_out = f", and {note}" if (note := left_out_note(corpus.left_out)) else ""
     if train + val == 0:
         raise CorpusEmptyError(
             f"The source {data.source!r} of dataset {data.name!r} holds no text "
-            f"({corpus.empty_documents} empty documents). Correct data.paths, data.text_field or data.max_documents."
+            f"({corpus.empty_documents} empty documents{left_out}). "
+            "Correct data.paths, data.text_field or data.max_documents."
         )
     if train == 0 or val == 0:
         side = "training" if train == 0 else "validation"
         raise CorpusTooSmallError(
             f"Dataset {data.name!r} has {train + val} documents and none of them falls into the {side} part, with "
-            f"data.validation_fraction {data.validation_fraction}, though few are cut to {DOCUMENT_BYTES:,} bytes. "
-            "Give more text, or name held-out files in data.validation_paths."
+            f"data.validation_fraction {data.validation_fraction}, though few are cut to {DOCUMENT_BYTES:,} bytes"
+            f"{left_out}. Give more text, or name held-out files in data.validation_paths."
         )
 
 
@@ -264,6 +268,7 @@ def _manifest(
             "tokens_per_byte": round((tokens["train"] + tokens["val"]) / text_bytes, 4),
             "engine": plan.engine,
             **({"split_note": corpus.split_note} if corpus.split_note else {}),
+            **({"left_out": corpus.left_out} if corpus.left_out else {}),
             "megabytes_per_second": round(megabytes_per_second, 2),
             **source_record(found.data.source, found.source.files),
         },

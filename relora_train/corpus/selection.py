@@ -146,7 +146,7 @@ def _with_files(source: Source, digests: tuple[str, ...]) -> Source:
 
 def _at_revision(source: Source, revision: str) -> Source:
     data = source.data.model_copy(update={"hub_revision": revision})
-    return Source(data, {**source.identity, "revision": revision}, (), revision)
+    return Source(data, {**source.identity, "revision": revision}, (), revision, left_out=source.left_out)
 
 
 def _is_among(known: NDArray[np.uint64], digest: int) -> bool:

@@ -13,6 +13,7 @@ from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path, PurePath, PurePosixPath
 
+from relora_train.corpus.left_out import Fault
 from relora_train.errors import SourceUnreadableError
 from relora_train.manifest import hash_file
 from relora_train.storage.base import ObjectInfo, ObjectStore
@@ -77,20 +78,23 @@ class FoundFile:
     """The address, if the file lies in a store."""
 
 
-def find_files(paths: Iterable[str], kind: str, cache_directory: Path | None = None) -> list[SourceFile]:
+def find_files(
+    paths: Iterable[str], kind: str, cache_directory: Path | None = None, *, skip: bool = False
+) -> list[SourceFile]:
     """Return the files of list_files, fetched where they lie in a store, and hashed. Raises the same errors."""
     cache = (cache_directory or cache_root()) / "sources"
     return [
         _fetched(*file.stored, file.name, cache) if file.stored else SourceFile.of(Path(file.name), file.name)
-        for file in list_files(paths, kind)
+        for file in list_files(paths, kind, skip=skip)
     ]
 
 
-def list_files(paths: Iterable[str], kind: str) -> list[FoundFile]:
+def list_files(paths: Iterable[str], kind: str, *, skip: bool = False) -> list[FoundFile]:
     """Return the files that `paths` name, each once, in the order of `paths` and sorted within each of them.
 
     Nothing is read or fetched. A file has one name, however many links and paths lead to it; what was left out is
-    counted in a warning. Raises SourceUnreadableError where a path names no file, and what a store raises.
+    counted in a warning. skip: take compressed files too, which reading leaves out. Raises
+    SourceUnreadableError where a path names no file, and what a store raises.
     """
     found: dict[str, FoundFile] = {}
     left_out: list[str] = []
@@ -112,10 +116,18 @@ def list_files(paths: Iterable[str], kind: str) -> list[FoundFile]:
             f"data.paths: {len(left_out)} name{'s' if len(left_out) > 1 else ''} left out, {len(found)} files taken. "
             f"A file counts once, whatever links or further paths lead to it. The first left out: {left_out[0]}"
         )
-    for file in found.values():
-        if file.name.endswith(_UNSUPPORTED_COMPRESSION):
-            raise SourceUnreadableError(f"{file.name} is compressed in a way that is not read; use plain files or .gz.")
+    try:
+        for name in () if skip else (file.name for file in found.values()):
+            check_compression(name)
+    except Fault as fault:
+        raise SourceUnreadableError(str(fault)) if kind == "idx" else fault.as_error() from None
     return list(found.values())
+
+
+def check_compression(name: str) -> None:
+    """Return only if this library reads files of such a name. Raises Fault."""
+    if name.endswith(_UNSUPPORTED_COMPRESSION):
+        raise Fault(f"{name} is compressed in a way that is not read; use plain files or .gz.", "compressed", "files")
 
 
 def _on_disk(path: str, kind: str, left_out: list[str]) -> list[FoundFile]:

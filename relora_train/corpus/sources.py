@@ -13,16 +13,22 @@ import hashlib
 import json
 import sysconfig
 import zlib
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
 from relora_train.corpus.hf_sources import hub_rows, parquet_rows, resolve_hub_revision
-from relora_train.corpus.source_files import SourceFile, find_files
+from relora_train.corpus.left_out import Fault, LeftOut, text_or_fault
+from relora_train.corpus.source_files import SourceFile, check_compression, find_files
 from relora_train.errors import SourceUnreadableError
 from relora_train.settings.data import DataConfig
+
+Located = Iterator[tuple[str, str | Fault]]
+"""Documents, each with its place, and what is found in place of one."""
 
 Advance = Callable[[int], None]
 """Told how many bytes of the source were read since the last call."""
@@ -50,6 +56,9 @@ class Source:
     held_out: tuple[SourceFile, ...] = ()
     """The files of data.validation_paths."""
 
+    left_out: LeftOut = field(default_factory=LeftOut, compare=False)
+    """Filled as the source, or a part of it, is read."""
+
     @property
     def size_bytes(self) -> int | None:
         """Bytes that reading will go through; None where that is unknown beforehand."""
@@ -65,11 +74,12 @@ def resolve_source(data: DataConfig, cache_directory: Path | None = None) -> Sou
         revision = resolve_hub_revision(data)
         names = {"hub_id": data.hub_id, "config": data.hub_config, "split": data.hub_split}
         return Source(data, {"format": "hub", **names, "revision": revision}, (), revision)
-    files = _stdlib_files() if data.source == "python-stdlib" else find_files(data.paths, data.source, cache_directory)
+    find = partial(find_files, kind=data.source, cache_directory=cache_directory, skip=data.unreadable == "skip")
+    files = _stdlib_files() if data.source == "python-stdlib" else find(data.paths)
     held_out: tuple[SourceFile, ...] = ()
     if data.validation_paths:
         try:
-            held_out = tuple(find_files(data.validation_paths, data.source, cache_directory))
+            held_out = tuple(find(data.validation_paths))
         except SourceUnreadableError as error:
             raise SourceUnreadableError(str(error).replace("data.paths", "data.validation_paths")) from None
     return Source(data, identify(data.source, files), tuple(files), held_out=held_out)
@@ -89,19 +99,23 @@ def identify(kind: str, files: Sequence[SourceFile]) -> dict[str, Any]:
 def read_documents(source: Source, advance: Advance = lambda size: None) -> Iterator[str]:
     """The texts of the source in order, at most max_documents of them. A null text is ''.
 
-    Every text can be encoded as UTF-8. Raises SourceUnreadableError, with the file and the line, row or byte.
+    Every text can be encoded as UTF-8. A fault is counted in source.left_out where data.unreadable is 'skip'. Raises
+    SourceUnreadableError, with the file and the line, row or byte.
     """
-    for number, (where, text) in enumerate(_located_documents(source, advance)):
-        if source.data.max_documents is not None and number >= source.data.max_documents:
-            return
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise SourceUnreadableError(
-                f"{where}: character {error.start} is half of a surrogate pair ({error.object[error.start]!r}), which "
-                "no encoding can hold. Repair or remove that document."
-            ) from None
-        yield text
+    data, given = source.data, 0
+    for name, documents in _parts(source, advance):
+        tally = source.left_out.begin(name)
+        for where, found in documents:
+            if isinstance(found, Fault):
+                if data.unreadable == "stop":
+                    raise found.as_error()
+                tally.add(found, where)
+                continue
+            tally.records += 1
+            yield found
+            given += 1
+            if given == data.max_documents:
+                return
 
 
 def read_held_out(source: Source) -> Iterator[str]:
@@ -110,23 +124,38 @@ def read_held_out(source: Source) -> Iterator[str]:
     return read_documents(replace(source, data=data, files=source.held_out))
 
 
-def _located_documents(source: Source, advance: Advance) -> Iterator[tuple[str, str]]:
-    data = source.data
-    if data.source == "hub":
-        yield from hub_rows(data, source.revision, advance)
-        return
+def _parts(source: Source, advance: Advance) -> Iterator[tuple[str, Located]]:
+    if source.data.source == "hub":
+        yield f"{source.data.hub_id}@{source.revision}", hub_rows(source.data, source.revision, advance)
     for file in source.files:
         file.check_unchanged()
-        match data.source:
-            case "jsonl":
-                yield from _json_lines(file, data.text_field, advance)
-            case "parquet":
-                yield from parquet_rows(file, data.text_field, advance)
-            case _:
-                # Some modules of the standard library are in another encoding on purpose.
-                errors = "replace" if data.source == "python-stdlib" else "strict"
-                yield file.name, _whole_text(file, errors)
-                advance(file.size_bytes)
+        yield file.name, _documents_or_fault(file, source.data, advance)
+
+
+def _documents_or_fault(file: SourceFile, data: DataConfig, advance: Advance) -> Located:
+    """Yield the documents of a file; if it is no text, the one fault that says so, first or, to stop there, later."""
+    try:
+        check_compression(file.name)
+        may_break_off = data.source == "parquet" or (data.source == "jsonl" and file.name.endswith(".gz"))
+        if data.unreadable == "skip" and may_break_off:
+            # What breaks off is left out whole: how much of it can be read depends on sizes of buffers.
+            deque(_documents(file, data, lambda size: None), maxlen=0)
+        yield from _documents(file, data, advance)
+    except Fault as fault:
+        yield file.name, fault
+
+
+def _documents(file: SourceFile, data: DataConfig, advance: Advance) -> Located:
+    match data.source:
+        case "jsonl":
+            yield from _json_lines(file, data.text_field, advance)
+        case "parquet":
+            yield from parquet_rows(file, data.text_field, advance)
+        case _:
+            # Some modules of the standard library are in another encoding on purpose.
+            errors = "replace" if data.source == "python-stdlib" else "strict"
+            yield file.name, _whole_text(file, errors)
+            advance(file.size_bytes)
 
 
 def _stdlib_files() -> list[SourceFile]:
@@ -149,13 +178,15 @@ def _whole_text(file: SourceFile, errors: str) -> str:
     try:
         return raw.decode("utf-8", errors)
     except UnicodeDecodeError as error:
-        raise SourceUnreadableError(
+        raise Fault(
             f"{file.name} is not UTF-8 text: byte {error.start} ({raw[error.start]:#04x}) cannot be decoded. "
-            "Convert it to UTF-8, or leave it out of data.paths."
+            "Convert it to UTF-8, or leave it out of data.paths.",
+            "not UTF-8 text",
+            "files",
         ) from None
 
 
-def _json_lines(file: SourceFile, text_field: str, advance: Advance) -> Iterator[tuple[str, str]]:
+def _json_lines(file: SourceFile, text_field: str, advance: Advance) -> Located:
     """One document a line, as `datasets` reads JSON lines, but with the line's number in every error."""
     told = 0
     with _opened(file) as (stream, disk):
@@ -165,38 +196,27 @@ def _json_lines(file: SourceFile, text_field: str, advance: Advance) -> Iterator
             content = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
             if content.strip():
                 where = f"{file.name}, line {number}"
-                yield where, _text_of(_parsed(content, where), text_field, where)
+                yield where, _text_in(content, text_field, where)
 
 
-def _parsed(line: bytes, where: str) -> Any:
+def _text_in(line: bytes, text_field: str, where: str) -> str | Fault:
     try:
-        return json.loads(line.decode("utf-8"))
+        row = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
-        raise SourceUnreadableError(
-            f"{where} is not UTF-8: {error.reason} at byte {error.start}. Repair or remove the line."
-        ) from None
+        what = f"{where} is not UTF-8: {error.reason} at byte {error.start}. Repair or remove the line."
+        return Fault(what, "not UTF-8 text")
     except (ValueError, RecursionError) as error:
-        raise SourceUnreadableError(f"{where} is not valid JSON: {error}. Repair or remove the line.") from None
-
-
-def _text_of(row: Any, text_field: str, where: str) -> str:
+        return Fault(f"{where} is not valid JSON: {error}. Repair or remove the line.", "not valid JSON")
     if not isinstance(row, dict):
-        raise SourceUnreadableError(
-            f"{where} holds a JSON {type(row).__name__}, not an object with the field {text_field!r}. "
-            "Write one object a line."
-        )
+        what = f"{where} holds a JSON {type(row).__name__}, not an object with the field {text_field!r}. "
+        return Fault(what + "Write one object a line.", "no JSON object")
     if text_field not in row:
-        raise SourceUnreadableError(
+        return Fault(
             f"{where} has no field {text_field!r}. It has: {', '.join(map(repr, row)) or 'no fields'}. "
-            "Name the one that holds the text in data.text_field."
+            "Name the one that holds the text in data.text_field.",
+            f"no field {text_field!r}",
         )
-    value = row[text_field]
-    if value is not None and not isinstance(value, str):
-        raise SourceUnreadableError(
-            f"{where}: the field {text_field!r} holds a {type(value).__name__}, not text. "
-            "Name another field in data.text_field."
-        )
-    return value or ""
+    return text_or_fault(row[text_field], text_field, where)
 
 
 @contextmanager
@@ -209,7 +229,7 @@ def _opened(file: SourceFile) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
                     yield stream, disk  # type: ignore[misc]  # a GzipFile is read like any binary file
             else:
                 yield disk, disk
-    except (OSError, EOFError, zlib.error) as error:
-        raise SourceUnreadableError(
-            f"{file.name} cannot be read: {error}. Repair it or let this user read it."
-        ) from error
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise Fault(f"{file.name} cannot be read: {error}. Repair it.", "damaged", "files") from error
+    except OSError as error:
+        raise SourceUnreadableError(f"{file.name} cannot be read: {error}. Let this user read it.") from error

@@ -20,11 +20,11 @@ import re
 import shutil
 from array import array
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 
@@ -80,6 +80,9 @@ class StagedCorpus:
 
     split_note: str = ""
     """The remedy for a side that the split rule left empty."""
+
+    left_out: list[dict[str, Any]] = field(default_factory=list)
+    """What data.unreadable = "skip" left out; see left_out.py."""
 
     def documents(self, split: Split) -> int:
         return sum(staged.documents for staged in self.ranges if staged.split == split)
@@ -142,11 +145,12 @@ def stage_documents(
     side: Side | None = None,
     split_note: str = "",
     held_out: Iterable[str] = (),
+    left_out: Callable[[], list[dict[str, Any]]] = list,
 ) -> StagedCorpus:
     """Write all documents to `directory` as ranges, then its index; empty ones are left out.
 
     markers: tokens around a document that are not its text. side, split_note: another rule than split_of, and why.
-    held_out: documents that go to validation whatever the rule says.
+    held_out: documents that go to validation whatever the rule says. left_out: asked when all were read.
     A directory whose index is there is complete and used as it is. Staging that was interrupted begins anew.
     """
     if (directory / _INDEX_NAME).is_file():
@@ -170,7 +174,7 @@ def stage_documents(
             writer.add(text)
             if len(sample) < _SAMPLE_DOCUMENTS:
                 sample.append(text[:_SAMPLE_CHARACTERS])
-    corpus = StagedCorpus((*train.ranges, *val.ranges), empty, duplicates.estimate, split_note)
+    corpus = StagedCorpus((*train.ranges, *val.ranges), empty, duplicates.estimate, split_note, left_out())
     write_durably(directory / _SAMPLE_NAME, json.dumps(sample).encode())
     write_durably(directory / _INDEX_NAME, json.dumps(asdict(corpus)).encode())
     return corpus
@@ -185,6 +189,7 @@ def stage_both_sides(
     range_bytes: int,
     markers: int,
     held_out: Iterable[str] | None = None,
+    left_out: Callable[[], list[dict[str, Any]]] = list,
 ) -> StagedCorpus:
     """Stage by the split rule; if it leaves a side empty, again with one document moved there, cut first where few.
 
@@ -197,6 +202,7 @@ def stage_both_sides(
         validation_fraction=validation_fraction,
         range_bytes=range_bytes,
         markers=markers,
+        left_out=left_out,
     )
     if held_out is not None:
         return stage(documents, side=lambda digest: "train", held_out=held_out)

@@ -68,6 +68,9 @@ class DataConfig(FrozenConfig):
     text_field: str = "text"
     """Field of a document that holds its text."""
 
+    unreadable: Literal["stop", "skip"] = "stop"
+    """'skip' leaves out, and counts, records without text and files that are no text. 'stop' ends with an error."""
+
     max_documents: int | None = Field(None, ge=1)
     """Stop after so many documents, or training images, of the source."""
 
@@ -98,6 +101,12 @@ class DataConfig(FrozenConfig):
     def held_out_files_are_text(self) -> Self:
         if self.validation_paths and self.source not in ("text", "jsonl", "parquet"):
             raise ValueError(f"source {self.source!r} takes no validation_paths; text, jsonl and parquet do")
+        return self
+
+    @model_validator(mode="after")
+    def only_texts_are_skipped(self) -> Self:
+        if self.unreadable == "skip" and self.source not in ("text", "jsonl", "parquet", "hub"):
+            raise ValueError(f"source {self.source!r} takes no unreadable 'skip'; text, jsonl, parquet and hub do")
         return self
 
     @model_validator(mode="after")

@@ -1,0 +1,83 @@
+"""What `data.unreadable = "skip"` leaves out of a source: faults, their counts by file, the line that tells. Light."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from relora_train.errors import SourceUnreadableError
+
+Unit = Literal["records", "files"]
+
+
+class Fault(Exception):  # noqa: N818  # as often a value as raised
+    """A record without text, or a file that is no text. The settings say if it ends the reading or is left out."""
+
+    def __init__(self, message: str, reason: str, unit: Unit = "records") -> None:
+        super().__init__(message)
+        self.kind = unit, reason
+
+    def as_error(self) -> SourceUnreadableError:
+        """Return the error of a run that does not leave it out."""
+        remedy = f'With data.unreadable = "skip" such {self.kind[0]} are left out and counted.'
+        return SourceUnreadableError(f"{self} {remedy}")
+
+
+def text_or_fault(value: Any, text_field: str, where: str) -> str | Fault:
+    """Return a record's text, which UTF-8 can encode; '' for null."""
+    if value is not None and not isinstance(value, str):
+        what = f"{where}: the field {text_field!r} holds a {type(value).__name__}, not text. "
+        return Fault(what + "Name another field in data.text_field.", f"no text in {text_field!r}")
+    try:
+        (value or "").encode()
+    except UnicodeEncodeError as error:
+        half = f"character {error.start} is half of a surrogate pair ({error.object[error.start]!r})"
+        what = f"{where}: {half}, which no encoding can hold. Repair or remove that document."
+        return Fault(what, "half of a surrogate pair")
+    return value or ""
+
+
+@dataclass
+class FileTally:
+    """What was read of one file."""
+
+    records: int = 0
+    faults: Counter[tuple[Unit, str]] = field(default_factory=Counter)
+    first: dict[tuple[Unit, str], str] = field(default_factory=dict)
+    """Where the first fault of each kind is."""
+
+    def add(self, fault: Fault, where: str) -> None:
+        self.records += fault.kind[0] == "records"
+        self.faults[fault.kind] += 1
+        self.first.setdefault(fault.kind, where)
+
+
+class LeftOut:
+    """Tallies by file. A file that is read again begins a new one, so that nothing is counted twice."""
+
+    def __init__(self) -> None:
+        self._files: dict[str, FileTally] = {}
+
+    def begin(self, name: str) -> FileTally:
+        self._files[name] = FileTally()
+        return self._files[name]
+
+    def facts(self) -> list[dict[str, Any]]:
+        """Return what a manifest keeps of each kind of fault."""
+        tallies = self._files.values()
+        of = {"records": sum(tally.records for tally in tallies), "files": len(tallies)}
+        first = {kind: where for tally in reversed(tallies) for kind, where in tally.first.items()}
+        faults = sum((tally.faults for tally in tallies), Counter[tuple[Unit, str]]())
+        return [
+            {"unit": unit, "reason": reason, "count": count, "of": of[unit], "first": first[unit, reason]}
+            for (unit, reason), count in sorted(faults.items(), reverse=True)
+        ]
+
+
+def left_out_note(facts: Iterable[Mapping[str, Any]]) -> str:
+    """Say what was left out; '' if nothing was."""
+    parts = ("{count:,} of {of:,} {unit} ({reason}; first: {first})".format(**fact) for fact in facts)
+    said = " and ".join(parts)
+    return said and f"left out {said}"
