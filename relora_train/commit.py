@@ -93,6 +93,7 @@ def commit_stage(
         dataset_uri=request.dataset_uri,
         evaluation=evaluation,
         merge_report=merge_report,
+        source_dtype=training.source_dtype,
         stage_seconds=stage_seconds,
         provenance=request.provenance,
     )

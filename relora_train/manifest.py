@@ -24,6 +24,9 @@ _HASH_CHUNK_BYTES = 1 << 20
 _NAME = rf"^{RUN_ID_PATTERN}$"  # names of directories are made from what a manifest says
 
 
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
 class FileEntry(BaseModel):
     """One file of a bundle, named relative to its prefix."""
 
@@ -119,6 +122,8 @@ class CheckpointManifest(Manifest):
     divergence: dict[str, Any] = {}
     """Of a stage that diverged first: attempts that failed, learning_rate, learning_rate_factor, profile_learning_rate,
     failures."""
+    source_dtype: Dtype | None = None
+    """Of the weights of the model.pretrained that the line of stages began from, if it did and they were asked."""
     stage_seconds: float = Field(default=0.0, ge=0)
     provenance: dict[str, str] = {}
     """Ids of the orchestrator's runs; informative only."""

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import json
+import math
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from relora_train.checkpoint import MODEL_FILE
 from relora_train.errors import ModelNotFoundError, ModelUnsuitableError
+from relora_train.manifest import Dtype
 from relora_train.pretrained_config import CAUSAL_LM, LoadedAs, check_config
 from relora_train.process import is_out_of_memory
 
@@ -20,6 +26,7 @@ _BUFFERS = re.compile(r"(inv_freq|masked_bias|attn\.bias|attention\.bias|positio
 """Names in old files of what is made from the configuration today, besides those that transformers itself knows."""
 
 _NAMED = 3
+_DTYPES: dict[str, Dtype] = {"F64": "float32", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
 def load_model(path: str | Path, *, revision: str | None = None, kind: LoadedAs = CAUSAL_LM) -> nn.Module:
@@ -49,6 +56,23 @@ def load_model(path: str | Path, *, revision: str | None = None, kind: LoadedAs 
     unexpected = [name for name in found["unexpected_keys"] if not _BUFFERS.search(name)]
     check_tensors(path, found["missing_keys"], [str(entry[0]) for entry in found["mismatched_keys"]], unexpected)
     return cast(nn.Module, model)
+
+
+def dtype_of_files(path: str | Path, *, revision: str | None = None) -> Dtype | None:
+    """Return the dtype of most values in the files that load_model has read; None where that cannot be told."""
+    from transformers.utils import cached_file
+
+    values: Counter[Dtype] = Counter()
+    find = partial(cached_file, _place(path), revision=revision)
+    with suppress(OSError, ValueError, KeyError, TypeError, SafetensorError):  # informative: no run ends here
+        found = find(MODEL_FILE, _raise_exceptions_for_missing_entries=False)
+        index = {} if found else json.loads(Path(find(f"{MODEL_FILE}.index.json")).read_bytes())["weight_map"]
+        for name in sorted({*index.values()} or {MODEL_FILE}):
+            with safe_open(find(name), framework="pt") as file:
+                for tensor in map(file.get_slice, file.keys()):
+                    if dtype := _DTYPES.get(tensor.get_dtype()):
+                        values[dtype] += math.prod(tensor.get_shape())
+    return max(values, key=values.__getitem__, default=None)
 
 
 def load_skeleton(path: str | Path, *, revision: str | None = None, kind: LoadedAs = CAUSAL_LM) -> nn.Module:

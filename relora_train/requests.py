@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from relora_train.config import Profile
-from relora_train.manifest import ParentRef
+from relora_train.manifest import Dtype, ParentRef
 from relora_train.settings.base import FrozenConfig
 from relora_train.stages import Stage
 
@@ -29,6 +29,9 @@ class StageRequest(FrozenConfig):
     parent: ParentRef | None = None
     parent_directory: Path | None = None
     """The parent checkpoint on this machine's disk, already verified."""
+
+    source_dtype: Dtype | None = None
+    """As in the parent's manifest."""
 
     dataset_uri: str
     dataset_id: str

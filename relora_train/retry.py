@@ -91,6 +91,7 @@ def retry_stage(checkpoint: CheckpointRef, *, on_event: OnEvent, replace: bool =
             divergence=checkpoint.manifest.divergence,
             parent=checkpoint.manifest.parent,
             parent_directory=fetch_parent(parent) if parent else None,
+            source_dtype=checkpoint.manifest.source_dtype,
             dataset_uri=dataset.uri,
             dataset_id=dataset.dataset_id,
             dataset_directory=fetch_dataset(dataset),

@@ -309,6 +309,7 @@ def train_stage(
                 divergence=dict(divergence or {}),
                 parent=ParentRef(uri=parent.uri, fingerprint=parent.fingerprint, step=parent.step) if parent else None,
                 parent_directory=_files_of(run, parent) if parent else None,
+                source_dtype=parent.manifest.source_dtype if parent else None,
                 dataset_uri=dataset.uri,
                 dataset_id=dataset.dataset_id,
                 dataset_directory=fetch_dataset(dataset),

@@ -24,7 +24,7 @@ from relora_train.config import Profile
 from relora_train.dataset import ExampleDataset
 from relora_train.errors import ConfigError
 from relora_train.evaluate import autocast
-from relora_train.manifest import DatasetManifest
+from relora_train.manifest import DatasetManifest, Dtype
 from relora_train.method.contraction import Contraction
 from relora_train.method.fast_path import share_inputs
 from relora_train.method.gradient_init import gradient_init
@@ -36,6 +36,7 @@ from relora_train.optimizer import build_optimizer, load_optimizer_state_by_name
 from relora_train.parallel.ranks import Ranks
 from relora_train.parallel.sharding import RowsOf, rows_of_checkpoint, rows_of_first_rank, shard_model
 from relora_train.parallel.shards import whole
+from relora_train.pretrained import dtype_of_files
 from relora_train.relora import apply_relora, reinit, relora_layers, target_names
 from relora_train.requests import StageRequest
 from relora_train.stages import Stage, stage_learning_rate
@@ -80,6 +81,9 @@ class StageTraining:
 
     matmul: Choice | None = None
     """What matmul_precision 'auto' stands for."""
+
+    source_dtype: Dtype | None = None
+    """As in the manifest."""
 
     @property
     def profile(self) -> Profile:
@@ -227,7 +231,10 @@ def prepare_stage(request: StageRequest, ranks: Ranks) -> StageTraining:
         start=start,
         masters=masters,
         orders=orders,
+        source_dtype=request.source_dtype,
     )
+    if request.parent_directory is None and profile.model.pretrained is not None:
+        training.source_dtype = dtype_of_files(profile.model.pretrained, revision=profile.model.revision)
     if stage.low_rank and profile.relora.init == "gradient" and request.snapshot_directory is None:  # that has its A
         _draw_from_gradient(training)
     return training

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,6 +25,9 @@ from relora_train.console.export import export_model, unfinished_stages
 from relora_train.corpus.prepare import prepare_dataset
 from relora_train.corpus.tokenizer_choice import tokenizer_directory
 from relora_train.errors import CheckpointCorruptError, ConfigError, ModelError
+from relora_train.manifest import CheckpointManifest, parse_manifest
+from relora_train.pretrained import dtype_of_files
+from relora_train.retry import retry_stage
 from relora_train.rounding import round_model
 from relora_train.run import fetch_dataset, fetch_parent
 from relora_train.settings.data import TokenizerConfig
@@ -154,3 +159,83 @@ def test_only_known_dtypes_are_taken(tmp_path, monkeypatch, capsys):
         with pytest.raises(SystemExit) as ended:
             main(["export", "tale", str(tmp_path / "out"), *extra, "--store", str(tmp_path / "store")])
         assert ended.value.code == ConfigError.exit_code
+
+
+SCHEDULE = {"warm_start_steps": 2, "cycles": 1, "cycle_length": 3}
+
+
+@pytest.fixture
+def source(checkpoint: CheckpointRef, tmp_path: Path) -> Path:
+    """A model with a float32 norm among weights of a dtype that the test gives it."""
+    export_model(checkpoint, tmp_path / "source")
+    return tmp_path / "source"
+
+
+def round_source(source: Path, dtype: str) -> Path:
+    round_model(source, dtype)
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.norm.weight"] = tensors["model.norm.weight"].float()
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    return source
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_an_export_is_by_default_as_the_weights_were_that_its_line_began_from(
+    workshop, source, tmp_path, capsys, dtype
+):
+    pretrained = {"pretrained": str(round_source(source, dtype))}
+    line = workshop.train(tiny_profile(schedule=SCHEDULE, model=pretrained), "continued")
+    shutil.rmtree(source)  # it is asked once, when it is loaded
+    more = tiny_profile(schedule={**SCHEDULE, "cycles": 2}, seed=1, model=pretrained)
+    line += workshop.train(more, "branch", parent=line[-1])
+    assert [ref.manifest.source_dtype for ref in line] == [dtype] * 3
+    workshop.disturbed = True
+    instead = retry_stage(line[-1], on_event=lambda event: None, replace=True).replacement
+    assert instead is not None and instead.manifest.source_dtype == dtype
+    place = ["branch", str(tmp_path / "out"), "--store", workshop.store_uri]
+    with pytest.raises(SystemExit) as ended:
+        main(["export", *place])
+    assert not ended.value.code
+    said = f"The weights are {dtype}, as those were that the run began from; --dtype float32 rounds nothing."
+    assert said in " ".join(capsys.readouterr().out.split())
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == dtype
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").dtype == getattr(torch, dtype)
+    whole = export_model(line[-1], tmp_path / "whole", dtype="float32")
+    assert whole.dtype == "float32"
+    for name, tensor in load_file(tmp_path / "whole" / "model.safetensors").items():
+        assert torch.equal(tensor, load_file(fetch_parent(line[-1]) / "model.safetensors")[name])
+
+
+def test_a_float32_source_or_none_or_one_of_which_nothing_is_recorded_gives_float32(
+    workshop, checkpoint, source, tmp_path, capsys
+):
+    assert checkpoint.manifest.source_dtype is None
+    line = workshop.train(tiny_profile(schedule=SCHEDULE, model={"pretrained": str(source)}), "continued")
+    assert line[-1].manifest.source_dtype == "float32"
+    stored = json.loads(checkpoint.manifest.to_bytes())
+    del stored["source_dtype"]
+    older = parse_manifest(CheckpointManifest, json.dumps(stored).encode(), uri="memory://older")
+    assert older == checkpoint.manifest
+    for number, ref in enumerate((dataclasses.replace(checkpoint, manifest=older), line[-1])):
+        assert export_model(ref, tmp_path / str(number)).dtype == "float32"
+        assert load_file(tmp_path / str(number) / "model.safetensors")["lm_head.weight"].dtype == torch.float32
+    for run, why in (("tiny", "the checkpoint holds them"), ("continued", "those were that the run began from")):
+        with pytest.raises(SystemExit):
+            main(["export", run, str(tmp_path / run), "--store", workshop.store_uri])
+        assert f"The weights are float32, as {why}." in " ".join(capsys.readouterr().out.split())
+
+
+def test_the_dtype_of_files_is_that_of_most_values_and_no_failure_where_it_cannot_be_told(tmp_path):
+    sizes = {torch.float32: [70], torch.float16: [40, 40], torch.bfloat16: [20, 20, 20]}
+    tensors = [torch.ones(size, dtype=dtype) for dtype, kind in sizes.items() for size in kind]
+    weight_map = {}
+    for name, tensor in zip("abcdef", tensors, strict=True):
+        weight_map[name] = f"model-{name}.safetensors"
+        save_file({name: tensor, f"{name}.ids": torch.arange(500)}, tmp_path / weight_map[name])
+    assert dtype_of_files(tmp_path) is None
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    assert dtype_of_files(tmp_path) == "float16"
+    (tmp_path / "model.safetensors.index.json").write_text("[]")
+    assert dtype_of_files(tmp_path) is None
+    save_file({"a": torch.ones(2, dtype=torch.float64)}, tmp_path / "model.safetensors")
+    assert dtype_of_files(tmp_path) == "float32"

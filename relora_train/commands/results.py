@@ -82,27 +82,29 @@ def export(
         typer.Option("--as-adapter", help="Write a PEFT adapter for the checkpoint that the stage began from."),
     ] = False,
     dtype: Annotated[
-        str, typer.Option(help="float32 as the checkpoint holds it, or rounded to bfloat16 or float16.")
-    ] = "float32",
+        str | None,
+        typer.Option(help="float32, bfloat16 or float16; as the weights were that the run began from when absent."),
+    ] = None,
     store: Store = None,
     as_json: AsJson = False,
 ) -> None:
     """Write the merged model of a checkpoint for transformers, every byte verified."""
-    from relora_train.console.export import Dtype, export_adapter, export_model, unfinished_stages
+    from relora_train.console.export import export_adapter, export_model, unfinished_stages
     from relora_train.errors import ConfigError
+    from relora_train.manifest import Dtype
     from relora_train.units import size_text
 
-    refused = ["--force"] * force + [f"--dtype {dtype}"] * (dtype != "float32")
+    refused = ["--force"] * force + [f"--dtype {dtype}"] * (dtype not in (None, "float32"))
     if as_adapter and refused:
         given = " and ".join(refused)
         raise ConfigError(f"--as-adapter writes float32 to a new directory. Leave {given} out, or --as-adapter.")
-    if dtype not in get_args(Dtype):
+    if dtype not in (None, *get_args(Dtype)):
         raise ConfigError(f"--dtype {dtype!r} is not one of {', '.join(get_args(Dtype))}.")
     ref, parent = resolve(checkpoint, store), None
     if as_adapter:
         written, parent = export_adapter(ref, directory)
     else:
-        written = export_model(ref, directory, force=force, dtype=cast(Dtype, dtype))
+        written = export_model(ref, directory, force=force, dtype=cast(Dtype | None, dtype))
     unfinished = unfinished_stages(ref)
     for kept in filter(None, (ref, parent)):
         _record_export(kept, written.directory)
@@ -110,10 +112,14 @@ def export(
         names = [entry.path for entry in written.files]
         about = {"stage": ref.manifest.stage, "step": ref.step, "unfinished_stages": unfinished}
         origin = {"directory": str(written.directory), "checkpoint_uri": written.checkpoint_uri}
-        echo_json({**origin, **about, "files": names})
+        echo_json({**origin, **about, "dtype": written.dtype, "files": names})
         return
     what = f"{ref.manifest.run_id}@{ref.manifest.stage}, step {ref.step}"
     say(f"{what}: {len(written.files)} files, {size_text(written.size_bytes)}, in {written.directory}")
+    if dtype is None and not as_adapter:
+        why = "those were that the run began from" if ref.manifest.source_dtype else "the checkpoint holds them"
+        hint = "" if written.dtype == "float32" else "; --dtype float32 rounds nothing"
+        say(f"The weights are {written.dtype}, as {why}{hint}.")
     if unfinished:
         say(f"The run is not finished: its settings plan {', '.join(unfinished)} after this.")
     if as_adapter:

@@ -11,13 +11,12 @@ import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 from urllib.parse import unquote, urlsplit
 
 from relora_train.bundle import fetch_bundle
 from relora_train.checkpoint_store import CheckpointRef, CheckpointStore
 from relora_train.errors import CheckpointCorruptError, CheckpointIncompleteError, ConfigError, ReLoRAError
-from relora_train.manifest import FileEntry, describe_files, hash_file
+from relora_train.manifest import Dtype, FileEntry, describe_files, hash_file
 from relora_train.retry import parent_of, profile_of
 from relora_train.run import fetch_parent
 from relora_train.spectra.adapters import ADAPTER_FILES
@@ -25,8 +24,6 @@ from relora_train.stages import stages_after
 from relora_train.storage.opening import open_store
 from relora_train.storage.os_errors import disk_error
 from relora_train.tokenizer import TOKENIZER_FILES
-
-Dtype = Literal["float32", "bfloat16", "float16"]
 
 _HEADER_BYTES = 100_000_000  # safetensors itself reads no larger one
 _TOKENIZER = re.compile("|".join(["tokenizer.*", "chat_template.*", *map(re.escape, TOKENIZER_FILES)]))
@@ -41,6 +38,7 @@ class ExportedModel:
     directory: Path
     checkpoint_uri: str
     files: tuple[FileEntry, ...]
+    dtype: Dtype = "float32"
 
     @property
     def size_bytes(self) -> int:
@@ -48,18 +46,20 @@ class ExportedModel:
 
 
 def export_model(
-    checkpoint: CheckpointRef, directory: Path, *, force: bool = False, dtype: Dtype = "float32"
+    checkpoint: CheckpointRef, directory: Path, *, force: bool = False, dtype: Dtype | None = None
 ) -> ExportedModel:
     """Write the merged model and its tokenizer, every byte verified, so that `from_pretrained(directory)` works.
 
-    The header of each file of weights names run, stage, step and fingerprint. dtype: what the weights are rounded to.
-    The directory appears complete or not at all. One that holds something already is refused, unless `force`: then
-    its model is replaced and other files stay.
+    The header of each file of weights names run, stage, step and fingerprint. dtype: what the weights are rounded to;
+    if absent, that of the weights the run began from, or float32 where none is recorded. The directory appears complete
+    or not at all. One that holds something already is refused, unless `force`: then its model is replaced and other
+    files stay.
     """
     entries = tuple(entry for entry in checkpoint.manifest.files if _MODEL.fullmatch(entry.path))
     if not any(_WEIGHTS.fullmatch(entry.path) for entry in entries):
         raise CheckpointIncompleteError(f"{checkpoint.uri} holds no model.safetensors. Use another checkpoint.")
     directory = directory.expanduser().absolute()
+    dtype = dtype or checkpoint.manifest.source_dtype or "float32"
     _refuse_what_is_there(directory, checkpoint, force=force)
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
@@ -75,7 +75,7 @@ def export_model(
             _move(written, model, directory)
     except OSError as error:
         raise disk_error(error, f"write the model to {directory}") from error
-    return ExportedModel(directory, checkpoint.uri, written)
+    return ExportedModel(directory, checkpoint.uri, written, dtype)
 
 
 def unfinished_stages(checkpoint: CheckpointRef) -> list[str]:
