@@ -6,15 +6,15 @@ from collections.abc import Iterator, Sequence
 
 from prefect import flow
 
+from flows.parameters import ExperimentName, LimitName, PretrainDeployment, Seeds, StoreUri
 from flows.pretrain import pretrain
 from relora_train import events
 from relora_train.errors import DivergedError
 from relora_train.experiments.experiment import Experiment, PlannedRun, load_experiment
 from relora_train.experiments.measured import MeasuredSummary, is_measured
 from relora_train.experiments.records import ComparisonSummary, RunResult
-from relora_train.model_check import check_settings
-from relora_train.overrides import ExperimentOverrides
-from relora_train.parameters import ExperimentName, LimitName, PretrainDeployment, Seeds, StoreUri
+from relora_train.runs.model_check import check_settings
+from relora_train.settings.overrides import ExperimentOverrides
 from tasks.compare import keep_divergence, look_for_result, measure_experiment, read_result, write_comparison
 from tasks.deployed import require_deployment, run_deployed
 from tasks.limits import require_limit

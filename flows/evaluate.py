@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from prefect import flow
 
-from relora_train.evaluation_records import EvaluationOutcome
-from relora_train.parameters import CheckpointName, LimitName, StoreUri
+from flows.parameters import CheckpointName, LimitName, StoreUri
+from relora_train.runs.evaluations import EvaluationOutcome
 from tasks.evaluate import score_checkpoint
 from tasks.limits import device_slot, require_limit
 from tasks.observe import done

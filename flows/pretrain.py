@@ -6,18 +6,18 @@ from contextlib import closing
 
 from prefect import flow
 
+from flows.parameters import CheckpointName, LimitName, ProfileName, RunId, StageName, StoreUri
 from flows.training import train_stages
-from relora_train.evaluation_records import recorded_evaluations
-from relora_train.kept_worker import kept_worker
-from relora_train.lease import hold_run
-from relora_train.overrides import ProfileOverrides
-from relora_train.parameters import CheckpointName, LimitName, ProfileName, RunId, StageName, StoreUri
-from relora_train.profiles import load_profile
-from relora_train.publishing import publishing
-from relora_train.run import Run, choose_run_id, first_and_last, line_of, line_to_head
-from relora_train.stages import stages_after, until
+from relora_train.checkpoints.lease import hold_run
+from relora_train.method.stages import stages_after, until
+from relora_train.runs.evaluations import recorded_evaluations
+from relora_train.runs.kept_worker import kept_worker
+from relora_train.runs.publishing import publishing
+from relora_train.runs.run import Run, choose_run_id, first_and_last, line_of, line_to_head
+from relora_train.runs.summary import RunSummary, summarize_run
+from relora_train.settings.load import load_profile
+from relora_train.settings.overrides import ProfileOverrides
 from relora_train.storage.opening import open_store
-from relora_train.summary import RunSummary, summarize_run
 from tasks.artifacts import name_flow_run
 from tasks.check import check_model
 from tasks.evaluate import evaluate_checkpoint

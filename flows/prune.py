@@ -7,9 +7,9 @@ from datetime import timedelta
 from prefect import flow
 from pydantic import NonNegativeFloat, PositiveInt
 
-from relora_train.parameters import RunId, StoreUri
-from relora_train.upkeep.pruning import PruneReport
-from relora_train.upkeep.retention import RetentionPolicy
+from flows.parameters import RunId, StoreUri
+from relora_train.checkpoints.upkeep.pruning import PruneReport
+from relora_train.checkpoints.upkeep.retention import RetentionPolicy
 from tasks.observe import done
 from tasks.prune import find_runs, prune_checkpoints
 from tasks.store import open_run_store

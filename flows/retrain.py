@@ -6,23 +6,23 @@ from contextlib import ExitStack, closing
 
 from prefect import flow
 
+from flows.parameters import LimitName, ProfileName, SeriesName, StoreUri
 from flows.training import train_stages
+from relora_train.checkpoints.lease import hold_run, hold_series
 from relora_train.errors import RunInUseError
-from relora_train.kept_worker import kept_worker
-from relora_train.lease import hold_run, hold_series
-from relora_train.overrides import ProfileOverrides
-from relora_train.parameters import LimitName, ProfileName, SeriesName, StoreUri
-from relora_train.profiles import load_profile
-from relora_train.publishing import publishing
-from relora_train.retraining.options import Cycles, Margin, MarginKind, OldDataRatio, retrain_options
-from relora_train.retraining.summary import (
+from relora_train.method.stages import stages_after
+from relora_train.runs.kept_worker import kept_worker
+from relora_train.runs.publishing import publishing
+from relora_train.runs.retraining.options import Cycles, Margin, MarginKind, OldDataRatio, retrain_options
+from relora_train.runs.retraining.summary import (
     RetrainSummary,
     summarize_not_enough,
     summarize_nothing_new,
     summarize_retrain,
 )
-from relora_train.run import line_of
-from relora_train.stages import stages_after
+from relora_train.runs.run import line_of
+from relora_train.settings.load import load_profile
+from relora_train.settings.overrides import ProfileOverrides
 from relora_train.storage.opening import open_store
 from tasks.artifacts import name_flow_run
 from tasks.check import check_model

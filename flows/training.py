@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from relora_train.checkpoint_store import CheckpointRef
-from relora_train.run import DatasetRef, Run, StageOutcome
-from relora_train.stages import Stage
+from relora_train.checkpoints.store import CheckpointRef
+from relora_train.method.stages import Stage
+from relora_train.runs.run import DatasetRef, Run, StageOutcome
 from tasks.observe import done
 from tasks.train import store_checkpoint, train_cycle, warm_start
 

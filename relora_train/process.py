@@ -23,6 +23,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn, Protocol, Self, TypeVar
 
+from pydantic import BaseModel
+
 from relora_train import events
 from relora_train.errors import (
     DeviceError,
@@ -33,11 +35,24 @@ from relora_train.errors import (
     TrainerFaultError,
     may_pass,
 )
-from relora_train.launch import PARENT_PIPE_VARIABLE, SERVE_OPTION, SERVED, STOP_SECONDS, TAKEN
-from relora_train.settings.base import FrozenConfig
+
+PARENT_PIPE_VARIABLE = "RELORA_PARENT_PIPE"
+"""Tells a worker that its standard input stays open as long as its parent lives."""
+
+SAFE_PATH = {"PYTHONSAFEPATH": "1"}
+"""Keeps the directory in which a process starts out of its imports, and out of those of the processes it starts."""
+
+SERVE_OPTION = "--serve"
+"""Starts a worker without a request; they come on its standard input."""
+
+TAKEN, SERVED = "taken", "served"
+"""The events with which such a worker begins a request, and ends one that went well."""
+
+STOP_SECONDS = 25.0
+"""How long a worker may take to end after SIGTERM; Prefect kills the whole run after 30."""
 
 _emitting = threading.Lock()
-R = TypeVar("R", bound=FrozenConfig)
+R = TypeVar("R", bound=BaseModel)
 
 _MEMORY_WORDS = (
     "CUDA error: out of memory",
@@ -70,7 +85,7 @@ def serve_request(kind: type[R], work: Callable[[R, Emit], None]) -> None:
     leave(run_reported(lambda: work(request, emit)))
 
 
-Works = Mapping[type[FrozenConfig], Callable[[Any, Emit], None]]
+Works = Mapping[type[BaseModel], Callable[[Any, Emit], None]]
 """What a serving worker can do, by the kind of request."""
 
 

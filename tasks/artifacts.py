@@ -26,18 +26,18 @@ from prefect.client.orchestration import get_client
 from prefect.context import FlowRunContext
 from prefect.logging import get_run_logger
 
-from relora_train.checkpoint_store import CheckpointRef
+from relora_train.checkpoints.store import CheckpointRef
 from relora_train.events import Event
-from relora_train.reporting.merge_table import merge_table
-from relora_train.reporting.stage_text import (
+from relora_train.method.stages import Stage
+from relora_train.reports.merge_table import merge_table
+from relora_train.reports.stage_text import (
     checkpoint_markdown,
     finished_text,
     merge_text,
     progress_text,
     started_text,
 )
-from relora_train.run import StageOutcome
-from relora_train.stages import Stage
+from relora_train.runs.run import StageOutcome
 
 PROGRESS_SECONDS = 10.0
 """Between two updates of the same progress artifact."""

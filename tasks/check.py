@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 from prefect import task
 
-from relora_train.checkpoint_store import CheckpointRef
-from relora_train.model_check import check_run
-from relora_train.run import Run
-from relora_train.stages import Stage
+from relora_train.checkpoints.store import CheckpointRef
+from relora_train.method.stages import Stage
+from relora_train.runs.model_check import check_run
+from relora_train.runs.run import Run
 from tasks.observe import forward_events
 from tasks.policies import STORE_IO
 

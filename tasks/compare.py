@@ -10,14 +10,14 @@ from prefect import task
 from relora_train import events
 from relora_train.errors import TrainerCrashedError
 from relora_train.experiments import comparison, run_results
+from relora_train.experiments.comparison_store import store_comparison
+from relora_train.experiments.comparison_text import comparison_markdown
 from relora_train.experiments.experiment import Experiment, PlannedRun
 from relora_train.experiments.measured import MeasuredSummary, load_measured
+from relora_train.experiments.measured_report import measured_markdown, store_measured
 from relora_train.experiments.measuring import measure
 from relora_train.experiments.records import ComparisonSummary, RunResult
-from relora_train.objectives.registry import measures_of
-from relora_train.reporting.comparison_store import store_comparison
-from relora_train.reporting.comparison_text import comparison_markdown
-from relora_train.reporting.measured_report import measured_markdown, store_measured
+from relora_train.settings.objectives import measures_of
 from relora_train.storage.opening import open_store
 from tasks.artifacts import publish_markdown
 from tasks.observe import skipped

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from prefect import task
 
-from relora_train import evaluation_records, events
-from relora_train.checkpoint_store import CheckpointRef
-from relora_train.evaluation_records import EvaluationOutcome, evaluate_or_reuse
-from relora_train.objectives.registry import SCORES
-from relora_train.run import DatasetRef, Run
+from relora_train import events
+from relora_train.checkpoints.store import CheckpointRef
+from relora_train.runs import evaluations as evaluation_records
+from relora_train.runs.evaluations import EvaluationOutcome, evaluate_or_reuse
+from relora_train.runs.run import DatasetRef, Run
+from relora_train.settings.objectives import SCORES
 from tasks.observe import forward_events, skipped
 from tasks.policies import STORE_IO
 

@@ -14,7 +14,7 @@ from prefect.states import Completed
 
 from relora_train import events
 from relora_train.events import Event
-from relora_train.objectives.registry import measures_in
+from relora_train.settings.objectives import measures_in
 
 _LOG_SECONDS = 10.0
 

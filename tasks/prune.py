@@ -8,12 +8,12 @@ from prefect import task
 from prefect.logging import get_run_logger
 from prefect.runtime import deployment
 
-from relora_train.checkpoint_store import list_runs
+from relora_train.checkpoints.store import list_runs
+from relora_train.checkpoints.upkeep.pruning import PruneReport, prune_run
+from relora_train.checkpoints.upkeep.retention import RetentionPolicy
+from relora_train.checkpoints.upkeep.retention_profile import policy_of_run
 from relora_train.errors import RunInUseError
 from relora_train.storage.opening import open_store
-from relora_train.upkeep.pruning import PruneReport, prune_run
-from relora_train.upkeep.retention import RetentionPolicy
-from relora_train.upkeep.retention_profile import policy_of_run
 from tasks.observe import named
 from tasks.policies import STORE_IO
 

@@ -8,9 +8,9 @@ from typing import Any
 from prefect import task
 
 from relora_train import events
-from relora_train.checkpoint_store import CheckpointRef
-from relora_train.reporting.store import StoredReport, report_run
-from relora_train.run import Run
+from relora_train.checkpoints.store import CheckpointRef
+from relora_train.reports.store import StoredReport, report_run
+from relora_train.runs.run import Run
 from tasks.artifacts import publish_markdown
 from tasks.policies import STORE_IO
 

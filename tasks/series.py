@@ -10,21 +10,21 @@ from prefect.logging import get_run_logger
 from prefect.runtime import deployment
 
 from relora_train import events
-from relora_train.checkpoint_store import CheckpointRef
-from relora_train.config import Profile
-from relora_train.corpus.dataset_store import DatasetOutcome
+from relora_train.checkpoints.lease import Lease
+from relora_train.checkpoints.store import CheckpointRef
 from relora_train.errors import RunInUseError
-from relora_train.lease import Lease
-from relora_train.retraining.options import RetrainOptions
-from relora_train.retraining.retrain import RetrainPlan, conclude, plan_retrain, prepare_next, start
-from relora_train.retraining.series_data import Decision
-from relora_train.retraining.summary import (
+from relora_train.runs.datasets import DatasetOutcome
+from relora_train.runs.retraining.options import RetrainOptions
+from relora_train.runs.retraining.retrain import RetrainPlan, conclude, plan_retrain, prepare_next, start
+from relora_train.runs.retraining.series_data import Decision
+from relora_train.runs.retraining.summary import (
     STATE_NAMES,
     RetrainSummary,
     retrain_markdown,
     summarize_already_running,
 )
-from relora_train.run import DatasetRef, Run
+from relora_train.runs.run import DatasetRef, Run
+from relora_train.settings.profile import Profile
 from relora_train.storage.opening import open_store
 from tasks.artifacts import publish_markdown
 from tasks.observe import forward_events, named, provenance

@@ -5,9 +5,9 @@ from __future__ import annotations
 from prefect import task
 
 from relora_train import events
-from relora_train.checkpoint_store import CheckpointRef
-from relora_train.corpus.dataset_store import DatasetOutcome, prepare_or_reuse
-from relora_train.run import Run
+from relora_train.checkpoints.store import CheckpointRef
+from relora_train.runs.datasets import DatasetOutcome, prepare_or_reuse
+from relora_train.runs.run import Run
 from tasks.observe import forward_events, skipped
 from tasks.policies import STORE_IO
 

@@ -6,11 +6,11 @@ from prefect import task
 from prefect.logging import get_run_logger
 
 from relora_train import events
-from relora_train.checkpoint_store import CheckpointRef
-from relora_train.divergence import train_by_policy
-from relora_train.objectives.registry import headline_score
-from relora_train.run import DatasetRef, Run, StageOutcome, store_trained
-from relora_train.stages import Stage
+from relora_train.checkpoints.store import CheckpointRef
+from relora_train.method.stages import Stage
+from relora_train.runs.divergence import train_by_policy
+from relora_train.runs.run import DatasetRef, Run, StageOutcome, store_trained
+from relora_train.settings.objectives import headline_score
 from tasks.artifacts import StageArtifacts, show_checkpoint
 from tasks.observe import forward_events, provenance, skipped
 from tasks.policies import STORE_IO, TRAINING

@@ -7,8 +7,8 @@ from torch.nn import functional as F
 from transformers.models.llama import modeling_llama
 
 from relora_train.process import serve_request
-from relora_train.requests import StageRequest
-from relora_train.trainer import run_stage
+from relora_train.training.requests import StageRequest
+from relora_train.training.trainer import run_stage
 
 
 def bypassing_forward(mlp: nn.Module, x: Tensor) -> Tensor:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from relora_train import commit
 from relora_train.process import serve_request
-from relora_train.requests import StageRequest
-from relora_train.trainer import run_stage
-from relora_train.training import StageTraining
+from relora_train.training import commit
+from relora_train.training.requests import StageRequest
+from relora_train.training.stage import StageTraining
+from relora_train.training.trainer import run_stage
 
 if __name__ == "__main__":
     from test_read_back import flip_last_bit

@@ -28,21 +28,21 @@ from typing import Any
 from stage_runs import tiny_profile
 from tiny_data import DATASET_ID
 
-from relora_train.bundle import commit_bundle
-from relora_train.checkpoint_layout import dataset_prefix
-from relora_train.divergence import train_by_policy
+from relora_train.checkpoints.bundle import commit_bundle
+from relora_train.checkpoints.layout import dataset_prefix
+from relora_train.checkpoints.lease import hold_run
+from relora_train.checkpoints.manifest import DatasetManifest, parse_manifest
+from relora_train.checkpoints.upkeep.pruning import prune_run
+from relora_train.checkpoints.upkeep.retention import RetentionPolicy
 from relora_train.events import Event
-from relora_train.lease import hold_run
-from relora_train.manifest import DatasetManifest, parse_manifest
-from relora_train.publishing import publishing
-from relora_train.requests import StageRequest
-from relora_train.run import Run, StageOutcome, dataset_ref, store_trained
-from relora_train.snapshots.snapshotter import Snapshotter
-from relora_train.stages import plan_stages
+from relora_train.method.stages import plan_stages
+from relora_train.runs.divergence import train_by_policy
+from relora_train.runs.publishing import publishing
+from relora_train.runs.run import Run, StageOutcome, dataset_ref, store_trained
 from relora_train.storage.opening import open_store
-from relora_train.trainer import run_stage
-from relora_train.upkeep.pruning import prune_run
-from relora_train.upkeep.retention import RetentionPolicy
+from relora_train.training.requests import StageRequest
+from relora_train.training.snapshotter import Snapshotter
+from relora_train.training.trainer import run_stage
 
 RUN = "run"
 PROFILE = tiny_profile(
@@ -272,9 +272,9 @@ def prune(order: Order) -> None:
 def live(order: Order) -> None:
     """In a process of its own, until the end or until death."""
     os.environ.update({**order.environment, "RELORA_CACHE": order.cache})
-    import relora_train.run
+    import relora_train.runs.run
 
-    relora_train.run.run_worker = work  # type: ignore[assignment]
+    relora_train.runs.run.run_worker = work  # type: ignore[assignment]
     Snapshotter.after_step = after_step  # type: ignore[method-assign]
     if order.verb == "trace":
         power = PowerCut(order.store)
@@ -298,7 +298,7 @@ def warm_up() -> None:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    import relora_train.objectives.causal_lm  # noqa: F401
+    import relora_train.training.models.causal_lm  # noqa: F401
 
     sizes = {
         "vocab_size": 8,

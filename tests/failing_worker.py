@@ -14,7 +14,7 @@ from relora_train.process import Emit, serve_request
 from relora_train.settings.base import FrozenConfig
 
 if TYPE_CHECKING:
-    from relora_train.parallel.ranks import Ranks
+    from relora_train.distributed import Ranks
 
 
 class FailingRequest(FrozenConfig):
@@ -56,7 +56,7 @@ def fail(request: FailingRequest, emit: Emit) -> None:
         case "diverged":
             raise DivergedError("the loss is nan")
         case "rank out of memory" | "rank hangs":
-            from relora_train.parallel.ranks import joined_ranks
+            from relora_train.distributed import joined_ranks
 
             with joined_ranks("cpu") as ranks:
                 fail_as_second(request, ranks)

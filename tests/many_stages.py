@@ -14,15 +14,14 @@ from typing import Any
 
 from torch import Tensor
 
-from relora_train import trainer
+from relora_train.checkpoints.snapshots import local_snapshots
+from relora_train.distributed import Ranks, joined_ranks, local
 from relora_train.errors import TrainerInterruptedError
-from relora_train.parallel.ranks import Ranks, joined_ranks
-from relora_train.parallel.shards import local
 from relora_train.process import Emit, serve_request
-from relora_train.requests import StageRequest
 from relora_train.settings.base import FrozenConfig
-from relora_train.snapshots.store import local_snapshots
-from relora_train.training import StageTraining
+from relora_train.training import trainer
+from relora_train.training.requests import StageRequest
+from relora_train.training.stage import StageTraining
 
 
 class Work(FrozenConfig):

@@ -16,14 +16,14 @@ from typing import Any
 from hanging_api import hanging_way_to
 
 from relora_train import events
-from relora_train.checkpoint_resolve import resolve_checkpoint
-from relora_train.console.local_flow import load_flow, set_orchestrator_environment
-from relora_train.evaluation_records import dataset_of
+from relora_train.checkpoints.names import resolve_checkpoint
+from relora_train.cli.local_flow import load_flow, set_orchestrator_environment
 from relora_train.events import Event
-from relora_train.profiles import load_profile
-from relora_train.run import Run
+from relora_train.method.stages import Stage, stages_after
+from relora_train.runs.evaluations import dataset_of
+from relora_train.runs.run import Run
 from relora_train.settings.base import FrozenConfig
-from relora_train.stages import Stage, stages_after
+from relora_train.settings.load import load_profile
 from relora_train.storage.opening import open_store
 
 RUN_ID = "observed"
@@ -119,7 +119,7 @@ def chatter(directory: Path) -> None:
     """A worker that says far too much: its events by a clock that runs fast, its stray prints."""
     from prefect import flow, task
 
-    from relora_train.launch import run_worker
+    from relora_train.runs.launch import run_worker
     from tasks.artifacts import StageArtifacts
     from tasks.observe import forward_events
 

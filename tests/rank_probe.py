@@ -1,4 +1,4 @@
-"""The trainer under a recorder: `python -m rank_probe --request FILE` trains the stage as relora_train.trainer does and
+"""The trainer under a recorder: `python -m rank_probe --request FILE` trains the stage as the trainer does and
 leaves rank-<r>.json beside the output: what this rank drew, held and sent.
 """
 
@@ -12,13 +12,13 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
-from relora_train import trainer
+from relora_train.distributed import Ranks
 from relora_train.method import low_rank
-from relora_train.optimizer import optimizer_state_by_name
-from relora_train.parallel.ranks import Ranks
+from relora_train.method.optimizer import optimizer_state_by_name
 from relora_train.process import Emit, serve_request
-from relora_train.requests import StageRequest
-from relora_train.training import StageTraining
+from relora_train.training import trainer
+from relora_train.training.requests import StageRequest
+from relora_train.training.stage import StageTraining
 
 
 def digest(tensor: Tensor) -> str:

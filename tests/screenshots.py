@@ -72,7 +72,7 @@ class Photographer:
 def relora_run(profile: str, environment: dict[str, str], work: Path, **sets: Any) -> subprocess.Popen[bytes]:
     """The command that starts a run, as a process."""
     settings = [f"--set={key.replace('__', '.')}={value}" for key, value in sets.items()]
-    command = [sys.executable, "-m", "relora_train.cli", "run", profile, *settings]
+    command = [sys.executable, "-m", "relora_train.cli.app", "run", profile, *settings]
     return subprocess.Popen(command, env=environment, cwd=work, stdin=subprocess.DEVNULL)
 
 

@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from tiny_data import DATASET_ID
 
-from relora_train.checkpoint import read_training_state
-from relora_train.config import Profile
-from relora_train.manifest import ParentRef
-from relora_train.parallel.ranks import Ranks
-from relora_train.requests import StageRequest
-from relora_train.stages import Stage, fingerprint_settings, plan_stages, stage_fingerprint
-from relora_train.trainer import run_stage
-from relora_train.training import StageTraining, prepare_stage
+from relora_train.checkpoints.manifest import ParentRef
+from relora_train.distributed import Ranks
+from relora_train.method.stages import Stage, fingerprint_settings, plan_stages, stage_fingerprint
+from relora_train.settings.profile import Profile
+from relora_train.training.files import read_training_state
+from relora_train.training.requests import StageRequest
+from relora_train.training.stage import StageTraining, prepare_stage
+from relora_train.training.trainer import run_stage
 
 CPU = Ranks(rank=0, world_size=1, device=torch.device("cpu"))
 

@@ -8,18 +8,18 @@ from typing import Any
 import pytest
 from tiny_data import DATASET_ID, write_tiny_dataset
 
-from relora_train.bundle import read_manifest
-from relora_train.checkpoint_layout import dataset_prefix
-from relora_train.checkpoint_store import CheckpointRef
-from relora_train.config import Profile
-from relora_train.divergence import train_by_policy
+from relora_train.checkpoints.bundle import read_manifest
+from relora_train.checkpoints.layout import dataset_prefix
+from relora_train.checkpoints.manifest import DatasetManifest
+from relora_train.checkpoints.store import CheckpointRef
 from relora_train.events import Event
-from relora_train.manifest import DatasetManifest
-from relora_train.requests import StageRequest
-from relora_train.run import DatasetRef, Run, dataset_ref
-from relora_train.stages import Stage, stage_learning_rate, stages_after
+from relora_train.method.stages import Stage, stage_learning_rate, stages_after
+from relora_train.runs.divergence import train_by_policy
+from relora_train.runs.run import DatasetRef, Run, dataset_ref
+from relora_train.settings.profile import Profile
 from relora_train.storage.opening import open_store
-from relora_train.trainer import run_stage
+from relora_train.training.requests import StageRequest
+from relora_train.training.trainer import run_stage
 
 
 def _slightly_more(profile: Profile, stage: Stage, step: int) -> float:
@@ -41,16 +41,16 @@ class Workshop:
         self.disturbed = False
         """Whether a stage comes out with other weights than its settings give, as on a GPU that rounds otherwise."""
         patch.setenv("RELORA_CACHE", str(root.parent / "cache"))
-        patch.setattr("relora_train.run.run_worker", self._work)
-        patch.setattr("relora_train.retry.run_worker", self._work)
+        patch.setattr("relora_train.runs.run.run_worker", self._work)
+        patch.setattr("relora_train.runs.retry.run_worker", self._work)
 
     def _work(self, module: str, request: StageRequest, path: Path, **options: Any) -> None:
-        assert module == "relora_train.trainer"
+        assert module == "relora_train.training.trainer"
         self.trained.append((request.stage.name, request.profile.optimizer.learning_rate))
         request = StageRequest.model_validate_json(request.model_dump_json())  # as it comes out of its file
         with pytest.MonkeyPatch.context() as patch:
             if self.disturbed:
-                patch.setattr("relora_train.training.stage_learning_rate", _slightly_more)
+                patch.setattr("relora_train.training.stage.stage_learning_rate", _slightly_more)
             run_stage(request, lambda event, **fields: None)
 
     def train(self, profile: Profile, run_id: str = "tiny", parent: CheckpointRef | None = None) -> list[CheckpointRef]:

@@ -13,15 +13,15 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-from relora_train.checkpoint_store import CheckpointRef, CheckpointStore
-from relora_train.config import Profile
-from relora_train.manifest import CheckpointManifest, ParentRef, describe_files
-from relora_train.schedule import jagged_cosine
+from relora_train.checkpoints.manifest import CheckpointManifest, ParentRef, describe_files
+from relora_train.checkpoints.store import CheckpointRef, CheckpointStore
+from relora_train.method.schedule import jagged_cosine
+from relora_train.method.stages import Stage, fingerprint_settings, plan_stages, stage_fingerprint
 from relora_train.settings.data import BatchConfig
 from relora_train.settings.method import ReLoRAConfig
 from relora_train.settings.model import ModelConfig
+from relora_train.settings.profile import Profile
 from relora_train.settings.schedule import ScheduleConfig
-from relora_train.stages import Stage, fingerprint_settings, plan_stages, stage_fingerprint
 from relora_train.storage.base import ObjectStore
 
 DATASET = "d" * 64

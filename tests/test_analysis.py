@@ -12,19 +12,20 @@ from stage_runs import tiny_profile
 from stored_runs import Workshop
 from synthetic_run import DATASET, commit_run, llama_weights, synthetic_profile
 
-from relora_train.analysis import INITIAL, Layers, analyze, history_for_report, spectra_for_report
-from relora_train.checkpoint_store import CheckpointRef, CheckpointStore
-from relora_train.cli import main
+from relora_train.checkpoints.fetch import files_in_stores
+from relora_train.checkpoints.manifest import CheckpointManifest, describe_files
+from relora_train.checkpoints.store import CheckpointRef, CheckpointStore
+from relora_train.cli.app import main
 from relora_train.errors import CheckpointCorruptError, ConfigError, ModelError
-from relora_train.manifest import CheckpointManifest, describe_files
-from relora_train.reporting.collect import collect_run_data, files_in_stores
-from relora_train.run import line_of
+from relora_train.method.stages import plan_stages
+from relora_train.reports.collect import collect_run_data
+from relora_train.reports.ranks.analysis import INITIAL, Layers, analyze, history_for_report, spectra_for_report
+from relora_train.reports.ranks.checkpoints import low_rank_stages, start_of_line
+from relora_train.reports.ranks.kinds import kind_means
+from relora_train.runs.run import line_of
 from relora_train.settings.method import ReLoRAConfig
 from relora_train.settings.model import ModelConfig
 from relora_train.settings.schedule import ScheduleConfig
-from relora_train.spectra.checkpoints import low_rank_stages, start_of_line
-from relora_train.spectra.kinds import kind_means
-from relora_train.stages import plan_stages
 from relora_train.storage.memory import MemoryStore
 from relora_train.storage.opening import open_store
 
@@ -170,11 +171,11 @@ def _sharded(store, run_id: str, weights: dict[str, np.ndarray], tmp_path: Path)
 
 
 def test_reports_skip_what_is_too_large_and_say_so(line, fetch, monkeypatch):
-    monkeypatch.setattr("relora_train.analysis.REPORT_OPERATIONS", 1e3)
+    monkeypatch.setattr("relora_train.reports.ranks.analysis.REPORT_OPERATIONS", 1e3)
     assert "`relora analyze tale`" in history_for_report(line, fetch)[1]
-    monkeypatch.setattr("relora_train.analysis.REPORT_ADAPTER_BYTES", 10)
+    monkeypatch.setattr("relora_train.reports.ranks.analysis.REPORT_ADAPTER_BYTES", 10)
     assert "adapters are too large" in history_for_report(line, fetch)[1]
-    monkeypatch.setattr("relora_train.analysis.REPORT_WEIGHT_BYTES", 10)
+    monkeypatch.setattr("relora_train.reports.ranks.analysis.REPORT_WEIGHT_BYTES", 10)
     assert spectra_for_report(line[0], line[-1], fetch)[0] == ()
     data = collect_run_data(line, fetch)
     assert data.history is None and data.spectra == () and len(data.spectra_notes) == 2

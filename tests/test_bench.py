@@ -9,13 +9,13 @@ import pytest
 import torch
 from rich.text import Text
 
-from relora_train.benchmarking import arms
-from relora_train.benchmarking.arms import build_arm
-from relora_train.benchmarking.measure import ArmResult, measure, share_of_flop_bound, speed_ratio
-from relora_train.benchmarking.request import ARMS, SHAPES, Arm, ArmRequest, Shape
-from relora_train.cli import main
-from relora_train.console.bench import about_this_machine, bench_view, records_of
+from relora_train.cli.app import main
+from relora_train.cli.bench import about_this_machine, bench_view, records_of
 from relora_train.errors import TrainerCrashedError
+from relora_train.experiments.benchmark import arms
+from relora_train.experiments.benchmark.arms import build_arm
+from relora_train.experiments.benchmark.measure import ArmResult, measure, share_of_flop_bound, speed_ratio
+from relora_train.experiments.benchmark.request import ARMS, SHAPES, Arm, ArmRequest, Shape
 from relora_train.method.contraction import REFERENCE, LayerShape, candidates, flops_per_token
 
 TINY = Shape(
@@ -136,7 +136,7 @@ def test_the_command_prints_a_table_and_writes_json(
 
 
 def test_a_wrong_name_is_said_before_anything_is_measured(monkeypatch, capsys):
-    monkeypatch.setattr("relora_train.console.bench.measure", None)  # calling it would fail
+    monkeypatch.setattr("relora_train.cli.bench.measure", None)  # calling it would fail
     with pytest.raises(SystemExit) as ended:
         main(["bench", "9m", "huge"])
     assert ended.value.code == 2 and "There is no shape 'huge' to measure" in capsys.readouterr().err

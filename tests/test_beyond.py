@@ -16,19 +16,19 @@ from stage_runs import CPU, ignore, manifest_of, metrics_of, prepared, run_all, 
 from tiny_models import tiny_llama
 from transformers import AutoModelForCausalLM
 
-from relora_train.checkpoint import read_training_state
-from relora_train.config import Profile
+from relora_train.checkpoints.manifest import CheckpointManifest
 from relora_train.errors import ConfigError, DivergedError
-from relora_train.manifest import CheckpointManifest
 from relora_train.method.gradient_init import gradient_init
+from relora_train.method.optimizer import build_optimizer, parameter_groups, set_learning_rate
 from relora_train.method.rank_allocation import allocate_ranks, ranks_from_warm_start
-from relora_train.optimizer import build_optimizer, parameter_groups, set_learning_rate
-from relora_train.relora import apply_relora, lora_parameters, merge, relora_layers, target_names
+from relora_train.method.relora import apply_relora, lora_parameters, merge, relora_layers, target_names
+from relora_train.method.stages import fingerprint_settings, plan_stages, stage_learning_rate, stages_after
+from relora_train.reports.ranks.adapters import AdapterDirectory
+from relora_train.settings.profile import Profile
 from relora_train.settings.schedule import ScheduleConfig
-from relora_train.spectra.adapters import AdapterDirectory
-from relora_train.stages import fingerprint_settings, plan_stages, stage_learning_rate, stages_after
-from relora_train.trainer import run_stage
-from relora_train.training import StageTraining
+from relora_train.training.files import read_training_state
+from relora_train.training.stage import StageTraining
+from relora_train.training.trainer import run_stage
 
 
 def wrapped_llama() -> torch.nn.Module:

@@ -13,10 +13,9 @@ from hypothesis import strategies as st
 from schedules import schedules
 from stage_runs import ignore, manifest_of, metrics_of, run_all, stage_request, tiny_profile
 
-from relora_train.config import Profile
+from relora_train.checkpoints.manifest import CheckpointManifest
 from relora_train.errors import ConfigError
-from relora_train.manifest import CheckpointManifest
-from relora_train.stages import (
+from relora_train.method.stages import (
     Stage,
     fingerprint_settings,
     plan_stages,
@@ -24,7 +23,8 @@ from relora_train.stages import (
     stage_learning_rate,
     stages_after,
 )
-from relora_train.trainer import run_stage
+from relora_train.settings.profile import Profile
+from relora_train.training.trainer import run_stage
 
 DATASET = "d" * 64
 SMALL = {"warm_start_steps": 100, "cycles": 3, "cycle_length": 50, "warmup_steps": 10, "restart_warmup_steps": 5}

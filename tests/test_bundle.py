@@ -20,7 +20,7 @@ from fault_proxy import faulty_way_to, flip_a_bit_of_the_answer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from relora_train.bundle import (
+from relora_train.checkpoints.bundle import (
     check_local,
     commit_bundle,
     fetch_bundle,
@@ -29,6 +29,8 @@ from relora_train.bundle import (
     remove_leftovers,
     verify_bundle,
 )
+from relora_train.checkpoints.manifest import CheckpointManifest, describe_files, hash_file
+from relora_train.checkpoints.tombstone import Tombstone
 from relora_train.errors import (
     CheckpointCorruptError,
     CheckpointIncompleteError,
@@ -38,11 +40,9 @@ from relora_train.errors import (
     StorageError,
     StoreUnavailableError,
 )
-from relora_train.manifest import CheckpointManifest, describe_files, hash_file
 from relora_train.storage.base import ObjectStore
 from relora_train.storage.memory import MemoryStore
 from relora_train.storage.opening import open_store
-from relora_train.upkeep.tombstone import Tombstone
 
 PREFIX = "runs/run/checkpoints/step-00000400-abc"
 
@@ -138,8 +138,8 @@ def test_a_bundle_can_be_a_store_of_its_own(store, tmp_path):
 STOP_BEFORE = """
 import os, signal, sys
 from pathlib import Path
-from relora_train.bundle import commit_bundle
-from relora_train.manifest import CheckpointManifest
+from relora_train.checkpoints.bundle import commit_bundle
+from relora_train.checkpoints.manifest import CheckpointManifest
 from relora_train.storage.opening import open_store
 uri, prefix, directory, manifest, writes_allowed = sys.argv[1:]
 store, left = open_store(uri), int(writes_allowed)
@@ -672,7 +672,7 @@ def test_leftovers_that_cannot_be_removed_are_no_failure_and_said(tmp_path, capl
 
 @pytest.mark.parametrize("limit", [299, 300, 301])
 def test_each_file_is_downloaded_once_whatever_its_size(tmp_path, monkeypatch, limit):
-    monkeypatch.setattr("relora_train.bundle._SMALL_BYTES", limit)
+    monkeypatch.setattr("relora_train.checkpoints.bundle._SMALL_BYTES", limit)
     store = CountingStore()
     fetch_bundle(store, PREFIX, committed(store, tmp_path / "a"), tmp_path / "cache")
     assert sorted(store.downloaded) == sorted(FILES)
@@ -683,9 +683,10 @@ def test_a_file_that_was_checked_is_not_read_again_by_the_same_process(tmp_path,
     manifest = committed(store, tmp_path / "a")
     cache = fetch_bundle(store, PREFIX, manifest, tmp_path / "cache")
     now = time.time() + 60  # what was written just now may still change within its time stamp
-    monkeypatch.setattr("relora_train.file_checks.time.time", lambda: now)
+    monkeypatch.setattr("relora_train.checkpoints.file_checks.time.time", lambda: now)
     fetch_bundle(store, PREFIX, manifest, cache)
-    monkeypatch.setattr("relora_train.file_checks.hash_file", lambda path: hashed.append(path) or hash_file(path))
+    noted = lambda path: hashed.append(path) or hash_file(path)  # noqa: E731
+    monkeypatch.setattr("relora_train.checkpoints.file_checks.hash_file", noted)
     fetch_bundle(store, PREFIX, manifest, cache)
     assert hashed == []
     verify_bundle(store, PREFIX, manifest)

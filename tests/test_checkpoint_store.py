@@ -13,16 +13,16 @@ from bundles import checkpoint_manifest, dataset_manifest, fingerprint_of, write
 from hypothesis import given
 from hypothesis import strategies as st
 
-from relora_train.bundle import commit_bundle
-from relora_train.checkpoint_layout import (
+from relora_train.checkpoints.bundle import commit_bundle
+from relora_train.checkpoints.layout import (
     check_run_id,
     checkpoint_prefix,
     dataset_prefix,
     parse_checkpoint_prefix,
     split_checkpoint_uri,
 )
-from relora_train.checkpoint_resolve import resolve_checkpoint
-from relora_train.checkpoint_store import (
+from relora_train.checkpoints.names import resolve_checkpoint
+from relora_train.checkpoints.store import (
     CheckpointRef,
     CheckpointStore,
     fetch_checkpoint,

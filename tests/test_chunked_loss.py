@@ -9,8 +9,8 @@ import torch
 from torch._subclasses import FakeTensorMode
 from torch.nn import functional as F
 
-from relora_train.step import chunked_loss
-from relora_train.step.chunked_loss import chunk_rows, chunked_cross_entropy
+from relora_train.training.models import chunked_loss
+from relora_train.training.models.chunked_loss import chunk_rows, chunked_cross_entropy
 
 ROWS, WIDTH, CLASSES = 70, 16, 37
 

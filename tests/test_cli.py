@@ -23,14 +23,14 @@ from rich.console import Console
 from safetensors.numpy import load_file
 from synthetic_run import commit_run, evaluation_of, synthetic_profile
 
-from relora_train.checkpoint_store import CheckpointRef
-from relora_train.cli import app, main
-from relora_train.console.local_flow import TerminatedError, _termination_raises
-from relora_train.console.output import describe_fault
-from relora_train.console.progress import PLAIN_SECONDS, LiveDisplay, PlainDisplay, RunProgress
-from relora_train.console.summary import print_summary, reused_text
+from relora_train.checkpoints.store import CheckpointRef
+from relora_train.cli.app import app, main
+from relora_train.cli.local_flow import TerminatedError, _termination_raises
+from relora_train.cli.output import describe_fault
+from relora_train.cli.progress import PLAIN_SECONDS, LiveDisplay, PlainDisplay, RunProgress
+from relora_train.cli.summary import print_summary, reused_text
+from relora_train.runs.summary import RunSummary, StageSummary
 from relora_train.storage.opening import open_store
-from relora_train.summary import RunSummary, StageSummary
 
 
 @dataclass
@@ -67,8 +67,8 @@ def line(tmp_path: Path) -> list[CheckpointRef]:
 
 def add_sibling(line: list[CheckpointRef], tmp_path: Path) -> CheckpointRef:
     """A second cycle-2 beside the first, as a diverged cycle tried again with another setting makes one."""
+    from relora_train.method.stages import plan_stages
     from relora_train.settings.method import ReLoRAConfig
-    from relora_train.stages import plan_stages
 
     changed = synthetic_profile(relora=ReLoRAConfig(rank=8))
     stage = plan_stages(changed)[2]
@@ -239,7 +239,7 @@ def test_every_command_has_one_line_of_help_and_the_exit_codes_are_documented(re
 )
 def test_light_commands_import_no_torch_prefect_or_boto3(arguments: list[str], tmp_path: Path) -> None:
     script = (
-        "import sys\nfrom relora_train.cli import main\n"
+        "import sys\nfrom relora_train.cli.app import main\n"
         "try:\n    main(sys.argv[1:])\nexcept SystemExit as end:\n    assert not end.code, end.code\n"
         "heavy = {'torch', 'prefect', 'boto3', 'transformers', 'datasets', 'matplotlib'} & sys.modules.keys()\n"
         "assert not heavy, heavy\n"
@@ -499,7 +499,7 @@ def sleepy():
 DRIVER = """
 import sys
 from relora_train.errors import ReLoRAError
-from relora_train.console.local_flow import TerminatedError, run_flow
+from relora_train.cli.local_flow import TerminatedError, run_flow
 try:
     run_flow(sys.argv[1], {}, on_notice=lambda text: print("notice:", text))
 except (ReLoRAError, KeyboardInterrupt, TerminatedError) as error:
@@ -538,7 +538,7 @@ def servers_of(owner: int) -> list[str]:
     listed = subprocess.run(
         ["ps", "-ewwo", "pid=,args="], check=True, capture_output=True, text=True
     ).stdout.splitlines()
-    return [text for text in listed if "relora_train.console.local_server" in text and text.endswith(f" {owner}")]
+    return [text for text in listed if "relora_train.cli.local_server" in text and text.endswith(f" {owner}")]
 
 
 def wait_until_gone(owner: int, *, seconds: float = 30) -> None:

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
-from relora_train.config import Profile, default_run_id, profile_from_file, settings_digest
+from relora_train.settings.profile import Profile, default_run_id, profile_from_file, settings_digest
 
 SECTIONS = {
     name: field.annotation
@@ -144,7 +144,16 @@ def test_the_same_settings_written_differently_meet_the_same_run():
     assert default_run_id(written) == default_run_id(Profile())
 
 
-LIGHT = ["config", "profiles", "stages", "plan", "console.plan_tables", "model_shape", "schedule", "errors"]
+LIGHT = [
+    "settings.profile",
+    "settings.load",
+    "method.stages",
+    "runs.plan",
+    "cli.plan_tables",
+    "training.models.shape",
+    "method.schedule",
+    "errors",
+]
 
 
 def test_light_modules_import_no_torch_no_boto3_and_no_prefect():

@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from relora_train.errors import CheckpointCorruptError, ModelError
-from relora_train.spectra.adapters import (
+from relora_train.reports.ranks.adapters import (
     AdapterDirectory,
     Factors,
     overlap_by_chance,
@@ -19,7 +19,7 @@ from relora_train.spectra.adapters import (
     singular_values_of_sums,
     subspaces,
 )
-from relora_train.spectra.cycles import (
+from relora_train.reports.ranks.cycles import (
     MAX_GROWTH_POINTS,
     MergedCycle,
     cycle_history,

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from relora_train.dataset import TokenDataset, map_shards, read_dataset_manifest, sample_order
+from relora_train.checkpoints.manifest import MANIFEST_NAME, DatasetManifest, describe_files
+from relora_train.data.dataset import TokenDataset, map_shards, read_dataset_manifest, sample_order
 from relora_train.errors import CheckpointCorruptError, CheckpointIncompleteError, CorpusTooSmallError
-from relora_train.manifest import MANIFEST_NAME, DatasetManifest, describe_files
 
 LENGTH = 8
 SHARD_TOKENS = (50, 8, 9, 131)  # blocks of 8 + 1 tokens: 6, 0, 1, 16

@@ -8,16 +8,16 @@ import pytest
 from made_up_corpus import made_up_text
 from stage_runs import tiny_profile
 
-from relora_train.bundle import commit_bundle
-from relora_train.checkpoint_layout import dataset_prefix
-from relora_train.checkpoint_store import CheckpointRef, CheckpointStore
-from relora_train.corpus.dataset_changes import dataset_changes
-from relora_train.corpus.prepare import PreparedDataset, prepare_dataset
+from relora_train.checkpoints.bundle import commit_bundle
+from relora_train.checkpoints.layout import dataset_prefix
+from relora_train.checkpoints.manifest import CheckpointManifest, DatasetManifest, FileEntry, hash_file
+from relora_train.checkpoints.store import CheckpointRef, CheckpointStore
+from relora_train.data.dataset_changes import dataset_changes
+from relora_train.data.prepare import PreparedDataset, prepare_dataset
 from relora_train.errors import RunSettingsChangedError
-from relora_train.manifest import CheckpointManifest, DatasetManifest, FileEntry, hash_file
-from relora_train.run import Run, dataset_ref, find_stage, stage_identity
+from relora_train.method.stages import plan_stages
+from relora_train.runs.run import Run, dataset_ref, find_stage, stage_identity
 from relora_train.settings.data import DataConfig, TokenizerConfig
-from relora_train.stages import plan_stages
 from relora_train.storage.opening import open_store
 
 TOKENIZER = TokenizerConfig(vocab_size=270)

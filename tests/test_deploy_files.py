@@ -162,7 +162,7 @@ def test_the_image_starts_from_a_pinned_base_and_runs_as_nobody_special():
 def test_every_server_we_start_or_document_keeps_slots_in_files_and_its_clients_wait_for_it():
     from prefect_operator import AS_DOCUMENTED
 
-    from relora_train.console.local_server import _SERVER_SETTINGS
+    from relora_train.cli.local_server import _SERVER_SETTINGS
 
     image = " ".join(rest for word, rest in instructions() if word == "ENV")
     texts = {"image": image, **{name: (ROOT / name).read_text() for name in ("README.md", "deploy/README.md")}}

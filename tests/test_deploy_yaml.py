@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import yaml
 
-from relora_train.deployments import choose_deployments, deployments_file, read_deployments
+from relora_train.cli.deployments import choose_deployments, deployments_file, read_deployments
 from relora_train.errors import ConfigError
-from relora_train.profiles import list_profiles
+from relora_train.settings.load import list_profiles
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),

@@ -24,10 +24,10 @@ from prefect_operator import POOL, ROOT, Operator, children_of, is_alive, runnin
 from prefect_server import no_server_errors, server_errors
 from seaweed import Seaweed
 
-from relora_train.checkpoint_layout import parse_snapshot_name
-from relora_train.checkpoint_resolve import resolve_checkpoint
+from relora_train.checkpoints.layout import parse_snapshot_name
+from relora_train.checkpoints.names import resolve_checkpoint
+from relora_train.checkpoints.upkeep.verify import verify_run
 from relora_train.storage.opening import open_store
-from relora_train.upkeep.verify import verify_run
 
 SMOKE = {
     "launch": {"threads": 1},
@@ -204,7 +204,7 @@ def registered(operator: Operator) -> dict[str, Any]:
 
 def test_a_deployment_of_a_work_pool_is_not_served_unasked(operator: Operator):
     before = registered(operator)
-    told = operator.output("relora_train.cli", "serve", "pretrain/quickstart", "prune/weekly", expect=2)
+    told = operator.output("relora_train.cli.app", "serve", "pretrain/quickstart", "prune/weekly", expect=2)
     assert f"pretrain/quickstart (pool {POOL}): served, their runs would" in told and "--take-over" in told
     assert "Serving at" not in told and registered(operator) == before
     assert "prune/weekly" not in operator.prefect("deployment", "ls"), "nothing was registered on the way"
@@ -213,7 +213,7 @@ def test_a_deployment_of_a_work_pool_is_not_served_unasked(operator: Operator):
 def test_served_deployments_run_without_a_worker_and_go_back_to_their_pool(operator: Operator, bucket: str):
     operator.prefect("deployment", "schedule", "create", "pretrain/quickstart", "--cron", "0 0 1 1 *", "--no-active")
     before = registered(operator)
-    command = operator.command("relora_train.cli", "serve", "pretrain/quickstart", "--poll", "1", "--take-over")
+    command = operator.command("relora_train.cli.app", "serve", "pretrain/quickstart", "--poll", "1", "--take-over")
     server = operator.start("serve", command)
     wait_for(lambda: registered(operator)["work_pool_name"] is None, 180, operator.last_words)
     flow_run = operator.run("pretrain/quickstart", profile="smoke", run_id="served", overrides=LONG)
@@ -235,7 +235,7 @@ def test_serving_that_is_told_to_stop_before_it_began_gives_back_what_is_still_i
     program = """
 import os, signal, sys, urllib.request
 from flows.serving import serve_deployments
-from relora_train.deployments import choose_deployments
+from relora_train.cli.deployments import choose_deployments
 
 def deploy_again(pool_and_queue):
     url = f"{os.environ['PREFECT_API_URL']}/deployments/{sys.argv[1]}"

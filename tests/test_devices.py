@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from relora_train import devices
+from relora_train.devices import check_devices
+from relora_train.distributed import joined_ranks
 from relora_train.errors import DeviceError
-from relora_train.parallel import devices
-from relora_train.parallel.devices import check_devices
-from relora_train.parallel.joining import join_run
-from relora_train.parallel.ranks import joined_ranks
+from relora_train.runs.joining import join_run
 from relora_train.settings.running import LaunchConfig
 
 

@@ -12,19 +12,20 @@ import pytest
 from stage_runs import tiny_profile
 from stored_runs import Workshop
 
-from relora_train.checkpoint_store import CheckpointStore
-from relora_train.config import Profile, default_run_id
-from relora_train.divergence import divergence_text, lower_learning_rate, train_by_policy
+from relora_train.checkpoints.fetch import files_in_stores
+from relora_train.checkpoints.manifest import result_digest
+from relora_train.checkpoints.store import CheckpointStore
+from relora_train.checkpoints.upkeep.verify import verify_run
 from relora_train.errors import DivergedError, RunSettingsChangedError, TrainerCrashedError
-from relora_train.manifest import result_digest
-from relora_train.publishing import Publisher
-from relora_train.reporting.collect import collect_run_data, files_in_stores
-from relora_train.reporting.page import render_page
-from relora_train.run import Run, StageOutcome, fetch_parent
-from relora_train.stages import plan_stages
+from relora_train.method.stages import plan_stages
+from relora_train.reports.collect import collect_run_data
+from relora_train.reports.page import render_page
+from relora_train.runs.divergence import divergence_text, lower_learning_rate, train_by_policy
+from relora_train.runs.publishing import Publisher
+from relora_train.runs.run import Run, StageOutcome, fetch_parent
+from relora_train.settings.profile import Profile, default_run_id
 from relora_train.storage.memory import MemoryStore
 from relora_train.storage.opening import open_store
-from relora_train.upkeep.verify import verify_run
 
 EXPLODES = 1e3
 """At this rate a cycle of the tiny model diverges in a few steps, at EXPLODES * FACTOR it learns."""
@@ -105,7 +106,7 @@ def test_other_settings_are_still_refused_beside_a_variant(workshop: Workshop):
 
 def test_an_attempt_that_diverged_is_not_made_again_after_a_crash(workshop: Workshop, monkeypatch: pytest.MonkeyPatch):
     """The next attempt crashes once; what a task's retry does then is train_by_policy again."""
-    from relora_train import divergence
+    from relora_train.runs import divergence
 
     crashes: list[str] = []
 
@@ -205,7 +206,7 @@ def test_a_cycle_is_lowered_also_from_a_parent_that_is_still_being_stored(
 ):
     expected = workshop.train(explosive(**LOWER))
     slow, parent, waited = Slow(), None, []
-    monkeypatch.setattr("relora_train.run.open_store", lambda uri: slow if uri == slow.uri else open_store(uri))
+    monkeypatch.setattr("relora_train.runs.run.open_store", lambda uri: slow if uri == slow.uri else open_store(uri))
     with Publisher() as publisher:
         run = Run("tiny", slow.uri, explosive(**LOWER), publisher=publisher)
         for stage in plan_stages(run.profile):

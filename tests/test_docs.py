@@ -8,8 +8,8 @@ from pathlib import Path
 import typer.main
 
 from relora_train import errors
-from relora_train.cli import app
-from relora_train.profiles import list_profiles
+from relora_train.cli.app import app
+from relora_train.settings.load import list_profiles
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()

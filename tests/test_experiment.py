@@ -12,6 +12,7 @@ import pytest
 
 from relora_train.errors import ConfigError, ExperimentInvalidError, ProfileNotFoundError
 from relora_train.experiments.comparison import compare_results
+from relora_train.experiments.comparison_page import render_comparison
 from relora_train.experiments.config import ArmConfig, ExperimentConfig
 from relora_train.experiments.experiment import (
     Experiment,
@@ -28,9 +29,8 @@ from relora_train.experiments.measured import (
     is_measured,
 )
 from relora_train.experiments.run_results import record_divergence, recorded_divergence
-from relora_train.plan import plan
-from relora_train.reporting.comparison_page import render_comparison
-from relora_train.stages import fingerprint_settings, plan_stages
+from relora_train.method.stages import fingerprint_settings, plan_stages
+from relora_train.runs.plan import plan
 from relora_train.storage.opening import open_store
 
 ALL_SHIPPED = [path.stem for path in list_experiments()]

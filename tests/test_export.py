@@ -19,21 +19,21 @@ from synthetic_run import commit_run, synthetic_profile
 from test_tokenizer_choice import write_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from relora_train.checkpoint_store import CheckpointRef
-from relora_train.cli import main
-from relora_train.console.export import export_model, unfinished_stages
-from relora_train.corpus.prepare import prepare_dataset
-from relora_train.corpus.tokenizer_choice import tokenizer_directory
+from relora_train.checkpoints.manifest import CheckpointManifest, parse_manifest
+from relora_train.checkpoints.store import CheckpointRef
+from relora_train.cli.app import main
+from relora_train.cli.export import export_model, unfinished_stages
+from relora_train.data.prepare import prepare_dataset
+from relora_train.data.tokenizer import TOKENIZER_FILES, load_tokenizer
 from relora_train.errors import CheckpointCorruptError, ConfigError, ModelError
-from relora_train.manifest import CheckpointManifest, parse_manifest
-from relora_train.pretrained import dtype_of_files
-from relora_train.retry import retry_stage
-from relora_train.rounding import round_model
-from relora_train.run import fetch_dataset, fetch_parent
+from relora_train.method.stages import plan_stages
+from relora_train.runs.retry import retry_stage
+from relora_train.runs.run import fetch_dataset, fetch_parent
+from relora_train.runs.tokenizer_choice import tokenizer_directory
 from relora_train.settings.data import TokenizerConfig
-from relora_train.stages import plan_stages
 from relora_train.storage.opening import open_store
-from relora_train.tokenizer import TOKENIZER_FILES, load_tokenizer
+from relora_train.training.models.pretrained import dtype_of_files
+from relora_train.training.rounding import round_model
 
 TEMPLATE = "{% for message in messages %}<{{ message.content }}>{% endfor %}"
 
@@ -126,7 +126,7 @@ def test_rounding_a_split_model_keeps_whole_numbers_and_corrects_the_index(tmp_p
 
 
 def test_a_file_without_a_header_is_refused(checkpoint, tmp_path, monkeypatch):
-    monkeypatch.setattr("relora_train.console.export._HEADER_BYTES", 8)
+    monkeypatch.setattr("relora_train.cli.export._HEADER_BYTES", 8)
     with pytest.raises(CheckpointCorruptError, match="has no header of safetensors"):
         export_model(checkpoint, tmp_path / "out")
     assert not (tmp_path / "out").exists()

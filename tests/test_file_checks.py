@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from relora_train import file_checks
+from relora_train.checkpoints import file_checks
+from relora_train.checkpoints.file_checks import check_file, is_intact
+from relora_train.checkpoints.manifest import FileEntry, hash_file
 from relora_train.errors import CheckpointCorruptError, CheckpointIncompleteError
-from relora_train.file_checks import check_file, is_intact
-from relora_train.manifest import FileEntry, hash_file
 
 CONTENT = b"tokens"
 

@@ -24,22 +24,22 @@ import pytest
 from prefect_server import running_prefect, serving_prefect
 
 from relora_train import events
-from relora_train.benchmarking.request import SHAPES, Shape
-from relora_train.config import Profile
+from relora_train.checkpoints.upkeep.verify import verify_run
 from relora_train.errors import ConfigError, RunSettingsChangedError
-from relora_train.evaluate import evaluate_checkpoint
 from relora_train.events import Event
+from relora_train.experiments.benchmark.request import SHAPES, Shape
 from relora_train.experiments.comparison import compare_results
+from relora_train.experiments.comparison_page import render_comparison
+from relora_train.experiments.comparison_text import comparison_markdown
 from relora_train.experiments.experiment import load_experiment
 from relora_train.experiments.records import ComparisonSummary, RunResult
 from relora_train.experiments.run_results import training_curve
-from relora_train.overrides import ExperimentOverrides
-from relora_train.reporting.comparison_page import render_comparison
-from relora_train.reporting.comparison_text import comparison_markdown
-from relora_train.requests import EvaluationRequest, StageRequest
+from relora_train.settings.overrides import ExperimentOverrides
+from relora_train.settings.profile import Profile
 from relora_train.storage.opening import open_store
-from relora_train.trainer import run_stage
-from relora_train.upkeep.verify import verify_run
+from relora_train.training.evaluate import evaluate_checkpoint
+from relora_train.training.requests import EvaluationRequest, StageRequest
+from relora_train.training.trainer import run_stage
 
 # Prefect and what it depends on warn of their own internals; none of it is ours to mend.
 pytestmark = [
@@ -143,7 +143,7 @@ def work_here(module: str, request: Any, path: Path, *, on_event: Any, **options
     def emit(event: str, **fields: Any) -> None:
         on_event({"event": event, **fields})
 
-    if module == "relora_train.trainer":
+    if module == "relora_train.training.trainer":
         run_stage(StageRequest.model_validate_json(request.model_dump_json()), emit)
     else:
         evaluate_checkpoint(EvaluationRequest.model_validate_json(request.model_dump_json()), emit)
@@ -158,8 +158,9 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def prefect(root: Path) -> Iterator[None]:
     with running_prefect(root / "prefect"), pytest.MonkeyPatch.context() as patch:
         patch.setenv("RELORA_CACHE", str(root / "cache"))
-        patch.setattr("relora_train.kept_worker.KeptWorker.start", lambda worker, profile: None)
-        patch.setattr("relora_train.kept_worker.KeptWorker.run", lambda worker, *work, **how: work_here(*work, **how))
+        patch.setattr("relora_train.runs.kept_worker.KeptWorker.start", lambda worker, profile: None)
+        kept = "relora_train.runs.kept_worker.KeptWorker"
+        patch.setattr(f"{kept}.run", lambda worker, *work, **how: work_here(*work, **how))
         yield
 
 
@@ -413,8 +414,8 @@ def test_a_training_curve_is_the_mean_of_each_share_of_the_budget():
 
 def test_what_a_run_is_started_with_gives_the_planned_settings(experiment: str):
     """The flow pretrain resolves its parameters itself; they must come to what the experiment counted."""
-    from relora_train.overrides import ProfileOverrides
-    from relora_train.profiles import load_profile
+    from relora_train.settings.load import load_profile
+    from relora_train.settings.overrides import ProfileOverrides
 
     planned = load_experiment(experiment)
     for run in (*planned.warm_starts, *planned.runs):
@@ -431,7 +432,7 @@ def test_a_deployment_makes_the_runs_side_by_side(experiment: str, tmp_path: Pat
             **os.environ, "PREFECT_API_URL": server.api_url, "RELORA_CACHE": str(tmp_path / "cache"),
             "PYTHONPATH": os.pathsep.join(sys.path),
         }  # fmt: skip
-        command = [sys.executable, "-m", "relora_train.cli"]
+        command = [sys.executable, "-m", "relora_train.cli.app"]
         with (tmp_path / "serve.log").open("wb") as log:
             options = ["pretrain/quickstart", "--limit", "2", "--poll", "1"]
             serving = subprocess.Popen([*command, "serve", *options], env=environment, stdout=log, stderr=log)

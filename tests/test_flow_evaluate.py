@@ -9,8 +9,8 @@ import pytest
 from prefect_server import running_prefect
 
 from relora_train.errors import CheckpointNotFoundError, ConfigError
+from relora_train.runs.summary import RunSummary
 from relora_train.storage.opening import open_store
-from relora_train.summary import RunSummary
 
 # Prefect and what it depends on warn of their own internals; none of it is ours to mend.
 pytestmark = [

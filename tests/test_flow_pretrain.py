@@ -19,9 +19,10 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 from relora_train import events
-from relora_train.checkpoint_resolve import resolve_checkpoint
-from relora_train.console import run
-from relora_train.console.summary import closing_lines
+from relora_train.checkpoints.names import resolve_checkpoint
+from relora_train.checkpoints.upkeep.verify import verify_run
+from relora_train.cli import run
+from relora_train.cli.summary import closing_lines
 from relora_train.errors import (
     CheckpointCorruptError,
     CheckpointNotFoundError,
@@ -31,10 +32,9 @@ from relora_train.errors import (
     StoreUnavailableError,
 )
 from relora_train.events import Event
-from relora_train.run import fetch_parent
+from relora_train.runs.run import fetch_parent
+from relora_train.runs.summary import RunSummary
 from relora_train.storage.opening import open_store
-from relora_train.summary import RunSummary
-from relora_train.upkeep.verify import verify_run
 
 # Prefect and what it depends on warn of their own internals; none of it is ours to mend.
 pytestmark = [
@@ -240,8 +240,10 @@ def test_other_settings_of_a_run_are_refused_before_prefect_is_started(
 def test_a_second_flow_of_a_run_stops_while_the_first_lives_and_takes_over_when_it_is_dead(
     finished: tuple[RunSummary, list[Event]], local_store: Path
 ):
-    holding = "import sys; from relora_train.lease import hold_run; from relora_train.storage.opening import open_store"
-    program = f"{holding}\nwith hold_run(open_store(sys.argv[1]), 'first'): print('held', flush=True); sys.stdin.read()"
+    holding = "import sys; from relora_train.checkpoints.lease import hold_run"
+    opening = "from relora_train.storage.opening import open_store"
+    held = "with hold_run(open_store(sys.argv[1]), 'first'): print('held', flush=True); sys.stdin.read()"
+    program = f"{holding}; {opening}\n{held}"
     command = [sys.executable, "-c", program, str(local_store)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as first:
         assert first.stdout.readline() == "held\n"

@@ -23,11 +23,11 @@ from fault_proxy import Faults, answer_instead, faulty_way_to, held_until
 from prefect_server import running_prefect
 from test_flow_pretrain import listening, model_bytes, run_smoke, trained
 
-from relora_train.bundle import commit_bundle
-from relora_train.checkpoint_store import CheckpointStore
+from relora_train.checkpoints.bundle import commit_bundle
+from relora_train.checkpoints.manifest import CheckpointManifest, describe_files
+from relora_train.checkpoints.store import CheckpointStore
 from relora_train.errors import AccessDeniedError, PreconditionFailedError
 from relora_train.events import Event
-from relora_train.manifest import CheckpointManifest, describe_files
 from relora_train.storage.base import ObjectStore
 from relora_train.storage.opening import open_store
 
@@ -126,7 +126,7 @@ def flow_process(store: str, log: Path) -> subprocess.Popen[bytes]:
     command = ["run", "smoke", "--store", store, "--run-id", "run", *sets]
     with log.open("ab") as output:
         return subprocess.Popen(
-            [sys.executable, "-c", "from relora_train.cli import main; main()", *command],
+            [sys.executable, "-c", "from relora_train.cli.app import main; main()", *command],
             stdout=output, stderr=output, env={**os.environ, "PREFECT_HOME": str(log.parent / "prefect")},
         )  # fmt: skip
 
@@ -218,8 +218,8 @@ def test_what_began_from_a_result_that_did_not_win_is_dropped_and_never_stored(
 def test_ctrl_c_gives_what_is_being_stored_a_bounded_time(
     store: ObjectStore, faults: Faults, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("relora_train.publishing.STOP_BUDGET_SECONDS", 3.0)
-    monkeypatch.setattr("relora_train.snapshots.uploader.STOP_BUDGET_SECONDS", 3.0)
+    monkeypatch.setattr("relora_train.runs.publishing.STOP_BUDGET_SECONDS", 3.0)
+    monkeypatch.setattr("relora_train.runs.snapshot_uploader.STOP_BUDGET_SECONDS", 3.0)
     gate = threading.Event()
     faults.standing = [("PUT", WARM_START, held_until(gate))]
 

@@ -18,20 +18,20 @@ from prefect.exceptions import ParameterTypeError
 from prefect_server import running_prefect
 
 from relora_train import events
-from relora_train.checkpoint_resolve import resolve_checkpoint
-from relora_train.corpus.sources import _stdlib_files
+from relora_train.checkpoints.lease import hold_series, take_lease
+from relora_train.checkpoints.names import resolve_checkpoint
+from relora_train.checkpoints.series import read_series
+from relora_train.checkpoints.upkeep.verify import verify_run
+from relora_train.data.sources import _stdlib_files
 from relora_train.errors import ConfigError, CorpusTooSmallError, RunInUseError
-from relora_train.evaluation_records import dataset_of
 from relora_train.events import Event
-from relora_train.lease import hold_series, take_lease
-from relora_train.profiles import load_profile
-from relora_train.retraining.options import RetrainOptions
-from relora_train.retraining.retrain import plan_retrain
-from relora_train.retraining.series import read_series
-from relora_train.retraining.series_data import read_data, read_decisions
-from relora_train.retraining.summary import RetrainSummary
+from relora_train.runs.evaluations import dataset_of
+from relora_train.runs.retraining.options import RetrainOptions
+from relora_train.runs.retraining.retrain import plan_retrain
+from relora_train.runs.retraining.series_data import read_data, read_decisions
+from relora_train.runs.retraining.summary import RetrainSummary
+from relora_train.settings.load import load_profile
 from relora_train.storage.opening import open_store
-from relora_train.upkeep.verify import verify_run
 
 # Prefect and what it depends on warn of their own internals; none of it is ours to mend.
 pytestmark = [

@@ -14,13 +14,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_images import tiny_digits, write_digits, write_idx
 
-from relora_train.corpus.image_dataset import ImageDataset
-from relora_train.corpus.prepare import describe_dataset, prepare_dataset
+from relora_train.checkpoints.manifest import hash_file
+from relora_train.data.image_dataset import ImageDataset
+from relora_train.data.prepare import describe_dataset, prepare_dataset
 from relora_train.errors import CorpusTooSmallError, DataError, SourceUnreadableError
-from relora_train.manifest import hash_file
-from relora_train.objectives.image_classification import ClassLoss
-from relora_train.objectives.registry import objective_of
 from relora_train.settings.data import DataConfig, TokenizerConfig
+from relora_train.training.models.image_classification import ClassLoss
+from relora_train.training.models.registry import objective_of
 
 
 @pytest.fixture(scope="module")

@@ -15,14 +15,14 @@ from stage_runs import manifest_of, stage_request, tiny_profile
 from test_launch import is_running
 from tiny_data import write_tiny_dataset
 
-from relora_train.config import Profile
 from relora_train.errors import CorpusTooSmallError, TrainerCrashedError
 from relora_train.events import Event
-from relora_train.kept_worker import KeptWorker, kept_worker
-from relora_train.launch import run_worker
-from relora_train.requests import EvaluationRequest
-from relora_train.step.torch_settings import release_memory
-from relora_train.trainer import run_stage
+from relora_train.runs.kept_worker import KeptWorker, kept_worker
+from relora_train.runs.launch import run_worker
+from relora_train.settings.profile import Profile
+from relora_train.training.requests import EvaluationRequest
+from relora_train.training.torch_settings import release_memory
+from relora_train.training.trainer import run_stage
 
 STAGES = ("warm-start", "cycle-1", "cycle-2")
 
@@ -48,7 +48,7 @@ def train(worker: KeptWorker, profile: Profile, stage: str, dataset: Path, root:
     """Train a stage from the one before it."""
     before = STAGES.index(stage) - 1
     request = stage_request(profile, stage, dataset, root / stage, root / STAGES[before] if before >= 0 else None)
-    worker.run("relora_train.trainer", request, root / f"{stage}.json", on_event=course)
+    worker.run("relora_train.training.trainer", request, root / f"{stage}.json", on_event=course)
     return root / stage
 
 
@@ -68,7 +68,7 @@ def test_stages_in_one_process_give_the_bits_of_a_process_each(worker: KeptWorke
     for parent, stage in itertools.pairwise(STAGES):  # the first had its process to itself, as it were
         alone = tmp_path / "alone" / stage
         request = stage_request(profile, stage, dataset, alone, tmp_path / "kept" / parent)
-        run_worker("relora_train.trainer", request, tmp_path / "request.json", on_event=course)
+        run_worker("relora_train.training.trainer", request, tmp_path / "request.json", on_event=course)
         assert files_of(tmp_path / "kept" / stage) == files_of(alone)
     assert len(set(course.pids)) == 3
     scores = []
@@ -80,7 +80,7 @@ def test_stages_in_one_process_give_the_bits_of_a_process_each(worker: KeptWorke
             result_path=tmp_path / f"{name}.json",
             sequences=16,
         )
-        work("relora_train.evaluate", request, tmp_path / "request.json", on_event=course)
+        work("relora_train.training.evaluate", request, tmp_path / "request.json", on_event=course)
         scores.append(request.result_path.read_bytes())
     assert scores[0] == scores[1]
     assert is_running(pid)

@@ -24,8 +24,8 @@ from seaweed import Seaweed
 from test_kill_storm import attempts_of, weights_of
 from tiny_data import write_tiny_dataset
 
+from relora_train.checkpoints.upkeep.verify import verify_run
 from relora_train.storage.opening import open_store
-from relora_train.upkeep.verify import verify_run
 
 Points = Sequence[str]
 _DECIDES = re.compile(

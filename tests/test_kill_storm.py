@@ -19,8 +19,8 @@ from pathlib import Path
 import pytest
 from seaweed import Seaweed, running_seaweed
 
-from relora_train.checkpoint_store import CheckpointStore
-from relora_train.run import fetch_parent
+from relora_train.checkpoints.store import CheckpointStore
+from relora_train.runs.run import fetch_parent
 from relora_train.storage.opening import open_store
 
 SETTINGS = ("snapshots.every_steps=4", "launch.threads=1", "evaluation.sample_prompts=[]")
@@ -28,7 +28,7 @@ GIVE_UP_SECONDS = 600  # of one flow; machines are slow when they are shared
 
 
 def command(verb: str, *arguments: str) -> list[str]:
-    return [sys.executable, "-c", "from relora_train.cli import main; main()", verb, *arguments]
+    return [sys.executable, "-c", "from relora_train.cli.app import main; main()", verb, *arguments]
 
 
 def run_command(store: str, run_id: str) -> list[str]:
@@ -72,7 +72,7 @@ def trainers_below(pid: int) -> list[int]:
                 parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
             except (OSError, ValueError, IndexError):
                 continue
-            if parent == pid and b"relora_train.trainer" in words:
+            if parent == pid and b"relora_train.training.trainer" in words:
                 found.append(int(entry.name))
     return found
 

@@ -14,7 +14,7 @@ import pytest
 from stage_runs import manifest_of, stage_request, tiny_profile
 from tiny_data import write_tiny_dataset
 
-from relora_train import launch
+from relora_train.checkpoints.snapshots import local_snapshots
 from relora_train.errors import (
     CorpusTooSmallError,
     DeviceError,
@@ -23,10 +23,10 @@ from relora_train.errors import (
     TrainerInterruptedError,
 )
 from relora_train.events import Event
-from relora_train.launch import run_worker
-from relora_train.requests import StageRequest
+from relora_train.runs import launch
+from relora_train.runs.launch import run_worker
 from relora_train.settings.running import SnapshotConfig
-from relora_train.snapshots.store import local_snapshots
+from relora_train.training.requests import StageRequest
 
 
 def endless(tmp_path: Path):
@@ -54,7 +54,7 @@ def wait_until_gone(pid: int, seconds: float = 30) -> None:
 def test_a_stage_in_a_process_reports_its_course_and_commits(tmp_path: Path):
     request = stage_request(tiny_profile(), "warm-start", write_tiny_dataset(tmp_path / "data"), tmp_path / "out")
     seen: list[Event] = []
-    run_worker("relora_train.trainer", request, tmp_path / "request.json", on_event=seen.append)
+    run_worker("relora_train.training.trainer", request, tmp_path / "request.json", on_event=seen.append)
     names = [event["event"] for event in seen]
     assert names[0] == "stage_started" and names[-1] == "stage_committed" and "progress" in names
     assert seen[0]["pid"] != os.getpid()
@@ -65,7 +65,7 @@ def test_an_error_of_ours_comes_back_as_itself(tmp_path: Path):
     dataset = write_tiny_dataset(tmp_path / "data", train_tokens=100)
     request = stage_request(tiny_profile(), "warm-start", dataset, tmp_path / "out")
     with pytest.raises(CorpusTooSmallError, match="100 tokens"):
-        run_worker("relora_train.trainer", request, tmp_path / "request.json", on_event=lambda event: None)
+        run_worker("relora_train.training.trainer", request, tmp_path / "request.json", on_event=lambda event: None)
 
 
 def test_a_worker_that_cannot_be_imported_says_why_and_is_not_retried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -82,7 +82,8 @@ def test_a_rank_for_each_gpu_without_one_is_refused_at_once(tmp_path: Path, monk
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     with pytest.raises(DeviceError, match=r"launch\.nproc_per_node is 'gpu'.*Set launch\.nproc_per_node to a number"):
         path = tmp_path / "request.json"
-        run_worker("relora_train.trainer", endless(tmp_path), path, on_event=lambda event: None, nproc_per_node="gpu")
+        trainer = "relora_train.training.trainer"
+        run_worker(trainer, endless(tmp_path), path, on_event=lambda event: None, nproc_per_node="gpu")
 
 
 def test_a_warning_in_a_worker_is_heard_as_one_of_its_parent(
@@ -91,7 +92,7 @@ def test_a_warning_in_a_worker_is_heard_as_one_of_its_parent(
     (tmp_path / "warner.py").write_text(
         "import logging\n"
         "from relora_train.process import serve_request\n"
-        "from relora_train.requests import StageRequest\n"
+        "from relora_train.training.requests import StageRequest\n"
         "warn = logging.getLogger('relora_train.x').warning\n"
         "serve_request(StageRequest, lambda request, emit: warn('mind %s', 'it'))\n"
     )
@@ -106,7 +107,7 @@ def test_a_killed_worker_is_a_crash_that_may_be_retried_and_commits_nothing(tmp_
             os.kill(event["pid"], signal.SIGKILL)
 
     with pytest.raises(TrainerCrashedError, match="killed by SIGKILL") as caught:
-        run_worker("relora_train.trainer", endless(tmp_path), tmp_path / "request.json", on_event=kill)
+        run_worker("relora_train.training.trainer", endless(tmp_path), tmp_path / "request.json", on_event=kill)
     assert caught.value.retryable
     assert not (tmp_path / "out").exists()
 
@@ -117,7 +118,7 @@ def test_a_worker_asked_to_stop_says_so_and_is_not_retried(tmp_path: Path):
             os.kill(event["pid"], signal.SIGTERM)
 
     with pytest.raises(TrainerInterruptedError, match="stopped by SIGTERM") as caught:
-        run_worker("relora_train.trainer", endless(tmp_path), tmp_path / "request.json", on_event=stop)
+        run_worker("relora_train.training.trainer", endless(tmp_path), tmp_path / "request.json", on_event=stop)
     assert not caught.value.retryable
 
 
@@ -130,7 +131,7 @@ def test_whatever_ends_the_caller_ends_the_worker_first(tmp_path: Path):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run_worker("relora_train.trainer", endless(tmp_path), tmp_path / "request.json", on_event=interrupt)
+        run_worker("relora_train.training.trainer", endless(tmp_path), tmp_path / "request.json", on_event=interrupt)
     assert not is_running(pids[0])
 
 
@@ -162,7 +163,7 @@ def test_a_worker_being_stopped_is_still_heard_and_its_snapshot_told_of(tmp_path
 
     with pytest.raises(KeyboardInterrupt):
         request = with_snapshots(endless(tmp_path), tmp_path / "snapshots")
-        run_worker("relora_train.trainer", request, tmp_path / "request.json", on_event=interrupt)
+        run_worker("relora_train.training.trainer", request, tmp_path / "request.json", on_event=interrupt)
     names = [event["event"] for event in seen]
     assert names.index("stopping") < names.index("snapshot_committed") and "failed" not in names
     committed = seen[names.index("snapshot_committed")]
@@ -205,7 +206,7 @@ def test_two_ranks_stopped_and_continued_give_what_two_ranks_give(tmp_path: Path
 
     def run(out: str, on_event: Callable[[Event], None], **update: object) -> None:
         request = stage_request(profile, "warm-start", dataset, tmp_path / out).model_copy(update=update)
-        run_worker("relora_train.trainer", request, tmp_path / "r.json", on_event=on_event, nproc_per_node=2)
+        run_worker("relora_train.training.trainer", request, tmp_path / "r.json", on_event=on_event, nproc_per_node=2)
 
     def stop(event: Event) -> None:
         if event["event"] == "progress":
@@ -242,12 +243,12 @@ def test_a_worker_saves_its_state_and_ends_when_its_parent_is_killed(tmp_path: P
     script = (
         "import sys\n"
         "from pathlib import Path\n"
-        "from relora_train.launch import run_worker\n"
-        "from relora_train.requests import StageRequest\n"
+        "from relora_train.runs.launch import run_worker\n"
+        "from relora_train.training.requests import StageRequest\n"
         f"request = StageRequest.model_validate_json(Path({str(tmp_path / 'request-in.json')!r}).read_text())\n"
         "show = lambda event: (sys.stdout.write(f\"{event['event']} {event.get('pid', '')}\\n\"), sys.stdout.flush())\n"
-        f"run_worker('relora_train.trainer', request, Path({str(tmp_path / 'request.json')!r}), on_event=show,\n"
-        f"           nproc_per_node={ranks})\n"
+        f"run_worker('relora_train.training.trainer', request, Path({str(tmp_path / 'request.json')!r}),\n"
+        f"           on_event=show, nproc_per_node={ranks})\n"
     )
     with subprocess.Popen(
         [sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
@@ -272,5 +273,5 @@ def test_the_worker_sees_no_credentials(tmp_path: Path, monkeypatch: pytest.Monk
             os.kill(event["pid"], signal.SIGTERM)
 
     with pytest.raises(TrainerInterruptedError):
-        run_worker("relora_train.trainer", endless(tmp_path), tmp_path / "request.json", on_event=look)
+        run_worker("relora_train.training.trainer", endless(tmp_path), tmp_path / "request.json", on_event=look)
     assert found == [False]

@@ -15,13 +15,13 @@ from test_snapshot import newest
 from torch import Tensor, nn
 from transformers.models.llama import modeling_llama
 
-from relora_train import trainer
-from relora_train.config import Profile
 from relora_train.errors import TrainerInterruptedError, UntrainedLayerError
-from relora_train.launch import run_worker
-from relora_train.method.learning import CHECKED_UPDATE, check_learning
-from relora_train.trainer import run_stage
-from relora_train.training import StageTraining, prepare_stage
+from relora_train.runs.launch import run_worker
+from relora_train.settings.profile import Profile
+from relora_train.training import trainer
+from relora_train.training.learning import CHECKED_UPDATE, check_learning
+from relora_train.training.stage import StageTraining, prepare_stage
+from relora_train.training.trainer import run_stage
 
 LONG = {"warm_start_steps": 0, "cycles": 2, "cycle_length": 14, "warmup_steps": 2, "restart_warmup_steps": 2}
 NAMES = r"model\.layers\.0\.mlp\.up_proj, model\.layers\.1\.mlp\.up_proj learned nothing in the first 10 updates"

@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 from fault_proxy import answer_instead, faulty_way_to, lose_the_answer
 
+from relora_train.checkpoints.lease import Holder, LeaseRecord, hold_run, lease_key, read_lease, try_lease
 from relora_train.errors import CheckpointCorruptError, PreconditionFailedError, RunInUseError, StoreUnavailableError
-from relora_train.lease import Holder, LeaseRecord, hold_run, lease_key, read_lease, try_lease
 from relora_train.storage.base import ObjectStore
 from relora_train.storage.memory import MemoryStore
 from relora_train.storage.opening import open_store
@@ -27,7 +27,7 @@ TTL_SECONDS = 1.2
 
 HOLD = """
 import sys, time
-from relora_train.lease import hold_run
+from relora_train.checkpoints.lease import hold_run
 from relora_train.storage.opening import open_store
 uri, ttl = sys.argv[1], float(sys.argv[2])
 with hold_run(open_store(uri), "run", ttl_seconds=ttl) as lease:
@@ -241,7 +241,7 @@ class LosesAnAnswer(MemoryStore):
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The holder's clock, in seconds; it stands until a test moves it."""
     now = [1000.0]
-    monkeypatch.setattr("relora_train.lease._seconds", lambda: now[0])
+    monkeypatch.setattr("relora_train.checkpoints.lease._seconds", lambda: now[0])
     return now
 
 
@@ -353,7 +353,7 @@ def test_a_holder_counts_from_before_it_asked(monkeypatch):
             now[0] += 61
             return super().put_bytes(key, data, **conditions)
 
-    monkeypatch.setattr("relora_train.lease._seconds", lambda: now[0])
+    monkeypatch.setattr("relora_train.checkpoints.lease._seconds", lambda: now[0])
     with hold_run(Slow(), "run", ttl_seconds=60) as lease:
         for asked in (2, 3):  # the first answer was late, and so was that of the renewal
             lease.check()

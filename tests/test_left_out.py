@@ -14,15 +14,15 @@ import pytest
 from made_up_corpus import made_up_text
 from pydantic import ValidationError
 
-from relora_train.config import Profile, default_run_id
-from relora_train.corpus.dataset_store import prepare_or_reuse
-from relora_train.corpus.left_out import left_out_note
-from relora_train.corpus.prepare import describe_dataset, prepare_dataset
-from relora_train.corpus.selection import Selection, contents_of, select_source
-from relora_train.corpus.sources import read_documents, read_held_out, resolve_source
+from relora_train.data.left_out import left_out_note
+from relora_train.data.prepare import describe_dataset, prepare_dataset
+from relora_train.data.selection import Selection, contents_of, select_source
+from relora_train.data.sources import read_documents, read_held_out, resolve_source
 from relora_train.errors import CorpusEmptyError, CorpusTooSmallError, SourceUnreadableError
-from relora_train.run import Run
+from relora_train.runs.datasets import prepare_or_reuse
+from relora_train.runs.run import Run
 from relora_train.settings.data import DataConfig, TokenizerConfig
+from relora_train.settings.profile import Profile, default_run_id
 
 TOKENIZER = TokenizerConfig(vocab_size=300)
 GOOD = [json.dumps({"text": made_up_text(seed)}).encode() for seed in range(60)]
@@ -200,11 +200,11 @@ def test_the_dataset_is_that_of_the_good_records_with_counts_that_outlive_a_stop
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr("relora_train.corpus.prepare.write_shards", killed)
+        patch.setattr("relora_train.data.prepare.write_shards", killed)
         with pytest.raises(Killed):
             prepare_dataset(data, TOKENIZER, tmp_path / "stopped")
         patch.undo()
-        patch.setattr("relora_train.corpus.sources._parts", killed)  # it is staged: nothing is read again
+        patch.setattr("relora_train.data.sources._parts", killed)  # it is staged: nothing is read again
         continued = prepare_dataset(data, TOKENIZER, tmp_path / "stopped")
     assert continued.manifest.files == whole.manifest.files
     assert continued.manifest.statistics["left_out"] == facts

@@ -15,10 +15,7 @@ from hypothesis import strategies as st
 from stage_runs import tiny_profile
 from stored_runs import Workshop
 
-from relora_train.checkpoint_store import CheckpointRef, CheckpointStore
-from relora_train.cli import main
-from relora_train.console.lineage_view import lineage_view
-from relora_train.lineage import (
+from relora_train.checkpoints.lineage import (
     Line,
     choose_result,
     descendants,
@@ -27,7 +24,10 @@ from relora_train.lineage import (
     read_checkpoints,
     set_aside,
 )
-from relora_train.manifest import CheckpointManifest, ParentRef
+from relora_train.checkpoints.manifest import CheckpointManifest, ParentRef
+from relora_train.checkpoints.store import CheckpointRef, CheckpointStore
+from relora_train.cli.app import main
+from relora_train.cli.lineage_view import lineage_view
 
 
 def checkpoint(

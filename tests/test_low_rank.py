@@ -23,7 +23,7 @@ from relora_train.method.contraction import (
 )
 from relora_train.method.fast_path import share_inputs, stop_sharing
 from relora_train.method.low_rank import Factors, low_rank_linears
-from relora_train.relora import (
+from relora_train.method.relora import (
     ReLoRALinear,
     apply_relora,
     lora_parameters,

@@ -5,8 +5,7 @@ from datetime import UTC, datetime
 import pytest
 from pydantic import ValidationError
 
-from relora_train.errors import CheckpointCorruptError
-from relora_train.manifest import (
+from relora_train.checkpoints.manifest import (
     CheckpointManifest,
     DatasetManifest,
     FileEntry,
@@ -16,6 +15,7 @@ from relora_train.manifest import (
     parse_manifest,
     result_digest,
 )
+from relora_train.errors import CheckpointCorruptError
 
 FILES = [
     {"path": "metrics.jsonl", "size_bytes": 3, "sha256": "1" * 64},

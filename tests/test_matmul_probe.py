@@ -12,13 +12,12 @@ from stage_runs import ignore, stage_request, tiny_profile
 from tiny_models import tiny_llama
 from torch import nn
 
-from relora_train.checkpoint import read_training_state
 from relora_train.errors import TrainingError
-from relora_train.method import merging
-from relora_train.relora import apply_relora
-from relora_train.snapshots.snapshot import read_snapshot_state
-from relora_train.step import matmul_probe
-from relora_train.step.matmul_probe import (
+from relora_train.method.relora import apply_relora
+from relora_train.training import end_of_cycle as merging
+from relora_train.training import matmul_probe
+from relora_train.training.files import read_training_state
+from relora_train.training.matmul_probe import (
     PRECISIONS,
     Measured,
     Product,
@@ -29,7 +28,8 @@ from relora_train.step.matmul_probe import (
     products_of,
     settle,
 )
-from relora_train.trainer import run_stage
+from relora_train.training.snapshot import read_snapshot_state
+from relora_train.training.trainer import run_stage
 
 CPU = torch.device("cpu")
 PRODUCTS = {Product(96, 256, 200): 2, Product(96, 200, 16): 1}

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from relora_train.benchmarking.measure import ArmResult
-from relora_train.benchmarking.request import Arm, ArmRequest, Shape
-from relora_train.console.compare import print_measured
+from relora_train.cli.compare import print_measured
 from relora_train.errors import ConfigError, ExperimentInvalidError, ProfileNotFoundError
+from relora_train.experiments.benchmark.measure import ArmResult
+from relora_train.experiments.benchmark.request import Arm, ArmRequest, Shape
 from relora_train.experiments.measured import (
     Measured,
     MeasuredSummary,
@@ -22,8 +22,8 @@ from relora_train.experiments.measured import (
     load_measured,
     measured_json,
 )
+from relora_train.experiments.measured_report import measured_markdown, render_measured
 from relora_train.experiments.throughput import adjusted_speed, measure_throughput, pair_record, summarize
-from relora_train.reporting.measured_report import measured_markdown, render_measured
 
 SHAPE = Shape(
     hidden_size=32, intermediate_size=88, layers=1, heads=2, vocab_size=64, rank=2, sequences=10, sequence_length=10

@@ -10,10 +10,10 @@ import torch
 from stage_runs import ignore, prepared
 
 from relora_train.errors import DivergedError
-from relora_train.method.merging import finish_cycle
-from relora_train.optimizer import optimizer_state_by_name, reset_optimizer_state
-from relora_train.relora import lora_parameters, merge_and_reinit
-from relora_train.training import StageTraining
+from relora_train.method.optimizer import optimizer_state_by_name, reset_optimizer_state
+from relora_train.method.relora import lora_parameters, merge_and_reinit
+from relora_train.training.end_of_cycle import finish_cycle
+from relora_train.training.stage import StageTraining
 
 SEED = 3
 RESET = {"mode": "random", "ratio": 0.5, "independent_masks": True}

@@ -17,8 +17,8 @@ from test_pretrained import bert, edit_tensors, saved, without_a_weight
 from tiny_models import tiny_llama
 from transformers import MistralConfig, MistralForCausalLM, PreTrainedModel
 
-from relora_train.checkpoint_store import CheckpointStore
-from relora_train.config import Profile
+from relora_train.checkpoints.manifest import CheckpointManifest
+from relora_train.checkpoints.store import CheckpointStore
 from relora_train.errors import (
     ConfigError,
     DeviceError,
@@ -28,14 +28,14 @@ from relora_train.errors import (
     SequenceTooLongError,
 )
 from relora_train.events import Event
-from relora_train.manifest import CheckpointManifest
-from relora_train.model_check import check_run, check_settings
-from relora_train.model_check_worker import check_model
-from relora_train.requests import ModelCheckRequest
-from relora_train.run import Run
-from relora_train.stages import plan_stages
+from relora_train.method.stages import plan_stages
+from relora_train.runs.model_check import check_run, check_settings
+from relora_train.runs.run import Run
+from relora_train.settings.profile import Profile
 from relora_train.storage.opening import open_store
-from relora_train.trainer import run_stage
+from relora_train.training.model_check_worker import check_model
+from relora_train.training.requests import ModelCheckRequest
+from relora_train.training.trainer import run_stage
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
@@ -56,7 +56,7 @@ class Here:
     """As KeptWorker, without the seconds that a process takes to import; the tests of flows start real ones."""
 
     def run(self, module: str, request: ModelCheckRequest, path: Path, *, on_event: Any) -> None:
-        assert module == "relora_train.model_check_worker" and path.parent.is_dir()
+        assert module == "relora_train.training.model_check_worker" and path.parent.is_dir()
         check_model(ModelCheckRequest.model_validate_json(request.model_dump_json()), ignore)
 
 
@@ -133,7 +133,7 @@ def test_of_a_model_of_ours_and_of_known_families_layers_are_known_without_a_pro
     dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """Also where the tokenizer lies on a hub."""
-    monkeypatch.setattr("relora_train.model_check.run_worker", no_process)
+    monkeypatch.setattr("relora_train.runs.model_check.run_worker", no_process)
     for tokenizer in ({}, {"path": "somebody/tokenizer"}):
         check(tiny_profile(tokenizer=tokenizer), tmp_path / "store", None)
         with pytest.raises(NoTargetModulesError, match="names 'embed_tokens'"):
@@ -150,7 +150,7 @@ def test_of_a_model_of_ours_and_of_known_families_layers_are_known_without_a_pro
 def test_a_run_that_has_trained_a_stage_does_not_load_its_first_model_again(
     warm_start: Path, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("relora_train.model_check.run_worker", no_process)
+    monkeypatch.setattr("relora_train.runs.model_check.run_worker", no_process)
     model = {"pretrained": str(saved(mistral(), tmp_path / "model"))}
     profile = tiny_profile(model=model, tokenizer={"path": str(dataset)}, relora=ATTENTION)
     run = run_of(profile, tmp_path / "store", None)

@@ -17,19 +17,20 @@ from tiny_images import tiny_digits, write_digits
 from torch import Tensor, nn
 from transformers import AutoModelForImageClassification, ViTConfig, ViTForImageClassification
 
-from relora_train.config import Profile, default_run_id
-from relora_train.corpus.image_dataset import ImageDataset
+from relora_train.data.image_dataset import ImageDataset
 from relora_train.errors import ConfigError, NoTargetModulesError
 from relora_train.method.fast_path import share_inputs, stop_sharing
-from relora_train.model_shape import model_shape
-from relora_train.objectives.registry import OBJECTIVES, measures_in, objective_of
-from relora_train.plan import plan
-from relora_train.profiles import load_profile
-from relora_train.relora import apply_relora, merge_and_reinit, relora_layers
-from relora_train.retraining.options import RetrainOptions
-from relora_train.retraining.retrain import plan_retrain
-from relora_train.stages import fingerprint_settings, plan_stages, stage_fingerprint, stages_after
+from relora_train.method.relora import apply_relora, merge_and_reinit, relora_layers
+from relora_train.method.stages import fingerprint_settings, plan_stages, stage_fingerprint, stages_after
+from relora_train.runs.plan import plan
+from relora_train.runs.retraining.options import RetrainOptions
+from relora_train.runs.retraining.retrain import plan_retrain
+from relora_train.settings.load import load_profile
+from relora_train.settings.objectives import OBJECTIVES, measures_in
+from relora_train.settings.profile import Profile, default_run_id
 from relora_train.storage.memory import MemoryStore
+from relora_train.training.models.registry import objective_of
+from relora_train.training.models.shape import model_shape
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +99,7 @@ def test_every_objective_has_sources_of_its_own():
 def test_a_checkpoint_of_text_is_not_continued_with_images_nor_the_other_way_round(
     checkpoints: dict[str, Path], dataset: Path
 ):
-    from relora_train.manifest import CheckpointManifest
+    from relora_train.checkpoints.manifest import CheckpointManifest
 
     parent = CheckpointManifest.model_validate(manifest_of(checkpoints["cycle-1"]))
     assert [stage.name for stage in stages_after(tiny_digits(), parent)] == ["cycle-2"]
@@ -263,7 +264,7 @@ def test_micro_batches_give_the_same_update(dataset: Path, tmp_path: Path):
 
 
 def run_stage_of(profile: Profile, stage: str, dataset: Path, out: Path, parent: Path | None = None) -> None:
-    from relora_train.trainer import run_stage
+    from relora_train.training.trainer import run_stage
 
     run_stage(stage_request(profile, stage, dataset, out, parent), ignore)
 

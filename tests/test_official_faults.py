@@ -13,8 +13,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from relora_train.errors import ModelError
-from relora_train.optimizer import build_optimizer, reset_optimizer_state
-from relora_train.relora import (
+from relora_train.method.optimizer import build_optimizer, reset_optimizer_state
+from relora_train.method.relora import (
     apply_relora,
     lora_parameters,
     merge,
@@ -22,7 +22,7 @@ from relora_train.relora import (
     relora_layers,
     unwrap,
 )
-from relora_train.schedule import is_merge_step, learning_rate
+from relora_train.method.schedule import is_merge_step, learning_rate
 
 SCHEDULE = {"warmup_steps": 5, "restart_warmup_steps": 3, "min_lr_ratio": 0.1}
 

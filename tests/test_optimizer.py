@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
 
 from relora_train.errors import ModelError
-from relora_train.optimizer import (
+from relora_train.method.optimizer import (
     FUSED_DEVICES,
     above_quantile,
     build_optimizer,
@@ -20,7 +20,7 @@ from relora_train.optimizer import (
     reset_optimizer_state,
     set_learning_rate,
 )
-from relora_train.relora import apply_relora, lora_parameters, relora_layers
+from relora_train.method.relora import apply_relora, lora_parameters, relora_layers
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 

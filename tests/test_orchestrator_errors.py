@@ -86,7 +86,7 @@ def test_the_command_says_so_and_ends_with_the_code_of_its_kind(
             **os.environ, "PREFECT_API_URL": url, "PREFECT_CLIENT_MAX_RETRIES": "0", "PREFECT_HOME": str(tmp_path),
             "RELORA_CACHE": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path),
         }  # fmt: skip
-        command = [sys.executable, "-m", "relora_train.cli", "run", "smoke", "--store", str(tmp_path / "store")]
+        command = [sys.executable, "-m", "relora_train.cli.app", "run", "smoke", "--store", str(tmp_path / "store")]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == code and words in " ".join(done.stderr.split()), (done.returncode, done.stderr)
     assert "Traceback" not in done.stderr

@@ -10,11 +10,11 @@ import pytest
 from jsonschema import Draft202012Validator
 from pydantic import TypeAdapter, ValidationError
 
-from relora_train import parameters
-from relora_train.config import Profile
+from flows import parameters
 from relora_train.errors import ConfigError, ProfileInvalidError
-from relora_train.overrides import ProfileOverrides, nested
-from relora_train.profiles import list_profiles, load_profile, parse_override
+from relora_train.settings.load import list_profiles, load_profile, parse_override
+from relora_train.settings.overrides import ProfileOverrides, nested
+from relora_train.settings.profile import Profile
 
 OURS = ProfileOverrides.model_json_schema()
 THEIRS = Profile.model_json_schema()

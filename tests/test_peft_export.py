@@ -17,13 +17,13 @@ from tiny_data import VOCABULARY
 from tiny_models import relative_error, token_batch
 from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig, PreTrainedModel, Qwen3MoeConfig
 
-from relora_train.checkpoint_store import CheckpointRef
-from relora_train.cli import main
-from relora_train.console.export import export_adapter
+from relora_train.checkpoints.store import CheckpointRef
+from relora_train.cli.app import main
+from relora_train.cli.export import export_adapter
 from relora_train.errors import CheckpointNotFoundError, ConfigError, ModelError
-from relora_train.peft_export import adapter_on_base
-from relora_train.retry import differing_files, retry_stage
-from relora_train.run import fetch_parent
+from relora_train.runs.retry import differing_files, retry_stage
+from relora_train.runs.run import fetch_parent
+from relora_train.training.peft_export import adapter_on_base
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"),  # peft asks for it

@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer, models, trainers
 
-from relora_train.config import Profile
-from relora_train.console.plan_tables import sections
+from relora_train.cli.plan_tables import sections
 from relora_train.errors import ConfigError, NoTargetModulesError
-from relora_train.model_shape import model_shape
-from relora_train.plan import Plan, plan
-from relora_train.profiles import list_profiles, load_profile
+from relora_train.runs.plan import Plan, plan
+from relora_train.settings.load import list_profiles, load_profile
+from relora_train.settings.profile import Profile
+from relora_train.training.models.shape import model_shape
 
 SHAPES = {
     "9m": (128, 352, 4, 4),
@@ -144,7 +144,7 @@ def test_a_local_model_is_counted_as_transformers_and_relora_build_it(family, tm
     """Heads wider than the model's share, grouped keys, biases, tied embeddings; biases stay trained when wrapped."""
     import transformers
 
-    from relora_train.relora import apply_relora
+    from relora_train.method.relora import apply_relora
 
     config = transformers.AutoConfig.for_model(family, **tiny(family))
     config.save_pretrained(tmp_path)

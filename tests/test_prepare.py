@@ -17,15 +17,15 @@ from pydantic import ValidationError
 from tokenizers import Tokenizer
 
 from relora_train import events
-from relora_train.bundle import commit_bundle, fetch_bundle
-from relora_train.corpus.prepare import PreparedDataset, PrepareRequest, describe_dataset, prepare_dataset, read_result
-from relora_train.corpus.staging import cut_into_pieces, split_digest, split_of
-from relora_train.dataset import TokenDataset
+from relora_train.checkpoints.bundle import commit_bundle, fetch_bundle
+from relora_train.checkpoints.manifest import hash_file
+from relora_train.data.dataset import TokenDataset
+from relora_train.data.prepare import PreparedDataset, PrepareRequest, describe_dataset, prepare_dataset, read_result
+from relora_train.data.staging import cut_into_pieces, split_digest, split_of
+from relora_train.data.tokenizer import DEFAULT_EOS_TOKEN, train_tokenizer
 from relora_train.errors import CorpusEmptyError, CorpusTooSmallError, SourceUnreadableError
-from relora_train.manifest import hash_file
 from relora_train.settings.data import DataConfig, TokenizerConfig
 from relora_train.storage.memory import MemoryStore
-from relora_train.tokenizer import DEFAULT_EOS_TOKEN, train_tokenizer
 
 TOKENIZER = TokenizerConfig(vocab_size=300)
 
@@ -248,7 +248,7 @@ def start(request: PrepareRequest, directory: Path, **environment: str) -> subpr
     path = directory / "request.json"
     path.write_text(request.model_dump_json())
     return subprocess.Popen(
-        [sys.executable, "-m", "relora_train.corpus.prepare", "--request", str(path)],
+        [sys.executable, "-m", "relora_train.data.prepare", "--request", str(path)],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env={**os.environ, **environment},
     )  # fmt: skip
@@ -295,8 +295,8 @@ def test_preparing_imports_no_torch_and_no_orchestrator_and_describing_no_datase
     code = f"""
 import sys
 from pathlib import Path
-from relora_train.corpus.prepare import *
-from relora_train.dataset import TokenDataset
+from relora_train.data.prepare import *
+from relora_train.data.dataset import TokenDataset
 if __name__ == "__main__":
     data = DataConfig(source="parquet", paths=({str(tmp_path / "a.parquet")!r},), validation_fraction=0.3, workers=1)
     describe_dataset(data, TokenizerConfig(vocab_size=300))

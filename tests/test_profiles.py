@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel
 
-from relora_train.config import Profile
 from relora_train.errors import ConfigError, ProfileInvalidError, ProfileNotFoundError
-from relora_train.plan import plan
-from relora_train.profiles import list_profiles, load_profile, profile_directory
-from relora_train.schedule import check_jagged_cosine, is_merge_step
-from relora_train.stages import plan_stages
+from relora_train.method.schedule import check_jagged_cosine, is_merge_step
+from relora_train.method.stages import plan_stages
+from relora_train.runs.plan import plan
+from relora_train.settings.load import list_profiles, load_profile, profile_directory
+from relora_train.settings.profile import Profile
 
 SHIPPED = [path.stem for path in list_profiles()]
 PAPER_SIZES = ["llama_60m", "llama_130m", "llama_250m", "llama_350m", "llama_1b"]

@@ -15,10 +15,16 @@ from bundles import FILES, checkpoint_manifest, dataset_manifest, write_files
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from relora_train.bundle import commit_bundle
-from relora_train.checkpoint_layout import checkpoint_prefix
-from relora_train.checkpoint_resolve import resolve_checkpoint
-from relora_train.checkpoint_store import CheckpointRef, CheckpointStore, line_to, make_ref
+from relora_train.checkpoints.bundle import commit_bundle
+from relora_train.checkpoints.layout import checkpoint_prefix
+from relora_train.checkpoints.lease import Holder, hold_run, lease_key, take_lease
+from relora_train.checkpoints.names import resolve_checkpoint
+from relora_train.checkpoints.pins import pin, pins_of, record_export, unpin
+from relora_train.checkpoints.store import CheckpointRef, CheckpointStore, line_to, make_ref
+from relora_train.checkpoints.tombstone import Tombstone
+from relora_train.checkpoints.upkeep.pruning import prune_run
+from relora_train.checkpoints.upkeep.retention import RetentionPolicy, plan_pruning, stage_number
+from relora_train.checkpoints.upkeep.verify import verify_run
 from relora_train.errors import (
     CheckpointCorruptError,
     CheckpointNotFoundError,
@@ -28,15 +34,9 @@ from relora_train.errors import (
     StorageError,
     StoreUnavailableError,
 )
-from relora_train.lease import Holder, hold_run, lease_key, take_lease
 from relora_train.storage.base import ObjectStore
 from relora_train.storage.memory import MemoryStore
 from relora_train.storage.opening import open_store
-from relora_train.upkeep.pins import pin, pins_of, record_export, unpin
-from relora_train.upkeep.pruning import prune_run
-from relora_train.upkeep.retention import RetentionPolicy, plan_pruning, stage_number
-from relora_train.upkeep.tombstone import Tombstone
-from relora_train.upkeep.verify import verify_run
 
 NOW = timedelta(seconds=-1)
 """As a grace period: everything is old enough."""

@@ -11,16 +11,16 @@ import pytest
 from bundles import checkpoint_manifest, fingerprint_of, write_files
 from stage_runs import stage_request, tiny_profile
 
-from relora_train.bundle import commit_bundle
-from relora_train.checkpoint_store import CheckpointRef, CheckpointStore
+from relora_train.checkpoints.bundle import commit_bundle
+from relora_train.checkpoints.manifest import RECORD_FILES, result_digest
+from relora_train.checkpoints.store import CheckpointRef, CheckpointStore
 from relora_train.errors import AccessDeniedError, PreconditionFailedError, StoreUnavailableError
-from relora_train.manifest import RECORD_FILES, result_digest
-from relora_train.publishing import Publication, Publisher, publishing
-from relora_train.run import Run, fetch_parent
-from relora_train.stage_work import left_output, tidy_up, work_name
+from relora_train.runs.publishing import Publication, Publisher, publishing
+from relora_train.runs.run import Run, fetch_parent
+from relora_train.runs.stage_work import left_output, tidy_up, work_name
 from relora_train.storage.memory import MemoryStore
 from relora_train.storage.opening import open_store
-from relora_train.workspace import WorkDirectory, checkpoint_cache, keep_work_from
+from relora_train.storage.workspace import WorkDirectory, checkpoint_cache, keep_work_from
 
 
 class Shaky(MemoryStore):
@@ -168,7 +168,7 @@ def test_other_timings_are_no_other_result(tmp_path: Path):
 def test_a_stopped_flow_leaves_in_bounded_time_and_nothing_becomes_visible_after_it(
     flow: Flow, shaky: Shaky, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
-    monkeypatch.setattr("relora_train.publishing.STOP_BUDGET_SECONDS", 1.0)
+    monkeypatch.setattr("relora_train.runs.publishing.STOP_BUDGET_SECONDS", 1.0)
     shaky.gate.clear()
     with pytest.raises(KeyboardInterrupt), Publisher() as publisher:
         offered(publisher, flow.made("one", 1), flow.made("two", 2))

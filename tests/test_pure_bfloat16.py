@@ -12,10 +12,10 @@ from stage_runs import CPU, ignore, manifest_of, metrics_of, run_all, stage_requ
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from relora_train.checkpoint import load_optimizer_state, read_tensor
-from relora_train.step.bfloat16_adamw import BFloat16AdamW, _Noise, round_at_random, round_trained_matrices
-from relora_train.trainer import run_stage
-from relora_train.training import prepare_stage
+from relora_train.method.bfloat16_adamw import BFloat16AdamW, _Noise, round_at_random, round_trained_matrices
+from relora_train.training.files import load_optimizer_state, read_tensor
+from relora_train.training.stage import prepare_stage
+from relora_train.training.trainer import run_stage
 
 SETTINGS = {"lr": 1e-3, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1}
 PURE = {"precision": {"dtype": "pure-bfloat16"}}

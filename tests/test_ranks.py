@@ -19,18 +19,18 @@ from failing_worker import FailingRequest
 from safetensors.torch import load_file
 from stage_runs import ignore, metrics_of, stage_request, tiny_profile
 
-from relora_train.checkpoint import load_optimizer_state, read_training_state
-from relora_train.config import Profile
+from relora_train.checkpoints.snapshots import local_snapshots
+from relora_train.distributed import SLOW, STEP, Ranks, joined_ranks
 from relora_train.errors import ConfigError, DeviceError, DeviceMemoryError, ReLoRAError, TrainerCrashedError
 from relora_train.events import Event
-from relora_train.launch import nodes_of, run_worker
-from relora_train.parallel.ranks import SLOW, STEP, Ranks, joined_ranks
 from relora_train.process import is_out_of_memory
-from relora_train.requests import StageRequest
+from relora_train.runs.launch import nodes_of, run_worker
+from relora_train.settings.profile import Profile
 from relora_train.settings.running import PrecisionConfig
-from relora_train.snapshots.store import local_snapshots
-from relora_train.trainer import run_stage
-from relora_train.training import prepare_stage
+from relora_train.training.files import load_optimizer_state, read_training_state
+from relora_train.training.requests import StageRequest
+from relora_train.training.stage import prepare_stage
+from relora_train.training.trainer import run_stage
 
 STEPS = 30
 CLIPPED_TO = 0.01
@@ -47,7 +47,7 @@ def profile_of(**sections: Any) -> Profile:
     return tiny_profile(**settings | sections)
 
 
-def by_two_ranks(request: StageRequest, *, module: str = "relora_train.trainer", on_event: Any = None) -> None:
+def by_two_ranks(request: StageRequest, *, module: str = "relora_train.training.trainer", on_event: Any = None) -> None:
     path = request.output_directory.parent / "request.json"
     run_worker(module, request, path, on_event=on_event or (lambda event: None), nproc_per_node=2)
 
@@ -301,7 +301,7 @@ def test_two_machines_give_the_bits_of_two_ranks_on_one_and_meet_again_for_the_n
     meeting = ["--rdzv-endpoint", endpoint, "--nnodes", "2", "--node-rank", "1", "--device", "cpu"]
     launch = {"nnodes": 2, "rdzv_endpoint": endpoint, "threads": 1, "device": "cpu"}
     with subprocess.Popen(
-        [sys.executable, "-m", "relora_train.cli", "join", *meeting, "--wait-seconds", "120"],
+        [sys.executable, "-m", "relora_train.cli.app", "join", *meeting, "--wait-seconds", "120"],
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -315,7 +315,7 @@ def test_two_machines_give_the_bits_of_two_ranks_on_one_and_meet_again_for_the_n
                 seen: list[Event] = []
                 nodes = nodes_of(profile.launch)
                 path = tmp_path / "request.json"
-                run_worker("relora_train.trainer", request, path, on_event=seen.append, nodes=nodes)
+                run_worker("relora_train.training.trainer", request, path, on_event=seen.append, nodes=nodes)
                 assert seen[0]["ranks"] == 2 and seen[-1]["event"] == "stage_committed"
             said = other_machine.communicate(timeout=90)[1]
         finally:

@@ -12,11 +12,11 @@ from safetensors.torch import load_file, save_file
 from stage_runs import ignore, stage_request, tiny_profile
 from transformers import MixtralConfig, MixtralForCausalLM
 
-from relora_train import commit
 from relora_train.errors import CheckpointCorruptError
-from relora_train.launch import run_worker
-from relora_train.trainer import run_stage
-from relora_train.training import StageTraining
+from relora_train.runs.launch import run_worker
+from relora_train.training import commit
+from relora_train.training.stage import StageTraining
+from relora_train.training.trainer import run_stage
 
 Change = Callable[[dict[str, torch.Tensor]], Any]
 

@@ -16,8 +16,8 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
 from relora_train.errors import ConfigError, DivergedError, ModelError, NoTargetModulesError
-from relora_train.optimizer import build_optimizer
-from relora_train.relora import (
+from relora_train.method.optimizer import build_optimizer
+from relora_train.method.relora import (
     ReLoRALinear,
     adapter_config,
     adapter_state,
@@ -331,7 +331,7 @@ def test_the_draws_differ_between_layers_seeds_and_cycles():
 
 def test_the_draws_are_the_same_in_another_process():
     code = (
-        "from torch import nn; from relora_train.relora import apply_relora; m = nn.Sequential(nn.Linear(8, 8));"
+        "from torch import nn; from relora_train.method.relora import apply_relora; m = nn.Sequential(nn.Linear(8, 8));"
         "apply_relora(m, rank=2, alpha=1, dropout=0, target_modules=['0'], seed=3, cycle=4);"
         "print(m[0].lora_A.tolist())"
     )

@@ -9,19 +9,20 @@ import numpy as np
 import pytest
 from synthetic_run import commit_run, evaluation_of, synthetic_profile
 
-from relora_train.bundle import read_manifest
-from relora_train.checkpoint_store import CheckpointStore
+from relora_train.checkpoints.bundle import read_manifest
+from relora_train.checkpoints.fetch import files_in_stores
+from relora_train.checkpoints.manifest import CheckpointManifest
+from relora_train.checkpoints.store import CheckpointStore
 from relora_train.errors import CheckpointCorruptError, CheckpointIncompleteError, CheckpointNotFoundError
-from relora_train.manifest import CheckpointManifest
-from relora_train.report import overview_markdown, stage_table_markdown, summarize, write_report
-from relora_train.reporting.collect import collect_run_data, files_in_directories, files_in_stores
-from relora_train.reporting.plot_style import MAX_POINTS, downsample, running_mean
-from relora_train.reporting.plots import OVERVIEW_BYTES, overview_png
-from relora_train.reporting.run_data import Evaluation, MergeRow, Sample, Scores
-from relora_train.reporting.text import change, count, decimal, duration, percent, scientific, size
+from relora_train.method.stages import plan_stages
+from relora_train.reports.collect import collect_run_data, files_in_directories
+from relora_train.reports.plot_style import MAX_POINTS, downsample, running_mean
+from relora_train.reports.plots import OVERVIEW_BYTES, overview_png
+from relora_train.reports.report import overview_markdown, stage_table_markdown, summarize, write_report
+from relora_train.reports.run_data import Evaluation, MergeRow, Sample, Scores
+from relora_train.reports.text import change, count, decimal, duration, percent, scientific, size
 from relora_train.settings.data import BatchConfig
 from relora_train.settings.schedule import ScheduleConfig
-from relora_train.stages import plan_stages
 from relora_train.storage.memory import MemoryStore
 from relora_train.storage.opening import open_store
 

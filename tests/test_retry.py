@@ -11,16 +11,16 @@ import pytest
 from stage_runs import tiny_profile
 from stored_runs import Workshop
 
-from relora_train.checkpoint_resolve import resolve_checkpoint
-from relora_train.checkpoint_store import CheckpointRef, CheckpointStore
-from relora_train.cli import main
-from relora_train.console.retry import retry_view
+from relora_train.checkpoints.lease import hold_run
+from relora_train.checkpoints.manifest import CheckpointManifest
+from relora_train.checkpoints.names import resolve_checkpoint
+from relora_train.checkpoints.store import CheckpointRef, CheckpointStore
+from relora_train.cli.app import main
+from relora_train.cli.retry import retry_view
 from relora_train.errors import CheckpointNotFoundError, ConfigError, RunInUseError
 from relora_train.events import Event
-from relora_train.lease import hold_run
-from relora_train.manifest import CheckpointManifest
-from relora_train.retry import RetryOutcome, differing_files, retry_stage, stage_of
-from relora_train.stages import plan_stages, stages_after
+from relora_train.method.stages import plan_stages, stages_after
+from relora_train.runs.retry import RetryOutcome, differing_files, retry_stage, stage_of
 
 
 @pytest.fixture
@@ -162,7 +162,7 @@ def test_settings_that_mean_something_else_today_prove_nothing(workshop: Worksho
 
 def test_a_retry_that_was_stopped_proves_nothing_to_the_next(workshop: Workshop, line: list[CheckpointRef]):
     """What it committed on this disk is not taken for a fresh attempt."""
-    from relora_train.workspace import cache_root
+    from relora_train.storage.workspace import cache_root
 
     left = cache_root() / "work" / "tiny" / f"retry-cycle-1-{line[1].fingerprint[:12]}" / "checkpoint"
     shutil.copytree(line[1].uri.removeprefix("file://"), left)

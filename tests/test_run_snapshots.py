@@ -14,13 +14,13 @@ import pytest
 from stage_runs import manifest_of, metrics_of, tiny_profile
 from tiny_data import DATASET_ID, write_tiny_dataset
 
-from relora_train.bundle import commit_bundle
-from relora_train.checkpoint_layout import dataset_prefix
+from relora_train.checkpoints.bundle import commit_bundle
+from relora_train.checkpoints.layout import dataset_prefix
+from relora_train.checkpoints.manifest import DatasetManifest, parse_manifest
 from relora_train.errors import StoreUnavailableError, TrainerCrashedError
 from relora_train.events import Event
-from relora_train.manifest import DatasetManifest, parse_manifest
-from relora_train.run import DatasetRef, Run, StageOutcome, dataset_ref, fetch_parent, train_stage
-from relora_train.stages import plan_stages
+from relora_train.method.stages import plan_stages
+from relora_train.runs.run import DatasetRef, Run, StageOutcome, dataset_ref, fetch_parent, train_stage
 from relora_train.storage.memory import MemoryStore
 
 STEPS = 400
@@ -216,7 +216,7 @@ def test_training_goes_on_while_the_store_is_down_and_the_checkpoint_is_kept(
     dataset_directory: Path, expected: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
     store = DownFor("down")
-    monkeypatch.setattr("relora_train.run.open_store", lambda uri: store)
+    monkeypatch.setattr("relora_train.runs.run.open_store", lambda uri: store)
     run = Run("run", store.uri, PROFILE)
 
     def outage(story: Story, event: Event) -> None:

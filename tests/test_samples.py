@@ -12,9 +12,9 @@ from stage_runs import ignore, tiny_profile
 from tiny_data import VOCABULARY
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
-from relora_train.evaluate import evaluate_checkpoint
-from relora_train.objectives.causal_lm import sample_texts
-from relora_train.requests import EvaluationRequest
+from relora_train.training.evaluate import evaluate_checkpoint
+from relora_train.training.models.causal_lm import sample_texts
+from relora_train.training.requests import EvaluationRequest
 
 CPU = torch.device("cpu")
 

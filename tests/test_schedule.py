@@ -6,7 +6,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from relora_train.schedule import climbing_cosine, cosine, cycle_of_step, is_merge_step, jagged_cosine, learning_rate
+from relora_train.method.schedule import (
+    climbing_cosine,
+    cosine,
+    cycle_of_step,
+    is_merge_step,
+    jagged_cosine,
+    learning_rate,
+)
 
 PAPER = {
     "total_steps": 15_000,
@@ -206,5 +213,5 @@ def test_every_function_refuses_what_it_cannot_mean(call, named):
 
 def test_the_schedule_is_light():
     """A planner imports it in a process that must stay small."""
-    code = "import sys, relora_train.schedule; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
+    code = "import sys, relora_train.method.schedule; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -25,33 +25,33 @@ from observed_flows import RUN_ID
 from stage_runs import stage_request, tiny_profile
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from relora_train.bundle import commit_bundle, read_manifest
-from relora_train.checkpoint_layout import checkpoint_prefix
-from relora_train.checkpoint_resolve import resolve_checkpoint
-from relora_train.checkpoint_store import CheckpointStore
-from relora_train.cli import main
-from relora_train.config import Profile
-from relora_train.console.local_flow import load_flow
-from relora_train.console.local_server import check_server
-from relora_train.console.output import Warnings, harmless, say
-from relora_train.console.run import recorded_evaluations
+from relora_train.checkpoints.bundle import commit_bundle, read_manifest
+from relora_train.checkpoints.layout import checkpoint_prefix
+from relora_train.checkpoints.lease import hold_run
+from relora_train.checkpoints.manifest import CheckpointManifest, DatasetManifest, Manifest, ParentRef, SnapshotManifest
+from relora_train.checkpoints.names import resolve_checkpoint
+from relora_train.checkpoints.pins import pin, pins_of
+from relora_train.checkpoints.series import promote as promote_checkpoint
+from relora_train.checkpoints.snapshots import SnapshotStore
+from relora_train.checkpoints.store import CheckpointStore
+from relora_train.checkpoints.tombstone import read_tombstone
+from relora_train.checkpoints.upkeep.pruning import prune_run
+from relora_train.checkpoints.upkeep.verify import verify_run
+from relora_train.cli.app import main
+from relora_train.cli.local_flow import load_flow
+from relora_train.cli.local_server import check_server
+from relora_train.cli.output import Warnings, harmless, say
+from relora_train.cli.run import recorded_evaluations
 from relora_train.errors import CheckpointCorruptError, ConfigError, ModelNotFoundError
 from relora_train.experiments.experiment import load_experiment
-from relora_train.launch import run_worker
-from relora_train.lease import hold_run
-from relora_train.manifest import CheckpointManifest, DatasetManifest, Manifest, ParentRef, SnapshotManifest
-from relora_train.pretrained import load_model
-from relora_train.profiles import load_profile
-from relora_train.redaction import refuse_secrets
-from relora_train.retraining.series import promote as promote_checkpoint
-from relora_train.run import Run
-from relora_train.snapshots.store import SnapshotStore
+from relora_train.runs.launch import run_worker
+from relora_train.runs.run import Run
+from relora_train.settings.load import load_profile
+from relora_train.settings.profile import Profile
 from relora_train.storage.base import ObjectStore
 from relora_train.storage.opening import open_store
-from relora_train.upkeep.pins import pin, pins_of
-from relora_train.upkeep.pruning import prune_run
-from relora_train.upkeep.tombstone import read_tombstone
-from relora_train.upkeep.verify import verify_run
+from relora_train.storage.redaction import refuse_secrets
+from relora_train.training.models.pretrained import load_model
 
 ROOT = Path(__file__).resolve().parent.parent
 PRODUCT = sorted(path for part in ("relora_train", "tasks", "flows") for path in (ROOT / part).rglob("*.py"))
@@ -223,8 +223,8 @@ def test_addresses_without_credentials_are_taken():
 def test_commands_refuse_credentials_in_an_address_before_prefect_starts(
     command: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ):
-    monkeypatch.setattr("relora_train.console.local_flow.run_flow", None)
-    monkeypatch.setattr("relora_train.console.run.run_flow", None)
+    monkeypatch.setattr("relora_train.cli.local_flow.run_flow", None)
+    monkeypatch.setattr("relora_train.cli.run.run_flow", None)
     monkeypatch.chdir(tmp_path)
     for address in WITH_CREDENTIALS[:5]:
         with pytest.raises(SystemExit) as ended:
@@ -332,7 +332,7 @@ def test_a_hostile_snapshot_is_passed_over_and_leaves_nothing(tmp_path: Path):
 
 
 def test_a_link_in_the_place_of_a_file_is_not_written_through(tmp_path: Path):
-    from relora_train.bundle import fetch_bundle
+    from relora_train.checkpoints.bundle import fetch_bundle
 
     store = open_store("memory://hostile-link")
     manifest = commit_bundle(store, "p", write_files(tmp_path / "files", "a"), checkpoint_manifest(tmp_path / "files"))

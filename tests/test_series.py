@@ -17,12 +17,18 @@ from hypothesis import strategies as st
 from made_up_corpus import made_up_text
 from tiny_data import write_tiny_dataset
 
-from relora_train.checkpoint_resolve import resolve_checkpoint
-from relora_train.checkpoint_store import CheckpointRef, CheckpointStore
-from relora_train.cli import main
-from relora_train.config import Profile
-from relora_train.corpus.dataset_store import Corpus
-from relora_train.corpus.selection import Selection
+from relora_train.checkpoints.lease import hold_series
+from relora_train.checkpoints.manifest import DatasetManifest
+from relora_train.checkpoints.names import resolve_checkpoint
+from relora_train.checkpoints.pins import pins_of
+from relora_train.checkpoints.series import find_champion, list_series, promote, read_series, roll_back
+from relora_train.checkpoints.series_record import Change, Scores, champions_in_order, protected_by
+from relora_train.checkpoints.store import CheckpointRef, CheckpointStore
+from relora_train.checkpoints.upkeep.pruning import prune_run
+from relora_train.checkpoints.upkeep.retention import RetentionPolicy
+from relora_train.checkpoints.upkeep.verify import verify_run
+from relora_train.cli.app import main
+from relora_train.data.selection import Selection
 from relora_train.errors import (
     CheckpointCorruptError,
     CheckpointNotFoundError,
@@ -30,23 +36,17 @@ from relora_train.errors import (
     CorpusTooSmallError,
     PreconditionFailedError,
 )
-from relora_train.lease import hold_series
-from relora_train.manifest import DatasetManifest
-from relora_train.retraining import retrain
-from relora_train.retraining.options import RetrainOptions
-from relora_train.retraining.retrain import RetrainPlan, conclude, judge, plan_retrain, prepare_next, start
-from relora_train.retraining.series import find_champion, list_series, promote, read_series, roll_back
-from relora_train.retraining.series_data import Pending, begin, end, read_data, read_decisions
-from relora_train.retraining.series_record import Change, Scores, champions_in_order, protected_by
-from relora_train.retraining.summary import retrain_markdown, summarize_retrain
-from relora_train.run import DatasetRef, StageOutcome
+from relora_train.runs.datasets import Corpus
+from relora_train.runs.retraining import retrain
+from relora_train.runs.retraining.options import RetrainOptions
+from relora_train.runs.retraining.retrain import RetrainPlan, conclude, judge, plan_retrain, prepare_next, start
+from relora_train.runs.retraining.series_data import Pending, begin, end, read_data, read_decisions
+from relora_train.runs.retraining.summary import retrain_markdown, summarize_retrain
+from relora_train.runs.run import DatasetRef, StageOutcome
 from relora_train.settings.data import TokenizerConfig
+from relora_train.settings.profile import Profile
 from relora_train.storage.base import ObjectStore
 from relora_train.storage.opening import open_store
-from relora_train.upkeep.pins import pins_of
-from relora_train.upkeep.pruning import prune_run
-from relora_train.upkeep.retention import RetentionPolicy
-from relora_train.upkeep.verify import verify_run
 
 EVERYTHING_IS_OLD = timedelta(seconds=-1)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from relora_train.cli import main
+from relora_train.cli.app import main
 
 
 def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:

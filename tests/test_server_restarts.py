@@ -18,9 +18,9 @@ from typing import Any
 import pytest
 from prefect_operator import ROOT, Operator, children_of, running_operator, stop, wait_for
 
+from relora_train.checkpoints.upkeep.verify import verify_run
 from relora_train.storage.base import find_bytes
 from relora_train.storage.opening import open_store
-from relora_train.upkeep.verify import verify_run
 
 SMOKE = {
     "launch": {"threads": 1},

@@ -18,16 +18,16 @@ from test_ranks import assert_same_up_to_rounding
 from tiny_models import tiny_gpt_neox
 from transformers import AutoModelForCausalLM
 
-from relora_train.checkpoint import read_tensor
-from relora_train.config import Profile
-from relora_train.launch import run_worker
-from relora_train.parallel import sharded_saving
-from relora_train.parallel.ranks import Ranks
-from relora_train.requests import StageRequest
-from relora_train.snapshots.store import local_snapshots
-from relora_train.tensor_stream import TensorStream
-from relora_train.trainer import run_stage
-from relora_train.training import prepare_stage
+from relora_train.checkpoints.snapshots import local_snapshots
+from relora_train.distributed import Ranks
+from relora_train.runs.launch import run_worker
+from relora_train.settings.profile import Profile
+from relora_train.training import sharded_saving
+from relora_train.training.files import read_tensor
+from relora_train.training.requests import StageRequest
+from relora_train.training.stage import prepare_stage
+from relora_train.training.tensor_stream import TensorStream
+from relora_train.training.trainer import run_stage
 
 SHARDED = {"nproc_per_node": 2, "threads": 1, "sharding": "full"}
 SHORT = {"warm_start_steps": 4, "cycles": 2, "cycle_length": 6, "warmup_steps": 2, "restart_warmup_steps": 2}

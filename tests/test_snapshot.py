@@ -16,16 +16,16 @@ from pydantic import ValidationError
 from safetensors.torch import load_file
 from stage_runs import ignore, metrics_of, run_all, stage_request, tiny_profile
 
-from relora_train.config import Profile
+from relora_train.checkpoints.manifest import SnapshotManifest, parse_manifest
+from relora_train.checkpoints.snapshots import local_snapshots
 from relora_train.errors import CheckpointCorruptError, TrainerInterruptedError
-from relora_train.manifest import SnapshotManifest, parse_manifest
-from relora_train.requests import StageRequest
+from relora_train.settings.profile import Profile
 from relora_train.settings.running import SnapshotConfig
-from relora_train.snapshots import snapshot, snapshotter
-from relora_train.snapshots.snapshotter import is_due
-from relora_train.snapshots.store import local_snapshots
-from relora_train.trainer import run_stage
-from relora_train.training import StageTraining
+from relora_train.training import snapshot, snapshotter
+from relora_train.training.requests import StageRequest
+from relora_train.training.snapshotter import is_due
+from relora_train.training.stage import StageTraining
+from relora_train.training.trainer import run_stage
 
 TIMING = ("seconds", "tokens_per_second", "data_wait_share")
 HARD: dict[str, Any] = {"batch": {"micro_sequences": 2}, "relora": {"dropout": 0.3}}
@@ -247,7 +247,7 @@ def test_a_diverged_state_is_never_saved(
     monkeypatch.setattr(snapshotter, "is_due", lambda *_, **__: True)
     profile = tiny_profile(logging={"every_steps": 100})
     request = stage_request(profile, "warm-start", dataset, tmp_path / "out")
-    monkeypatch.setattr("relora_train.trainer._FIRST_STEPS", 0)
+    monkeypatch.setattr("relora_train.training.trainer._FIRST_STEPS", 0)
     with pytest.raises(Exception, match="diverged"):
         run_stage(request.model_copy(update={"snapshots_directory": tmp_path / "snapshots"}), ignore)
     assert not (tmp_path / "snapshots").exists()

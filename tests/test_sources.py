@@ -14,8 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from relora_train.corpus.source_files import SourceFile, find_files, list_files
-from relora_train.corpus.sources import read_documents, resolve_source
+from relora_train.data.source_files import SourceFile, find_files, list_files
+from relora_train.data.sources import read_documents, resolve_source
 from relora_train.errors import SourceUnreadableError
 from relora_train.settings.data import DataConfig
 from relora_train.storage.memory import MemoryStore
@@ -324,7 +324,7 @@ def test_files_in_s3_are_documents(s3_store_uri, tmp_path):
 
 def test_the_hub_without_a_network_is_a_clear_error():
     code = (
-        "from relora_train.config import DataConfig; from relora_train.corpus.sources import *\n"
+        "from relora_train.settings.profile import DataConfig; from relora_train.data.sources import *\n"
         "read_documents(resolve_source(DataConfig(source='hub', hub_id='some/corpus'))).__next__()"
     )
     done = subprocess.run([sys.executable, "-c", code], env={**os.environ, "HF_HUB_OFFLINE": "1"}, capture_output=True,

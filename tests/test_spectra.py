@@ -8,8 +8,8 @@ import pytest
 from safetensors.numpy import save_file
 
 from relora_train.errors import CheckpointCorruptError, ModelError, ModelNotFoundError
-from relora_train.spectra.layers import representative_layers
-from relora_train.spectra.measures import (
+from relora_train.reports.ranks.layers import representative_layers
+from relora_train.reports.ranks.measures import (
     GRAM_ABOVE,
     count_below,
     effective_rank,
@@ -18,8 +18,8 @@ from relora_train.spectra.measures import (
     singular_values,
     stable_rank,
 )
-from relora_train.spectra.updates import update_spectra
-from relora_train.spectra.weights import WeightDirectory
+from relora_train.reports.ranks.updates import update_spectra
+from relora_train.reports.ranks.weights import WeightDirectory
 
 Q = "model.layers.0.self_attn.q_proj.weight"
 
@@ -239,7 +239,7 @@ def test_a_model_without_blocks_has_no_representative_layers():
 
 
 def test_analysis_and_report_import_no_torch_and_no_pyplot():
-    modules = "relora_train.console.analyze, relora_train.reporting.collect, relora_train.report"
+    modules = "relora_train.cli.analyze, relora_train.reports.collect, relora_train.reports.report"
     code = f"import sys, {modules}; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split()
     assert "matplotlib.figure" in loaded

@@ -8,10 +8,8 @@ from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 from schedules import schedules
 
-from relora_train.config import Profile, default_run_id
 from relora_train.errors import ConfigError
-from relora_train.profiles import profile_directory
-from relora_train.stages import (
+from relora_train.method.stages import (
     differing_settings,
     fingerprint_settings,
     is_last,
@@ -20,6 +18,8 @@ from relora_train.stages import (
     stage_learning_rate,
     until,
 )
+from relora_train.settings.load import profile_directory
+from relora_train.settings.profile import Profile, default_run_id
 
 DATASET = "d" * 64
 

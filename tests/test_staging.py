@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from made_up_corpus import made_up_text
 
-from relora_train.corpus.overlap import ngram_overlap
-from relora_train.corpus.staging import (
+from relora_train.data.overlap import ngram_overlap
+from relora_train.data.staging import (
     PIECE_BYTES,
     cut_into_pieces,
     read_pieces,
@@ -17,8 +17,8 @@ from relora_train.corpus.staging import (
     split_of,
     stage_documents,
 )
+from relora_train.data.tokenizer import train_tokenizer
 from relora_train.errors import DataError
-from relora_train.tokenizer import train_tokenizer
 
 
 @settings(max_examples=100, deadline=None)

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from relora_train.experiments.statistics import Estimate, estimate, paired_difference
-from relora_train.reporting.text import estimate_text, signed_estimate_text
+from relora_train.reports.statistics import Estimate, estimate, paired_difference
+from relora_train.reports.text import estimate_text, signed_estimate_text
 
 finite = st.floats(-1e6, 1e6)
 

@@ -19,16 +19,17 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
-from relora_train.dataset import TokenDataset
+from relora_train.data.dataset import TokenDataset
+from relora_train.distributed import Ranks
 from relora_train.errors import DeviceError
-from relora_train.model import attend_without_mask
-from relora_train.optimizer import above_quantile, build_optimizer, reset_optimizer_state
-from relora_train.parallel.ranks import Ranks
-from relora_train.relora import apply_relora, lora_parameters, merge_and_reinit
-from relora_train.step import compiling, prefetch
-from relora_train.step.prefetch import Prefetcher
-from relora_train.trainer import run_stage
-from relora_train.training import StageTraining, prepare_stage
+from relora_train.method.optimizer import above_quantile, build_optimizer, reset_optimizer_state
+from relora_train.method.relora import apply_relora, lora_parameters, merge_and_reinit
+from relora_train.training import prefetch
+from relora_train.training.models import compiling
+from relora_train.training.models.model import attend_without_mask
+from relora_train.training.prefetch import Prefetcher
+from relora_train.training.stage import StageTraining, prepare_stage
+from relora_train.training.trainer import run_stage
 
 FILES = ("model.safetensors", "optimizer.safetensors", "training_state.json")
 

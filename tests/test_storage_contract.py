@@ -18,8 +18,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from relora_train.checkpoints.manifest import hash_file
 from relora_train.errors import CheckpointCorruptError, ObjectNotFoundError, PreconditionFailedError, StorageError
-from relora_train.manifest import hash_file
 from relora_train.storage.base import ObjectStore, check_key
 from relora_train.storage.memory import MemoryStore
 from relora_train.storage.opening import open_store

@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-from relora_train.corpus.engines import _GPT2_PATTERN, choose_engine, make_encoder, why_not_tiktoken
+from relora_train.data.engines import _GPT2_PATTERN, choose_engine, make_encoder, why_not_tiktoken
+from relora_train.data.tokenizer import DocumentTokenizer, load_tokenizer, train_tokenizer
 from relora_train.errors import TokenizerError
-from relora_train.tokenizer import DocumentTokenizer, load_tokenizer, train_tokenizer
 
 EOS = "<|endoftext|>"
 TEXTS = [

@@ -19,20 +19,20 @@ from tiny_models import tiny_gpt_neox, tiny_llama
 from tokenizers import Tokenizer, processors
 from transformers import AutoTokenizer
 
-from relora_train.bundle import commit_bundle
-from relora_train.checkpoint_layout import dataset_prefix
-from relora_train.checkpoint_store import CheckpointRef, CheckpointStore
-from relora_train.config import Profile, default_run_id
-from relora_train.console.precheck import check_inputs
-from relora_train.corpus.prepare import PreparedDataset, describe_dataset, prepare_dataset
-from relora_train.corpus.tokenizer_choice import TextSettings, as_checkpoint, choose_tokenizer
+from relora_train.checkpoints.bundle import commit_bundle
+from relora_train.checkpoints.layout import dataset_prefix
+from relora_train.checkpoints.store import CheckpointRef, CheckpointStore
+from relora_train.cli.precheck import check_inputs
+from relora_train.data.prepare import PreparedDataset, describe_dataset, prepare_dataset
+from relora_train.data.tokenizer import load_tokenizer, train_tokenizer
 from relora_train.errors import ProfileInvalidError, RunSettingsChangedError, TokenizerError, VocabularyMismatchError
-from relora_train.objectives.causal_lm import sample_texts
-from relora_train.objectives.registry import facts_of
-from relora_train.profiles import load_profile
-from relora_train.run import Run
+from relora_train.runs.run import Run
+from relora_train.runs.tokenizer_choice import TextSettings, as_checkpoint, choose_tokenizer
 from relora_train.settings.data import DataConfig, TokenizerConfig
-from relora_train.tokenizer import load_tokenizer, train_tokenizer
+from relora_train.settings.load import load_profile
+from relora_train.settings.profile import Profile, default_run_id
+from relora_train.training.models.causal_lm import sample_texts
+from relora_train.training.models.registry import facts_of
 
 TEXTS = [made_up_text(seed) for seed in range(50)]
 BOS, EOS = "<s>", "<|endoftext|>"
@@ -392,7 +392,7 @@ def test_a_tokenizer_is_loaded_or_trained_and_not_both(tmp_path):
 
 def test_bits_per_byte_are_of_the_text_alone(tmp_path, corpus):
     """BOS tokens are predicted too, and hold no byte: bytes a token fall as much as tokens rise."""
-    from relora_train.dataset import TokenDataset
+    from relora_train.data.dataset import TokenDataset
 
     settings = TokenizerConfig(path=str(write_tokenizer(tmp_path / "t")))
     ratio = []

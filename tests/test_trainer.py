@@ -19,22 +19,22 @@ from tiny_models import tiny_gpt_neox
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from relora_train import evaluate
-from relora_train.checkpoint import load_optimizer_state, read_tensor
-from relora_train.dataset import TokenDataset
+from relora_train.checkpoints.manifest import describe_files, hash_file
+from relora_train.data.dataset import TokenDataset
 from relora_train.errors import DivergedError, SequenceTooLongError, TrainingError, VocabularyMismatchError
-from relora_train.evaluate import evaluate_model, hold_as_computed
-from relora_train.manifest import describe_files, hash_file
-from relora_train.method.merging import _relative_change
-from relora_train.model import next_token_loss
-from relora_train.objectives.registry import objective_of
-from relora_train.pretrained import load_model
-from relora_train.relora import merge_and_reinit, relora_layers
-from relora_train.requests import EvaluationRequest
+from relora_train.method.relora import merge_and_reinit, relora_layers
+from relora_train.method.stages import plan_stages, stage_learning_rate
 from relora_train.settings.running import PrecisionConfig
-from relora_train.stages import plan_stages, stage_learning_rate
-from relora_train.trainer import run_stage
-from relora_train.training import _draw_seed, prepare_stage
+from relora_train.training import evaluate
+from relora_train.training.end_of_cycle import _relative_change
+from relora_train.training.evaluate import evaluate_model, hold_as_computed
+from relora_train.training.files import load_optimizer_state, read_tensor
+from relora_train.training.models.model import next_token_loss
+from relora_train.training.models.pretrained import load_model
+from relora_train.training.models.registry import objective_of
+from relora_train.training.requests import EvaluationRequest
+from relora_train.training.stage import _draw_seed, prepare_stage
+from relora_train.training.trainer import run_stage
 
 
 @pytest.fixture(scope="module")
@@ -224,7 +224,7 @@ def test_a_random_reset_keeps_what_is_drawn_from_seed_cycle_and_name(
 def test_a_merge_after_which_the_model_computes_something_else_is_not_committed(
     checkpoints: dict[str, Path], dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, harm: float
 ):
-    from relora_train.method import merging
+    from relora_train.training import end_of_cycle as merging
 
     def harmful(model: torch.nn.Module, **options: Any) -> Any:
         report = merge_and_reinit(model, **options)

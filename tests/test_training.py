@@ -10,9 +10,9 @@ import pytest
 import torch
 from stage_runs import CPU, prepared, stage_request, tiny_profile
 
-from relora_train import training as module
 from relora_train.errors import CorpusTooSmallError
-from relora_train.training import MasterWeights, prepare_stage
+from relora_train.training import stage as module
+from relora_train.training.stage import MasterWeights, prepare_stage
 
 
 def test_dropout_is_drawn_as_in_the_runs_that_were_made_before(warm_start: Path, dataset: Path, tmp_path: Path):

@@ -14,15 +14,15 @@ from tiny_models import tiny_llama
 
 from relora_train.errors import DivergedError
 from relora_train.experiments.comparison import compare_results
+from relora_train.experiments.comparison_page import render_comparison
 from relora_train.experiments.experiment import load_experiment
 from relora_train.experiments.records import RunResult
 from relora_train.experiments.run_results import reset_sizes
+from relora_train.method.relora import apply_relora, relora_layers
 from relora_train.method.update_size import UpdateMeter, product_norm
-from relora_train.relora import apply_relora, relora_layers
-from relora_train.reporting.collect import train_curve
-from relora_train.reporting.comparison_page import render_comparison
-from relora_train.reporting.run_data import RunData, Scores, StageRow
-from relora_train.trainer import run_stage
+from relora_train.reports.collect import train_curve
+from relora_train.reports.run_data import RunData, Scores, StageRow
+from relora_train.training.trainer import run_stage
 
 
 def test_the_norm_of_a_product_is_that_of_the_product():

@@ -8,13 +8,13 @@ import uuid
 import pytest
 from test_pruning import add, straight_run
 
+from relora_train.checkpoints.lease import hold_run
+from relora_train.checkpoints.upkeep.pruning import prune_run
+from relora_train.checkpoints.upkeep.retention import RetentionPolicy
+from relora_train.checkpoints.upkeep.verify import verify_checkpoint, verify_run
 from relora_train.errors import CheckpointNotFoundError
-from relora_train.lease import hold_run
 from relora_train.storage.base import ObjectStore
 from relora_train.storage.opening import open_store
-from relora_train.upkeep.pruning import prune_run
-from relora_train.upkeep.retention import RetentionPolicy
-from relora_train.upkeep.verify import verify_checkpoint, verify_run
 
 
 def found(store: ObjectStore) -> list[tuple[str, str]]:
@@ -116,7 +116,7 @@ def test_a_run_that_is_not_there_is_no_clean_run(store, files):
 
 
 def test_what_is_removed_while_it_is_read_is_not_found_fault_with(tmp_path, files, monkeypatch):
-    from relora_train.upkeep import verify
+    from relora_train.checkpoints.upkeep import verify
 
     store = open_store(f"memory://{uuid.uuid4().hex}")
     refs = straight_run(store, files, cycles=1)

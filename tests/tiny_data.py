@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from relora_train.checkpoint import new_attempt, write_manifest
-from relora_train.manifest import DatasetManifest, describe_files
+from relora_train.checkpoints.manifest import DatasetManifest, describe_files
+from relora_train.training.files import new_attempt, write_manifest
 
 VOCABULARY = 257
 DATASET_ID = "a" * 64

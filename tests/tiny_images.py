@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from relora_train.checkpoint import write_manifest
-from relora_train.config import Profile
-from relora_train.corpus.prepare import prepare_dataset
+from relora_train.data.prepare import prepare_dataset
+from relora_train.settings.profile import Profile
+from relora_train.training.files import write_manifest
 
 TINY = {
     "name": "tiny-digits",

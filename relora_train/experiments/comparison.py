@@ -14,7 +14,7 @@ from relora_train.experiments.records import (
     ResetSize,
     RunResult,
 )
-from relora_train.experiments.statistics import Estimate, estimate, paired_difference
+from relora_train.reports.statistics import Estimate, estimate, paired_difference
 
 
 def compare_results(experiment: Experiment, results: Sequence[RunResult]) -> Comparison:

@@ -17,14 +17,14 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from relora_train.checkpoint_layout import RUN_ID_PATTERN
-from relora_train.config import Profile, settings_digest, unnamed_data_keys
+from relora_train.checkpoints.layout import RUN_ID_PATTERN
 from relora_train.errors import ExperimentInvalidError, ProfileInvalidError, ProfileNotFoundError
 from relora_train.experiments.config import ExperimentConfig
-from relora_train.overrides import layered
-from relora_train.profiles import load_profile, profile_directory
-from relora_train.redaction import refuse_secrets
-from relora_train.stages import Stage, fingerprint_settings, plan_stages, until
+from relora_train.method.stages import Stage, fingerprint_settings, plan_stages, until
+from relora_train.settings.load import load_profile, profile_directory
+from relora_train.settings.overrides import layered
+from relora_train.settings.profile import Profile, settings_digest, unnamed_data_keys
+from relora_train.storage.redaction import refuse_secrets
 
 WARM_START = "warm-start"
 

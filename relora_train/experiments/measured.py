@@ -15,12 +15,12 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
-from relora_train.config import settings_digest
 from relora_train.errors import ConfigError
 from relora_train.experiments.config import Seeds
 from relora_train.experiments.experiment import faults_of, find_experiment, invalid_experiment
-from relora_train.overrides import layered
 from relora_train.settings.base import FrozenConfig
+from relora_train.settings.overrides import layered
+from relora_train.settings.profile import settings_digest
 
 
 class TutorialSettings(FrozenConfig):

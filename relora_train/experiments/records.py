@@ -7,10 +7,10 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from relora_train.experiments.statistics import Estimate
-from relora_train.objectives.measures import Measure, Measures
-from relora_train.objectives.registry import DEFAULT_OBJECTIVE, OBJECTIVES, ObjectiveName
+from relora_train.reports.statistics import Estimate
 from relora_train.settings.base import FrozenConfig
+from relora_train.settings.measures import Measure, Measures
+from relora_train.settings.objectives import DEFAULT_OBJECTIVE, OBJECTIVES, ObjectiveName
 
 
 class CurvePoint(FrozenConfig):

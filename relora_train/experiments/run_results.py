@@ -15,11 +15,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from relora_train.checkpoint_layout import experiment_prefix
-from relora_train.checkpoint_store import CheckpointRef, CheckpointStore
-from relora_train.divergence import divergence_text
+from relora_train.checkpoints.fetch import files_in_stores
+from relora_train.checkpoints.layout import experiment_prefix
+from relora_train.checkpoints.store import CheckpointRef, CheckpointStore
 from relora_train.errors import CheckpointError, ObjectNotFoundError, ReLoRAError
-from relora_train.evaluation_records import dataset_of, recorded_evaluation
 from relora_train.experiments.experiment import PlannedRun
 from relora_train.experiments.records import (
     CurvePoint,
@@ -27,15 +26,17 @@ from relora_train.experiments.records import (
     RunResult,
     ScorePoint,
 )
-from relora_train.model_shape import ShapeUnknownError
-from relora_train.objectives.measures import LOSS, Measure
-from relora_train.objectives.registry import SCORES
-from relora_train.plan import plan
-from relora_train.reporting.collect import collect_run_data, files_in_stores, stage_peak_bytes
-from relora_train.reporting.run_data import RunData
-from relora_train.run import line_of
+from relora_train.reports.collect import collect_run_data, stage_peak_bytes
+from relora_train.reports.run_data import RunData
+from relora_train.runs.divergence import divergence_text
+from relora_train.runs.evaluations import dataset_of, recorded_evaluation
+from relora_train.runs.plan import plan
+from relora_train.runs.run import line_of
+from relora_train.settings.measures import LOSS, Measure
+from relora_train.settings.objectives import SCORES
 from relora_train.storage.base import ObjectStore, parse_json
-from relora_train.workspace import checkpoint_cache
+from relora_train.storage.workspace import checkpoint_cache
+from relora_train.training.models.shape import ShapeUnknownError
 
 CURVE_BINS = 120
 """Points of a training curve, each the mean over its share of the budget."""

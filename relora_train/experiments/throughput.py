@@ -12,8 +12,8 @@ from functools import partial
 from typing import Any, cast
 
 from relora_train import events
-from relora_train.benchmarking.measure import ArmResult, measure
-from relora_train.benchmarking.request import Arm, ArmRequest, Shape, find_shape
+from relora_train.experiments.benchmark.measure import ArmResult, measure
+from relora_train.experiments.benchmark.request import Arm, ArmRequest, Shape, find_shape
 from relora_train.experiments.measured import (
     Measured,
     MeasuredTable,
@@ -21,8 +21,8 @@ from relora_train.experiments.measured import (
     ThroughputExperiment,
     ThroughputSettings,
 )
-from relora_train.experiments.statistics import Estimate, estimate
-from relora_train.reporting.text import decimal, estimate_text, size
+from relora_train.reports.statistics import Estimate, estimate
+from relora_train.reports.text import decimal, estimate_text, size
 
 PAIRS: dict[str, tuple[Arm, Arm]] = {
     "this library": ("ours-full", "ours"),

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 
 from relora_train.errors import ConfigError
 from relora_train.experiments.measured import TutorialSettings
-from relora_train.optimizer import build_optimizer, reset_optimizer_state
-from relora_train.relora import apply_relora, lora_parameters, merge_and_reinit
-from relora_train.schedule import cosine, is_merge_step, jagged_cosine
+from relora_train.method.optimizer import build_optimizer, reset_optimizer_state
+from relora_train.method.relora import apply_relora, lora_parameters, merge_and_reinit
+from relora_train.method.schedule import cosine, is_merge_step, jagged_cosine
 
 Arm = Literal["full", "relora", "lora"]
 ARMS: tuple[Arm, ...] = get_args(Arm)

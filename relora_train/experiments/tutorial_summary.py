@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any, cast
 
 from relora_train.experiments.measured import Measured, MeasuredTable, TutorialExperiment
-from relora_train.experiments.statistics import Estimate, estimate, paired_difference
 from relora_train.experiments.tutorial import ARMS, Arm, TutorialResult, run_tutorial
-from relora_train.reporting.plot_style import DARK, LIGHT, to_png
-from relora_train.reporting.tutorial_plot import tutorial_figure
+from relora_train.experiments.tutorial_plot import tutorial_figure
+from relora_train.reports.plot_style import DARK, LIGHT, to_png
+from relora_train.reports.statistics import Estimate, estimate, paired_difference
 
 FIGURE_NAME = "losses.png"
 _TITLES: dict[Arm, str] = {"full": "full rank", "relora": "ReLoRA", "lora": "LoRA"}

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from relora_train.method.contraction import Contraction, LayerShape, choose_contraction, sibling_groups
 from relora_train.method.low_rank import Factors, low_rank_linears
-from relora_train.relora import ReLoRALinear, relora_layers
+from relora_train.method.relora import ReLoRALinear, relora_layers
 
 
 @dataclass

@@ -15,10 +15,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from relora_train.distributed import Ranks, local, part_of
 from relora_train.errors import DivergedError
-from relora_train.parallel.ranks import Ranks
-from relora_train.parallel.shards import local, part_of
-from relora_train.relora import ReLoRALinear, relora_layers, stable_generator
+from relora_train.method.relora import ReLoRALinear, relora_layers, stable_generator
 
 _OVERSAMPLING = 8
 """Directions that are looked for beside those that are kept: what randomized SVD needs to find the latter well."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from relora_train.errors import ConfigError
-from relora_train.relora import effective_rank
+from relora_train.method.relora import effective_rank
 
 Shape = tuple[int, int]
 """(out, in) of a weight."""

@@ -10,8 +10,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from relora_train.parallel.shards import local, norm, whole
-from relora_train.relora import ReLoRALinear, relora_layers
+from relora_train.distributed import local, norm, whole
+from relora_train.method.relora import ReLoRALinear, relora_layers
 
 
 class UpdateMeter:

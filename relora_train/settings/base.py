@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, GetJsonSchemaHandler
 from pydantic_core import CoreSchema, core_schema
 
-from relora_train.redaction import ADDRESS_WITH_SECRETS, refuse_secrets
+from relora_train.storage.redaction import ADDRESS_WITH_SECRETS, refuse_secrets
 
 
 class FrozenConfig(BaseModel):

@@ -7,8 +7,8 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from relora_train.errors import StorageError, UnknownStoreSchemeError
-from relora_train.redaction import refuse_secrets, without_secrets
 from relora_train.storage.base import ObjectStore
+from relora_train.storage.redaction import refuse_secrets, without_secrets
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 _ALLOWED = "Allowed are a directory path, file:///directory, s3://bucket/prefix and memory://name."

@@ -27,10 +27,10 @@ from relora_train.errors import (
     PreconditionFailedError,
     ReLoRAError,
 )
-from relora_train.redaction import holds_secrets, without_secrets
 from relora_train.storage.base import ObjectInfo, check_key, check_small, find_bytes, is_key
 from relora_train.storage.os_errors import disk_error
 from relora_train.storage.preflight import probe_conditions
+from relora_train.storage.redaction import holds_secrets, without_secrets
 from relora_train.storage.s3_errors import (
     code_and_status,
     innermost,

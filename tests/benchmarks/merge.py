@@ -23,10 +23,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from live_bytes import LiveBytes
 
-from relora_train.benchmarking.request import SHAPES, Shape
-from relora_train.optimizer import build_optimizer, reset_optimizer_state
-from relora_train.relora import apply_relora, lora_parameters, merge_and_reinit, relora_layers
-from relora_train.step.peak_memory import peak_bytes, process_bytes, reset_peak
+from relora_train.experiments.benchmark.request import SHAPES, Shape
+from relora_train.method.optimizer import build_optimizer, reset_optimizer_state
+from relora_train.method.relora import apply_relora, lora_parameters, merge_and_reinit, relora_layers
+from relora_train.training.peak_memory import peak_bytes, process_bytes, reset_peak
 
 
 def main() -> None:

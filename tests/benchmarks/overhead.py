@@ -34,12 +34,12 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from seaweed import running_seaweed
 
 from relora_train import events
-from relora_train.config import Profile
-from relora_train.console.local_flow import load_flow, set_orchestrator_environment
-from relora_train.console.local_server import start_local_server
-from relora_train.kept_worker import KeptWorker
-from relora_train.launch import run_worker
-from relora_train.profiles import load_profile
+from relora_train.cli.local_flow import load_flow, set_orchestrator_environment
+from relora_train.cli.local_server import start_local_server
+from relora_train.runs.kept_worker import KeptWorker
+from relora_train.runs.launch import run_worker
+from relora_train.settings.load import load_profile
+from relora_train.settings.profile import Profile
 
 CYCLE_SECONDS = 1800.0
 UPLOAD = "upload of the checkpoint, beside the next stage"

@@ -30,18 +30,18 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from seaweed import Seaweed, running_seaweed
 
-from relora_train.bundle import commit_bundle, fetch_bundle
-from relora_train.checkpoint import save_adapter, save_model, save_optimizer_state
-from relora_train.config import Profile
-from relora_train.manifest import FileEntry, Manifest, SnapshotManifest, describe_files, parse_manifest
-from relora_train.model import build_model
-from relora_train.optimizer import build_optimizer, optimizer_state_by_name, reset_optimizer_state
-from relora_train.profiles import load_profile
-from relora_train.relora import adapter_config, adapter_state, apply_relora, lora_parameters, merge_and_reinit
-from relora_train.snapshots.snapshot import HostBuffers, SnapshotState, moving_tensors, write_snapshot
+from relora_train.checkpoints.bundle import commit_bundle, fetch_bundle
+from relora_train.checkpoints.manifest import FileEntry, Manifest, SnapshotManifest, describe_files, parse_manifest
+from relora_train.method.optimizer import build_optimizer, optimizer_state_by_name, reset_optimizer_state
+from relora_train.method.relora import adapter_config, adapter_state, apply_relora, lora_parameters, merge_and_reinit
+from relora_train.settings.load import load_profile
+from relora_train.settings.profile import Profile
 from relora_train.storage.base import ObjectStore
 from relora_train.storage.local import LocalStore
 from relora_train.storage.s3 import S3Store
+from relora_train.training.files import save_adapter, save_model, save_optimizer_state
+from relora_train.training.models.model import build_model
+from relora_train.training.snapshot import HostBuffers, SnapshotState, moving_tensors, write_snapshot
 
 FINGERPRINT = "f" * 64
 

@@ -24,10 +24,10 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
 
-from relora_train.corpus.prepare import PreparedDataset, prepare_dataset
-from relora_train.dataset import TokenDataset
+from relora_train.data.dataset import TokenDataset
+from relora_train.data.prepare import PreparedDataset, prepare_dataset
+from relora_train.data.tokenizer import train_tokenizer
 from relora_train.settings.data import DataConfig, TokenizerConfig
-from relora_train.tokenizer import train_tokenizer
 
 VOCAB_SIZE = 16_384
 

@@ -1,0 +1,244 @@
+"""What a complete bundle (a checkpoint or a dataset) holds. The bundle exists when its manifest does.
+
+Light: imports no torch, boto3 or prefect.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from datetime import UTC, datetime
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from relora_train.checkpoints.layout import RUN_ID_PATTERN
+from relora_train.errors import CheckpointCorruptError
+
+MANIFEST_NAME = "manifest.json"
+RECORD_FILES = ("metrics.jsonl", "profile.json")
+"""Of a checkpoint: its timings; and what the stage was asked, not what came of it."""
+_HASH_CHUNK_BYTES = 1 << 20
+_NAME = rf"^{RUN_ID_PATTERN}$"  # names of directories are made from what a manifest says
+
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+class FileEntry(BaseModel):
+    """One file of a bundle, named relative to its prefix."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    path: str
+    size_bytes: int = Field(ge=0)
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+
+    @field_validator("path")
+    @classmethod
+    def path_stays_inside_the_bundle(cls, value: str) -> str:
+        parts = PurePosixPath(value).parts
+        allowed = (
+            re.fullmatch(r"[A-Za-z0-9._/-]+", value)
+            and parts
+            and not any(part.startswith((".", "/")) for part in parts)
+        )
+        if not allowed or PurePosixPath(value).as_posix() != value:  # 'a//b' and 'a/' are second names of one file
+            raise ValueError(f"{value!r} could leave the bundle")
+        return value
+
+
+class ParentRef(BaseModel):
+    """The checkpoint a stage started from."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    uri: str
+    fingerprint: str
+    step: int
+
+
+class Manifest(BaseModel):
+    """Common part of every bundle's manifest."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format_version: Literal[1] = 1
+    kind: str
+    files: tuple[FileEntry, ...]
+    files_prefix: str = Field(default="", pattern=r"^(variant-[0-9a-f]{16})?$")
+    """Where the files lie below the bundle's prefix: beside the manifest, or, for an attempt that found other bytes
+    promised there, in a directory named by their content. Set by commit_bundle; see relora_train/bundle.py."""
+    created_at: datetime = Field(default_factory=lambda: datetime.now(UTC))
+    attempt: str = Field(pattern=r"^[0-9A-Za-z]{1,64}$")
+    """Random per attempt: tells a lost answer to our own write from a rival's write."""
+    versions: dict[str, str] = {}
+    """Package versions that wrote the bundle."""
+
+    @field_validator("files")
+    @classmethod
+    def each_file_is_listed_once(cls, value: tuple[FileEntry, ...]) -> tuple[FileEntry, ...]:
+        paths = [entry.path.lower() for entry in value]  # lower: some disks cannot tell A from a
+        if len(set(paths)) < len(paths):
+            raise ValueError("a file is listed twice")
+        return value
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(entry.size_bytes for entry in self.files)
+
+    def to_bytes(self) -> bytes:
+        """Readable JSON, the same bytes for the same manifest."""
+        return (self.model_dump_json(indent=1) + "\n").encode()
+
+
+class CheckpointManifest(Manifest):
+    """Manifest of a merge checkpoint."""
+
+    kind: Literal["checkpoint"] = "checkpoint"
+    run_id: str = Field(pattern=_NAME)
+    profile: str
+    """Name of the profile, for people; profile.json holds the settings."""
+    stage: str
+    """'warm-start', 'cycle-3', 'full-2' or 'lora'."""
+    step: int = Field(ge=0)
+    cycle: int = Field(ge=0)
+    """Merges done so far."""
+    tokens_seen: int = Field(ge=0)
+    fingerprint: str = Field(pattern=r"^[0-9a-f]{64}$")
+    fingerprint_settings: dict[str, Any]
+    """The settings behind the fingerprint, so that a difference can be named."""
+    variant_of: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$")
+    """The fingerprint of the stage that the run's settings ask for, where this checkpoint was made to take its place:
+    the stage diverged and was trained at a lower learning rate, or was retried on purpose and came out otherwise."""
+    parent: ParentRef | None
+    dataset_id: str
+    dataset_uri: str
+    evaluation: dict[str, float] = {}
+    """The scores of the run's objective, and the same with the suffix _before for the stage's start."""
+    merge_report: dict[str, Any] = {}
+    divergence: dict[str, Any] = {}
+    """Of a stage that diverged first: attempts that failed, learning_rate, learning_rate_factor, profile_learning_rate,
+    failures."""
+    source_dtype: Dtype | None = None
+    """Of the weights of the model.pretrained that the line of stages began from, if it did and they were asked."""
+    stage_seconds: float = Field(default=0.0, ge=0)
+    provenance: dict[str, str] = {}
+    """Ids of the orchestrator's runs; informative only."""
+
+
+class SnapshotManifest(Manifest):
+    """Manifest of a snapshot: the state inside a stage, of use until the stage's checkpoint is committed."""
+
+    kind: Literal["snapshot"] = "snapshot"
+    run_id: str = Field(pattern=_NAME)
+    stage: str
+    step: int = Field(ge=0)
+    """Updates done."""
+    fingerprint: str = Field(pattern=r"^[0-9a-f]{64}$")
+    """Of the stage: only a trainer of exactly this stage continues from here."""
+    parent: ParentRef | None = None
+    """The checkpoint that holds the frozen weights: without it the snapshot is worth nothing."""
+
+
+class ImageFormat(BaseModel):
+    """What the rows of an image dataset are."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    size: int = Field(ge=1)
+    """Pixels of a side."""
+    channels: int = Field(ge=1)
+    classes: int = Field(ge=2)
+    largest_value: int = Field(ge=1)
+    """Of a pixel: what is scaled to 1."""
+    mean: tuple[float, ...]
+    """Of each channel over the training part, values scaled."""
+    deviation: tuple[float, ...]
+    """Standard deviation, likewise."""
+
+    @property
+    def row_bytes(self) -> int:
+        """Of an image and its class."""
+        return self.channels * self.size * self.size + 1
+
+
+class DatasetManifest(Manifest):
+    """Manifest of a dataset: token shards of text, or images. What is counted in tokens is, of images, in images."""
+
+    kind: Literal["dataset"] = "dataset"
+    name: str = Field(pattern=_NAME)
+    dataset_id: str = Field(pattern=r"^[0-9a-f]{64}$")
+    inputs: dict[str, Any]
+    """Everything hashed into dataset_id."""
+    token_dtype: Literal["uint16", "uint32", "uint8"]
+    vocab_size: int
+    """Entries of the tokenizer, or classes."""
+    eos_id: int
+    """The token after a document; −1 of images."""
+    train_tokens: int
+    train_documents: int
+    train_bytes: int
+    """UTF-8 bytes of the text behind train_tokens, or pixels of all channels."""
+    val_tokens: int
+    val_documents: int
+    val_bytes: int
+    images: ImageFormat | None = None
+    """Of a dataset of images."""
+    statistics: dict[str, Any] = {}
+    """Informative: duplicates, overlap, tokenization speed; how often each class is there."""
+
+    @property
+    def bos_ids(self) -> tuple[int, ...]:
+        """The tokens before a document; none of images, of most tokenizers, and of what was made before 0.2."""
+        return tuple(self.inputs.get("bos_ids", ()))
+
+    @property
+    def unit(self) -> str:
+        """What is counted: 'tokens' or 'images'."""
+        return "images" if self.images else "tokens"
+
+
+M = TypeVar("M", bound=Manifest)
+
+
+def parse_manifest(kind: type[M], data: bytes, *, uri: str) -> M:
+    """Read a manifest, or say which object is damaged. Unknown fields and versions are refused."""
+    try:
+        return kind.model_validate_json(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "document"
+        raise CheckpointCorruptError(
+            f"{uri} is not a valid {kind.__name__}: {where}: {first['msg']}. "
+            "It was damaged or written by another version; use another checkpoint or delete this one."
+        ) from None
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hex, read in pieces."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while chunk := stream.read(_HASH_CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def result_digest(manifest: Manifest) -> str:
+    """SHA-256 over the files of a checkpoint that later work can depend on: equal exactly when the results are.
+
+    Left out are the records of how it was made: times differ between two attempts that came to the same bits.
+    """
+    listing = sorted((e.path, e.size_bytes, e.sha256) for e in manifest.files if e.path not in RECORD_FILES)
+    return hashlib.sha256(json.dumps(listing).encode()).hexdigest()
+
+
+def describe_files(directory: Path) -> tuple[FileEntry, ...]:
+    """Every file below a directory except its manifest, sorted by path, with sizes and digests."""
+    paths = sorted(p for p in directory.rglob("*") if p.is_file() and p.name != MANIFEST_NAME)
+    return tuple(
+        FileEntry(path=p.relative_to(directory).as_posix(), size_bytes=p.stat().st_size, sha256=hash_file(p))
+        for p in paths
+    )

@@ -1,0 +1,181 @@
+"""What a series of retrained models keeps in its store, as records. Pure, but for reading them; light.
+
+series/<name>/promoted.json                every promotion and rollback, oldest first; the last one names the champion
+series/<name>/data.json                    which source files (or hub revision) its models have been trained on
+series/<name>/decisions/<run_id>-<8 hex>.json   what became of one candidate, with the scores it was judged by
+series/<name>/lease.json                   who retrains the series now (lease.py)
+
+Pointer and history are one object, changed by If-Match only and only by adding to its end: they cannot disagree,
+whatever is killed, and of two writers the second adds to what the first wrote.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from relora_train.checkpoints.layout import parse_checkpoint_prefix
+from relora_train.errors import CheckpointCorruptError, ConfigError
+from relora_train.storage.base import ObjectStore, find_bytes
+
+SERIES_PATTERN = r"[A-Za-z0-9][A-Za-z0-9._-]{0,79}"
+PROMOTED_NAME = "promoted.json"
+ROLLBACK_TARGETS = 3
+"""So many champions before the present one are kept from every prune."""
+
+
+class _Record(BaseModel):
+    # A loss may be infinite, and must come back as it was.
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")
+
+
+class Scores(_Record):
+    """Validation losses in nats per token, on the same held-out set with the same settings."""
+
+    candidate_loss: float
+    champion_loss: float | None
+    """None for the first of a series."""
+    dataset_uri: str
+    """Its validation split is the held-out set."""
+
+
+class Change(_Record):
+    """One move of a series' pointer."""
+
+    number: int = Field(ge=1)
+    kind: Literal["promote", "rollback"]
+    checkpoint: str
+    """Prefix in the series' own store, so that the store can move."""
+    fingerprint: str
+    stage: str
+    step: int
+    replaced: str | None
+    """Prefix of the champion until then."""
+    by: str
+    at: datetime = Field(default_factory=lambda: datetime.now(UTC))
+    reason: str
+    back_to: int | None = None
+    """Of a rollback: the number of the promotion that holds again."""
+    run_id: str | None = None
+    """Of the retrain that made the candidate; None for a change by hand."""
+    scores: Scores | None = None
+    nonce: str
+    """Tells our own write from a rival's after a lost answer."""
+
+    @model_validator(mode="after")
+    def checkpoint_lies_in_a_run(self) -> Self:
+        if parse_checkpoint_prefix(self.checkpoint) is None:
+            raise ValueError(f"{self.checkpoint!r} is no checkpoint's prefix")
+        return self
+
+
+class SeriesRecord(_Record):
+    """All of promoted.json."""
+
+    format_version: Literal[1] = 1
+    series: str
+    changes: tuple[Change, ...] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def numbers_count_from_one(self) -> Self:
+        if [change.number for change in self.changes] != list(range(1, len(self.changes) + 1)):
+            raise ValueError("the changes are not numbered 1, 2, 3, …")
+        return self
+
+    @model_validator(mode="after")
+    def every_rollback_names_an_earlier_change(self) -> Self:
+        for change in self.changes:
+            if (change.kind == "rollback") != (change.back_to is not None) or (change.back_to or 0) >= change.number:
+                raise ValueError(f"change {change.number} does not say what it goes back to")
+        return self
+
+    @property
+    def latest(self) -> Change:
+        """Its checkpoint is the champion."""
+        return self.changes[-1]
+
+    def numbered(self, number: int) -> Change | None:
+        return self.changes[number - 1] if 1 <= number <= len(self.changes) else None
+
+    def to_bytes(self) -> bytes:
+        return (self.model_dump_json(indent=1) + "\n").encode()
+
+
+def check_series(name: str) -> str:
+    """Return the name of a series, or refuse one that could not be a folder and the beginning of a run id."""
+    if not re.fullmatch(SERIES_PATTERN, name):
+        raise ConfigError(
+            f"{name!r} is not a valid name of a series: use 1 to 80 letters, digits, '.', '_' and '-', "
+            "beginning with a letter or a digit."
+        )
+    return name
+
+
+def series_key(name: str, what: str) -> str:
+    return f"series/{check_series(name)}/{what}"
+
+
+def is_pointer(key: str) -> bool:
+    """Whether a key is that of a series' promoted.json."""
+    return re.fullmatch(rf"series/{SERIES_PATTERN}/{re.escape(PROMOTED_NAME)}", key) is not None
+
+
+def find_series(store: ObjectStore, name: str) -> tuple[SeriesRecord, str] | None:
+    """What promoted.json holds, and its etag; None before the first promotion. A damaged one is refused."""
+    key = series_key(name, PROMOTED_NAME)
+    found = find_bytes(store, key)
+    if found is None:
+        return None
+    return parse_series(store, key, found[0]), found[1]
+
+
+def parse_series(store: ObjectStore, key: str, data: bytes) -> SeriesRecord:
+    """Raises CheckpointCorruptError."""
+    name = key.split("/")[1]
+    try:
+        record = SeriesRecord.model_validate_json(data)
+        why = "" if record.series == name else f"it belongs to series {record.series!r}: it was copied or renamed"
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "document"
+        why = f"{where}: {first['msg'].removeprefix('Value error, ')}"
+    if why:
+        raise CheckpointCorruptError(
+            f"{store.uri}/{key} is damaged ({why}), so nobody can say which checkpoint series {name!r} has promoted. "
+            f"Restore an older version of it, or delete it and name the champion: relora promote {name} CHECKPOINT."
+        )
+    return record
+
+
+def champions_in_order(changes: Sequence[Change]) -> Sequence[Change]:
+    """The promotions that led to the present champion, itself last: what rollbacks took back is left out. Pure."""
+    line: list[Change] = []
+    for change in changes:
+        if change.back_to is None:
+            line.append(change)
+            continue
+        target = changes[change.back_to - 1]
+        kept = [index for index, one in enumerate(line) if one.number == target.number]
+        # A promotion that was taken back, and is wanted again after all, goes on top like a new one.
+        line = line[: kept[0] + 1] if kept else [*line, target]
+    return line
+
+
+def promotion_behind(changes: Sequence[Change], number: int) -> Change:
+    """The promotion that a change of this number made or went back to. Pure."""
+    change = changes[number - 1]
+    return change if change.back_to is None else promotion_behind(changes, change.back_to)
+
+
+def protected_by(record: SeriesRecord) -> Mapping[str, str]:
+    """Prefix -> why it must stay: the champion, those before it, and what the last change took away. Pure."""
+    line = champions_in_order(record.changes)
+    found = {change.checkpoint: f"series {record.series} can go back to it" for change in line[-1 - ROLLBACK_TARGETS :]}
+    if record.latest.replaced is not None:
+        found.setdefault(record.latest.replaced, f"series {record.series} has just left it")
+    found[record.latest.checkpoint] = f"promoted in series {record.series}"
+    return found

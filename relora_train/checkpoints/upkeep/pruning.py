@@ -1,0 +1,302 @@
+"""Remove what the retention policy lets go, and what killed writers left behind. Light. Decisions: retention.py.
+
+Order for one checkpoint: tombstone, manifest, files, claim. Killed at any point, the next prune finishes it; a reader
+sees the whole checkpoint or none. Between tombstone and manifest all protections are read once more: whoever begins to
+depend on a checkpoint writes that down first (pin, lease) and looks for a tombstone then, so one of the two sees the
+other. One prune a run at a time, by a lease.
+Leftovers (files that no manifest lists, snapshots of finished stages, half uploads) go when nothing of them was
+written for a grace period by the store's own clock; those a flow could still complete only while no flow of the run
+is under way, which a lease makes sure of.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+
+from relora_train.checkpoints.bundle import CLAIM_NAME
+from relora_train.checkpoints.layout import check_run_id, checkpoints_prefix, parse_checkpoint_prefix
+from relora_train.checkpoints.lease import Lease, lease_key, read_lease, take_lease, try_lease
+from relora_train.checkpoints.manifest import MANIFEST_NAME
+from relora_train.checkpoints.store import CheckpointRef, CheckpointStore
+from relora_train.checkpoints.tombstone import TOMBSTONE_NAME, Tombstone
+from relora_train.checkpoints.upkeep.protections import Protections
+from relora_train.checkpoints.upkeep.retention import RetentionPolicy, Verdict, plan_pruning
+from relora_train.errors import CheckpointNotFoundError, ObjectNotFoundError, StorageError
+from relora_train.storage.base import ObjectInfo, ObjectStore
+
+DEFAULT_GRACE = timedelta(hours=24)
+_LEASE_SECONDS = 60.0
+_log = logging.getLogger("relora_train.checkpoints.upkeep.pruning")
+
+
+@dataclass(frozen=True)
+class Leftover:
+    """Objects of a dead attempt, or half an upload."""
+
+    uri: str
+    why: str
+    size_bytes: int
+    object_count: int
+
+
+@dataclass(frozen=True)
+class PruneReport:
+    """What went, or would go in a dry run, and why the rest stays."""
+
+    run_id: str
+    dry_run: bool
+    verdicts: tuple[Verdict, ...]
+    leftovers: tuple[Leftover, ...]
+    notes: tuple[str, ...]
+    """What was left for a later prune, and why."""
+
+    @property
+    def removed(self) -> Sequence[CheckpointRef]:
+        return [verdict.checkpoint for verdict in self.verdicts if not verdict.keep]
+
+    @property
+    def removed_bytes(self) -> int:
+        """Of checkpoints and leftovers together."""
+        return sum(ref.manifest.size_bytes for ref in self.removed) + sum(left.size_bytes for left in self.leftovers)
+
+
+def prune_run(
+    store: ObjectStore,
+    run_id: str,
+    policy: RetentionPolicy | None,
+    *,
+    grace: timedelta = DEFAULT_GRACE,
+    dry_run: bool = False,
+) -> PruneReport:
+    """Remove the checkpoints that neither policy nor anything else keeps, then leftovers. Safe to kill and to repeat.
+
+    policy None: leftovers only. Nothing outside a local store is touched: StorageError where a symbolic link leads out.
+    Raises CheckpointNotFoundError for a run of which the store holds nothing,
+    RunInUseError while another prune of the run lives, CheckpointCorruptError if what may protect cannot be read.
+    """
+    if not any(True for _ in store.list(f"runs/{check_run_id(run_id)}/")):
+        raise CheckpointNotFoundError(f"{store.uri} has no run {run_id!r}. See `relora runs`.")
+    for part in ("checkpoints", "snapshots"):
+        _refuse_way_out(store, f"runs/{run_id}/{part}/x")
+    with _only_prune(store, run_id, dry_run=dry_run) as check:
+        return _Pruning(store, run_id, grace, dry_run, check).run(policy)
+
+
+class _Pruning:
+    """One call of prune_run."""
+
+    def __init__(
+        self, store: ObjectStore, run_id: str, grace: timedelta, dry_run: bool, check: Callable[[], None]
+    ) -> None:
+        self._store, self._run_id, self._grace, self._dry_run = store, run_id, grace, dry_run
+        self._check = check
+        self._protections = Protections(store)
+        self._run = CheckpointStore(store, run_id)
+        self._now: datetime | None = None
+
+    def run(self, policy: RetentionPolicy | None) -> PruneReport:
+        self._finish_removals()
+        history = self._run.history()
+        protected = self._protections.find()
+        if policy is None:
+            verdicts = [Verdict(ref, ("no policy",)) for ref in history if not ref.is_removed]
+        else:
+            planned = plan_pruning(history, policy, protected)
+            verdicts = [verdict if verdict.keep else self._remove(verdict.checkpoint) for verdict in planned]
+        leftovers, notes = self._remove_leftovers()
+        return PruneReport(self._run_id, self._dry_run, tuple(verdicts), tuple(leftovers), tuple(notes))
+
+    def _remove(self, ref: CheckpointRef) -> Verdict:
+        """Remove one checkpoint, unless something has begun to depend on it since the plan was made."""
+        gone = Verdict(ref, ())
+        if self._dry_run:
+            return gone
+        tombstone = f"{ref.prefix}/{TOMBSTONE_NAME}"
+        self._check()
+        record = Tombstone(reason="the retention policy does not keep it", manifest=ref.manifest)
+        self._store.put_bytes(tombstone, record.to_bytes())
+        if late := self._protections.find().get(ref.prefix):
+            self._store.delete(tombstone)
+            return Verdict(ref, tuple(late))
+        self._sweep(ref.prefix)
+        return gone
+
+    def _finish_removals(self) -> None:
+        """Take up what a killed prune began: back if it is whole and something needs it now, else to its end."""
+        groups = self._groups(checkpoints_prefix(self._run_id))
+        for prefix, objects in groups.items():
+            names = {info.key.removeprefix(f"{prefix}/") for info in objects}
+            if self._dry_run or TOMBSTONE_NAME not in names or not parse_checkpoint_prefix(prefix):
+                continue
+            if MANIFEST_NAME in names and self._is_whole(prefix):
+                self._store.delete(f"{prefix}/{TOMBSTONE_NAME}")  # the plan decides anew
+            elif names != {TOMBSTONE_NAME}:
+                self._sweep(prefix)
+
+    def _is_whole(self, prefix: str) -> bool:
+        for ref in self._run.list():
+            if ref.prefix == prefix:
+                keys = ((entry, _join(prefix, ref.manifest.files_prefix, entry.path)) for entry in ref.manifest.files)
+                heads = ((entry, self._store.head(key)) for entry, key in keys)
+                return all(head is not None and head.size_bytes == entry.size_bytes for entry, head in heads)
+        return False
+
+    def _sweep(self, prefix: str) -> None:
+        """Delete all that lies at a tombstone but the tombstone itself: manifest first, claim last."""
+        order = {MANIFEST_NAME: 0, CLAIM_NAME: 2}
+        keys = [info.key for info in self._store.list(f"{prefix}/")]
+        for key in sorted(keys, key=lambda key: (order.get(key.removeprefix(f"{prefix}/"), 1), key)):
+            if key != f"{prefix}/{TOMBSTONE_NAME}":
+                self._check()
+                self._store.delete(key)
+
+    def _remove_leftovers(self) -> tuple[list[Leftover], list[str]]:
+        leftovers, notes = [], []
+        safe = [*self._orphans(), *self._finished_snapshots()]
+        leftovers += [self._delete(prefix, why, objects) for prefix, why, objects in safe]
+        if unfinished := list(self._unfinished()):
+            with self._no_flow() as is_idle:
+                if is_idle:
+                    leftovers += [self._delete(prefix, why, objects) for prefix, why, objects in unfinished]
+                else:
+                    notes.append(f"{len(unfinished)} unfinished uploads stay while a flow of the run is under way")
+        prefix = f"runs/{self._run_id}/"
+        stale = self._store.abort_stale_uploads(self._old_before(), prefix=prefix, dry_run=self._dry_run)
+        leftovers += [Leftover(f"{self._store.uri}/{name}", "half an upload", 0, 1) for name in stale]
+        return leftovers, notes
+
+    def _orphans(self) -> Iterator[tuple[str, str, Sequence[ObjectInfo]]]:
+        """Beside a manifest, objects that it does not list: no manifest ever will."""
+        groups = self._groups(checkpoints_prefix(self._run_id))
+        for ref in self._run.list():
+            manifest = ref.manifest
+            listed = {_join(ref.prefix, manifest.files_prefix, entry.path) for entry in manifest.files}
+            listed |= {f"{ref.prefix}/{name}" for name in (MANIFEST_NAME, CLAIM_NAME, TOMBSTONE_NAME)}
+            objects = [info for info in groups.get(ref.prefix, ()) if info.key not in listed and self._is_old([info])]
+            if objects:
+                yield ref.prefix, "files that the manifest beside them does not list", objects
+
+    def _unfinished(self) -> Iterator[tuple[str, str, Sequence[ObjectInfo]]]:
+        """Uploads without a manifest that nobody has added to for the grace period."""
+        for parent in (checkpoints_prefix(self._run_id), *self._snapshot_stages()):
+            for prefix, objects in self._groups(parent).items():
+                names = {info.key.rpartition("/")[2] for info in objects}
+                if not names & {MANIFEST_NAME, TOMBSTONE_NAME} and self._is_old(objects):
+                    yield prefix, "an upload that was never finished", objects
+
+    def _finished_snapshots(self) -> Iterator[tuple[str, str, Sequence[ObjectInfo]]]:
+        done = {ref.fingerprint[:12] for ref in self._run.history()}
+        for parent in self._snapshot_stages():
+            objects = list(self._store.list(parent))
+            if parent.split("/")[3] in done and self._is_old(objects):
+                yield parent.rstrip("/"), "snapshots of a stage that is committed", objects
+
+    def _snapshot_stages(self) -> Sequence[str]:
+        return [f"{prefix}/" for prefix in self._groups(f"runs/{self._run_id}/snapshots/")]
+
+    def _groups(self, parent: str) -> Mapping[str, Sequence[ObjectInfo]]:
+        """Objects below a prefix by the directory that follows it."""
+        groups: dict[str, list[ObjectInfo]] = defaultdict(list)
+        for info in self._store.list(parent):
+            directory, slash, _ = info.key.removeprefix(parent).partition("/")
+            if slash:
+                groups[parent + directory].append(info)
+        return groups
+
+    def _delete(self, prefix: str, why: str, objects: Sequence[ObjectInfo]) -> Leftover:
+        order = {MANIFEST_NAME: 0, CLAIM_NAME: 2}
+        for info in sorted(objects, key=lambda info: order.get(info.key.rpartition("/")[2], 1)):
+            if not self._dry_run:
+                self._check()
+                self._store.delete(info.key)
+        return Leftover(f"{self._store.uri}/{prefix}", why, sum(info.size_bytes for info in objects), len(objects))
+
+    @contextmanager
+    def _no_flow(self) -> Iterator[bool]:
+        """Keep flows of this run from starting for the length of the block; False if one may be under way."""
+        key = lease_key(self._run_id)
+
+        def unheard_of() -> bool:
+            info = self._store.head(key)
+            return info is not None and self._is_old([info])
+
+        if self._dry_run:
+            found = read_lease(self._store, key)
+            lives = found is not None and not found[0].released and found[0].holder.is_alive()
+            yield not (lives or (lives is None and not unheard_of()))
+            return
+        lease = try_lease(self._store, key, unheard_of=unheard_of, ttl_seconds=_LEASE_SECONDS)
+        before = self._check
+        try:
+            if lease is not None:
+                self._check = _both(before, lease)
+            yield lease is not None
+        finally:
+            self._check = before
+            if lease is not None:
+                lease.release()
+
+    def _is_old(self, objects: Sequence[ObjectInfo]) -> bool:
+        return all(info.modified_at < self._old_before() for info in objects)
+
+    def _old_before(self) -> datetime:
+        if self._now is None:
+            self._now = store_time(self._store)
+        return self._now - self._grace
+
+
+def _refuse_way_out(store: ObjectStore, key: str) -> None:
+    """Below these places no link is followed by a listing, so nothing beyond one is ever found."""
+    path = store.local_path(key)
+    if path is None:
+        return
+    root = path.parents[key.count("/")]
+    if not path.parent.resolve().is_relative_to(root.resolve()):
+        raise StorageError(
+            f"{path.parent} lies outside the store {store.uri}: a symbolic link leads to {path.parent.resolve()}. "
+            "Nothing was pruned. Name the store that really holds the run, or move the run into this one."
+        )
+
+
+def store_time(store: ObjectStore) -> datetime:
+    """Now, by the clock that dates the store's objects: that of an object just written, and removed again."""
+    key = f"preflight/{secrets.token_hex(8)}"
+    store.put_bytes(key, key.encode(), if_absent=True)
+    try:
+        info = store.head(key)
+    finally:
+        store.delete(key)
+    if info is None:
+        raise ObjectNotFoundError(f"{store.uri}/{key} is gone as soon as it is written. Look for a clean-up job.")
+    return info.modified_at
+
+
+@contextmanager
+def _only_prune(store: ObjectStore, run_id: str, *, dry_run: bool) -> Iterator[Callable[[], None]]:
+    if dry_run:
+        yield lambda: None
+        return
+    key = f"runs/{run_id}/prune.json"
+    lease = take_lease(store, key, f"Pruning of run {run_id!r}", ttl_seconds=_LEASE_SECONDS, purpose="prune")
+    try:
+        yield lease.check
+    finally:
+        lease.release()
+
+
+def _both(check: Callable[[], None], lease: Lease) -> Callable[[], None]:
+    def check_both() -> None:
+        check()
+        lease.check()
+
+    return check_both
+
+
+def _join(*parts: str) -> str:
+    return "/".join(part for part in parts if part)

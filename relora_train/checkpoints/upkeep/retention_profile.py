@@ -1,0 +1,29 @@
+"""The retention policy of a run: the section [retention] of the profile its latest checkpoint was made with. Light."""
+
+from __future__ import annotations
+
+from pydantic import ValidationError
+
+from relora_train.checkpoints.store import CheckpointStore
+from relora_train.checkpoints.upkeep.retention import RetentionPolicy
+from relora_train.errors import CheckpointCorruptError
+from relora_train.settings.profile import Profile
+from relora_train.storage.base import ObjectStore
+
+
+def policy_of_run(store: ObjectStore, run_id: str) -> RetentionPolicy | None:
+    """The policy of the newest checkpoint's profile; None when the run has no checkpoint or its profile no policy."""
+    refs = CheckpointStore(store, run_id).list()
+    if not refs:
+        return None
+    newest = max(refs, key=lambda ref: ref.manifest.created_at)
+    place = "/".join(part for part in (newest.prefix, newest.manifest.files_prefix, "profile.json") if part)
+    try:
+        retention = Profile.model_validate_json(store.get_bytes(place)[0]).retention
+    except ValidationError as error:
+        raise CheckpointCorruptError(
+            f"{store.uri}/{place} is no valid profile: {error.errors()[0]['msg']}. Give --keep-last or --keep-every."
+        ) from None
+    if retention.keep_last is None and retention.keep_every is None:
+        return None
+    return RetentionPolicy(retention.keep_last, retention.keep_every)

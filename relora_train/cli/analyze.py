@@ -1,0 +1,145 @@
+"""`relora analyze`: what a run changed in the weights, as tables, JSON and figures. Imports no torch and no Prefect."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.text import Text
+
+from relora_train.checkpoints.fetch import files_in_stores
+from relora_train.checkpoints.store import CheckpointRef
+from relora_train.cli.tables import BLANK, View, add_row, facts, number_text, table
+from relora_train.reports.rank_sections import successive_overlap
+from relora_train.reports.ranks.analysis import Layers, RankAnalysis, analyze
+from relora_train.reports.ranks.cycles import CycleHistory
+from relora_train.reports.ranks.kinds import kind_means
+from relora_train.reports.ranks.layers import kind_of
+from relora_train.reports.ranks.measures import LayerSpectrum
+from relora_train.reports.records import history_record, json_value, kind_record, spectrum_record
+from relora_train.runs.run import line_of
+from relora_train.storage.workspace import checkpoint_cache
+
+ANALYSIS_NAME = "analysis.json"
+
+
+def analyze_checkpoint(
+    end: CheckpointRef,
+    against: CheckpointRef | None,
+    *,
+    modules: tuple[str, ...],
+    few: bool,
+    with_history: bool,
+    console: Console,
+) -> RankAnalysis:
+    """As `analysis.analyze` for the line that led to a checkpoint, saying meanwhile which layer is at work."""
+    with console.status("fetching and verifying weights …") as status:
+        return analyze(
+            line_of(end),
+            files_in_stores(checkpoint_cache(end.manifest.run_id)),
+            against=against,
+            layers=Layers(modules, few),
+            with_history=with_history,
+            on_layer=lambda name: status.update(Text(name)),
+        )
+
+
+def analysis_record(analysis: RankAnalysis) -> dict[str, Any]:
+    """All numbers as JSON values."""
+    record = {
+        "start": analysis.start,
+        "start_uri": analysis.start_uri,
+        "end": analysis.end,
+        "end_uri": analysis.end_uri,
+        "kinds": [kind_record(kind) for kind in kind_means(analysis.spectra)],
+        "layers": [spectrum_record(spectrum) for spectrum in analysis.spectra],
+        "cycle_history": None if analysis.history is None else history_record(analysis.history),
+        "note": analysis.note,
+    }
+    return {key: json_value(value) for key, value in record.items()}
+
+
+def write_analysis(analysis: RankAnalysis, directory: Path) -> list[Path]:
+    """Write analysis.json, spectra.png, and where there is a history growth.png and overlap.png; return their paths."""
+    from relora_train.reports.plot_style import LIGHT, to_png
+    from relora_train.reports.rank_plots import growth_figure, overlap_figure, spectra_figure
+
+    history = analysis.history
+    ranks = [] if history is None else [rank for rank in history.growth_ranks if rank is not None]
+    cycle_rank, total_rank = (ranks[0], ranks[-1]) if ranks else (None, None)
+    figures = {
+        "spectra.png": spectra_figure(analysis.spectra, LIGHT, cycle_rank=cycle_rank, total_rank=total_rank)
+    }  # fmt: skip
+    if history is not None and len(history.growth_stages) > 1:
+        figures["growth.png"] = growth_figure(history, LIGHT)
+    if history is not None and history.overlaps:
+        figures["overlap.png"] = overlap_figure(history, LIGHT)
+    directory.mkdir(parents=True, exist_ok=True)
+    written = [directory / ANALYSIS_NAME]
+    written[0].write_text(json.dumps(analysis_record(analysis), indent=1) + "\n", encoding="utf-8")
+    for name, figure in figures.items():
+        written.append(directory / name)
+        written[-1].write_bytes(to_png(figure, LIGHT, dpi=160))
+    return written
+
+
+def analysis_view(analysis: RankAnalysis, *, every_layer: bool) -> View:
+    """Means of each kind of layer, or every layer; then growth and overlaps."""
+    parts: View = [facts({"from": analysis.start, "to": analysis.end}), BLANK]
+    parts.append(_layer_table(analysis) if every_layer else _kind_table(analysis))
+    parts.append(Text("below 0.1: singular values of the update, of as many as the shorter side.", style="dim"))
+    if analysis.history is not None:
+        parts += [BLANK, *_growth(analysis.history), *_overlaps(analysis.history)]
+    return [*parts, *([BLANK, Text(analysis.note)] if analysis.note else [])]
+
+
+def _kind_table(analysis: RankAnalysis) -> Any:
+    made = table("kind", "layers", "shape", "below 0.1", "effective rank", "stable rank", "rank", "‖ΔW‖/‖W‖")
+    for kind in kind_means(analysis.spectra):
+        add_row(
+            made, kind.kind, str(kind.layers), *_shape_and_count(kind.shape, kind.below_threshold),
+            number_text(kind.effective_rank, 1), number_text(kind.stable_rank, 1), number_text(kind.numerical_rank, 1),
+            number_text(kind.relative_update_norm, 4),
+        )  # fmt: skip
+    return made
+
+
+def _layer_table(analysis: RankAnalysis) -> Any:
+    made = table("layer", "shape", "below 0.1", "effective rank", "stable rank", "rank", "‖ΔW‖/‖W‖")
+    for layer in analysis.spectra:
+        add_row(
+            made, layer.name.removesuffix(".weight"), *_shape_and_count(layer.shape, layer.below_threshold),
+            number_text(layer.effective_rank, 1), number_text(layer.stable_rank, 1), str(layer.numerical_rank),
+            number_text(layer.relative_update_norm, 4),
+        )  # fmt: skip
+    return made
+
+
+def _shape_and_count(shape: tuple[int, int], below: float) -> tuple[str, str]:
+    return f"{shape[0]} × {shape[1]}", f"{below:,.4g} of {min(shape):,}"
+
+
+def _growth(history: CycleHistory) -> View:
+    kinds: dict[str, list[tuple[LayerSpectrum, ...]]] = {}
+    for layer in history.growth:
+        kinds.setdefault(kind_of(layer.name), []).append(layer.spectra)
+    made = table("effective rank of all so far", *history.growth_stages)
+    for kind, layers in kinds.items():
+        means = np.mean([[spectrum.effective_rank for spectrum in spectra] for spectra in layers], axis=0)
+        add_row(made, kind, *(number_text(float(mean), 1) for mean in means))
+    if all(rank is not None for rank in history.growth_ranks):
+        add_row(made, "at most", *(str(rank) for rank in history.growth_ranks))
+    return [made]
+
+
+def _overlaps(history: CycleHistory) -> View:
+    if not history.overlaps:
+        return []
+    made = table("overlap of successive cycles", "mean cos²", "by chance")
+    for title, side in (("column spaces (what is written)", "columns"), ("row spaces (what is read)", "rows")):
+        found, chance = successive_overlap(history.overlaps, side)
+        add_row(made, title, number_text(found, 4), number_text(chance, 4))
+    return [BLANK, made]

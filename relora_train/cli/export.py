@@ -1,0 +1,221 @@
+"""A checkpoint's model as a plain directory for transformers and all that reads its format, or as a PEFT adapter.
+
+Imports no torch until an adapter is written or weights are rounded.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+from relora_train.checkpoints.bundle import fetch_bundle
+from relora_train.checkpoints.manifest import Dtype, FileEntry, describe_files, hash_file
+from relora_train.checkpoints.store import CheckpointRef, CheckpointStore
+from relora_train.data.tokenizer import TOKENIZER_FILES
+from relora_train.errors import CheckpointCorruptError, CheckpointIncompleteError, ConfigError, ReLoRAError
+from relora_train.method.stages import stages_after
+from relora_train.reports.ranks.adapters import ADAPTER_FILES
+from relora_train.runs.retry import parent_of, profile_of
+from relora_train.runs.run import fetch_parent
+from relora_train.storage.opening import open_store
+from relora_train.storage.os_errors import disk_error
+
+_HEADER_BYTES = 100_000_000  # safetensors itself reads no larger one
+_TOKENIZER = re.compile("|".join(["tokenizer.*", "chat_template.*", *map(re.escape, TOKENIZER_FILES)]))
+_WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json")
+_MODEL = re.compile(rf"{_WEIGHTS.pattern}|(generation_)?config\.json|{_TOKENIZER.pattern}")
+
+
+@dataclass(frozen=True)
+class ExportedModel:
+    """What was written."""
+
+    directory: Path
+    checkpoint_uri: str
+    files: tuple[FileEntry, ...]
+    dtype: Dtype = "float32"
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(entry.size_bytes for entry in self.files)
+
+
+def export_model(
+    checkpoint: CheckpointRef, directory: Path, *, force: bool = False, dtype: Dtype | None = None
+) -> ExportedModel:
+    """Write the merged model and its tokenizer, every byte verified, so that `from_pretrained(directory)` works.
+
+    The header of each file of weights names run, stage, step and fingerprint. dtype: what the weights are rounded to;
+    if absent, that of the weights the run began from, or float32 where none is recorded. The directory appears complete
+    or not at all. One that holds something already is refused, unless `force`: then its model is replaced and other
+    files stay.
+    """
+    entries = tuple(entry for entry in checkpoint.manifest.files if _MODEL.fullmatch(entry.path))
+    if not any(_WEIGHTS.fullmatch(entry.path) for entry in entries):
+        raise CheckpointIncompleteError(f"{checkpoint.uri} holds no model.safetensors. Use another checkpoint.")
+    directory = directory.expanduser().absolute()
+    dtype = dtype or checkpoint.manifest.source_dtype or "float32"
+    _refuse_what_is_there(directory, checkpoint, force=force)
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{directory.name}-", dir=directory.parent) as scratch:
+            model = Path(scratch) / "model"
+            _collect(checkpoint, entries, Path(scratch))
+            _name_origin(checkpoint, model)
+            if dtype != "float32":
+                from relora_train.training.rounding import round_model  # torch
+
+                round_model(model, dtype)
+            written = describe_files(model)
+            _move(written, model, directory)
+    except OSError as error:
+        raise disk_error(error, f"write the model to {directory}") from error
+    return ExportedModel(directory, checkpoint.uri, written, dtype)
+
+
+def unfinished_stages(checkpoint: CheckpointRef) -> list[str]:
+    """Return the stages that a checkpoint's own settings plan after it and its run has not committed."""
+    if not checkpoint.prefix:
+        return []
+    run = CheckpointStore(open_store(checkpoint.store_uri), checkpoint.manifest.run_id)
+    made = {ref.manifest.stage for ref in run.history() if ref.step > checkpoint.step}
+    try:
+        following = stages_after(profile_of(checkpoint), checkpoint.manifest)
+    except (ReLoRAError, ValueError):  # settings of another version: the model is there all the same
+        return []
+    return [stage.name for stage in following if stage.name not in made]
+
+
+def _model_it_began_from(checkpoint: CheckpointRef) -> Path | None:
+    """The model.pretrained of its settings, as far as this version can read them."""
+    try:
+        pretrained = profile_of(checkpoint).model.pretrained
+    except (ReLoRAError, ValueError):
+        return None
+    return Path(pretrained).expanduser().resolve() if pretrained else None
+
+
+def _name_origin(checkpoint: CheckpointRef, model: Path) -> None:
+    """Write into the header of each file of weights where they come from; a checkpoint's own names only its format."""
+    manifest = checkpoint.manifest
+    origin = {"run": manifest.run_id, "stage": manifest.stage, "step": str(manifest.step)}
+    origin["fingerprint"] = manifest.fingerprint
+    for path in model.glob("*.safetensors"):
+        with path.open("rb") as source:
+            size = int.from_bytes(source.read(8), "little")
+            try:
+                header = json.loads(source.read(min(size, _HEADER_BYTES)))
+                header["__metadata__"] = {**header.get("__metadata__", {}), **origin}
+            except (ValueError, TypeError, AttributeError, RecursionError) as error:
+                raise CheckpointCorruptError(
+                    f"{path.name} of {checkpoint.uri} has no header of safetensors: {error}. Use another checkpoint."
+                ) from None
+            text = json.dumps(header, separators=(",", ":")).encode()
+            text += b" " * (-len(text) % 8)
+            with path.with_suffix(".named").open("wb") as target:
+                target.write(len(text).to_bytes(8, "little") + text)
+                shutil.copyfileobj(source, target, 1 << 22)
+        path.with_suffix(".named").replace(path)
+
+
+def export_adapter(checkpoint: CheckpointRef, directory: Path) -> tuple[ExportedModel, CheckpointRef | None]:
+    """Write what a low-rank stage learned as a PEFT adapter on what it began from; that is returned too.
+
+    It began from a checkpoint, or, where none is returned, from a local model.pretrained. The directory is new, and
+    appears complete or not at all.
+    """
+    if not set(ADAPTER_FILES) <= {entry.path for entry in checkpoint.manifest.files}:
+        raise ConfigError(
+            f"{checkpoint.uri} ended the full-rank stage {checkpoint.manifest.stage}, which has no low-rank update. "
+            "Name a checkpoint of a cycle or a LoRA, or export this one whole, without --as-adapter."
+        )
+    directory = directory.expanduser().absolute()
+    _refuse_what_is_there(directory, checkpoint, force=False)
+    parent = parent_of(checkpoint)
+    files = fetch_parent(checkpoint)
+    base, name = (fetch_parent(parent), parent.uri) if parent else _pretrained(checkpoint)
+    if parent and parent.store_uri.startswith("file:"):
+        name = str(base)
+    from relora_train.training.peft_export import write_adapter  # torch
+
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{directory.name}-", dir=directory.parent) as scratch:
+            made = Path(scratch) / "adapter"
+            made.mkdir()
+            write_adapter(files, base, made, base_name=name, checkpoint_name=checkpoint.uri)
+            for entry in checkpoint.manifest.files:
+                if _TOKENIZER.fullmatch(entry.path):
+                    shutil.copyfile(files / entry.path, made / entry.path)
+            written = describe_files(made)
+            _move(written, made, directory)
+    except OSError as error:
+        raise disk_error(error, f"write the adapter to {directory}") from error
+    return ExportedModel(directory, checkpoint.uri, written), parent
+
+
+def _pretrained(checkpoint: CheckpointRef) -> tuple[Path, str]:
+    """The local model that a checkpoint without a parent began from."""
+    pretrained = profile_of(checkpoint).model.pretrained
+    directory = Path(pretrained).expanduser() if pretrained else None
+    if directory is None or not directory.is_dir():
+        began = "random weights" if pretrained is None else f"{pretrained!r}, which is no directory of this machine"
+        raise ConfigError(
+            f"{checkpoint.uri} has no parent checkpoint: it began from {began}. An adapter needs a model it belongs "
+            "on. Name a later checkpoint, or export this one whole, without --as-adapter."
+        )
+    return directory, str(directory)
+
+
+def _refuse_what_is_there(directory: Path, checkpoint: CheckpointRef, *, force: bool) -> None:
+    if checkpoint.store_uri.startswith("file:"):
+        store = Path(unquote(urlsplit(checkpoint.store_uri).path)).resolve()
+        if directory.resolve().is_relative_to(store):
+            raise ConfigError(
+                f"{directory} lies in the store {store}, which holds only what runs commit. Give a directory elsewhere."
+            )
+    if directory.exists() and not directory.is_dir():
+        raise ConfigError(f"{directory} is a file. Give a directory that is new or empty.")
+    if directory.is_dir() and any(directory.iterdir()) and not force:
+        raise ConfigError(
+            f"{directory} is not empty, and nothing in it was changed. Give a directory that is new or empty, or "
+            "--force to replace the model in it."
+        )
+    if force and _model_it_began_from(checkpoint) == directory.resolve():
+        raise ConfigError(
+            f"{directory} is the model that the run began from (model.pretrained), and the run needs it as it is. Give "
+            "another directory."
+        )
+
+
+def _collect(checkpoint: CheckpointRef, entries: tuple[FileEntry, ...], scratch: Path) -> None:
+    """Put verified copies into scratch/model."""
+    part = checkpoint.manifest.model_copy(update={"files": entries})
+    fetched = fetch_bundle(open_store(checkpoint.store_uri), checkpoint.prefix, part, scratch / "fetched")
+    (scratch / "model").mkdir()
+    for entry in entries:
+        copy = scratch / "model" / entry.path
+        if fetched.is_relative_to(scratch):
+            (fetched / entry.path).rename(copy)
+            continue
+        shutil.copyfile(fetched / entry.path, copy)  # the store's own file
+        if hash_file(copy) != entry.sha256:
+            raise CheckpointCorruptError(f"{entry.path} changed while it was copied to {copy}. Export once more.")
+
+
+def _move(entries: tuple[FileEntry, ...], source: Path, directory: Path) -> None:
+    if not directory.exists() or not any(directory.iterdir()):
+        directory.unlink() if directory.is_symlink() else None
+        source.chmod(0o755)
+        source.replace(directory)
+        return
+    for old in directory.iterdir():
+        if _WEIGHTS.fullmatch(old.name):
+            old.unlink()  # a shard of another model, left beside the new ones, would be loaded with them
+    for entry in entries:
+        (source / entry.path).replace(directory / entry.path)

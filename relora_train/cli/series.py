@@ -1,0 +1,108 @@
+"""What `relora series`, `promote` and `rollback` show. Imports no torch and no Prefect."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import nullcontext
+from typing import Any
+
+from rich.text import Text
+
+from relora_train.checkpoints.lease import hold_series
+from relora_train.checkpoints.series import list_series, read_series, roll_back
+from relora_train.checkpoints.series_record import Change, SeriesRecord, champions_in_order
+from relora_train.cli.tables import BLANK, View, add_row, facts, number_text, table, time_text
+from relora_train.runs.retraining.series_data import forget, read_data, read_decisions
+from relora_train.storage.base import ObjectStore
+
+
+def all_series_view(store: ObjectStore) -> View:
+    """Every series with its champion."""
+    names = list_series(store)
+    if not names:
+        return [Text(f"No series has promoted a checkpoint in {store.uri} yet.")]
+    made = table("series", "change", "promoted", "loss", "since", left=("promoted",))
+    for name in names:
+        record = read_series(store, name)
+        latest = record.latest
+        add_row(made, name, str(latest.number), _short(latest), _loss(record, latest), time_text(latest.at))
+    return [Text(f"In {store.uri}"), made]
+
+
+def series_view(store: ObjectStore, name: str) -> View:
+    """The history of a series, the decisions about its candidates, and what it has seen."""
+    record, (data, _) = read_series(store, name), read_data(store, name)
+    going_back = {change.number for change in champions_in_order(record.changes)}
+    changes = table("", "change", "what", "to", "loss", "when", "by", "why", left=("what", "to", "by", "why"))
+    for change in record.changes:
+        mark = "●" if change.number == record.latest.number else "○" if change.number in going_back else " "
+        what = change.kind if change.back_to is None else f"rollback to {change.back_to}"
+        cells = (what, _short(change), _loss(record, change), time_text(change.at), change.by, change.reason)
+        add_row(changes, mark, str(change.number), *cells)
+    decisions = table("run", "outcome", "when", "why", left=("outcome", "why"))
+    for decision in read_decisions(store, name):
+        add_row(decisions, decision.run_id, decision.outcome, time_text(decision.at), decision.reason)
+    state = {"series": name, "champion": f"{store.uri}/{record.latest.checkpoint}", "data seen": _seen(len(data.seen))}
+    if data.pending is not None:
+        state["under way"] = f"run {data.pending.run_id}; the next retrain goes on with it"
+    parts: View = [facts(state), BLANK, changes, Text("● champion   ○ `relora rollback` goes back to it", style="dim")]
+    return [*parts, BLANK, decisions] if decisions.row_count else parts
+
+
+def all_series_json(store: ObjectStore) -> list[dict[str, Any]]:
+    latest = [(name, read_series(store, name).latest) for name in list_series(store)]
+    return [
+        {"series": name, "champion": f"{store.uri}/{change.checkpoint}", **_plain(change)} for name, change in latest
+    ]
+
+
+def series_json(store: ObjectStore, name: str) -> dict[str, Any]:
+    record, (data, _) = read_series(store, name), read_data(store, name)
+    return {
+        "series": name,
+        "champion": f"{store.uri}/{record.latest.checkpoint}",
+        "changes": [_plain(change) for change in record.changes],
+        "decisions": [decision.model_dump(mode="json") for decision in read_decisions(store, name)],
+        "data": data.model_dump(mode="json"),
+    }
+
+
+def roll_back_lines(store: ObjectStore, name: str, to: int | None, *, reason: str, data_again: bool) -> Iterator[str]:
+    """Roll back, say so, and make the data of what was taken back new again if that is asked for.
+
+    Raises RunInUseError, with nothing done, when data_again meets a retrain that is under way.
+    """
+    with hold_series(store, name) if data_again else nullcontext():
+        before = champions_in_order(read_series(store, name).changes)
+        yield change_line(store, name, roll_back(store, name, to, reason=reason))
+        if data_again:
+            after = {change.number for change in champions_in_order(read_series(store, name).changes)}
+            taken_back = [change.run_id for change in before if change.run_id and change.number not in after]
+            yield f"{forget(store, name, taken_back)} parts of the source are new again."
+
+
+def change_line(store: ObjectStore, name: str, change: Change) -> str:
+    """What a change came to, in one line."""
+    done = "has" if change.back_to is None else f"is rolled back to change {change.back_to}: it has"
+    return f"Series {name} {done} promoted {store.uri}/{change.checkpoint} (change {change.number})."
+
+
+def _plain(change: Change) -> dict[str, Any]:
+    plain: dict[str, Any] = json.loads(change.model_dump_json())
+    return plain
+
+
+def _short(change: Change) -> str:
+    run_id = change.checkpoint.split("/")[1]
+    return f"{run_id}@{change.stage}"
+
+
+def _loss(record: SeriesRecord, change: Change) -> str:
+    """The champion's loss when it was promoted, also once a rollback has made it champion again."""
+    promotion = change if change.back_to is None else record.changes[change.back_to - 1]
+    return number_text(promotion.scores.candidate_loss if promotion.scores else None, 4)
+
+
+def _seen(parts: int) -> str:
+    return "nothing" if not parts else f"{parts:,} parts of the source"

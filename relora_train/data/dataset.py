@@ -1,0 +1,211 @@
+"""Shards -> batches. A batch is a pure function of (dataset, seed, position): resuming costs nothing.
+
+ExampleDataset is what all objectives have in common, TokenDataset reads text.
+
+Block i of a shard is its tokens [i*L : i*L + L + 1]: L inputs and, shifted by one, the L tokens to predict. Blocks
+start L apart, so every token of a shard but its first is predicted exactly once and the sequence length is chosen when
+reading, without tokenizing again. What is left after a shard's last block, fewer than L + 1 tokens, is not used.
+
+Any number of ranks reads the same global batch: rank r of w takes rows r, r + w, r + 2w, ... of it, so that shares
+differ by one row at most.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from relora_train.checkpoints.manifest import MANIFEST_NAME, DatasetManifest, parse_manifest
+from relora_train.errors import CheckpointCorruptError, CheckpointIncompleteError, CorpusTooSmallError
+
+Split = Literal["train", "val"]
+Tokens = NDArray[np.int64]
+Rows = NDArray[Any]
+"""Examples, one a row of integers."""
+
+
+def sample_order(seed: int, epoch: int, blocks: int) -> NDArray[np.int64]:
+    """Each block exactly once, in the order of this epoch: PCG64([seed, epoch]).permutation(blocks)."""
+    return np.random.Generator(np.random.PCG64([seed, epoch])).permutation(blocks)
+
+
+def read_dataset_manifest(directory: Path) -> DatasetManifest:
+    """The manifest of a fetched dataset. Raises CheckpointIncompleteError when there is none."""
+    # In a store that is a directory, an attempt that came second lies one level below the manifest it shares.
+    places = [directory, directory.parent] if directory.name.startswith("variant-") else [directory]
+    for path in (place / MANIFEST_NAME for place in places):
+        if path.is_file():
+            return parse_manifest(DatasetManifest, path.read_bytes(), uri=path.as_uri())
+    raise CheckpointIncompleteError(
+        f"{directory} has no {MANIFEST_NAME}: it is no dataset, or its preparation never finished. "
+        "Prepare the dataset again, or name the directory that holds the manifest."
+    )
+
+
+class ExampleDataset(ABC):
+    """One split of a dataset as numbered examples of equal length; which ones a batch holds follows from its position.
+
+    Shards are memory-mapped: opening costs milliseconds and no memory, whatever the size. Their digests are checked
+    by whoever fetched them; here only sizes are.
+    """
+
+    def __init__(self, directory: Path, split: Split, manifest: DatasetManifest, *, seed: int) -> None:
+        self.manifest, self.directory, self.split, self.seed = manifest, directory, split, seed
+        self._shards = map_shards(directory, split, manifest)
+        self._first_block = np.cumsum([0, *map(self._blocks_of, self._shards)])  # of each shard, then the total
+        self.blocks = int(self._first_block[-1])
+        """Examples in an epoch."""
+        self._order: tuple[int, NDArray[np.int64]] | None = None
+
+    @abstractmethod
+    def _blocks_of(self, shard: Rows) -> int:
+        """Examples in a shard."""
+
+    @abstractmethod
+    def _read(self, shard: Rows, block: int, out: Rows) -> None:
+        """Copy one example of a shard."""
+
+    @abstractmethod
+    def _empty(self, count: int) -> Rows:
+        """Room for so many examples."""
+
+    @abstractmethod
+    def _too_small(self, needed: int) -> str:
+        """What is there, what is needed, and what to do."""
+
+    def require(self, count: int) -> None:
+        """Return only if one epoch holds this many examples; else CorpusTooSmallError with what to do."""
+        if self.blocks < count:
+            raise CorpusTooSmallError(self._too_small(count))
+
+    def read_batch(self, position: int, count: int, *, rank: int = 0, world_size: int = 1) -> Rows:
+        """This rank's rows of the global batch at `position`, counted in examples since the start of training.
+
+        The global batch is the examples at positions [position, position + count) of the shuffled epochs laid end
+        to end. Returns (count / world_size rounded up or down, row length). Raises CorpusTooSmallError when an epoch is
+        smaller than a batch, which would show an example twice in one update.
+        """
+        if count < world_size:
+            raise ValueError(f"a batch of {count} sequences cannot be shared by {world_size} ranks")
+        self.require(count)
+        positions = range(position + rank, position + count, world_size)
+        return self._gather([self._block_at(p) for p in positions])
+
+    def read_blocks(self, start: int, count: int) -> Rows:
+        """Examples start … start + count - 1 in the order of the split: (count, row length), for evaluation."""
+        self.require(start + count)
+        return self._gather(list(range(start, start + count)))
+
+    def read_spread(self, start: int, count: int, *, of: int) -> Rows:
+        """Samples start … start + count - 1 of `of` examples spread evenly over the split: (count, row length).
+
+        None is among them twice, so a part of the split stands for all of it and nothing is scored twice.
+        """
+        self.require(of)
+        return self._gather([sample * self.blocks // of for sample in range(start, start + count)])
+
+    def _block_at(self, position: int) -> int:
+        epoch, index = divmod(position, self.blocks)
+        if self._order is None or self._order[0] != epoch:
+            self._order = (epoch, sample_order(self.seed, epoch, self.blocks))
+        return int(self._order[1][index])
+
+    def _gather(self, blocks: list[int]) -> Rows:
+        out = self._empty(len(blocks))
+        shards = np.searchsorted(self._first_block, blocks, side="right") - 1
+        inside = np.asarray(blocks) - self._first_block[shards]
+        # One slice a row: faster than fancy indexing as soon as a batch touches many shards.
+        for row, shard, block in zip(out, shards.tolist(), inside.tolist(), strict=True):
+            self._read(self._shards[shard], block, row)
+        return out
+
+
+class TokenDataset(ExampleDataset):
+    """One split of a dataset of text, cut into blocks of `sequence_length` predictions: int64, one more token a row.
+
+    Blocks do not overlap in what they predict, so reading all of them scores every token at most once. `manifest` is
+    read from the directory when absent.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        split: Split,
+        *,
+        sequence_length: int,
+        seed: int = 0,
+        manifest: DatasetManifest | None = None,
+    ) -> None:
+        self.sequence_length = sequence_length
+        super().__init__(directory, split, manifest or read_dataset_manifest(directory), seed=seed)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens in the split, end-of-text tokens included."""
+        return self.manifest.train_tokens if self.split == "train" else self.manifest.val_tokens
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows an embedding needs: one more than the largest id."""
+        return self.manifest.vocab_size
+
+    @property
+    def eos_id(self) -> int:
+        """The token after every document."""
+        return self.manifest.eos_id
+
+    @property
+    def bytes_per_token(self) -> float:
+        """UTF-8 bytes of text behind one token of this split, end-of-text tokens counted as tokens of no bytes."""
+        size = self.manifest.train_bytes if self.split == "train" else self.manifest.val_bytes
+        return size / self.tokens
+
+    def _blocks_of(self, shard: Rows) -> int:
+        return max(0, len(shard) - 1) // self.sequence_length
+
+    def _read(self, shard: Rows, block: int, out: Rows) -> None:
+        start = block * self.sequence_length
+        out[:] = shard[start : start + self.sequence_length + 1]
+
+    def _empty(self, count: int) -> Tokens:
+        return np.empty((count, self.sequence_length + 1), dtype=np.int64)
+
+    def _too_small(self, needed: int) -> str:
+        length, largest = self.sequence_length, max((len(shard) for shard in self._shards), default=0)
+        remedies = "use more text or a shorter batch.sequence_length"
+        if needed > 1:
+            remedies += ", or lower batch.sequences" if self.split == "train" else ", or score fewer sequences"
+        if self.split == "val":
+            remedies += ", or raise data.validation_fraction"
+        if len(self._shards) > 1 and largest <= 4 * length:
+            remedies += ", or raise data.shard_tokens: a sequence never spans two shards"
+        return (
+            f"The {self.split} split of dataset {self.manifest.name!r} has {self.tokens:,} tokens in "
+            f"{len(self._shards)} shards, which makes {self.blocks:,} sequences of {length} tokens; "
+            f"{needed:,} are needed. Remedies: {remedies}."
+        )
+
+
+def map_shards(directory: Path, split: Split, manifest: DatasetManifest) -> list[Rows]:
+    """The shards of a split in order, memory-mapped, each as one row of numbers."""
+    dtype = np.dtype(manifest.token_dtype).newbyteorder("<")
+    entries = [e for e in manifest.files if e.path.startswith(f"{split}/") and e.path.endswith(".bin")]
+    shards = []
+    for entry in sorted(entries, key=lambda entry: entry.path):
+        path = directory / entry.path
+        found = path.stat().st_size if path.is_file() else None
+        if found is None:
+            raise CheckpointIncompleteError(
+                f"{path} is listed in the dataset's manifest but is not there; fetch it again."
+            )
+        if found != entry.size_bytes or found % dtype.itemsize:
+            raise CheckpointCorruptError(
+                f"{path} has {found} bytes, its manifest says {entry.size_bytes}. Delete it and fetch it again."
+            )
+        # A plain array over the mapping: np.memmap's own slicing costs several times the copy.
+        shards.append(np.asarray(np.memmap(path, dtype=dtype, mode="r")) if found else np.empty(0, dtype))
+    return shards

@@ -1,0 +1,68 @@
+"""Say in words how two datasets differ: files that came, went or changed, another Python, other settings. Light."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Sequence
+from typing import Any
+
+from relora_train.checkpoints.manifest import DatasetManifest
+from relora_train.data.source_files import SourceFile
+
+_MOST_FILES = 2_000
+"""A manifest keeps no names of a corpus with more files."""
+
+_SHOWN = 5
+
+
+def source_record(kind: str, files: Sequence[SourceFile]) -> dict[str, Any]:
+    """The part of a source that a manifest keeps beside its identity: names and digests of files, the Python."""
+    if kind == "python-stdlib":
+        return {"python": platform.python_version()}
+    return {"source_files": {file.name: file.sha256 for file in files}} if 0 < len(files) <= _MOST_FILES else {}
+
+
+def dataset_changes(theirs: DatasetManifest, ours: DatasetManifest) -> list[str]:
+    """Lines 'what: theirs -> ours' for what makes two datasets differ."""
+    before, after = dict(theirs.inputs), dict(ours.inputs)
+    source_before, source_after = before.pop("source", {}), after.pop("source", {})
+    lines = [_source_change(theirs, ours)] if source_before != source_after else []
+    keys = sorted(key for key in {*before, *after} if before.get(key) != after.get(key))
+    return lines + [f"{key}: {_shown(before.get(key))} -> {_shown(after.get(key))}" for key in keys]
+
+
+def _source_change(theirs: DatasetManifest, ours: DatasetManifest) -> str:
+    before, after = theirs.inputs["source"], ours.inputs["source"]
+    if before.get("format") == after.get("format") == "python-stdlib":
+        versions = [manifest.statistics.get("python", "unknown version") for manifest in (theirs, ours)]
+        return f"the standard library: Python {versions[0]} -> {versions[1]}"
+    if "content_sha256" not in before or "content_sha256" not in after:  # of a hub, or a series' selection
+        return f"data: {_shown(before)} -> {_shown(after)}"
+    named = [manifest.statistics.get("source_files") for manifest in (theirs, ours)]
+    sizes = f" ({before['size_bytes']:,} bytes -> {after['size_bytes']:,})"
+    why = _files_changed(named[0], named[1]) if named[0] and named[1] else sizes
+    return f"data.paths: {before['files']} files -> {after['files']}{why}"
+
+
+def _files_changed(before: dict[str, str], after: dict[str, str]) -> str:
+    """By content where a name is new: a corpus may have been moved."""
+    changed = [name for name in after if name in before and after[name] != before[name]]
+    new = [name for name in after if name not in before and after[name] not in before.values()]
+    gone = [name for name in before if name not in after and before[name] not in after.values()]
+    parts = [
+        f"{what}: {', '.join(name.rpartition('/')[2] for name in names[:_SHOWN])}"
+        + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
+        for what, names in (("new", new), ("gone", gone), ("changed", changed))
+        if names
+    ]
+    return f" ({'; '.join(parts) or 'in another order, or one of them in two copies'})"
+
+
+def _shown(value: Any) -> str:
+    """Values short enough to read; of a digest the beginning."""
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_shown(inner)}" for key, inner in value.items())
+    if isinstance(value, str) and len(value) == 64:
+        return value[:12]
+    return "absent" if value is None else json.dumps(value)

@@ -1,0 +1,144 @@
+"""Rows through the `datasets` library, streamed: parquet files and hub datasets. Light until the first call."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from relora_train.data.left_out import Fault, text_or_fault
+from relora_train.data.source_files import SourceFile
+from relora_train.errors import SourceUnreadableError
+from relora_train.settings.data import DataConfig
+
+if TYPE_CHECKING:
+    from datasets import IterableDataset
+
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_ROWS_AT_ONCE = 256
+
+
+def parquet_rows(
+    file: SourceFile, text_field: str, advance: Callable[[int], None]
+) -> Iterator[tuple[str, str | Fault]]:
+    """Each row's text, with the row's place. Only the text column is read. Raises Fault if the file is no such file."""
+    import pyarrow.parquet as parquet
+
+    try:
+        with parquet.ParquetFile(file.path) as opened:
+            fields = list(opened.schema_arrow.names)
+            rows = max(1, opened.metadata.num_rows)
+    except (OSError, ValueError) as error:  # pyarrow's errors derive from these
+        if _is_of_this_machine(error):
+            raise SourceUnreadableError(f"{file.name} cannot be read: {error}. Let this user read it.") from None
+        fault = f"{file.name} is no parquet file: {error}. Leave it out of data.paths."
+        raise Fault(fault, "no parquet file", "files") from None
+    if missing := _missing_field(file.name, fields, text_field):
+        raise Fault(missing, f"no field {text_field!r}", "files")
+    columns = {"columns": [text_field]}
+    stream = _load("parquet", file.name, data_files=[str(file.path)], split="train", streaming=True, **columns)
+    for number, (where, text) in enumerate(
+        _texts(stream, file.name, text_field, damaged=lambda said: Fault(said, "damaged", "files")), start=1
+    ):
+        advance(file.size_bytes * number // rows - file.size_bytes * (number - 1) // rows)
+        yield where, text
+
+
+def hub_rows(data: DataConfig, revision: str, advance: Callable[[int], None]) -> Iterator[tuple[str, str | Fault]]:
+    """Each row's text of one revision of a hub dataset, streamed: nothing but the rows at hand is kept."""
+    name = f"{data.hub_id}@{revision[:12]}"
+    stream = _load(data.hub_id, name, data.hub_config, split=data.hub_split, revision=revision, streaming=True)
+    fields = list(stream.features or _first_row(stream, name))
+    if missing := _missing_field(name, fields, data.text_field):
+        raise SourceUnreadableError(missing)
+    stream = stream.select_columns([data.text_field])
+    for where, text in _texts(stream, name, data.text_field, damaged=SourceUnreadableError):
+        advance(len(text) if isinstance(text, str) else 0)
+        yield where, text
+
+
+def resolve_hub_revision(data: DataConfig) -> str:
+    """The commit that `hub_revision` (or the newest) means now. A full commit id needs no network."""
+    if data.hub_revision and _COMMIT.fullmatch(data.hub_revision):
+        return data.hub_revision
+    _set_environment()
+    from huggingface_hub import HfApi
+
+    try:
+        found = HfApi().dataset_info(str(data.hub_id), revision=data.hub_revision, timeout=30).sha
+    except Exception as error:  # several libraries' errors meet here: hub, http, sockets
+        raise _hub_error(str(data.hub_id), error) from error
+    if not found:
+        raise SourceUnreadableError(f"The hub names no commit for dataset {data.hub_id!r}. Set data.hub_revision.")
+    return str(found)
+
+
+def _load(path: str | None, name: str, *args: Any, **kwargs: Any) -> IterableDataset:
+    _set_environment()
+    import datasets
+
+    try:
+        return datasets.load_dataset(path, *args, **kwargs)
+    except Exception as error:  # builders raise whatever their parser raises
+        raise _hub_error(name, error) from error
+
+
+def _texts(
+    stream: IterableDataset, name: str, text_field: str, *, damaged: Callable[[str], Exception]
+) -> Iterator[tuple[str, str | Fault]]:
+    row = 0
+    batches = iter(stream.with_format("arrow").iter(batch_size=_ROWS_AT_ONCE))
+    while True:
+        try:
+            table = next(batches, None)
+            values = [] if table is None else table.column(text_field).to_pylist()
+        except Exception as error:  # as above; a decoding fault surfaces here
+            kind = SourceUnreadableError if _is_of_this_machine(error) else damaged
+            raise kind(
+                f"{name} cannot be read after row {row}: {type(error).__name__}: {error}. Repair or fetch it again."
+            ) from error
+        if table is None:
+            return
+        for value in values:
+            row += 1
+            yield (where := f"{name}, row {row}"), text_or_fault(value, text_field, where)
+
+
+def _is_of_this_machine(error: Exception) -> bool:
+    """Return True for a fault that another attempt may not have; pyarrow gives damaged content no error number."""
+    return isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno is not None)
+
+
+def _first_row(stream: IterableDataset, name: str) -> dict[str, Any]:
+    try:
+        return dict(next(iter(stream), {}))
+    except Exception as error:  # as in _load
+        raise _hub_error(name, error) from error
+
+
+def _missing_field(name: str, fields: list[str], text_field: str) -> str | None:
+    if not fields or text_field in fields:
+        return None
+    there = ", ".join(map(repr, fields))
+    return f"{name} has no field {text_field!r}. It has: {there}. Name the one that holds the text in data.text_field."
+
+
+def _hub_error(name: str, error: Exception) -> SourceUnreadableError:
+    return SourceUnreadableError(
+        f"{name} cannot be read: {type(error).__name__}: {str(error).strip() or 'no reason given'}. Without a network, "
+        "or where HF_HUB_OFFLINE is set, a hub dataset cannot be read: download its files elsewhere and use source "
+        "'parquet' or 'jsonl' with data.paths. A private one needs HF_TOKEN in the environment."
+    )
+
+
+def _set_environment() -> None:
+    """No telemetry, no download counts, no torch. These are read when the libraries are imported, so set before."""
+    switches = {
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "DO_NOT_TRACK": "1",
+        "HF_UPDATE_DOWNLOAD_COUNTS": "0",
+        "USE_TORCH": "0",
+    }
+    for variable, value in switches.items():
+        os.environ.setdefault(variable, value)

@@ -1,0 +1,275 @@
+"""Images and their classes -> an image dataset: rows of bytes, split and normalised by a stated rule. Imports no torch.
+
+Two sources: scikit-learn's digits (1,797 of 8 x 8, values 0 to 16, read from the file in its package), held out by a
+hash of the pixels, so that equal images stay on one side; and files in MNIST's IDX format, whose test files are what
+is held out. The training part's mean and deviation of each channel, of values scaled to [0, 1], go into the manifest.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import importlib.util
+import json
+import secrets
+import struct
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from relora_train.checkpoints.manifest import DatasetManifest, FileEntry, ImageFormat, hash_file
+from relora_train.data.dataset_changes import source_record
+from relora_train.data.source_files import SourceFile, find_files
+from relora_train.data.sources import identify
+from relora_train.data.staging import Split, split_of
+from relora_train.errors import CorpusTooSmallError, SourceUnreadableError
+from relora_train.settings.data import DataConfig
+from relora_train.settings.profile import settings_digest
+from relora_train.storage.durable import write_durably
+
+IMAGES_FORMAT = 1
+"""Raised whenever the same inputs would give other bytes."""
+
+PREPROCESSOR_FILE = "preprocessor_config.json"
+_HASHED_SPLIT = "blake2b-64 of the pixels below data.validation_fraction is held out"
+_PUBLISHED_SPLIT = "as published: the t10k files are held out"
+_IDX_FILES = {
+    "train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
+    "val": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
+}
+
+
+@dataclass(frozen=True)
+class LabelledImages:
+    """Images (number, channels, size, size) of bytes up to largest_value, and their classes (number,)."""
+
+    pixels: NDArray[np.uint8]
+    classes: NDArray[np.uint8]
+    largest_value: int
+
+    def rows(self) -> NDArray[np.uint8]:
+        """(number, channels * size * size + 1), as an image dataset holds them."""
+        return np.column_stack([self.pixels.reshape(len(self.pixels), -1), self.classes])
+
+    def taken(self, which: NDArray[Any] | slice) -> LabelledImages:
+        return LabelledImages(self.pixels[which], self.classes[which], self.largest_value)
+
+
+@dataclass(frozen=True)
+class ImageInputs:
+    """A source of images, found and hashed, with nothing done yet."""
+
+    data: DataConfig
+    files: tuple[SourceFile, ...]
+
+    @property
+    def dataset_id(self) -> str:
+        return settings_digest(self.hashed())
+
+    def hashed(self) -> dict[str, Any]:
+        """Everything that can change a byte of the dataset, and nothing else."""
+        published = self.data.source == "idx"
+        split = {"rule": _PUBLISHED_SPLIT if published else _HASHED_SPLIT}
+        return {
+            "images_format": IMAGES_FORMAT,
+            "source": identify(self.data.source, self.files),
+            "max_documents": self.data.max_documents,
+            "split": split if published else {**split, "validation_fraction": self.data.validation_fraction},
+        }
+
+    def read(self) -> dict[Split, LabelledImages]:
+        """Both parts in the order of the source. Raises SourceUnreadableError, CorpusTooSmallError."""
+        for file in self.files:
+            file.check_unchanged()
+        parts = IMAGE_READERS[self.data.source].read(self)
+        if any(len(part.pixels) == 0 for part in parts.values()):
+            sizes = ", ".join(f"{len(part.pixels)} in {split}" for split, part in parts.items())
+            raise CorpusTooSmallError(
+                f"A part of dataset {self.data.name!r} holds no image ({sizes}). Change data.validation_fraction or "
+                "data.max_documents."
+            )
+        return parts
+
+
+@dataclass(frozen=True)
+class ImageReader:
+    """A source of images."""
+
+    find: Callable[[DataConfig, Path | None], list[SourceFile]]
+    read: Callable[[ImageInputs], dict[Split, LabelledImages]]
+
+
+def resolve_images(data: DataConfig, cache_directory: Path | None = None) -> ImageInputs:
+    """Find and hash the source's files. Raises SourceUnreadableError."""
+    return ImageInputs(data, tuple(IMAGE_READERS[data.source].find(data, cache_directory)))
+
+
+def write_images(found: ImageInputs, directory: Path) -> DatasetManifest:
+    """Write the shards of both parts, and what transformers needs to treat images alike; the manifest to commit."""
+    parts = found.read()
+    train, val = parts["train"], parts["val"]
+    scaled = train.pixels.reshape(*train.pixels.shape[:2], -1) / train.largest_value
+    images = ImageFormat(
+        size=train.pixels.shape[2],
+        channels=train.pixels.shape[1],
+        classes=int(max(part.classes.max() for part in parts.values())) + 1,
+        largest_value=train.largest_value,
+        mean=tuple(np.round(scaled.mean(axis=(0, 2)), 6).tolist()),
+        deviation=tuple(np.round(scaled.std(axis=(0, 2)), 6).tolist()),
+    )
+    for split, part in parts.items():
+        (directory / split).mkdir(parents=True, exist_ok=True)
+        write_durably(directory / split / "shard-00000.bin", part.rows().tobytes())
+    write_durably(directory / PREPROCESSOR_FILE, (json.dumps(_preprocessor(images), indent=1) + "\n").encode())
+    names = ("train/shard-00000.bin", "val/shard-00000.bin", PREPROCESSOR_FILE)
+    return DatasetManifest(
+        files=tuple(_entry(directory, name) for name in sorted(names)),
+        attempt=secrets.token_hex(8),
+        versions={"numpy": version("numpy")},
+        name=found.data.name,
+        dataset_id=found.dataset_id,
+        inputs=found.hashed(),
+        token_dtype="uint8",  # noqa: S106  # a number format, no password
+        vocab_size=images.classes,
+        eos_id=-1,
+        train_tokens=len(train.pixels),
+        train_documents=len(train.pixels),
+        train_bytes=train.pixels.size,
+        val_tokens=len(val.pixels),
+        val_documents=len(val.pixels),
+        val_bytes=val.pixels.size,
+        images=images,
+        statistics={
+            f"{split}_images_of_class": np.bincount(part.classes, minlength=images.classes).tolist()
+            for split, part in parts.items()
+        }
+        | source_record(found.data.source, found.files),
+    )
+
+
+def _preprocessor(images: ImageFormat) -> dict[str, Any]:
+    """For transformers' image processors: the same scaling, for images whose values go up to largest_value."""
+    return {
+        "image_processor_type": "ViTImageProcessor",
+        "do_convert_rgb": None,
+        "do_resize": False,
+        "size": {"height": images.size, "width": images.size},
+        "do_rescale": True,
+        "rescale_factor": 1 / images.largest_value,
+        "do_normalize": True,
+        "image_mean": list(images.mean),
+        "image_std": list(images.deviation),
+    }
+
+
+def _entry(directory: Path, name: str) -> FileEntry:
+    path = directory / name
+    return FileEntry(path=name, size_bytes=path.stat().st_size, sha256=hash_file(path))
+
+
+def _find_digits(data: DataConfig, cache_directory: Path | None) -> list[SourceFile]:
+    package = importlib.util.find_spec("sklearn")
+    for place in (package.submodule_search_locations or ()) if package else ():
+        path = Path(place) / "datasets" / "data" / "digits.csv.gz"
+        if path.is_file():
+            return [SourceFile.of(path, str(path))]
+    raise SourceUnreadableError(
+        "Source 'digits' is a file of the package scikit-learn, which is not installed here. Install "
+        "relora-train[images], or use source 'idx' with files of your own."
+    )
+
+
+def _read_digits(found: ImageInputs) -> dict[Split, LabelledImages]:
+    """64 values of 0 to 16 a line, and the digit."""
+    lines = _content(found.files[0]).decode("ascii").split()
+    table = np.array([line.split(",") for line in lines], dtype=np.float64).astype(np.uint8)
+    every = LabelledImages(table[:, :-1].reshape(-1, 1, 8, 8), table[:, -1], largest_value=16)
+    every = every.taken(slice(found.data.max_documents))
+    held_out = np.array([_is_held_out(image, found.data.validation_fraction) for image in every.pixels], dtype=bool)
+    return {"train": every.taken(~held_out), "val": every.taken(held_out)}
+
+
+def _is_held_out(image: NDArray[np.uint8], validation_fraction: float) -> bool:
+    digest = hashlib.blake2b(image.tobytes(), digest_size=8).digest()
+    return split_of(int.from_bytes(digest, "big"), validation_fraction) == "val"
+
+
+def _find_idx(data: DataConfig, cache_directory: Path | None) -> list[SourceFile]:
+    """The four files, in a fixed order."""
+    try:
+        found = find_files(data.paths, "idx", cache_directory)
+    except SourceUnreadableError as error:
+        raise SourceUnreadableError(f"{error} Debian's dataset-fashion-mnist is a package of such files.") from None
+    files: dict[str, SourceFile] = {}
+    for file in found:  # in one folder a .gz goes before the plain file beside it
+        other = files.setdefault(_stem(file), file)
+        if other.name.rpartition("/")[0] != file.name.rpartition("/")[0]:
+            raise SourceUnreadableError(
+                f"data.paths names both {other.name} and {file.name}, and source 'idx' takes one file of each name. "
+                "Name the folder that is meant."
+            )
+        files[_stem(file)] = file
+    wanted = [name for names in _IDX_FILES.values() for name in names]
+    if missing := [name for name in wanted if name not in files]:
+        raise SourceUnreadableError(
+            f"{', '.join(data.paths)}: of the four IDX files of source 'idx' there is no {' and no '.join(missing)} "
+            "(plain or .gz). Put them there or correct data.paths."
+        )
+    return [files[name] for name in wanted]
+
+
+def _stem(file: SourceFile) -> str:
+    return file.name.rpartition("/")[2].removesuffix(".gz")
+
+
+def _read_idx(found: ImageInputs) -> dict[Split, LabelledImages]:
+    by_name = {_stem(file): file for file in found.files}
+    parts: dict[Split, LabelledImages] = {}
+    for split, (images, labels) in _IDX_FILES.items():
+        pixels, classes = _idx_array(by_name[images], dimensions=3), _idx_array(by_name[labels], dimensions=1)
+        if len(pixels) != len(classes) or pixels.shape[1] != pixels.shape[2]:
+            raise SourceUnreadableError(
+                f"{by_name[images].name} holds images of shape {pixels.shape}, {by_name[labels].name} {len(classes)} "
+                "classes: as many classes as images are needed, and square images."
+            )
+        part = LabelledImages(pixels[:, None], classes, largest_value=255)
+        parts["train" if split == "train" else "val"] = part
+    return {"train": parts["train"].taken(slice(found.data.max_documents)), "val": parts["val"]}
+
+
+def _idx_array(file: SourceFile, *, dimensions: int) -> NDArray[np.uint8]:
+    """Magic number 0x08 (bytes) and the number of dimensions, their sizes as big-endian int32, then the bytes."""
+    content = _content(file)
+    head = 4 + 4 * dimensions
+    if len(content) < head or content[:4] != bytes((0, 0, 8, dimensions)):
+        raise SourceUnreadableError(
+            f"{file.name} does not begin as an IDX file of bytes in {dimensions} dimensions. Fetch it again."
+        )
+    shape = struct.unpack(f">{dimensions}i", content[4:head])
+    values = np.frombuffer(content, dtype=np.uint8, offset=head)
+    if values.size != np.prod(shape):
+        raise SourceUnreadableError(f"{file.name} is cut short or damaged: {values.size} bytes for {shape}.")
+    return values.reshape(shape)
+
+
+def _content(file: SourceFile) -> bytes:
+    try:
+        raw = file.path.read_bytes()
+        return gzip.decompress(raw) if file.name.endswith(".gz") else raw
+    except (OSError, EOFError, zlib.error) as error:
+        raise SourceUnreadableError(
+            f"{file.name} cannot be read: {error}. Repair it or let this user read it."
+        ) from error
+
+
+IMAGE_READERS: Mapping[str, ImageReader] = {
+    "digits": ImageReader(_find_digits, _read_digits),
+    "idx": ImageReader(_find_idx, _read_idx),
+}
+"""By data.source."""

@@ -1,0 +1,235 @@
+"""Documents from any source: a stream of texts in a fixed order, and the identity of what they came from.
+
+Identity is content: the SHA-256 of every file in order, or a hub revision; never a path. Text and JSON lines are read
+here, one file or line at a time; parquet and hub datasets through `datasets`, streamed. Memory is bounded by the
+longest document. Light until parquet or the hub is read.
+"""
+
+from __future__ import annotations
+
+import codecs
+import gzip
+import hashlib
+import json
+import sysconfig
+import zlib
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import IO, Any
+
+from relora_train.data.hf_sources import hub_rows, parquet_rows, resolve_hub_revision
+from relora_train.data.left_out import Fault, LeftOut, text_or_fault
+from relora_train.data.source_files import SourceFile, check_compression, find_files
+from relora_train.errors import SourceUnreadableError
+from relora_train.settings.data import DataConfig
+
+Located = Iterator[tuple[str, str | Fault]]
+"""Documents, each with its place, and what is found in place of one."""
+
+Advance = Callable[[int], None]
+"""Told how many bytes of the source were read since the last call."""
+
+_GENERATED_TABLES = {"encodings", "pydoc_data"}  # an eighth of the library, and not how people write Python
+_NOT_TRAINING_TEXT = _GENERATED_TABLES | {
+    "site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Source:
+    """A corpus that was found and hashed, ready to be read."""
+
+    data: DataConfig
+    identity: dict[str, Any]
+    """What the documents are, whatever they are called and wherever they lie."""
+
+    files: tuple[SourceFile, ...]
+    """On this machine's disk; empty for a hub dataset."""
+
+    revision: str = ""
+    """Commit of a hub dataset."""
+
+    held_out: tuple[SourceFile, ...] = ()
+    """The files of data.validation_paths."""
+
+    left_out: LeftOut = field(default_factory=LeftOut, compare=False)
+    """Filled as the source, or a part of it, is read."""
+
+    @property
+    def size_bytes(self) -> int | None:
+        """Bytes that reading will go through; None where that is unknown beforehand."""
+        return sum(file.size_bytes for file in self.files) if self.files and self.data.max_documents is None else None
+
+
+def resolve_source(data: DataConfig, cache_directory: Path | None = None) -> Source:
+    """Find and hash everything the settings name; files in a store are fetched to the cache first.
+
+    Raises SourceUnreadableError for what is missing, and what the store raises.
+    """
+    if data.source == "hub":
+        revision = resolve_hub_revision(data)
+        names = {"hub_id": data.hub_id, "config": data.hub_config, "split": data.hub_split}
+        return Source(data, {"format": "hub", **names, "revision": revision}, (), revision)
+    find = partial(find_files, kind=data.source, cache_directory=cache_directory, skip=data.unreadable == "skip")
+    files = _stdlib_files() if data.source == "python-stdlib" else find(data.paths)
+    held_out: tuple[SourceFile, ...] = ()
+    if data.validation_paths:
+        try:
+            held_out = tuple(find(data.validation_paths))
+        except SourceUnreadableError as error:
+            raise SourceUnreadableError(str(error).replace("data.paths", "data.validation_paths")) from None
+    return Source(data, identify(data.source, files), tuple(files), held_out=held_out)
+
+
+def identify(kind: str, files: Sequence[SourceFile]) -> dict[str, Any]:
+    """What the documents of files are: their content in this order."""
+    content = hashlib.sha256("".join(file.sha256 for file in files).encode())
+    return {
+        "format": kind,
+        "files": len(files),
+        "size_bytes": sum(file.size_bytes for file in files),
+        "content_sha256": content.hexdigest(),
+    }
+
+
+def read_documents(source: Source, advance: Advance = lambda size: None) -> Iterator[str]:
+    """The texts of the source in order, at most max_documents of them. A null text is ''.
+
+    Every text can be encoded as UTF-8. A fault is counted in source.left_out where data.unreadable is 'skip'. Raises
+    SourceUnreadableError, with the file and the line, row or byte.
+    """
+    data, given = source.data, 0
+    for name, documents in _parts(source, advance):
+        tally = source.left_out.begin(name)
+        for where, found in documents:
+            if isinstance(found, Fault):
+                if data.unreadable == "stop":
+                    raise found.as_error()
+                tally.add(found, where)
+                continue
+            tally.records += 1
+            yield found
+            given += 1
+            if given == data.max_documents:
+                return
+
+
+def read_held_out(source: Source) -> Iterator[str]:
+    """The texts of data.validation_paths, all of them, as read_documents."""
+    data = source.data.model_copy(update={"max_documents": None})
+    return read_documents(replace(source, data=data, files=source.held_out))
+
+
+def _parts(source: Source, advance: Advance) -> Iterator[tuple[str, Located]]:
+    if source.data.source == "hub":
+        yield f"{source.data.hub_id}@{source.revision}", hub_rows(source.data, source.revision, advance)
+    for file in source.files:
+        file.check_unchanged()
+        yield file.name, _documents_or_fault(file, source.data, advance)
+
+
+def _documents_or_fault(file: SourceFile, data: DataConfig, advance: Advance) -> Located:
+    """Yield the documents of a file; if it is no text, the one fault that says so, first or, to stop there, later."""
+    try:
+        check_compression(file.name)
+        may_break_off = data.source == "parquet" or (data.source == "jsonl" and file.name.endswith(".gz"))
+        if data.unreadable == "skip" and may_break_off:
+            # What breaks off is left out whole: how much of it can be read depends on sizes of buffers.
+            deque(_documents(file, data, lambda size: None), maxlen=0)
+        yield from _documents(file, data, advance)
+    except Fault as fault:
+        yield file.name, fault
+
+
+def _documents(file: SourceFile, data: DataConfig, advance: Advance) -> Located:
+    match data.source:
+        case "jsonl":
+            yield from _json_lines(file, data.text_field, advance)
+        case "parquet":
+            yield from parquet_rows(file, data.text_field, advance)
+        case _:
+            # Some modules of the standard library are in another encoding on purpose.
+            errors = "replace" if data.source == "python-stdlib" else "strict"
+            yield file.name, _whole_text(file, errors)
+            advance(file.size_bytes)
+
+
+def _stdlib_files() -> list[SourceFile]:
+    """The standard library without tests and without what differs between builds of one Python version."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    paths = []
+    for path in root.rglob("*.py"):
+        folders = path.relative_to(root).parts[:-1]
+        generated = path.name.startswith("_sysconfigdata") or any(folder.startswith("config-") for folder in folders)
+        if not generated and _NOT_TRAINING_TEXT.isdisjoint(folders):
+            paths.append(path)
+    return [
+        SourceFile.of(path, str(path)) for path in sorted(paths, key=lambda path: path.relative_to(root).as_posix())
+    ]
+
+
+def _whole_text(file: SourceFile, errors: str) -> str:
+    with _opened(file) as (stream, _):
+        raw = stream.read()
+    try:
+        return raw.decode("utf-8", errors)
+    except UnicodeDecodeError as error:
+        raise Fault(
+            f"{file.name} is not UTF-8 text: byte {error.start} ({raw[error.start]:#04x}) cannot be decoded. "
+            "Convert it to UTF-8, or leave it out of data.paths.",
+            "not UTF-8 text",
+            "files",
+        ) from None
+
+
+def _json_lines(file: SourceFile, text_field: str, advance: Advance) -> Located:
+    """One document a line, as `datasets` reads JSON lines, but with the line's number in every error."""
+    told = 0
+    with _opened(file) as (stream, disk):
+        for number, line in enumerate(stream, start=1):
+            advance(disk.tell() - told)
+            told = disk.tell()
+            content = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+            if content.strip():
+                where = f"{file.name}, line {number}"
+                yield where, _text_in(content, text_field, where)
+
+
+def _text_in(line: bytes, text_field: str, where: str) -> str | Fault:
+    try:
+        row = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        what = f"{where} is not UTF-8: {error.reason} at byte {error.start}. Repair or remove the line."
+        return Fault(what, "not UTF-8 text")
+    except (ValueError, RecursionError) as error:
+        return Fault(f"{where} is not valid JSON: {error}. Repair or remove the line.", "not valid JSON")
+    if not isinstance(row, dict):
+        what = f"{where} holds a JSON {type(row).__name__}, not an object with the field {text_field!r}. "
+        return Fault(what + "Write one object a line.", "no JSON object")
+    if text_field not in row:
+        return Fault(
+            f"{where} has no field {text_field!r}. It has: {', '.join(map(repr, row)) or 'no fields'}. "
+            "Name the one that holds the text in data.text_field.",
+            f"no field {text_field!r}",
+        )
+    return text_or_fault(row[text_field], text_field, where)
+
+
+@contextmanager
+def _opened(file: SourceFile) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
+    """The file's content, decompressed, and the file on disk, whose position tells how much was read."""
+    try:
+        with file.path.open("rb") as disk:
+            if file.name.endswith(".gz"):
+                with gzip.GzipFile(fileobj=disk) as stream:
+                    yield stream, disk  # type: ignore[misc]  # a GzipFile is read like any binary file
+            else:
+                yield disk, disk
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise Fault(f"{file.name} cannot be read: {error}. Repair it.", "damaged", "files") from error
+    except OSError as error:
+        raise SourceUnreadableError(f"{file.name} cannot be read: {error}. Let this user read it.") from error

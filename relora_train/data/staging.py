@@ -1,0 +1,347 @@
+"""Documents -> staged ranges: the text of each split on disk, cut where shards will be cut.
+
+A range is the source of exactly one shard, so a shard can be made by any process at any time. A range is closed before
+its text and one separator a piece (and BOS, where documents begin with it) would exceed `shard_tokens` bytes; a
+byte-level token is a byte or more, so the shard never exceeds `shard_tokens` tokens, and is usually a quarter of that.
+
+A document longer than `PIECE_BYTES` becomes several pieces, which bounds the memory of encoding one. The cut is before
+a single space between two other characters, where no byte-level BPE has a token across; where the text has none, it is
+between any two characters. Pieces of a document follow one another and only the last is followed by the separator.
+
+A document goes to validation by a hash of its normalised text: lower case, ASCII white space removed. Documents that
+differ in nothing else land on the same side. Where that leaves a side empty, `side_for` moves the nearest one there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+from array import array
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import numpy as np
+
+from relora_train.errors import DataError
+from relora_train.storage.durable import write_durably
+
+PIECE_BYTES = 1 << 18
+DOCUMENT_BYTES = 8192
+"""Size of the documents that long ones are cut into, where there are too few to hold some out."""
+
+SPLIT_RULE = "blake2b-64 of the text in lower case without ASCII white space"
+_INDEX_NAME = "index.json"
+_SAMPLE_NAME = "sample.json"
+_SAMPLE_DOCUMENTS, _SAMPLE_CHARACTERS = 64, 4096
+_ASCII_WHITE_SPACE = b" \t\n\r\v\f"
+_SINGLE_SPACE = re.compile(r"(?<=\S) (?=\S)")
+_COUNTED_DIGESTS = 1 << 18
+
+Split = Literal["train", "val"]
+Side = Callable[[int], Split]
+"""The side a document's digest puts it on."""
+
+
+@dataclass(frozen=True)
+class StagedRange:
+    """One range on disk: `<name>.text`, and in `<name>.pieces` 2 * bytes + (1 if its document ends) for each piece."""
+
+    split: Split
+    index: int
+    documents: int
+    """Documents that end in this range."""
+
+    text_bytes: int
+    sha256: str
+    """Of the text."""
+
+    begins_document: bool = True
+    """False where a document that the range before has begun goes on."""
+
+    @property
+    def name(self) -> str:
+        return f"{self.split}-{self.index:05d}"
+
+
+@dataclass(frozen=True)
+class StagedCorpus:
+    """What staging found, in the order of the source within each split."""
+
+    ranges: tuple[StagedRange, ...]
+    empty_documents: int
+    duplicate_documents: int
+    """Documents whose normalised text was seen before; an estimate above a quarter of a million documents."""
+
+    split_note: str = ""
+    """The remedy for a side that the split rule left empty."""
+
+    left_out: list[dict[str, Any]] = field(default_factory=list)
+    """What data.unreadable = "skip" left out; see left_out.py."""
+
+    def documents(self, split: Split) -> int:
+        return sum(staged.documents for staged in self.ranges if staged.split == split)
+
+    def text_bytes(self, split: Split) -> int:
+        return sum(staged.text_bytes for staged in self.ranges if staged.split == split)
+
+
+def split_digest(text: str) -> int:
+    """64 bits of the normalised text: the same for documents that differ only in case and white space."""
+    normalised = text.lower().encode().translate(None, _ASCII_WHITE_SPACE)
+    return int.from_bytes(hashlib.blake2b(normalised, digest_size=8).digest(), "big")
+
+
+def split_of(digest: int, validation_fraction: float) -> Split:
+    """The side a document's digest puts it on."""
+    return "val" if digest < validation_fraction * 2.0**64 else "train"
+
+
+def side_for(digests: Iterable[int], validation_fraction: float) -> Side:
+    """Return the split rule, changed only where it leaves a side empty: the document nearest to that side goes there.
+
+    With fewer than two different documents nothing can be moved.
+    """
+    known = sorted(set(digests))
+    if len(known) > 1 and split_of(known[0], validation_fraction) == "train":
+        return lambda digest: "val" if digest == known[0] else "train"
+    if len(known) > 1 and split_of(known[-1], validation_fraction) == "val":
+        return lambda digest: "train" if digest == known[-1] else "val"
+    return lambda digest: split_of(digest, validation_fraction)
+
+
+def cut_long_documents(documents: Iterable[str]) -> Iterator[str]:
+    """The texts as documents of at most DOCUMENT_BYTES."""
+    for text in documents:
+        yield from (piece.decode() for piece in cut_into_pieces(text, DOCUMENT_BYTES))
+
+
+def cut_into_pieces(text: str, limit_bytes: int) -> Iterator[bytes]:
+    """The text as UTF-8 in pieces of at most `limit_bytes`; joined, they are the text."""
+    encoded = text.encode()
+    start = 0
+    while len(encoded) - start > limit_bytes:
+        window = encoded[start : start + limit_bytes].decode(
+            errors="ignore"
+        )  # less the character the limit cuts in two
+        end = len(window[: _last_single_space(window)].encode())
+        yield encoded[start : start + end]
+        start += end
+    yield encoded[start:]
+
+
+def stage_documents(
+    documents: Iterable[str],
+    directory: Path,
+    *,
+    validation_fraction: float,
+    range_bytes: int,
+    markers: int = 1,
+    side: Side | None = None,
+    split_note: str = "",
+    held_out: Iterable[str] = (),
+    left_out: Callable[[], list[dict[str, Any]]] = list,
+) -> StagedCorpus:
+    """Write all documents to `directory` as ranges, then its index; empty ones are left out.
+
+    markers: tokens around a document that are not its text. side, split_note: another rule than split_of, and why.
+    held_out: documents that go to validation whatever the rule says. left_out: asked when all were read.
+    A directory whose index is there is complete and used as it is. Staging that was interrupted begins anew.
+    """
+    if (directory / _INDEX_NAME).is_file():
+        return _read_index(directory / _INDEX_NAME)
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir(parents=True)
+    train = _RangeWriter(directory, "train", range_bytes, markers)
+    val = _RangeWriter(directory, "val", range_bytes, markers)
+    duplicates, empty = _DuplicateCounter(), 0
+    sample: list[str] = []
+    with train, val:
+        given = chain(((text, False) for text in documents), ((text, True) for text in held_out))
+        for text, is_held_out in given:
+            if not text:
+                empty += 1
+                continue
+            digest = split_digest(text)
+            duplicates.add(digest)
+            goes_to = "val" if is_held_out else side(digest) if side else split_of(digest, validation_fraction)
+            writer = train if goes_to == "train" else val
+            writer.add(text)
+            if len(sample) < _SAMPLE_DOCUMENTS:
+                sample.append(text[:_SAMPLE_CHARACTERS])
+    corpus = StagedCorpus((*train.ranges, *val.ranges), empty, duplicates.estimate, split_note, left_out())
+    write_durably(directory / _SAMPLE_NAME, json.dumps(sample).encode())
+    write_durably(directory / _INDEX_NAME, json.dumps(asdict(corpus)).encode())
+    return corpus
+
+
+def stage_both_sides(
+    documents: Iterable[str],
+    read_again: Callable[[], Iterable[str]],
+    directory: Path,
+    *,
+    validation_fraction: float,
+    range_bytes: int,
+    markers: int,
+    held_out: Iterable[str] | None = None,
+    left_out: Callable[[], list[dict[str, Any]]] = list,
+) -> StagedCorpus:
+    """Stage by the split rule; if it leaves a side empty, again with one document moved there, cut first where few.
+
+    Few are fewer than the rule needs to expect one on each side. What the rule splits is staged as ever. held_out: the
+    validation part, instead of the rule.
+    """
+    stage = partial(
+        stage_documents,
+        directory=directory,
+        validation_fraction=validation_fraction,
+        range_bytes=range_bytes,
+        markers=markers,
+        left_out=left_out,
+    )
+    if held_out is not None:
+        return stage(documents, side=lambda digest: "train", held_out=held_out)
+    corpus = stage(documents)
+    sizes = corpus.documents("train"), corpus.documents("val")
+    if sum(sizes) == 0 or 0 not in sizes:
+        return corpus
+    few = sum(sizes) * min(validation_fraction, 1 - validation_fraction) < 1
+    done = f"documents were cut to {DOCUMENT_BYTES:,} bytes" if few else "the document nearest to that side was moved"
+    note = f"The split rule leaves a side of {sum(sizes)} documents empty, so {done}"
+
+    def read() -> Iterable[str]:
+        return cut_long_documents(read_again()) if few else read_again()
+
+    side = side_for((split_digest(text) for text in read() if text), validation_fraction)
+    shutil.rmtree(directory)
+    return stage(read(), side=side, split_note=note)
+
+
+def read_pieces(directory: Path, staged: StagedRange) -> Iterator[tuple[str, bool]]:
+    """Pieces of a range with whether their document ends there, read in bounded memory.
+
+    Raises DataError after the last piece when the text is not what was staged.
+    """
+    codes = np.fromfile(directory / f"{staged.name}.pieces", dtype="<u4")
+    digest = hashlib.sha256()
+    with (directory / f"{staged.name}.text").open("rb") as stream:
+        for code in codes.tolist():
+            raw = stream.read(code >> 1)
+            digest.update(raw)
+            yield raw.decode(errors="replace"), bool(code & 1)
+    if digest.hexdigest() != staged.sha256:
+        raise DataError(f"{directory / staged.name}.text was damaged on this disk. Delete {directory} and run again.")
+
+
+def read_sample(directory: Path) -> list[str]:
+    """The beginnings of some documents, to compare engines on."""
+    return [str(text) for text in json.loads((directory / _SAMPLE_NAME).read_bytes())]
+
+
+def delete_range(directory: Path, staged: StagedRange) -> None:
+    """Free the disk of a range whose shard is done."""
+    for ending in ("text", "pieces"):
+        (directory / f"{staged.name}.{ending}").unlink(missing_ok=True)
+
+
+class _RangeWriter:
+    """Appends documents of one split, closing a range whenever the next piece would overfill it."""
+
+    def __init__(self, directory: Path, split: Split, range_bytes: int, markers: int) -> None:
+        self.ranges: list[StagedRange] = []
+        self._directory, self._split, self._range_bytes, self._markers = directory, split, range_bytes, markers
+        self._inside_document = False
+        self._begin()
+
+    def add(self, text: str) -> None:
+        piece: bytes | None = None
+        for following in cut_into_pieces(text, min(PIECE_BYTES, self._range_bytes - self._markers)):
+            if piece is not None:
+                self._append(piece, ends_document=False)
+            piece = following
+        if piece is not None:
+            self._append(piece, ends_document=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._codes:
+            self._close()
+        else:
+            self._stream.close()
+
+    def _append(self, piece: bytes, *, ends_document: bool) -> None:
+        # Separator and BOS are counted for every piece, though only a document's last and first get them.
+        full = self._text_bytes + len(piece) + self._markers * (len(self._codes) + 1) > self._range_bytes
+        if self._codes and full:
+            self._close()
+            self._begin()
+        self._stream.write(piece)
+        self._digest.update(piece)
+        self._codes.append(len(piece) << 1 | ends_document)
+        self._text_bytes += len(piece)
+        self._documents += ends_document
+        self._inside_document = not ends_document
+
+    def _begin(self) -> None:
+        self._digest, self._text_bytes, self._documents = hashlib.sha256(), 0, 0
+        self._codes = array("I")
+        self._begins_document = not self._inside_document
+        self._stream = self._path("text").open("wb")
+
+    def _close(self) -> None:
+        self._stream.close()
+        self._path("pieces").write_bytes(np.asarray(self._codes, dtype="<u4").tobytes())
+        self.ranges.append(
+            StagedRange(
+                self._split,
+                len(self.ranges),
+                self._documents,
+                self._text_bytes,
+                self._digest.hexdigest(),
+                self._begins_document,
+            )
+        )
+
+    def _path(self, ending: str) -> Path:
+        return self._directory / f"{self._split}-{len(self.ranges):05d}.{ending}"
+
+
+class _DuplicateCounter:
+    """Counts digests seen before, in bounded memory: when there are too many, every second one is left out."""
+
+    def __init__(self) -> None:
+        self._seen: dict[int, int] = {}
+        self._mask = 0
+
+    def add(self, digest: int) -> None:
+        if digest & self._mask:
+            return
+        self._seen[digest] = self._seen.get(digest, -1) + 1
+        while len(self._seen) > _COUNTED_DIGESTS:
+            self._mask = self._mask << 1 | 1
+            self._seen = {d: count for d, count in self._seen.items() if not d & self._mask}
+
+    @property
+    def estimate(self) -> int:
+        return sum(self._seen.values()) * (self._mask + 1)
+
+
+def _last_single_space(window: str) -> int:
+    """Where to cut: the last single space, or the end when there is none."""
+    for begin in (max(0, len(window) - 4096), 0):
+        spaces = [match.start() for match in _SINGLE_SPACE.finditer(window, begin)]
+        if spaces:
+            return spaces[-1]
+    return len(window)
+
+
+def _read_index(path: Path) -> StagedCorpus:
+    fields = json.loads(path.read_bytes())
+    return StagedCorpus(**{**fields, "ranges": tuple(StagedRange(**staged) for staged in fields["ranges"])})

@@ -1,0 +1,322 @@
+"""A tokenizer, trained or loaded, with the one token that separates documents.
+
+A trained one is a byte-level BPE: it covers every text, and the same text gives the same tokenizer on any machine.
+A loaded one is kept byte for byte. Text can never forge the separator, and nothing adds a second one: see `encoder`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import re
+from collections.abc import Collection, Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from relora_train.errors import TokenizerError
+from relora_train.storage.durable import write_durably
+
+DEFAULT_EOS_TOKEN = "<|endoftext|>"  # noqa: S105  # a token of text, no secret
+TOKENIZER_FILE = "tokenizer.json"
+TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
+_OTHER_FILES = (
+    "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "tokenizer.model", "tekken.json",
+    "vocab.json", "merges.txt", "vocab.txt", "spiece.model", "sentencepiece.bpe.model",
+)  # fmt: skip
+TOKENIZER_FILES = (TOKENIZER_FILE, TOKENIZER_CONFIG_FILE, *_OTHER_FILES)
+"""All that a tokenizer may consist of, where transformers looks for it; the first is always there."""
+
+_USUAL_EOS_TOKENS = (DEFAULT_EOS_TOKEN, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]", "[SEP]")
+_USUAL_BOS_TOKENS = ("<s>", "<bos>", "<|begin_of_text|>", "<|startoftext|>", "<|bos|>", "[BOS]")
+TRICKY_TEXTS = (
+    "it's we'll they'VE don't",
+    "  two  spaces\t\ttabs \n\n newlines\r\n \u00a0\u2003 wide\u3000",
+    "x=1234567890;y^2!?...<|endoftext|><|endoftext|> </s>",
+    "naïve café ½ ١٢٣ Ⅷ 漢字かな 한국어 ไทย हिन्दी 👩‍👩‍👧‍👦 e\u0301\u200d\ufeff\x00\x1c",
+)
+"""On which two ways of encoding show that they differ."""
+
+_ANOTHER = "Name another in tokenizer.path, or train one on the text with tokenizer.train = true."
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_log = logging.getLogger("relora_train.data.tokenizer")
+
+
+@dataclass(frozen=True)
+class DocumentTokenizer:
+    """tokenizer.json as text, and what documents need of it."""
+
+    json_text: str
+    config_text: str
+    """tokenizer_config.json, for AutoTokenizer."""
+
+    eos_token: str
+    eos_id: int
+    vocab_size: int
+    """One more than the largest id: the rows an embedding needs."""
+
+    bos_ids: tuple[int, ...] = ()
+    """The ids that stand before each document; usually none or one."""
+
+    others: Mapping[str, bytes] = field(default_factory=dict)
+    """Its other files by name, such as a chat template: for whoever uses the model."""
+
+    @property
+    def sha256(self) -> str:
+        """Digest of tokenizer.json."""
+        return hashlib.sha256(self.json_text.encode()).hexdigest()
+
+    def save(self, directory: Path) -> None:
+        """Write its files, of which `AutoTokenizer.from_pretrained(directory)` needs two."""
+        for name, content in self.others.items():
+            write_durably(directory / name, content)
+        write_durably(directory / TOKENIZER_CONFIG_FILE, self.config_text.encode())
+        write_durably(directory / TOKENIZER_FILE, self.json_text.encode())  # last: with it, both are there
+
+    def encoder(self) -> Tokenizer:
+        """A `tokenizers.Tokenizer` that gives documents their ids, to be called with add_special_tokens=False.
+
+        It neither truncates, pads nor draws at random, whatever the file says, and a special token's name in a text,
+        the separator's first of all, is encoded as the characters it is made of.
+        """
+        return _document_encoder(json.loads(self.json_text), {self.eos_id, *self.bos_ids})
+
+
+def train_tokenizer(texts: Iterable[str], *, vocab_size: int, eos_token: str | None = None) -> DocumentTokenizer:
+    """Train a byte-level BPE with exactly `vocab_size` entries, or fewer where the text has no more pairs to merge.
+
+    The same texts give the same bytes, in any order and with any number of threads. The separator is entry 0.
+    """
+    eos = eos_token or DEFAULT_EOS_TOKEN
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[eos],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    found = tokenizer.get_vocab_size()
+    if found < vocab_size:
+        _log.warning("The text gives a tokenizer of %d entries only, not %d; it has no more pairs.", found, vocab_size)
+    return _described(tokenizer.to_str(), _default_config(eos), eos, "the trained tokenizer")
+
+
+def load_tokenizer(
+    path: str, *, eos_token: str | None = None, revision: str | None = None, bos: Literal["auto"] | bool = "auto"
+) -> DocumentTokenizer:
+    """Load a tokenizer.json, a directory or a hub id; the separator is `eos_token`, else one of the usual names.
+
+    bos: whether documents begin with its BOS token; 'auto' where the tokenizer puts it before a text itself.
+    Raises TokenizerError when there is none, no separator in it, or no BOS token where one is asked for.
+    """
+    json_text, config_text = _found(path, revision)
+    eos = eos_token or _usual_eos_token(json_text, config_text, path)
+    found = _described(json_text, config_text or _default_config(eos), eos, path, bos=bos)
+    return replace(found, others=_other_files(path, revision))
+
+
+def differing_ids(path: str, revision: str | None, other: DocumentTokenizer) -> str | None:
+    """How the ids of the tokenizer at `path` differ from those of another one; None where they are the same.
+
+    Raises TokenizerError when there is none at `path`.
+    """
+    json_text, _ = _found(path, revision)
+    if json_text == other.json_text:
+        return None
+    tokenizer = _parsed(json_text, path)
+    entries, others = tokenizer.get_vocab(), _parsed(other.json_text, "the other tokenizer").get_vocab()
+    moved = sum(entries.get(token) != number for token, number in others.items())
+    if moved:
+        return f"{moved:,} of its {len(others):,} tokens have another id there, or none"
+    encoder = _document_encoder(json.loads(json_text), {other.eos_id, *other.bos_ids})
+    theirs = other.encoder()
+    for text in TRICKY_TEXTS:
+        if encoder.encode(text, add_special_tokens=False).ids != theirs.encode(text, add_special_tokens=False).ids:
+            return f"the tokens are the same, but a text such as {text[:24]!r} is cut into others"
+    return None
+
+
+def _found(path: str, revision: str | None) -> tuple[str, str | None]:
+    """tokenizer.json and tokenizer_config.json."""
+    place = Path(path).expanduser()
+    if place.is_file():
+        return _read(place), _read_if_there(place.with_name(TOKENIZER_CONFIG_FILE))
+    if (place / TOKENIZER_FILE).is_file():
+        return _read(place / TOKENIZER_FILE), _read_if_there(place / TOKENIZER_CONFIG_FILE)
+    if place.is_dir():
+        return _converted(path, None), _read_if_there(place / TOKENIZER_CONFIG_FILE)
+    if _HUB_ID.fullmatch(path) and not path.endswith(".json"):
+        return _from_hub(path, revision)
+    raise TokenizerError(f"{path} is no file and no directory, so it holds no tokenizer. {_ANOTHER}")
+
+
+def _described(
+    json_text: str, config_text: str, eos_token: str, name: str, *, bos: Literal["auto"] | bool = "auto"
+) -> DocumentTokenizer:
+    tokenizer = _parsed(json_text, name)
+    eos_id = tokenizer.token_to_id(eos_token)
+    if eos_id is None:
+        raise TokenizerError(f"{name} has no token {eos_token!r}. Name its end-of-text token in tokenizer.eos_token.")
+    entries = max(tokenizer.get_vocab().values()) + 1
+    bos_ids = _bos_ids(tokenizer, config_text, eos_id, name, wanted=bos)
+    found = DocumentTokenizer(json_text, config_text, eos_token, eos_id, entries, bos_ids)
+    encoder = found.encoder()
+    if not encoder.encode("a 1\n", add_special_tokens=False).ids:  # transformers makes one up where it finds no file
+        raise TokenizerError(f"{name} holds no tokenizer, or one without an entry for any text. {_ANOTHER}")
+    for marker, remedy in [(eos_id, "tokenizer.eos_token"), *((number, "data.bos = false") for number in bos_ids)]:
+        token = tokenizer.id_to_token(marker)
+        if marker in encoder.encode(f"a{token} {token}", add_special_tokens=False).ids:
+            raise TokenizerError(
+                f"{name} encodes the text {token!r} as the token that stands between documents, so that a document "
+                f"could forge it. Use another: {remedy}."
+            )
+    return found
+
+
+def _bos_ids(
+    tokenizer: Tokenizer, config_text: str, eos_id: int, name: str, *, wanted: Literal["auto"] | bool
+) -> tuple[int, ...]:
+    """Return what the tokenizer puts before a text itself; where it puts nothing and a BOS token is wanted, that."""
+    if wanted is False:
+        return ()
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    plain, whole = (tokenizer.encode("a", add_special_tokens=added).ids for added in (False, True))
+    before = next((n for n in range(len(whole) + 1) if whole[n : n + len(plain)] == plain), 0)
+    own = tuple(whole[:before])
+    if own and own != (eos_id,):  # the separator of the document before stands there already
+        return own
+    if wanted == "auto":
+        return ()
+    configured = _named_token(config_text, "bos_token")
+    for token in filter(None, (configured, *_USUAL_BOS_TOKENS)):
+        if (number := tokenizer.token_to_id(token)) is not None:
+            return (number,)
+    raise TokenizerError(
+        f"{name} names no BOS token in its {TOKENIZER_CONFIG_FILE} and has none of the usual ones "
+        f"({', '.join(_USUAL_BOS_TOKENS)}), and data.bos = true asks for one. Set data.bos to 'auto'."
+    )
+
+
+def _document_encoder(description: dict[str, Any], markers: Collection[int]) -> Tokenizer:
+    """markers: ids that no text may be encoded as."""
+    description["truncation"] = description["padding"] = None
+    if description["model"].get("dropout"):
+        description["model"]["dropout"] = None
+    for token in description["added_tokens"]:
+        token["special"] = token["special"] or token["id"] in markers
+    tokenizer = Tokenizer.from_str(json.dumps(description))
+    tokenizer.encode_special_tokens = True
+    return tokenizer
+
+
+def _parsed(json_text: str, name: str) -> Tokenizer:
+    try:
+        return Tokenizer.from_str(json_text)
+    except Exception as error:  # the Rust side raises bare Exception
+        raise TokenizerError(
+            f"The {TOKENIZER_FILE} of {name} cannot be read: {str(error).strip(' .')}. Copy it again. {_ANOTHER}"
+        ) from None
+
+
+def _usual_eos_token(json_text: str, config_text: str | None, name: str) -> str:
+    """The separator of documents. A chat model's own eos may end a turn instead, so it is asked last."""
+    tokenizer = _parsed(json_text, name)
+    for token in (*_USUAL_EOS_TOKENS, _named_token(config_text, "eos_token")):
+        if token and tokenizer.token_to_id(token) is not None:
+            return str(token)
+    raise TokenizerError(
+        f"{name} has none of the usual end-of-text tokens ({', '.join(_USUAL_EOS_TOKENS)}). "
+        "Name its own in tokenizer.eos_token."
+    )
+
+
+def _named_token(config_text: str | None, role: str) -> str | None:
+    """The token that tokenizer_config.json names for a role."""
+    named = json.loads(config_text or "{}").get(role)
+    return named.get("content") if isinstance(named, dict) else named
+
+
+def _default_config(eos_token: str) -> str:
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": eos_token,
+        "clean_up_tokenization_spaces": False,
+    }
+    return json.dumps(config, indent=1) + "\n"
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_bytes().decode("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise TokenizerError(f"{path} cannot be read: {error}.") from None
+
+
+def _read_if_there(path: Path) -> str | None:
+    if not path.is_file():
+        return None
+    text = _read(path)
+    try:
+        json.loads(text)
+    except ValueError as error:
+        raise TokenizerError(f"{path} is not JSON: {error}. Repair or remove it.") from None
+    return text
+
+
+def _other_files(path: str, revision: str | None) -> dict[str, bytes]:
+    """The files beside tokenizer.json that are there, of those that transformers looks for."""
+    place = Path(path).expanduser()
+    if not place.exists():
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import EntryNotFoundError
+
+        found = {}
+        for name in _OTHER_FILES:
+            with suppress(EntryNotFoundError):  # also where it is not in the cache of a machine without a network
+                found[name] = Path(hf_hub_download(path, name, revision=revision)).read_bytes()
+        return found
+    folder = place if place.is_dir() else place.parent
+    return {name: (folder / name).read_bytes() for name in _OTHER_FILES if (folder / name).is_file()}
+
+
+def _from_hub(hub_id: str, revision: str | None) -> tuple[str, str | None]:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    def fetched(file_name: str) -> str | None:
+        try:
+            return _read(Path(hf_hub_download(hub_id, file_name, revision=revision)))
+        except LocalEntryNotFoundError:
+            raise
+        except EntryNotFoundError:
+            return None
+
+    try:
+        config_text, json_text = fetched(TOKENIZER_CONFIG_FILE), fetched(TOKENIZER_FILE)
+    except Exception as error:  # several libraries' errors meet here: hub, http, sockets
+        raise TokenizerError(
+            f"{hub_id} is no file or directory here, and not to be had from the hub: {type(error).__name__}: {error}. "
+            "Without a network, set tokenizer.path to a directory that holds its tokenizer.json."
+        ) from error
+    return json_text if json_text is not None else _converted(hub_id, revision), config_text
+
+
+def _converted(path: str, revision: str | None) -> str:
+    """tokenizer.json of a tokenizer that is kept in older files, converted by transformers."""
+    from transformers import AutoTokenizer  # imports torch, hence only here
+
+    try:
+        backend = AutoTokenizer.from_pretrained(path, revision=revision).backend_tokenizer
+    except Exception as error:  # converters raise whatever they meet
+        raise TokenizerError(
+            f"{path} holds no {TOKENIZER_FILE}, and no other files from which transformers makes one. {_ANOTHER}"
+        ) from error
+    return str(backend.to_str())

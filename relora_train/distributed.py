@@ -1,0 +1,208 @@
+"""The processes that train one model together, and tensors of which each may hold only its rows.
+
+torch's launcher starts them; one process is the simple case. A plain tensor counts as one that this process holds
+whole: on it every function here returns what it was given, or does what torch alone would do, bit for bit.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Literal, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from relora_train.devices import check_devices, usable_gpus, warn_of_unused_gpu
+from relora_train.errors import DeviceError, ReLoRAError, TrainerCrashedError
+from relora_train.process import SHARED_MEMORY, is_out_of_memory
+from relora_train.settings.running import LaunchConfig
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among its peers."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+    sharded: bool = False
+    """Whether each holds its rows of the model only. Then all must do the same forward passes, at the same time."""
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process writes files and events."""
+        return self.rank == 0
+
+    def sum_gradients(self, parameters: Iterable[Tensor]) -> None:
+        """Add every parameter's gradient over all ranks, in one message a dtype; once per update.
+
+        Those of a sharded model are sums already, made by the backward pass.
+        """
+        if self.world_size == 1 or self.sharded:
+            return
+        by_dtype: dict[torch.dtype, list[Tensor]] = {}
+        for parameter in parameters:
+            if parameter.grad is not None:
+                by_dtype.setdefault(parameter.grad.dtype, []).append(parameter.grad)
+        for gradients in by_dtype.values():
+            flat = torch.cat([gradient.flatten() for gradient in gradients])
+            dist.all_reduce(flat)
+            pieces = torch.split(flat, [gradient.numel() for gradient in gradients])
+            for gradient, summed in zip(gradients, pieces, strict=True):
+                gradient.copy_(summed.view_as(gradient))
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The elementwise sum over all ranks."""
+        if self.world_size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on at least one rank; the same answer on all."""
+        if self.world_size == 1:
+            return flag
+        return bool(self.sum(torch.tensor(float(flag))).item())  # between the CPUs: no GPU is waited for
+
+    def share_text(self, text: str | None = None) -> str:
+        """The first rank's text, on all; it alone gives one."""
+        data = torch.tensor(list((text or "").encode()), dtype=torch.uint8, device=self.device)
+        size = self.sum(torch.tensor(len(data) if self.is_first else 0, device=self.device))
+        buffer = data if self.is_first else torch.empty(int(size), dtype=torch.uint8, device=self.device)
+        if self.world_size > 1:
+            dist.broadcast(buffer, src=0)
+        return bytes(buffer.cpu().tolist()).decode()
+
+    def barrier(self) -> None:
+        """Wait for all."""
+        if self.world_size > 1:
+            dist.barrier()
+
+    def expect_answers_within(self, limit: timedelta) -> None:
+        """From now on, take a rank that has not answered for so long as lost."""
+        if self.world_size > 1:
+            dist.distributed_c10d._set_pg_timeout(limit)
+
+
+SLOW = timedelta(minutes=30)
+"""The time that other ranks may take to load, compile, evaluate, merge or write."""
+
+STEP = timedelta(minutes=5)
+"""The time that they may take for an update once each has done one: compiled, tuned, its data at hand."""
+
+
+def _as_ours(error: RuntimeError, rank: int, world_size: int) -> ReLoRAError | None:
+    """The error of ours that one of the communication between ranks stands for; None for any other."""
+    text = str(error)
+    if not (isinstance(error, dist.DistError) or "gloo/transport" in text):
+        return None
+    first, _, last = text.partition("Last error:")  # NCCL's, which has the cause
+    reason = "; ".join(part.strip().splitlines()[0] for part in (first, last) if part.strip())
+    if is_out_of_memory(error) or SHARED_MEMORY in text:
+        return None  # told by the process for whatever meets them
+    if "ncclInvalidUsage" in text:
+        return DeviceError(
+            f"NCCL refuses the GPUs of rank {rank} of {world_size} ({reason}). Each rank needs a whole GPU of its own: "
+            "parts of one (MIG) cannot be joined. Set launch.nproc_per_node to the number of GPUs."
+        )
+    return TrainerCrashedError(
+        f"Rank {rank} of {world_size} lost another one ({reason}). Nothing of the stage was committed; the same "
+        "command goes on from its newest snapshot, also with another number of ranks. A rank that is killed without a "
+        "word was often killed for memory: see batch.micro_sequences."
+    )
+
+
+@contextmanager
+def joined_ranks(device: Literal["auto", "cpu", "cuda"]) -> Iterator[Ranks]:
+    """Join the group that the launcher's environment names; leave it at a good end.
+
+    After an error it is not left: that waits for ranks that may sit in a message and never come. The process is to
+    tell of the error and exit.
+    Raises DeviceError for GPUs that are asked for and not there, and TrainerCrashedError, which may be retried, in
+    place of the errors that tell of another rank's death.
+    """
+    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    check_devices(LaunchConfig(device=device, nproc_per_node=local_ranks))
+    on_gpu = device != "cpu" and usable_gpus() > 0
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    rank = int(os.environ.get("RANK", "0"))
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    chosen = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
+    if on_gpu:
+        torch.cuda.set_device(chosen)
+    elif device == "auto" and rank == 0:
+        warn_of_unused_gpu()
+    try:
+        if world_size > 1:
+            dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=SLOW)
+        yield Ranks(rank=rank, world_size=world_size, device=chosen)
+    except RuntimeError as error:
+        if ours := _as_ours(error, rank, world_size):
+            raise ours from error
+        raise
+    if world_size > 1:
+        dist.destroy_process_group()
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of it, on every rank. Of a sharded tensor that is a new one, and all ranks must ask at the same time."""
+    if isinstance(tensor, DTensor):
+        full: Tensor = cast(DTensor, tensor.detach()).full_tensor()
+        return full
+    return tensor
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What this rank holds of it, in the same memory. Without gradients."""
+    if isinstance(tensor, DTensor):
+        with torch.no_grad():
+            return tensor.to_local()
+    return tensor
+
+
+def own_rows(like: Tensor) -> slice:
+    """The rows that this rank holds of a tensor."""
+    if not isinstance(like, DTensor):
+        return slice(0, like.shape[0] if like.ndim else None)
+    shape, offset = compute_local_shape_and_global_offset(like.shape, like.device_mesh, like.placements)
+    return slice(offset[0], offset[0] + shape[0])
+
+
+def part_of(full: Tensor, like: Tensor) -> Tensor:
+    """The rows of `full` that this rank holds of `like`."""
+    return full[own_rows(like)] if isinstance(like, DTensor) else full
+
+
+def gathered(part: Tensor, like: Tensor) -> Tensor:
+    """The whole tensor of which every rank holds a part, by the same rows as of `like` and on its device."""
+    if not isinstance(like, DTensor):
+        return part
+    on_device = part.to(like.device)
+    full: Tensor = DTensor.from_local(
+        on_device, like.device_mesh, [Shard(0)], run_check=False, shape=like.shape, stride=like.stride()
+    ).full_tensor()
+    return full
+
+
+@torch.no_grad()
+def placed_like(full: Tensor, like: Tensor) -> Tensor:
+    """A copy of `full` on the device, in the dtype and over the ranks of `like`."""
+    copy = torch.empty_like(like.detach(), requires_grad=False)
+    local(copy).copy_(part_of(full, like))
+    return copy
+
+
+def norm(part: Tensor, like: Tensor) -> float:
+    """Frobenius norm of the whole tensor of which `part` holds this rank's rows of `like`."""
+    own = torch.linalg.vector_norm(part)
+    if not isinstance(like, DTensor):
+        return float(own)
+    square = own.to(like.device, torch.float64).square()
+    torch.distributed.all_reduce(square, group=like.device_mesh.get_group())
+    return float(square.sqrt())

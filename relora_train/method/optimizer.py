@@ -1,0 +1,234 @@
+"""AdamW over named parameters, and the partial reset of its state at a merge."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from relora_train.distributed import local, part_of, placed_like, whole
+from relora_train.errors import ModelError
+from relora_train.method.bfloat16_adamw import BFloat16AdamW
+from relora_train.method.relora import stable_generator
+
+ResetMode = Literal["none", "zero", "magnitude", "random"]
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+FUSED_DEVICES = ("cpu", "cuda", "mps", "xpu")
+
+
+def parameter_groups(
+    model: nn.Module, *, weight_decay: float, low_rank_lr_ratio: float = 1.0, low_rank_b_lr_ratio: float = 1.0
+) -> list[dict[str, Any]]:
+    """The trainable parameters with their names, in the model's order: matrices decayed, vectors (norms, biases) not.
+
+    Without weight decay, the paper's setting, this is the paper's single group. The official code also decays norms and
+    biases when it decays at all. Every group says as "lr_ratio" what its rate is over the optimizer's: that of A is
+    low_rank_lr_ratio, and B's is low_rank_b_lr_ratio times A's (LoRA+, arXiv 2402.12354); at 1 they make no groups.
+    """
+    ratios = {"lora_A": low_rank_lr_ratio, "lora_B": low_rank_lr_ratio * low_rank_b_lr_ratio}
+    trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    by_ratio: dict[float, list[tuple[str, nn.Parameter]]] = {1.0: []}
+    for name, parameter in trainable:
+        by_ratio.setdefault(ratios.get(name.rpartition(".")[2], 1.0), []).append((name, parameter))
+    groups: list[dict[str, Any]] = []
+    for ratio, members in by_ratio.items():
+        matrices = [(name, p) for name, p in members if p.ndim >= 2]
+        vectors = [(name, p) for name, p in members if p.ndim < 2]
+        groups.append({"params": matrices, "weight_decay": weight_decay, "lr_ratio": ratio})
+        groups.append({"params": vectors, "weight_decay": 0.0, "lr_ratio": ratio})
+    return [group for group in groups if group["params"]]
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
+    """Of the next update; every group's by its own ratio."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate * group.get("lr_ratio", 1.0)
+
+
+def build_optimizer(
+    model: nn.Module,
+    *,
+    learning_rate: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    low_rank_lr_ratio: float = 1.0,
+    low_rank_b_lr_ratio: float = 1.0,
+    fused: bool | None = None,
+) -> torch.optim.AdamW:
+    """AdamW over every trainable parameter of the model. fused = None: the fused kernel where the device has one.
+
+    With parameters in bfloat16 it is a BFloat16AdamW. The ratios as in parameter_groups(); set_learning_rate() sets the
+    rates by them.
+    """
+    groups = parameter_groups(
+        model,
+        weight_decay=weight_decay,
+        low_rank_lr_ratio=low_rank_lr_ratio,
+        low_rank_b_lr_ratio=low_rank_b_lr_ratio,
+    )
+    if not groups:
+        raise ModelError("The model has no trainable parameters, so there is nothing to optimize.")
+    if any(p.dtype == torch.bfloat16 for group in groups for _, p in group["params"]):
+        return BFloat16AdamW(groups, lr=learning_rate, betas=betas, eps=eps, weight_decay=weight_decay)
+    if fused is None:
+        fused = all(p.device.type in FUSED_DEVICES for group in groups for _, p in group["params"])
+    # foreach is the default only where fused is refused: it needs as much memory again as the gradients.
+    return torch.optim.AdamW(
+        groups, lr=learning_rate, betas=betas, eps=eps, weight_decay=weight_decay, fused=fused, foreach=False
+    )
+
+
+@dataclass(frozen=True)
+class ResetReport:
+    """How much of the optimizer state a reset emptied. Both moments count."""
+
+    entries: int
+    zeroed: int
+
+    @property
+    def share_zeroed(self) -> float:
+        """Of the entries looked at, 0 to 1; 0 when there were none."""
+        return self.zeroed / self.entries if self.entries else 0.0
+
+
+@torch.no_grad()
+def reset_optimizer_state(
+    optimizer: torch.optim.Optimizer,
+    parameters: Iterable[tuple[str, Tensor] | Tensor],
+    *,
+    mode: ResetMode,
+    ratio: float,
+    independent_masks: bool = False,
+    restart_clock: bool = False,
+    seed: int = 0,
+    cycle: int = 0,
+) -> ResetReport:
+    """Empty the moments of these parameters, wholly or in part; each tensor is pruned on its own.
+
+    - none: nothing. zero: both moments and Adam's step; `ratio` is not used.
+    - magnitude: keep entries whose |exp_avg| lies strictly above the `ratio` quantile of |exp_avg|; all at ratio 0.
+    - random: keep an entry where a uniform draw u > ratio, drawn on the CPU from (seed, cycle, parameter name).
+
+    One mask serves both moments. `independent_masks` gives the paper's literal behaviour, a mask for each moment: then
+    most entries that keep exp_avg have lost exp_avg_sq, and their next update is of the order lr * exp_avg / eps.
+    `parameters` may be named, as from lora_parameters(); unnamed ones are called by their position. A parameter
+    without state, one that was never updated, is left alone. A sharded moment is pruned by the mask that it would have
+    whole: it is gathered, one tensor at a time.
+
+    Adam's step is kept except by zero, as in the paper's code: bias correction counts an emptied entry's moments as
+    full ones, and its first updates are (1 - beta1) / sqrt(1 - beta2) = 3.2 times the rate. With `restart_clock` each
+    parameter's step begins anew, and they are 1.0 times the rate.
+    """
+    if mode not in get_args(ResetMode):
+        raise ValueError(f"mode = {mode!r} is not one of {', '.join(get_args(ResetMode))}")
+    if not 0 <= ratio <= 1:
+        raise ValueError(f"ratio = {ratio} is not between 0 and 1")
+    entries = zeroed = 0
+    for name, parameter in _named(parameters):
+        state = optimizer.state.get(parameter)
+        if not state:
+            continue
+        moments = [state[key] for key in MOMENTS]
+        entries += sum(moment.numel() for moment in moments)
+        if mode == "zero" or restart_clock:
+            state["step"].zero_()
+        generator = stable_generator(seed, cycle, name)
+        masks = _masks([whole(moment) for moment in moments], mode, ratio, independent_masks, generator)
+        for moment, keep in zip(moments, masks, strict=True):
+            local(moment).masked_fill_(~part_of(keep, moment), 0)
+            zeroed += int(keep.numel() - keep.count_nonzero())
+    return ResetReport(entries=entries, zeroed=zeroed)
+
+
+def _named(parameters: Iterable[tuple[str, Tensor] | Tensor]) -> Iterator[tuple[str, Tensor]]:
+    for index, item in enumerate(parameters):
+        if isinstance(item, Tensor):
+            yield str(index), item
+        else:
+            yield item
+
+
+def _masks(
+    moments: list[Tensor], mode: ResetMode, ratio: float, independent: bool, generator: torch.Generator
+) -> list[Tensor]:
+    """For each moment, True where it is kept."""
+
+    def mask(moment: Tensor) -> Tensor:
+        if ratio == 0 and mode != "zero":  # the least entry is not above itself
+            return torch.ones_like(moment, dtype=torch.bool)
+        if mode == "magnitude":
+            return above_quantile(moment.abs(), ratio)
+        if mode == "random":
+            return (torch.rand(moment.shape, generator=generator) > ratio).to(moment.device)
+        return torch.full_like(moment, mode == "none", dtype=torch.bool)
+
+    return [mask(moment) for moment in moments] if independent else [mask(moments[0])] * len(moments)
+
+
+def above_quantile(values: Tensor, ratio: float) -> Tensor:
+    """True where a value is strictly above the linearly interpolated quantile; exact, at any tensor size.
+
+    The quantile lies between two neighbours in sorted order, the lower one included and the upper one not, so a value
+    is above it exactly when it is above the lower neighbour: nothing is interpolated and nothing rounded. The ratio
+    counts as the decimal it was written as (0.29 of 101 values is rank 29, not 28.999...). torch.quantile refuses
+    tensors above 2**24 elements, and in float32 its rank is a rounded one.
+    """
+    if values.numel() == 0:
+        return torch.zeros_like(values, dtype=torch.bool)
+    rank = math.floor(Fraction(str(ratio)) * (values.numel() - 1))
+    return values > _smallest(values.flatten(), rank)
+
+
+def _smallest(values: Tensor, rank: int) -> Tensor:
+    """The entry that would stand at this place, from 0, if the values were sorted; it stays on their device."""
+    if values.device.type == "cpu":
+        return values.kthvalue(rank + 1).values
+    return values.sort().values[rank]  # torch has no deterministic kthvalue on CUDA
+
+
+def optimizer_state_by_name(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, dict[str, Tensor]]:
+    """Each parameter's exp_avg, exp_avg_sq and step by its name in the model, in the model's order.
+
+    The tensors are the optimizer's own, not copies. Parameters that were never updated have no state and are left out.
+    """
+    return {
+        name: {key: state[key].detach() for key in (*MOMENTS, "step")}
+        for name, parameter in model.named_parameters()
+        if (state := optimizer.state.get(parameter))
+    }
+
+
+def load_optimizer_state_by_name(
+    optimizer: torch.optim.Optimizer, model: nn.Module, state: Mapping[str, Mapping[str, Tensor]]
+) -> None:
+    """Give the optimizer the state that optimizer_state_by_name returned: the next update is the same, bit for bit.
+
+    The tensors are copied. All state the optimizer had is dropped; a parameter absent from `state` starts without any.
+    Nothing is changed if any name or shape does not fit.
+    """
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    unknown = sorted(set(state) - set(parameters))
+    if unknown:
+        raise ModelError(f"The optimizer state is of another model: no trainable parameter is called {unknown[0]}.")
+    for name, moments in state.items():
+        for key in MOMENTS:
+            if moments[key].shape != parameters[name].shape:
+                raise ModelError(
+                    f"The optimizer state is of another model: {key} of {name} is {tuple(moments[key].shape)}, "
+                    f"the parameter {tuple(parameters[name].shape)}."
+                )
+    on_device = {id(p) for group in optimizer.param_groups if group.get("fused") for p in group["params"]}
+    optimizer.state.clear()
+    for name, moments in state.items():
+        parameter = parameters[name]
+        optimizer.state[parameter] = {
+            "step": moments["step"].to(parameter.device if id(parameter) in on_device else "cpu", copy=True),
+            **{key: placed_like(moments[key], parameter) for key in MOMENTS},
+        }

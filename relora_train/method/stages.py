@@ -1,0 +1,286 @@
+"""The stages of a run and the fingerprint of each. Light: imports no torch, boto3 or prefect.
+
+A stage is a function from one checkpoint to the next. Its fingerprint is a hash of every setting that can change its
+result and of its parent's fingerprint, so a checkpoint with that fingerprint is that stage's result, whoever made it.
+
+The low-rank phase is counted in cycles, not in steps: what follows a checkpoint with k merges is cycle k + 1, at the
+point where the jagged cosine of the settings in force has its k-th merge, wherever the checkpoint's step lies. So a run
+can be continued, extended or branched with any schedule from any of its checkpoints; growing cycles are the exception.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from relora_train.checkpoints.manifest import CheckpointManifest
+from relora_train.errors import ConfigError
+from relora_train.method.schedule import climbing_cosine, learning_rate
+from relora_train.settings.objectives import DEFAULT_OBJECTIVE, own_settings
+from relora_train.settings.profile import LATER_KEYS, Profile, settings_digest, unset_later_keys
+
+StageKind = Literal["full", "warm_start", "relora", "lora"]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Updates start_step + 1 … end_step of a run."""
+
+    name: str
+    """'warm-start', 'cycle-2', 'lora' or 'full-3': part of names, URIs and logs."""
+
+    kind: StageKind
+    start_step: int
+    end_step: int
+    cycle: int
+    """Merges done when the stage has ended; 0 for full-rank stages, after which cycles are counted anew."""
+
+    phase_step: int
+    """Where the stage begins on its learning rate's curve: updates of the low-rank phase, or of the run for full rank,
+    that count as done before it."""
+
+    @property
+    def steps(self) -> int:
+        return self.end_step - self.start_step
+
+    @property
+    def first_step(self) -> int:
+        return self.start_step + 1
+
+    @property
+    def low_rank(self) -> bool:
+        """Whether A and B are trained and merged at the end."""
+        return self.kind in ("relora", "lora")
+
+    @property
+    def hands_on_optimizer(self) -> bool:
+        """Whether the next stage continues with the optimizer's state; a warm start's and a LoRA's end with them."""
+        return self.kind in ("relora", "full")
+
+
+def plan_stages(profile: Profile) -> tuple[Stage, ...]:
+    """The stages of a run from its first step, in order.
+
+    relora: warm start, then one stage a cycle. lora: warm start, then one low-rank stage merged at its end.
+    full: full rank throughout, with a checkpoint wherever relora would have one.
+    """
+    warm = profile.schedule.warm_start_steps
+    if profile.method == "full":
+        return _full_rank_stages(profile, after=0)
+    first = (Stage("warm-start", "warm_start", 0, warm, 0, phase_step=0),) if warm else ()
+    return (*first, *_low_rank_stages(profile, after=warm, merges=0))
+
+
+def stages_after(profile: Profile, parent: CheckpointManifest | None) -> tuple[Stage, ...]:
+    """The stages that remain after any checkpoint of any run; () when nothing does. Without one, the whole plan.
+
+    The same settings give the rest of the plan. With others:
+
+    - relora goes on with cycle parent.cycle + 1 and ends after schedule.cycles in all. A checkpoint without a merge
+      (a warm start, or full rank) counts as the warm start, whatever its step; a merged LoRA counts as one cycle.
+    - More cycles than before lengthen the cosine: its horizon is the new total, so the first added cycle climbs to
+      the point that belongs to it on the longer curve, above where the shorter one ended (without schedule.jagged it
+      begins there, in one step). With schedule.horizon the curve stays what it was.
+    - Cycles that grow can only be gone on with as they are: their lengths follow from their number.
+    - lora is one update, merged once: it starts from a checkpoint without a merge, and nothing follows it.
+    - full goes on along the one cosine of the whole run, at the checkpoint's step.
+
+    Raises ConfigError for a LoRA from a checkpoint with merged cycles, for cycles that grow and would not have ended
+    where the checkpoint's did, and for another model than the checkpoint's.
+    """
+    if parent is None:
+        return plan_stages(profile)
+    _refuse_another_model(profile, parent)
+    if profile.method == "full":
+        return _full_rank_stages(profile, after=parent.step)
+    if profile.method == "lora" and parent.cycle:
+        if parent.stage == "lora":
+            return ()
+        raise ConfigError(
+            f"{parent.stage} of run {parent.run_id!r} has {parent.cycle} merged cycles, and a LoRA is one update that "
+            f"is merged once. Begin before any merge, such as at {parent.run_id}@warm-start, or use method = 'relora'."
+        )
+    _refuse_other_growth(profile, parent)
+    return _low_rank_stages(profile, after=parent.step, merges=parent.cycle)
+
+
+def until(name: str | None, stages: Sequence[Stage]) -> tuple[Stage, ...]:
+    """The stages up to the one of this name, itself included; all for None. Raises ConfigError for one not there."""
+    if name is None:
+        return tuple(stages)
+    names = [stage.name for stage in stages]
+    if name not in names:
+        raise ConfigError(f"There is no stage {name!r} to stop after; left to train are {', '.join(names) or 'none'}.")
+    return tuple(stages[: names.index(name) + 1])
+
+
+def _full_rank_stages(profile: Profile, *, after: int) -> tuple[Stage, ...]:
+    """A stage that `after` lies in is cut to begin there."""
+    schedule = profile.schedule
+    warm = schedule.warm_start_steps
+    bounds = [0, *([warm] if warm else []), *(warm + bound for bound in schedule.cycle_bounds[1:])]
+    return tuple(
+        Stage(f"full-{i}", "full", max(start, after), end, 0, phase_step=max(start, after))
+        for i, (start, end) in enumerate(itertools.pairwise(bounds), start=1)
+        if end > after
+    )
+
+
+def _low_rank_stages(profile: Profile, *, after: int, merges: int) -> tuple[Stage, ...]:
+    """What follows step `after`, at which `merges` cycles were done."""
+    schedule = profile.schedule
+    if profile.method == "lora":
+        return (Stage("lora", "lora", after, after + schedule.phase_steps, 1, phase_step=0),)
+    bounds = schedule.cycle_bounds[merges:]  # none are left where more were merged than there are
+    return tuple(
+        Stage(f"cycle-{cycle}", "relora", after + start - bounds[0], after + end - bounds[0], cycle, phase_step=start)
+        for cycle, (start, end) in enumerate(itertools.pairwise(bounds), start=merges + 1)
+    )
+
+
+def _refuse_other_growth(profile: Profile, parent: CheckpointManifest) -> None:
+    """Where cycles grow, the next one's length is right only if all before it had theirs."""
+    schedule = profile.schedule
+    if schedule.cycle_growth == 1 or profile.method != "relora" or not 0 < parent.cycle < schedule.cycles:
+        return
+    done = parent.step - int(parent.fingerprint_settings.get("schedule.warm_start_steps", 0))
+    expected = schedule.cycle_bounds[parent.cycle]
+    if done != expected:
+        raise ConfigError(
+            f"{parent.stage} of run {parent.run_id!r} ended after {done} steps of its cycles, where "
+            f"schedule.cycle_growth {schedule.cycle_growth:g} with {schedule.cycles} cycles of {schedule.cycle_length} "
+            f"steps on average has cycle {parent.cycle} end after {expected}: cycles that grow share their steps among "
+            "all, so none can be added later. Set schedule.cycles, cycle_length and cycle_growth as they were there, "
+            "or cycle_growth = 1 for further cycles of cycle_length steps each."
+        )
+
+
+def _refuse_another_model(profile: Profile, parent: CheckpointManifest) -> None:
+    """The weights decide the model: settings that say otherwise would be recorded and not used."""
+    ours = _flatten({"model": profile.model.model_dump(mode="json"), **own_settings(profile)})
+    ours["objective"] = profile.objective
+    theirs = {key: value for key, value in parent.fingerprint_settings.items() if key in ours}
+    theirs |= {"objective": theirs.get("objective", DEFAULT_OBJECTIVE)} if theirs else {}
+    if theirs and (lines := differing_settings({key: ours[key] for key in theirs}, theirs)):
+        shown = "".join(f"\n  - {line}" for line in lines)
+        raise ConfigError(
+            f"{parent.stage} of run {parent.run_id!r} holds another model than profile {profile.name!r} describes "
+            f"(there -> now):{shown}\nA checkpoint is continued with its own model. Set these back, or start a run "
+            "without --resume-from."
+        )
+
+
+def is_last(profile: Profile, stage: Stage) -> bool:
+    """Whether nothing of the profile's plan follows a stage."""
+    if stage.kind == "full":
+        return stage.end_step >= profile.schedule.total_steps
+    return stage.kind == "lora" or (stage.kind == "relora" and stage.cycle >= profile.schedule.cycles)
+
+
+def stage_learning_rate(profile: Profile, stage: Stage, step: int) -> float:
+    """Learning rate of update `step`, counted from 1, as a function of the profile, the stage and the step alone.
+
+    'full' is one cosine over the whole run. 'lora' has the ReLoRA phase as a single cycle, so it never restarts; nor do
+    the cycles of schedule.jagged = false. Beyond schedule.horizon every cosine stays at its end.
+    """
+    schedule = profile.schedule
+    updates_done = stage.phase_step + step - 1 - stage.start_step
+    if not stage.low_rank:
+        one_phase = stage.kind == "full"
+        horizon = schedule.warm_start_steps + schedule.horizon_steps
+        return learning_rate(
+            min(updates_done, horizon),
+            warm_start_steps=0 if one_phase else schedule.warm_start_steps,
+            total_steps=horizon,
+            warmup_steps=schedule.warmup_steps,
+            restart_warmup_steps=0 if one_phase else schedule.restart_warmup_steps,
+            cycle_length=horizon if one_phase else schedule.cycle_length,
+            min_lr_ratio=schedule.min_lr_ratio,
+            warm_start_learning_rate=profile.warm_start_learning_rate,
+            learning_rate=profile.optimizer.learning_rate,
+        )
+    return profile.optimizer.learning_rate * climbing_cosine(
+        updates_done,
+        cycle_start=stage.phase_step if stage.kind == "relora" and schedule.jagged else 0,
+        total_steps=schedule.horizon_steps,
+        warmup_steps=schedule.warmup_steps,
+        restart_warmup_steps=schedule.restart_warmup_steps,
+        min_lr_ratio=schedule.min_lr_ratio,
+    )
+
+
+def fingerprint_settings(
+    profile: Profile, stage: Stage, dataset_id: str, *, pretrained_content: str | None = None
+) -> dict[str, Any]:
+    """Every setting that can change what the stage computes, as flat dotted keys with JSON values.
+
+    Left out because they cannot: names, paths, logging, evaluation, number of ranks (data order and re-initialisation
+    do not depend on it; sums may round differently), and whatever belongs to later stages or other methods only.
+    Of a low-rank stage, schedule.warm_start_steps and total_steps are where its phase began and will end, counted in
+    its own steps, which on a branch can differ from the profile's: one curve has one fingerprint.
+    pretrained_content: digest of the files of model.pretrained, when the stage starts from them.
+    """
+    elsewhere = {"learning_rate", "warm_start_learning_rate", *LATER_KEYS["optimizer"]}
+    optimizer = profile.optimizer.model_dump(mode="json", exclude=elsewhere)
+    settings: dict[str, Any] = {
+        "stage": {"kind": stage.kind, "start_step": stage.start_step, "end_step": stage.end_step},
+        "dataset_id": dataset_id,
+        "seed": profile.seed,
+        "model": profile.model.model_dump(mode="json"),
+        "batch": profile.batch.model_dump(mode="json"),
+        "precision": profile.precision.model_dump(mode="json"),
+        "optimizer": optimizer,
+        "schedule": {
+            "total_steps": profile.schedule.warm_start_steps + profile.schedule.horizon_steps,
+            "warmup_steps": profile.schedule.warmup_steps,
+            "min_lr_ratio": profile.schedule.min_lr_ratio,
+        },
+    }
+    settings |= own_settings(profile)
+    if pretrained_content is not None:
+        settings["model"]["pretrained_content"] = pretrained_content
+    if stage.kind == "warm_start":
+        optimizer["warm_start_learning_rate"] = profile.warm_start_learning_rate
+    else:
+        optimizer["learning_rate"] = profile.optimizer.learning_rate
+    if stage.low_rank:
+        phase_start = stage.start_step - stage.phase_step
+        settings["schedule"]["warm_start_steps"] = phase_start
+        settings["schedule"]["total_steps"] = phase_start + profile.schedule.horizon_steps
+        settings["relora"] = profile.relora.model_dump(mode="json", exclude=unset_later_keys(profile, "relora"))
+        low_rank_rates = set(LATER_KEYS["optimizer"]) - unset_later_keys(profile, "optimizer")
+        optimizer |= profile.optimizer.model_dump(mode="json", include=low_rank_rates)
+    if stage.kind == "relora":
+        settings["schedule"]["cycle_length"] = profile.schedule.cycle_length
+        if profile.schedule.cycle_growth != 1:
+            settings["schedule"]["cycle_growth"] = profile.schedule.cycle_growth
+        if stage.cycle > 1:  # the first cycle climbs by warmup_steps
+            settings["schedule"]["restart_warmup_steps"] = profile.schedule.restart_warmup_steps
+            if not profile.schedule.jagged:  # absent otherwise: checkpoints from before the key keep their fingerprint
+                settings["schedule"]["jagged"] = False
+        unset = unset_later_keys(profile, "optimizer_reset")
+        settings["optimizer_reset"] = profile.optimizer_reset.model_dump(mode="json", exclude=unset)
+    return _flatten(settings)
+
+
+def stage_fingerprint(settings: dict[str, Any], parent_fingerprint: str | None) -> str:
+    """SHA-256 in hex over a stage's settings and its parent's fingerprint."""
+    return settings_digest({"settings": settings, "parent": parent_fingerprint})
+
+
+def differing_settings(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
+    """Lines 'key: theirs -> ours' for every setting that differs, sorted by key."""
+    keys = sorted(key for key in {*ours, *theirs} if ours.get(key) != theirs.get(key))
+    return [f"{key}: {theirs.get(key, 'absent')} -> {ours.get(key, 'absent')}" for key in keys]
+
+
+def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat.update(_flatten(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat

@@ -1,0 +1,220 @@
+"""Gathers a run from its line of checkpoints alone: manifests, metrics.jsonl, profile.json and weights.
+
+Any line will do: a warm start only, method full or lora, or a run whose earlier stages are another run's checkpoints.
+Imports no torch; only the files that are read are fetched, never an optimizer state.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from relora_train.checkpoints.fetch import FetchFiles
+from relora_train.checkpoints.manifest import CheckpointManifest
+from relora_train.checkpoints.store import CheckpointRef
+from relora_train.errors import CheckpointCorruptError, CheckpointNotFoundError
+from relora_train.reports.ranks.analysis import INITIAL, history_for_report, spectra_for_report
+from relora_train.reports.ranks.checkpoints import start_of_line
+from relora_train.reports.ranks.cycles import CycleHistory
+from relora_train.reports.ranks.measures import LayerSpectrum
+from relora_train.reports.run_data import (
+    TRAIN_FIELDS,
+    Evaluation,
+    MergeRow,
+    RunData,
+    Sample,
+    Scores,
+    StageRow,
+    TrainCurve,
+)
+from relora_train.settings.objectives import SCORES, measures_in
+
+
+def collect_run_data(
+    line: Sequence[CheckpointRef],
+    fetch_files: FetchFiles,
+    *,
+    evaluations: Sequence[Mapping[str, Any]] = (),
+    spectra: bool = True,
+) -> RunData:
+    """Gather a run from its checkpoints, oldest first; the last one is the run's result.
+
+    Reads metrics.jsonl of every checkpoint, profile.json of the last, and with `spectra` the weights of two (that of
+    `start_of_line` and the last) and all adapters; of large models neither, and the report says so. Raises
+    CheckpointNotFoundError for an empty line.
+    """
+    if not line:
+        raise CheckpointNotFoundError("There is no checkpoint to report on. Run at least one stage first.")
+    last = line[-1].manifest
+    records = [record for checkpoint in line for record in _metrics(checkpoint, fetch_files)]
+    settings = json.loads((fetch_files(line[-1], ["profile.json"]) / "profile.json").read_bytes())
+    update = _total_update(line, fetch_files) if spectra else _TotalUpdate()
+    return RunData(
+        run_id=last.run_id,
+        profile=last.profile,
+        method=str(settings.get("method", "")),
+        stages=_stage_rows(line),
+        train=train_curve(records),
+        merges=_merge_rows(line),
+        evaluations=tuple(_evaluation(item) for item in evaluations),
+        samples=tuple(
+            Sample(str(item["stage"]), int(item["step"]), str(sample["prompt"]), str(sample["text"]))
+            for item in evaluations
+            for sample in item.get("samples", ())
+        ),
+        spectra=update.spectra,
+        spectra_between=update.between,
+        settings=settings,
+        versions=last.versions,
+        dataset_id=last.dataset_id,
+        dataset_uri=last.dataset_uri,
+        finished_at=last.created_at.astimezone(UTC),
+        history=update.history,
+        spectra_notes=update.notes,
+    )
+
+
+def files_in_directories(directories: Mapping[str, Path]) -> FetchFiles:
+    """Files of checkpoints that lie in local directories already, given by checkpoint URI. Nothing is verified."""
+
+    def fetch(ref: CheckpointRef, names: Sequence[str]) -> Path:
+        return directories[ref.uri]
+
+    return fetch
+
+
+def train_curve(records: Sequence[Mapping[str, Any]]) -> TrainCurve:
+    """The records of kind 'train' as arrays; those of other kinds are left out."""
+    by_step = {int(record["step"]): record for record in records if record.get("kind") == "train"}
+    steps = sorted(by_step)
+    values = {name: np.array([_number_or_nan(by_step[step].get(name)) for step in steps]) for name in TRAIN_FIELDS}
+    return TrainCurve(np.array(steps, dtype=np.int64), values)
+
+
+def stage_peak_bytes(checkpoint: CheckpointRef, fetch_files: FetchFiles) -> int | None:
+    """The most memory that a stage's training held, on its first rank; None where that was not recorded."""
+    peaks = [record.get("peak_bytes") for record in _metrics(checkpoint, fetch_files) if record.get("kind") == "memory"]
+    return next((int(peak) for peak in reversed(peaks) if peak is not None), None)
+
+
+def _metrics(checkpoint: CheckpointRef, fetch_files: FetchFiles) -> Iterator[dict[str, Any]]:
+    if not any(entry.path == "metrics.jsonl" for entry in checkpoint.manifest.files):
+        return
+    lines = (fetch_files(checkpoint, ["metrics.jsonl"]) / "metrics.jsonl").read_bytes().split(b"\n")
+    for number, text in enumerate(lines, start=1):
+        try:
+            record = json.loads(text or b"null")
+        except ValueError as error:
+            raise CheckpointCorruptError(
+                f"Line {number} of metrics.jsonl of {checkpoint.uri} is not JSON: {error}. Use another checkpoint."
+            ) from None
+        if isinstance(record, dict):
+            yield record
+
+
+def _stage_rows(line: Sequence[CheckpointRef]) -> tuple[StageRow, ...]:
+    manifests = {ref.fingerprint: ref.manifest for ref in line}  # not by URI: a store may have been moved
+    rows = []
+    for checkpoint in line:
+        manifest = checkpoint.manifest
+        parent = manifest.parent
+        before = {key.removesuffix("_before"): v for key, v in manifest.evaluation.items() if key.endswith("_before")}
+        settings = manifest.fingerprint_settings
+        rows.append(
+            StageRow(
+                stage=manifest.stage,
+                run_id=manifest.run_id,
+                uri=checkpoint.uri,
+                parent_uri=parent.uri if parent else None,
+                start_step=parent.step if parent else 0,
+                end_step=manifest.step,
+                cycle=manifest.cycle,
+                tokens=_stage_tokens(manifest, manifests.get(parent.fingerprint) if parent else None),
+                seconds=manifest.stage_seconds,
+                before=_scores(before),
+                after=_scores(manifest.evaluation),
+                rank=settings.get("relora.rank"),
+                fingerprint=manifest.fingerprint,
+                size_bytes=manifest.size_bytes,
+                divergence=manifest.divergence,
+            )
+        )
+    return tuple(rows)
+
+
+def _stage_tokens(manifest: CheckpointManifest, parent: CheckpointManifest | None) -> int | None:
+    if manifest.parent is None:
+        return manifest.tokens_seen
+    if parent is not None:
+        return manifest.tokens_seen - parent.tokens_seen
+    settings = manifest.fingerprint_settings
+    sequences, length = settings.get("batch.sequences"), settings.get("batch.sequence_length")
+    if not isinstance(sequences, int) or not isinstance(length, int):
+        return None
+    return sequences * length * (manifest.step - manifest.parent.step)
+
+
+def _merge_rows(line: Sequence[CheckpointRef]) -> tuple[MergeRow, ...]:
+    rows = []
+    for manifest in (checkpoint.manifest for checkpoint in line):
+        report = manifest.merge_report
+        if report:
+            rows.append(
+                MergeRow(
+                    stage=manifest.stage,
+                    step=manifest.step,
+                    cycle=int(report.get("cycle", manifest.cycle)),
+                    max_relative_output_change=report.get("max_relative_output_change"),
+                    relative_update_norm=report.get("relative_update_norm"),
+                    effective_rank=report.get("effective_rank"),
+                    optimizer_state_zeroed=report.get("optimizer_state_zeroed"),
+                    layers=report.get("layers", {}),
+                )
+            )
+    return tuple(rows)
+
+
+def _evaluation(item: Mapping[str, Any]) -> Evaluation:
+    return Evaluation(
+        str(item["checkpoint_uri"]),
+        str(item["stage"]),
+        int(item["step"]),
+        _scores(item),
+        item.get(measures_in(item).scored),
+    )
+
+
+def _scores(values: Mapping[str, Any]) -> Scores:
+    return Scores(**{name: values.get(name) for name in SCORES})
+
+
+@dataclass(frozen=True)
+class _TotalUpdate:
+    between: tuple[str, str] | None = None
+    spectra: tuple[LayerSpectrum, ...] = ()
+    history: CycleHistory | None = None
+    notes: tuple[str, ...] = ()
+
+
+def _total_update(line: Sequence[CheckpointRef], fetch_files: FetchFiles) -> _TotalUpdate:
+    start, end = start_of_line(line), line[-1]
+    if start is not None and start.uri == end.uri:
+        return _TotalUpdate()
+    history, note = history_for_report(line, fetch_files)
+    if start is None:
+        spectra = tuple(layer.spectra[-1] for layer in history.growth) if history else ()
+        return _TotalUpdate((INITIAL, end.manifest.stage), spectra, history, (note,) if note else ())
+    spectra, why = spectra_for_report(start, end, fetch_files)
+    notes = tuple(text for text in (why, note) if text)
+    return _TotalUpdate((start.manifest.stage, end.manifest.stage), spectra, history, notes)
+
+
+def _number_or_nan(value: Any) -> float:
+    return float(value) if isinstance(value, (int, float)) else math.nan

@@ -1,0 +1,241 @@
+"""What a run changed in the weights, from its checkpoints in any store: spectra, ranks, growth and overlaps by cycle.
+
+One weight at a time is in memory, or one layer's low-rank factors over all cycles; no model is ever loaded, and only
+files with a needed tensor are fetched (spectra/checkpoints.py). Source of the measures: arXiv 2307.05695. Imports no
+torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from relora_train.checkpoints.fetch import FetchFiles
+from relora_train.checkpoints.store import CheckpointRef
+from relora_train.errors import ConfigError, ModelError
+from relora_train.reports.ranks.checkpoints import (
+    adapter_bytes,
+    fetch_cycles,
+    fetch_weights,
+    has_adapter,
+    low_rank_stages,
+    start_of_line,
+    weights_bytes,
+)
+from relora_train.reports.ranks.cycles import (
+    CycleHistory,
+    LayerGrowth,
+    MergedCycle,
+    cycle_history,
+    growth_points,
+    history_operations,
+)
+from relora_train.reports.ranks.layers import block_matrices, named_by, representative_layers
+from relora_train.reports.ranks.measures import LayerSpectrum
+from relora_train.reports.ranks.updates import update_spectra
+from relora_train.reports.ranks.weights import WeightDirectory
+
+INITIAL = "initial weights"
+
+REPORT_WEIGHT_BYTES = 12 * 10**9
+"""A report reads the weights of two checkpoints up to this size together."""
+REPORT_ADAPTER_BYTES = 2 * 10**9
+REPORT_OPERATIONS = 3e11
+"""About half a minute on one core."""
+
+OnLayer = Callable[[str], None]
+Shapes = dict[str, tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class Layers:
+    """Which weights are looked at; without `modules` the matrices of all blocks."""
+
+    modules: tuple[str, ...] = ()
+    """Ends of module names, whole segments, as in relora.target_modules."""
+    few: bool = False
+    """Of what that gives only what `representative_layers` chooses."""
+
+    def named(self, names: Sequence[str]) -> Sequence[str]:
+        """By their names alone, before any shape is known."""
+        return named_by(self.modules, names) if self.modules else block_matrices(names)
+
+    def choose(self, shapes: Shapes) -> Sequence[str]:
+        """Those of the matrices in `shapes`; ModelError when that is none."""
+        found = self.named(tuple(shapes))
+        if self.few:
+            found = representative_layers({name: shapes[name] for name in found})
+        if not found:
+            wanted = f"called {' or '.join(self.modules)}" if self.modules else "in a numbered block of layers"
+            known = ", ".join(sorted({name.removesuffix(".weight").rpartition(".")[2] for name in shapes})) or "none"
+            raise ModelError(f"No matrix that both checkpoints have is {wanted}. Their matrices are called: {known}.")
+        return found
+
+
+@dataclass(frozen=True, eq=False)
+class RankAnalysis:
+    """The update from one checkpoint to another, and the cycles between them where they lie on one line."""
+
+    start: str
+    """'tale@warm-start', or INITIAL."""
+    end: str
+    start_uri: str | None
+    end_uri: str
+    spectra: tuple[LayerSpectrum, ...]
+    history: CycleHistory | None
+    note: str
+    """Why there is no history, or what it leaves out; '' when there is nothing to say."""
+
+
+def analyze(
+    line: Sequence[CheckpointRef],
+    fetch_files: FetchFiles,
+    *,
+    against: CheckpointRef | None = None,
+    layers: Layers | None = None,
+    with_history: bool = True,
+    on_layer: OnLayer = lambda name: None,
+) -> RankAnalysis:
+    """Compare the last checkpoint of a line with `against`, any checkpoint of the same model.
+
+    Without `against`: with `start_of_line`. `on_layer` hears what is at work. History comes from adapters where the
+    stages between are low-rank ones, else from the weights of every checkpoint between. ConfigError when there is only
+    one checkpoint to look at, or `against` is the end itself; ModelError for models that differ.
+    """
+    layers, end = layers or Layers(), line[-1]
+    start = against or start_of_line(line)
+    if start is not None and start.uri == end.uri:
+        raise ConfigError(
+            f"{end.uri} would be compared with itself. Name another checkpoint of the same model with --against."
+        )
+    stages, gap = low_rank_stages(line, start) if start is None or _is_on(line, start) else ((), None)
+    if start is None:
+        if gap:
+            raise ConfigError(f"The initial weights are not stored, and {gap}. Name a checkpoint with --against.")
+        return _since_initial(stages, end, fetch_files, layers, on_layer)
+    before, after = (fetch_weights(ref, fetch_files, layers.named) for ref in (start, end))
+    names = layers.choose(_shared_matrices(before, after))
+    spectra: list[LayerSpectrum] = []
+    for name in names:
+        on_layer(name)
+        spectra.extend(update_spectra(before, after, [name]))
+    history, note = None, ""
+    if not stages:
+        note = f"{name_of(start)} is not on the line that led to {name_of(end)}: there are no cycles between them."
+    elif with_history and gap is None:
+        history, note = _adapter_history(stages, fetch_files, names, on_layer)
+    elif with_history:
+        history = _weights_history(before, stages, fetch_files, layers, names, on_layer)
+        note = f"Growth is from the weights of each checkpoint, without overlaps: {gap}."
+    return RankAnalysis(name_of(start), name_of(end), start.uri, end.uri, tuple(spectra), history, note)
+
+
+def name_of(ref: CheckpointRef) -> str:
+    """'tale@cycle-3'."""
+    return f"{ref.manifest.run_id}@{ref.manifest.stage}"
+
+
+def history_for_report(line: Sequence[CheckpointRef], fetch_files: FetchFiles) -> tuple[CycleHistory | None, str]:
+    """Growth and overlaps of representative layers, if that is cheap; else None and, where it matters, the reason."""
+    start = start_of_line(line)
+    stages, gap = low_rank_stages(line, start)
+    if gap or not stages:
+        return None, f"No growth from cycle to cycle: {gap}." if gap and any(map(has_adapter, stages)) else ""
+    advice = f"`relora analyze {line[-1].manifest.run_id}` takes the time."
+    if adapter_bytes(stages) > REPORT_ADAPTER_BYTES:
+        return None, f"The adapters are too large to be read for every report. {advice}"
+    cycles = fetch_cycles(stages, fetch_files)
+    shapes = _shapes_in_all(cycles)
+    names = representative_layers(shapes)
+    ranks = [cycle.adapter.factors(names[0]).rank for cycle in cycles] if names else []
+    if not names:
+        return None, ""
+    if history_operations([shapes[name] for name in names], ranks) > REPORT_OPERATIONS:
+        return None, f"Growth and overlaps of layers this large are not computed for every report. {advice}"
+    return cycle_history(cycles, names), ""
+
+
+def spectra_for_report(
+    start: CheckpointRef, end: CheckpointRef, fetch_files: FetchFiles
+) -> tuple[tuple[LayerSpectrum, ...], str]:
+    """Spectra of representative layers; none, and the reason, for weights above REPORT_WEIGHT_BYTES."""
+    if weights_bytes(start) + weights_bytes(end) > REPORT_WEIGHT_BYTES:
+        advice = f"`relora analyze {end.manifest.run_id} --few` takes the time."
+        return (), f"The weights are too large to be read for every report. {advice}"
+    before, after = (fetch_weights(ref, fetch_files, block_matrices) for ref in (start, end))
+    return tuple(update_spectra(before, after)), ""
+
+
+def _since_initial(
+    stages: Sequence[CheckpointRef], end: CheckpointRef, fetch_files: FetchFiles, layers: Layers, on_layer: OnLayer
+) -> RankAnalysis:
+    cycles = fetch_cycles(stages, fetch_files)
+    names = layers.choose(_shapes_in_all(cycles))
+    history = cycle_history(cycles, names, on_layer)
+    return RankAnalysis(
+        INITIAL, name_of(end), None, end.uri, tuple(layer.spectra[-1] for layer in history.growth), history,
+        "From the adapters: the initial weights are not stored, and in these layers a low-rank stage changes nothing "
+        f"else.{_thinned(cycles_count=len(cycles))}",
+    )  # fmt: skip
+
+
+def _adapter_history(
+    stages: Sequence[CheckpointRef], fetch_files: FetchFiles, names: Sequence[str], on_layer: OnLayer
+) -> tuple[CycleHistory | None, str]:
+    cycles = fetch_cycles(stages, fetch_files)
+    updated = _shapes_in_all(cycles)
+    known = [name for name in names if name in updated]
+    if not known:
+        return None, "No cycle-to-cycle growth: none of these layers has a low-rank update in every cycle."
+    few = f"Growth and overlaps are of the {len(known)} layers that every cycle updated, of {len(names)}."
+    note = few if len(known) < len(names) else ""
+    return cycle_history(cycles, known, on_layer), (note + _thinned(cycles_count=len(cycles))).strip()
+
+
+def _shapes_in_all(cycles: Sequence[MergedCycle]) -> Shapes:
+    """Of the weights that every cycle updated: branches may wrap other modules."""
+    first, *others = cycles
+    return {
+        name: first.adapter.shape(name)
+        for name in first.adapter.names
+        if all(name in other.adapter.names for other in others)
+    }
+
+
+def _thinned(*, cycles_count: int) -> str:
+    points = len(growth_points(cycles_count))
+    return f" Growth is shown after {points} of {cycles_count} cycles." if points < cycles_count else ""
+
+
+def _weights_history(
+    before: Path,
+    stages: Sequence[CheckpointRef],
+    fetch_files: FetchFiles,
+    layers: Layers,
+    names: Sequence[str],
+    on_layer: OnLayer,
+) -> CycleHistory:
+    chosen = [stages[point - 1] for point in growth_points(len(stages))]
+    directories = [fetch_weights(ref, fetch_files, layers.named) for ref in chosen]
+    growth = []
+    for name in names:
+        on_layer(name)
+        spectra = (next(update_spectra(before, directory, [name])) for directory in directories)
+        growth.append(LayerGrowth(name, tuple(spectra)))
+    return CycleHistory(tuple(ref.manifest.stage for ref in chosen), (None,) * len(chosen), tuple(growth))
+
+
+def _is_on(line: Sequence[CheckpointRef], ref: CheckpointRef) -> bool:
+    return any(ref.uri == one.uri for one in line)
+
+
+def _shared_matrices(before: Path, after: Path) -> Shapes:
+    start, end = WeightDirectory(before), WeightDirectory(after)
+    shared: Shapes = {}
+    for name in end.held:
+        if name in start.held:
+            shape = end.shape(name)
+            if len(shape) == 2:
+                shared[name] = (shape[0], shape[1])
+    return shared

@@ -1,0 +1,83 @@
+"""The numbers of a rank analysis as JSON values; a number that is not finite becomes null."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from relora_train.reports.ranks.cycles import CycleHistory, LayerOverlap
+from relora_train.reports.ranks.kinds import KindSpectrum
+from relora_train.reports.ranks.measures import PAPER_THRESHOLD, LayerSpectrum, Matrix
+
+
+def spectrum_record(spectrum: LayerSpectrum) -> dict[str, Any]:
+    """One layer's update."""
+    return {"name": spectrum.name, **_measures(spectrum), "singular_values": _rounded(spectrum.values)}
+
+
+def kind_record(kind: KindSpectrum) -> dict[str, Any]:
+    """The means over the layers of one kind."""
+    return {
+        "kind": kind.kind,
+        "layers": kind.layers,
+        "shape": kind.shape,
+        "below": {"threshold": PAPER_THRESHOLD, "count": kind.below_threshold},
+        "effective_rank": kind.effective_rank,
+        "stable_rank": kind.stable_rank,
+        "numerical_rank": kind.numerical_rank,
+        "relative_update_norm": kind.relative_update_norm,
+        "singular_values": _rounded(kind.values),
+    }
+
+
+def history_record(history: CycleHistory) -> dict[str, Any]:
+    """Growth and overlaps by layer; singular values only of the whole update, elsewhere."""
+    return {
+        "growth_stages": history.growth_stages,
+        "growth_ranks": history.growth_ranks,
+        "growth": [
+            {"name": layer.name, "after": [_measures(spectrum) for spectrum in layer.spectra]}
+            for layer in history.growth
+        ],
+        "stages": history.stages,
+        "overlaps": [_overlap_record(overlap) for overlap in history.overlaps],
+    }
+
+
+def json_value(value: Any) -> Any:
+    """The value with every non-finite float as None, all the way down."""
+    if isinstance(value, Mapping):
+        return {str(key): json_value(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [json_value(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _measures(spectrum: LayerSpectrum) -> dict[str, Any]:
+    return {
+        "shape": spectrum.shape,
+        "largest": float(spectrum.values[0]),
+        "below": {"threshold": PAPER_THRESHOLD, "count": spectrum.below_threshold},
+        "effective_rank": spectrum.effective_rank,
+        "stable_rank": spectrum.stable_rank,
+        "numerical_rank": spectrum.numerical_rank,
+        "tolerance": spectrum.tolerance,
+        "relative_update_norm": spectrum.relative_update_norm,
+    }
+
+
+def _overlap_record(overlap: LayerOverlap) -> dict[str, Any]:
+    return {
+        "name": overlap.name,
+        **{side: [_rounded(row) for row in getattr(overlap, side)] for side in ("columns", "rows")},
+        "chance": {"columns": overlap.chance_columns, "rows": overlap.chance_rows},
+        "successive_cosines": {
+            "columns": [_rounded(cosines) for cosines in overlap.column_cosines],
+            "rows": [_rounded(cosines) for cosines in overlap.row_cosines],
+        },
+    }
+
+
+def _rounded(values: Matrix | Sequence[float]) -> list[float]:
+    return [float(f"{value:.6g}") for value in values]

@@ -1,0 +1,121 @@
+"""The report of a run: one self-contained HTML file, its figures as PNG files, and the same numbers as JSON.
+
+The same RunData gives the same bytes. Nothing is loaded from elsewhere: no script, font, style or image. Infinite and
+NaN numbers are shown as such in HTML and become null in JSON. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from relora_train.reports.page import render_page
+from relora_train.reports.plot_style import DARK, LIGHT
+from relora_train.reports.plots import draw_plots, overview_png
+from relora_train.reports.records import history_record, json_value, spectrum_record
+from relora_train.reports.run_data import RunData, StageRow
+from relora_train.reports.text import count, decimal, duration, headline, scores_change, stage_steps
+from relora_train.settings.measures import Measures
+
+HTML_NAME = "report.html"
+SUMMARY_NAME = "summary.json"
+OVERVIEW_NAME = "overview.png"
+
+
+@dataclass(frozen=True)
+class ReportFiles:
+    """Where a report was written."""
+
+    html: Path
+    pngs: tuple[Path, ...]
+    summary_json: Path
+
+
+def write_report(data: RunData, output_dir: Path) -> ReportFiles:
+    """Write report.html, summary.json, overview.png and the figures; files of an earlier report are replaced."""
+    output_dir.mkdir(parents=True, exist_ok=True)
+    light, dark = draw_plots(data, LIGHT), draw_plots(data, DARK)
+    pictures = {name: (light[name], dark[name]) for name in light}
+    pngs = []
+    for name, png in {OVERVIEW_NAME: overview_png(data), **light}.items():
+        pngs.append(output_dir / name)
+        pngs[-1].write_bytes(png)
+    summary_json, html = output_dir / SUMMARY_NAME, output_dir / HTML_NAME
+    text = json.dumps(summarize(data), indent=1, ensure_ascii=True, allow_nan=False)
+    summary_json.write_text(text + "\n", encoding="utf-8")
+    html.write_text(render_page(data, pictures), encoding="utf-8")
+    return ReportFiles(html, tuple(pngs), summary_json)
+
+
+def summarize(data: RunData) -> dict[str, Any]:
+    """The report's numbers as JSON values; a number that is not finite is None."""
+    summary = {
+        "run_id": data.run_id,
+        "profile": data.profile,
+        "method": data.method,
+        "finished_at": data.finished_at.isoformat(timespec="seconds"),
+        "dataset_id": data.dataset_id,
+        "dataset_uri": data.dataset_uri,
+        "stages": [
+            {**asdict(row), "steps": row.steps, "tokens_per_second": row.tokens_per_second} for row in data.stages
+        ],
+        "merges": [asdict(row) for row in data.merges],
+        "evaluations": [asdict(item) for item in data.evaluations],
+        "samples": [asdict(sample) for sample in data.samples],
+        "spectra_between": data.spectra_between,
+        "spectra": [spectrum_record(spectrum) for spectrum in data.spectra],
+        "cycle_history": None if data.history is None else history_record(data.history),
+        "spectra_notes": data.spectra_notes,
+        "train_records": len(data.train),
+        "train_records_not_finite": data.train.not_finite,
+        "settings": data.settings,
+        "versions": data.versions,
+    }
+    return {key: json_value(value) for key, value in summary.items()}
+
+
+def stage_table_markdown(data: RunData) -> str:
+    """One row a stage, as a GitHub-flavoured Markdown table, then the checkpoints' URIs; no value can break out."""
+    headline, second = data.measures.headline, data.measures.second
+    scored = (f"Validation {headline.name}", second.name.capitalize())
+    header = ("Stage", "Steps", "Tokens", *scored, "Time", "Tokens/s", "Checkpoint")
+    lines = [f"| {' | '.join(header)} |", "|:--|--:|--:|--:|--:|--:|--:|:--|"]
+    for row in data.stages:
+        name = row.uri.rstrip("/").rpartition("/")[2]  # in full it would not fit beside the numbers
+        cells = (
+            *(_markdown_cell(cell) for cell in _stage_cells(row, data.measures)),
+            f"`{_markdown_cell(name, code=True)}`",
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    places = [f"- {_markdown_cell(row.stage)}: `{_markdown_cell(row.uri, code=True)}`" for row in data.stages]
+    return "\n".join([*lines, "", *places]) + "\n"
+
+
+def overview_markdown(data: RunData) -> str:
+    """A heading, the result in one sentence, one figure as a data URL (below 60 kB) and the table of stages."""
+    image = base64.b64encode(overview_png(data)).decode("ascii")
+    alt = f"Training loss, learning rate and validation {data.measures.headline.name} by step"
+    return (
+        f"# {_markdown_cell(data.run_id)}\n\n{_markdown_cell(headline(data))}\n\n"
+        f"![{alt}](data:image/png;base64,{image})\n\n{stage_table_markdown(data)}"
+    )
+
+
+def _stage_cells(row: StageRow, measures: Measures) -> tuple[str, ...]:
+    return (
+        row.stage,
+        stage_steps(row),
+        count(row.tokens),
+        scores_change(row, measures.headline),
+        scores_change(row, measures.second),
+        duration(row.seconds),
+        decimal(row.tokens_per_second, 0),
+    )
+
+
+def _markdown_cell(text: str, *, code: bool = False) -> str:
+    flat = " ".join(text.split()).replace("|", "\\|").replace("`", "'")
+    return flat if code else flat.replace("&", "&amp;").replace("<", "&lt;").replace("[", "\\[").replace("*", "\\*")

@@ -1,0 +1,169 @@
+"""What a report shows of a run, as plain records; `collect.py` fills them from checkpoints. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from relora_train.reports.ranks.cycles import CycleHistory
+from relora_train.reports.ranks.measures import LayerSpectrum
+from relora_train.settings.measures import Measure, Measures
+from relora_train.settings.objectives import measures_in
+
+TRAIN_FIELDS = (
+    "loss",
+    "learning_rate",
+    "grad_norm",
+    "tokens_per_second",
+    "tokens_seen",
+    "lora_A_grad_norm",
+    "lora_B_grad_norm",
+    "lora_A_update_norm",
+    "lora_B_update_norm",
+    "relative_weight_change",
+)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """A held-out evaluation. A number may be infinite or NaN; a missing one is None."""
+
+    val_loss: float | None = None
+    val_perplexity: float | None = None
+    bits_per_byte: float | None = None
+    val_accuracy: float | None = None
+
+    def of(self, measure: Measure) -> float | None:
+        """The number of this measure."""
+        value: float | None = getattr(self, measure.key)
+        return value
+
+
+@dataclass(frozen=True)
+class StageRow:
+    """One stage, as its checkpoint tells it."""
+
+    stage: str
+    run_id: str
+    uri: str
+    parent_uri: str | None
+    start_step: int
+    end_step: int
+    cycle: int
+    tokens: int | None
+    """Tokens of this stage alone; None when neither the parent nor the batch geometry is known."""
+    seconds: float
+    before: Scores
+    after: Scores
+    rank: int | None
+    """Rank of the stage's low-rank update; None for full-rank stages."""
+    fingerprint: str
+    size_bytes: int
+    divergence: Mapping[str, Any] = field(default_factory=dict)
+    """As in the manifest: empty unless the stage diverged and was trained at a lower learning rate."""
+
+    @property
+    def steps(self) -> int:
+        return self.end_step - self.start_step
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Over the stage's whole time, evaluation and merge included."""
+        return self.tokens / self.seconds if self.tokens is not None and self.seconds > 0 else None
+
+
+@dataclass(frozen=True)
+class MergeRow:
+    """One merge: what it changed, and what it must not have changed."""
+
+    stage: str
+    step: int
+    cycle: int
+    max_relative_output_change: float | None
+    relative_update_norm: float | None
+    effective_rank: float | None
+    optimizer_state_zeroed: float | None
+    """Share of A's and B's optimizer state, 0 to 1."""
+    layers: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A checkpoint scored by the evaluation task, on more sequences than the trainer's own check."""
+
+    checkpoint_uri: str
+    stage: str
+    step: int
+    scores: Scores
+    val_tokens: int | None
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A continuation the model of a checkpoint wrote."""
+
+    stage: str
+    step: int
+    prompt: str
+    text: str
+
+
+@dataclass(frozen=True, eq=False)
+class TrainCurve:
+    """The training records of all stages, sorted by step, one per step (the last written wins)."""
+
+    step: NDArray[np.int64]
+    """(records,), updates done, from 1."""
+
+    values: Mapping[str, NDArray[np.float64]]
+    """One (records,) array for each of TRAIN_FIELDS; NaN where a record has none."""
+
+    def __getitem__(self, name: str) -> NDArray[np.float64]:
+        return self.values[name]
+
+    def __len__(self) -> int:
+        return len(self.step)
+
+    @property
+    def not_finite(self) -> int:
+        """Records whose loss is infinite or NaN."""
+        return int(np.count_nonzero(~np.isfinite(self.values["loss"])))
+
+
+@dataclass(frozen=True, eq=False)
+class RunData:
+    """Everything a report shows. Rows are in the order of the line."""
+
+    run_id: str
+    profile: str
+    method: str
+    stages: tuple[StageRow, ...]
+    train: TrainCurve
+    merges: tuple[MergeRow, ...]
+    evaluations: tuple[Evaluation, ...]
+    samples: tuple[Sample, ...]
+    spectra: tuple[LayerSpectrum, ...]
+    """Of the update between the two stages of `spectra_between`."""
+    spectra_between: tuple[str, str] | None
+    settings: Mapping[str, Any]
+    versions: Mapping[str, str]
+    dataset_id: str
+    dataset_uri: str
+    finished_at: datetime
+    """When the last checkpoint was made, in UTC."""
+
+    history: CycleHistory | None = None
+    """The rank of that update from cycle to cycle, and how the cycles' subspaces overlap, from the adapters."""
+    spectra_notes: tuple[str, ...] = ()
+    """What of this was left out, and why."""
+
+    @property
+    def measures(self) -> Measures:
+        """What the run is scored by."""
+        recorded = {name: score for name, score in vars(self.stages[-1].after).items() if score is not None}
+        return measures_in(recorded)

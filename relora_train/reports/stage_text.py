@@ -1,0 +1,88 @@
+"""A stage and its checkpoint as short Markdown, for the orchestrator's UI. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from relora_train.reports.text import count, decimal, duration, percent, scientific, size
+from relora_train.runs.divergence import divergence_text
+from relora_train.settings.objectives import measures_in
+
+if TYPE_CHECKING:
+    from relora_train.checkpoints.manifest import CheckpointManifest
+    from relora_train.checkpoints.store import CheckpointRef
+    from relora_train.method.stages import Stage
+    from relora_train.runs.run import StageOutcome
+
+
+def started_text(event: Mapping[str, Any]) -> str:
+    """'cycle-2: steps 201–400 on cuda:0, 1,234 of 5,678 parameters trained'."""
+    return (
+        f"**{event['stage']}**: steps {steps_text(event['start_step'], event['end_step'])} on {event['device']}, "
+        f"{count(event['trainable_parameters'])} of {count(event['parameters'])} parameters trained"
+    )
+
+
+def progress_text(event: Mapping[str, Any], *, resumed_at: int | None = None) -> str:
+    """'cycle-2: step 300 of 201–400, loss 3.1234, 12,345 tokens/s, 20 s left', and where it went on from."""
+    text = (
+        f"**{event['stage']}**: step {count(event['step'])} of {steps_text(event['start_step'], event['end_step'])}, "
+        f"loss {decimal(event['loss'], 4)}, learning rate {event['learning_rate']:.2e}, "
+        f"{count(event['tokens_per_second'])} tokens/s, {duration(event['eta_seconds'])} left"
+    )
+    return text if resumed_at is None else f"{text}; went on from the snapshot of step {count(resumed_at)}"
+
+
+def finished_text(stage: Stage, outcome: StageOutcome) -> str:
+    """'cycle-2: steps 201–400 done in 20 s, …', or that it was there already."""
+    manifest = outcome.checkpoint.manifest
+    what = f"**{stage.name}**: steps {steps_text(stage.start_step, stage.end_step)}"
+    if outcome.reused:
+        state = "was there and has been pruned" if outcome.checkpoint.is_removed else "is there already"
+        return f"{what} skipped, the checkpoint {state}: `{outcome.checkpoint.uri}`"
+    waits = "" if outcome.stored else "; its checkpoint is being stored"
+    return f"{what} done in {duration(manifest.stage_seconds)}, validation {_scored(manifest)}{waits}"
+
+
+def checkpoint_markdown(ref: CheckpointRef) -> str:
+    """Where a committed checkpoint lies, what it is worth and how to go on from it."""
+    manifest = ref.manifest
+    headline = measures_in(manifest.evaluation).headline
+    rows = {
+        "Step": count(manifest.step),
+        "Tokens seen": count(manifest.tokens_seen),
+        f"Validation {headline.name}": headline.change(manifest.evaluation),
+        "Size": size(manifest.size_bytes),
+        "Parent": f"`{manifest.parent.uri}`" if manifest.parent else "none: the run's first stage",
+        "Dataset": f"`{manifest.dataset_uri}`",
+        "Fingerprint": f"`{manifest.fingerprint}`",
+    }
+    if manifest.divergence:
+        rows["Note"] = divergence_text(manifest.divergence)
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
+    return (
+        f"## {manifest.run_id}@{manifest.stage}\n\n| Checkpoint | `{ref.uri}` |\n|:--|:--|\n{table}\n\n"
+        f"To branch from here: the flow's parameter `resume_from`, or\n\n"
+        f"```\nrelora run PROFILE --resume-from {ref.uri}\n```\n"
+    )
+
+
+def merge_text(ref: CheckpointRef) -> str:
+    """What the merge behind a checkpoint did, in one line."""
+    manifest, report = ref.manifest, ref.manifest.merge_report
+    return (
+        f"**{manifest.run_id}, {manifest.stage}, merged at step {count(manifest.step)}**: output changed by "
+        f"{scientific(report.get('max_relative_output_change'))} of the largest logit, "
+        f"{percent(report.get('optimizer_state_zeroed'))} of the Adam state of A and B zeroed"
+    )
+
+
+def steps_text(start_step: int, end_step: int) -> str:
+    """'201–400': the first and the last update."""
+    return f"{count(start_step + 1)}–{count(end_step)}"
+
+
+def _scored(manifest: CheckpointManifest) -> str:
+    headline = measures_in(manifest.evaluation).headline
+    return f"{headline.name} {headline.change(manifest.evaluation)}"

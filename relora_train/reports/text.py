@@ -1,0 +1,116 @@
+"""Numbers as people read them, in a report and beside it: thousand separators, units, '–' for what is missing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from relora_train.reports.run_data import RunData, Scores, StageRow
+from relora_train.reports.statistics import Estimate
+from relora_train.settings.measures import Measure
+from relora_train.text import minutes_text, size_text
+
+MISSING = "–"
+
+
+def count(value: int | float | None) -> str:
+    """'12,345'."""
+    return _shown(value, lambda number: f"{number:,.0f}")
+
+
+def decimal(value: float | None, digits: int) -> str:
+    """'1,234.56' for two digits."""
+    return _shown(value, lambda number: f"{number:,.{digits}f}")
+
+
+def scientific(value: float | None) -> str:
+    """'3.1e-7', and plain '0' for zero."""
+    return _shown(value, lambda number: f"{number:.1e}".replace("e-0", "e-").replace("e+0", "e+") if number else "0")
+
+
+def percent(value: float | None, digits: int = 1) -> str:
+    """'98.7 %' for 0.987."""
+    return _shown(value, lambda number: f"{100 * number:,.{digits}f} %")
+
+
+def duration(seconds: float | None) -> str:
+    """'4.2 s', '3 min 20 s', '1 h 02 min', '2 d 04 h'."""
+    return _shown(seconds, _duration)
+
+
+def size(size_bytes: int | None) -> str:
+    """'1.5 GB', in powers of 1000."""
+    return _shown(size_bytes, size_text)
+
+
+def change(before: float | None, after: float | None) -> str:
+    """'−12.3 %' from before to after; empty where one is missing, zero or not finite."""
+    if before is None or after is None or not before or not math.isfinite(before) or not math.isfinite(after):
+        return ""
+    relative = f"{100 * (after / before - 1):+,.1f} %"
+    return relative.replace("-", "−")
+
+
+def score(scores: Scores, measure: Measure) -> str:
+    """'31.70'."""
+    return decimal(scores.of(measure), measure.digits)
+
+
+def scores_change(row: StageRow, measure: Measure) -> str:
+    """'45.20 → 31.70': before and after the stage; only the latter where the former is missing."""
+    after = score(row.after, measure)
+    return after if row.before.of(measure) is None else f"{score(row.before, measure)} → {after}"
+
+
+def stage_steps(row: StageRow) -> str:
+    """'201–400': the first and the last update of the stage."""
+    return f"{row.start_step + 1:,}–{row.end_step:,}"
+
+
+def headline(data: RunData) -> str:
+    """The run's result in one sentence."""
+    last = data.stages[-1]
+    first = next((row for row in data.stages if row.stage == "warm-start"), data.stages[0])
+    shown = data.measures.headline
+    end = f"{score(last.after, shown)} after {last.stage} (step {count(last.end_step)})"
+    if first is last:
+        return f"Validation {shown.name} is {end}."
+    start = f"{score(first.after, shown)} after {first.stage}"
+    return f"Validation {shown.name} went from {start} to {end}."
+
+
+def estimate_text(value: Estimate | None) -> str:
+    """'22.483 ± 0.031': to the second digit of the error; about four digits where there is none."""
+    if value is None:
+        return MISSING
+    if value.standard_error is None:
+        return decimal(value.mean, max(0, 3 - _exponent(value.mean))).replace("-", "−") if value.mean else "0"
+    if value.standard_error == 0:
+        return f"{value.mean:,.6g} ± 0".replace("-", "−")
+    digits = max(0, 1 - _exponent(float(f"{value.standard_error:.1e}")))
+    return f"{decimal(value.mean, digits)} ± {decimal(value.standard_error, digits)}".replace("-", "−")
+
+
+def signed_estimate_text(value: Estimate | None) -> str:
+    """The same of a difference, with its sign."""
+    text = estimate_text(value)
+    return f"+{text}" if value is not None and value.mean > 0 else text
+
+
+def _exponent(value: float) -> int:
+    """Of ten: 2 for 123, −3 for 0.0012."""
+    return math.floor(math.log10(abs(value)))
+
+
+def _shown(value: float | None, form: Callable[[float], str]) -> str:
+    if value is None:
+        return MISSING
+    if math.isnan(value):
+        return "NaN"
+    if math.isinf(value):
+        return "∞" if value > 0 else "−∞"
+    return form(value)
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.1f} s" if seconds < 59.95 else minutes_text(seconds)

@@ -1,0 +1,39 @@
+"""torch's elastic launcher on this machine: starts the ranks, and ends them all with the first that fails.
+
+Every rank tells what happens to it. What keeps this machine from starting any, and the end of one that could tell
+nothing, is told here.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from relora_train.devices import check_devices
+from relora_train.errors import TrainerCrashedError
+from relora_train.settings.running import LaunchConfig
+
+
+def main() -> None:
+    """Run it. Raises DeviceError if it is to start a rank for each GPU and there is none, TrainerCrashedError if a rank
+    was killed.
+    """
+    if "--nproc-per-node=gpu" in sys.argv:
+        check_devices(LaunchConfig(nproc_per_node="gpu"))
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import main as run
+
+    try:
+        run()
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        if failure.exitcode < 0:
+            raise TrainerCrashedError(
+                f"Rank {rank} was killed by {failure.signal_name()}. Nothing of its stage was committed; the same "
+                "command goes on from its newest snapshot. The system's out-of-memory killer does this: see "
+                "batch.micro_sequences."
+            ) from error
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

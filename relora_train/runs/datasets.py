@@ -1,0 +1,88 @@
+"""The committed dataset of a profile: found by content in the store, or prepared in a process and put there."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from relora_train.checkpoints.bundle import commit_bundle, keep_fetched
+from relora_train.checkpoints.layout import dataset_prefix
+from relora_train.checkpoints.store import CheckpointRef
+from relora_train.data.images import IMAGE_READERS
+from relora_train.data.left_out import left_out_note
+from relora_train.data.prepare import PrepareRequest, describe_dataset, read_result
+from relora_train.data.selection import Selection
+from relora_train.runs.launch import run_worker
+from relora_train.runs.run import DatasetRef, OnEvent, Run, dataset_ref, find_committed_dataset
+from relora_train.runs.tokenizer_choice import TextSettings, choose_tokenizer
+from relora_train.settings.data import TokenizerConfig
+from relora_train.storage.workspace import dataset_cache, short_digest, work_directory
+
+_log = logging.getLogger("relora_train.runs.datasets")
+
+
+@dataclass(frozen=True)
+class DatasetOutcome:
+    """A dataset, and whether it was there already."""
+
+    dataset: DatasetRef
+    reused: bool
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """What a dataset is made of where that is not simply what the profile names."""
+
+    tokenizer: TokenizerConfig
+    selection: Selection
+
+
+def prepare_or_reuse(
+    run: Run,
+    *,
+    on_event: OnEvent,
+    parent: CheckpointRef | None = None,
+    corpus: Corpus | None = None,
+    meanwhile: Callable[[], None] = lambda: None,
+) -> DatasetOutcome:
+    """Return the committed dataset of the run's corpus and tokenizer, tokenizing only what no attempt has yet.
+
+    parent: the checkpoint that the run goes on from; see choose_tokenizer.
+    meanwhile: called once there is something to tokenize, to begin what can go on beside it.
+    Safe to repeat and to race: the first commit wins, and what a killed attempt finished on this machine is used.
+    """
+    store, name, selection = run.store, run.profile.data.name, corpus.selection if corpus else None
+    if corpus is None and run.profile.data.source not in IMAGE_READERS:
+        text, dataset_id = choose_tokenizer(run, parent)
+    else:
+        text = TextSettings(run.profile.data, corpus.tokenizer if corpus else run.profile.tokenizer)
+        dataset_id, _ = describe_dataset(text.data, text.tokenizer, selection=selection)
+    found = find_committed_dataset(store, name, dataset_id)
+    if found is not None:
+        return DatasetOutcome(found, reused=True)
+    with work_directory("datasets", f"{name}-{dataset_id[:16]}-{short_digest(store.uri)}") as directory:
+        found = find_committed_dataset(store, name, dataset_id)
+        if found is not None:  # by the process that was waited for
+            return DatasetOutcome(found, reused=True)
+        request = PrepareRequest(
+            data=text.data,
+            tokenizer=text.tokenizer,
+            selection=selection,
+            work_directory=directory,
+            result_path=directory / "result.json",
+        )
+        meanwhile()
+        # The source may lie in a store or on a hub, so this worker keeps the credentials.
+        run_worker(
+            "relora_train.data.prepare", request, directory / "request.json", on_event=on_event, keep_secrets=True
+        )
+        prepared = read_result(request.result_path)
+        if note := prepared.manifest.statistics.get("split_note"):
+            _log.warning("Dataset %r: %s.", name, note)
+        if note := left_out_note(prepared.manifest.statistics.get("left_out", ())):
+            _log.info("Dataset %r: %s.", name, note)
+        prefix = dataset_prefix(prepared.manifest.name, prepared.manifest.dataset_id)
+        manifest = commit_bundle(store, prefix, prepared.directory, prepared.manifest)
+        keep_fetched(store, prepared.manifest, manifest, prepared.directory, dataset_cache(manifest.dataset_id))
+    return DatasetOutcome(dataset_ref(store, manifest), reused=False)

@@ -1,0 +1,126 @@
+"""Train a stage again at a lower learning rate when it diverges, as the profile's [divergence] asks. Light.
+
+Attempt k of a stage is the stage with its learning rate times factor^k, from the same parent: other settings, so
+another fingerprint, and a checkpoint of its own beside the place of the one that never came to be. Its manifest says
+what it stands for (variant_of) and why (divergence), so a rerun finds it whatever the policy is by then. Later stages
+go on from it at the profile's own rate: a stage is a function of its parent and the settings, and of nothing before.
+
+That an attempt diverged is kept in the store too, so that neither a crash nor another machine makes it a second time.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from relora_train.checkpoints.layout import diverged_key
+from relora_train.checkpoints.store import CheckpointRef
+from relora_train.errors import DivergedError, ObjectNotFoundError
+from relora_train.method.stages import Stage
+from relora_train.runs.run import DatasetRef, OnEvent, Run, StageOutcome, find_stage, stage_identity, train_stage
+from relora_train.settings.profile import Profile
+from relora_train.storage.base import ObjectStore, parse_json
+
+
+def train_by_policy(
+    run: Run,
+    stage: Stage,
+    dataset: DatasetRef,
+    parent: CheckpointRef | None,
+    *,
+    on_event: OnEvent,
+    provenance: Mapping[str, str],
+) -> StageOutcome:
+    """As train_stage, and where the stage diverges, what the profile's [divergence] says.
+
+    Raises DivergedError at once under 'fail'; under 'lower_lr' when max_retries attempts at lower rates diverged too.
+    An attempt that is known to have diverged is not made again. Safe to repeat.
+    """
+    policy = run.profile.divergence
+    if policy.on_divergence == "fail" or find_stage(run, stage, dataset.dataset_id, parent) is not None:
+        return train_stage(run, stage, dataset, parent, on_event=on_event, provenance=provenance)
+    own = stage_identity(run, stage, dataset.dataset_id, parent)[1]
+    failures: list[dict[str, Any]] = []
+    for attempt in range(policy.max_retries + 1):
+        lowered = replace(run, profile=lower_learning_rate(run.profile, stage, attempt))
+        key = diverged_key(run.run_id, stage_identity(lowered, stage, dataset.dataset_id, parent)[1])
+        failure = _known_failure(run.store, key)
+        if failure is None:
+            variant: dict[str, Any] = {}
+            if attempt:
+                variant = {"variant_of": own, "divergence": _divergence(run.profile, lowered.profile, stage, failures)}
+            try:
+                return train_stage(lowered, stage, dataset, parent, on_event=on_event, provenance=provenance, **variant)
+            except DivergedError as error:
+                failure = _failure(stage, lowered.profile, error)
+                if parent is not None:
+                    run.wait_until_stored(parent)  # or it would be held against another result of the parent
+                run.store.put_bytes(key, (json.dumps(failure, indent=1) + "\n").encode())
+                on_event({"event": "diverged", **failure, "attempt": attempt + 1, "attempts": policy.max_retries + 1})
+        failures.append(failure)
+    raise _exhausted(run, stage, failures)
+
+
+def lower_learning_rate(profile: Profile, stage: Stage, attempt: int) -> Profile:
+    """The profile of attempt k of a stage, from 0: its peak learning rate times factor^k, nothing else."""
+    rates = {
+        "learning_rate": profile.optimizer.learning_rate,
+        "warm_start_learning_rate": profile.warm_start_learning_rate,
+    }
+    if attempt == 0:
+        return profile
+    rates["warm_start_learning_rate" if stage.kind == "warm_start" else "learning_rate"] *= (
+        profile.divergence.factor**attempt
+    )
+    return profile.model_copy(update={"optimizer": profile.optimizer.model_copy(update=rates)})
+
+
+def divergence_text(record: Mapping[str, Any]) -> str:
+    """A manifest's `divergence` in words: 'diverged once at learning rate 0.001, trained at 0.0005 (x 0.5)'."""
+    attempts = int(record["attempts"])
+    times = "once" if attempts == 1 else f"{attempts} times, first"
+    return (
+        f"diverged {times} at learning rate {record['profile_learning_rate']:.3g}, trained at "
+        f"{record['learning_rate']:.3g} (x {record['learning_rate_factor']:.3g})"
+    )
+
+
+def peak_learning_rate(profile: Profile, stage: Stage) -> float:
+    """Of the stage's phase."""
+    return profile.warm_start_learning_rate if stage.kind == "warm_start" else profile.optimizer.learning_rate
+
+
+def _divergence(profile: Profile, lowered: Profile, stage: Stage, failures: list[dict[str, Any]]) -> dict[str, Any]:
+    own, used = peak_learning_rate(profile, stage), peak_learning_rate(lowered, stage)
+    return {
+        "attempts": len(failures),
+        "learning_rate": used,
+        "learning_rate_factor": used / own,
+        "profile_learning_rate": own,
+        "failures": [failure["message"] for failure in failures],
+    }
+
+
+def _failure(stage: Stage, profile: Profile, error: DivergedError) -> dict[str, Any]:
+    return {"stage": stage.name, "learning_rate": peak_learning_rate(profile, stage), "message": str(error)}
+
+
+def _known_failure(store: ObjectStore, key: str) -> dict[str, Any] | None:
+    """What an earlier attempt left; a damaged record is none, and costs one attempt."""
+    try:
+        record = parse_json(store.get_bytes(key)[0])
+    except (ObjectNotFoundError, ValueError):
+        return None
+    return record if isinstance(record, dict) and {"learning_rate", "message"} <= record.keys() else None
+
+
+def _exhausted(run: Run, stage: Stage, failures: list[dict[str, Any]]) -> DivergedError:
+    rates = ", ".join(f"{failure['learning_rate']:.3g}" for failure in failures)
+    return DivergedError(
+        f"Stage {stage.name} of run {run.run_id!r} diverged at every learning rate tried ({rates}); nothing of it was "
+        "committed. Raise divergence.max_retries or lower divergence.factor and run again, or branch from an earlier "
+        f"checkpoint with other settings. To try the same rates once more, delete "
+        f"{run.store.uri}/{diverged_key(run.run_id, '')[: -len('.json')]}.\n  First failure: {failures[0]['message']}"
+    )

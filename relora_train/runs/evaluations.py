@@ -1,0 +1,140 @@
+"""Scores of committed checkpoints, kept in the store beside the run so that they are made once. Light."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+from relora_train.checkpoints.bundle import read_manifest
+from relora_train.checkpoints.layout import check_run_id
+from relora_train.checkpoints.manifest import DatasetManifest
+from relora_train.checkpoints.store import CheckpointRef
+from relora_train.errors import ObjectNotFoundError
+from relora_train.runs.kept_worker import KeptWorker
+from relora_train.runs.launch import run_worker
+from relora_train.runs.run import DatasetRef, OnEvent, fetch_dataset, fetch_parent
+from relora_train.settings.profile import Profile, profile_from_file, settings_digest
+from relora_train.storage.base import ObjectStore, parse_json
+from relora_train.storage.opening import open_store
+from relora_train.storage.workspace import checkpoint_cache, short_digest, work_directory
+from relora_train.training.requests import EvaluationRequest
+
+
+@dataclass(frozen=True)
+class EvaluationOutcome:
+    """checkpoint_uri, stage, step, the scores of the profile's objective, samples; reused or made now."""
+
+    record: dict[str, Any]
+    reused: bool
+
+
+def dataset_of(checkpoint: CheckpointRef) -> DatasetRef:
+    """The dataset a checkpoint was trained on, where its manifest says it lies. Raises ObjectNotFoundError."""
+    uri = checkpoint.manifest.dataset_uri
+    root, _, rest = uri.rpartition("/datasets/")
+    store, prefix = open_store(root), f"datasets/{rest}"
+    manifest = read_manifest(store, prefix, DatasetManifest)
+    if manifest is None:
+        raise ObjectNotFoundError(
+            f"The dataset of {checkpoint.uri} is not at {uri} any more. Prepare it again with the profile of the run, "
+            "or copy it back."
+        )
+    return DatasetRef(uri, store.uri, prefix, manifest)
+
+
+def score_checkpoint(checkpoint: CheckpointRef, *, on_event: OnEvent) -> EvaluationOutcome:
+    """Score a checkpoint with its own profile on its own dataset; the record goes beside its run, and is reused."""
+    from relora_train.checkpoints.fetch import files_in_stores  # numpy
+
+    fetch = files_in_stores(checkpoint_cache(checkpoint.manifest.run_id))
+    profile = profile_from_file(fetch(checkpoint, ["profile.json"]) / "profile.json")
+    store, dataset = open_store(checkpoint.store_uri), dataset_of(checkpoint)
+    return evaluate_or_reuse(profile, checkpoint, dataset, store, on_event=on_event)
+
+
+def evaluate_or_reuse(
+    profile: Profile,
+    checkpoint: CheckpointRef,
+    dataset: DatasetRef,
+    store: ObjectStore,
+    *,
+    on_event: OnEvent,
+    worker: KeptWorker | None = None,
+) -> EvaluationOutcome:
+    """Score a checkpoint on the validation split and sample from it, or return what was recorded for the same settings.
+
+    Runs in a process of its own, or in the one that is kept; it loads the checkpoint with plain `from_pretrained`.
+    """
+    key = _key(profile, checkpoint, dataset)
+    recorded = _recorded(store, key, checkpoint)
+    if recorded is not None:
+        return recorded
+    name = f"{checkpoint.manifest.stage}-{checkpoint.fingerprint[:12]}-{short_digest(f'{store.uri}/{key}')}"
+    with work_directory(checkpoint.manifest.run_id, f"evaluate-{name}") as directory:
+        recorded = _recorded(store, key, checkpoint)
+        if recorded is not None:  # by the process that was waited for
+            return recorded
+        request = EvaluationRequest(
+            profile=profile,
+            checkpoint_directory=fetch_parent(checkpoint),
+            dataset_directory=fetch_dataset(dataset),
+            result_path=directory / "result.json",
+            sequences=profile.evaluation.final_sequences,
+        )
+        work = worker.run if worker is not None else run_worker
+        work("relora_train.training.evaluate", request, directory / "request.json", on_event=on_event)
+        record = {
+            "checkpoint_uri": checkpoint.uri,
+            "run_id": checkpoint.manifest.run_id,
+            "stage": checkpoint.manifest.stage,
+            "step": checkpoint.step,
+            "dataset_id": dataset.dataset_id,
+            **json.loads(request.result_path.read_text()),
+        }
+        store.put_bytes(key, (json.dumps(record, indent=1) + "\n").encode())
+    return EvaluationOutcome(record, reused=False)
+
+
+def recorded_evaluation(
+    profile: Profile, checkpoint: CheckpointRef, dataset: DatasetRef, store: ObjectStore
+) -> dict[str, Any] | None:
+    """What evaluate_or_reuse would reuse; None where it would score."""
+    found = _recorded(store, _key(profile, checkpoint, dataset), checkpoint)
+    return None if found is None else found.record
+
+
+def recorded_evaluations(store: ObjectStore, line: Sequence[CheckpointRef]) -> list[dict[str, Any]]:
+    """The newest record of every checkpoint of a line that the store holds one for, in the line's order."""
+    newest: dict[str, dict[str, Any]] = {}
+    for run_id in dict.fromkeys(ref.manifest.run_id for ref in line):
+        for info in sorted(store.list(f"runs/{run_id}/evaluations/"), key=lambda info: info.modified_at):
+            with suppress(ValueError, KeyError, TypeError):  # one that is damaged is no record
+                record = parse_json(store.get_bytes(info.key)[0])
+                newest[record["checkpoint_uri"]] = record
+    return [newest[ref.uri] for ref in line if ref.uri in newest]
+
+
+def _recorded(store: ObjectStore, key: str, checkpoint: CheckpointRef) -> EvaluationOutcome | None:
+    try:
+        record = parse_json(store.get_bytes(key)[0])
+    except (ObjectNotFoundError, ValueError):  # one that is damaged costs another evaluation
+        return None
+    if not isinstance(record, dict):
+        return None
+    return EvaluationOutcome({**record, "checkpoint_uri": checkpoint.uri}, reused=True)  # the store may have moved
+
+
+def _key(profile: Profile, checkpoint: CheckpointRef, dataset: DatasetRef) -> str:
+    settings = {
+        "evaluation": profile.evaluation.model_dump(mode="json"),
+        "sequence_length": profile.batch.sequence_length,
+        "precision": profile.precision.model_dump(mode="json"),
+        "seed": profile.seed,
+        "dataset_id": dataset.dataset_id,
+    }
+    run_id = check_run_id(checkpoint.manifest.run_id)
+    place = f"step-{checkpoint.step:08d}-{checkpoint.fingerprint[:12]}-{settings_digest(settings)[:8]}"
+    return f"runs/{run_id}/evaluations/{place}.json"

@@ -1,0 +1,83 @@
+"""Before anything is tokenized: can the model that a run trains be loaded, wrapped and put on a device? Light.
+
+What can be known without torch is; the rest a worker process finds out by loading the model.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+from relora_train.checkpoints.store import CheckpointRef
+from relora_train.method.stages import Stage
+from relora_train.runs.launch import run_worker
+from relora_train.runs.run import OnEvent, Run
+from relora_train.settings.profile import Profile
+from relora_train.storage.opening import open_store
+from relora_train.storage.workspace import short_digest, work_directory
+from relora_train.training.models.registry import facts_of
+from relora_train.training.models.shape import (
+    ModelShape,
+    ShapeUnknownError,
+    model_shape,
+    shape_of_config,
+    wrapped_layers,
+)
+from relora_train.training.requests import ModelCheckRequest
+
+
+def check_settings(profile: Profile) -> bool:
+    """Refuse a profile whose own model cannot be trained; return True if nothing about it is left to be found out.
+
+    Raises ModelNotFoundError, ModelUnsuitableError, VocabularyMismatchError, NoTargetModulesError, ConfigError.
+    """
+    facts_of(profile).check_pretrained()
+    if profile.method == "full":
+        return profile.model.pretrained is None
+    if profile.model.pretrained is None:  # its layers are the same whatever the tokenizer, which may lie on a hub
+        profile = profile.model_copy(update={"model": profile.model.model_copy(update={"vocab_size": 2})})
+    try:
+        _check_layers(profile, model_shape(profile))
+    except ShapeUnknownError:
+        return False
+    return profile.model.pretrained is None
+
+
+def check_run(run: Run, stages: Sequence[Stage], parent: CheckpointRef | None, *, on_event: OnEvent) -> None:
+    """Refuse a run whose stages would fail for its model, its targets, its ranks or its devices.
+
+    stages: all that the run is planned to have from its parent. A model that a stage of the run was trained from is not
+    loaded once more. Raises what check_settings does, and DeviceError.
+    """
+    profile, launch = run.profile, run.profile.launch
+    low_rank = any(stage.low_rank for stage in stages)
+    config: bytes | None = None
+    if parent is None:
+        known = check_settings(profile) or bool(run.checkpoints.history())
+    elif known := not low_rank or parent.is_removed:
+        pass
+    else:
+        config, _ = open_store(parent.store_uri).get_bytes(f"{parent.prefix}/config.json")
+        known = _knows_layers(profile, config, parent.uri)
+    asks_for_devices = launch.device == "cuda" or (launch.device == "auto" and launch.nproc_per_node != 1)
+    if known and not asks_for_devices:
+        return
+    with work_directory("checks", f"{run.run_id}-{short_digest(run.store.uri)}") as directory:
+        request = ModelCheckRequest(profile=profile, low_rank=low_rank)
+        if config is not None:
+            (directory / "config.json").write_bytes(config)
+            request = request.model_copy(update={"config_directory": directory})
+        work = run.worker.run if run.worker is not None else run_worker
+        work("relora_train.training.model_check_worker", request, directory / "request.json", on_event=on_event)
+
+
+def _knows_layers(profile: Profile, config: bytes, where: str) -> bool:
+    try:
+        _check_layers(profile, shape_of_config(json.loads(config), where))
+    except ShapeUnknownError:
+        return False
+    return True
+
+
+def _check_layers(profile: Profile, shape: ModelShape) -> None:
+    wrapped_layers(shape, target_modules=profile.relora.target_modules, rank=profile.relora.rank)

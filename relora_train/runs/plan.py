@@ -1,0 +1,328 @@
+"""What a run will take, before anything starts: stages, tokens, parameters, FLOPs, memory, disk, learning rates.
+
+Everything is counted from the profile, nothing measured. Light: imports no torch, boto3 or prefect, needs no network.
+"""
+
+from __future__ import annotations
+
+import math
+
+from relora_train.method.contraction import (
+    REFERENCE,
+    Contraction,
+    LayerShape,
+    choose_contraction,
+    flops_per_token,
+    sibling_groups,
+)
+from relora_train.method.stages import Stage, plan_stages, stage_learning_rate
+from relora_train.settings.base import FrozenConfig
+from relora_train.settings.method import OptimizerResetConfig
+from relora_train.settings.profile import Profile
+from relora_train.settings.running import LaunchConfig
+from relora_train.training.models.registry import facts_of
+from relora_train.training.models.shape import (
+    LinearShape,
+    ModelShape,
+    ShapeUnknownError,
+    full_flops_per_token,
+    low_rank_flops_per_token,
+    model_shape,
+    wrapped_layers,
+)
+
+_FP32_BYTES = 4
+_BF16_BYTES = 2
+_MOMENTS = 2
+_SNAPSHOTS_KEPT = 2
+
+
+class MemoryEstimate(FrozenConfig):
+    """Bytes on every device for as long as a stage lasts. Not covered: activations, which grow with the micro-batch."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    merged: int = 0
+    """Merged weights that are kept for the length of an update, where that is the faster order."""
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.gradients + self.optimizer + self.merged
+
+    def shared_by(self, launch: LaunchConfig) -> MemoryEstimate:
+        """What is left on each device when ranks share the model. Not covered: the blocks gathered for a moment."""
+        ranks = (launch.world_size or 1) if launch.sharding == "full" else 1
+        return MemoryEstimate(**{name: math.ceil(size / ranks) for name, size in self})
+
+
+class CheckpointSize(FrozenConfig):
+    """Bytes of a checkpoint's large files; all are fp32."""
+
+    model: int
+    optimizer: int
+    """What the next stage continues with, after the reset; an embedding row that no token met takes less."""
+
+    adapter: int
+
+    @property
+    def total(self) -> int:
+        return self.model + self.optimizer + self.adapter
+
+
+class LayerOrder(FrozenConfig):
+    """In which order low-rank layers that read one input multiply; see contraction.py."""
+
+    layers: tuple[str, ...]
+    """Of one block."""
+
+    order: str
+    flops_per_token: int
+
+
+class PhaseCost(FrozenConfig):
+    """What full-rank or low-rank training takes, whichever stage does it."""
+
+    trainable_parameters: int
+    adapter_parameters: int
+    """Of these, in A and B."""
+
+    flops_per_token: int
+    """Forward and backward, in the cheapest order of products."""
+
+    memory: MemoryEstimate
+    snapshot_bytes: int
+    """One snapshot inside a stage: all that moves, and its Adam state."""
+
+    orders: tuple[LayerOrder, ...] = ()
+    """Of the low-rank layers of a block, on the kind of device that the profile names; 'auto' counts as a CPU."""
+
+
+class LearningRatePoint(FrozenConfig):
+    """The learning rate of one update. Updates count from 1."""
+
+    step: int
+    learning_rate: float
+
+
+class PlannedStage(FrozenConfig):
+    """Updates start_step + 1 to end_step."""
+
+    name: str
+    kind: str
+    start_step: int
+    end_step: int
+    tokens: int
+    learning_rates: tuple[LearningRatePoint, ...]
+    """At the first update, at the top of the climb where there is one, and at the last update."""
+
+    flops: int | None
+    checkpoint: CheckpointSize | None
+
+
+class Plan(FrozenConfig):
+    """A run as it will be. Numbers that need the model's shape are None when `unknown` says why."""
+
+    profile: str
+    method: str
+    data_source: str
+    """Where the text comes from."""
+
+    tokens_per_step: int
+    total_steps: int
+    total_tokens: int
+    stages: tuple[PlannedStage, ...]
+    unknown: str | None = None
+    parameters: int | None = None
+    full: PhaseCost | None = None
+    """Full rank: the warm start, the whole run of method 'full', and what the rest is compared with."""
+
+    low_rank: PhaseCost | None = None
+    """The cycles; None for method 'full'."""
+
+    total_flops: int | None = None
+    full_rank_flops: int | None = None
+    """The same tokens at full rank throughout."""
+
+    disk_bytes: int | None = None
+    """All checkpoints of the run and the snapshots that exist beside them; not the dataset."""
+
+
+def plan(profile: Profile) -> Plan:
+    """Count a run. Raises ConfigError or NoTargetModulesError where the profile does not fit its model's layers."""
+    stages = plan_stages(profile)
+    full: PhaseCost | None = None
+    low_rank: PhaseCost | None = None
+    unknown = parameters = None
+    try:
+        shape = model_shape(profile)
+        low_rank = None if profile.method == "full" else _low_rank_cost(profile, shape)
+        parameters, full = shape.parameters, _full_cost(profile, shape)
+    except ShapeUnknownError as error:
+        unknown = str(error)
+    costs = [low_rank if stage.low_rank else full for stage in stages]
+    planned = tuple(_planned_stage(profile, stage, cost, parameters) for stage, cost in zip(stages, costs, strict=True))
+    total_tokens = profile.schedule.total_steps * profile.batch.tokens
+    return Plan(
+        profile=profile.name,
+        method=profile.method,
+        data_source=_data_source(profile),
+        tokens_per_step=profile.batch.tokens,
+        total_steps=profile.schedule.total_steps,
+        total_tokens=total_tokens,
+        stages=planned,
+        unknown=unknown,
+        parameters=parameters,
+        full=full,
+        low_rank=low_rank,
+        total_flops=_total([stage.flops for stage in planned]),
+        full_rank_flops=full.flops_per_token * total_tokens if full else None,
+        disk_bytes=_disk_bytes(planned, costs),
+    )
+
+
+def _planned_stage(profile: Profile, stage: Stage, cost: PhaseCost | None, parameters: int | None) -> PlannedStage:
+    tokens = stage.steps * profile.batch.tokens
+    return PlannedStage(
+        name=stage.name,
+        kind=stage.kind,
+        start_step=stage.start_step,
+        end_step=stage.end_step,
+        tokens=tokens,
+        learning_rates=_milestones(profile, stage),
+        flops=cost.flops_per_token * tokens if cost else None,
+        checkpoint=_checkpoint_size(profile, stage, cost, parameters) if cost and parameters else None,
+    )
+
+
+def _milestones(profile: Profile, stage: Stage) -> tuple[LearningRatePoint, ...]:
+    schedule = profile.schedule
+    starts_a_phase = stage.start_step == 0 or (stage.low_rank and stage.start_step == schedule.warm_start_steps)
+    climb = schedule.warmup_steps if starts_a_phase else schedule.restart_warmup_steps
+    restarts = stage.kind == "relora" and schedule.jagged
+    top = stage.start_step + (climb if starts_a_phase or restarts else 0)
+    steps = sorted({stage.start_step + 1, min(top + 1, stage.end_step), stage.end_step})
+    return tuple(
+        LearningRatePoint(step=step, learning_rate=stage_learning_rate(profile, stage, step)) for step in steps
+    )
+
+
+def _full_cost(profile: Profile, shape: ModelShape) -> PhaseCost:
+    parameters = _trained_bytes(profile, shape, shape.parameters)
+    return PhaseCost(
+        trainable_parameters=shape.parameters,
+        adapter_parameters=0,
+        flops_per_token=full_flops_per_token(shape, sequence_length=profile.batch.sequence_length),
+        memory=MemoryEstimate(weights=parameters, gradients=parameters, optimizer=_MOMENTS * parameters).shared_by(
+            profile.launch
+        ),
+        snapshot_bytes=(1 + _MOMENTS) * parameters,
+    )
+
+
+def _low_rank_cost(profile: Profile, shape: ModelShape) -> PhaseCost:
+    relora, batch = profile.relora, profile.batch
+    wrapped = wrapped_layers(shape, target_modules=relora.target_modules, rank=relora.rank)
+    frozen = shape.layers * sum(linear.weights for linear in wrapped)
+    # Ranks by layer are known only after the warm start; together they have as many parameters at most.
+    factors = shape.layers * relora.rank * sum(linear.sides for linear in wrapped)
+    trainable = shape.parameters - frozen + factors
+    frozen_bytes = _BF16_BYTES if profile.precision.computes_in_bfloat16 else _FP32_BYTES
+    trained = _trained_bytes(profile, shape, trainable)
+    orders = _orders(profile, wrapped)
+    flops = low_rank_flops_per_token(
+        shape,
+        sequence_length=batch.sequence_length,
+        orders={layers: flops_per_token(order, layer_shape) for layers, layer_shape, order in orders},
+    )
+    merged = sum(linear.weights for layers, _, order in orders if order.merges for linear in layers)
+    return PhaseCost(
+        trainable_parameters=trainable,
+        adapter_parameters=factors,
+        flops_per_token=flops,
+        memory=MemoryEstimate(
+            weights=frozen_bytes * frozen + trained,
+            gradients=trained,
+            optimizer=_MOMENTS * trained,
+            merged=_FP32_BYTES * shape.layers * merged,
+        ).shared_by(profile.launch),
+        snapshot_bytes=(1 + _MOMENTS) * trained,
+        orders=tuple(
+            LayerOrder(
+                layers=tuple(linear.name for linear in layers),
+                order=str(order),
+                flops_per_token=round(flops_per_token(order, layer_shape)),
+            )
+            for layers, layer_shape, order in orders
+        ),
+    )
+
+
+def _trained_bytes(profile: Profile, shape: ModelShape, parameters: int) -> int:
+    """One copy of what is trained, such as its gradients. Under autocast all stays fp32."""
+    if not profile.precision.trains_in_bfloat16:
+        return _FP32_BYTES * parameters
+    vectors = shape.vector_parameters
+    return _BF16_BYTES * (parameters - vectors) + _FP32_BYTES * vectors
+
+
+def _orders(
+    profile: Profile, wrapped: tuple[LinearShape, ...]
+) -> list[tuple[tuple[LinearShape, ...], LayerShape, Contraction]]:
+    """What fast_path.share_inputs will choose."""
+    batch, by_name = profile.batch, {linear.name: linear for linear in wrapped}
+    sequences, micro_steps = batch.forward_passes(profile.launch.world_size or 1)
+    found = []
+    for names in sibling_groups(list(by_name)):
+        layers = tuple(by_name[name] for name in names)
+        layer_shape = LayerShape(
+            tokens=sequences * facts_of(profile).rows_per_sequence(),
+            in_features=layers[0].in_features,
+            out_features=tuple(linear.out_features for linear in layers),
+            rank=profile.relora.rank,
+            dropout=profile.relora.dropout > 0,
+            exact_weight=profile.precision.dtype == "float32",
+            micro_steps=micro_steps,
+        )
+        device = "cuda" if profile.launch.device == "cuda" else "cpu"
+        sharded = profile.launch.sharding == "full" and profile.launch.world_size != 1
+        best = choose_contraction(layer_shape, device, keep_merged=not sharded)
+        order = REFERENCE if profile.launch.compile else best
+        found.append((layers, layer_shape, order))
+    return found
+
+
+def _checkpoint_size(profile: Profile, stage: Stage, cost: PhaseCost, parameters: int) -> CheckpointSize:
+    """A warm start's optimizer ends with it, and so does a LoRA's: only cycles and full-rank stages hand theirs on."""
+    factors, others = cost.adapter_parameters, cost.trainable_parameters - cost.adapter_parameters
+    moment = _FP32_BYTES * others + _kept_bytes(profile.optimizer_reset) * factors
+    return CheckpointSize(
+        model=_FP32_BYTES * parameters,
+        optimizer=round(_MOMENTS * moment) if stage.kind in ("relora", "full") else 0,
+        adapter=_FP32_BYTES * factors,
+    )
+
+
+def _kept_bytes(reset: OptimizerResetConfig) -> float:
+    """Bytes on disk for one entry of a moment of A or B: index and value of what is kept, or dense where cheaper."""
+    kept = {"none": 1.0, "zero": 0.0}.get(reset.mode, 1 - reset.ratio)
+    return float(_FP32_BYTES) if kept > 0.5 else 2 * _FP32_BYTES * kept
+
+
+def _disk_bytes(stages: tuple[PlannedStage, ...], costs: list[PhaseCost | None]) -> int | None:
+    """All checkpoints, and the largest pair of snapshots that exists at one time."""
+    checkpoints = _total([stage.checkpoint.total if stage.checkpoint else None for stage in stages])
+    snapshots = max((cost.snapshot_bytes for cost in costs if cost), default=0)
+    return None if checkpoints is None else checkpoints + _SNAPSHOTS_KEPT * snapshots
+
+
+def _total(values: list[int | None]) -> int | None:
+    known = [value for value in values if value is not None]
+    return sum(known) if len(known) == len(values) else None
+
+
+def _data_source(profile: Profile) -> str:
+    data = profile.data
+    if data.source == "hub":
+        return " ".join(part for part in ("hub", data.hub_id, data.hub_config, data.hub_split) if part)
+    return " ".join((data.source, *data.paths))

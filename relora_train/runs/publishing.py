@@ -1,0 +1,255 @@
+"""Store finished checkpoints, one after another, while the stages after them train. Light: no torch, boto3 or prefect.
+
+A publisher belongs to one flow, as its lease does. Guarantees:
+1. In order: a checkpoint is committed only when all that were handed over before it are. One that cannot be stored
+   holds up the later ones, whatever they have come to.
+2. Files and lock of its work directory stay until it is stored and `settle` says that nobody reads them any more. What
+   is not stored in the end stays on this machine, and the next run here stores it without training it again.
+3. Where the store turns out to hold another result in a checkpoint's place, nothing handed over later is ever stored.
+4. After the block nothing is made visible any more, also by a transfer that could not be stopped.
+While the store is away it is tried again now and then, and training goes on; who waits for a checkpoint tries at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import logging
+import math
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from relora_train.checkpoints.manifest import result_digest
+from relora_train.checkpoints.store import CheckpointRef
+from relora_train.errors import PreconditionFailedError, ReLoRAError
+from relora_train.runs.snapshot_uploader import STOP_BUDGET_SECONDS
+from relora_train.storage.base import ObjectStore
+
+_log = logging.getLogger("relora_train.runs.publishing")
+
+_STOP_SECONDS = 25.0  # for a stop of which no trainer told; Prefect kills after 30
+_RETRY_SECONDS = (5.0, 15.0, 60.0)
+_TICK_SECONDS = 0.5
+
+
+class AbandonedError(Exception):
+    """Nobody waits for this any more: the flow is over. Never seen by a user."""
+
+
+@dataclass(eq=False)
+class Publication:
+    """One finished checkpoint on its way into the store."""
+
+    checkpoint: CheckpointRef
+    """As it will be, at the place where it will be."""
+
+    directory: Path
+    """Its files on this machine."""
+
+    store: Callable[[Callable[[], None]], CheckpointRef]
+    """Commits it and returns what the store holds. Calls its argument before each write: it may raise."""
+
+    cancel: Callable[[], None]
+    """Ends an attempt that is under way as soon as may be."""
+
+    finish: Callable[[CheckpointRef | None], None]
+    """Lets go of the files: with what the store holds, or with None when it holds nothing yet."""
+
+    committed: CheckpointRef | None = None
+    error: Exception | None = None
+    failures: int = 0
+    due: float = 0.0
+    """When the next attempt is made, by the monotonic clock."""
+
+    @property
+    def superseded(self) -> bool:
+        """Whether the store holds another result in its place."""
+        return self.committed is not None and self.error is not None
+
+    @property
+    def stored(self) -> bool:
+        return self.committed is not None and self.error is None
+
+
+class Publisher:
+    """Stores what it is handed over, on a thread of its own, for the length of a `with` block.
+
+    On the way out of the block the one under way is waited for; when the flow was stopped (an exception that is not an
+    Exception), within 28 seconds of the moment the trainer was asked to stop, or 25 without one.
+    """
+
+    def __init__(self, *, retry_seconds: tuple[float, ...] = _RETRY_SECONDS) -> None:
+        self._retry_seconds = retry_seconds
+        self._publications: list[Publication] = []
+        self._changed = threading.Condition()
+        self._closing = self._abandoned = False
+        self._stopping_at = -math.inf
+        context = contextvars.copy_context()  # so that log records still belong to the flow around us
+        self._thread = threading.Thread(target=context.run, args=(self._run,), name="publisher", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        with self._changed:
+            self._closing = True
+            self._changed.notify_all()
+        try:
+            if kind is None or issubclass(kind, Exception):
+                while self._thread.is_alive():
+                    self._thread.join(_TICK_SECONDS)
+            else:
+                self._thread.join(self._seconds_left())
+        finally:
+            with self._changed:
+                self._abandoned = True
+                left, self._publications = self._publications, []
+            for publication in left:
+                if publication.committed is None:
+                    publication.cancel()
+                publication.finish(publication.committed)
+                if publication.committed is None and publication.error is None:
+                    _log.warning("%s", _waits(publication))
+
+    def offer(self, publication: Publication) -> None:
+        """Store this one after all that were offered before. Returns at once."""
+        with self._changed:
+            self._publications.append(publication)
+            self._changed.notify_all()
+
+    def find(self, fingerprint: str) -> Publication | None:
+        """The publication of exactly this work, from when it is offered until it is settled."""
+        with self._changed:
+            return next((one for one in self._publications if one.checkpoint.fingerprint == fingerprint), None)
+
+    def is_stored(self, checkpoint: CheckpointRef) -> bool:
+        """Whether the store holds it. One that was never offered came from there."""
+        publication = self.find(checkpoint.fingerprint)
+        return publication is None or publication.stored
+
+    def wait(self, checkpoint: CheckpointRef) -> CheckpointRef:
+        """Return the checkpoint as the store holds it, once it does; one that was never offered came from there.
+
+        Begins an attempt at once where an earlier one has failed, and raises what this one fails with: it may be
+        called again. Raises PreconditionFailedError when the store holds another result in its place.
+        """
+        with self._changed:
+            known = self.find(checkpoint.fingerprint)
+            if known is None:
+                return checkpoint
+            for publication in self._publications[: self._publications.index(known) + 1]:
+                self._wait_for(publication)
+        return known.committed or checkpoint
+
+    def settle(self, checkpoint: CheckpointRef) -> None:
+        """Let go of the local files of a stored checkpoint: nobody reads them any more."""
+        with self._changed:
+            publication = self.find(checkpoint.fingerprint)
+            if publication is None or not publication.stored:
+                return
+            self._publications.remove(publication)
+        publication.finish(publication.committed)
+
+    def raise_if_superseded(self) -> None:
+        """Ends work whose result could never be committed: PreconditionFailedError."""
+        with self._changed:
+            for publication in self._publications:
+                if publication.superseded and publication.error is not None:
+                    raise publication.error
+
+    def stopping(self) -> None:
+        """The trainer is asked to stop just now: the time that is left counts from here."""
+        self._stopping_at = time.monotonic()
+
+    def _wait_for(self, publication: Publication) -> None:
+        failures = publication.failures
+        if not publication.superseded:
+            publication.due = 0.0
+            self._changed.notify_all()
+        while not publication.stored:
+            if publication.error is not None and (publication.superseded or publication.failures > failures):
+                raise publication.error
+            if not self._thread.is_alive():
+                raise AbandonedError(f"{publication.checkpoint.uri} is not stored any more: its flow is over.")
+            self._changed.wait(_TICK_SECONDS)  # short, so that a signal is answered on every platform
+
+    def _run(self) -> None:
+        while (publication := self._next()) is not None:
+            committed, error = self._attempt(publication)
+            with self._changed:
+                publication.committed, publication.error = committed, error
+                if error is not None:
+                    self._note_failure(publication, error)
+                self._changed.notify_all()
+
+    def _next(self) -> Publication | None:
+        """Wait for the first that is not stored to be due; None when there will be no more."""
+        with self._changed:
+            while not self._abandoned:
+                first = next((one for one in self._publications if not one.stored), None)
+                left = math.inf if first is None else first.due - time.monotonic()
+                if left <= 0:
+                    return first
+                if self._closing:
+                    return None
+                self._changed.wait(None if math.isinf(left) else left)
+            return None
+
+    def _attempt(self, publication: Publication) -> tuple[CheckpointRef | None, Exception | None]:
+        try:
+            committed = publication.store(self._raise_if_abandoned)
+        except Exception as error:
+            return None, error
+        if result_digest(committed.manifest) != result_digest(publication.checkpoint.manifest):
+            return committed, PreconditionFailedError(_superseded(publication, committed))
+        return committed, None
+
+    def _note_failure(self, publication: Publication, error: Exception) -> None:
+        publication.failures += 1
+        may_help = isinstance(error, ReLoRAError) and error.retryable
+        pause = self._retry_seconds[min(publication.failures, len(self._retry_seconds)) - 1]
+        publication.due = time.monotonic() + pause if may_help else math.inf
+        if publication.failures == 1 and not self._abandoned:
+            _log.warning("%s Training goes on meanwhile. (%s)", _waits(publication), error)
+
+    def _raise_if_abandoned(self) -> None:
+        if self._abandoned:
+            raise AbandonedError
+
+    def _seconds_left(self) -> float:
+        since = time.monotonic() - self._stopping_at
+        return max(0.0, STOP_BUDGET_SECONDS - since) if since < 2 * STOP_BUDGET_SECONDS else _STOP_SECONDS
+
+
+@contextlib.contextmanager
+def publishing(store: ObjectStore) -> Iterator[Publisher | None]:
+    """A publisher for the length of the block; None for a store on this machine, where nothing would be gained."""
+    if not store.is_remote:
+        yield None
+        return
+    with Publisher() as publisher:
+        yield publisher
+
+
+def _waits(publication: Publication) -> str:
+    checkpoint = publication.checkpoint
+    return (
+        f"The checkpoint of {checkpoint.manifest.stage} is not stored yet ({checkpoint.uri}). It waits on this machine "
+        f"in {publication.directory}: the same command here stores it without training it again."
+    )
+
+
+def _superseded(publication: Publication, committed: CheckpointRef) -> str:
+    theirs = committed.manifest
+    return (
+        f"{committed.uri} was committed by another attempt ({theirs.attempt}, at "
+        f"{theirs.created_at.isoformat(timespec='seconds')}) with another result than this machine's. What was trained "
+        f"here after {theirs.stage} began from bytes that are not the run's, and nothing of it is committed. Run the "
+        "same command again: it goes on from the stored checkpoint."
+    )

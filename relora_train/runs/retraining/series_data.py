@@ -1,0 +1,185 @@
+"""Which data the models of a series have been trained on, and the decisions about them, in its store. Light.
+
+A source file counts as seen once what became of its candidate is decided, never before: a retrain that is killed
+leaves it new. `pending` holds the data of a retrain that has begun, so that its rerun takes the same, though more has
+come since, and finds its stages and snapshots again. Written only by who holds the series' lease.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Collection, Sequence
+from datetime import UTC, datetime
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError
+
+from relora_train.checkpoints.series_record import Scores, series_key
+from relora_train.errors import CheckpointCorruptError, PreconditionFailedError
+from relora_train.settings.base import FrozenConfig
+from relora_train.settings.profile import settings_digest
+from relora_train.storage.base import ObjectStore, find_bytes
+
+Outcome = Literal["promoted", "refused", "overtaken"]
+"""overtaken: better, but another writer moved the series meanwhile, and the candidate was not compared with that."""
+
+
+class Pending(FrozenConfig):
+    """A retrain that has begun and is not decided."""
+
+    run_id: str
+    new: tuple[str, ...]
+    """Digests of its new files, or the hub revision."""
+    champion: str | None
+    """Prefix of the champion it began with."""
+
+    @property
+    def is_revision(self) -> bool:
+        """A commit id is shorter than a digest."""
+        return any(len(part) < 64 for part in self.new)
+
+
+class SeriesData(FrozenConfig):
+    """All of data.json."""
+
+    format_version: Literal[1] = 1
+    series: str
+    validation_fraction: float | None = None
+    """Of the first retrain: with another one, documents that were held out would be trained on."""
+    seen: tuple[str, ...] = ()
+    """Digests of source files, sorted; of a hub dataset, the last revision."""
+    pending: Pending | None = None
+    nonce: str = Field(default_factory=lambda: secrets.token_hex(8))
+
+    def to_bytes(self) -> bytes:
+        return (self.model_dump_json(indent=1) + "\n").encode()
+
+
+class Decision(FrozenConfig):
+    """What became of one candidate; decisions/<run_id>-<8 hex>.json."""
+
+    series: str
+    run_id: str
+    outcome: Outcome
+    reason: str
+    candidate_uri: str
+    champion_uri: str | None
+    """What it was compared with; None for the first of a series."""
+    scores: dict[str, Any]
+    """As Scores; a loss that is no finite number is written as text."""
+    margin: str
+    """'0.01 relative'."""
+    new: tuple[str, ...]
+    """Digests of the files (or hub revision) that were new."""
+    data_is_seen: bool
+    """Whether the next retrain leaves these files out."""
+    by: str
+    at: datetime = Field(default_factory=lambda: datetime.now(UTC))
+    provenance: dict[str, str] = Field(default_factory=dict)
+    nonce: str = Field(default_factory=lambda: secrets.token_hex(8))
+
+    def to_bytes(self) -> bytes:
+        return (self.model_dump_json(indent=1) + "\n").encode()
+
+
+def read_data(store: ObjectStore, name: str) -> tuple[SeriesData, str | None]:
+    """What a series has seen, and the etag to write it back with; nothing, and None, for a new one."""
+    key = series_key(name, "data.json")
+    found = find_bytes(store, key)
+    if found is None:
+        return SeriesData(series=name), None
+    try:
+        data = SeriesData.model_validate_json(found[0])
+    except ValidationError as error:
+        data = None
+        why = error.errors()[0]["msg"]
+    if data is None or data.series != name:
+        why = why if data is None else f"it belongs to series {data.series!r}"
+        raise CheckpointCorruptError(
+            f"{store.uri}/{key} is damaged ({why}), so nobody can say which data series {name!r} has been trained on. "
+            "Restore an older version of it, or delete it: the next retrain then takes all data as new."
+        )
+    return data, found[1]
+
+
+def write_data(store: ObjectStore, data: SeriesData, etag: str | None) -> None:
+    """Replace what was read with this etag. Raises PreconditionFailedError when another process wrote it since."""
+    fresh = data.model_copy(update={"nonce": secrets.token_hex(8)})
+    key = series_key(data.series, "data.json")
+    try:
+        store.put_bytes(key, fresh.to_bytes(), if_absent=etag is None, if_match=etag)
+    except PreconditionFailedError as error:
+        raise PreconditionFailedError(
+            f"Another process wrote {store.uri}/{key} at the same moment, which only one retrain at a time may. Look "
+            "for a second one, then run again."
+        ) from error
+
+
+def begin(store: ObjectStore, name: str, pending: Pending, validation_fraction: float) -> None:
+    """Write down what a retrain has begun with. Safe to repeat."""
+    data, etag = read_data(store, name)
+    changed = data.model_copy(update={"pending": pending, "validation_fraction": validation_fraction})
+    if changed != data:
+        write_data(store, changed, etag)
+
+
+def end(store: ObjectStore, name: str, new: Collection[str], *, replaces: bool) -> None:
+    """Count data as seen and the pending retrain as decided. Safe to repeat. replaces: a hub revision."""
+    data, etag = read_data(store, name)
+    seen = tuple(sorted(set(new) if replaces and new else {*data.seen, *new}))
+    changed = data.model_copy(update={"pending": None, "seen": seen})
+    if changed != data:
+        write_data(store, changed, etag)
+
+
+def forget(store: ObjectStore, name: str, run_ids: Collection[str]) -> int:
+    """Make the data new again that the candidates of these runs were promoted with; returns how many parts of it.
+
+    Of a hub dataset the whole revision is then new.
+    """
+    taken = {
+        part
+        for decision in read_decisions(store, name)
+        if decision.outcome == "promoted" and decision.run_id in run_ids
+        for part in decision.new
+    }
+    data, etag = read_data(store, name)
+    if again := taken & set(data.seen):
+        seen = tuple(part for part in data.seen if part not in taken)
+        write_data(store, data.model_copy(update={"seen": seen}), etag)
+    return len(again)
+
+
+def record_decision(store: ObjectStore, decision: Decision) -> Decision:
+    """Keep a decision; one about the same candidate, champion and margin is there already: then that one."""
+    judged = {"candidate": decision.candidate_uri, "champion": decision.champion_uri, "margin": decision.margin}
+    key = series_key(decision.series, f"decisions/{decision.run_id}-{settings_digest(judged)[:8]}.json")
+    try:
+        store.put_bytes(key, decision.to_bytes(), if_absent=True)
+    except PreconditionFailedError:
+        return _parse_decision(store, key, store.get_bytes(key)[0])
+    return decision
+
+
+def read_decisions(store: ObjectStore, name: str) -> Sequence[Decision]:
+    """Every decision of a series, oldest first."""
+    keys = [info.key for info in store.list(series_key(name, "decisions/"))]
+    found = [_parse_decision(store, key, store.get_bytes(key)[0]) for key in keys]
+    return sorted(found, key=lambda decision: decision.at)
+
+
+def scores_record(scores: Scores) -> dict[str, Any]:
+    """Losses that are no finite number as text, which every reader of JSON can read."""
+    values = scores.model_dump()
+    numbers = {key: value for key, value in values.items() if isinstance(value, float)}
+    return {**values, **{key: str(value) for key, value in numbers.items() if value - value != 0}}
+
+
+def _parse_decision(store: ObjectStore, key: str, data: bytes) -> Decision:
+    try:
+        return Decision.model_validate_json(data)
+    except ValidationError as error:
+        raise CheckpointCorruptError(
+            f"{store.uri}/{key} is damaged: {error.errors()[0]['msg']}. Nothing but this record depends on it: delete "
+            "it and run again."
+        ) from None

@@ -1,0 +1,204 @@
+"""Make one stage of a run again on purpose, because somebody distrusts its result. Light.
+
+The stage is trained once more in full, from its parent, with its own settings and nothing of earlier attempts, and its
+files are compared with the committed ones by SHA-256. The same bytes: nothing changes, the checkpoint is confirmed.
+Other bytes (a GPU without deterministic kernels, another version, damaged hardware): both are told apart, and the
+committed one stays the run's, unless `replace` asks for the new one.
+
+A replacement is a variant: committed beside the other, never over it, with `retry` among its settings so that it has a
+fingerprint of its own, and the run's head moves to it. What was trained from the replaced checkpoint stays where it is,
+complete and usable by its URI, but off the run's line; the run's own command trains those stages again.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+from relora_train.checkpoints.bundle import fetch_bundle
+from relora_train.checkpoints.layout import split_checkpoint_uri
+from relora_train.checkpoints.lease import Lease, hold_run
+from relora_train.checkpoints.lineage import descendants, read_checkpoints
+from relora_train.checkpoints.manifest import RECORD_FILES, CheckpointManifest, parse_manifest
+from relora_train.checkpoints.store import CheckpointRef, CheckpointStore, read_checkpoint
+from relora_train.errors import CheckpointIncompleteError, CheckpointNotFoundError, ConfigError, ObjectNotFoundError
+from relora_train.method.stages import Stage, differing_settings, stage_fingerprint
+from relora_train.runs.evaluations import dataset_of
+from relora_train.runs.launch import nodes_of, run_worker
+from relora_train.runs.run import DatasetRef, OnEvent, Run, fetch_dataset, fetch_parent, stage_identity
+from relora_train.settings.profile import Profile, profile_from_file, settings_digest
+from relora_train.storage.opening import open_store
+from relora_train.storage.workspace import checkpoint_cache, work_directory
+from relora_train.training.requests import StageRequest
+
+_RETRY = "retry"
+_DESCRIPTIONS = ("adapter/README.md", "adapter/adapter_config.json")
+"""Beside what was trained; an earlier version wrote them otherwise."""
+
+
+@dataclass(frozen=True)
+class RetryOutcome:
+    """What came of it."""
+
+    checkpoint: CheckpointRef
+    """The one that was committed before."""
+
+    differing_files: tuple[str, ...]
+    """Files of the checkpoint with other bytes than before, by name; none when the result is confirmed."""
+
+    evaluation: dict[str, float]
+    """Of the new attempt; the committed one's is in its manifest."""
+
+    descendants: tuple[CheckpointRef, ...]
+    """Checkpoints of this store that were trained from the committed one, in any run."""
+
+    replacement: CheckpointRef | None
+    """The new attempt, when it was committed in the other's place."""
+
+    @property
+    def identical(self) -> bool:
+        return not self.differing_files
+
+
+def retry_stage(checkpoint: CheckpointRef, *, on_event: OnEvent, replace: bool = False) -> RetryOutcome:
+    """Train a committed checkpoint's stage again and compare; see above. Without `replace` the store is only read.
+
+    With it this process is the run's one writer meanwhile: RunInUseError while a flow of the run lives, and ConfigError
+    before any work for a checkpoint off its run's line. Raises CheckpointNotFoundError or ObjectNotFoundError when its
+    parent or dataset is gone.
+    """
+    if replace:
+        _require_on_line(checkpoint)
+    profile, parent, dataset = profile_of(checkpoint), parent_of(checkpoint), dataset_of(checkpoint)
+    stage = stage_of(checkpoint.manifest)
+    run = Run(checkpoint.manifest.run_id, checkpoint.store_uri, profile)
+    _require_same_settings(run, stage, dataset, parent, checkpoint)
+    writer: AbstractContextManager[Lease | None] = nullcontext()
+    if replace:
+        writer = hold_run(run.store, run.run_id, depends_on=[checkpoint.uri])
+    with writer as lease, work_directory(run.run_id, f"retry-{stage.name}-{checkpoint.fingerprint[:12]}") as directory:
+        shutil.rmtree(directory / "checkpoint", ignore_errors=True)  # of a retry that was stopped: it proves nothing
+        request = StageRequest(
+            run_id=run.run_id,
+            profile=profile,
+            stage=stage,
+            fingerprint=checkpoint.fingerprint,
+            fingerprint_settings=checkpoint.manifest.fingerprint_settings,
+            variant_of=checkpoint.manifest.variant_of,
+            divergence=checkpoint.manifest.divergence,
+            parent=checkpoint.manifest.parent,
+            parent_directory=fetch_parent(parent) if parent else None,
+            source_dtype=checkpoint.manifest.source_dtype,
+            dataset_uri=dataset.uri,
+            dataset_id=dataset.dataset_id,
+            dataset_directory=fetch_dataset(dataset),
+            output_directory=directory / "checkpoint",
+        )
+        run_worker(
+            "relora_train.training.trainer",
+            request,
+            directory / "request.json",
+            on_event=on_event,
+            nproc_per_node=profile.launch.nproc_per_node,
+            nodes=nodes_of(profile.launch),
+        )
+        path = request.output_directory / "manifest.json"
+        made = parse_manifest(CheckpointManifest, path.read_bytes(), uri=path.as_uri())
+        differing = differing_files(made, checkpoint.manifest)
+        replacement = None
+        if lease is not None and differing:
+            lease.check()
+            held = CheckpointStore(open_store(checkpoint.store_uri), run.run_id)
+            replacement = held.commit(request.output_directory, _as_variant(made, checkpoint))
+            held.set_head(replacement)
+    below = descendants(checkpoint, read_checkpoints(open_store(checkpoint.store_uri)))
+    return RetryOutcome(checkpoint, differing, made.evaluation, tuple(below), replacement)
+
+
+def stage_of(manifest: CheckpointManifest) -> Stage:
+    """The stage that ended in a checkpoint, read back from the settings of its fingerprint. Pure."""
+    settings = manifest.fingerprint_settings
+    kind, start = settings["stage.kind"], settings["stage.start_step"]
+    phase_start = settings["schedule.warm_start_steps"] if kind in ("relora", "lora") else 0
+    return Stage(
+        manifest.stage, kind, start, settings["stage.end_step"], manifest.cycle, phase_step=start - phase_start
+    )
+
+
+def differing_files(ours: CheckpointManifest, theirs: CheckpointManifest) -> tuple[str, ...]:
+    """Files that only one of two checkpoints has, or that have other bytes; records are not compared."""
+    one, two = ({entry.path: entry.sha256 for entry in manifest.files} for manifest in (ours, theirs))
+    return tuple(
+        sorted(name for name in {*one, *two} - {*RECORD_FILES, *_DESCRIPTIONS} if one.get(name) != two.get(name))
+    )
+
+
+def _as_variant(made: CheckpointManifest, checkpoint: CheckpointRef) -> CheckpointManifest:
+    """The new attempt under a fingerprint of its own, which follows from its bytes: the same retry is the same."""
+    content = settings_digest({entry.path: entry.sha256 for entry in made.files if entry.path not in RECORD_FILES})
+    settings: dict[str, Any] = {**made.fingerprint_settings, _RETRY: content[:16]}
+    fingerprint = stage_fingerprint(settings, made.parent.fingerprint if made.parent else None)
+    update = {
+        "fingerprint": fingerprint,
+        "fingerprint_settings": settings,
+        "variant_of": checkpoint.stands_for,
+    }
+    return made.model_copy(update=update)
+
+
+def _require_on_line(checkpoint: CheckpointRef) -> None:
+    held = CheckpointStore(open_store(checkpoint.store_uri), checkpoint.manifest.run_id)
+    end = held.latest() if checkpoint.prefix else None
+    line: Sequence[CheckpointRef] = held.ancestry(end) if end else ()
+    if checkpoint.uri not in {ref.uri for ref in line}:
+        raise ConfigError(
+            f"{checkpoint.uri} is not on the line of run {checkpoint.manifest.run_id!r}, so nothing of the run depends "
+            "on it. Retry it without --replace, or branch from its parent with --resume-from."
+        )
+
+
+def _require_same_settings(
+    run: Run, stage: Stage, dataset: DatasetRef, parent: CheckpointRef | None, checkpoint: CheckpointRef
+) -> None:
+    """A retry under settings that are read otherwise today would prove nothing."""
+    ours = stage_identity(run, stage, dataset.dataset_id, parent)[0]
+    theirs = {key: value for key, value in checkpoint.manifest.fingerprint_settings.items() if key != _RETRY}
+    if lines := differing_settings(ours, theirs):
+        shown = "".join(f"\n  - {line}" for line in lines)
+        raise ConfigError(
+            f"The settings of {checkpoint.uri} are not what its profile.json means to this version (there -> now):"
+            f"{shown}\nRetry it with the version that made it: {checkpoint.manifest.versions.get('relora-train', '?')}."
+        )
+
+
+def profile_of(checkpoint: CheckpointRef) -> Profile:
+    """The resolved settings that a checkpoint was made with."""
+    entries = tuple(entry for entry in checkpoint.manifest.files if entry.path == "profile.json")
+    if not entries:
+        raise CheckpointIncompleteError(f"{checkpoint.uri} holds no profile.json, so its stage cannot be retried.")
+    part = checkpoint.manifest.model_copy(update={"files": entries})
+    directory = checkpoint_cache(checkpoint.manifest.run_id) / f"profile-{checkpoint.fingerprint[:12]}"
+    return profile_from_file(
+        fetch_bundle(open_store(checkpoint.store_uri), checkpoint.prefix, part, directory) / "profile.json"
+    )
+
+
+def parent_of(checkpoint: CheckpointRef) -> CheckpointRef | None:
+    """The committed checkpoint that a stage began from, or None. Raises CheckpointNotFoundError when it is gone."""
+    named = checkpoint.manifest.parent
+    if named is None:
+        return None
+    store_uri, prefix = split_checkpoint_uri(named.uri)
+    try:
+        parent = read_checkpoint(open_store(store_uri), prefix)
+    except ObjectNotFoundError:
+        parent = None
+    if parent is None or parent.fingerprint != named.fingerprint:
+        raise CheckpointNotFoundError(
+            f"{checkpoint.uri} was trained from {named.uri}, which is not there any more (pruned, deleted or moved), "
+            "and this needs both. Bring it back there, or take another checkpoint."
+        )
+    return parent

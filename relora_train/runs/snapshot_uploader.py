@@ -1,0 +1,167 @@
+"""Ship a stage's snapshots to the store while it trains, on a thread that nothing waits for. Light.
+
+While the store cannot be reached the newest snapshots wait on this machine, the oldest are dropped, one warning is
+given, and training goes on. The store gets the newest first.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import logging
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from relora_train.checkpoints.snapshots import SnapshotStore
+from relora_train.errors import CheckpointError, ReLoRAError
+from relora_train.events import Event
+
+_log = logging.getLogger("relora_train.runs.snapshot_uploader")
+
+STOP_BUDGET_SECONDS = 28.0
+"""From the moment the worker is asked to stop; Prefect kills everything after 30."""
+
+_FAILURE_BUDGET_SECONDS = 25.0  # after a crash: the retry on this machine needs no upload, another machine does
+_RETRY_SECONDS = (1.0, 5.0, 15.0, 60.0)
+_HELD_BACK_SECONDS = 0.5  # between two questions whether snapshots may be stored by now
+
+
+class SnapshotUploader:
+    """Stores what the events say was committed; on the way out of the `with`, what is still waiting.
+
+    After the block ended well nothing is waited for beyond the upload that is under way: the checkpoint comes next.
+    After an exception the newest snapshot is stored before it goes on, for 25 seconds at most, and within 28 seconds
+    of the moment the worker was asked to stop.
+
+    may_store: asked before each; as long as it says no, snapshots are made and kept on this machine only. After an
+    exception that is no stop they are not waited for then: the retry on this machine needs no upload.
+    """
+
+    def __init__(
+        self,
+        snapshots: SnapshotStore,
+        *,
+        may_store: Callable[[], bool] = lambda: True,
+        retry_seconds: tuple[float, ...] = _RETRY_SECONDS,
+    ) -> None:
+        self._snapshots, self._may_store, self._retry_seconds = snapshots, may_store, retry_seconds
+        self._changed = threading.Condition()
+        self._pending: Path | None = None
+        self._uploading: Path | None = None
+        self._closing = self._abandoned = False
+        self._failures = 0
+        self._stopping_at: float | None = None
+        context = contextvars.copy_context()  # so that log records still belong to the task around us
+        self._thread = threading.Thread(target=context.run, args=(self._run,), name="snapshots", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self._close(_FAILURE_BUDGET_SECONDS, flush=False)
+            return
+        seconds = _FAILURE_BUDGET_SECONDS
+        if self._stopping_at is not None:
+            seconds = self._stopping_at + STOP_BUDGET_SECONDS - time.monotonic()
+        stopped = not issubclass(kind, Exception)
+        self._close(seconds, flush=stopped or self._may_store())
+
+    def watch(self, on_event: Callable[[Event], None]) -> Callable[[Event], None]:
+        """A listener for run_worker that hears of snapshots and passes every event on."""
+
+        def watched(event: Event) -> None:
+            if event["event"] == "snapshot_committed":
+                self.offer(Path(event["directory"]))
+            elif event["event"] == "stopping":
+                self._stopping_at = time.monotonic()
+            elif event["event"] == "snapshot_failed":
+                _log.warning("The snapshot of step %s was not written: %s", event["step"], event["message"])
+            on_event(event)
+
+        return watched
+
+    def offer(self, directory: Path) -> None:
+        """Store this snapshot next, instead of one that is still waiting. Returns at once."""
+        with self._changed:
+            self._pending = directory
+            self._snapshots.prune_local(in_use=self._uploading)
+            self._changed.notify_all()
+
+    def _close(self, seconds: float, *, flush: bool) -> None:
+        with self._changed:
+            self._closing = True
+            if not flush:
+                self._pending = None
+            self._changed.notify_all()
+        self._thread.join(max(0.0, seconds))
+        with self._changed:
+            self._abandoned = True
+            self._changed.notify_all()
+            if flush and self._pending is not None:
+                _log.warning(
+                    "The last snapshot could not be stored in %s in time. It waits in %s: the same command on this "
+                    "machine goes on from it.",
+                    self._snapshots.uri, self._pending,
+                )  # fmt: skip
+
+    def _run(self) -> None:
+        while (directory := self._next()) is not None:
+            problem = self._try(directory)
+            with self._changed:
+                self._uploading = None
+                if problem is None:
+                    self._note_success()
+                    if self._pending == directory:
+                        self._pending = None
+                else:
+                    self._note_failure(problem)
+                    self._wait_before_retry(directory)
+
+    def _next(self) -> Path | None:
+        """Wait for a snapshot; None when there will be no more."""
+        with self._changed:
+            while not self._abandoned and not (self._closing and self._pending is None):
+                held_back = self._pending is not None and not self._may_store()
+                if self._pending is not None and not held_back:
+                    break
+                self._changed.wait(_HELD_BACK_SECONDS if held_back else None)
+            self._uploading = None if self._abandoned else self._pending
+            return self._uploading
+
+    def _try(self, directory: Path) -> Exception | None:
+        try:
+            self._snapshots.upload(directory)
+        except (CheckpointError, FileNotFoundError) as error:  # dropped, or damaged on this disk: the next one will do
+            _log.debug("Snapshot %s was not stored: %s", directory, error)
+        except (ReLoRAError, OSError) as error:
+            return error
+        return None
+
+    def _note_success(self) -> None:
+        if self._failures:
+            _log.info("Snapshots are stored again.")
+        self._failures = 0
+
+    def _note_failure(self, error: Exception) -> None:
+        self._failures += 1
+        if self._failures == 1:
+            _log.warning(
+                "Snapshots cannot be stored in %s. Training goes on; the newest wait on this machine and are stored "
+                "when it works again. (%s)",
+                self._snapshots.uri, error,
+            )  # fmt: skip
+
+    def _wait_before_retry(self, tried: Path) -> None:
+        pause = self._retry_seconds[min(self._failures, len(self._retry_seconds)) - 1]
+        if self._closing:
+            pause = min(pause, self._retry_seconds[0])
+            self._changed.wait_for(lambda: self._abandoned, timeout=pause)
+        else:
+            self._changed.wait_for(lambda: self._closing or self._pending != tried, timeout=pause)

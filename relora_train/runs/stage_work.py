@@ -1,0 +1,173 @@
+"""What one machine has of one stage: where its work begins, what it came to, and that going into the store. Light."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from relora_train import events
+from relora_train.checkpoints.bundle import check_local, remove_leftovers
+from relora_train.checkpoints.layout import snapshots_prefix
+from relora_train.checkpoints.manifest import MANIFEST_NAME, CheckpointManifest, parse_manifest, result_digest
+from relora_train.checkpoints.snapshots import remove_snapshots
+from relora_train.checkpoints.store import CheckpointRef
+from relora_train.errors import CheckpointError, ReLoRAError
+from relora_train.method.stages import Stage
+from relora_train.runs.publishing import Publication, Publisher
+from relora_train.storage.durable import sync_all
+from relora_train.storage.workspace import (
+    WorkDirectory,
+    checkpoint_cache,
+    keep_work_from,
+    short_digest,
+    wait_for_orphan,
+)
+from relora_train.training.requests import StageRequest
+
+if TYPE_CHECKING:
+    from relora_train.runs.run import Run
+
+_LOGGER = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class MadeStage:
+    """A stage whose trainer has committed its output on this machine's disk."""
+
+    manifest: CheckpointManifest
+    work: WorkDirectory
+
+    @property
+    def directory(self) -> Path:
+        return self.work.path / "checkpoint"
+
+
+def begin_work(directory: Path, stage: Stage, parent: CheckpointRef | None) -> None:
+    """Have in a stage's work directory only what began from these very bytes of its parent.
+
+    Fingerprints tell settings apart, not bytes: another attempt at the parent may have come to others, and won.
+    """
+    wait_for_orphan(directory / "trainer.lock")
+    if parent is not None and not keep_work_from(directory, result_digest(parent.manifest)):
+        _LOGGER.warning(
+            "What this machine had of %s began from another result of %s than the run's; it was dropped.",
+            stage.name, parent.manifest.stage,
+        )  # fmt: skip
+
+
+def committed_output(request: StageRequest) -> CheckpointManifest | None:
+    """What an attempt committed on this disk; else None."""
+    manifest = read_output(request.output_directory)
+    return manifest if manifest is not None and manifest.fingerprint == request.fingerprint else None
+
+
+def read_output(directory: Path) -> CheckpointManifest | None:
+    """What a trainer committed in a directory on this disk; else None."""
+    path = directory / MANIFEST_NAME
+    return parse_manifest(CheckpointManifest, path.read_bytes(), uri=path.as_uri()) if path.is_file() else None
+
+
+def left_output(request: StageRequest) -> CheckpointManifest | None:
+    """What an earlier attempt committed on this disk and did not store, if it is whole; else None.
+
+    What a power cut damaged is removed: the stage is finished again from its last snapshot.
+    """
+    directory = request.output_directory
+    try:
+        manifest = committed_output(request)
+        if manifest is not None:
+            check_local(directory, manifest)
+    except CheckpointError as error:
+        _LOGGER.warning("%s It was left on this machine by an earlier attempt; the stage is finished again.", error)
+        (directory / MANIFEST_NAME).unlink()
+        shutil.rmtree(directory)
+        return None
+    return manifest
+
+
+def work_name(run: Run, stage: str, fingerprint: str) -> tuple[str, str]:
+    """Of the work directory of a stage, or of the variant in its place."""
+    return run.run_id, f"{stage}-{fingerprint[:12]}-{short_digest(run.store.uri)}"
+
+
+def tidy_up(run: Run, checkpoint: CheckpointRef) -> None:
+    """Remove what a flow left that was killed after it had stored a checkpoint and before it had done with its files.
+
+    Those on this machine are kept where the next reader looks for them, which spares a download. Best effort.
+    """
+    _clear(run, checkpoint.fingerprint)
+    if not checkpoint.is_removed:
+        remove_leftovers(run.store, checkpoint.prefix, checkpoint.manifest)
+    work = WorkDirectory.left_over(*work_name(run, checkpoint.manifest.stage, checkpoint.fingerprint))
+    if work is None:
+        return
+    try:
+        left = read_output(work.path / "checkpoint")
+        if left is not None and left.fingerprint == checkpoint.fingerprint and not checkpoint.is_removed:
+            _keep(run, left, work.path / "checkpoint", checkpoint)
+    except CheckpointError as error:
+        _LOGGER.debug("What was left in %s is of no use: %s", work.path, error)
+    work.release(remove=True)
+
+
+def store_now(run: Run, made: MadeStage) -> CheckpointRef:
+    """Commit the checkpoint and make it the run's head; another attempt's, if that was first."""
+    run.check_lease()
+    checkpoint = run.checkpoints.commit(made.directory, made.manifest, permit=run.check_lease)
+    run.checkpoints.set_head(checkpoint)
+    _keep(run, made.manifest, made.directory, checkpoint)
+    _clear(run, made.manifest.fingerprint)
+    return checkpoint
+
+
+def store_later(run: Run, publisher: Publisher, made: MadeStage) -> CheckpointRef:
+    """Hand the checkpoint over, once it is durable on this machine; returned as it will be."""
+    sync_all(made.directory)
+    shutil.rmtree(made.work.path / "snapshots", ignore_errors=True)  # those in the store stay until it is stored
+    handed_over = time.monotonic()
+
+    def store(permit: Callable[[], None]) -> CheckpointRef:
+        def still_ours() -> None:
+            permit()
+            run.check_lease()
+
+        still_ours()
+        checkpoint = run.checkpoints.commit(made.directory, made.manifest, permit=still_ours)
+        still_ours()
+        run.checkpoints.set_head(checkpoint)
+        _clear(run, made.manifest.fingerprint)
+        events.emit(
+            "checkpoint_stored",
+            stage=checkpoint.manifest.stage,
+            step=checkpoint.step,
+            uri=checkpoint.uri,
+            seconds=time.monotonic() - handed_over,
+        )
+        return checkpoint
+
+    def finish(committed: CheckpointRef | None) -> None:
+        if committed is not None:
+            _keep(run, made.manifest, made.directory, committed)
+        made.work.release(remove=committed is not None)
+
+    checkpoint = run.checkpoints.place_of(made.manifest)
+    publisher.offer(Publication(checkpoint, made.directory, store, run.store.cancel_uploads, finish))
+    return checkpoint
+
+
+def _keep(run: Run, made: CheckpointManifest, directory: Path, checkpoint: CheckpointRef) -> None:
+    """Spare the next reader on this machine a download."""
+    run.checkpoints.keep(checkpoint, made, directory, checkpoint_cache(run.run_id))
+
+
+def _clear(run: Run, fingerprint: str) -> None:
+    """Remove the stage's snapshots from the store: its checkpoint has taken their place. Best effort."""
+    try:
+        remove_snapshots(run.store, snapshots_prefix(run.run_id, fingerprint))
+    except ReLoRAError as error:
+        _LOGGER.warning("Snapshots that are no longer needed stay in %s: %s", run.store.uri, error)

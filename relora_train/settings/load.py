@@ -1,0 +1,171 @@
+"""Find profiles and turn TOML and overrides into a Profile. Light: imports no torch, boto3 or prefect."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import tomllib
+from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
+from typing import Any, get_args
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from relora_train.errors import ConfigError, ProfileInvalidError, ProfileNotFoundError
+from relora_train.settings.profile import Profile
+from relora_train.storage.redaction import refuse_secrets
+
+_PACKAGE = Path(__file__).resolve().parents[1]
+
+
+def profile_directory() -> Path:
+    """The profiles that ship with the project: beside the packages in a checkout, inside the wheel when installed."""
+    inside_wheel = _PACKAGE / "_profiles"
+    return inside_wheel if inside_wheel.is_dir() else _PACKAGE.parent / "profiles"
+
+
+def list_profiles() -> list[Path]:
+    """Paths of the shipped profiles, by name."""
+    return sorted(profile_directory().glob("*.toml"))
+
+
+def load_profile(name_or_path: str | Path, overrides: Iterable[str] | Mapping[str, Any] = ()) -> Profile:
+    """Resolve a shipped profile's name, or a path to a TOML file, under overrides.
+
+    overrides: 'section.key=value' strings (value in TOML, or bare text), or a mapping of dotted keys to values. A table
+    as a value is a section of which the keys it names are set, and no others.
+    Raises ProfileNotFoundError, ProfileInvalidError (all faults at once, each with file and field), ConfigError.
+    """
+    path = _find(name_or_path)
+    try:
+        settings = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ProfileInvalidError(f"{path} is not valid TOML: {error}. Correct the file and run again.") from None
+    except OSError as error:
+        raise ProfileNotFoundError(f"{path} cannot be read: {error.strerror}. Make it readable.") from None
+    sources: dict[str, str] = {}
+    items = overrides.items() if isinstance(overrides, Mapping) else map(parse_override, overrides)
+    for key, value in items:
+        _apply_override(settings, key, value)
+        sources[key] = f"overrides {key}" if isinstance(overrides, Mapping) else f"--set {key}"
+    settings.setdefault("name", path.stem)
+    return _validate(settings, path, sources)
+
+
+def _find(name_or_path: str | Path) -> Path:
+    path = Path(refuse_secrets(str(name_or_path)))
+    shipped = {entry.stem: entry for entry in list_profiles()}
+    if isinstance(name_or_path, str) and name_or_path in shipped:
+        return shipped[name_or_path]  # a file "smoke" in the working directory is meant by "./smoke"
+    if path.is_file():
+        if path.suffix != ".toml":
+            raise ProfileNotFoundError(f"{path} does not end in .toml, as a profile's file must. Rename it.")
+        return path
+    close = difflib.get_close_matches(str(name_or_path), shipped, n=1)
+    hint = f" Did you mean {close[0]!r}?" if close else ""
+    raise ProfileNotFoundError(
+        f"There is no profile {str(name_or_path)!r}, neither shipped nor as a file.{hint} "
+        f"Shipped: {', '.join(shipped)}. Give one of these or the path of a TOML file."
+    )
+
+
+def parse_override(text: str) -> tuple[str, Any]:
+    """Key and value of a `--set section.key=value`; the value is TOML, or bare text. Raises ConfigError."""
+    key, separator, value = text.partition("=")
+    if not separator or not key.strip():
+        lacks = "no key before '='" if separator else "no '='"
+        raise ConfigError(f"--set {text!r} has {lacks}; write it as section.key=value, e.g. relora.rank=16.")
+    try:
+        return key.strip(), tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        return key.strip(), value.strip()
+
+
+def _apply_override(settings: dict[str, Any], key: str, value: Any) -> None:
+    *sections, field = key.split(".")
+    table = settings
+    for section in sections:
+        table = table.setdefault(section, {})
+        if not isinstance(table, dict):
+            raise ConfigError(f"--set {key}: {section!r} is a value, not a section of the profile.")
+    if isinstance(value, Mapping) and isinstance(table.get(field), dict):
+        for name, inner in value.items():
+            _apply_override(table[field], str(name), inner)
+    else:
+        table[field] = copy.deepcopy(value)
+
+
+def _validate(settings: dict[str, Any], path: Path, sources: Mapping[str, str]) -> Profile:
+    try:
+        return Profile.model_validate(settings)
+    except ConfigError as error:
+        raise ProfileInvalidError(f"{path}, or what goes over it: {error}") from None
+    except ValidationError as error:
+        faults = tuple(_describe(fault, sources) for fault in error.errors())
+        shown = "\n".join(f"  - {fault}" for fault in faults)
+        shipped = path in list_profiles()
+        over = [maker for fault in error.errors() for maker in _makers(fault, sources, shipped=shipped)]
+        in_file = not over or (not shipped and not all(_origin(fault, sources) for fault in error.errors()))
+        places = [*dict.fromkeys(over), *([str(path)] if in_file else [])]
+        refusal = ProfileInvalidError(
+            f"{path} {'' if in_file else 'with what is set over it '}has {len(faults)} "
+            f"fault{'s' if len(faults) > 1 else ''}:\n{shown}\n"
+            f"Correct {', '.join(places)} and run again; profiles/README.md explains every key."
+        )
+        refusal.faults = faults
+        raise refusal from None
+
+
+def _describe(fault: ErrorDetails, sources: Mapping[str, str]) -> str:
+    field = ".".join(str(part) for part in fault["loc"])
+    message = fault["msg"].removeprefix("Value error, ")
+    if fault["type"] == "extra_forbidden":
+        message = f"no such setting{_suggest(fault['loc'])}"
+    elif fault["type"] == "tuple_type":
+        message = f'needs a list, such as {fault["loc"][-1]} = ["…"] (got {fault["input"]!r})'
+    elif fault["type"] not in ("value_error",):
+        message = f"{message} (got {fault['input']!r})"
+    origin = _origin(fault, sources)
+    shown = f" [{origin}]" if origin else ""
+    return f"{field}: {message}{shown}" if field else message
+
+
+def _origin(fault: ErrorDetails, sources: Mapping[str, str]) -> str | None:
+    """The override that set the faulty value; None where it stands in the file, or several values contradict."""
+    field = ".".join(str(part) for part in fault["loc"])
+    setters = [source for key, source in sources.items() if f"{field}.".startswith(f"{key}.")]
+    return setters[-1] if setters else None
+
+
+def _makers(fault: ErrorDetails, sources: Mapping[str, str], *, shipped: bool) -> list[str]:
+    """The overrides that may have made a fault. A shipped file is right by itself: they made each contradiction."""
+    if origin := _origin(fault, sources):
+        return [origin]
+    section = ".".join(str(part) for part in fault["loc"])
+    within = [source for key, source in sources.items() if key.startswith(f"{section}.")]
+    return (within or list(sources.values())) if shipped else []
+
+
+def _suggest(location: tuple[int | str, ...]) -> str:
+    section: Any = Profile
+    for part in location[:-1]:
+        section = section.model_fields[str(part)].annotation
+        section = next((t for t in (section, *get_args(section)) if _is_section(t)), None)
+        if section is None:
+            return ""
+    key = str(location[-1])
+    close = difflib.get_close_matches(key, section.model_fields, n=1)
+    elsewhere = [f"{name}.{key}" for name, fields in _sections().items() if key in fields]
+    guess = next(iter([*elsewhere, *close]), None)
+    return f"; did you mean {guess!r}?" if guess else ""
+
+
+def _sections() -> dict[str, Collection[str]]:
+    """The keys of every section."""
+    kinds: dict[str, Any] = {name: field.annotation for name, field in Profile.model_fields.items()}
+    return {name: set(kind.model_fields) for name, kind in kinds.items() if _is_section(kind)}
+
+
+def _is_section(candidate: Any) -> bool:
+    return isinstance(candidate, type) and issubclass(candidate, BaseModel)

@@ -1,0 +1,116 @@
+"""Settings over a profile as a type: every section and field of Profile, all of them optional. Light.
+
+Made from Profile itself, so that names, bounds, choices and descriptions can never drift. What is not given stays the
+profile's: a model of this kind knows which fields were given, and nothing else is ever written down or passed on.
+Rules across fields are not here: they hold for the profile and its overrides together, see profiles.load_profile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any, get_args
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    create_model,
+    model_serializer,
+    model_validator,
+)
+from pydantic.fields import FieldInfo
+
+from relora_train.settings.base import FrozenConfig
+from relora_train.settings.profile import Profile
+
+
+class Overrides(BaseModel):
+    """What overrides of every section have in common."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def dotted_keys_are_nested(cls, given: Any) -> Any:
+        """{"relora.rank": 16} is {"relora": {"rank": 16}}, as on the command line."""
+        return nested(given) if isinstance(given, Mapping) else given
+
+    @model_serializer(mode="plain")
+    def only_what_was_given(self) -> dict[str, Any]:
+        """A default that is written down would override the profile when it is read again."""
+        return {name: getattr(self, name) for name in type(self).model_fields if name in self.model_fields_set}
+
+    def settings(self) -> dict[str, Any]:
+        """The settings that were given, by section."""
+        return self.model_dump()
+
+
+def nested(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings by dotted key or by section, as sections; of two values of one key the later one counts."""
+    sections: dict[str, Any] = {}
+    for key, value in settings.items():
+        first, dot, rest = str(key).partition(".")
+        content = {rest: value} if dot else value
+        if not isinstance(content, Mapping):
+            sections[first] = content
+            continue
+        before = sections.get(first)
+        sections[first] = nested({**(before if isinstance(before, dict) else {}), **content})
+    return sections
+
+
+def layered(*layers: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings by dotted key or by section, as sections; a later layer goes over the ones before, key by key."""
+    result: dict[str, Any] = {}
+    for layer in layers:
+        for key, value in nested(layer).items():
+            before = result.get(key)
+            if isinstance(value, Mapping):
+                value = layered(before, value) if isinstance(before, Mapping) else layered(value)
+            result[key] = value
+    return result
+
+
+def _overrides_of(config: type[FrozenConfig], name: str) -> type[Overrides]:
+    fields: dict[str, Any] = {key: _optional(field) for key, field in config.model_fields.items()}
+    return create_model(name, __base__=Overrides, __module__=__name__, __doc__=config.__doc__, **fields)
+
+
+def _optional(field: FieldInfo) -> tuple[Any, Any]:
+    """Type and field with the same bounds and description; what is absent has no value, not even in the schema."""
+    kind: Any = field.annotation
+    section = next((part for part in (kind, *get_args(kind)) if _is_section(part)), None)
+    if section is not None:
+        kind = _overrides_of(section, section.__name__.removesuffix("Config") + "Overrides")
+        return kind, Field(default_factory=_absent, description=section.__doc__)
+    bounded = Annotated[(kind, *field.metadata)] if field.metadata else kind
+    return bounded, Field(default_factory=_absent, description=field.description)
+
+
+def _is_section(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, FrozenConfig)
+
+
+def _absent() -> None:
+    """The value of a field that was not given; a factory, because a plain default would be offered in every form."""
+
+
+if TYPE_CHECKING:
+
+    class ProfileOverrides(Overrides):
+        """Settings over a profile."""
+
+    class ExperimentOverrides(ProfileOverrides):
+        """Settings over an experiment."""
+
+else:
+    ProfileOverrides = _overrides_of(Profile, "ProfileOverrides")
+    ProfileOverrides.__doc__ = "Settings over a profile, by section; what is absent stays the profile's."
+    ExperimentOverrides = create_model(
+        "ExperimentOverrides",
+        __base__=ProfileOverrides,
+        __module__=__name__,
+        __doc__="Settings over an experiment: those of its base profile, or of the section of one that trains no runs.",
+        tutorial=(dict[str, Any], Field(default_factory=_absent, description="Of the regression.")),
+        throughput=(dict[str, Any], Field(default_factory=_absent, description="Of the steps that are measured.")),
+    )

@@ -1,0 +1,227 @@
+"""A run's settings together: frozen, bounded, explained where they are declared, which is settings/ for a section.
+
+A profile is sparse TOML over these defaults; `--set section.key=value` goes over the profile. Unknown keys are
+refused and all faults are shown at once. Light: imports no torch, boto3 or prefect.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from relora_train.settings.base import FrozenConfig
+from relora_train.settings.data import BatchConfig, DataConfig, ImagesConfig, TokenizerConfig
+from relora_train.settings.method import DivergenceConfig, OptimizerConfig, OptimizerResetConfig, ReLoRAConfig
+from relora_train.settings.model import ModelConfig
+from relora_train.settings.objectives import DEFAULT_OBJECTIVE, OBJECTIVES, ObjectiveName, foreign_keys
+from relora_train.settings.running import (
+    EvaluationConfig,
+    LaunchConfig,
+    LoggingConfig,
+    PrecisionConfig,
+    RetentionConfig,
+    SnapshotConfig,
+)
+from relora_train.settings.schedule import ScheduleConfig
+
+Method = Literal["full", "lora", "relora"]
+
+
+class Profile(FrozenConfig):
+    """All settings of a run."""
+
+    name: str = "profile"
+    """Name of the profile, for people; not part of any fingerprint."""
+
+    method: Method = "relora"
+    """'relora': warm start, then merged cycles; 'lora': one update merged at the end; 'full': full rank throughout."""
+
+    objective: ObjectiveName = DEFAULT_OBJECTIVE
+    """What is learned: 'causal_lm', the next token of text; 'image_classification', the class of an image."""
+
+    seed: int = Field(0, ge=0, lt=2**31)
+    """Seed of weights, data order, dropout and re-initialisation."""
+
+    model: ModelConfig = ModelConfig()
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    data: DataConfig = DataConfig()
+    images: ImagesConfig = ImagesConfig()
+    batch: BatchConfig = BatchConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    relora: ReLoRAConfig = ReLoRAConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    optimizer_reset: OptimizerResetConfig = OptimizerResetConfig()
+    precision: PrecisionConfig = PrecisionConfig()
+    divergence: DivergenceConfig = DivergenceConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    logging: LoggingConfig = LoggingConfig()
+    snapshots: SnapshotConfig = SnapshotConfig()
+    launch: LaunchConfig = LaunchConfig()
+    retention: RetentionConfig = RetentionConfig()
+
+    @model_validator(mode="after")
+    def source_belongs_to_the_objective(self) -> Self:
+        sources = OBJECTIVES[self.objective].sources
+        if self.data.source not in sources:
+            raise ValueError(
+                f"objective {self.objective!r} does not learn from data.source {self.data.source!r}; it takes "
+                f"{', '.join(sources)}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def patches_are_the_tokens_of_an_image(self) -> Self:
+        if self.objective != "image_classification":
+            return self
+        images, length = self.images, self.batch.sequence_length
+        if length != images.patches:
+            raise ValueError(
+                f"batch.sequence_length {length} is not {images.patches}, the patches of {images.patch_size} x "
+                f"{images.patch_size} pixels in an image of {images.size} x {images.size}"
+            )
+        if self.evaluation.sample_prompts:
+            raise ValueError("evaluation.sample_prompts are continued by a model of text; leave them out")
+        return self
+
+    @model_validator(mode="after")
+    def sequence_fits_the_model(self) -> Self:
+        if self.model.pretrained is None and self.batch.sequence_length > self.model.max_position_embeddings:
+            raise ValueError(
+                f"batch.sequence_length {self.batch.sequence_length} is longer than "
+                f"model.max_position_embeddings {self.model.max_position_embeddings}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def rank_is_low(self) -> Self:
+        width = min(self.model.hidden_size, self.model.intermediate_size)
+        if self.relora.target_modules is None:
+            width = min(width, self.model.key_value_size)
+        if self.model.pretrained is None and self.method != "full" and self.relora.rank > width:
+            raise ValueError(f"relora.rank {self.relora.rank} exceeds {width}, the smallest side of a wrapped layer")
+        return self
+
+    @model_validator(mode="after")
+    def ranks_by_layer_have_a_warm_start_and_whole_weights(self) -> Self:
+        if self.relora.rank_allocation == "uniform" or self.method == "full":
+            return self
+        if self.schedule.warm_start_steps == 0:
+            raise ValueError("relora.rank_allocation 'warm-start-spectrum' needs schedule.warm_start_steps above 0")
+        if self.relora.rank == 1:
+            raise ValueError(
+                "relora.rank_allocation 'warm-start-spectrum' has nothing to share out at relora.rank 1: every layer "
+                "keeps one direction at least; raise the rank"
+            )
+        if self.launch.sharding == "full":
+            raise ValueError(
+                "relora.rank_allocation 'warm-start-spectrum' looks at whole weights, which launch.sharding 'full' "
+                "never has; set one of them back"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def ranks_share_the_batch(self) -> Self:
+        if self.launch.world_size is not None and (fault := self.fault_of_ranks(self.launch.world_size)):
+            raise ValueError(fault)
+        return self
+
+    @model_validator(mode="after")
+    def embedding_holds_the_tokenizer(self) -> Self:
+        rows, entries = self.model.vocab_size, self.tokenizer.vocab_size
+        if self.model.pretrained is None and self.tokenizer.path is None and rows is not None and rows < entries:
+            raise ValueError(f"model.vocab_size {rows} is below tokenizer.vocab_size {entries}")
+        return self
+
+    @model_validator(mode="after")
+    def a_sharded_model_has_one_dtype(self) -> Self:
+        if self.precision.trains_in_bfloat16 and self.launch.sharding == "full":
+            raise ValueError(
+                "precision.dtype 'pure-bfloat16' does not go with launch.sharding 'full': FSDP shards tensors of one "
+                "dtype only; set precision.dtype to 'bfloat16'"
+            )
+        return self
+
+    def fault_of_ranks(self, world_size: int) -> str | None:
+        """Why a batch cannot be shared by so many ranks, or None: then their shares differ by one sequence at most."""
+        if world_size > self.batch.sequences:
+            return (
+                f"batch.sequences {self.batch.sequences} leaves some of {world_size} ranks without a sequence: "
+                f"launch at most {self.batch.sequences}"
+            )
+        if self.launch.sharding == "full" and self.batch.sequences % world_size:
+            fitting = [n for n in range(1, self.batch.sequences + 1) if self.batch.sequences % n == 0]
+            return (
+                f"launch.sharding 'full' needs equal shares, and batch.sequences {self.batch.sequences} is no multiple "
+                f"of {world_size} ranks: launch one of {', '.join(map(str, fitting))}"
+            )
+        return None
+
+    @property
+    def warm_start_learning_rate(self) -> float:
+        """Peak learning rate of the warm start."""
+        chosen = self.optimizer.warm_start_learning_rate
+        return chosen if chosen is not None else self.optimizer.learning_rate / 2
+
+
+def settings_digest(settings: dict[str, Any]) -> str:
+    """SHA-256 in hex of settings as canonical JSON: the same for the same values in any order."""
+    canonical = json.dumps(settings, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+LATER_KEYS = {
+    "tokenizer": ("revision",),
+    "schedule": ("jagged", "cycle_growth", "horizon"),
+    "relora": ("rank_allocation", "init", "merge_dtype"),
+    "optimizer": ("low_rank_lr_ratio", "low_rank_b_lr_ratio"),
+    "optimizer_reset": ("restart_clock",),
+}
+"""Keys that came later, by section: at their defaults in no name and no fingerprint, so that older runs keep theirs."""
+
+
+def unset_later_keys(profile: Profile, section: str) -> set[str]:
+    """Those of LATER_KEYS in a section that are at their defaults."""
+    settings = getattr(profile, section)
+    fields = type(settings).model_fields
+    return {key for key in LATER_KEYS[section] if getattr(settings, key) == fields[key].default}
+
+
+def default_run_id(profile: Profile) -> str:
+    """'<profile>-<8 hex>': the same settings meet their own run again, other settings make another run.
+
+    Settings that can change no weight (how fast, where, what is reported) make no other run.
+    """
+    whole_sections = dict.fromkeys(
+        ("name", "divergence", "evaluation", "logging", "snapshots", "launch", "retention"), True
+    )
+    harmless: dict[str, Any] = {**whole_sections, **unnamed_data_keys(profile)}
+    harmless |= {section: unset_later_keys(profile, section) for section in LATER_KEYS if section not in harmless}
+    harmless |= dict.fromkeys(foreign_keys(profile.objective), True)
+    settings = profile.model_dump(mode="json", exclude=harmless)
+    name = re.sub(r"[^a-z0-9._-]+", "-", profile.name.lower()).strip("-.") or "run"
+    return f"{name}-{settings_digest(settings)[:8]}"
+
+
+def unnamed_data_keys(profile: Profile) -> dict[str, set[str]]:
+    """Keys of what is learned from that are no part of a run's name, by section.
+
+    Two of them change the data: tokenizer.train and data.bos came later, and their defaults are not what runs before
+    them did. Such a run is found by its old settings, so that it can say how to go on: corpus/tokenizer_choice.py.
+    """
+    bos = {"bos"} if profile.data.bos is not True else set()  # no run before it had one
+    later = set() if profile.data.validation_paths else {"validation_paths"}
+    later |= {"unreadable"} if profile.data.unreadable == "stop" else set()
+    return {
+        "data": {"name", "workers", "engine"} | bos | later,
+        "tokenizer": {"train", *unset_later_keys(profile, "tokenizer")},
+    }
+
+
+def profile_from_file(path: Path) -> Profile:
+    """The resolved settings saved beside a checkpoint."""
+    return Profile.model_validate_json(path.read_bytes())

@@ -1,0 +1,170 @@
+"""Scratch space on this machine. Nothing in it is needed to resume: a store holds all that counts. Light."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import logging
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Self
+
+from relora_train.errors import TrainerCrashedError
+from relora_train.storage.durable import write_durably
+from relora_train.storage.os_errors import disk_error
+
+_LOGGER = logging.getLogger(__name__)
+
+CACHE_VARIABLE = "RELORA_CACHE"
+ORIGIN_FILE = "origin"
+_ORPHAN_SECONDS = 30.0
+
+
+def cache_root() -> Path:
+    """$RELORA_CACHE, else relora-train below the user's cache directory."""
+    chosen = os.environ.get(CACHE_VARIABLE)
+    if chosen:
+        return Path(chosen).expanduser().resolve()
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache").expanduser().resolve() / "relora-train"
+
+
+def checkpoint_cache(run_id: str) -> Path:
+    """Where checkpoints of stores that are not a local directory are downloaded to."""
+    return cache_root() / "checkpoints" / run_id
+
+
+def dataset_cache(dataset_id: str) -> Path:
+    """Where a dataset is downloaded to."""
+    return cache_root() / "datasets" / dataset_id[:16]
+
+
+class WorkDirectory:
+    """A directory of this name for one process at a time, from now on until it is released.
+
+    While another live process of this machine holds it, waits (or with wait=False raises BlockingIOError): look again
+    afterwards whether the work is done. A killed process holds nothing. Raises StorageError naming the directory when
+    it cannot be made.
+    """
+
+    def __init__(self, *names: str, wait: bool = True) -> None:
+        self.path = _work_path(*names)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._lock = self.path.with_name(f"{self.path.name}.lock").open("a")
+        except OSError as error:
+            raise disk_error(error, f"use the scratch space {cache_root()} ({CACHE_VARIABLE})") from None
+        try:
+            _lock(self._lock, "/".join(names), wait=wait)
+            self.path.mkdir(parents=True, exist_ok=True)
+        except BaseException:
+            self._lock.close()
+            raise
+
+    @classmethod
+    def left_over(cls, *names: str) -> Self | None:
+        """The directory of work that somebody left, if there is any and nobody holds it at the moment. Never waits."""
+        try:
+            return cls(*names, wait=False) if _work_path(*names).is_dir() else None
+        except BlockingIOError:
+            return None
+
+    def release(self, *, remove: bool) -> None:
+        """Let others have it, with what is in it or without. Only the first call counts."""
+        if self._lock.closed:
+            return
+        if remove:
+            shutil.rmtree(self.path, ignore_errors=True)  # the lock file stays: others may be waiting on it
+        self._lock.close()
+
+
+def _work_path(*names: str) -> Path:
+    return cache_root().joinpath("work", *names)
+
+
+@contextmanager
+def work_directory(*names: str) -> Iterator[Path]:
+    """A WorkDirectory for the length of the block; removed when the work ended well, kept when it failed."""
+    held = WorkDirectory(*names)
+    try:
+        yield held.path
+    except BaseException:
+        held.release(remove=False)
+        raise
+    held.release(remove=True)
+
+
+def keep_work_from(directory: Path, origin: str) -> bool:
+    """Empty a work directory unless all in it began from `origin`, and remember that from now on; whether it did.
+
+    origin: digest of the bytes from which the work begins. What has no memory of it yet may stay: nothing is in it, or
+    the work of a version that began only from what a store holds. Not while anybody works in it.
+    """
+    note = directory / ORIGIN_FILE
+    known = note.read_text().strip() if note.is_file() else None
+    if known == origin:
+        return True
+    if known is not None:
+        for path in directory.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path != note:  # last: a kill on the way must not make the rest look like work without a memory
+                path.unlink()
+    write_durably(note, f"{origin}\n".encode())
+    return known is None
+
+
+def _lock(lock: IO[str], what: str, *, wait: bool) -> None:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        if not wait:
+            raise
+        _LOGGER.warning("Another process on this machine is at work on %s; waiting for it.", what)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+
+
+def short_digest(text: str) -> str:
+    """Eight hex digits that stand for a store's URI in a directory name."""
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+@contextmanager
+def trainer_lock(path: Path | None) -> Iterator[None]:
+    """Hold a file as long as a trainer works in the directory around it; a killed one holds nothing. None: no file."""
+    if path is None:
+        yield
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as lock:
+        _take(lock.fileno(), path, seconds=_ORPHAN_SECONDS)
+        yield
+
+
+def wait_for_orphan(path: Path) -> None:
+    """Return when no trainer holds the file: one whose parent was killed first saves its state.
+
+    Raises TrainerCrashedError, which is retried, when that takes more than half a minute.
+    """
+    if path.exists():
+        with path.open("a") as lock:
+            _take(lock.fileno(), path, seconds=_ORPHAN_SECONDS)
+
+
+def _take(descriptor: int, path: Path, *, seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                raise TrainerCrashedError(
+                    f"The trainer process of an earlier attempt is still at work after {seconds:.0f} s (it holds "
+                    f"{path}). Wait for it or end it, then run the same command again."
+                ) from None
+            time.sleep(0.1)

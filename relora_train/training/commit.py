@@ -1,0 +1,131 @@
+"""Write what a stage produced as a committed checkpoint directory."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from relora_train.checkpoints.manifest import CheckpointManifest, describe_files
+from relora_train.method.optimizer import optimizer_state_by_name
+from relora_train.training.files import (
+    ADAPTER_DIRECTORY,
+    METRICS_FILE,
+    OPTIMIZER_FILE,
+    PROFILE_FILE,
+    STATE_FILE,
+    copy_companions,
+    new_attempt,
+    package_versions,
+    save_adapter,
+    save_model,
+    save_optimizer_state,
+    write_manifest,
+    write_metrics,
+)
+from relora_train.training.models.base import Evaluation
+from relora_train.training.read_back import check_written
+from relora_train.training.sharded_saving import save_sharded
+from relora_train.training.stage import StageTraining
+
+
+def commit_stage(
+    training: StageTraining,
+    *,
+    metrics: list[dict[str, Any]],
+    merge_report: dict[str, Any],
+    before: Evaluation,
+    after: Evaluation,
+    evaluation_key: str,
+    stage_seconds: float,
+) -> CheckpointManifest:
+    """Write every file of the checkpoint, the manifest last. What a failed attempt left in the directory is removed.
+
+    For the first rank; the others of a sharded training call lend_rows(training) meanwhile.
+    Raises CheckpointCorruptError where the files do not hold what was trained.
+    """
+    request, stage, profile = training.request, training.stage, training.profile
+    directory = request.output_directory
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir(parents=True)
+    (save_sharded if training.ranks.sharded else _save_whole)(training, directory)
+    check_written(training, directory)
+    copy_companions(request.dataset_directory, directory)
+    if training.merged_adapter is not None:
+        tensors, config = training.merged_adapter
+        save_adapter(tensors, config, directory / ADAPTER_DIRECTORY)
+    state = training.start.model_copy(
+        update={
+            "step": stage.end_step,
+            "cycle": stage.cycle,
+            "stage_kind": stage.kind,
+            "tokens_seen": training.tokens_seen(stage.end_step),
+            "samples_seen": training.samples_seen(stage.end_step),
+            "evaluation": after.as_record(),
+            "evaluation_key": evaluation_key,
+            "matmul_precision": training.matmul.precision if training.matmul else None,
+        }
+    )
+    (directory / STATE_FILE).write_text(state.model_dump_json(indent=1) + "\n")
+    (directory / PROFILE_FILE).write_text(profile.model_dump_json(indent=1) + "\n")
+    write_metrics(metrics, directory / METRICS_FILE)
+    evaluation = after.as_record() | {f"{key}_before": value for key, value in before.as_record().items()}
+    manifest = CheckpointManifest(
+        files=describe_files(directory),
+        attempt=new_attempt(),
+        versions=package_versions(),
+        run_id=request.run_id,
+        profile=profile.name,
+        stage=stage.name,
+        step=stage.end_step,
+        cycle=stage.cycle,
+        tokens_seen=state.tokens_seen,
+        fingerprint=request.fingerprint,
+        fingerprint_settings=request.fingerprint_settings,
+        variant_of=request.variant_of,
+        divergence=request.divergence,
+        parent=request.parent,
+        dataset_id=request.dataset_id,
+        dataset_uri=request.dataset_uri,
+        evaluation=evaluation,
+        merge_report=merge_report,
+        source_dtype=training.source_dtype,
+        stage_seconds=stage_seconds,
+        provenance=request.provenance,
+    )
+    write_manifest(manifest, directory)
+    return manifest
+
+
+def lend_rows(training: StageTraining) -> None:
+    """The part of the other ranks of a sharded training in commit_stage."""
+    save_sharded(training, None)
+    check_written(training, None)
+
+
+def _save_whole(training: StageTraining, directory: Path) -> None:
+    save_model(training.model, directory, weights=merged_weights(training))
+    handed_on = training.stage.hands_on_optimizer
+    state = optimizer_state_by_name(training.optimizer, training.model) if handed_on else {}
+    save_optimizer_state(state, directory / OPTIMIZER_FILE)
+
+
+def merged_weights(training: StageTraining) -> dict[str, Tensor]:
+    """The model's state under its Hugging Face names: A and B left out, exact weights for rounded ones."""
+    masters: Mapping[str, Tensor] = training.masters or {}
+    weights: dict[str, Tensor] = {}
+    exact: dict[int, Tensor] = {}  # tied tensors stay tied: only so are they written once
+    for name, tensor in training.model.state_dict().items():
+        if name.rpartition(".")[2] in ("lora_A", "lora_B"):
+            continue
+        if name in masters:
+            weights[name] = masters[name]
+        elif tensor.dtype == torch.bfloat16:
+            weights[name] = exact.setdefault(tensor.data_ptr(), tensor.float())
+        else:
+            weights[name] = tensor.detach()
+    return weights

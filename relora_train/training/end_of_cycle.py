@@ -1,0 +1,137 @@
+"""The end of a cycle: merge → re-init → optimizer reset, with a report that the model's function stayed the same."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from relora_train.checkpoints.layout import checkpoint_name
+from relora_train.errors import DivergedError, TrainingError
+from relora_train.method.optimizer import reset_optimizer_state
+from relora_train.method.relora import LayerMerge, adapter_config, adapter_state, lora_parameters, merge_and_reinit
+from relora_train.process import Emit
+from relora_train.training.evaluate import autocast
+from relora_train.training.matmul_probe import current_precision, keeps_accuracy, products_of
+from relora_train.training.models.compiling import without_compiling
+from relora_train.training.models.registry import facts_of
+from relora_train.training.stage import StageTraining
+
+_PROBE_SEQUENCES = 4
+_ROUNDING = {"float32": 1e-4, "bfloat16": 0.1}
+"""Largest change of the output that rounding alone can explain, relative to the largest logit."""
+
+
+def finish_cycle(training: StageTraining, metrics: list[dict[str, Any]], emit: Emit) -> dict[str, Any]:
+    """Merge, redraw A, zero B, prune Adam's state; keep the merged A and B for the adapter; return the merge report.
+
+    Raises TrainingError when the output changed by more than rounding: such a checkpoint is not to be trusted.
+    """
+    stage, profile = training.stage, training.profile
+    parent = training.request.parent
+    config = adapter_config(
+        training.model,
+        base_model_name_or_path=checkpoint_name(parent.step, parent.fingerprint) if parent else None,
+        task_type=training.objective.adapter_task,
+    )
+    training.merged_adapter = (adapter_state(training.model), config)
+    before = _probe_output(training)
+    if not bool(before.isfinite().all()):
+        raise DivergedError(
+            f"The model's output is not finite at step {stage.end_step}, the last of stage {stage.name}: the run "
+            "diverged and nothing of this stage was committed. Lower optimizer.learning_rate, or set "
+            "divergence.on_divergence = 'lower_lr'."
+        )
+    layers = merge_and_reinit(
+        training.model,
+        cycle=stage.cycle,
+        seed=profile.seed,
+        masters=training.masters,
+        keep_in=getattr(torch, profile.relora.merge_dtype),
+    )
+    change = _relative_change(before, _probe_output(training))
+    reset = reset_optimizer_state(
+        training.optimizer,
+        lora_parameters(training.model),
+        mode=profile.optimizer_reset.mode,
+        ratio=profile.optimizer_reset.ratio,
+        independent_masks=profile.optimizer_reset.independent_masks,
+        restart_clock=profile.optimizer_reset.restart_clock,
+        seed=profile.seed,
+        cycle=stage.cycle,
+    )
+    summary = {
+        "cycle": stage.cycle,
+        "max_relative_output_change": change,
+        "relative_update_norm": _overall(layers),
+        "effective_rank": sum(layer.effective_rank for layer in layers.values()) / len(layers),
+        "optimizer_state_zeroed": reset.share_zeroed,
+        **_first_gradient_norms(metrics),
+    }
+    metrics.append({"kind": "merge", "step": stage.end_step, **summary})
+    emit("merge", stage=stage.name, step=stage.end_step, **summary)
+    _check_unchanged(training, change)
+    chosen = {"layer_ranks": training.start.layer_ranks} if training.start.layer_ranks else {}
+    return {**summary, **chosen, "layers": {f"{name}.weight": _as_record(layer) for name, layer in layers.items()}}
+
+
+def _first_gradient_norms(metrics: list[dict[str, Any]]) -> dict[str, float]:
+    """The largest of A and of B in the cycle's first steps: zero would mean that the cycle trained nothing."""
+    names = ("lora_A_grad_norm", "lora_B_grad_norm")
+    records = [record for record in metrics if names[0] in record]
+    return {f"first_{name}": max(record[name] for record in records) for name in names} if records else {}
+
+
+@torch.no_grad()
+def _probe_output(training: StageTraining) -> Tensor:
+    """Logits of a few held-out examples, without dropout."""
+    rows = training.val_data.read_blocks(0, min(_PROBE_SEQUENCES, training.val_data.blocks))
+    examples = torch.from_numpy(rows).to(training.ranks.device)
+    training.model.eval()
+    try:
+        with autocast(training.profile.precision, training.ranks.device), without_compiling():
+            return training.loss_function.logits(examples).float()
+    finally:
+        training.model.train()
+
+
+def _relative_change(before: Tensor, after: Tensor) -> float:
+    return float((after - before).abs().max() / before.abs().max())
+
+
+def _check_unchanged(training: StageTraining, change: float) -> None:
+    limit = _ROUNDING["float32"]
+    if change > limit and not _computes_as_float32(training):
+        limit = _ROUNDING["bfloat16"]
+    if not change <= limit:
+        raise TrainingError(
+            f"Merging cycle {training.stage.cycle} changed the model's output by {change:.2g} of its largest logit, "
+            f"more than rounding can ({limit:g}). Nothing was committed. This is a fault of the merge: please report "
+            "it with the profile; precision.dtype = 'float32' may avoid it."
+        )
+
+
+def _computes_as_float32(training: StageTraining) -> bool:
+    """Whether weights and the probe's products have float32's accuracy: by measurement, whatever its setting's name."""
+    profile = training.profile
+    if profile.precision.dtype != "float32" or profile.relora.merge_dtype != "float32":
+        return False
+    products = products_of(training.model, rows=_PROBE_SEQUENCES * facts_of(profile).rows_per_sequence())
+    return keeps_accuracy(products, training.ranks.device, current_precision())
+
+
+def _overall(layers: dict[str, LayerMerge]) -> float:
+    """Norm of all updates together over the norm of all weights together."""
+    update = sum(layer.update_norm**2 for layer in layers.values())
+    weight = sum(layer.weight_norm**2 for layer in layers.values())
+    return float((update / weight) ** 0.5) if weight else 0.0
+
+
+def _as_record(layer: LayerMerge) -> dict[str, float]:
+    return {
+        "update_norm": layer.update_norm,
+        "weight_norm": layer.weight_norm,
+        "relative_update_norm": layer.relative_norm,
+        "effective_rank": layer.effective_rank,
+    }

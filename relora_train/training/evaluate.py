@@ -1,0 +1,107 @@
+"""Held-out scores of a model, weighted by what was scored, and the process that scores a committed checkpoint."""
+
+from __future__ import annotations
+
+import json
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+
+from relora_train.data.dataset import ExampleDataset
+from relora_train.distributed import Ranks, joined_ranks
+from relora_train.process import Emit, serve_request
+from relora_train.settings.running import PrecisionConfig
+from relora_train.training.models.base import Evaluation, LossFunction, Objective
+from relora_train.training.models.compiling import without_compiling
+from relora_train.training.models.registry import objective_of
+from relora_train.training.requests import EvaluationRequest
+from relora_train.training.torch_settings import configure_torch
+
+
+@torch.no_grad()
+def evaluate_model(
+    model: nn.Module,
+    loss_function: LossFunction,
+    dataset: ExampleDataset,
+    objective: Objective,
+    *,
+    sequences: int,
+    batch_sequences: int,
+    precision: PrecisionConfig,
+    ranks: Ranks,
+) -> Evaluation:
+    """Score `sequences` examples spread evenly over the validation split, or all; the same for any batch size.
+
+    Sums in float64, so batches of unequal size weigh by their terms. Leaves the model's mode as it was.
+    """
+    was_training = model.training
+    model.eval()
+    sums = torch.zeros(objective.sums, dtype=torch.float64, device=ranks.device)
+    count = min(sequences, dataset.blocks)
+    for first in range(0, count, ranks.world_size * batch_sequences):
+        start = first + ranks.rank * batch_sequences
+        idle = start >= count
+        if idle and not ranks.sharded:
+            break
+        rows = dataset.read_spread(0 if idle else start, 1 if idle else min(batch_sequences, count - start), of=count)
+        examples = torch.from_numpy(rows).to(ranks.device)
+        with autocast(precision, ranks.device), without_compiling():
+            found = loss_function.sums(examples)
+        if not idle:  # else it only lent its rows to the others
+            sums += found
+    ranks.sum(sums)
+    model.train(was_training)
+    return objective.summarize(sums.tolist(), dataset)
+
+
+def autocast(precision: PrecisionConfig, device: torch.device) -> AbstractContextManager[Any]:
+    """The context in which forward passes of a profile run."""
+    if precision.computes_in_bfloat16:
+        return torch.autocast(device.type, dtype=torch.bfloat16)
+    return nullcontext()
+
+
+def hold_as_computed(model: nn.Module, precision: PrecisionConfig) -> None:
+    """Under autocast, hold linear layers in bfloat16, as it rounds them for each product: the same scores in half the
+    memory. Norms and embeddings, also one that is the head, stay float32: it does not round those.
+    """
+    if not precision.computes_in_bfloat16:
+        return
+    looked_up = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and id(module.weight) not in looked_up:
+            module.weight.data = module.weight.data.to(torch.bfloat16)
+
+
+def evaluate_checkpoint(request: EvaluationRequest, emit: Emit) -> None:
+    """Score a checkpoint through plain `from_pretrained`, as any user of it would load it, and sample from it."""
+    profile = request.profile
+    objective = objective_of(profile)
+    configure_torch(profile)
+    with joined_ranks(profile.launch.device) as ranks:
+        dataset = objective.open_data(request.dataset_directory, "val")
+        model = objective.load_model(request.checkpoint_directory)
+        loss_function = objective.loss_function(model, dataset.manifest)
+        hold_as_computed(model, profile.precision)
+        model.to(ranks.device)
+        evaluation = evaluate_model(
+            model,
+            loss_function,
+            dataset,
+            objective,
+            sequences=request.sequences,
+            batch_sequences=profile.evaluation.batch_sequences,
+            precision=profile.precision,
+            ranks=ranks,
+        )
+        with autocast(profile.precision, ranks.device):
+            samples = objective.sample(model, request.checkpoint_directory, dataset.manifest, ranks.device)
+        if ranks.is_first:
+            request.result_path.write_text(json.dumps({**evaluation.as_record(), "samples": samples}))
+            emit("evaluation", **evaluation.as_record())
+
+
+if __name__ == "__main__":
+    serve_request(EvaluationRequest, evaluate_checkpoint)

@@ -1,0 +1,255 @@
+"""Build or load a causal language model, and its training loss without a matrix of all logits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol, cast, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from relora_train.errors import ModelError, ModelUnsuitableError, SequenceTooLongError, VocabularyMismatchError
+from relora_train.settings.model import ModelConfig
+from relora_train.training.models.chunked_loss import chunked_cross_entropy
+from relora_train.training.models.pretrained import load_model, load_skeleton
+
+_UNMASKED = "sdpa_without_mask"
+_EVALUATION_ROWS = 1024  # logits of so many tokens exist at once during evaluation
+
+
+def build_model(config: ModelConfig, *, vocab_size: int, eos_id: int, sequence_length: int, seed: int) -> nn.Module:
+    """A transformers causal LM in float32: random weights drawn from `seed` alone, or the pretrained ones.
+
+    vocab_size: entries of the tokenizer; the embedding has at least as many rows.
+    Raises ModelNotFoundError, ModelUnsuitableError, VocabularyMismatchError, SequenceTooLongError.
+    """
+    if config.pretrained is not None:
+        model = load_model(config.pretrained, revision=config.revision)
+    else:
+        model = _random_llama(config, vocab_size=vocab_size, eos_id=eos_id, seed=seed)
+    check_fits(model, vocab_size=vocab_size, sequence_length=sequence_length)
+    return model
+
+
+def model_skeleton(config: ModelConfig, *, vocab_size: int, eos_id: int) -> nn.Module:
+    """The model that build_model would return, without values: all its tensors are on torch's meta device."""
+    from transformers import LlamaForCausalLM
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    if config.pretrained is not None:
+        return load_skeleton(config.pretrained, revision=config.revision)
+    with torch.device("meta"):
+        return cast(nn.Module, LlamaForCausalLM(_llama_config(config, vocab_size=vocab_size, eos_id=eos_id)).float())
+
+
+def _random_llama(config: ModelConfig, *, vocab_size: int, eos_id: int, seed: int) -> nn.Module:
+    from transformers import LlamaForCausalLM
+
+    llama = _llama_config(config, vocab_size=vocab_size, eos_id=eos_id)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return cast(nn.Module, LlamaForCausalLM(llama).float())
+
+
+def _llama_config(config: ModelConfig, *, vocab_size: int, eos_id: int) -> Any:
+    from transformers import LlamaConfig
+
+    shape = config.model_dump(exclude={"pretrained", "revision", "vocab_size", "rope_theta"})
+    return LlamaConfig(
+        **shape,
+        vocab_size=config.vocab_size or vocab_size,
+        rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
+        bos_token_id=eos_id,
+        eos_token_id=eos_id,
+        pad_token_id=None,
+        attn_implementation="sdpa",
+    )
+
+
+def file_name(model: nn.Module, name: str) -> str:
+    """Return the name of a tensor in the model's files, where transformers has another name for it than in memory.
+
+    Raises ModelError where a file holds it in another form, merged with others or split.
+    """
+    from transformers.core_model_loading import revert_weight_conversion
+
+    known: dict[str, str] | None = getattr(model, "file_names", None)
+    if known is not None:
+        return known[name]
+    shape = cast(Any, model).get_parameter_or_buffer(name).shape
+    written = revert_weight_conversion(cast(Any, model), {name: torch.empty(shape, device="meta")})
+    if [tensor.shape for tensor in written.values()] != [shape]:
+        raise ModelError(
+            f"The files of a {type(model).__name__} hold {name} in another form than memory does, and "
+            "launch.sharding = 'full' reads and writes tensors one by one. Use launch.sharding = 'none'."
+        )
+    return str(next(iter(written)))
+
+
+def check_fits(model: nn.Module, *, vocab_size: int, sequence_length: int) -> None:
+    """Refuse a tokenizer with ids the embedding lacks, and sequences longer than the model's positions."""
+    rows = embedding(model).num_embeddings
+    if vocab_size > rows:
+        raise VocabularyMismatchError(
+            f"The tokenizer has {vocab_size} entries, the model's embedding only {rows} rows. "
+            "Continue a model with its own tokenizer: leave tokenizer.path and tokenizer.train out. For a new model, "
+            "set model.vocab_size to at least that many."
+        )
+    longest = getattr(cast(Any, model).config, "max_position_embeddings", None)
+    if longest is not None and sequence_length > longest:
+        raise SequenceTooLongError(
+            f"batch.sequence_length {sequence_length} is longer than the model's {longest} positions. "
+            f"Set batch.sequence_length to {longest} or less."
+        )
+
+
+def embedding(model: nn.Module) -> nn.Embedding:
+    """The token embedding."""
+    return cast(nn.Embedding, cast(Any, model).get_input_embeddings())
+
+
+def head(model: nn.Module) -> nn.Linear:
+    """The linear layer from hidden states to logits."""
+    return cast(nn.Linear, cast(Any, model).get_output_embeddings())
+
+
+def blocks(model: nn.Module) -> list[nn.Module]:
+    """The equal blocks that transformers says a model consists of; none where it does not say."""
+    kinds = set(getattr(model, "_no_split_modules", None) or ())
+    return [module for module in model.modules() if type(module).__name__ in kinds]
+
+
+def attend_without_mask(model: nn.Module) -> None:
+    """Let a Llama or GPT-NeoX with plain causal attention make no mask: the same bits, and no look at the device.
+
+    Before making a mask transformers asks, in every forward pass, whether positions are packed: the host would wait
+    for all the work it has given to a GPU. Of other models and windowed attention nothing is changed.
+    """
+    from transformers import AttentionInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    config = cast(Any, model).config
+    windowed = getattr(config, "sliding_window", None) is not None
+    if config.model_type in ("llama", "gpt_neox") and not windowed and config._attn_implementation == "sdpa":
+        AttentionInterface.register(_UNMASKED, sdpa_attention_forward)  # it is causal where it is given no mask
+        cast(Any, model).set_attn_implementation(_UNMASKED)
+
+
+def checkpoint_activations(model: nn.Module) -> None:
+    """Keep only the input of every block for the backward pass and compute the rest again: the same gradients."""
+    try:
+        cast(Any, model).activation_checkpointing_enable({"use_reentrant": False})
+    except ValueError:
+        raise ModelError(
+            f"transformers cannot checkpoint the activations of a {type(model).__name__}. "
+            "Set launch.gradient_checkpointing to false; a lower batch.micro_sequences saves memory too."
+        ) from None
+
+
+def logits(model: nn.Module, inputs: Tensor) -> Tensor:
+    """Logits (batch, length, vocabulary) of token ids (batch, length)."""
+    return cast(Tensor, model(input_ids=inputs, use_cache=False).logits)
+
+
+def next_token_loss(model: nn.Module, tokens: Tensor, *, fused: bool = True) -> Tensor:
+    """Sum of the cross-entropies in nats of tokens[:, 1:] given what stands before each.
+
+    tokens: ids (batch, length + 1). fused: go from hidden states to the loss in chunks, so that the logits of the
+    whole batch never exist; only for models whose head is a plain matrix (see `head_is_plain`).
+    """
+    inputs, targets = tokens[:, :-1], tokens[:, 1:].reshape(-1)
+    if not fused:
+        scores = logits(model, inputs)
+        return F.cross_entropy(scores.flatten(0, 1).float(), targets, reduction="sum")
+    if isinstance(model, HasFusedLoss):  # a sharded model gathers its weights around its own methods only
+        return model.fused_loss(inputs, targets)
+    return fused_loss(model, inputs, targets)
+
+
+@runtime_checkable
+class HasFusedLoss(Protocol):
+    """A model with the function below as a method."""
+
+    def fused_loss(self, inputs: Tensor, targets: Tensor) -> Tensor: ...
+
+
+def fused_loss(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
+    """From token ids (batch, length) and the flat targets to the summed loss, without all logits at once."""
+    backbone = cast(Any, model).base_model
+    hidden = backbone(input_ids=inputs, use_cache=False).last_hidden_state.flatten(0, 1)  # (batch * length, hidden)
+    weight: Tensor = head(model).weight
+    bias: Tensor | None = head(model).bias
+    if torch.is_autocast_enabled(hidden.device.type):
+        dtype = torch.get_autocast_dtype(hidden.device.type)
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+    if not torch.is_grad_enabled():
+        return _chunked_loss(hidden, weight, bias, targets)
+    return chunked_cross_entropy(hidden, weight, bias, targets)
+
+
+def _chunked_loss(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
+    """The same sum without gradients, accumulated in float32."""
+    total = torch.zeros((), device=hidden.device)
+    for rows, answers in zip(
+        torch.split(hidden, _EVALUATION_ROWS), torch.split(targets, _EVALUATION_ROWS), strict=True
+    ):
+        total += F.cross_entropy(F.linear(rows, weight, bias).float(), answers, reduction="sum")
+    return total
+
+
+@torch.no_grad()
+def head_is_plain(model: nn.Module) -> bool:
+    """Whether the fused loss equals the model's own on a short probe: no scaled, capped or extended logits."""
+    if not isinstance(head(model), nn.Linear):
+        return False
+    probe = _probe(model, rows=2)
+    with _evaluating(model):
+        ours = next_token_loss(model, probe, fused=True)
+        theirs = next_token_loss(model, probe, fused=False)
+    return bool(torch.isclose(ours, theirs, rtol=1e-4))
+
+
+@torch.no_grad()
+def check_causal(model: nn.Module) -> None:
+    """Refuse a model whose logits depend on tokens that come later: it would read what it is to predict.
+
+    Two forward passes over one short sequence, of which the second half changes. Raises ModelUnsuitableError.
+    """
+    tokens = _probe(model, rows=1)
+    half = tokens.shape[1] // 2
+    changed = torch.cat([tokens[:, :half], (tokens[:, half:] + 1) % embedding(model).num_embeddings], dim=1)
+    with _evaluating(model):
+        before, after = logits(model, tokens)[:, :half].float(), logits(model, changed)[:, :half].float()
+    if not bool(before.isfinite().all() & after.isfinite().all()):
+        raise ModelUnsuitableError(
+            f"The {type(model).__name__} gives logits that are not finite: its weights are broken."
+        )
+    moved = float((before - after).abs().max() / before.abs().max().clamp_min(1e-30))
+    exact = before.device.type == "cpu" and all(parameter.dtype != torch.bfloat16 for parameter in model.parameters())
+    # An untrained BERT moves them by 2e-4, a trained one by 1; experts, which sort their tokens anew, by rounding.
+    if moved > (1e-5 if exact else 1e-2):
+        raise ModelUnsuitableError(
+            f"The logits of this {type(model).__name__} look ahead: other tokens later on change them by {moved:.2g} "
+            "of the largest, so it would be trained on what it has to predict. It is an encoder, or its config.json "
+            "makes it one (is_decoder = false). Give a model with causal attention."
+        )
+
+
+def _probe(model: nn.Module, *, rows: int) -> Tensor:
+    """Token ids (rows, 9), spread over the vocabulary."""
+    table = embedding(model)
+    return (torch.arange(rows * 9, device=table.weight.device) * 7919 % table.num_embeddings).reshape(rows, 9)
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)

@@ -1,0 +1,154 @@
+"""Load a model of transformers from a directory or the hub: all of it, or an error that says what is wrong."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from relora_train.checkpoints.manifest import Dtype
+from relora_train.errors import ModelNotFoundError, ModelUnsuitableError
+from relora_train.process import is_out_of_memory
+from relora_train.training.files import MODEL_FILE
+from relora_train.training.models.pretrained_config import CAUSAL_LM, LoadedAs, check_config
+
+_BUFFERS = re.compile(r"(inv_freq|masked_bias|attn\.bias|attention\.bias|position_ids)$")
+"""Names in old files of what is made from the configuration today, besides those that transformers itself knows."""
+
+_NAMED = 3
+_DTYPES: dict[str, Dtype] = {"F64": "float32", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+
+
+def load_model(path: str | Path, *, revision: str | None = None, kind: LoadedAs = CAUSAL_LM) -> nn.Module:
+    """Any model that this class of transformers knows, from a directory or the hub, in float32.
+
+    Every value comes from the files: a model of which they lack a tensor, or hold one more, is a ModelUnsuitableError,
+    as is one that is quantised or was made for another task. No pickle is ever loaded and no code of a checkpoint is
+    ever run: such a one is a ModelNotFoundError.
+    """
+    with _reading(path):
+        loader, _ = _loader(path, revision, kind)
+        model, found = loader.from_pretrained(
+            _place(path),
+            revision=revision,
+            dtype=torch.float32,
+            attn_implementation="sdpa",
+            use_safetensors=True,
+            trust_remote_code=False,  # not asked: a worker's standard input never answers
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused here, by name
+        )
+        if getattr(model, "_hf_peft_config_loaded", False):
+            raise ModelUnsuitableError(
+                f"{str(path)!r} holds a PEFT adapter beside or instead of a model. Merge it into its base (peft's "
+                "merge_and_unload) and give what that saves."
+            )
+    unexpected = [name for name in found["unexpected_keys"] if not _BUFFERS.search(name)]
+    check_tensors(path, found["missing_keys"], [str(entry[0]) for entry in found["mismatched_keys"]], unexpected)
+    return cast(nn.Module, model)
+
+
+def dtype_of_files(path: str | Path, *, revision: str | None = None) -> Dtype | None:
+    """Return the dtype of most values in the files that load_model has read; None where that cannot be told."""
+    from transformers.utils import cached_file
+
+    values: Counter[Dtype] = Counter()
+    find = partial(cached_file, _place(path), revision=revision)
+    with suppress(OSError, ValueError, KeyError, TypeError, SafetensorError):  # informative: no run ends here
+        found = find(MODEL_FILE, _raise_exceptions_for_missing_entries=False)
+        index = {} if found else json.loads(Path(find(f"{MODEL_FILE}.index.json")).read_bytes())["weight_map"]
+        for name in sorted({*index.values()} or {MODEL_FILE}):
+            with safe_open(find(name), framework="pt") as file:
+                for tensor in map(file.get_slice, file.keys()):
+                    if dtype := _DTYPES.get(tensor.get_dtype()):
+                        values[dtype] += math.prod(tensor.get_shape())
+    return max(values, key=values.__getitem__, default=None)
+
+
+def load_skeleton(path: str | Path, *, revision: str | None = None, kind: LoadedAs = CAUSAL_LM) -> nn.Module:
+    """The model that load_model would return, without values: all its tensors are on torch's meta device."""
+    from transformers import GenerationConfig
+
+    with _reading(path):
+        loader, config = _loader(path, revision, kind)
+        with torch.device("meta"):
+            model = loader.from_config(config, dtype=torch.float32, attn_implementation="sdpa", trust_remote_code=False)
+        with suppress(OSError):  # not every model has one
+            model.generation_config = GenerationConfig.from_pretrained(_place(path), revision=revision)
+    return cast(nn.Module, model)
+
+
+def check_tensors(
+    path: str | Path, missing: Sequence[str], mismatched: Sequence[str], unexpected: Sequence[str]
+) -> None:
+    """Raise ModelUnsuitableError unless files hold the tensors of the model that their config.json describes."""
+    faults = {
+        "lack": missing,
+        "hold in another shape": mismatched,
+        "hold beside it": unexpected,
+    }
+    said = "; ".join(f"{verb} {_listed(names)}" for verb, names in faults.items() if names)
+    if said:
+        raise ModelUnsuitableError(
+            f"The files of {str(path)!r} are not those of the model in its config.json: they {said}. Nothing is made "
+            "up and nothing is left out. Give a complete model of this architecture; if its head and its embedding "
+            "are one matrix, its config.json must say tie_word_embeddings."
+        )
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return ", ".join(sorted(names)[:_NAMED]) + more
+
+
+def _loader(path: str | Path, revision: str | None, kind: LoadedAs) -> tuple[Any, Any]:
+    """The auto class and the configuration, once config.json is known to be of a model that it can load."""
+    import transformers
+    from transformers import AutoConfig, PreTrainedConfig
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    raw, _ = PreTrainedConfig.get_config_dict(_place(path), revision=revision)
+    check_config(raw, path, kind)
+    loader = getattr(transformers, kind.auto_class)
+    config = AutoConfig.from_pretrained(_place(path), revision=revision, trust_remote_code=False)
+    made = loader._model_mapping.get(type(config), None)
+    if made is None:
+        raise ModelUnsuitableError(
+            f"{str(path)!r} is a model of type {config.model_type!r}, of which transformers has no {kind.auto_class}. "
+            "Give a model that was made for this objective."
+        )
+    check_config(raw, path, kind, made_as=(made[0] if isinstance(made, tuple) else made).__name__)
+    return loader, config
+
+
+def _place(path: str | Path) -> str:
+    """A directory of this machine, else the hub id that it must be."""
+    directory = Path(path).expanduser()
+    return str(directory if directory.is_dir() else path)
+
+
+@contextmanager
+def _reading(path: str | Path) -> Iterator[None]:
+    if str(path).startswith((".", "/", "~")) and not Path(path).expanduser().is_dir():
+        raise ModelNotFoundError(f"model.pretrained {str(path)!r} is no directory. Correct the path, or give a hub id.")
+    try:
+        yield
+    except (OSError, ValueError, SafetensorError, ImportError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ModelNotFoundError(
+            f"model.pretrained {str(path)!r} could not be loaded: {reason} "
+            "Give a directory with config.json and safetensors weights, or a hub id this machine can reach."
+        ) from None

@@ -1,0 +1,318 @@
+"""What a model is made of, counted from its shape alone. Light: imports no torch, boto3 or prefect.
+
+Counts the families that relora.py wraps by default: Llama, GPT-NeoX and ViT.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from relora_train.errors import ConfigError, NoTargetModulesError
+from relora_train.settings.profile import Profile
+from relora_train.training.models.registry import facts_of
+
+
+@dataclass(frozen=True)
+class LinearShape:
+    """A linear layer that every block has once."""
+
+    name: str
+    """Its name inside the block, such as 'self_attn.q_proj'."""
+
+    in_features: int
+    out_features: int
+    bias: bool = False
+
+    @property
+    def weights(self) -> int:
+        return self.in_features * self.out_features
+
+    @property
+    def sides(self) -> int:
+        """in + out: parameters of A and B at rank 1."""
+        return self.in_features + self.out_features
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """A transformer: embedding, equal blocks of linear layers and norms, head."""
+
+    vocab_size: int
+    """Rows of the embedding and of the head; of a model without an embedding of tokens, of the head."""
+
+    hidden_size: int
+    layers: int
+    """Blocks."""
+
+    linears: tuple[LinearShape, ...]
+    """The linear layers of one block."""
+
+    norm_parameters: int
+    """Of all norms together."""
+
+    attention_size: int
+    """Width of all query heads together."""
+
+    tied: bool
+    """Whether embedding and head are one matrix, or there is no embedding."""
+
+    causal: bool = True
+    """Whether half of the attention is masked."""
+
+    extra_rows: int = 0
+    """Positions of a sequence that are no tokens, such as a class token."""
+
+    classifies: bool = False
+    """Whether the head reads one position of a sequence instead of all."""
+
+    other_matrices: int = 0
+    """Parameters outside blocks, embedding and head that are no vectors: patch projection, positions."""
+
+    other_vectors: int = 0
+    """Biases outside blocks."""
+
+    input_flops: int = 0
+    """Forward and backward of whatever stands in an embedding's place, for one token."""
+
+    @property
+    def parameters(self) -> int:
+        """All of them; a tied matrix counts once."""
+        per_block = sum(linear.weights + linear.bias * linear.out_features for linear in self.linears)
+        matrices = 1 if self.tied else 2
+        ends = matrices * self.vocab_size * self.hidden_size + self.other_matrices + self.other_vectors
+        return ends + self.layers * per_block + self.norm_parameters
+
+    @property
+    def vector_parameters(self) -> int:
+        """Of these, in norms and biases."""
+        biases = self.layers * sum(linear.bias * linear.out_features for linear in self.linears)
+        return self.norm_parameters + biases + self.other_vectors
+
+    def rows(self, sequence_length: int) -> int:
+        """Positions of a sequence of so many tokens in the blocks."""
+        return sequence_length + self.extra_rows
+
+
+class ShapeUnknownError(Exception):
+    """The shape is not on this machine; the text says why. Not for users: plan() states it and goes on."""
+
+
+def model_shape(profile: Profile) -> ModelShape:
+    """The shape of the model a profile trains. Reads local files only; ShapeUnknownError when they do not suffice."""
+    if profile.model.pretrained is not None:
+        return _shape_of_directory(profile.model.pretrained)
+    return facts_of(profile).model_shape()
+
+
+def wrapped_layers(shape: ModelShape, *, target_modules: tuple[str, ...] | None, rank: int) -> tuple[LinearShape, ...]:
+    """The layers of a block that get a low-rank update: those named by their ends, whole segments; None: all.
+
+    Raises NoTargetModulesError for a name without a layer, ConfigError where the rank exceeds a side of a layer, and
+    ShapeUnknownError for names of single blocks.
+    """
+    names = tuple(linear.name for linear in shape.linears)
+    suffixes = names if target_modules is None else target_modules
+    unmatched = [suffix for suffix in suffixes if not any(f".{name}".endswith(f".{suffix}") for name in names)]
+    if beyond := [suffix for suffix in unmatched if suffix.endswith(tuple(f".{name}" for name in names))]:
+        raise ShapeUnknownError(f"relora.target_modules picks blocks ({beyond[0]!r}), and all blocks are counted alike")
+    if unmatched or not suffixes:
+        raise NoTargetModulesError(
+            f"relora.target_modules names {', '.join(map(repr, unmatched)) or 'nothing'}, and no linear layer of a "
+            f"block is called so (embeddings and head are trained in full). A block has {', '.join(names)}: set "
+            "relora.target_modules to ends of some of these."
+        )
+    wrapped = tuple(li for li in shape.linears if any(f".{li.name}".endswith(f".{suffix}") for suffix in suffixes))
+    for linear in wrapped:
+        if rank > min(linear.in_features, linear.out_features):
+            raise ConfigError(
+                f"relora.rank {rank} exceeds the smaller side of {linear.name} ({linear.in_features} -> "
+                f"{linear.out_features}). Lower relora.rank, or leave the layer out of relora.target_modules."
+            )
+    return wrapped
+
+
+def full_flops_per_token(shape: ModelShape, *, sequence_length: int) -> int:
+    """FLOPs of forward and backward for one token at full rank: 6 for each weight, and attention."""
+    return _flops_per_token(shape, sequence_length, sum(6 * linear.weights for linear in shape.linears))
+
+
+def low_rank_flops_per_token(
+    shape: ModelShape, *, sequence_length: int, orders: Mapping[tuple[LinearShape, ...], float]
+) -> int:
+    """The same with wrapped weights frozen beside A and B. Not counted: the merges.
+
+    orders: FLOPs a position of the wrapped layers of a block, by the layers that are computed together.
+    """
+    wrapped = {linear for layers in orders for linear in layers}
+    others = sum(6 * linear.weights for linear in shape.linears if linear not in wrapped)
+    return _flops_per_token(shape, sequence_length, sum(orders.values()) + others)
+
+
+def _flops_per_token(shape: ModelShape, sequence_length: int, linears: float) -> int:
+    """linears: FLOPs of a block's linear layers for one position."""
+    rows = shape.rows(sequence_length)
+    attention = (6 if shape.causal else 12) * shape.attention_size * rows  # scores, their product with the values
+    blocks = shape.layers * (linears + attention) * rows / sequence_length
+    head = 6 * shape.vocab_size * shape.hidden_size
+    return round(blocks + (head / sequence_length if shape.classifies else head) + shape.input_flops)
+
+
+def llama_of_profile(profile: Profile) -> ModelShape:
+    """The Llama that a profile describes; ShapeUnknownError where its tokenizer is not on this machine yet."""
+    model = profile.model
+    return _llama(
+        vocab_size=_vocabulary(profile),
+        hidden=model.hidden_size,
+        intermediate=model.intermediate_size,
+        layers=model.num_hidden_layers,
+        attention=model.hidden_size,
+        key_value=model.key_value_size,
+        tied=model.tie_word_embeddings,
+    )
+
+
+def _vocabulary(profile: Profile) -> int:
+    """Rows of the embedding: as set, or the entries of the tokenizer."""
+    if profile.model.vocab_size is not None:
+        return profile.model.vocab_size
+    if profile.tokenizer.path is None:
+        return profile.tokenizer.vocab_size
+    path = Path(profile.tokenizer.path)
+    content = _read_json(
+        path / "tokenizer.json" if path.is_dir() else path,
+        f"the tokenizer {profile.tokenizer.path!r} is loaded; set model.vocab_size to know them now",
+    )
+    try:
+        vocabulary = content["model"]["vocab"]
+        entries = {entry if isinstance(entry, str) else entry[0] for entry in vocabulary}
+        return len(entries | {added["content"] for added in content.get("added_tokens") or ()})
+    except (KeyError, TypeError, IndexError):
+        raise ShapeUnknownError(f"{path} is not a tokenizer.json with a vocabulary; set model.vocab_size") from None
+
+
+def _shape_of_directory(pretrained: str) -> ModelShape:
+    path = Path(pretrained).expanduser() / "config.json"
+    return shape_of_config(_read_json(path, f"{pretrained!r} is downloaded"), path)
+
+
+def shape_of_config(config: Mapping[str, Any], path: Path | str) -> ModelShape:
+    """The shape that a config.json describes; ShapeUnknownError for a family that is not counted."""
+    family = config.get("model_type")
+    readers = {"llama": _llama_of_config, "gpt_neox": _neox_of_config, "vit": _vit_of_config}
+    if family not in readers:
+        raise ShapeUnknownError(f"models of type {family!r} are not counted, only {', '.join(readers)}")
+    try:
+        return readers[family](config)
+    except (KeyError, TypeError, ZeroDivisionError) as error:
+        raise ShapeUnknownError(f"{path} lacks a usable shape ({type(error).__name__}: {error})") from None
+
+
+def _read_json(path: Path, until: str) -> dict[str, Any]:
+    if not path.is_file():
+        raise ShapeUnknownError(f"not known until {until}")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ShapeUnknownError(f"{path} cannot be read as JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise ShapeUnknownError(f"{path} is not a JSON object")
+    return content
+
+
+def _llama_of_config(config: Mapping[str, Any]) -> ModelShape:
+    hidden, heads = config["hidden_size"], config["num_attention_heads"]
+    head_size = config.get("head_dim") or hidden // heads
+    return _llama(
+        vocab_size=config["vocab_size"],
+        hidden=hidden,
+        intermediate=config["intermediate_size"],
+        layers=config["num_hidden_layers"],
+        attention=heads * head_size,
+        key_value=(config.get("num_key_value_heads") or heads) * head_size,
+        tied=config.get("tie_word_embeddings", False),
+        attention_bias=config.get("attention_bias", False),
+        mlp_bias=config.get("mlp_bias", False),
+    )
+
+
+def _llama(
+    *,
+    vocab_size: int,
+    hidden: int,
+    intermediate: int,
+    layers: int,
+    attention: int,
+    key_value: int,
+    tied: bool,
+    attention_bias: bool = False,
+    mlp_bias: bool = False,
+) -> ModelShape:
+    linears = (
+        LinearShape("self_attn.q_proj", hidden, attention, attention_bias),
+        LinearShape("self_attn.k_proj", hidden, key_value, attention_bias),
+        LinearShape("self_attn.v_proj", hidden, key_value, attention_bias),
+        LinearShape("self_attn.o_proj", attention, hidden, attention_bias),
+        LinearShape("mlp.gate_proj", hidden, intermediate, mlp_bias),
+        LinearShape("mlp.up_proj", hidden, intermediate, mlp_bias),
+        LinearShape("mlp.down_proj", intermediate, hidden, mlp_bias),
+    )
+    norms = (2 * layers + 1) * hidden  # RMSNorm has no bias
+    return ModelShape(vocab_size, hidden, layers, linears, norms, attention, tied)
+
+
+def _neox_of_config(config: Mapping[str, Any]) -> ModelShape:
+    hidden, intermediate, layers = config["hidden_size"], config["intermediate_size"], config["num_hidden_layers"]
+    bias = config.get("attention_bias", True)
+    linears = (
+        LinearShape("attention.query_key_value", hidden, 3 * hidden, bias),
+        LinearShape("attention.dense", hidden, hidden, bias),
+        LinearShape("mlp.dense_h_to_4h", hidden, intermediate, True),
+        LinearShape("mlp.dense_4h_to_h", intermediate, hidden, True),
+    )
+    norms = (2 * layers + 1) * 2 * hidden  # LayerNorm has a bias
+    tied = config.get("tie_word_embeddings", False)
+    return ModelShape(config["vocab_size"], hidden, layers, linears, norms, hidden, tied)
+
+
+def _vit_of_config(config: Mapping[str, Any]) -> ModelShape:
+    size, patch = config["image_size"], config["patch_size"]
+    return vit(
+        classes=len(config["id2label"]) if "id2label" in config else 2,  # transformers leaves its default of 2 out
+        hidden=config["hidden_size"],
+        intermediate=config["intermediate_size"],
+        layers=config["num_hidden_layers"],
+        patch_values=config["num_channels"] * patch**2,
+        patches=(size // patch) ** 2,
+        bias=config.get("qkv_bias", True),
+    )
+
+
+def vit(
+    *, classes: int, hidden: int, intermediate: int, layers: int, patch_values: int, patches: int, bias: bool = True
+) -> ModelShape:
+    """A vision transformer that classifies by its class token."""
+    linears = (
+        *(LinearShape(f"attention.{name}_proj", hidden, hidden, bias) for name in "qkv"),
+        LinearShape("attention.o_proj", hidden, hidden, True),
+        LinearShape("mlp.fc1", hidden, intermediate, True),
+        LinearShape("mlp.fc2", intermediate, hidden, True),
+    )
+    return ModelShape(
+        vocab_size=classes,
+        hidden_size=hidden,
+        layers=layers,
+        linears=linears,
+        norm_parameters=(2 * layers + 1) * 2 * hidden,  # LayerNorm has a bias
+        attention_size=hidden,
+        tied=True,
+        causal=False,
+        extra_rows=1,
+        classifies=True,
+        other_matrices=patch_values * hidden + (patches + 2) * hidden,  # positions, also the class token's, and it
+        other_vectors=hidden + classes,
+        input_flops=4 * patch_values * hidden,  # nothing asks for the gradient of pixels
+    )

@@ -1,0 +1,152 @@
+"""Write what one low-rank stage learned as a PEFT adapter that is right on the model the stage began from.
+
+The adapter/ of a checkpoint holds A and B alone. Here everything else that the stage trained goes with them: PEFT's
+`modules_to_save` are whole modules (embeddings, norms, head), `bias` the biases of wrapped layers.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from relora_train.errors import ModelError
+from relora_train.settings.profile import profile_from_file
+from relora_train.training.files import ADAPTER_DIRECTORY
+from relora_train.training.models.registry import objective_of
+
+_PREFIX = "base_model.model."
+_ROUNDING = 1e-4  # of the largest weight: float32 summed in another order; bfloat16 rounds by 4e-3
+_EXPERT_NAMES = frozenset({"gate", "w1", "w2", "w3", "gate_proj", "up_proj", "down_proj"})
+_README = """\
+# A PEFT adapter of one low-rank stage
+
+It belongs on {base} and on no other model: there its logits are those of {checkpoint}. With PEFT:
+
+    PeftModel.from_pretrained(MODEL_LOADED_FROM_THE_BASE, "this directory")
+
+It holds the stage's low-rank updates, and as `modules_to_save` and biases what the stage trained beside them.
+"""
+
+
+def write_adapter(checkpoint: Path, base: Path, directory: Path, *, base_name: str, checkpoint_name: str) -> None:
+    """Write adapter_model.safetensors, adapter_config.json and a README.md for the checkpoint's stage on its base.
+
+    Both models are loaded, in float32, in this process. Raises ModelError where the checkpoint's weights are not the
+    base's plus the update: then no adapter can stand for it.
+    """
+    objective = objective_of(profile_from_file(checkpoint / "profile.json"))
+    model, origin = objective.load_model(checkpoint), objective.load_model(base)
+    updates = load_file(checkpoint / ADAPTER_DIRECTORY / "adapter_model.safetensors")
+    config = json.loads((checkpoint / ADAPTER_DIRECTORY / "adapter_config.json").read_bytes())
+    tensors, changes = adapter_on_base(model, origin, updates, config)
+    save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
+    config |= {**changes, "base_model_name_or_path": base_name}
+    (directory / "adapter_config.json").write_text(json.dumps(config, indent=1, sort_keys=True) + "\n")
+    (directory / "README.md").write_text(_README.format(base=base_name, checkpoint=checkpoint_name))
+
+
+@torch.no_grad()
+def adapter_on_base(
+    model: nn.Module, base: nn.Module, updates: dict[str, Tensor], config: dict[str, Any]
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors under PEFT's names, and the keys of PEFT's configuration that depend on them.
+
+    updates, config: of the stage's adapter/. Layers that PEFT would take for experts, and those whose weight is not the
+    base's plus the update, are given whole.
+    """
+    ours, theirs = model.state_dict(), base.state_dict()
+    end = ".lora_A.weight"
+    layers = [name[len(_PREFIX) : -len(end)] for name in updates if name.endswith(end)]
+    added = {name for name in layers if _is_sum(name, ours, theirs, updates, config)}
+    if not added:
+        raise ModelError(
+            "The weights of this checkpoint are not those it began from plus its low-rank update: they were rounded "
+            "(relora.merge_dtype), or the model it began from has changed. Export it whole, without --as-adapter."
+        )
+    experts = _has_experts(model)
+    low_rank = {name for name in added if not (experts and name.rpartition(".")[2] in _EXPERT_NAMES)}
+    whole = _saved_modules(model, _changed(ours, theirs, low_rank) | (set(layers) - low_rank))
+    low_rank = {name for name in low_rank if not _is_inside(name, whole)}
+    if not low_rank:
+        raise ModelError(
+            "PEFT 0.21 takes every layer with an update here for a part of experts, so none can be a low-rank one. "
+            "Export the checkpoint whole, without --as-adapter."
+        )
+    tensors = {
+        f"{_PREFIX}{name}.lora_{factor}.weight": updates[f"{_PREFIX}{name}.lora_{factor}.weight"]
+        for name in low_rank
+        for factor in "AB"
+    }
+    biases = {f"{name}.base_layer.bias": ours[f"{name}.bias"] for name in low_rank if f"{name}.bias" in ours}
+    saved = {f"{name}.{key}": v for name in whole for key, v in model.get_submodule(name).state_dict().items()}
+    tensors |= {f"{_PREFIX}{name}": tensor.contiguous().clone() for name, tensor in {**biases, **saved}.items()}
+    patterns: dict[str, Any] = {
+        key: {name: value for name, value in config[key].items() if name in low_rank}
+        for key in ("rank_pattern", "alpha_pattern")
+        if key in config
+    }
+    changes = {
+        **patterns,
+        "target_modules": [name for name in layers if name in low_rank],
+        "modules_to_save": sorted(whole) or None,
+        "bias": "lora_only" if biases else "none",
+    }
+    return tensors, changes
+
+
+def _is_sum(
+    name: str, ours: dict[str, Tensor], theirs: dict[str, Tensor], updates: dict[str, Tensor], config: dict[str, Any]
+) -> bool:
+    """Return True if the checkpoint's weight is the base's plus the update, up to rounding."""
+    A, B = (updates[f"{_PREFIX}{name}.lora_{factor}.weight"] for factor in "AB")
+    alpha = config.get("alpha_pattern", {}).get(name, config["lora_alpha"])
+    scaling = alpha / (math.sqrt(len(A)) if config.get("use_rslora") else len(A))
+    weight, before = ours[f"{name}.weight"], theirs.get(f"{name}.weight")
+    if before is None or before.shape != weight.shape:
+        return False
+    error = torch.addmm(before, B, A, alpha=scaling).sub_(weight).abs_().max()
+    return bool(error <= _ROUNDING * weight.abs().max())
+
+
+def _changed(ours: dict[str, Tensor], theirs: dict[str, Tensor], low_rank: set[str]) -> set[str]:
+    """Names of the modules with a tensor that is not the base's; a low-rank layer's own are told of elsewhere."""
+    return {
+        module
+        for module, name in ((key.rpartition(".")[0], key) for key in ours)
+        if module not in low_rank and not (name in theirs and torch.equal(ours[name], theirs[name]))
+    }
+
+
+def _saved_modules(model: nn.Module, names: set[str]) -> set[str]:
+    """The modules that PEFT saves when it is told these names, which it takes for ends of names; none in another."""
+    if "" in names:
+        raise ModelError(
+            f"A {type(model).__name__} has trained values of its own, outside its modules, which PEFT cannot hold. "
+            "Export the checkpoint whole, without --as-adapter."
+        )
+    ends = tuple(names)
+    matched = {name for name, _ in model.named_modules(remove_duplicate=False) if names and name.endswith(ends)}
+    return {name for name in matched if not _is_inside(name, matched - {name})}
+
+
+def _is_inside(name: str, modules: Iterable[str]) -> bool:
+    return not set(_and_ancestors(name)).isdisjoint(modules)
+
+
+def _and_ancestors(name: str) -> Iterator[str]:
+    while name:
+        yield name
+        name = name.rpartition(".")[0]
+
+
+def _has_experts(model: nn.Module) -> bool:
+    """Return True for a mixture of experts: PEFT 0.21 makes names such as up_proj parameters of its experts."""
+    settings = cast(Any, model).config.to_dict()
+    return any("expert" in key and value for key, value in settings.items())

@@ -1,0 +1,80 @@
+"""What a worker process is asked to do, as files: plain data between the tasks and the processes. Light."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field
+
+from relora_train.checkpoints.manifest import Dtype, ParentRef
+from relora_train.method.stages import Stage
+from relora_train.settings.base import FrozenConfig
+from relora_train.settings.profile import Profile
+
+
+class StageRequest(FrozenConfig):
+    """Train one stage: `python -m relora_train.training.trainer --request FILE`."""
+
+    run_id: str
+    profile: Profile
+    stage: Stage
+
+    fingerprint: str
+    fingerprint_settings: dict[str, Any]
+    variant_of: str | None = None
+    divergence: dict[str, Any] = Field(default_factory=dict)
+    """As in the manifest."""
+
+    parent: ParentRef | None = None
+    parent_directory: Path | None = None
+    """The parent checkpoint on this machine's disk, already verified."""
+
+    source_dtype: Dtype | None = None
+    """As in the parent's manifest."""
+
+    dataset_uri: str
+    dataset_id: str
+    dataset_directory: Path
+    output_directory: Path
+    """Where the committed checkpoint appears; what a failed attempt left there is removed."""
+
+    snapshots_directory: Path | None = None
+    """Where snapshots appear while the stage runs, one directory each; none are made when absent."""
+
+    lock_path: Path | None = None
+    """Held by the trainer while it works here, so that an orphan's last snapshot is waited for."""
+
+    snapshot_directory: Path | None = None
+    """A snapshot of this very stage to continue from, on this machine's disk and already verified."""
+
+    provenance: dict[str, str] = Field(default_factory=dict)
+
+
+class ModelCheckRequest(FrozenConfig):
+    """Find out if a run's model can be trained: `python -m relora_train.training.model_check_worker --request FILE`."""
+
+    profile: Profile
+    low_rank: bool
+    """Return True if the run wraps layers."""
+
+    config_directory: Path | None = None
+    """config.json of the checkpoint that the run starts from; the profile's own model when absent."""
+
+
+class JoinRequest(FrozenConfig):
+    """Train along with another machine: `python -m relora_train.training.joined_trainer --request FILE`."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+
+class EvaluationRequest(FrozenConfig):
+    """Score one checkpoint and sample from it: `python -m relora_train.training.evaluate --request FILE`."""
+
+    profile: Profile
+    checkpoint_directory: Path
+    dataset_directory: Path
+    result_path: Path
+    """JSON: the scores of the profile's objective, and samples."""
+
+    sequences: int = Field(ge=1)
