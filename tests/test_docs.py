@@ -41,6 +41,12 @@ def test_every_module_says_in_a_line_what_it_holds():
         assert path.name != "__init__.py" or path.read_text().count("\n") <= 1, f"{path}: a docstring at most"
 
 
+def test_what_a_docstring_points_to_is_there():
+    for path in MODULES:
+        for mentioned in re.findall(r"\b(?:relora_train|tasks|flows|tests)/[\w/]+\.py\b", path.read_text()):
+            assert (ROOT / mentioned).exists(), f"{path}: {mentioned}"
+
+
 def test_the_readme_and_those_of_the_rooms_are_short():
     for path in [ROOT / "README.md", ROOT / "flows" / "README.md", *(ROOT / "relora_train").rglob("README.md")]:
         assert path.read_text().count("\n") <= 150, path

@@ -70,7 +70,7 @@ class Manifest(BaseModel):
     files: tuple[FileEntry, ...]
     files_prefix: str = Field(default="", pattern=r"^(variant-[0-9a-f]{16})?$")
     """Where the files lie below the bundle's prefix: beside the manifest, or, for an attempt that found other bytes
-    promised there, in a directory named by their content. Set by commit_bundle; see relora_train/bundle.py."""
+    promised there, in a directory named by their content. Set by commit_bundle; see bundle.py."""
     created_at: datetime = Field(default_factory=lambda: datetime.now(UTC))
     attempt: str = Field(pattern=r"^[0-9A-Za-z]{1,64}$")
     """Random per attempt: tells a lost answer to our own write from a rival's write."""

@@ -1,7 +1,7 @@
 """The snapshots of one stage, in a store and on this machine: find the newest valid one, store, prune. Light.
 
 runs/<run_id>/snapshots/<12 hex of the stage's fingerprint>/step-<step>-<8 hex of the attempt>/ is one bundle
-(relora_train/bundle.py); the same names lie below the local directory. A directory without a manifest is absent.
+(bundle.py); the same names lie below the local directory. A directory without a manifest is absent.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Merge checkpoints in a store: commit, find, list, fetch, verify, and which line of them is the run's. Light.
 
 What is listed is exactly what can be read: a prefix without manifest.json is absent. Every answer is read from the
-store at the time of the call; nothing is cached. Names in a store: relora_train/checkpoint_layout.py. Choosing a
-checkpoint by name ("RUN@cycle-2"): relora_train/checkpoint_resolve.py.
+store at the time of the call; nothing is cached. Names in a store: relora_train/checkpoints/layout.py. Choosing a
+checkpoint by name ("RUN@cycle-2"): relora_train/checkpoints/names.py.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ class CheckpointStore:
     ) -> CheckpointRef:
         """Make a directory the committed checkpoint of its fingerprint, or adopt the one that another attempt made.
 
-        All or nothing, first one wins, safe to repeat, permit: see relora_train/bundle.py. Does not move the head.
+        All or nothing, first one wins, safe to repeat, permit: see bundle.py. Does not move the head.
         """
         if manifest.run_id != self.run_id:
             raise ConfigError(f"A checkpoint of run {manifest.run_id!r} cannot be committed to run {self.run_id!r}.")

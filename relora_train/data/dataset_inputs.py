@@ -43,7 +43,7 @@ class DatasetInputs:
         return self.loaded.bos_ids if self.loaded else ()
 
     def read_documents(self, advance: Advance = lambda size: None) -> Iterator[str]:
-        """The texts in order; see relora_train/corpus/sources.py."""
+        """The texts in order; see relora_train/data/sources.py."""
         return self.source.read(self.data.validation_fraction, advance)
 
     def read_held_out(self) -> Iterator[str]:

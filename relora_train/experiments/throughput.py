@@ -28,7 +28,7 @@ PAIRS: dict[str, tuple[Arm, Arm]] = {
     "this library": ("ours-full", "ours"),
     "as the paper's code": ("full", "paper"),
 }
-"""Full rank and ReLoRA in the same hands; see benchmarking/request.py."""
+"""Full rank and ReLoRA in the same hands; see experiments/benchmark/request.py."""
 
 
 def measure_throughput(config: ThroughputExperiment) -> Measured:

@@ -279,7 +279,7 @@ def train_stage(
     """Return the stage's checkpoint, training it first in a process of its own if there is none yet.
 
     Training goes on from the newest valid snapshot of this very stage, whoever made it; without one, from the parent.
-    variant_of, divergence: as in the manifest; see relora_train/divergence.py.
+    variant_of, divergence: as in the manifest; see relora_train/runs/divergence.py.
     The checkpoint is committed. Only where the run has a publisher, one that was trained just now may still be on its
     way: durable on this machine, to be stored in its turn. It may be the parent of the next stage at once.
     Safe to repeat and to race: the first commit wins and every other attempt adopts it.

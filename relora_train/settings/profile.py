@@ -211,7 +211,7 @@ def unnamed_data_keys(profile: Profile) -> dict[str, set[str]]:
     """Keys of what is learned from that are no part of a run's name, by section.
 
     Two of them change the data: tokenizer.train and data.bos came later, and their defaults are not what runs before
-    them did. Such a run is found by its old settings, so that it can say how to go on: corpus/tokenizer_choice.py.
+    them did. Such a run is found by its old settings, so that it can say how to go on: runs/tokenizer_choice.py.
     """
     bos = {"bos"} if profile.data.bos is not True else set()  # no run before it had one
     later = set() if profile.data.validation_paths else {"validation_paths"}

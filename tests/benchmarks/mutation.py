@@ -40,30 +40,30 @@ ROOT = Path(__file__).resolve().parents[2]
 EQUIVALENT = Path(__file__).with_name("equivalent_mutants.toml")
 
 MODULES: dict[str, tuple[list[str], list[str]]] = {
-    "schedule": (["schedule.py"], ["test_schedule.py"]),
+    "schedule": (["method/schedule.py"], ["test_schedule.py"]),
     "merge": (
-        ["relora.py", "method/merging.py"],
+        ["method/relora.py", "training/end_of_cycle.py"],
         ["test_relora.py", "test_merging.py", "test_beyond.py", "test_matmul_probe.py"],
     ),
-    "reset": (["optimizer.py"], ["test_optimizer.py"]),
+    "reset": (["method/optimizer.py"], ["test_optimizer.py"]),
     "stages": (
-        ["stages.py"],
+        ["method/stages.py"],
         [
             "test_stages.py",
             "test_branching.py",
             "test_beyond.py::test_a_run_with_growing_cycles_goes_on_as_it_is_and_takes_no_more_cycles",
         ],
     ),
-    "manifest": (["manifest.py"], ["test_manifest.py"]),
-    "bundle": (["bundle.py"], ["test_bundle.py", "test_file_checks.py"]),
-    "lease": (["lease.py"], ["test_lease.py"]),
-    "pruning": (["upkeep/pruning.py", "upkeep/retention.py"], ["test_pruning.py"]),
+    "manifest": (["checkpoints/manifest.py"], ["test_manifest.py"]),
+    "bundle": (["checkpoints/bundle.py"], ["test_bundle.py", "test_file_checks.py"]),
+    "lease": (["checkpoints/lease.py"], ["test_lease.py"]),
+    "pruning": (["checkpoints/upkeep/pruning.py", "checkpoints/upkeep/retention.py"], ["test_pruning.py"]),
     "training step": (
-        ["training.py"],
+        ["training/stage.py"],
         ["test_training.py", "test_learning.py", "test_beyond.py", "test_trainer.py", "test_sharding.py"],
     ),
-    "dataset order": (["dataset.py"], ["test_dataset.py"]),
-    "snapshot": (["snapshots/snapshot.py", "snapshots/store.py"], ["test_snapshot.py", "test_snapshot_store.py"]),
+    "dataset order": (["data/dataset.py"], ["test_dataset.py"]),
+    "snapshot": (["training/snapshot.py", "checkpoints/snapshots.py"], ["test_snapshot.py", "test_snapshot_store.py"]),
 }
 """The files of a module, under relora_train/, and the tests that state its properties, under tests/."""
 

@@ -1,4 +1,4 @@
-"""Which checkpoints of a run may go. Pure functions of the lineage; light. Effects: relora_train/upkeep/pruning.py.
+"""Which checkpoints of a run may go. Pure functions of the lineage; light. Effects: pruning.py.
 
 A checkpoint goes only if nothing says that it stays. These stay whatever the policy: the end of every line, and what
 something outside the line depends on (protections.py). Every checkpoint is complete without its ancestors, so removing

@@ -1,8 +1,7 @@
 """What a run changed in the weights, from its checkpoints in any store: spectra, ranks, growth and overlaps by cycle.
 
 One weight at a time is in memory, or one layer's low-rank factors over all cycles; no model is ever loaded, and only
-files with a needed tensor are fetched (spectra/checkpoints.py). Source of the measures: arXiv 2307.05695. Imports no
-torch.
+files with a needed tensor are fetched (checkpoints.py). Source of the measures: arXiv 2307.05695. Imports no torch.
 """
 
 from __future__ import annotations
