@@ -1,124 +1,96 @@
-"""Pictures of what an operator sees: `python tests/screenshots.py DIRECTORY [PROFILE]`, with Chromium installed.
+"""The pictures of the README: `python tests/screenshots.py [DIRECTORY]`, with Chromium and tmux installed.
 
-Starts a real server, trains a run to its end and a second one that is still going, and makes a deployment of the flow,
-all on loopback. Takes a picture of each page and prints their paths. For people; no test looks at them.
+Starts a real Prefect server on loopback, runs the quickstart in a terminal, and takes its loss, the top of its report,
+its timeline in the server's pages, and the terminal at the end. Some four minutes. For people; no test looks at them.
 """
 
 from __future__ import annotations
 
+import io
 import os
+import shlex
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
-from prefect_server import ServedPrefect, serving_prefect
+from prefect_server import serving_prefect
+from rich.console import Console
+from rich.text import Text
 
 ROOT = Path(__file__).resolve().parent.parent
+COLUMNS, LINES = 100, 44
 _RENDER_MILLISECONDS = 20_000
-_WAIT_SECONDS = 600
-_DEPLOY = """
-from flows.pretrain import pretrain
-from prefect.deployments.runner import EntrypointType
-module = EntrypointType.MODULE_PATH
-pretrain.to_deployment("by-hand", entrypoint_type=module, work_pool_name="screenshots").apply()
-"""
+_WAIT_SECONDS = 1_800
+_PAGE = (
+    "<!DOCTYPE html><body style='margin:0;padding:14px;background:#0c0c0c'><pre style='{look}'>{{code}}</pre></body>"
+)
+_LOOK = "font:15px/1.25 DejaVu Sans Mono,monospace;color:#d0d0d0;margin:0"
 
 
 def main() -> None:
-    directory, profile = Path(sys.argv[1]).resolve(), (sys.argv[2:] or ["smoke"])[0]
+    directory = Path((sys.argv[1:] or [ROOT / "tests" / "screenshots"])[0]).resolve()
     directory.mkdir(parents=True, exist_ok=True)
-    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if chromium is None:
-        sys.exit("This needs a Chromium in the path.")
+    missing = [name for name in ("chromium", "tmux") if shutil.which(name) is None]
+    if missing:
+        sys.exit(f"This needs {' and '.join(missing)} in the path.")
     with tempfile.TemporaryDirectory(prefix="relora-screenshots-") as scratch:
         work = Path(scratch)
         with serving_prefect(work / "server") as prefect:
-            environment = {
-                **os.environ,
-                "PYTHONPATH": str(ROOT),
-                "PREFECT_API_URL": prefect.api_url,
-                "PREFECT_HOME": str(work / "client"),
-                "RELORA_CACHE": str(work / "cache"),
-                "RELORA_STORE": str(work / "store"),
-            }
-            photographer = Photographer(chromium, prefect.api_url.removesuffix("/api"), directory, work)
-            finished_pages(photographer, prefect, relora_run(profile, environment, work), environment)
-            running_pages(photographer, prefect, relora_run(profile, environment, work, schedule__cycle_length=20_000))
-            deployment_pages(photographer, prefect, environment)
+            screen = screen_after(
+                [sys.executable, "-m", "relora_train.cli.app", "run", "quickstart", "--run-id", "quickstart"],
+                work,
+                {
+                    "PYTHONPATH": str(ROOT),
+                    "PREFECT_API_URL": prefect.api_url,
+                    "PREFECT_HOME": str(work / "client"),
+                    "RELORA_CACHE": str(work / "cache"),
+                    "RELORA_STORE": "relora-store",
+                },
+            )
+            report = work / "relora-store" / "runs" / "quickstart" / "report"
+            (run,) = prefect.post("/flow_runs/filter", sort="START_TIME_DESC", limit=1)
+            shutil.copy(report / "loss.png", directory / "loss.png")
+            take(directory / "report.png", (report / "report.html").as_uri(), width=1100, height=1000)
+            page = f"{prefect.api_url.removesuffix('/api')}/runs/flow-run/{run['id']}"
+            take(directory / "timeline.png", page, width=1400, height=900)
+            (work / "screen.html").write_text(screen)
+            take(directory / "terminal.png", (work / "screen.html").as_uri(), width=960, height=20 * LINES)
 
 
-class Photographer:
-    """Takes pictures of the pages of one server."""
-
-    def __init__(self, chromium: str, root: str, directory: Path, work: Path) -> None:
-        self._chromium, self._root, self._directory, self._profile = chromium, root, directory, work / "chromium"
-
-    def take(self, name: str, page: str, *, height: int = 1400) -> None:
-        path = self._directory / f"{name}.png"
-        options = ["--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--force-color-profile=srgb"]
-        options += [f"--window-size=1500,{height}", f"--virtual-time-budget={_RENDER_MILLISECONDS}"]
-        options += [f"--user-data-dir={self._profile}", f"--screenshot={path}"]
-        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "stdin": subprocess.DEVNULL}
-        subprocess.run([self._chromium, *options, f"{self._root}{page}"], check=True, timeout=180, **quiet)
-        sys.stdout.write(f"{path}\n")
-        sys.stdout.flush()
-
-
-def relora_run(profile: str, environment: dict[str, str], work: Path, **sets: Any) -> subprocess.Popen[bytes]:
-    """The command that starts a run, as a process."""
-    settings = [f"--set={key.replace('__', '.')}={value}" for key, value in sets.items()]
-    command = [sys.executable, "-m", "relora_train.cli.app", "run", profile, *settings]
-    return subprocess.Popen(command, env=environment, cwd=work, stdin=subprocess.DEVNULL)
-
-
-def finished_pages(
-    photographer: Photographer, prefect: ServedPrefect, process: subprocess.Popen[bytes], environment: dict[str, str]
-) -> None:
-    process.wait(timeout=_WAIT_SECONDS)
-    (run,) = prefect.post("/flow_runs/filter", sort="START_TIME_DESC", limit=1)
-    photographer.take("finished-run", f"/runs/flow-run/{run['id']}")
-    photographer.take("finished-run-artifacts", f"/v2/runs/flow-run/{run['id']}?tab=Artifacts", height=2200)
-    photographer.take("artifacts", "/artifacts")
-    photographer.take("runs", "/runs")
-    only = {"flow_run_id": {"any_": [run["id"]]}}
-    artifacts = prefect.all_of("/artifacts/filter", artifacts=only, sort="CREATED_DESC")
-    for kind in ("report", "checkpoint", "merge", "progress"):
-        newest = next(artifact for artifact in artifacts if artifact["key"].startswith(kind))
-        photographer.take(f"artifact-{kind}", f"/artifacts/artifact/{newest['id']}")
-
-
-def running_pages(photographer: Photographer, prefect: ServedPrefect, process: subprocess.Popen[bytes]) -> None:
-    """Mid-run: the warm start is done, a cycle is going."""
+def screen_after(command: list[str], work: Path, environment: dict[str, str]) -> str:
+    """Return the terminal in which a command has run to its end, as HTML with its colours."""
+    tmux = ["tmux", "-S", str(work / "tmux")]
+    size = ["-x", str(COLUMNS), "-y", str(LINES)]
+    variables = [part for name, value in environment.items() for part in ("-e", f"{name}={value}")]
+    done = work / "done"
+    line = f"{shlex.join(command)}; echo $? > {done}; sleep {_WAIT_SECONDS}"
+    subprocess.run([*tmux, "-f", os.devnull, "new-session", "-d", *size, *variables, "-c", work, line], check=True)
     try:
         deadline = time.monotonic() + _WAIT_SECONDS
-        while time.monotonic() < deadline:
+        while not done.exists() and time.monotonic() < deadline:
             time.sleep(1)
-            (run,) = prefect.post("/flow_runs/filter", sort="START_TIME_DESC", limit=1)
-            only = {"flow_run_id": {"any_": [run["id"]]}}
-            shown = prefect.all_of("/artifacts/filter", artifacts=only, sort="CREATED_DESC")
-            going = [a for a in shown if a["type"] == "progress" and 0 < a["data"] < 100]
-            if run["state_type"] == "RUNNING" and going:
-                break
-        photographer.take("running-progress", f"/artifacts/artifact/{going[0]['id']}", height=700)
-        photographer.take("running-run", f"/runs/flow-run/{run['id']}")
-        photographer.take("running-run-artifacts", f"/v2/runs/flow-run/{run['id']}?tab=Artifacts", height=2200)
+        captured = subprocess.run(
+            [*tmux, "capture-pane", "-p", "-e"], check=True, capture_output=True, text=True
+        ).stdout
     finally:
-        process.send_signal(signal.SIGINT)
-        process.wait(timeout=60)
+        subprocess.run([*tmux, "kill-server"], check=True)
+    console = Console(record=True, width=COLUMNS, file=io.StringIO(), force_terminal=True)
+    console.print(Text.from_ansi(captured.rstrip()))
+    return console.export_html(inline_styles=True, code_format=_PAGE.format(look=_LOOK))
 
 
-def deployment_pages(photographer: Photographer, prefect: ServedPrefect, environment: dict[str, str]) -> None:
-    """The form in which a run is started by hand."""
-    prefect.post("/work_pools/", name="screenshots", type="process")
-    subprocess.run([sys.executable, "-c", _DEPLOY], env=environment, cwd=ROOT, check=True, timeout=180)
-    (deployment,) = prefect.post("/deployments/filter", limit=1)
-    photographer.take("deployment", f"/deployments/deployment/{deployment['id']}")
-    photographer.take("deployment-form", f"/deployments/deployment/{deployment['id']}/run", height=2600)
+def take(path: Path, url: str, *, width: int, height: int) -> None:
+    """Save a picture of a page."""
+    options = ["--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--force-color-profile=srgb"]
+    options += [f"--window-size={width},{height}", f"--virtual-time-budget={_RENDER_MILLISECONDS}"]
+    with tempfile.TemporaryDirectory() as profile:
+        options += [f"--user-data-dir={profile}", f"--screenshot={path}"]
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "stdin": subprocess.DEVNULL}
+        subprocess.run(["chromium", *options, url], check=True, timeout=180, **quiet)
+    sys.stdout.write(f"{path}\n")
 
 
 if __name__ == "__main__":
