@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from bundles import write_files
 from observed import Observed, observed_flows
-from seaweed import Seaweed, running_seaweed
+from seaweed import ChangingKeys, Seaweed, running_seaweed
 
 from relora_train.storage.base import ObjectStore
 from relora_train.storage.opening import open_store
@@ -61,6 +61,19 @@ def s3_store_uri(seaweed: Seaweed, monkeypatch: pytest.MonkeyPatch) -> Iterator[
     yield f"s3://{bucket}/some/prefix"
     monkeypatch.delenv("AWS_PROFILE", raising=False)  # a test may have named one that does not exist
     seaweed.delete_bucket(bucket)
+
+
+@pytest.fixture
+def keys(
+    seaweed: Seaweed, s3_store_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[ChangingKeys]:
+    """Credentials in a file, as people have them, instead of the environment; they can change."""
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "credentials"))
+    with seaweed.changing_keys(tmp_path / "credentials") as keys:
+        yield keys
 
 
 @pytest.fixture(params=("local", "memory", "s3"))

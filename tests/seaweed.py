@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import socket
@@ -10,8 +11,9 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 ACCESS_KEY, SECRET_KEY = "relora-test", "relora-test-secret"
 _PORT_FLAGS = (
@@ -19,6 +21,31 @@ _PORT_FLAGS = (
     "filer.port", "filer.port.grpc", "admin.port", "admin.port.grpc", "webdav.port",
 )  # fmt: skip
 _START_TIMEOUT_SECONDS = 60
+
+
+@dataclass
+class ChangingKeys:
+    """The one valid key of an identity, if it has one, and the file that names it or one that was valid before."""
+
+    iam: Any
+    file: Path
+    user: str = "changing"
+    key: dict[str, str] = field(default_factory=dict)
+
+    def issue(self) -> None:
+        """A new key, written down; the one before it is valid no more."""
+        self.revoke()
+        self.key = self.iam.create_access_key(UserName=self.user)["AccessKey"]
+        lines = (
+            f"aws_access_key_id = {self.key['AccessKeyId']}",
+            f"aws_secret_access_key = {self.key['SecretAccessKey']}",
+        )
+        self.file.write_text("\n".join(("[default]", *lines, "")))
+
+    def revoke(self) -> None:
+        if self.key:
+            self.iam.delete_access_key(UserName=self.user, AccessKeyId=self.key["AccessKeyId"])
+            self.key = {}
 
 
 @dataclass
@@ -81,6 +108,29 @@ class Seaweed:
             "AWS_EC2_METADATA_DISABLED": "true",
         }
 
+    @contextmanager
+    def changing_keys(self, file: Path) -> Iterator[ChangingKeys]:
+        """An identity of the server whose keys stand in a shared credentials file, and can be changed."""
+        import boto3
+
+        iam = boto3.client(
+            "iam", endpoint_url=self.endpoint, region_name="us-east-1",
+            aws_access_key_id=ACCESS_KEY, aws_secret_access_key=SECRET_KEY,
+        )  # fmt: skip
+        keys = ChangingKeys(iam, file)
+        allowed = {"Effect": "Allow", "Action": ["s3:*"], "Resource": ["arn:aws:s3:::*"]}
+        policy = json.dumps({"Version": "2012-10-17", "Statement": [allowed]})
+        iam.create_user(UserName=keys.user)
+        try:
+            iam.put_user_policy(UserName=keys.user, PolicyName="all", PolicyDocument=policy)
+            keys.issue()
+            yield keys
+        finally:
+            keys.revoke()
+            iam.delete_user_policy(UserName=keys.user, PolicyName="all")
+            iam.delete_user(UserName=keys.user)
+            iam.close()
+
     def create_bucket(self, name: str) -> None:
         client = self.client()
         try:
@@ -116,7 +166,8 @@ def running_seaweed(directory: Path) -> Iterator[Seaweed]:
     command = [
         _weed(), "-logdir", str(directory), "mini", "-dir", str(directory), "-ip=127.0.0.1", "-ip.bind=127.0.0.1",
         "-master.telemetry=false", "-webdav=false", "-admin.ui=false", "-s3.port.iceberg=0", "-s3.port.lance=0",
-        "-s3.autoCreateBucket=false", *(f"-{flag}={port}" for flag, port in zip(_PORT_FLAGS, ports, strict=True)),
+        "-s3.autoCreateBucket=false", "-s3.iam.readOnly=false",
+        *(f"-{flag}={port}" for flag, port in zip(_PORT_FLAGS, ports, strict=True)),
     ]  # fmt: skip
     server = Seaweed(f"http://127.0.0.1:{ports[0]}", command, directory)
     try:

@@ -21,6 +21,7 @@ from typing import Any
 import pytest
 from fault_proxy import Faults, answer_instead, faulty_way_to, held_until
 from prefect_server import running_prefect
+from seaweed import ChangingKeys
 from test_flow_pretrain import listening, model_bytes, run_smoke, trained
 
 from relora_train.checkpoints.bundle import commit_bundle
@@ -156,8 +157,9 @@ def test_a_flow_killed_while_it_trains_and_stores_loses_neither(
 
 
 def test_what_cannot_be_stored_keeps_no_cycle_from_its_end_and_is_stored_later_untrained(
-    store: ObjectStore, faults: Faults, expected: list[bytes]
+    store: ObjectStore, faults: Faults, expected: list[bytes], monkeypatch: pytest.MonkeyPatch
 ):
+    monkeypatch.setattr("relora_train.runs.publishing._DENIED_SECONDS", 0.0)
     faults.standing = [("PUT", WARM_START, answer_instead(403, "AccessDenied"))]
     seen: list[Event] = []
     with listening(seen.append), pytest.raises(AccessDeniedError, match="step-00000020"):
@@ -168,6 +170,31 @@ def test_what_cannot_be_stored_keeps_no_cycle_from_its_end_and_is_stored_later_u
     summary, seen = run_smoke(store.uri, run_id="run", overrides=SHORT)
     assert trained(seen) == []
     assert model_bytes(summary) == expected
+
+
+def test_keys_that_are_withdrawn_before_the_end_of_a_stage_keep_no_other_from_training_and_are_awaited(
+    s3_store_uri: str, keys: ChangingKeys, expected: list[bytes], caplog: pytest.LogCaptureFixture
+):
+    """The next stage can then not ask the store for itself, or for what is known of its divergence."""
+
+    def withdraw_and_renew(event: Event) -> None:
+        if event["event"] == "stage_started" and event["stage"] == "warm-start":
+            keys.revoke()
+        if event["event"] == "merge":
+            assert "Renew the credentials" in caplog.text
+            keys.issue()
+
+    with listening(withdraw_and_renew):
+        overrides = {**SHORT, "divergence.on_divergence": "lower_lr"}
+        summary, seen = run_smoke(s3_store_uri, run_id="run", overrides=overrides)
+    assert trained(seen) == STAGES
+    assert model_bytes(summary) == expected
+
+
+def test_an_access_that_is_denied_at_the_start_ends_a_flow_at_once(s3_store_uri: str, keys: ChangingKeys):
+    keys.revoke()
+    with pytest.raises(AccessDeniedError):
+        run_smoke(s3_store_uri, run_id="run", overrides=SHORT)
 
 
 def other_result(made: Path, scratch: Path) -> tuple[Path, CheckpointManifest]:

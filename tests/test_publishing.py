@@ -14,7 +14,7 @@ from stage_runs import stage_request, tiny_profile
 from relora_train.checkpoints.bundle import commit_bundle
 from relora_train.checkpoints.manifest import RECORD_FILES, result_digest
 from relora_train.checkpoints.store import CheckpointRef, CheckpointStore
-from relora_train.errors import AccessDeniedError, PreconditionFailedError, StoreUnavailableError
+from relora_train.errors import AccessDeniedError, DiskFullError, PreconditionFailedError, StoreUnavailableError
 from relora_train.runs.publishing import Publication, Publisher, publishing
 from relora_train.runs.run import Run, fetch_parent
 from relora_train.runs.stage_work import left_output, tidy_up, work_name
@@ -107,8 +107,8 @@ def test_what_is_handed_over_is_stored_while_others_work_and_kept_until_nobody_r
 
 
 def test_what_cannot_be_stored_holds_up_all_that_came_after_it(flow: Flow, shaky: Shaky):
-    shaky.faults = [AccessDeniedError("no"), AccessDeniedError("still no")]
-    with pytest.raises(AccessDeniedError, match="still no"), Publisher() as publisher:
+    shaky.faults = [DiskFullError("no"), DiskFullError("still no")]
+    with pytest.raises(DiskFullError, match="still no"), Publisher() as publisher:
         one, two = offered(publisher, flow.made("one", 1), flow.made("two", 2))
         until(lambda: not shaky.faults[1:])
         publisher.settle(one)  # too early: it is not stored
@@ -123,17 +123,68 @@ def test_a_store_that_comes_back_is_found_by_who_waits_and_by_nobody_waiting(flo
         _, two = offered(publisher, flow.made("one", 1), flow.made("two", 2))
         until(lambda: publisher.is_stored(two))
         assert shaky.faults == [] and flow.committed == ["one", "two"]
-    shaky.faults = [AccessDeniedError("no")]
+    shaky.faults = [DiskFullError("no")]
     with Publisher() as publisher:
         (three,) = offered(publisher, flow.made("three", 3))
         until(lambda: not shaky.faults)
         time.sleep(0.05)
         assert not publisher.is_stored(three)  # nothing is tried again that waiting does not mend
-        with pytest.raises(AccessDeniedError):
-            shaky.faults = [AccessDeniedError("no")]
+        with pytest.raises(DiskFullError):
+            shaky.faults = [DiskFullError("no")]
             publisher.wait(three)
         publisher.wait(three)
     assert flow.committed == ["one", "two", "three"]
+
+
+def test_denied_access_is_waited_out_by_who_waits_and_by_nobody_waiting(
+    flow: Flow, shaky: Shaky, caplog: pytest.LogCaptureFixture
+):
+    shaky.faults = [StoreUnavailableError("away"), *(AccessDeniedError("no") for _ in range(4))]
+    with Publisher(retry_seconds=(0.01,)) as publisher:
+        (one,) = offered(publisher, flow.made("one", 1))
+        until(lambda: publisher.is_stored(one))
+        shaky.gate.clear()
+        shaky.faults = [AccessDeniedError("no") for _ in range(4)]
+        (two,) = offered(publisher, flow.made("two", 2))
+        threading.Timer(0.1, shaky.gate.set).start()
+        publisher.wait(two)
+    assert shaky.faults == [] and flow.committed == ["one", "two"]
+    told = [record.message for record in caplog.records if "Renew the credentials in the file" in record.message]
+    assert len(told) == 2 and "until 2" in told[0] and "it waits on this machine" in told[0].lower()
+
+
+@pytest.mark.timeout(60)
+def test_denied_access_ends_a_flow_that_waits_when_its_time_is_over_and_not_one_that_trains(
+    flow: Flow, shaky: Shaky, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("relora_train.runs.publishing._DENIED_SECONDS", 0.5)
+    denials = [AccessDeniedError(f"no {n}") for n in range(1000)]
+    shaky.faults = list(denials)
+    began = time.monotonic()
+    with Publisher(retry_seconds=(0.01, 3600.0)) as publisher:
+        (one,) = offered(publisher, flow.made("one", 1))
+        until(lambda: len(shaky.faults) < 999)
+        with pytest.raises(AccessDeniedError) as caught:
+            publisher.wait(one)
+        assert time.monotonic() - began >= 0.5
+        assert caught.value is denials[-len(shaky.faults) - 1]  # of an attempt at the very end, not an hour after it
+        with pytest.raises(AccessDeniedError):
+            publisher.wait(one)  # at once
+        publisher._retry_seconds = (0.01,)
+        with pytest.raises(AccessDeniedError):
+            publisher.wait(one)
+        shaky.faults = denials[:3]
+        until(lambda: publisher.is_stored(one))
+    assert flow.committed == ["one"]
+
+
+def test_a_flow_that_ends_for_another_reason_waits_for_no_access(flow: Flow, shaky: Shaky):
+    shaky.faults = [AccessDeniedError("no")]
+    with pytest.raises(ZeroDivisionError), Publisher() as publisher:
+        offered(publisher, flow.made("one", 1))
+        until(lambda: not shaky.faults)
+        raise ZeroDivisionError
+    assert flow.finished == [("one", False)]
 
 
 def test_another_result_in_its_place_ends_all_that_was_made_from_it(flow: Flow, shaky: Shaky):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import subprocess
@@ -11,6 +12,8 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -138,6 +141,84 @@ def test_wrong_or_missing_credentials_are_denied_and_never_shown(s3_store_uri, t
         assert not any(value in str(caught.value) for name, value in wrong.items() if value and name != "AWS_PROFILE")
 
 
+# --- credentials that change ---
+
+
+def renewals(caplog: pytest.LogCaptureFixture) -> int:
+    return sum("credentials have changed" in record.message for record in caplog.records)
+
+
+def test_keys_that_change_in_the_file_are_used_by_every_call(keys, s3_store_uri, tmp_path, caplog):
+    caplog.set_level(logging.INFO, "relora_train.storage.s3")
+    store = open_store(s3_store_uri)
+    for call in every_call(store, tmp_path):
+        store.put_bytes("key", b"content")
+        keys.issue()
+        with suppress(PreconditionFailedError):  # an answer, where the key was to be absent
+            call()
+    assert renewals(caplog) == 9
+
+
+def test_threads_that_are_denied_together_share_one_new_client(keys, s3_store_uri, caplog):
+    caplog.set_level(logging.INFO, "relora_train.storage.s3")
+    store, together = open_store(s3_store_uri), threading.Barrier(8)
+
+    def write(number: int) -> bytes:
+        together.wait(30)
+        for n in range(5):
+            store.put_bytes(f"{number}/{n}", b"%d" % number)
+        return store.get_bytes(f"{number}/4")[0]
+
+    store.put_bytes("key", b"content")
+    keys.issue()
+    with ThreadPoolExecutor(8) as threads:
+        assert list(threads.map(write, range(8))) == [b"%d" % number for number in range(8)]
+    assert (len(list(store.list())), renewals(caplog)) == (41, 1)
+
+
+def test_a_denial_stays_one_until_the_file_holds_other_keys_that_are_whole(keys, faults, s3_store_uri, caplog):
+    caplog.set_level(logging.INFO, "relora_train.storage.s3")
+    store = open_store(s3_store_uri)
+    store.put_bytes("key", b"content")
+    faults.standing = [("GET", "/key", answer_instead(403, "AccessDenied"))]
+    with pytest.raises(AccessDeniedError, match="read, write, list and delete"):
+        store.get_bytes("key")
+    assert faults.met == 1  # nobody asks twice with the same keys
+    faults.standing = []
+    keys.revoke()
+    for written in ("aws_access_key_id = half a l", "[default]\naws_access_key_id = NEW", "[default]\n"):
+        keys.file.write_text(written)
+        with pytest.raises(AccessDeniedError):
+            store.get_bytes("key")
+    keys.issue()
+    assert store.get_bytes("key")[0] == b"content"
+
+
+@pytest.mark.parametrize(("expires_in_minutes", "new_clients"), [(5, 0), (600, 1)])
+def test_keys_of_a_process_are_renewed_by_botocore_and_when_denied(
+    keys, s3_store_uri, tmp_path, caplog, expires_in_minutes, new_clients
+):
+    """botocore asks the process again 15 minutes before they expire, and knows nothing of keys withdrawn earlier."""
+    caplog.set_level(logging.INFO, "relora_train.storage.s3")
+
+    def issue() -> None:
+        keys.issue()
+        keys.file.unlink()
+        expiration = (datetime.now(UTC) + timedelta(minutes=expires_in_minutes)).isoformat()
+        (tmp_path / "answer").write_text(json.dumps({"Version": 1, "Expiration": expiration, **keys.key}))
+
+    issue()
+    (tmp_path / "config").write_text(f"[default]\ncredential_process = cat {tmp_path / 'answer'}\n")
+    store = open_store(s3_store_uri)
+    store.put_bytes("key", b"content")
+    issue()
+    assert store.get_bytes("key")[0] == b"content"
+    assert renewals(caplog) == new_clients
+
+
+# --- unavailable, unencrypted, unknown ---
+
+
 def test_an_unreachable_endpoint_is_unavailable_within_a_bounded_time(s3_store_uri, tmp_path, monkeypatch):
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://127.0.0.1:9")
     monkeypatch.setenv("RELORA_S3_MAX_ATTEMPTS", "2")
@@ -186,6 +267,8 @@ def test_settings_that_make_no_sense_are_configuration_errors(s3_store_uri, monk
         ("NoSuchKey", 404, ObjectNotFoundError),
         ("AccessDenied", 403, AccessDeniedError),
         ("ExpiredToken", 400, AccessDeniedError),
+        ("RequestExpired", 400, AccessDeniedError),
+        ("400", 400, AccessDeniedError),  # the same of a HEAD, which has no body to say so
         ("InvalidAccessKeyId", 403, AccessDeniedError),
         ("SignatureDoesNotMatch", 403, AccessDeniedError),
         ("RequestTimeTooSkewed", 403, AccessDeniedError),

@@ -46,7 +46,7 @@ def train_by_policy(
     for attempt in range(policy.max_retries + 1):
         lowered = replace(run, profile=lower_learning_rate(run.profile, stage, attempt))
         key = diverged_key(run.run_id, stage_identity(lowered, stage, dataset.dataset_id, parent)[1])
-        failure = _known_failure(run.store, key)
+        failure = None if run.is_unstored(parent) else _known_failure(run.store, key)
         if failure is None:
             variant: dict[str, Any] = {}
             if attempt:

@@ -7,7 +7,8 @@ A publisher belongs to one flow, as its lease does. Guarantees:
    is not stored in the end stays on this machine, and the next run here stores it without training it again.
 3. Where the store turns out to hold another result in a checkpoint's place, nothing handed over later is ever stored.
 4. After the block nothing is made visible any more, also by a transfer that could not be stopped.
-While the store is away it is tried again now and then, and training goes on; who waits for a checkpoint tries at once.
+While the store is away or denies access, it is tried again now and then, and training goes on. A flow that waits for a
+checkpoint tries at once. If access is denied, it waits until half an hour has passed since the first denial.
 """
 
 from __future__ import annotations
@@ -20,13 +21,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import datetime, timedelta
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from relora_train.checkpoints.manifest import result_digest
 from relora_train.checkpoints.store import CheckpointRef
-from relora_train.errors import PreconditionFailedError, ReLoRAError
+from relora_train.errors import AccessDeniedError, PreconditionFailedError, ReLoRAError
 from relora_train.runs.snapshot_uploader import STOP_BUDGET_SECONDS
 from relora_train.storage.base import ObjectStore
 
@@ -34,6 +36,7 @@ _log = logging.getLogger("relora_train.runs.publishing")
 
 _STOP_SECONDS = 25.0  # for a stop of which no trainer told; Prefect kills after 30
 _RETRY_SECONDS = (5.0, 15.0, 60.0)
+_DENIED_SECONDS = 1800.0  # for a person to renew a token; a device idles no longer once the next stage is trained
 _TICK_SECONDS = 0.5
 
 
@@ -65,6 +68,10 @@ class Publication:
     failures: int = 0
     due: float = 0.0
     """When the next attempt is made, by the monotonic clock."""
+    denied_until: float = 0.0
+    """The end of the wait for access, by the same clock, once it was denied."""
+    awaits_access: bool = False
+    """The last failure was a denial, and a flow that waits for this checkpoint goes on waiting."""
 
     @property
     def superseded(self) -> bool:
@@ -173,7 +180,8 @@ class Publisher:
             publication.due = 0.0
             self._changed.notify_all()
         while not publication.stored:
-            if publication.error is not None and (publication.superseded or publication.failures > failures):
+            over = publication.superseded or (publication.failures > failures and not publication.awaits_access)
+            if publication.error is not None and over:
                 raise publication.error
             if not self._thread.is_alive():
                 raise AbandonedError(f"{publication.checkpoint.uri} is not stored any more: its flow is over.")
@@ -212,11 +220,18 @@ class Publisher:
 
     def _note_failure(self, publication: Publication, error: Exception) -> None:
         publication.failures += 1
-        may_help = isinstance(error, ReLoRAError) and error.retryable
+        now, denied, advice = time.monotonic(), isinstance(error, AccessDeniedError), ""
+        if denied and not publication.denied_until:
+            publication.denied_until = now + _DENIED_SECONDS
+            advice = _renew_until(datetime.now().astimezone() + timedelta(seconds=_DENIED_SECONDS))
+        publication.awaits_access = denied and now < publication.denied_until
         pause = self._retry_seconds[min(publication.failures, len(self._retry_seconds)) - 1]
-        publication.due = time.monotonic() + pause if may_help else math.inf
-        if publication.failures == 1 and not self._abandoned:
-            _log.warning("%s Training goes on meanwhile. (%s)", _waits(publication), error)
+        if publication.awaits_access:
+            pause = min(pause, publication.denied_until - now)
+        may_help = denied or (isinstance(error, ReLoRAError) and error.retryable)
+        publication.due = now + pause if may_help else math.inf
+        if (publication.failures == 1 or advice) and not self._abandoned:
+            _log.warning("%s Training goes on meanwhile. %s(%s)", _waits(publication), advice, error)
 
     def _raise_if_abandoned(self) -> None:
         if self._abandoned:
@@ -242,6 +257,13 @@ def _waits(publication: Publication) -> str:
     return (
         f"The checkpoint of {checkpoint.manifest.stage} is not stored yet ({checkpoint.uri}). It waits on this machine "
         f"in {publication.directory}: the same command here stores it without training it again."
+    )
+
+
+def _renew_until(moment: datetime) -> str:
+    return (
+        "Renew the credentials in the file or service that they come from: they are read again for each attempt, for "
+        f"as long as the next stage trains, and until {moment.isoformat(sep=' ', timespec='seconds')} in any case. "
     )
 
 

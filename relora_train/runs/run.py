@@ -21,7 +21,14 @@ from relora_train.checkpoints.snapshots import SnapshotStore
 from relora_train.checkpoints.store import CheckpointRef, CheckpointStore, find_dataset, read_checkpoint
 from relora_train.checkpoints.tombstone import read_tombstone, removed_message
 from relora_train.data.dataset_changes import dataset_changes
-from relora_train.errors import CheckpointNotFoundError, ObjectNotFoundError, ReLoRAError, RunSettingsChangedError
+from relora_train.errors import (
+    AccessDeniedError,
+    CheckpointNotFoundError,
+    ObjectNotFoundError,
+    ReLoRAError,
+    RunSettingsChangedError,
+    StoreUnavailableError,
+)
 from relora_train.events import Event
 from relora_train.method.stages import Stage, differing_settings, fingerprint_settings, stage_fingerprint
 from relora_train.runs.kept_worker import KeptWorker
@@ -91,6 +98,10 @@ class Run:
             self.lease.raise_if_lost()
         if self.publisher is not None:
             self.publisher.raise_if_superseded()
+
+    def is_unstored(self, checkpoint: CheckpointRef | None) -> bool:
+        """Return True if the checkpoint is still on its way into the store, where nothing made from it can be yet."""
+        return self.publisher is not None and checkpoint is not None and not self.publisher.is_stored(checkpoint)
 
     def wait_until_stored(self, checkpoint: CheckpointRef) -> CheckpointRef:
         """The checkpoint as the store holds it, once it does; see Publisher.wait."""
@@ -192,6 +203,18 @@ def check_settings(run: Run, stages: Iterable[Stage]) -> None:
 
 
 def _find(
+    run: Run, stage: Stage, parent: CheckpointRef | None, settings: dict[str, Any], fingerprint: str
+) -> CheckpointRef | None:
+    """As find_stage; None also while the store cannot be read and the parent has yet to be stored: training goes on."""
+    try:
+        return _look_up(run, stage, parent, settings, fingerprint)
+    except (AccessDeniedError, StoreUnavailableError):
+        if run.is_unstored(parent):
+            return None
+        raise
+
+
+def _look_up(
     run: Run, stage: Stage, parent: CheckpointRef | None, settings: dict[str, Any], fingerprint: str
 ) -> CheckpointRef | None:
     refs = run.checkpoints.history()
@@ -370,13 +393,10 @@ def _run_trainer(
     Not before the parent is stored: who finds them there must find what they began from.
     """
 
-    def may_store() -> bool:
-        return run.publisher is None or parent is None or run.publisher.is_stored(parent)
-
-    newest = snapshots.newest_valid(local_only=not may_store())
+    newest = snapshots.newest_valid(local_only=run.is_unstored(parent))
     if newest is not None:
         request = request.model_copy(update={"snapshot_directory": newest.directory})
-    with SnapshotUploader(snapshots, may_store=may_store) as uploader:
+    with SnapshotUploader(snapshots, may_store=lambda: not run.is_unstored(parent)) as uploader:
         if newest is not None and not newest.stored:
             uploader.offer(newest.directory)
         work = run.worker.run if run.worker is not None else run_worker

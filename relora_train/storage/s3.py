@@ -2,6 +2,8 @@
 
 Endpoint, region, credentials: from the standard AWS environment and configuration files, nothing else. Request
 checksums stay at botocore's default (`when_supported`): without them a flipped bit is stored silently.
+Credentials: botocore refreshes those that expire. If a request is denied, the credentials are looked up again; if they
+have changed, as a rotated key in ~/.aws/credentials does, a new client repeats the request.
 Time: a call tries at most RELORA_S3_MAX_ATTEMPTS times (default 8), about a minute when connections are refused; an
 outage longer than that is a StoreUnavailableError, which is retryable from outside and cheap to retry.
 """
@@ -12,6 +14,7 @@ import functools
 import ipaddress
 import logging
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, suppress
@@ -21,6 +24,7 @@ from typing import TYPE_CHECKING, TypeVar
 from urllib.parse import urlsplit
 
 from relora_train.errors import (
+    AccessDeniedError,
     BucketNotFoundError,
     ConfigError,
     ObjectNotFoundError,
@@ -66,6 +70,7 @@ class S3Store:
         self._page_size = page_size
         self._bucket_was_seen = False
         self._uploads: set[TransferFuture] = set()
+        self._renewing = threading.Lock()
 
     @property
     def uri(self) -> str:
@@ -227,6 +232,16 @@ class S3Store:
         return f"{self.uri}/{key}"
 
     def _call(self, key: str, request: Callable[[], T]) -> T:
+        """Make a request; if it is denied and the credentials have changed since, make it again with the new ones."""
+        client = self._client
+        try:
+            return self._repeat(key, request)
+        except AccessDeniedError:
+            if not self._renew(client):
+                raise
+        return self._repeat(key, request)
+
+    def _repeat(self, key: str, request: Callable[[], T]) -> T:
         """Make a request; its failure as one of our errors, after the repeats that can help."""
         for attempt in range(_REPEATS):
             try:
@@ -245,6 +260,24 @@ class S3Store:
                     raise ours from cause
             time.sleep(0.1 * 2**attempt)
         raise AssertionError("the last attempt returns or raises")
+
+    def _renew(self, denied: S3Client) -> bool:
+        """Replace the denied client if the credentials have changed; return True if there is another one by now.
+
+        The old client stays open: other threads may be in the middle of a request.
+        """
+        with self._renewing:
+            if self._client is denied:
+                try:
+                    fresh = make_client()
+                except ReLoRAError:  # such as a file that is just being written
+                    return False
+                if _keys_of(fresh) == _keys_of(denied):
+                    fresh.close()
+                    return False
+                self._client = fresh
+                _log.info("%s: the credentials have changed, and the new ones are used.", self.uri)
+        return True
 
     def _bucket_exists(self) -> bool:
         """False only if the server says so; being denied is no proof. Remembered once true."""
@@ -278,6 +311,12 @@ def make_client() -> S3Client:
         raise _invalid(", probably the endpoint") from None
     _warn_if_readable_on_the_wire(endpoint)
     return client
+
+
+def _keys_of(client: S3Client) -> object:
+    """Return what tells the client's credentials from others; those that botocore refreshes equal no others."""
+    found = client._get_credentials()  # type: ignore[attr-defined]  # botocore offers no public way
+    return (found.access_key, found.secret_key, found.token) if type(found).__name__ == "Credentials" else found
 
 
 def _invalid(why: str) -> ConfigError:

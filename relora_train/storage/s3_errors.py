@@ -26,11 +26,13 @@ _DENIED = {
     "AccountProblem": "the account is not in order",
     "ExpiredToken": "the session token has expired; fetch a new one",
     "ExpiredTokenException": "the session token has expired; fetch a new one",
+    "RequestExpired": "the request or its token has expired; fetch a new token, and check this machine's clock",
     "TokenRefreshRequired": "the session token has expired; fetch a new one",
     "InvalidToken": "the session token is not valid; is AWS_SESSION_TOKEN left over from other credentials?",
     "InvalidAccessKeyId": "the server does not know this access key; check AWS_ACCESS_KEY_ID and the endpoint",
     "SignatureDoesNotMatch": "the secret key is wrong; check AWS_SECRET_ACCESS_KEY",
     "RequestTimeTooSkewed": "this machine's clock is wrong; set it",
+    "400": "refused without a reason, as an expired token is; check the credentials and the region",  # only of a HEAD
     "403": "denied without a reason; check the credentials and the permission to list the bucket",
     "401": "denied without a reason; check the credentials",
 }
