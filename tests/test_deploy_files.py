@@ -165,7 +165,10 @@ def test_every_server_we_start_or_document_keeps_slots_in_files_and_its_clients_
     from relora_train.cli.local_server import _SERVER_SETTINGS
 
     image = " ".join(rest for word, rest in instructions() if word == "ENV")
-    texts = {"image": image, **{name: (ROOT / name).read_text() for name in ("README.md", "deploy/README.md")}}
+    texts = {
+        "image": image,
+        **{name: (ROOT / name).read_text() for name in ("README.md", "flows/README.md", "deploy/README.md")},
+    }
     for variable, value in AS_DOCUMENTED.items():
         for name, text in texts.items():
             assert f"{variable}={value}" in text, f"{name} lacks {variable}"
