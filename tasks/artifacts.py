@@ -26,7 +26,7 @@ from prefect.client.orchestration import get_client
 from prefect.context import FlowRunContext
 from prefect.logging import get_run_logger
 
-from relora_train.checkpoints.store import CheckpointRef
+from relora_train.checkpoints.lineage import CheckpointRef
 from relora_train.events import Event
 from relora_train.method.stages import Stage
 from relora_train.reports.merge_table import merge_table

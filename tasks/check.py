@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from prefect import task
 
-from relora_train.checkpoints.store import CheckpointRef
+from relora_train.checkpoints.lineage import CheckpointRef
 from relora_train.method.stages import Stage
 from relora_train.runs.model_check import check_run
 from relora_train.runs.run import Run

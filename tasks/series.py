@@ -11,7 +11,7 @@ from prefect.runtime import deployment
 
 from relora_train import events
 from relora_train.checkpoints.lease import Lease
-from relora_train.checkpoints.store import CheckpointRef
+from relora_train.checkpoints.lineage import CheckpointRef
 from relora_train.errors import RunInUseError
 from relora_train.runs.datasets import DatasetOutcome
 from relora_train.runs.retraining.options import RetrainOptions

@@ -8,8 +8,8 @@ from pathlib import Path
 from prefect import task
 from prefect.runtime import deployment
 
+from relora_train.checkpoints.lineage import CheckpointRef
 from relora_train.checkpoints.names import resolve_checkpoint
-from relora_train.checkpoints.store import CheckpointRef
 from relora_train.errors import ConfigError
 from relora_train.runs.run import STORE_VARIABLE, default_store_uri
 from relora_train.storage.opening import open_store

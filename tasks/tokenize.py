@@ -5,7 +5,7 @@ from __future__ import annotations
 from prefect import task
 
 from relora_train import events
-from relora_train.checkpoints.store import CheckpointRef
+from relora_train.checkpoints.lineage import CheckpointRef
 from relora_train.runs.datasets import DatasetOutcome, prepare_or_reuse
 from relora_train.runs.run import Run
 from tasks.observe import forward_events, skipped

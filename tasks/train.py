@@ -6,7 +6,7 @@ from prefect import task
 from prefect.logging import get_run_logger
 
 from relora_train import events
-from relora_train.checkpoints.store import CheckpointRef
+from relora_train.checkpoints.lineage import CheckpointRef
 from relora_train.method.stages import Stage
 from relora_train.runs.divergence import train_by_policy
 from relora_train.runs.run import DatasetRef, Run, StageOutcome, store_trained

@@ -6,8 +6,8 @@ import hashlib
 import uuid
 from pathlib import Path
 
+from relora_train.checkpoints.lineage import CheckpointRef
 from relora_train.checkpoints.manifest import CheckpointManifest, DatasetManifest, ParentRef, describe_files
-from relora_train.checkpoints.store import CheckpointRef
 
 FILES = {"model.safetensors": 5000, "config.json": 40, "adapter/adapter_model.safetensors": 300, "empty.txt": 0}
 

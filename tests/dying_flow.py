@@ -28,7 +28,7 @@ from typing import Any
 from stage_runs import tiny_profile
 from tiny_data import DATASET_ID
 
-from relora_train.checkpoints.bundle import commit_bundle
+from relora_train.checkpoints.commit import commit_bundle
 from relora_train.checkpoints.layout import dataset_prefix
 from relora_train.checkpoints.lease import hold_run
 from relora_train.checkpoints.manifest import DatasetManifest, parse_manifest

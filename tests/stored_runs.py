@@ -8,10 +8,9 @@ from typing import Any
 import pytest
 from tiny_data import DATASET_ID, write_tiny_dataset
 
-from relora_train.checkpoints.bundle import read_manifest
 from relora_train.checkpoints.layout import dataset_prefix
-from relora_train.checkpoints.manifest import DatasetManifest
-from relora_train.checkpoints.store import CheckpointRef
+from relora_train.checkpoints.lineage import CheckpointRef
+from relora_train.checkpoints.manifest import DatasetManifest, read_manifest
 from relora_train.events import Event
 from relora_train.method.stages import Stage, stage_learning_rate, stages_after
 from relora_train.runs.divergence import train_by_policy

@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
+from relora_train.checkpoints.lineage import CheckpointRef
 from relora_train.checkpoints.manifest import CheckpointManifest, ParentRef, describe_files
-from relora_train.checkpoints.store import CheckpointRef, CheckpointStore
+from relora_train.checkpoints.run import CheckpointStore
 from relora_train.method.schedule import jagged_cosine
 from relora_train.method.stages import Stage, fingerprint_settings, plan_stages, stage_fingerprint
 from relora_train.settings.data import BatchConfig

@@ -13,8 +13,9 @@ from stored_runs import Workshop
 from synthetic_run import DATASET, commit_run, llama_weights, synthetic_profile
 
 from relora_train.checkpoints.fetch import files_in_stores
+from relora_train.checkpoints.lineage import CheckpointRef
 from relora_train.checkpoints.manifest import CheckpointManifest, describe_files
-from relora_train.checkpoints.store import CheckpointRef, CheckpointStore
+from relora_train.checkpoints.run import CheckpointStore
 from relora_train.cli.app import main
 from relora_train.errors import CheckpointCorruptError, ConfigError, ModelError
 from relora_train.method.stages import plan_stages

@@ -20,16 +20,9 @@ from fault_proxy import faulty_way_to, flip_a_bit_of_the_answer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from relora_train.checkpoints.bundle import (
-    check_local,
-    commit_bundle,
-    fetch_bundle,
-    keep_fetched,
-    read_manifest,
-    remove_leftovers,
-    verify_bundle,
-)
-from relora_train.checkpoints.manifest import CheckpointManifest, describe_files, hash_file
+from relora_train.checkpoints.commit import commit_bundle, remove_leftovers
+from relora_train.checkpoints.fetch import check_local, fetch_bundle, keep_fetched, verify_bundle
+from relora_train.checkpoints.manifest import CheckpointManifest, describe_files, hash_file, read_manifest
 from relora_train.checkpoints.tombstone import Tombstone
 from relora_train.errors import (
     CheckpointCorruptError,
@@ -138,7 +131,7 @@ def test_a_bundle_can_be_a_store_of_its_own(store, tmp_path):
 STOP_BEFORE = """
 import os, signal, sys
 from pathlib import Path
-from relora_train.checkpoints.bundle import commit_bundle
+from relora_train.checkpoints.commit import commit_bundle
 from relora_train.checkpoints.manifest import CheckpointManifest
 from relora_train.storage.opening import open_store
 uri, prefix, directory, manifest, writes_allowed = sys.argv[1:]
@@ -631,10 +624,10 @@ def test_every_file_and_at_last_the_manifest_asks_for_permission(tmp_path):
         manifest = checkpoint_manifest(write_files(tmp_path / "a", "a"))
         if refused_at is not None:
             with pytest.raises(RunInUseError):
-                commit_bundle(store, PREFIX, tmp_path / "a", manifest, permit=permit)
+                commit_bundle(store, PREFIX, tmp_path / "a", manifest, check_lease=permit)
             assert read_manifest(store, PREFIX, CheckpointManifest) is None
             assert len(asked) == refused_at, "nothing is written after a refusal"
-    commit_bundle(store, PREFIX, tmp_path / "a", manifest, permit=permit)
+    commit_bundle(store, PREFIX, tmp_path / "a", manifest, check_lease=permit)
     claim = f"{PREFIX}/claim.json"
     assert [len(keys - {claim}) for keys in asked] == list(range(len(FILES) + 1))
     assert json.loads(store.get_bytes(claim)[0])["attempt"] == manifest.attempt
@@ -672,7 +665,7 @@ def test_leftovers_that_cannot_be_removed_are_no_failure_and_said(tmp_path, capl
 
 @pytest.mark.parametrize("limit", [299, 300, 301])
 def test_each_file_is_downloaded_once_whatever_its_size(tmp_path, monkeypatch, limit):
-    monkeypatch.setattr("relora_train.checkpoints.bundle._SMALL_BYTES", limit)
+    monkeypatch.setattr("relora_train.checkpoints.fetch._SMALL_BYTES", limit)
     store = CountingStore()
     fetch_bundle(store, PREFIX, committed(store, tmp_path / "a"), tmp_path / "cache")
     assert sorted(store.downloaded) == sorted(FILES)

@@ -13,7 +13,9 @@ from bundles import checkpoint_manifest, dataset_manifest, fingerprint_of, write
 from hypothesis import given
 from hypothesis import strategies as st
 
-from relora_train.checkpoints.bundle import commit_bundle
+from relora_train.checkpoints.all_runs import list_runs
+from relora_train.checkpoints.commit import commit_bundle
+from relora_train.checkpoints.fetch import fetch_checkpoint
 from relora_train.checkpoints.layout import (
     check_run_id,
     checkpoint_prefix,
@@ -21,15 +23,10 @@ from relora_train.checkpoints.layout import (
     parse_checkpoint_prefix,
     split_checkpoint_uri,
 )
+from relora_train.checkpoints.lineage import CheckpointRef, line_to
+from relora_train.checkpoints.manifest import find_dataset
 from relora_train.checkpoints.names import resolve_checkpoint
-from relora_train.checkpoints.store import (
-    CheckpointRef,
-    CheckpointStore,
-    fetch_checkpoint,
-    find_dataset,
-    line_to,
-    list_runs,
-)
+from relora_train.checkpoints.run import CheckpointStore
 from relora_train.errors import (
     CheckpointAmbiguousError,
     CheckpointCorruptError,
@@ -74,8 +71,6 @@ def straight_run(
 def test_a_committed_checkpoint_is_found_listed_fetched_and_verified(store, tmp_path):
     run, refs = straight_run(store, tmp_path)
     assert run.list() == refs
-    assert [run.find(ref.fingerprint) for ref in refs] == refs
-    assert run.find(fingerprint_of("never ran")) is None
     assert refs[0].prefix == f"runs/run/checkpoints/step-00000100-{refs[0].fingerprint[:12]}"
     assert refs[0].uri == f"{store.uri}/{refs[0].prefix}"
     for ref in refs:
@@ -89,7 +84,7 @@ def test_a_committed_checkpoint_is_found_listed_fetched_and_verified(store, tmp_
 def test_an_empty_run_has_nothing_and_says_so(store):
     run = CheckpointStore(store, "run")
     assert list(run.list()) == []
-    assert (run.head(), run.latest(), run.find("0" * 64)) == (None, None, None)
+    assert (run.head(), run.latest()) == (None, None)
     assert list(list_runs(store)) == []
 
 
@@ -97,7 +92,6 @@ def test_a_checkpoint_without_a_manifest_is_absent_everywhere(store, tmp_path):
     run, refs = straight_run(store, tmp_path)
     store.delete(f"{refs[3].prefix}/manifest.json")
     assert run.list() == refs[:3]
-    assert run.find(refs[3].fingerprint) is None
     assert run.latest() == refs[2]
     assert list_runs(store)[0].latest_step == 300
 
@@ -186,8 +180,8 @@ def test_a_sideways_move_that_another_writer_overtook_is_refused(memory, tmp_pat
     run.set_head(refs[2])
 
     class Overtaken(CheckpointStore):
-        def _read_head(self, **options):
-            answer = super()._read_head(**options)
+        def _head(self):
+            answer = super()._head()
             if answer[0] == refs[2]:
                 run.set_head(refs[3])  # between our read and our write
             return answer

@@ -23,7 +23,7 @@ from rich.console import Console
 from safetensors.numpy import load_file
 from synthetic_run import commit_run, evaluation_of, synthetic_profile
 
-from relora_train.checkpoints.store import CheckpointRef
+from relora_train.checkpoints.lineage import CheckpointRef
 from relora_train.cli.app import app, main
 from relora_train.cli.local_flow import TerminatedError, _termination_raises
 from relora_train.cli.output import describe_fault

@@ -8,10 +8,11 @@ import pytest
 from made_up_corpus import made_up_text
 from stage_runs import tiny_profile
 
-from relora_train.checkpoints.bundle import commit_bundle
+from relora_train.checkpoints.commit import commit_bundle
 from relora_train.checkpoints.layout import dataset_prefix
+from relora_train.checkpoints.lineage import CheckpointRef
 from relora_train.checkpoints.manifest import CheckpointManifest, DatasetManifest, FileEntry, hash_file
-from relora_train.checkpoints.store import CheckpointRef, CheckpointStore
+from relora_train.checkpoints.run import CheckpointStore
 from relora_train.data.dataset_changes import dataset_changes
 from relora_train.data.prepare import PreparedDataset, prepare_dataset
 from relora_train.errors import RunSettingsChangedError

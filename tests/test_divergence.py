@@ -14,7 +14,7 @@ from stored_runs import Workshop
 
 from relora_train.checkpoints.fetch import files_in_stores
 from relora_train.checkpoints.manifest import result_digest
-from relora_train.checkpoints.store import CheckpointStore
+from relora_train.checkpoints.run import CheckpointStore
 from relora_train.checkpoints.upkeep.verify import verify_run
 from relora_train.errors import DivergedError, RunSettingsChangedError, TrainerCrashedError
 from relora_train.method.stages import plan_stages

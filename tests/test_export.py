@@ -19,8 +19,8 @@ from synthetic_run import commit_run, synthetic_profile
 from test_tokenizer_choice import write_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from relora_train.checkpoints.lineage import CheckpointRef
 from relora_train.checkpoints.manifest import CheckpointManifest, parse_manifest
-from relora_train.checkpoints.store import CheckpointRef
 from relora_train.cli.app import main
 from relora_train.cli.export import export_model, unfinished_stages
 from relora_train.data.prepare import prepare_dataset

@@ -24,9 +24,9 @@ from prefect_server import running_prefect
 from seaweed import ChangingKeys
 from test_flow_pretrain import listening, model_bytes, run_smoke, trained
 
-from relora_train.checkpoints.bundle import commit_bundle
+from relora_train.checkpoints.commit import commit_bundle
 from relora_train.checkpoints.manifest import CheckpointManifest, describe_files
-from relora_train.checkpoints.store import CheckpointStore
+from relora_train.checkpoints.run import CheckpointStore
 from relora_train.errors import AccessDeniedError, PreconditionFailedError
 from relora_train.events import Event
 from relora_train.storage.base import ObjectStore

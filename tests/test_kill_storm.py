@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 from seaweed import Seaweed, running_seaweed
 
-from relora_train.checkpoints.store import CheckpointStore
+from relora_train.checkpoints.run import CheckpointStore
 from relora_train.runs.run import fetch_parent
 from relora_train.storage.opening import open_store
 

@@ -17,7 +17,8 @@ from pathlib import Path
 import pytest
 from fault_proxy import answer_instead, faulty_way_to, lose_the_answer
 
-from relora_train.checkpoints.lease import Holder, LeaseRecord, hold_run, lease_key, read_lease, try_lease
+from relora_train.checkpoints.holder import Holder
+from relora_train.checkpoints.lease import LeaseRecord, hold_run, lease_key, read_lease, try_lease
 from relora_train.errors import CheckpointCorruptError, PreconditionFailedError, RunInUseError, StoreUnavailableError
 from relora_train.storage.base import ObjectStore
 from relora_train.storage.memory import MemoryStore

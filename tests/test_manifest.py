@@ -118,7 +118,7 @@ def test_a_manifest_cannot_name_a_file_outside_its_bundle(path):
 
 def test_half_a_manifest_is_damaged_as_a_whole():
     with pytest.raises(
-        CheckpointCorruptError, match=r"memory://x/m is not a valid DatasetManifest: document: .*delete"
+        CheckpointCorruptError, match=r"memory://x/m is damaged .*is not a valid DatasetManifest: document: .*delete"
     ):
         parse_manifest(DatasetManifest, b'{"kind": "dataset"', uri="memory://x/m")
 

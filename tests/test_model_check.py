@@ -18,7 +18,7 @@ from tiny_models import tiny_llama
 from transformers import MistralConfig, MistralForCausalLM, PreTrainedModel
 
 from relora_train.checkpoints.manifest import CheckpointManifest
-from relora_train.checkpoints.store import CheckpointStore
+from relora_train.checkpoints.run import CheckpointStore
 from relora_train.errors import (
     ConfigError,
     DeviceError,

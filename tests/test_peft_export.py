@@ -17,7 +17,7 @@ from tiny_data import VOCABULARY
 from tiny_models import relative_error, token_batch
 from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig, PreTrainedModel, Qwen3MoeConfig
 
-from relora_train.checkpoints.store import CheckpointRef
+from relora_train.checkpoints.lineage import CheckpointRef
 from relora_train.cli.app import main
 from relora_train.cli.export import export_adapter
 from relora_train.errors import CheckpointNotFoundError, ConfigError, ModelError

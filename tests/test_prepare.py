@@ -17,7 +17,8 @@ from pydantic import ValidationError
 from tokenizers import Tokenizer
 
 from relora_train import events
-from relora_train.checkpoints.bundle import commit_bundle, fetch_bundle
+from relora_train.checkpoints.commit import commit_bundle
+from relora_train.checkpoints.fetch import fetch_bundle
 from relora_train.checkpoints.manifest import hash_file
 from relora_train.data.dataset import TokenDataset
 from relora_train.data.prepare import PreparedDataset, PrepareRequest, describe_dataset, prepare_dataset, read_result

@@ -15,12 +15,14 @@ from bundles import FILES, checkpoint_manifest, dataset_manifest, write_files
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from relora_train.checkpoints.bundle import commit_bundle
+from relora_train.checkpoints.commit import commit_bundle
+from relora_train.checkpoints.holder import Holder
 from relora_train.checkpoints.layout import checkpoint_prefix
-from relora_train.checkpoints.lease import Holder, hold_run, lease_key, take_lease
+from relora_train.checkpoints.lease import hold_run, lease_key, take_lease
+from relora_train.checkpoints.lineage import CheckpointRef, line_to, make_ref
 from relora_train.checkpoints.names import resolve_checkpoint
 from relora_train.checkpoints.pins import pin, pins_of, record_export, unpin
-from relora_train.checkpoints.store import CheckpointRef, CheckpointStore, line_to, make_ref
+from relora_train.checkpoints.run import CheckpointStore
 from relora_train.checkpoints.tombstone import Tombstone
 from relora_train.checkpoints.upkeep.pruning import prune_run
 from relora_train.checkpoints.upkeep.retention import RetentionPolicy, plan_pruning, stage_number

@@ -11,9 +11,10 @@ import pytest
 from bundles import checkpoint_manifest, fingerprint_of, write_files
 from stage_runs import stage_request, tiny_profile
 
-from relora_train.checkpoints.bundle import commit_bundle
+from relora_train.checkpoints.commit import commit_bundle
+from relora_train.checkpoints.lineage import CheckpointRef
 from relora_train.checkpoints.manifest import RECORD_FILES, result_digest
-from relora_train.checkpoints.store import CheckpointRef, CheckpointStore
+from relora_train.checkpoints.run import CheckpointStore
 from relora_train.errors import AccessDeniedError, DiskFullError, PreconditionFailedError, StoreUnavailableError
 from relora_train.runs.publishing import Publication, Publisher, publishing
 from relora_train.runs.run import Run, fetch_parent
@@ -59,7 +60,7 @@ class Flow:
         return Publication(
             self.run.place_of(manifest),
             directory,
-            store=lambda permit: self.run.commit(directory, manifest, permit=permit),
+            store=lambda permit: self.run.commit(directory, manifest, check_lease=permit),
             cancel=lambda: self.cancelled.append(stage),
             finish=lambda committed: self.finished.append((stage, committed is not None)),
         )
@@ -99,7 +100,7 @@ def test_what_is_handed_over_is_stored_while_others_work_and_kept_until_nobody_r
         (one,) = offered(publisher, flow.made("one", 1))
         assert not publisher.is_stored(one) and publisher.find(one.fingerprint).directory.is_dir()
         shaky.gate.set()
-        assert publisher.wait(one).manifest == flow.run.find(one.fingerprint).manifest
+        assert publisher.wait(one).manifest == flow.run.list()[0].manifest
         assert publisher.is_stored(one) and flow.finished == []
         publisher.settle(one)
         assert flow.finished == [("one", True)] and publisher.find(one.fingerprint) is None
@@ -254,7 +255,9 @@ def test_a_lease_lost_during_the_upload_keeps_the_checkpoint_invisible(memory: M
     for files_before in range(len(manifest.files) + 1):
         asked = iter([True] * files_before)
         with pytest.raises(PreconditionFailedError, match="taken over"):
-            commit_bundle(memory, "place", directory, manifest, permit=lambda asked=asked: next(asked, None) or lost())
+            commit_bundle(
+                memory, "place", directory, manifest, check_lease=lambda asked=asked: next(asked, None) or lost()
+            )
         assert "place/manifest.json" not in {info.key for info in memory.list()}
     assert commit_bundle(memory, "place", directory, manifest) == manifest
 

@@ -9,10 +9,9 @@ import numpy as np
 import pytest
 from synthetic_run import commit_run, evaluation_of, synthetic_profile
 
-from relora_train.checkpoints.bundle import read_manifest
 from relora_train.checkpoints.fetch import files_in_stores
-from relora_train.checkpoints.manifest import CheckpointManifest
-from relora_train.checkpoints.store import CheckpointStore
+from relora_train.checkpoints.manifest import CheckpointManifest, read_manifest
+from relora_train.checkpoints.run import CheckpointStore
 from relora_train.errors import CheckpointCorruptError, CheckpointIncompleteError, CheckpointNotFoundError
 from relora_train.method.stages import plan_stages
 from relora_train.reports.collect import collect_run_data, files_in_directories

@@ -12,9 +12,10 @@ from stage_runs import tiny_profile
 from stored_runs import Workshop
 
 from relora_train.checkpoints.lease import hold_run
+from relora_train.checkpoints.lineage import CheckpointRef
 from relora_train.checkpoints.manifest import CheckpointManifest
 from relora_train.checkpoints.names import resolve_checkpoint
-from relora_train.checkpoints.store import CheckpointRef, CheckpointStore
+from relora_train.checkpoints.run import CheckpointStore
 from relora_train.cli.app import main
 from relora_train.cli.retry import retry_view
 from relora_train.errors import CheckpointNotFoundError, ConfigError, RunInUseError

@@ -14,7 +14,7 @@ import pytest
 from stage_runs import manifest_of, metrics_of, tiny_profile
 from tiny_data import DATASET_ID, write_tiny_dataset
 
-from relora_train.checkpoints.bundle import commit_bundle
+from relora_train.checkpoints.commit import commit_bundle
 from relora_train.checkpoints.layout import dataset_prefix
 from relora_train.checkpoints.manifest import DatasetManifest, parse_manifest
 from relora_train.errors import StoreUnavailableError, TrainerCrashedError

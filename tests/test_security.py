@@ -25,15 +25,22 @@ from observed_flows import RUN_ID
 from stage_runs import stage_request, tiny_profile
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from relora_train.checkpoints.bundle import commit_bundle, read_manifest
+from relora_train.checkpoints.commit import commit_bundle
 from relora_train.checkpoints.layout import checkpoint_prefix
 from relora_train.checkpoints.lease import hold_run
-from relora_train.checkpoints.manifest import CheckpointManifest, DatasetManifest, Manifest, ParentRef, SnapshotManifest
+from relora_train.checkpoints.manifest import (
+    CheckpointManifest,
+    DatasetManifest,
+    Manifest,
+    ParentRef,
+    SnapshotManifest,
+    read_manifest,
+)
 from relora_train.checkpoints.names import resolve_checkpoint
 from relora_train.checkpoints.pins import pin, pins_of
+from relora_train.checkpoints.run import CheckpointStore
 from relora_train.checkpoints.series import promote as promote_checkpoint
 from relora_train.checkpoints.snapshots import SnapshotStore
-from relora_train.checkpoints.store import CheckpointStore
 from relora_train.checkpoints.tombstone import read_tombstone
 from relora_train.checkpoints.upkeep.pruning import prune_run
 from relora_train.checkpoints.upkeep.verify import verify_run
@@ -332,7 +339,7 @@ def test_a_hostile_snapshot_is_passed_over_and_leaves_nothing(tmp_path: Path):
 
 
 def test_a_link_in_the_place_of_a_file_is_not_written_through(tmp_path: Path):
-    from relora_train.checkpoints.bundle import fetch_bundle
+    from relora_train.checkpoints.fetch import fetch_bundle
 
     store = open_store("memory://hostile-link")
     manifest = commit_bundle(store, "p", write_files(tmp_path / "files", "a"), checkpoint_manifest(tmp_path / "files"))

@@ -18,12 +18,13 @@ from made_up_corpus import made_up_text
 from tiny_data import write_tiny_dataset
 
 from relora_train.checkpoints.lease import hold_series
+from relora_train.checkpoints.lineage import CheckpointRef
 from relora_train.checkpoints.manifest import DatasetManifest
 from relora_train.checkpoints.names import resolve_checkpoint
 from relora_train.checkpoints.pins import pins_of
+from relora_train.checkpoints.run import CheckpointStore
 from relora_train.checkpoints.series import find_champion, list_series, promote, read_series, roll_back
 from relora_train.checkpoints.series_record import Change, Scores, champions_in_order, protected_by
-from relora_train.checkpoints.store import CheckpointRef, CheckpointStore
 from relora_train.checkpoints.upkeep.pruning import prune_run
 from relora_train.checkpoints.upkeep.retention import RetentionPolicy
 from relora_train.checkpoints.upkeep.verify import verify_run

@@ -19,9 +19,10 @@ from tiny_models import tiny_gpt_neox, tiny_llama
 from tokenizers import Tokenizer, processors
 from transformers import AutoTokenizer
 
-from relora_train.checkpoints.bundle import commit_bundle
+from relora_train.checkpoints.commit import commit_bundle
 from relora_train.checkpoints.layout import dataset_prefix
-from relora_train.checkpoints.store import CheckpointRef, CheckpointStore
+from relora_train.checkpoints.lineage import CheckpointRef
+from relora_train.checkpoints.run import CheckpointStore
 from relora_train.cli.precheck import check_inputs
 from relora_train.data.prepare import PreparedDataset, describe_dataset, prepare_dataset
 from relora_train.data.tokenizer import load_tokenizer, train_tokenizer

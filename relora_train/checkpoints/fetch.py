@@ -1,23 +1,136 @@
-"""Some files of a checkpoint, fetched by name and verified. Light."""
+"""Bundles on the way from a store to this machine's disk. Every byte is checked by size and SHA-256."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import fcntl
+import hashlib
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from relora_train.checkpoints.bundle import fetch_bundle
-from relora_train.checkpoints.store import CheckpointRef
-from relora_train.errors import CheckpointIncompleteError
+from relora_train.checkpoints.file_checks import check_file, is_intact, missing_file
+from relora_train.checkpoints.layout import checkpoint_name, join_key
+from relora_train.checkpoints.lineage import CheckpointRef
+from relora_train.checkpoints.manifest import MANIFEST_NAME, FileEntry, M, Manifest, content_digest
+from relora_train.errors import (
+    BucketNotFoundError,
+    CheckpointCorruptError,
+    CheckpointIncompleteError,
+    DiskFullError,
+    ObjectNotFoundError,
+)
+from relora_train.storage.base import ObjectStore
+from relora_train.storage.durable import replace_durably, write_durably
 from relora_train.storage.opening import open_store
+from relora_train.storage.os_errors import disk_error
+
+_DOWNLOADS = 8
+_SMALL_BYTES = 64 << 20  # one part of a transfer
+_log = logging.getLogger("relora_train.checkpoints.fetch")
 
 FetchFiles = Callable[[CheckpointRef, Sequence[str]], Path]
-"""Gives a local directory in which the named files of a checkpoint lie, and maybe others."""
+"""Returns a local directory that holds the named files of a checkpoint, and maybe others."""
+
+
+def fetch_bundle(store: ObjectStore, prefix: str, manifest: Manifest, directory: Path) -> Path:
+    """Return a local directory that holds exactly the bundle's bytes.
+
+    For a store that is a local directory this is the bundle's own, without a copy: treat it as read-only. Otherwise
+    files go to `directory`, intact ones found there are reused, and several processes may ask for the same at once. A
+    file that this process checked before is not read again while its size, times and inode are what they were.
+
+    Raises CheckpointCorruptError or CheckpointIncompleteError, which name the file and the reason.
+    """
+    if in_place := _local_directory(store, prefix, manifest):
+        return check_local(in_place, manifest, uri=join_key(store.uri, prefix, manifest.files_prefix))
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with _one_process_at_a_time(directory):
+            missing = [e for e in manifest.files if not is_intact(directory / e.path, e, unless_checked_before=True)]
+            _check_free_space(directory, missing)
+            # Small files side by side, so that a dataset of many shards is not bound by one connection. Large ones in
+            # turn: the store reads their parts side by side, and Ctrl-C waits for what has begun.
+            with ThreadPoolExecutor(_DOWNLOADS, thread_name_prefix="download") as pool:
+                small = [entry for entry in missing if entry.size_bytes <= _SMALL_BYTES]
+                begun = [pool.submit(_download, store, prefix, manifest, entry, directory) for entry in small]
+                try:
+                    for download in begun:
+                        download.result()
+                except BaseException:
+                    pool.shutdown(cancel_futures=True)
+                    raise
+            for entry in missing:
+                if entry.size_bytes > _SMALL_BYTES:
+                    _download(store, prefix, manifest, entry, directory)
+            # Here the files lie beside the manifest, also those of a variant: the directory is a bundle of its own.
+            placed = manifest.model_copy(update={"files_prefix": ""})
+            write_durably(directory / MANIFEST_NAME, placed.to_bytes())
+    except OSError as error:
+        source = join_key(store.uri, prefix)
+        raise disk_error(error, f"write {error.filename or directory} from {source}") from error
+    return directory
+
+
+def check_local(
+    directory: Path, manifest: Manifest, *, uri: str | None = None, unless_checked_before: bool = True
+) -> Path:
+    """Return a bundle's own directory on this machine if every file in it is as the manifest says.
+
+    A file that this process checked before is not read again, as for fetch_bundle. Raises CheckpointCorruptError or
+    CheckpointIncompleteError.
+    """
+    for entry in manifest.files:
+        named = f"{uri or directory.as_uri()}/{entry.path}"
+        check_file(directory / entry.path, entry, uri=named, unless_checked_before=unless_checked_before)
+    return directory
+
+
+def verify_bundle(store: ObjectStore, prefix: str, manifest: Manifest) -> None:
+    """Read every byte of a bundle and return only if all are as committed. Needs disk space for one file."""
+    if in_place := _local_directory(store, prefix, manifest):
+        uri = join_key(store.uri, prefix, manifest.files_prefix)
+        check_local(in_place, manifest, uri=uri, unless_checked_before=False)
+        return
+    with tempfile.TemporaryDirectory(prefix="relora-verify-") as scratch:
+        for entry in manifest.files:
+            _check_free_space(Path(scratch), [entry])
+            _download(store, prefix, manifest, entry, Path(scratch)).unlink()
+
+
+def keep_fetched(store: ObjectStore, made: M, committed: M, source: Path, directory: Path) -> None:
+    """Move what was just committed from `source` to `directory`, which spares fetch_bundle the download.
+
+    made, committed: the manifests that commit_bundle was given and returned. If another attempt won with other bytes,
+    nothing is moved. Best effort: fetch_bundle checks every byte of what it finds, and downloads the rest.
+    """
+    if store.local_path(MANIFEST_NAME) is not None or content_digest(made) != content_digest(committed):
+        return
+    with suppress(OSError):  # such as a directory that another process is already downloading to
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        source.rename(directory)
+
+
+def fetch_checkpoint(ref: CheckpointRef, cache_dir: Path, *, store: ObjectStore | None = None) -> Path:
+    """Return a local directory with a checkpoint's verified files: the store's own, or one below `cache_dir`."""
+    store = store or open_store(ref.store_uri)
+    return fetch_bundle(store, ref.prefix, ref.manifest, fetched_directory(ref, cache_dir))
+
+
+def fetched_directory(ref: CheckpointRef, cache_dir: Path) -> Path:
+    """Return the directory that fetch_checkpoint downloads to. Two checkpoints never share one."""
+    digest = hashlib.sha256(ref.manifest.to_bytes()).hexdigest()[:12]
+    return cache_dir / f"{checkpoint_name(ref.step, ref.fingerprint)}-{digest}"
 
 
 def files_in_stores(cache_dir: Path) -> FetchFiles:
-    """Files of checkpoints in the stores they were found in, verified by size and SHA-256 as by `fetch_checkpoint`.
+    """Return a function that fetches single files of checkpoints from the stores in which they were found.
 
-    In place for a store on this machine's disk; else downloaded below `cache_dir`, only the files asked for, once.
+    If the store is on this machine's disk, they are used in place; else they are downloaded once, below `cache_dir`.
     """
 
     def fetch(ref: CheckpointRef, names: Sequence[str]) -> Path:
@@ -31,3 +144,56 @@ def files_in_stores(cache_dir: Path) -> FetchFiles:
         return fetch_bundle(open_store(ref.store_uri), ref.prefix, part, directory)
 
     return fetch
+
+
+def _download(store: ObjectStore, prefix: str, manifest: Manifest, entry: FileEntry, directory: Path) -> Path:
+    """Put one verified file in its place. If it arrives damaged, download it once more."""
+    key, target = manifest.key_of(entry, prefix), directory / entry.path
+    uri = f"{store.uri}/{key}"
+    if not target.resolve().is_relative_to(directory.resolve()):
+        raise CheckpointCorruptError(f"{uri} would be written outside {directory}: a symbolic link leads there.")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    part = target.with_name(f".{target.name}.part")
+    try:
+        for is_last_attempt in (False, True):
+            store.get_file(key, part)
+            try:
+                check_file(part, entry, uri=uri)
+                break
+            except CheckpointCorruptError as error:
+                if is_last_attempt:
+                    raise
+                _log.warning("%s Downloading it once more, in case it was damaged on the way.", error)
+        replace_durably(part, target)
+    except BucketNotFoundError:
+        raise
+    except ObjectNotFoundError as error:
+        raise missing_file(uri) from error
+    finally:
+        part.unlink(missing_ok=True)  # a full disk must not stay full of it
+    return target
+
+
+def _check_free_space(directory: Path, entries: list[FileEntry]) -> None:
+    needed, free = sum(entry.size_bytes for entry in entries), shutil.disk_usage(directory).free
+    if needed > free:
+        raise DiskFullError(
+            f"{directory} has {free} bytes free and {needed} are needed. "
+            "Free some space or use another cache directory, then run again."
+        )
+
+
+@contextmanager
+def _one_process_at_a_time(directory: Path) -> Iterator[None]:
+    """Hold the directory's lock. A second process then waits and finds the files instead of downloading them."""
+    descriptor = os.open(directory / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _local_directory(store: ObjectStore, prefix: str, manifest: Manifest) -> Path | None:
+    inside = store.local_path(join_key(prefix, manifest.files_prefix, MANIFEST_NAME))
+    return inside and inside.parent

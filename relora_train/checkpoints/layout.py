@@ -45,6 +45,11 @@ def check_run_id(run_id: str) -> str:
     return run_id
 
 
+def join_key(*parts: str) -> str:
+    """Join the parts of a key that are not empty."""
+    return "/".join(part for part in parts if part)
+
+
 def checkpoint_prefix(run_id: str, step: int, fingerprint: str) -> str:
     """Where the checkpoint of this work goes: a retry meets its own name, other settings never do."""
     return checkpoints_prefix(run_id) + checkpoint_name(step, fingerprint)

@@ -1,22 +1,44 @@
-"""How checkpoints descend from each other, across runs, from their manifests alone. Pure, but for reading them; light.
+"""How checkpoints descend from each other, across runs, from their manifests alone.
 
 A manifest names its parent by URI, fingerprint and step. That is enough to draw the tree when ancestors were deleted or
-lie in stores that cannot be reached: they are named, never opened.
+lie in stores that cannot be reached: they are named, never opened. All functions but read_checkpoint are pure.
 """
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from relora_train.checkpoints.layout import parse_checkpoint_prefix
-from relora_train.checkpoints.manifest import MANIFEST_NAME
-from relora_train.checkpoints.store import CheckpointRef, CheckpointStore, line_to, read_checkpoint
-from relora_train.errors import CheckpointError
+from relora_train.checkpoints.layout import checkpoint_prefix
+from relora_train.checkpoints.manifest import CheckpointManifest, read_manifest
+from relora_train.errors import CheckpointAmbiguousError, CheckpointCorruptError
 from relora_train.storage.base import ObjectStore
 
-_log = logging.getLogger("relora_train.checkpoints.lineage")
+
+@dataclass(frozen=True)
+class CheckpointRef:
+    """One committed checkpoint, found in some store."""
+
+    uri: str
+    """Names it everywhere: store URI and prefix."""
+    store_uri: str
+    prefix: str
+    manifest: CheckpointManifest
+    is_removed: bool = False
+    """Known from its tombstone only: it has a place in the lineage and no files."""
+
+    @property
+    def fingerprint(self) -> str:
+        return self.manifest.fingerprint
+
+    @property
+    def step(self) -> int:
+        return self.manifest.step
+
+    @property
+    def stands_for(self) -> str:
+        """Fingerprint of the stage whose result this is: its own, or that of the stage it was made in place of."""
+        return self.manifest.variant_of or self.fingerprint
 
 
 @dataclass(frozen=True)
@@ -112,33 +134,59 @@ def descendants(ref: CheckpointRef, refs: Sequence[CheckpointRef]) -> Sequence[C
     return [one for one in sorted(refs, key=_order) if one.uri in below and one.uri != ref.uri]
 
 
-def read_checkpoints(store: ObjectStore) -> list[CheckpointRef]:
-    """Every committed checkpoint of every run of a store; a damaged manifest is left out with a warning."""
-    refs = []
-    for info in store.list("runs/"):
-        prefix, _, name = info.key.rpartition("/")
-        if name != MANIFEST_NAME or parse_checkpoint_prefix(prefix) is None:
-            continue
-        try:
-            ref = read_checkpoint(store, prefix)
-        except CheckpointError as error:
-            _log.warning("%s", error)  # a tree is where an operator looks for what is left, so it must still come
-            continue
-        refs += [ref] if ref else []
-    return refs
+def line_to(ref: CheckpointRef, refs: Sequence[CheckpointRef]) -> Sequence[CheckpointRef]:
+    """`ref` and those of `refs` that led to it, oldest first. Pure. Ends where a parent lies in another run."""
+    by_fingerprint = {known.fingerprint: known for known in refs}
+    line, seen = [ref], {ref.fingerprint}
+    while (parent := line[0].manifest.parent) and parent.fingerprint in by_fingerprint.keys() - seen:
+        line.insert(0, by_fingerprint[parent.fingerprint])
+        seen.add(parent.fingerprint)
+    return line
 
 
-def read_heads(store: ObjectStore, refs: Iterable[CheckpointRef]) -> set[str]:
-    """URIs of the heads of the runs that `refs` belong to; a run whose head is lost has none."""
-    heads = set()
-    for run_id in {ref.manifest.run_id for ref in refs if ref.store_uri == store.uri}:
-        try:
-            head = CheckpointStore(store, run_id).head(missing_ok=True)
-        except CheckpointError as error:
-            _log.warning("%s", error)
-            continue
-        heads |= {head.uri} if head else set()
-    return heads
+def without_removed_ends(refs: Sequence[CheckpointRef]) -> Sequence[CheckpointRef]:
+    """Checkpoints, and of the removed ones only those that something still there came from. Pure."""
+    needed = {known.prefix for ref in refs if not ref.is_removed for known in line_to(ref, refs)}
+    return [ref for ref in refs if ref.prefix in needed]
+
+
+def end_of_line(refs: Sequence[CheckpointRef], head: CheckpointRef | None, *, run_id: str) -> CheckpointRef | None:
+    """Where a run stands; see CheckpointStore.latest. Pure."""
+
+    def children(parent: CheckpointRef) -> Sequence[CheckpointRef]:
+        return [ref for ref in refs if ref.manifest.parent and ref.manifest.parent.fingerprint == parent.fingerprint]
+
+    if head is None:
+        ends = [ref for ref in refs if not children(ref)]
+        if not ends:
+            return None
+        return _the_only(ends, f"Run {run_id!r} has no head and")
+    while following := children(head):
+        head = _the_only(following, f"Run {run_id!r} stands at {head.uri}, after which")
+    return head
+
+
+def read_checkpoint(store: ObjectStore, prefix: str) -> CheckpointRef | None:
+    """The checkpoint committed at a prefix, or None. One whose manifest belongs elsewhere is refused."""
+    manifest = read_manifest(store, prefix, CheckpointManifest)
+    if manifest is None:
+        return None
+    ref = make_ref(store, prefix, manifest)
+    if prefix and prefix != checkpoint_prefix(manifest.run_id, manifest.step, manifest.fingerprint):
+        raise CheckpointCorruptError(
+            f"{ref.uri} holds the manifest of run {manifest.run_id!r}, step {manifest.step}, fingerprint "
+            f"{manifest.fingerprint[:12]}: it was copied or renamed. Move it back or delete it."
+        )
+    return ref
+
+
+def make_ref(store: ObjectStore, prefix: str, manifest: CheckpointManifest) -> CheckpointRef:
+    return CheckpointRef(f"{store.uri}/{prefix}".rstrip("/"), store.uri, prefix, manifest)
+
+
+def in_order(refs: Iterable[CheckpointRef]) -> Sequence[CheckpointRef]:
+    """Return the checkpoints of a run by step."""
+    return sorted(refs, key=lambda ref: (ref.step, ref.fingerprint))
 
 
 def _order(ref: CheckpointRef) -> tuple[int, str, str]:
@@ -169,3 +217,10 @@ def _line_from(root: CheckpointRef, children: Mapping[str, list[CheckpointRef]],
             break
         checkpoints.append(chosen)
     return Line(tuple(checkpoints), tuple(_line_from(ref, children, on_line) for ref in leaving))
+
+
+def _the_only(candidates: Sequence[CheckpointRef], where: str) -> CheckpointRef:
+    if len(candidates) > 1:
+        names = "".join(f"\n  {ref.uri}" for ref in candidates)
+        raise CheckpointAmbiguousError(f"{where} there are {len(candidates)} lines. Name one by its URI:{names}")
+    return candidates[0]

@@ -1,6 +1,6 @@
-"""What a complete bundle (a checkpoint or a dataset) holds. The bundle exists when its manifest does.
+"""Manifests: the record of what a bundle (a checkpoint, a snapshot or a dataset) holds.
 
-Light: imports no torch, boto3 or prefect.
+A bundle exists when its manifest does.
 """
 
 from __future__ import annotations
@@ -8,14 +8,17 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from relora_train.checkpoints.layout import RUN_ID_PATTERN
+from relora_train.checkpoints.layout import RUN_ID_PATTERN, dataset_prefix, join_key
+from relora_train.checkpoints.record import StoredRecord
 from relora_train.errors import CheckpointCorruptError
+from relora_train.storage.base import ObjectStore
 
 MANIFEST_NAME = "manifest.json"
 RECORD_FILES = ("metrics.jsonl", "profile.json")
@@ -60,21 +63,19 @@ class ParentRef(BaseModel):
     step: int
 
 
-class Manifest(BaseModel):
-    """Common part of every bundle's manifest."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
+class Manifest(StoredRecord):
+    """The common part of every bundle's manifest."""
 
     format_version: Literal[1] = 1
     kind: str
     files: tuple[FileEntry, ...]
     files_prefix: str = Field(default="", pattern=r"^(variant-[0-9a-f]{16})?$")
     """Where the files lie below the bundle's prefix: beside the manifest, or, for an attempt that found other bytes
-    promised there, in a directory named by their content. Set by commit_bundle; see bundle.py."""
+    promised there, in a directory named by their content. Set by commit_bundle; see commit.py."""
     created_at: datetime = Field(default_factory=lambda: datetime.now(UTC))
     attempt: str = Field(pattern=r"^[0-9A-Za-z]{1,64}$")
     """Random per attempt: tells a lost answer to our own write from a rival's write."""
-    versions: dict[str, str] = {}
+    versions: dict[str, str] = Field(default_factory=dict)
     """Package versions that wrote the bundle."""
 
     @field_validator("files")
@@ -89,9 +90,9 @@ class Manifest(BaseModel):
     def size_bytes(self) -> int:
         return sum(entry.size_bytes for entry in self.files)
 
-    def to_bytes(self) -> bytes:
-        """Readable JSON, the same bytes for the same manifest."""
-        return (self.model_dump_json(indent=1) + "\n").encode()
+    def key_of(self, entry: FileEntry, prefix: str) -> str:
+        """Return the key of a file in a store, for the bundle at this prefix."""
+        return join_key(prefix, self.files_prefix, entry.path)
 
 
 class CheckpointManifest(Manifest):
@@ -116,16 +117,16 @@ class CheckpointManifest(Manifest):
     parent: ParentRef | None
     dataset_id: str
     dataset_uri: str
-    evaluation: dict[str, float] = {}
+    evaluation: dict[str, float] = Field(default_factory=dict)
     """The scores of the run's objective, and the same with the suffix _before for the stage's start."""
-    merge_report: dict[str, Any] = {}
-    divergence: dict[str, Any] = {}
+    merge_report: dict[str, Any] = Field(default_factory=dict)
+    divergence: dict[str, Any] = Field(default_factory=dict)
     """Of a stage that diverged first: attempts that failed, learning_rate, learning_rate_factor, profile_learning_rate,
     failures."""
     source_dtype: Dtype | None = None
     """Of the weights of the model.pretrained that the line of stages began from, if it did and they were asked."""
     stage_seconds: float = Field(default=0.0, ge=0)
-    provenance: dict[str, str] = {}
+    provenance: dict[str, str] = Field(default_factory=dict)
     """Ids of the orchestrator's runs; informative only."""
 
 
@@ -187,7 +188,7 @@ class DatasetManifest(Manifest):
     val_bytes: int
     images: ImageFormat | None = None
     """Of a dataset of images."""
-    statistics: dict[str, Any] = {}
+    statistics: dict[str, Any] = Field(default_factory=dict)
     """Informative: duplicates, overlap, tokenization speed; how often each class is there."""
 
     @property
@@ -204,17 +205,18 @@ class DatasetManifest(Manifest):
 M = TypeVar("M", bound=Manifest)
 
 
+_ADVICE = "Use another checkpoint or delete this one."
+
+
 def parse_manifest(kind: type[M], data: bytes, *, uri: str) -> M:
-    """Read a manifest, or say which object is damaged. Unknown fields and versions are refused."""
-    try:
-        return kind.model_validate_json(data)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "document"
-        raise CheckpointCorruptError(
-            f"{uri} is not a valid {kind.__name__}: {where}: {first['msg']}. "
-            "It was damaged or written by another version; use another checkpoint or delete this one."
-        ) from None
+    """Return a manifest. Raise CheckpointCorruptError if it is damaged or of a version that is not known here."""
+    return kind.parse(data, uri=uri, advice=_ADVICE)
+
+
+def read_manifest(store: ObjectStore, prefix: str, kind: type[M]) -> M | None:
+    """Return the manifest of the bundle at a prefix, or None if no bundle is committed there."""
+    found = kind.find(store, join_key(prefix, MANIFEST_NAME), advice=_ADVICE)
+    return found and found[0]
 
 
 def hash_file(path: Path) -> str:
@@ -226,12 +228,21 @@ def hash_file(path: Path) -> str:
     return digest.hexdigest()
 
 
+def content_digest(manifest: Manifest) -> str:
+    """Return the SHA-256 over names, sizes and digests of a bundle's files: equal exactly when all bytes are equal."""
+    return _listing_digest(manifest.files)
+
+
 def result_digest(manifest: Manifest) -> str:
     """SHA-256 over the files of a checkpoint that later work can depend on: equal exactly when the results are.
 
     Left out are the records of how it was made: times differ between two attempts that came to the same bits.
     """
-    listing = sorted((e.path, e.size_bytes, e.sha256) for e in manifest.files if e.path not in RECORD_FILES)
+    return _listing_digest(entry for entry in manifest.files if entry.path not in RECORD_FILES)
+
+
+def _listing_digest(files: Iterable[FileEntry]) -> str:
+    listing = sorted((entry.path, entry.size_bytes, entry.sha256) for entry in files)
     return hashlib.sha256(json.dumps(listing).encode()).hexdigest()
 
 
@@ -242,3 +253,15 @@ def describe_files(directory: Path) -> tuple[FileEntry, ...]:
         FileEntry(path=p.relative_to(directory).as_posix(), size_bytes=p.stat().st_size, sha256=hash_file(p))
         for p in paths
     )
+
+
+def find_dataset(store: ObjectStore, name: str, dataset_id: str) -> DatasetManifest | None:
+    """The committed dataset of exactly this id, or None."""
+    prefix = dataset_prefix(name, dataset_id)
+    manifest = read_manifest(store, prefix, DatasetManifest)
+    if manifest is not None and manifest.dataset_id != dataset_id:
+        raise CheckpointCorruptError(
+            f"{store.uri}/{prefix} holds dataset {manifest.dataset_id}, not {dataset_id}: it was copied or renamed. "
+            "Move it back or delete it."
+        )
+    return manifest

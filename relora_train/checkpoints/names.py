@@ -13,23 +13,17 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from relora_train.checkpoints.all_runs import list_runs
 from relora_train.checkpoints.layout import (
     RUN_ID_PATTERN,
     checkpoints_prefix,
     parse_checkpoint_prefix,
     split_checkpoint_uri,
 )
+from relora_train.checkpoints.lineage import CheckpointRef, end_of_line, line_to, read_checkpoint, without_removed_ends
+from relora_train.checkpoints.run import CheckpointStore
 from relora_train.checkpoints.series import resolve_series
 from relora_train.checkpoints.series_record import SERIES_PATTERN
-from relora_train.checkpoints.store import (
-    CheckpointRef,
-    CheckpointStore,
-    end_of_line,
-    line_to,
-    list_runs,
-    read_checkpoint,
-    without_removed_ends,
-)
 from relora_train.checkpoints.tombstone import read_tombstone, removed_message
 from relora_train.errors import (
     CheckpointAmbiguousError,

@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from relora_train.checkpoints.layout import parse_checkpoint_prefix
-from relora_train.checkpoints.store import CheckpointRef
+from relora_train.checkpoints.lineage import CheckpointRef
 from relora_train.checkpoints.tombstone import read_tombstone, removed_message
 from relora_train.checkpoints.upkeep.protections import EXPORT_NAME, HEAD_NAME
 from relora_train.errors import CheckpointNotFoundError, ConfigError, ObjectNotFoundError, PreconditionFailedError

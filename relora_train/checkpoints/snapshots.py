@@ -1,7 +1,7 @@
 """The snapshots of one stage, in a store and on this machine: find the newest valid one, store, prune. Light.
 
 runs/<run_id>/snapshots/<12 hex of the stage's fingerprint>/step-<step>-<8 hex of the attempt>/ is one bundle
-(bundle.py); the same names lie below the local directory. A directory without a manifest is absent.
+(commit.py); the same names lie below the local directory. A directory without a manifest is absent.
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ from collections.abc import Iterator, Set
 from dataclasses import dataclass
 from pathlib import Path
 
-from relora_train.checkpoints.bundle import CLAIM_NAME, commit_bundle, fetch_bundle, read_manifest, verify_bundle
+from relora_train.checkpoints.commit import commit_bundle, deletion_order
+from relora_train.checkpoints.fetch import fetch_bundle, verify_bundle
 from relora_train.checkpoints.layout import parse_snapshot_name, snapshots_prefix
-from relora_train.checkpoints.manifest import MANIFEST_NAME, SnapshotManifest, parse_manifest
+from relora_train.checkpoints.manifest import MANIFEST_NAME, SnapshotManifest, parse_manifest, read_manifest
 from relora_train.errors import CheckpointCorruptError, CheckpointError, CheckpointIncompleteError
 from relora_train.storage.base import ObjectStore
 from relora_train.storage.local import LocalStore
@@ -128,14 +129,9 @@ class SnapshotStore:
 
 
 def remove_snapshots(store: ObjectStore, prefix: str, *, except_for: Set[str] = frozenset()) -> None:
-    """Remove a stage's snapshots from a store but those named: manifests first, so that no half of one is ever visible,
-    and claims last.
-    """
-    doomed = [
-        info.key for info in store.list(prefix) if info.key.removeprefix(prefix).partition("/")[0] not in except_for
-    ]
-    order = {MANIFEST_NAME: 0, CLAIM_NAME: 2}
-    for key in sorted(doomed, key=lambda key: order.get(key.rpartition("/")[2], 1)):
+    """Remove a stage's snapshots from a store, except the named ones. No half of one is ever visible."""
+    keys = (info.key for info in store.list(prefix))
+    for key in deletion_order(key for key in keys if key.removeprefix(prefix).partition("/")[0] not in except_for):
         store.delete(key)
 
 

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.text import Text
 
 from relora_train.checkpoints.fetch import files_in_stores
-from relora_train.checkpoints.store import CheckpointRef
+from relora_train.checkpoints.lineage import CheckpointRef
 from relora_train.cli.tables import BLANK, View, add_row, facts, number_text, table
 from relora_train.reports.rank_sections import successive_overlap
 from relora_train.reports.ranks.analysis import Layers, RankAnalysis, analyze

@@ -7,8 +7,7 @@ from typing import Any
 
 from rich.text import Text
 
-from relora_train.checkpoints.lineage import Line
-from relora_train.checkpoints.store import CheckpointRef
+from relora_train.checkpoints.lineage import CheckpointRef, Line
 from relora_train.cli.tables import View
 from relora_train.method.stages import differing_settings
 from relora_train.settings.objectives import measures_in

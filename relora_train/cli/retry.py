@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.text import Text
 
 from relora_train import events
-from relora_train.checkpoints.store import CheckpointRef
+from relora_train.checkpoints.lineage import CheckpointRef
 from relora_train.cli.progress import shown_progress
 from relora_train.cli.tables import View
 from relora_train.runs.retry import RetryOutcome, retry_stage

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from relora_train.checkpoints.layout import check_run_id
+from relora_train.checkpoints.lineage import CheckpointRef
 from relora_train.checkpoints.names import resolve_checkpoint
-from relora_train.checkpoints.store import CheckpointRef
 from relora_train.cli.local_flow import TerminatedError, run_flow
 from relora_train.cli.output import tell
 from relora_train.cli.precheck import check_inputs

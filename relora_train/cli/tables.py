@@ -13,7 +13,8 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from relora_train.checkpoints.store import CheckpointRef, RunInfo
+from relora_train.checkpoints.all_runs import RunInfo
+from relora_train.checkpoints.lineage import CheckpointRef
 from relora_train.cli.plan_tables import sections
 from relora_train.cli.progress_text import seconds_text
 from relora_train.runs.divergence import divergence_text

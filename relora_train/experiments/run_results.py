@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 
 from relora_train.checkpoints.fetch import files_in_stores
 from relora_train.checkpoints.layout import experiment_prefix
-from relora_train.checkpoints.store import CheckpointRef, CheckpointStore
+from relora_train.checkpoints.lineage import CheckpointRef
+from relora_train.checkpoints.run import CheckpointStore
 from relora_train.errors import CheckpointError, ObjectNotFoundError, ReLoRAError
 from relora_train.experiments.experiment import PlannedRun
 from relora_train.experiments.records import (

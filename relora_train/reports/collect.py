@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 
 from relora_train.checkpoints.fetch import FetchFiles
+from relora_train.checkpoints.lineage import CheckpointRef
 from relora_train.checkpoints.manifest import CheckpointManifest
-from relora_train.checkpoints.store import CheckpointRef
 from relora_train.errors import CheckpointCorruptError, CheckpointNotFoundError
 from relora_train.reports.ranks.analysis import INITIAL, history_for_report, spectra_for_report
 from relora_train.reports.ranks.checkpoints import start_of_line

@@ -10,8 +10,8 @@ from relora_train.runs.divergence import divergence_text
 from relora_train.settings.objectives import measures_in
 
 if TYPE_CHECKING:
+    from relora_train.checkpoints.lineage import CheckpointRef
     from relora_train.checkpoints.manifest import CheckpointManifest
-    from relora_train.checkpoints.store import CheckpointRef
     from relora_train.method.stages import Stage
     from relora_train.runs.run import StageOutcome
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from relora_train.checkpoints.fetch import files_in_stores
 from relora_train.checkpoints.layout import check_run_id
-from relora_train.checkpoints.store import CheckpointRef
+from relora_train.checkpoints.lineage import CheckpointRef
 from relora_train.reports.collect import collect_run_data
 from relora_train.reports.report import overview_markdown, summarize, write_report
 from relora_train.storage.base import ObjectStore

@@ -6,9 +6,10 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from relora_train.checkpoints.bundle import commit_bundle, keep_fetched
+from relora_train.checkpoints.commit import commit_bundle
+from relora_train.checkpoints.fetch import keep_fetched
 from relora_train.checkpoints.layout import dataset_prefix
-from relora_train.checkpoints.store import CheckpointRef
+from relora_train.checkpoints.lineage import CheckpointRef
 from relora_train.data.images import IMAGE_READERS
 from relora_train.data.left_out import left_out_note
 from relora_train.data.prepare import PrepareRequest, describe_dataset, read_result

@@ -16,7 +16,7 @@ from dataclasses import replace
 from typing import Any
 
 from relora_train.checkpoints.layout import diverged_key
-from relora_train.checkpoints.store import CheckpointRef
+from relora_train.checkpoints.lineage import CheckpointRef
 from relora_train.errors import DivergedError, ObjectNotFoundError
 from relora_train.method.stages import Stage
 from relora_train.runs.run import DatasetRef, OnEvent, Run, StageOutcome, find_stage, stage_identity, train_stage

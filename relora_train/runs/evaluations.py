@@ -8,10 +8,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from relora_train.checkpoints.bundle import read_manifest
 from relora_train.checkpoints.layout import check_run_id
-from relora_train.checkpoints.manifest import DatasetManifest
-from relora_train.checkpoints.store import CheckpointRef
+from relora_train.checkpoints.lineage import CheckpointRef
+from relora_train.checkpoints.manifest import DatasetManifest, read_manifest
 from relora_train.errors import ObjectNotFoundError
 from relora_train.runs.kept_worker import KeptWorker
 from relora_train.runs.launch import run_worker

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
-from relora_train.checkpoints.store import CheckpointRef
+from relora_train.checkpoints.lineage import CheckpointRef
 from relora_train.method.stages import Stage
 from relora_train.runs.launch import run_worker
 from relora_train.runs.run import OnEvent, Run

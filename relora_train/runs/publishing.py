@@ -26,8 +26,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from relora_train.checkpoints.lineage import CheckpointRef
 from relora_train.checkpoints.manifest import result_digest
-from relora_train.checkpoints.store import CheckpointRef
 from relora_train.errors import AccessDeniedError, PreconditionFailedError, ReLoRAError
 from relora_train.runs.snapshot_uploader import STOP_BUDGET_SECONDS
 from relora_train.storage.base import ObjectStore

@@ -12,13 +12,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from relora_train.checkpoints.bundle import check_local, fetch_bundle
+from relora_train.checkpoints.fetch import check_local, fetch_bundle
 from relora_train.checkpoints.layout import dataset_prefix, split_checkpoint_uri
 from relora_train.checkpoints.lease import Lease
-from relora_train.checkpoints.lineage import choose_result, set_aside
-from relora_train.checkpoints.manifest import DatasetManifest, ParentRef, hash_file
+from relora_train.checkpoints.lineage import CheckpointRef, choose_result, read_checkpoint, set_aside
+from relora_train.checkpoints.manifest import DatasetManifest, ParentRef, find_dataset, hash_file
+from relora_train.checkpoints.run import CheckpointStore
 from relora_train.checkpoints.snapshots import SnapshotStore
-from relora_train.checkpoints.store import CheckpointRef, CheckpointStore, find_dataset, read_checkpoint
 from relora_train.checkpoints.tombstone import read_tombstone, removed_message
 from relora_train.data.dataset_changes import dataset_changes
 from relora_train.errors import (

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from relora_train import events
-from relora_train.checkpoints.bundle import check_local, remove_leftovers
+from relora_train.checkpoints.commit import remove_leftovers
+from relora_train.checkpoints.fetch import check_local
 from relora_train.checkpoints.layout import snapshots_prefix
+from relora_train.checkpoints.lineage import CheckpointRef
 from relora_train.checkpoints.manifest import MANIFEST_NAME, CheckpointManifest, parse_manifest, result_digest
 from relora_train.checkpoints.snapshots import remove_snapshots
-from relora_train.checkpoints.store import CheckpointRef
 from relora_train.errors import CheckpointError, ReLoRAError
 from relora_train.method.stages import Stage
 from relora_train.runs.publishing import Publication, Publisher
@@ -118,7 +119,7 @@ def tidy_up(run: Run, checkpoint: CheckpointRef) -> None:
 def store_now(run: Run, made: MadeStage) -> CheckpointRef:
     """Commit the checkpoint and make it the run's head; another attempt's, if that was first."""
     run.check_lease()
-    checkpoint = run.checkpoints.commit(made.directory, made.manifest, permit=run.check_lease)
+    checkpoint = run.checkpoints.commit(made.directory, made.manifest, check_lease=run.check_lease)
     run.checkpoints.set_head(checkpoint)
     _keep(run, made.manifest, made.directory, checkpoint)
     _clear(run, made.manifest.fingerprint)
@@ -137,7 +138,7 @@ def store_later(run: Run, publisher: Publisher, made: MadeStage) -> CheckpointRe
             run.check_lease()
 
         still_ours()
-        checkpoint = run.checkpoints.commit(made.directory, made.manifest, permit=still_ours)
+        checkpoint = run.checkpoints.commit(made.directory, made.manifest, check_lease=still_ours)
         still_ours()
         run.checkpoints.set_head(checkpoint)
         _clear(run, made.manifest.fingerprint)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from relora_train.checkpoints.fetch import files_in_stores
-from relora_train.checkpoints.store import CheckpointRef
+from relora_train.checkpoints.lineage import CheckpointRef
 from relora_train.data.dataset_inputs import DatasetInputs, inputs_of
 from relora_train.data.selection import Selection, contents_of
 from relora_train.data.sources import Source, resolve_source

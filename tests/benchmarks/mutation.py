@@ -55,7 +55,7 @@ MODULES: dict[str, tuple[list[str], list[str]]] = {
         ],
     ),
     "manifest": (["checkpoints/manifest.py"], ["test_manifest.py"]),
-    "bundle": (["checkpoints/bundle.py"], ["test_bundle.py", "test_file_checks.py"]),
+    "bundle": (["checkpoints/commit.py", "checkpoints/fetch.py"], ["test_bundle.py", "test_file_checks.py"]),
     "lease": (["checkpoints/lease.py"], ["test_lease.py"]),
     "pruning": (["checkpoints/upkeep/pruning.py", "checkpoints/upkeep/retention.py"], ["test_pruning.py"]),
     "training step": (

@@ -30,7 +30,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from seaweed import Seaweed, running_seaweed
 
-from relora_train.checkpoints.bundle import commit_bundle, fetch_bundle
+from relora_train.checkpoints.commit import commit_bundle
+from relora_train.checkpoints.fetch import fetch_bundle
 from relora_train.checkpoints.manifest import FileEntry, Manifest, SnapshotManifest, describe_files, parse_manifest
 from relora_train.method.optimizer import build_optimizer, optimizer_state_by_name, reset_optimizer_state
 from relora_train.method.relora import adapter_config, adapter_state, apply_relora, lora_parameters, merge_and_reinit

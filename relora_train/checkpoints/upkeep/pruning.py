@@ -19,11 +19,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
-from relora_train.checkpoints.bundle import CLAIM_NAME
+from relora_train.checkpoints.commit import CLAIM_NAME, deletion_order
 from relora_train.checkpoints.layout import check_run_id, checkpoints_prefix, parse_checkpoint_prefix
 from relora_train.checkpoints.lease import Lease, lease_key, read_lease, take_lease, try_lease
+from relora_train.checkpoints.lineage import CheckpointRef
 from relora_train.checkpoints.manifest import MANIFEST_NAME
-from relora_train.checkpoints.store import CheckpointRef, CheckpointStore
+from relora_train.checkpoints.run import CheckpointStore
 from relora_train.checkpoints.tombstone import TOMBSTONE_NAME, Tombstone
 from relora_train.checkpoints.upkeep.protections import Protections
 from relora_train.checkpoints.upkeep.retention import RetentionPolicy, Verdict, plan_pruning
@@ -142,16 +143,13 @@ class _Pruning:
     def _is_whole(self, prefix: str) -> bool:
         for ref in self._run.list():
             if ref.prefix == prefix:
-                keys = ((entry, _join(prefix, ref.manifest.files_prefix, entry.path)) for entry in ref.manifest.files)
-                heads = ((entry, self._store.head(key)) for entry, key in keys)
+                heads = ((entry, self._store.head(ref.manifest.key_of(entry, prefix))) for entry in ref.manifest.files)
                 return all(head is not None and head.size_bytes == entry.size_bytes for entry, head in heads)
         return False
 
     def _sweep(self, prefix: str) -> None:
         """Delete all that lies at a tombstone but the tombstone itself: manifest first, claim last."""
-        order = {MANIFEST_NAME: 0, CLAIM_NAME: 2}
-        keys = [info.key for info in self._store.list(f"{prefix}/")]
-        for key in sorted(keys, key=lambda key: (order.get(key.removeprefix(f"{prefix}/"), 1), key)):
+        for key in deletion_order(info.key for info in self._store.list(f"{prefix}/")):
             if key != f"{prefix}/{TOMBSTONE_NAME}":
                 self._check()
                 self._store.delete(key)
@@ -175,8 +173,7 @@ class _Pruning:
         """Beside a manifest, objects that it does not list: no manifest ever will."""
         groups = self._groups(checkpoints_prefix(self._run_id))
         for ref in self._run.list():
-            manifest = ref.manifest
-            listed = {_join(ref.prefix, manifest.files_prefix, entry.path) for entry in manifest.files}
+            listed = {ref.manifest.key_of(entry, ref.prefix) for entry in ref.manifest.files}
             listed |= {f"{ref.prefix}/{name}" for name in (MANIFEST_NAME, CLAIM_NAME, TOMBSTONE_NAME)}
             objects = [info for info in groups.get(ref.prefix, ()) if info.key not in listed and self._is_old([info])]
             if objects:
@@ -210,11 +207,9 @@ class _Pruning:
         return groups
 
     def _delete(self, prefix: str, why: str, objects: Sequence[ObjectInfo]) -> Leftover:
-        order = {MANIFEST_NAME: 0, CLAIM_NAME: 2}
-        for info in sorted(objects, key=lambda info: order.get(info.key.rpartition("/")[2], 1)):
-            if not self._dry_run:
-                self._check()
-                self._store.delete(info.key)
+        for key in () if self._dry_run else deletion_order(info.key for info in objects):
+            self._check()
+            self._store.delete(key)
         return Leftover(f"{self._store.uri}/{prefix}", why, sum(info.size_bytes for info in objects), len(objects))
 
     @contextmanager
@@ -296,7 +291,3 @@ def _both(check: Callable[[], None], lease: Lease) -> Callable[[], None]:
         lease.check()
 
     return check_both
-
-
-def _join(*parts: str) -> str:
-    return "/".join(part for part in parts if part)

@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from relora_train.checkpoints.store import CheckpointRef, line_to
+from relora_train.checkpoints.lineage import CheckpointRef, line_to
 from relora_train.errors import ConfigError
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import ValidationError
 
-from relora_train.checkpoints.store import CheckpointStore
+from relora_train.checkpoints.run import CheckpointStore
 from relora_train.checkpoints.upkeep.retention import RetentionPolicy
 from relora_train.errors import CheckpointCorruptError
 from relora_train.settings.profile import Profile

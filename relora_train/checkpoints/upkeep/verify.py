@@ -14,11 +14,12 @@ from typing import Any, Literal
 
 from pydantic import ConfigDict
 
-from relora_train.checkpoints.bundle import CLAIM_NAME, read_manifest, verify_bundle
-from relora_train.checkpoints.layout import check_run_id, parse_checkpoint_prefix
+from relora_train.checkpoints.commit import CLAIM_NAME
+from relora_train.checkpoints.fetch import verify_bundle
+from relora_train.checkpoints.layout import check_run_id, join_key, parse_checkpoint_prefix
 from relora_train.checkpoints.lease import lease_key, read_lease
-from relora_train.checkpoints.manifest import MANIFEST_NAME, DatasetManifest, Manifest
-from relora_train.checkpoints.store import CheckpointRef, read_checkpoint
+from relora_train.checkpoints.lineage import CheckpointRef, read_checkpoint
+from relora_train.checkpoints.manifest import MANIFEST_NAME, DatasetManifest, Manifest, read_manifest
 from relora_train.checkpoints.tombstone import TOMBSTONE_NAME, read_tombstone
 from relora_train.errors import (
     CheckpointCorruptError,
@@ -133,7 +134,7 @@ class _Verifier:
 
     def checkpoint_neighbours(self, ref: CheckpointRef, objects: Sequence[ObjectInfo]) -> None:
         """Objects at a checkpoint's prefix that its manifest does not list."""
-        listed = {_join(ref.prefix, ref.manifest.files_prefix, entry.path) for entry in ref.manifest.files}
+        listed = {ref.manifest.key_of(entry, ref.prefix) for entry in ref.manifest.files}
         listed |= {f"{ref.prefix}/{name}" for name in (MANIFEST_NAME, CLAIM_NAME)}
         for info in objects:
             if info.key == f"{ref.prefix}/{TOMBSTONE_NAME}":
@@ -203,7 +204,7 @@ class _Verifier:
         self.result.bundles += 1
         before = len(self.result.findings)
         for entry in manifest.files:
-            uri = f"{store.uri}/{_join(prefix, manifest.files_prefix, entry.path)}"
+            uri = f"{store.uri}/{manifest.key_of(entry, prefix)}"
             try:
                 verify_bundle(store, prefix, manifest.model_copy(update={"files": (entry,)}))
             except CheckpointIncompleteError as error:
@@ -212,7 +213,7 @@ class _Verifier:
                 self._add("damaged", uri, str(error))
             self.result.files += 1
             self.result.size_bytes += entry.size_bytes
-        if len(self.result.findings) > before and store.head(_join(prefix, MANIFEST_NAME)) is None:
+        if len(self.result.findings) > before and store.head(join_key(prefix, MANIFEST_NAME)) is None:
             del self.result.findings[before:]
             self.result.notes.append(f"{store.uri}/{prefix} was removed while it was read")
 
@@ -270,7 +271,3 @@ def _by_manifest(parent: str, objects: Sequence[ObjectInfo]) -> Iterator[tuple[s
 
 def _amount(objects: Sequence[ObjectInfo]) -> str:
     return f"{len(objects)} objects of {sum(info.size_bytes for info in objects):,} bytes"
-
-
-def _join(*parts: str) -> str:
-    return "/".join(part for part in parts if part)

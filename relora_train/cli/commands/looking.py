@@ -27,7 +27,7 @@ def runs(
     as_json: AsJson = False,
 ) -> None:
     """List the runs of a store, or draw how they descend from each other."""
-    from relora_train.checkpoints.store import list_runs
+    from relora_train.checkpoints.all_runs import list_runs
     from relora_train.cli.tables import runs_view
     from relora_train.cli.tables import show as show_view
 
@@ -46,8 +46,9 @@ def runs(
 
 def checkpoints(run: RunName, store: Store = None, as_json: AsJson = False) -> None:
     """List the committed checkpoints of a run."""
+    from relora_train.checkpoints.lineage import line_to
     from relora_train.checkpoints.names import resolve_checkpoint
-    from relora_train.checkpoints.store import CheckpointStore, line_to
+    from relora_train.checkpoints.run import CheckpointStore
     from relora_train.cli.tables import checkpoints_view
     from relora_train.cli.tables import show as show_view
     from relora_train.errors import CheckpointAmbiguousError, CheckpointCorruptError
@@ -78,8 +79,9 @@ def show(
     as_json: AsJson = False,
 ) -> None:
     """Show all that is known of a checkpoint: scores, lineage, files, merge."""
-    from relora_train.checkpoints.bundle import verify_bundle
-    from relora_train.checkpoints.lineage import draw_lineage, read_checkpoints, read_heads
+    from relora_train.checkpoints.all_runs import read_checkpoints, read_heads
+    from relora_train.checkpoints.fetch import verify_bundle
+    from relora_train.checkpoints.lineage import draw_lineage
     from relora_train.cli.lineage_view import lineage_record, lineage_view
     from relora_train.cli.tables import checkpoint_view
     from relora_train.cli.tables import show as show_view
@@ -106,7 +108,8 @@ def show(
 
 
 def _print_tree(store: Any, *, as_json: bool) -> None:
-    from relora_train.checkpoints.lineage import draw_lineage, read_checkpoints, read_heads
+    from relora_train.checkpoints.all_runs import read_checkpoints, read_heads
+    from relora_train.checkpoints.lineage import draw_lineage
     from relora_train.cli.lineage_view import lineage_record, lineage_view
     from relora_train.cli.tables import show as show_view
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from relora_train.checkpoints.fetch import FetchFiles
-from relora_train.checkpoints.store import CheckpointRef
+from relora_train.checkpoints.lineage import CheckpointRef
 from relora_train.errors import ConfigError, ModelError
 from relora_train.reports.ranks.checkpoints import (
     adapter_bytes,

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from relora_train.checkpoints.fetch import FetchFiles
-from relora_train.checkpoints.store import CheckpointRef
+from relora_train.checkpoints.lineage import CheckpointRef
 from relora_train.errors import CheckpointCorruptError
 from relora_train.reports.ranks.adapters import ADAPTER_FILES, AdapterDirectory
 from relora_train.reports.ranks.cycles import MergedCycle

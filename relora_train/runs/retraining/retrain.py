@@ -17,10 +17,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from relora_train.checkpoints.lease import Lease
+from relora_train.checkpoints.lineage import CheckpointRef
 from relora_train.checkpoints.manifest import DatasetManifest
 from relora_train.checkpoints.series import find_champion, promote, who
 from relora_train.checkpoints.series_record import Change, Scores, check_series, find_series
-from relora_train.checkpoints.store import CheckpointRef
 from relora_train.data.dataset_inputs import inputs_of
 from relora_train.data.selection import Selection, contents_of
 from relora_train.data.sources import Source, resolve_source

@@ -1,0 +1,204 @@
+"""The merge checkpoints of one run in one store: commit, list, fetch, verify, and the head that names the run's line.
+
+A listing shows exactly what can be read: a prefix without manifest.json is absent. `names.py` chooses a checkpoint by
+name, such as RUN@cycle-2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from relora_train.checkpoints.commit import commit_bundle
+from relora_train.checkpoints.fetch import fetch_checkpoint, fetched_directory, keep_fetched, verify_bundle
+from relora_train.checkpoints.head import Head, read_head, write_head
+from relora_train.checkpoints.layout import (
+    check_run_id,
+    checkpoint_prefix,
+    checkpoints_prefix,
+    head_key,
+    parse_checkpoint_prefix,
+)
+from relora_train.checkpoints.lineage import (
+    CheckpointRef,
+    end_of_line,
+    in_order,
+    line_to,
+    make_ref,
+    read_checkpoint,
+    without_removed_ends,
+)
+from relora_train.checkpoints.manifest import MANIFEST_NAME, CheckpointManifest
+from relora_train.checkpoints.tombstone import TOMBSTONE_NAME, read_tombstone, removed_message
+from relora_train.errors import (
+    CheckpointCorruptError,
+    CheckpointNotFoundError,
+    ConfigError,
+    PreconditionFailedError,
+)
+from relora_train.storage.base import ObjectStore
+from relora_train.storage.opening import open_store
+
+_HEAD_ATTEMPTS = 5
+
+
+class CheckpointStore:
+    """The checkpoints of one run. Every answer is read from the store at the time of the call; see also RunView."""
+
+    def __init__(self, store: ObjectStore, run_id: str) -> None:
+        self.store = store
+        self.run_id = check_run_id(run_id)
+
+    def commit(
+        self, directory: Path, manifest: CheckpointManifest, *, check_lease: Callable[[], None] = lambda: None
+    ) -> CheckpointRef:
+        """Commit a directory as the checkpoint of its fingerprint, or adopt what another attempt committed.
+
+        All or nothing, the first one wins, safe to repeat: see commit.py. Does not move the head.
+        """
+        if manifest.run_id != self.run_id:
+            raise ConfigError(f"A checkpoint of run {manifest.run_id!r} cannot be committed to run {self.run_id!r}.")
+        ref = self.place_of(manifest)
+        return replace(
+            ref, manifest=commit_bundle(self.store, ref.prefix, directory, manifest, check_lease=check_lease)
+        )
+
+    def place_of(self, manifest: CheckpointManifest) -> CheckpointRef:
+        """Return the checkpoint as it will be once it is committed. The store is not asked."""
+        return make_ref(self.store, checkpoint_prefix(self.run_id, manifest.step, manifest.fingerprint), manifest)
+
+    def list(self) -> Sequence[CheckpointRef]:
+        """Return all committed checkpoints by step. Raise CheckpointCorruptError for a damaged manifest."""
+        refs, faults = self.survey()
+        if faults:
+            raise faults[0]
+        return refs
+
+    def survey(self) -> tuple[Sequence[CheckpointRef], Sequence[CheckpointCorruptError]]:
+        """Return the committed checkpoints that can be read, by step, and what is wrong with the others."""
+        refs, faults = [], []
+        for prefix in self._listing()[0]:
+            try:
+                refs.append(self._read(prefix))
+            except CheckpointCorruptError as error:
+                faults.append(error)
+        return in_order(ref for ref in refs if ref is not None), faults
+
+    def history(self) -> Sequence[CheckpointRef]:
+        """Return all checkpoints by step, with those that retention removed: the lineage without gaps."""
+        committed, removed = self._listing()
+        refs = {prefix: self._read(prefix) for prefix in committed}
+        for prefix in {*removed, *committed}:
+            # A manifest that went since it was listed has left a tombstone.
+            if refs.get(prefix) is None and (tombstone := read_tombstone(self.store, prefix)):
+                refs[prefix] = replace(make_ref(self.store, prefix, tombstone.manifest), is_removed=True)
+        return in_order(ref for ref in refs.values() if ref is not None)
+
+    def find_removed(self, fingerprint: str) -> CheckpointRef | None:
+        """Return the checkpoint of exactly this work that was pruned after others had been trained from it, or None.
+
+        Raises CheckpointNotFoundError if nothing that came from it is left either.
+        """
+        history = self.history()
+        for ref in history:
+            if ref.is_removed and ref.fingerprint == fingerprint:
+                if any(ref in line_to(other, history) for other in history if not other.is_removed):
+                    return ref
+                if tombstone := read_tombstone(self.store, ref.prefix):
+                    raise CheckpointNotFoundError(removed_message(ref.uri, tombstone))
+        return None
+
+    def fetch(self, ref: CheckpointRef, cache_dir: Path) -> Path:
+        """Return a local directory with a checkpoint's verified files; see fetch_checkpoint."""
+        return fetch_checkpoint(ref, cache_dir, store=self._store_of(ref))
+
+    def keep(self, ref: CheckpointRef, made: CheckpointManifest, directory: Path, cache_dir: Path) -> None:
+        """Move what was committed as `ref` from `directory` to where `fetch` looks for it; see keep_fetched."""
+        keep_fetched(self.store, made, ref.manifest, directory, fetched_directory(ref, cache_dir))
+
+    def verify(self, ref: CheckpointRef) -> None:
+        """Read every byte. Raise CheckpointCorruptError or CheckpointIncompleteError with the first bad file."""
+        verify_bundle(self._store_of(ref), ref.prefix, ref.manifest)
+
+    def head(self, *, missing_ok: bool = False) -> CheckpointRef | None:
+        """Return the checkpoint that refs/head.json names, or None if the run has no head yet.
+
+        If that checkpoint was deleted, raise CheckpointNotFoundError, or with missing_ok return None.
+        """
+        ref, found = self._head()
+        if ref is None and found is not None and not missing_ok:
+            key = head_key(self.run_id)
+            raise CheckpointNotFoundError(
+                f"{self.store.uri}/{key} names {found.prefix}, which is not committed: it was deleted. "
+                f"Restore it, or delete {key} and name the checkpoint to go on from."
+            )
+        return ref
+
+    def set_head(self, ref: CheckpointRef) -> CheckpointRef:
+        """Make a checkpoint the head and return the head there is now. Never loses another writer's move.
+
+        A head that already descends from `ref` stays: repeating old work does not send a run back. A sideways move
+        (a branch becomes the run's line) is made, and a head whose checkpoint was deleted is replaced. If another
+        writer moves the head sideways at the same moment, raise PreconditionFailedError.
+        """
+        place = parse_checkpoint_prefix(ref.prefix)
+        if ref.store_uri != self.store.uri or place is None or place.run_id != self.run_id:
+            raise ConfigError(f"{ref.uri} cannot be the head of run {self.run_id!r} in {self.store.uri}: not its own.")
+        first_seen: CheckpointRef | None = None
+        for attempt in range(_HEAD_ATTEMPTS):
+            head, found = self._head()
+            if head is not None and ref in self.ancestry(head):
+                return head
+            if attempt == 0:
+                first_seen = head
+            elif head != first_seen and (head is None or head not in self.ancestry(ref)):
+                raise PreconditionFailedError(
+                    f"Another writer moved the head of run {self.run_id!r} to {head.uri if head else 'nothing'} "
+                    f"while it was being moved to {ref.uri}. Stop one of the two flows, then run the other again."
+                )
+            try:
+                self._write_head(ref, found and found.etag)
+                return ref
+            except PreconditionFailedError:
+                continue
+        raise PreconditionFailedError(
+            f"The head of run {self.run_id!r} changed {_HEAD_ATTEMPTS} times while it was being moved to {ref.uri}. "
+            "Stop the other flows of this run, then run again."
+        )
+
+    def latest(self) -> CheckpointRef | None:
+        """Return the end of the run's line: the head, then on along single children. A lost head costs nothing.
+
+        Without a head, the end of the only line there is; None for an empty run. Two candidates raise
+        CheckpointAmbiguousError, which names them. The highest number in a listing never decides.
+        """
+        refs, head = self.history(), self.head()
+        return end_of_line(without_removed_ends(refs), head, run_id=self.run_id)
+
+    def ancestry(self, ref: CheckpointRef) -> Sequence[CheckpointRef]:
+        """Return the checkpoints of this run that led to `ref` and are still there, oldest first, itself last."""
+        return [known for known in line_to(ref, self.history()) if not known.is_removed]
+
+    def _listing(self) -> tuple[Sequence[str], Sequence[str]]:
+        """Return the prefixes that hold a manifest, and those that hold a tombstone."""
+        found: dict[str, list[str]] = {MANIFEST_NAME: [], TOMBSTONE_NAME: []}
+        for info in self.store.list(checkpoints_prefix(self.run_id)):
+            prefix, _, name = info.key.rpartition("/")
+            if name in found and parse_checkpoint_prefix(prefix):
+                found[name].append(prefix)
+        return found[MANIFEST_NAME], found[TOMBSTONE_NAME]
+
+    def _read(self, prefix: str) -> CheckpointRef | None:
+        return read_checkpoint(self.store, prefix)
+
+    def _head(self) -> tuple[CheckpointRef | None, Head | None]:
+        """Return the head's checkpoint, or None if there is none or it was deleted, and the head's record."""
+        found = read_head(self.store, self.run_id)
+        return found and self._read(found.prefix), found
+
+    def _write_head(self, ref: CheckpointRef, etag: str | None) -> Head:
+        return write_head(self.store, self.run_id, ref, etag)
+
+    def _store_of(self, ref: CheckpointRef) -> ObjectStore:
+        return self.store if ref.store_uri == self.store.uri else open_store(ref.store_uri)
