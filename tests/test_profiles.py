@@ -7,10 +7,10 @@ from pydantic import BaseModel
 
 from relora_train.errors import ConfigError, ProfileInvalidError, ProfileNotFoundError
 from relora_train.method.schedule import check_jagged_cosine, is_merge_step
-from relora_train.method.stages import plan_stages
+from relora_train.method.stages import fingerprint_settings, plan_stages, stage_fingerprint
 from relora_train.runs.plan import plan
 from relora_train.settings.load import list_profiles, load_profile, profile_directory
-from relora_train.settings.profile import Profile
+from relora_train.settings.profile import Profile, default_run_id
 
 SHIPPED = [path.stem for path in list_profiles()]
 PAPER_SIZES = ["llama_60m", "llama_130m", "llama_250m", "llama_350m", "llama_1b"]
@@ -274,3 +274,27 @@ def test_the_commands_of_the_readme_load():
 def test_a_fault_of_a_shipped_profile_is_a_profile_fault():
     with pytest.raises(ProfileInvalidError):
         load_profile("quickstart", ["seed=-1"])
+
+
+NAMED = {
+    "digits": ("digits-08cb0cd2", "a61180d4db61d922"),
+    "fashion": ("fashion-e9a59e36", "a787d4683ffe0f00"),
+    "llama_130m": ("llama_130m-b82a4f14", "7a849f893b3b9de1"),
+    "llama_1b": ("llama_1b-ef03b105", "8fb0d041331de55f"),
+    "llama_250m": ("llama_250m-ef240453", "2f0b7d77d423f08b"),
+    "llama_350m": ("llama_350m-350b40aa", "dc7e0c7800ce54ec"),
+    "llama_60m": ("llama_60m-65c40f7b", "0dd92bf3ae210554"),
+    "quickstart": ("quickstart-5907c70e", "f007a72efa35e60f"),
+    "smoke": ("smoke-0ae63329", "5e662eb7aa79231f"),
+    "text": ("text-a8e49b71", "666c11736ce3fac6"),
+    "tiny": ("tiny-5463560a", "5efc66fc6d3ce6de"),
+}
+"""Default run id, and the last stage's fingerprint, as of 2026-11-28: stores hold runs under these names."""
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_shipped_profile_keeps_the_names_of_its_runs_and_stages(name):
+    profile, fingerprint = load_profile(name), None
+    for stage in plan_stages(profile):
+        fingerprint = stage_fingerprint(fingerprint_settings(profile, stage, "d" * 64), fingerprint)
+    assert (default_run_id(profile), fingerprint[:16]) == NAMED[name]
