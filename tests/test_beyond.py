@@ -12,13 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import PeftModel
 from safetensors.torch import load_file
-from stage_runs import CPU, ignore, manifest_of, metrics_of, prepared, run_all, stage_request, tiny_profile
+from stage_runs import ignore, manifest_of, metrics_of, prepared, run_all, stage_request, tiny_profile
 from tiny_models import tiny_llama
 from transformers import AutoModelForCausalLM
 
 from relora_train.checkpoints.manifest import CheckpointManifest
-from relora_train.errors import ConfigError, DivergedError
-from relora_train.method.gradient_init import gradient_init
+from relora_train.errors import ConfigError
 from relora_train.method.optimizer import build_optimizer, parameter_groups, set_learning_rate
 from relora_train.method.rank_allocation import allocate_ranks, ranks_from_warm_start
 from relora_train.method.relora import apply_relora, lora_parameters, merge, relora_layers, target_names
@@ -27,7 +26,6 @@ from relora_train.reports.ranks.adapters import AdapterDirectory
 from relora_train.settings.profile import Profile
 from relora_train.settings.schedule import ScheduleConfig
 from relora_train.training.files import read_training_state
-from relora_train.training.stage import StageTraining
 from relora_train.training.trainer import run_stage
 
 
@@ -201,78 +199,6 @@ def test_a_growth_that_leaves_a_cycle_too_short_is_refused_with_the_lengths(sett
 def test_full_rank_has_its_checkpoints_where_the_cycles_end():
     profile = growing().model_copy(update={"method": "full"})
     assert [stage.end_step for stage in plan_stages(profile)] == [100, 140, 220, 380, 700]
-
-
-# --- A from the gradient
-
-
-def exact_gradients(training: StageTraining) -> dict[str, torch.Tensor]:
-    """Of every wrapped weight over the first batch, by autograd."""
-    layers = dict(relora_layers(training.model))
-    for layer in layers.values():
-        layer.weight.requires_grad_(True)
-        layer.shared = None
-    tokens = training.batches.batch(training.samples_seen(training.stage.start_step), last=True)
-    training.forward_backward(tokens, training.stage.first_step)
-    return {name: layer.weight.grad for name, layer in layers.items()}
-
-
-@pytest.mark.parametrize(
-    "sections",
-    [{}, {"batch": {"micro_sequences": 2}, "launch": {"gradient_checkpointing": True}}, {"relora": {"dropout": 0.3}}],
-    ids=["plain", "micro-steps and checkpointing", "dropout"],
-)
-def test_a_spans_the_directions_in_which_the_gradient_is_largest(
-    warm_start: Path, dataset: Path, tmp_path: Path, sections: dict[str, Any]
-):
-    """G Aᵀ holds of ‖G‖ what the best rank 4 can, but for what two passes miss of a flat spectrum."""
-    sections = {**sections, "relora": {"init": "gradient", **sections.get("relora", {})}}
-    drawn = {
-        n: layer.lora_A.detach()
-        for n, layer in relora_layers(prepared(warm_start, dataset, tmp_path, **sections).model)
-    }
-    gradients = exact_gradients(prepared(warm_start, dataset, tmp_path))
-    for name, gradient in gradients.items():
-        A = drawn[name]
-        torch.testing.assert_close(A @ A.T, torch.eye(4) / 3, rtol=0, atol=1e-5)
-        best = torch.linalg.svdvals(gradient)[:4].norm()
-        caught = (gradient @ (A * 3**0.5).T).norm()
-        assert 0.9 * best < caught < 1.0001 * best, name
-
-
-def test_the_singular_vectors_of_a_gradient_of_known_rank_are_found():
-    """One linear layer whose loss has a gradient with singular values 5 and 1: exactly its two directions."""
-    generator = torch.Generator().manual_seed(0)
-    left, right = (torch.linalg.qr(torch.randn(n, 2, generator=generator)).Q for n in (40, 30))
-    gradient = left @ torch.diag(torch.tensor([5.0, 1.0])) @ right.T
-    model = torch.nn.Sequential(torch.nn.Linear(30, 40, bias=False))
-    apply_relora(model, rank=2, alpha=2, dropout=0.0, target_modules=["0"], seed=0)
-
-    def pass_over_batch() -> None:
-        (model(torch.eye(30)) * gradient.T).sum().backward()
-
-    gradient_init(model, pass_over_batch, ranks=CPU, seed=0, cycle=1)
-    A = model[0].lora_A.detach() * 3**0.5
-    torch.testing.assert_close((A @ right).abs(), torch.eye(2), rtol=0, atol=1e-4)
-    assert all(parameter.grad is None for parameter in model.parameters())
-
-
-def test_a_gradient_init_leaves_the_function_as_it_was_and_starts_every_cycle_anew(dataset: Path, tmp_path: Path):
-    made = run_all(tiny_profile(relora={"init": "gradient"}), dataset, tmp_path)
-    adapters = [load_file(made[stage] / "adapter" / "adapter_model.safetensors") for stage in ("cycle-1", "cycle-2")]
-    name = "base_model.model.model.layers.0.mlp.up_proj.lora_A.weight"
-    assert not torch.allclose(adapters[0][name], adapters[1][name], atol=1e-2)
-    before = manifest_of(made["cycle-1"])["evaluation"]["val_loss_before"]
-    assert before == manifest_of(made["warm-start"])["evaluation"]["val_loss"]
-    again = run_all(tiny_profile(relora={"init": "gradient"}), dataset, tmp_path / "again")
-    assert (again["cycle-2"] / "model.safetensors").read_bytes() == (made["cycle-2"] / "model.safetensors").read_bytes()
-
-
-def test_a_gradient_that_is_not_finite_is_a_divergence():
-    model = torch.nn.Sequential(torch.nn.Linear(30, 40, bias=False))
-    apply_relora(model, rank=2, alpha=2, dropout=0.0, target_modules=["0"], seed=0)
-    with pytest.raises(DivergedError, match=r"The gradient of 0\.weight is not finite"):
-        gradient_init(model, lambda: (model(torch.eye(30)) * float("nan")).sum().backward(), ranks=CPU, seed=0, cycle=1)
 
 
 # --- ranks by layer

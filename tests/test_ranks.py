@@ -103,26 +103,6 @@ def test_ranks_leave_nothing_in_the_systems_temporary_directory(together: Path):
     assert list((together.parent / "tmp").iterdir()) == []
 
 
-@pytest.mark.parametrize("sharding", ["none", "full"])
-def test_two_ranks_draw_a_from_the_same_gradient_as_one(dataset: Path, tmp_path: Path, sharding: str):
-    """A of relora.init = 'gradient' needs sums over all ranks' tokens, whether they hold all weights or rows."""
-    schedule = {"warm_start_steps": 0, "cycles": 1, "cycle_length": 5, "warmup_steps": 4}
-    equal_shares = {"sequences": 8}  # as a sharded model needs them
-    settings = {"schedule": schedule, "batch": equal_shares, "relora": {"dropout": 0.0, "init": "gradient"}}
-    run_stage(stage_request(profile_of(**settings), "cycle-1", dataset, tmp_path / "one" / "out"), ignore)
-    (tmp_path / "two").mkdir()
-    request = stage_request(
-        profile_of(**settings, launch={**TWO, "sharding": sharding}), "cycle-1", dataset, tmp_path / "two" / "out"
-    )
-    by_two_ranks(request)
-    one, two = (load_file(tmp_path / name / "out" / "adapter" / "adapter_model.safetensors") for name in ("one", "two"))
-    losses = [[record["loss"] for record in metrics_of(tmp_path / name / "out")] for name in ("one", "two")]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
-    for name in one:
-        if "lora_A" in name:  # (4, in), of rows that were drawn with norm 1/sqrt(3)
-            torch.testing.assert_close(two[name], one[name], rtol=0, atol=2e-3)
-
-
 # --- what each rank does
 
 

@@ -19,7 +19,7 @@ from relora_train.checkpoints.manifest import CheckpointManifest
 from relora_train.errors import ConfigError
 from relora_train.method.schedule import climbing_cosine, learning_rate
 from relora_train.settings.objectives import DEFAULT_OBJECTIVE, own_settings
-from relora_train.settings.profile import LATER_KEYS, Profile, settings_digest, unset_later_keys
+from relora_train.settings.profile import LATER_KEYS, Profile, removed, settings_digest, unset_later_keys
 
 StageKind = Literal["full", "warm_start", "relora", "lora"]
 
@@ -271,9 +271,12 @@ def stage_fingerprint(settings: dict[str, Any], parent_fingerprint: str | None) 
 
 
 def differing_settings(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
-    """Lines 'key: theirs -> ours' for every setting that differs, sorted by key."""
-    keys = sorted(key for key in {*ours, *theirs} if ours.get(key) != theirs.get(key))
-    return [f"{key}: {theirs.get(key, 'absent')} -> {ours.get(key, 'absent')}" for key in keys]
+    """Return lines 'key: theirs -> ours' for every setting that differs, sorted by key."""
+    lines = []
+    for key in sorted(key for key in {*ours, *theirs} if ours.get(key) != theirs.get(key)):
+        hint = removed(key)
+        lines.append(f"{key}: {theirs.get(key, 'absent')} -> {ours.get(key, 'absent')}{f' ({hint})' if hint else ''}")
+    return lines
 
 
 def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -30,9 +30,6 @@ class ReLoRAConfig(FrozenConfig):
     rank_allocation: Literal["uniform", "warm-start-spectrum"] = "uniform"
     """'warm-start-spectrum' shares the same number of parameters out by how many directions the warm start changed."""
 
-    init: Literal["kaiming", "gradient"] = "kaiming"
-    """What A starts a cycle as: random, or where the gradient of W over the cycle's first batch is largest."""
-
     merge_dtype: Literal["float32", "bfloat16"] = "float32"
     """Numbers a merged weight is kept in; 'bfloat16' rounds it at every merge and loses small updates, to compare."""
 

@@ -9,10 +9,11 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationInfo, model_validator
 
 from relora_train.settings.base import FrozenConfig
 from relora_train.settings.data import BatchConfig, DataConfig, ImagesConfig, TokenizerConfig
@@ -30,6 +31,13 @@ from relora_train.settings.running import (
 from relora_train.settings.schedule import ScheduleConfig
 
 Method = Literal["full", "lora", "relora"]
+
+
+REMOVED_KEYS: Mapping[str, Mapping[str, Any]] = {"relora": {"init": "kaiming"}}
+"""Keys that were measured and deleted, by section, with the defaults that they had."""
+
+LAST_COMMIT_WITH_REMOVED_KEYS = "1a88187"
+_READING = {"reading": True}
 
 
 class Profile(FrozenConfig):
@@ -63,6 +71,24 @@ class Profile(FrozenConfig):
     snapshots: SnapshotConfig = SnapshotConfig()
     launch: LaunchConfig = LaunchConfig()
     retention: RetentionConfig = RetentionConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def removed_keys_are_refused(cls, given: Any, info: ValidationInfo) -> Any:
+        """Drop removed keys at their defaults; others too where a stored profile is read and nothing trains by it."""
+        if not isinstance(given, Mapping):
+            return given
+        kept = dict(given)
+        for section, defaults in REMOVED_KEYS.items():
+            settings = given.get(section)
+            if not isinstance(settings, Mapping) or not defaults.keys() & settings.keys():
+                continue
+            if not info.context:
+                for key in defaults.keys() & settings.keys():
+                    if settings[key] != defaults[key]:
+                        raise ValueError(f"{section}.{key} = {settings[key]!r}: {removed(f'{section}.{key}')}")
+            kept[section] = {key: value for key, value in settings.items() if key not in defaults}
+        return kept
 
     @model_validator(mode="after")
     def source_belongs_to_the_objective(self) -> Self:
@@ -177,7 +203,7 @@ def settings_digest(settings: dict[str, Any]) -> str:
 LATER_KEYS = {
     "tokenizer": ("revision",),
     "schedule": ("jagged", "cycle_growth", "horizon"),
-    "relora": ("rank_allocation", "init", "merge_dtype"),
+    "relora": ("rank_allocation", "merge_dtype"),
     "optimizer": ("low_rank_lr_ratio", "low_rank_b_lr_ratio"),
     "optimizer_reset": ("restart_clock",),
 }
@@ -222,6 +248,22 @@ def unnamed_data_keys(profile: Profile) -> dict[str, set[str]]:
     }
 
 
+def profile_to_read(content: bytes) -> Profile:
+    """Return the settings saved beside a checkpoint, less what was removed: to read by, not to train by."""
+    return Profile.model_validate_json(content, context=_READING)
+
+
 def profile_from_file(path: Path) -> Profile:
-    """The resolved settings saved beside a checkpoint."""
-    return Profile.model_validate_json(path.read_bytes())
+    """Return the same from a file."""
+    return profile_to_read(path.read_bytes())
+
+
+def removed(key: str) -> str:
+    """Return what to do about a removed key, such as 'relora.init'; '' for any other."""
+    section, _, name = key.partition(".")
+    if name not in REMOVED_KEYS.get(section, {}):
+        return ""
+    return (
+        "the key was removed, since it did not help (profiles/experiments/RESULTS.md). Leave it out, or train with "
+        f"commit {LAST_COMMIT_WITH_REMOVED_KEYS}, the last that has it"
+    )

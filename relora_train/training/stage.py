@@ -19,7 +19,6 @@ from relora_train.errors import ConfigError
 from relora_train.method.bfloat16_adamw import BFloat16AdamW, round_trained_matrices
 from relora_train.method.contraction import Contraction
 from relora_train.method.fast_path import share_inputs
-from relora_train.method.gradient_init import gradient_init
 from relora_train.method.optimizer import build_optimizer, load_optimizer_state_by_name, set_learning_rate
 from relora_train.method.rank_allocation import ranks_from_warm_start
 from relora_train.method.relora import apply_relora, reinit, relora_layers, target_names
@@ -36,7 +35,7 @@ from relora_train.training.files import (
 )
 from relora_train.training.matmul_probe import Choice
 from relora_train.training.models.base import LossFunction, Objective
-from relora_train.training.models.compiling import compile_blocks, without_compiling
+from relora_train.training.models.compiling import compile_blocks
 from relora_train.training.models.model import checkpoint_activations
 from relora_train.training.models.pretrained import dtype_of_files
 from relora_train.training.models.registry import facts_of, objective_of
@@ -234,21 +233,7 @@ def prepare_stage(request: StageRequest, ranks: Ranks) -> StageTraining:
     )
     if request.parent_directory is None and profile.model.pretrained is not None:
         training.source_dtype = dtype_of_files(profile.model.pretrained, revision=profile.model.revision)
-    if stage.low_rank and profile.relora.init == "gradient" and request.snapshot_directory is None:  # that has its A
-        _draw_from_gradient(training)
     return training
-
-
-def _draw_from_gradient(training: StageTraining) -> None:
-    """Of the batch of the stage's first update, which that update reads again."""
-    stage, profile = training.stage, training.profile
-    examples = training.batches.batch(training.samples_seen(stage.start_step), last=True)
-
-    def pass_over_batch() -> None:
-        with without_compiling():  # a compiled block has no hooks
-            training.forward_backward(examples, stage.first_step)
-
-    gradient_init(training.model, pass_over_batch, ranks=training.ranks, seed=profile.seed, cycle=stage.cycle)
 
 
 def _whole_model(

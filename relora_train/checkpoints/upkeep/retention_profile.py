@@ -7,7 +7,7 @@ from pydantic import ValidationError
 from relora_train.checkpoints.run import CheckpointStore
 from relora_train.checkpoints.upkeep.retention import RetentionPolicy
 from relora_train.errors import CheckpointCorruptError
-from relora_train.settings.profile import Profile
+from relora_train.settings.profile import profile_to_read
 from relora_train.storage.base import ObjectStore
 
 
@@ -19,7 +19,7 @@ def policy_of_run(store: ObjectStore, run_id: str) -> RetentionPolicy | None:
     newest = max(refs, key=lambda ref: ref.manifest.created_at)
     place = "/".join(part for part in (newest.prefix, newest.manifest.files_prefix, "profile.json") if part)
     try:
-        retention = Profile.model_validate_json(store.get_bytes(place)[0]).retention
+        retention = profile_to_read(store.get_bytes(place)[0]).retention
     except ValidationError as error:
         raise CheckpointCorruptError(
             f"{store.uri}/{place} is no valid profile: {error.errors()[0]['msg']}. Give --keep-last or --keep-every."
