@@ -8,24 +8,19 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from peft import PeftModel
 from safetensors.torch import load_file
-from stage_runs import ignore, manifest_of, metrics_of, prepared, run_all, stage_request, tiny_profile
+from stage_runs import ignore, manifest_of, metrics_of, prepared, stage_request, tiny_profile
 from tiny_models import tiny_llama
-from transformers import AutoModelForCausalLM
 
 from relora_train.checkpoints.manifest import CheckpointManifest
 from relora_train.errors import ConfigError
 from relora_train.method.optimizer import build_optimizer, parameter_groups, set_learning_rate
-from relora_train.method.rank_allocation import allocate_ranks, ranks_from_warm_start
-from relora_train.method.relora import apply_relora, lora_parameters, merge, relora_layers, target_names
+from relora_train.method.relora import apply_relora, lora_parameters, merge, relora_layers
 from relora_train.method.stages import fingerprint_settings, plan_stages, stage_learning_rate, stages_after
-from relora_train.reports.ranks.adapters import AdapterDirectory
 from relora_train.settings.profile import Profile
 from relora_train.settings.schedule import ScheduleConfig
-from relora_train.training.files import read_training_state
 from relora_train.training.trainer import run_stage
 
 
@@ -199,110 +194,3 @@ def test_a_growth_that_leaves_a_cycle_too_short_is_refused_with_the_lengths(sett
 def test_full_rank_has_its_checkpoints_where_the_cycles_end():
     profile = growing().model_copy(update={"method": "full"})
     assert [stage.end_step for stage in plan_stages(profile)] == [100, 140, 220, 380, 700]
-
-
-# --- ranks by layer
-
-
-def test_ranks_follow_the_weights_within_the_budget():
-    shapes = {"a": (10, 10), "b": (10, 10), "c": (10, 10)}
-    assert allocate_ranks({"a": 1.0, "b": 1.0, "c": 1.0}, shapes, rank=3) == {"a": 3, "b": 3, "c": 3}
-    assert allocate_ranks({"a": 1.0, "b": 2.0, "c": 3.0}, shapes, rank=4) == {"a": 2, "b": 4, "c": 6}
-    assert allocate_ranks({"a": 0.0, "b": 1.0, "c": 1.0}, shapes, rank=3) == {"a": 1, "b": 4, "c": 4}
-    assert allocate_ranks({"a": 1.0, "b": 1.0, "c": 99.0}, shapes, rank=4) == {"a": 1, "b": 1, "c": 10}
-
-
-@settings(max_examples=40)
-@given(
-    st.lists(
-        st.tuples(st.integers(2, 60), st.integers(2, 60), st.just(0.0) | st.floats(1, 50)), min_size=1, max_size=8
-    ),
-    st.data(),
-)
-def test_an_allocation_is_bounded_and_leaves_no_room_for_another_direction(layers: list[Any], data: st.DataObject):
-    shapes = {str(i): (out, inputs) for i, (out, inputs, _) in enumerate(layers)}
-    weights = {str(i): weight for i, (_, _, weight) in enumerate(layers)}
-    rank = data.draw(st.integers(1, min(min(shape) for shape in shapes.values())))
-    ranks = allocate_ranks(weights, shapes, rank=rank)
-    assert list(ranks) == list(shapes)
-    assert all(1 <= ranks[name] <= min(shapes[name]) for name in shapes)
-    spent, budget = (sum(r[name] * sum(shapes[name]) for name in shapes) for r in (ranks, dict.fromkeys(shapes, rank)))
-    assert spent <= budget
-    if any(weights.values()) and any(ranks[name] < min(shapes[name]) for name in shapes if weights[name]):
-        assert budget - spent <= max(map(sum, shapes.values())) * len(shapes)
-
-
-def test_a_warm_start_that_changed_few_directions_of_a_layer_gives_it_few():
-    """Updates of known rank: 1 in every layer but the MLP's first, where it is 8."""
-    before, after = tiny_llama(seed=0), tiny_llama(seed=0)
-    names = target_names(after, None)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for name in names:
-            weight, directions = after.get_submodule(name).weight, 8 if "gate_proj" in name else 1
-            left = torch.linalg.qr(torch.randn(weight.shape[0], directions, generator=generator)).Q
-            right = torch.linalg.qr(torch.randn(weight.shape[1], directions, generator=generator)).Q
-            weight += left @ right.T
-    ranks = ranks_from_warm_start(after, before, names, rank=2)
-    wide = {ranks[name] for name in names if "gate_proj" in name}
-    narrow = {ranks[name] for name in names if "gate_proj" not in name}
-    assert narrow <= {1, 2} and min(wide) >= 4
-    with pytest.raises(ConfigError, match="there was no warm start"):
-        ranks_from_warm_start(before, tiny_llama(seed=0), names, rank=2)
-
-
-@pytest.fixture(scope="module")
-def by_layer(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    profile = tiny_profile(relora={"rank_allocation": "warm-start-spectrum", "rank": 6})
-    return run_all(profile, dataset, tmp_path_factory.mktemp("by-layer"))
-
-
-def test_ranks_are_recorded_by_the_first_cycle_and_the_same_in_all_that_follow(by_layer: dict[str, Path]):
-    first, second = (manifest_of(by_layer[name])["merge_report"]["layer_ranks"] for name in ("cycle-1", "cycle-2"))
-    assert first == second == read_training_state(by_layer["cycle-2"]).layer_ranks
-    assert len(first) == 14 and len(set(first.values())) > 1
-    adapter = load_file(by_layer["cycle-2"] / "adapter" / "adapter_model.safetensors")
-    shapes = {
-        n.removesuffix(".lora_A.weight").removeprefix("base_model.model."): len(A)
-        for n, A in adapter.items()
-        if "lora_A" in n
-    }
-    assert shapes == first
-    spent = sum(tensor.numel() for tensor in adapter.values())
-    even = sum(
-        6 * tensor.numel() // first[n.removeprefix("base_model.model.").rpartition(".lora_")[0]]
-        for n, tensor in adapter.items()
-    )
-    assert 0.9 * even < spent <= even
-
-
-@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # peft asks for it
-def test_an_adapter_with_ranks_by_layer_is_read_by_peft_and_by_the_rank_analysis(by_layer: dict[str, Path]):
-    parent = AutoModelForCausalLM.from_pretrained(by_layer["cycle-1"])
-    before = {name: weight.clone() for name, weight in parent.state_dict().items()}
-    adapted = PeftModel.from_pretrained(parent, str(by_layer["cycle-2"] / "adapter")).merge_and_unload().state_dict()
-    merged = load_file(by_layer["cycle-2"] / "model.safetensors")
-    ours = AdapterDirectory(by_layer["cycle-2"])
-    for name in ours.names:
-        torch.testing.assert_close(adapted[name], merged[name], rtol=1e-4, atol=1e-6)
-        factors = ours.factors(name)
-        change = torch.from_numpy(factors.B @ factors.A).float()
-        torch.testing.assert_close(before[name] + change, merged[name], rtol=1e-4, atol=1e-6)
-
-
-def test_ranks_by_layer_are_refused_where_there_is_no_spectrum(
-    dataset: Path, tmp_path: Path, by_layer: dict[str, Path]
-):
-    chosen = {"rank_allocation": "warm-start-spectrum"}
-    with pytest.raises(ValueError, match=r"needs schedule\.warm_start_steps above 0"):
-        tiny_profile(relora=chosen, schedule={"warm_start_steps": 0})
-    with pytest.raises(ValueError, match=r"nothing to share out at relora\.rank 1"):
-        tiny_profile(relora=chosen | {"rank": 1})
-    with pytest.raises(ValueError, match="looks at whole weights"):
-        tiny_profile(relora=chosen, launch={"sharding": "full"})
-    uniform = tmp_path / "uniform"
-    run_stage(stage_request(tiny_profile(), "cycle-1", dataset, uniform, by_layer["warm-start"]), ignore)
-    assert read_training_state(uniform).layer_ranks == {}
-    request = stage_request(tiny_profile(relora=chosen), "cycle-2", dataset, tmp_path / "out", uniform)
-    with pytest.raises(ConfigError, match="cycle-2 does not follow one"):
-        run_stage(request, ignore)

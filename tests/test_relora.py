@@ -27,7 +27,6 @@ from relora_train.method.relora import (
     merge,
     merge_and_reinit,
     relora_layers,
-    target_names,
     unwrap,
 )
 
@@ -252,21 +251,10 @@ def test_a_refused_wrapping_changes_nothing(options, error, message):
     assert all(p.requires_grad for p in model.parameters())
 
 
-@pytest.mark.parametrize(("rank_stabilized", "scaling"), [(False, 8 / 4), (True, 8 / math.sqrt(4))])
-def test_a_layer_of_another_rank_keeps_the_scaling_of_the_runs_own(rank_stabilized, scaling):
-    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
-    options = {"alpha": 8, "dropout": 0.0, "target_modules": ["0", "1"], "seed": 0, "rank_stabilized": rank_stabilized}
-    apply_relora(model, rank=4, layer_ranks={"0": 2, "1": 8}, **options)
-    assert [(layer.rank, layer.scaling) for layer in model] == [
-        (2, pytest.approx(scaling)),
-        (8, pytest.approx(scaling)),
-    ]
-
-
 def test_a_head_is_known_by_its_name_where_a_model_does_not_tell():
     model = nn.Sequential(OrderedDict(body=nn.Linear(4, 4), lm_head=nn.Linear(4, 4)))
     with pytest.raises(NoTargetModulesError, match="that can be wrapped are called body:"):
-        target_names(model, ["another"])
+        check_targets(model, ["another"], rank=1)
 
 
 def test_a_wrapped_model_is_not_wrapped_again():

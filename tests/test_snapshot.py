@@ -38,7 +38,6 @@ KINDS = {
     "relora, zero reset": tiny_profile(optimizer_reset={"mode": "zero"}, schedule={"warm_start_steps": 0}),
     "relora, LoRA+": tiny_profile(optimizer={"low_rank_b_lr_ratio": 4.0, "weight_decay": 0.1}, **HARD),
     "relora, growing": tiny_profile(schedule={"cycle_growth": 2.0, "restart_warmup_steps": 4}, **HARD),
-    "relora, ranks by layer": tiny_profile(relora={"rank_allocation": "warm-start-spectrum", "rank": 6}),
     "lora": tiny_profile(method="lora", **HARD),
     "full": tiny_profile(method="full", optimizer={"weight_decay": 0.1}),
 }
@@ -104,8 +103,6 @@ STAGES = [
     ("relora, zero reset", "cycle-2"),
     ("relora, LoRA+", "cycle-2"),
     ("relora, growing", "cycle-2"),
-    ("relora, ranks by layer", "cycle-1"),
-    ("relora, ranks by layer", "cycle-2"),
     ("lora", "lora"),
     ("full", "full-2"),
 ]

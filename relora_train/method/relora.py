@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -98,35 +98,26 @@ def apply_relora(
     seed: int,
     rank_stabilized: bool = False,
     cycle: int = 1,
-    layer_ranks: Mapping[str, int] | None = None,
 ) -> list[str]:
     """Wrap the target layers in place, leaving the model's function as it was; return their names in the model's order.
 
     Only the wrapped weights are frozen. `target_modules` are ends of module names, whole segments ("q_proj",
     "self_attn.q_proj"); None takes the layers of DEFAULT_TARGET_MODULES. Embeddings and the output head are never
     wrapped. `cycle` is the one about to start: a run resumed after cycle k draws with cycle = k + 1 what
-    merge_and_reinit drew. `layer_ranks` are by module name; the scaling of every layer stays that of `rank`.
+    merge_and_reinit drew.
     """
     if rank < 1 or alpha <= 0 or not 0 <= dropout < 1:
         raise ValueError(f"rank = {rank} must be at least 1, alpha = {alpha} above 0 and dropout = {dropout} in [0, 1)")
     if any(True for _ in relora_layers(model)):
         raise ModelError("The model has ReLoRA layers already: call unwrap() on it before wrapping it again.")
     targets = _target_layers(model, target_modules)
-    ranks = dict.fromkeys(targets, rank) if layer_ranks is None else {name: layer_ranks[name] for name in targets}
     for name, linear in targets.items():
-        _check_wrappable(model, name, linear, ranks[name])
+        _check_wrappable(model, name, linear, rank)
     for name, linear in targets.items():
-        own, power = ranks[name], 0.5 if rank_stabilized else 1.0
-        own_alpha = alpha if own == rank else alpha * (own / rank) ** power
-        layer = ReLoRALinear(linear, rank=own, alpha=own_alpha, dropout=dropout, rank_stabilized=rank_stabilized)
+        layer = ReLoRALinear(linear, rank=rank, alpha=alpha, dropout=dropout, rank_stabilized=rank_stabilized)
         model.set_submodule(name, layer.train(linear.training))
         _reinit(layer, name, seed=seed, cycle=cycle)
     return list(targets)
-
-
-def target_names(model: nn.Module, target_modules: Sequence[str] | None) -> list[str]:
-    """The layers that apply_relora would wrap, in the model's order. Raises NoTargetModulesError as check_targets."""
-    return list(_target_layers(model, target_modules))
 
 
 def check_targets(model: nn.Module, target_modules: Sequence[str] | None, *, rank: int) -> None:
@@ -396,13 +387,7 @@ def adapter_config(
     if not layers:
         raise ModelError("The model has no ReLoRA layers, so it has no adapter.")
     first = next(iter(layers.values()))
-    others = {name: layer for name, layer in layers.items() if layer.rank != first.rank}
-    patterns: dict[str, Any] = {
-        "rank_pattern": {name: layer.rank for name, layer in others.items()},
-        "alpha_pattern": {name: layer.alpha for name, layer in others.items()},
-    }
     return {
-        **(patterns if others else {}),
         "peft_type": "LORA",
         "task_type": task_type,
         "base_model_name_or_path": base_model_name_or_path,

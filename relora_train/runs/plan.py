@@ -224,7 +224,6 @@ def _low_rank_cost(profile: Profile, shape: ModelShape) -> PhaseCost:
     relora, batch = profile.relora, profile.batch
     wrapped = wrapped_layers(shape, target_modules=relora.target_modules, rank=relora.rank)
     frozen = shape.layers * sum(linear.weights for linear in wrapped)
-    # Ranks by layer are known only after the warm start; together they have as many parameters at most.
     factors = shape.layers * relora.rank * sum(linear.sides for linear in wrapped)
     trainable = shape.parameters - frozen + factors
     frozen_bytes = _BF16_BYTES if profile.precision.computes_in_bfloat16 else _FP32_BYTES

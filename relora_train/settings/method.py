@@ -27,9 +27,6 @@ class ReLoRAConfig(FrozenConfig):
     target_modules: tuple[str, ...] | None = None
     """Name endings of the linear layers to wrap; attention and MLP of the model's family when absent."""
 
-    rank_allocation: Literal["uniform", "warm-start-spectrum"] = "uniform"
-    """'warm-start-spectrum' shares the same number of parameters out by how many directions the warm start changed."""
-
     merge_dtype: Literal["float32", "bfloat16"] = "float32"
     """Numbers a merged weight is kept in; 'bfloat16' rounds it at every merge and loses small updates, to compare."""
 

@@ -33,7 +33,7 @@ from relora_train.settings.schedule import ScheduleConfig
 Method = Literal["full", "lora", "relora"]
 
 
-REMOVED_KEYS: Mapping[str, Mapping[str, Any]] = {"relora": {"init": "kaiming"}}
+REMOVED_KEYS: Mapping[str, Mapping[str, Any]] = {"relora": {"init": "kaiming", "rank_allocation": "uniform"}}
 """Keys that were measured and deleted, by section, with the defaults that they had."""
 
 LAST_COMMIT_WITH_REMOVED_KEYS = "1a88187"
@@ -133,24 +133,6 @@ class Profile(FrozenConfig):
         return self
 
     @model_validator(mode="after")
-    def ranks_by_layer_have_a_warm_start_and_whole_weights(self) -> Self:
-        if self.relora.rank_allocation == "uniform" or self.method == "full":
-            return self
-        if self.schedule.warm_start_steps == 0:
-            raise ValueError("relora.rank_allocation 'warm-start-spectrum' needs schedule.warm_start_steps above 0")
-        if self.relora.rank == 1:
-            raise ValueError(
-                "relora.rank_allocation 'warm-start-spectrum' has nothing to share out at relora.rank 1: every layer "
-                "keeps one direction at least; raise the rank"
-            )
-        if self.launch.sharding == "full":
-            raise ValueError(
-                "relora.rank_allocation 'warm-start-spectrum' looks at whole weights, which launch.sharding 'full' "
-                "never has; set one of them back"
-            )
-        return self
-
-    @model_validator(mode="after")
     def ranks_share_the_batch(self) -> Self:
         if self.launch.world_size is not None and (fault := self.fault_of_ranks(self.launch.world_size)):
             raise ValueError(fault)
@@ -203,7 +185,7 @@ def settings_digest(settings: dict[str, Any]) -> str:
 LATER_KEYS = {
     "tokenizer": ("revision",),
     "schedule": ("jagged", "cycle_growth", "horizon"),
-    "relora": ("rank_allocation", "merge_dtype"),
+    "relora": ("merge_dtype",),
     "optimizer": ("low_rank_lr_ratio", "low_rank_b_lr_ratio"),
     "optimizer_reset": ("restart_clock",),
 }

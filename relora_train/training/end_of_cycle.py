@@ -72,8 +72,7 @@ def finish_cycle(training: StageTraining, metrics: list[dict[str, Any]], emit: E
     metrics.append({"kind": "merge", "step": stage.end_step, **summary})
     emit("merge", stage=stage.name, step=stage.end_step, **summary)
     _check_unchanged(training, change)
-    chosen = {"layer_ranks": training.start.layer_ranks} if training.start.layer_ranks else {}
-    return {**summary, **chosen, "layers": {f"{name}.weight": _as_record(layer) for name, layer in layers.items()}}
+    return {**summary, "layers": {f"{name}.weight": _as_record(layer) for name, layer in layers.items()}}
 
 
 def _first_gradient_norms(metrics: list[dict[str, Any]]) -> dict[str, float]:

@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeVar, cast
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import ConfigDict, Field
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -54,6 +54,8 @@ OptimizerState = dict[str, dict[str, Tensor]]
 class TrainingState(FrozenConfig):
     """Where a run stands. Random numbers need no state: every draw is a function of seed, step and name."""
 
+    model_config = ConfigDict(extra="ignore")  # states from before 1a88187 also hold a layer_ranks
+
     step: int = Field(ge=0)
     """Updates done."""
 
@@ -71,9 +73,6 @@ class TrainingState(FrozenConfig):
     seed: int
     schedule: dict[str, Any]
     """The profile's schedule, for people."""
-
-    layer_ranks: dict[str, int] = Field(default_factory=dict)
-    """Rank of each wrapped layer, by module name, where they were chosen one by one; the next cycle has the same."""
 
     evaluation: dict[str, float] = Field(default_factory=dict)
     """Validation loss of these weights."""

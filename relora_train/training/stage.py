@@ -20,8 +20,7 @@ from relora_train.method.bfloat16_adamw import BFloat16AdamW, round_trained_matr
 from relora_train.method.contraction import Contraction
 from relora_train.method.fast_path import share_inputs
 from relora_train.method.optimizer import build_optimizer, load_optimizer_state_by_name, set_learning_rate
-from relora_train.method.rank_allocation import ranks_from_warm_start
-from relora_train.method.relora import apply_relora, reinit, relora_layers, target_names
+from relora_train.method.relora import apply_relora, reinit, relora_layers
 from relora_train.method.stages import Stage, stage_learning_rate
 from relora_train.settings.profile import Profile
 from relora_train.training.evaluate import autocast
@@ -198,9 +197,6 @@ def prepare_stage(request: StageRequest, ranks: Ranks) -> StageTraining:
     start = _start(request)
     build = _sharded_model if ranks.sharded else _whole_model
     model, masters = build(request, objective, train_data.manifest, ranks)
-    if stage.low_rank and profile.relora.rank_allocation != "uniform":
-        chosen = {name: layer.rank for name, layer in relora_layers(model)}
-        start = start.model_copy(update={"layer_ranks": chosen})
     objective.prepare_for_training(model)
     loss_function = objective.loss_function(model, train_data.manifest)
     if profile.precision.trains_in_bfloat16:
@@ -244,7 +240,7 @@ def _whole_model(
     model = objective.load_model(parent) if parent is not None else objective.build_model(manifest)
     objective.check_fits(model, manifest)
     if request.stage.low_rank:
-        _wrap(model, request, layer_ranks=_layer_ranks(request, model, manifest))
+        _wrap(model, request)
         if request.profile.precision.computes_in_bfloat16:
             masters = _round_frozen_weights(model, parent, request.output_directory.parent)
     return model, masters
@@ -283,26 +279,7 @@ def _sharded_masters(
     return MasterWeights(rounded, lambda name: exact[name] if exact else rows_of((name,), parameters[name]), scratch)
 
 
-def _layer_ranks(request: StageRequest, model: nn.Module, manifest: DatasetManifest) -> dict[str, int] | None:
-    """Each layer's rank where they are chosen one by one: the parent cycle's, or from what the warm start changed."""
-    relora, parent = request.profile.relora, request.parent_directory
-    if relora.rank_allocation == "uniform":
-        return None
-    state = read_training_state(parent) if parent is not None else None
-    names = target_names(model, relora.target_modules)
-    if state is not None and set(names) == set(state.layer_ranks):
-        return state.layer_ranks
-    if state is None or state.cycle:
-        raise ConfigError(
-            f"relora.rank_allocation = 'warm-start-spectrum' chooses ranks at the end of a warm start, and "
-            f"{request.stage.name} does not follow one: its parent holds no ranks for its layers. Begin at a warm "
-            "start, or set rank_allocation = 'uniform'."
-        )
-    first = objective_of(request.profile.model_copy(update={"seed": state.seed})).build_model(manifest)
-    return ranks_from_warm_start(model, first, names, rank=relora.rank)
-
-
-def _wrap(model: nn.Module, request: StageRequest, *, layer_ranks: dict[str, int] | None = None) -> None:
+def _wrap(model: nn.Module, request: StageRequest) -> None:
     relora = request.profile.relora
     apply_relora(
         model,
@@ -313,7 +290,6 @@ def _wrap(model: nn.Module, request: StageRequest, *, layer_ranks: dict[str, int
         rank_stabilized=relora.rank_stabilized,
         seed=request.profile.seed,
         cycle=request.stage.cycle,
-        layer_ranks=layer_ranks,
     )
 
 
@@ -331,7 +307,7 @@ def _start(request: StageRequest) -> TrainingState:
     """The parent's state; on another dataset the data position starts again."""
     profile, dataset_id = request.profile, request.dataset_id
     schedule = profile.schedule.model_dump(mode="json")
-    update = {"dataset_id": dataset_id, "seed": profile.seed, "schedule": schedule, "layer_ranks": {}}
+    update = {"dataset_id": dataset_id, "seed": profile.seed, "schedule": schedule}
     if request.parent_directory is None:
         return TrainingState(step=0, cycle=0, stage_kind="", tokens_seen=0, samples_seen=0, **update)
     parent = read_training_state(request.parent_directory)
