@@ -10,18 +10,16 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import load_file
-from stage_runs import ignore, manifest_of, metrics_of, prepared, stage_request, tiny_profile
+from stage_runs import prepared
 from tiny_models import tiny_llama
 
 from relora_train.checkpoints.manifest import CheckpointManifest
 from relora_train.errors import ConfigError
 from relora_train.method.optimizer import build_optimizer, parameter_groups, set_learning_rate
-from relora_train.method.relora import apply_relora, lora_parameters, merge, relora_layers
+from relora_train.method.relora import apply_relora
 from relora_train.method.stages import fingerprint_settings, plan_stages, stage_learning_rate, stages_after
 from relora_train.settings.profile import Profile
 from relora_train.settings.schedule import ScheduleConfig
-from relora_train.training.trainer import run_stage
 
 
 def wrapped_llama() -> torch.nn.Module:
@@ -69,40 +67,6 @@ def test_the_first_update_of_b_is_the_ratio_times_as_large(warm_start: Path, dat
     for name, plain in moved[1.0].items():
         factor = 4.0 if name.endswith("lora_B") else 1.0
         torch.testing.assert_close(moved[4.0][name], factor * plain, rtol=1e-5, atol=1e-8)
-
-
-# --- merges in bfloat16
-
-
-@pytest.mark.parametrize(("rms", "lost"), [(6e-6, 0.5), (6e-4, 0.0)])
-def test_a_merge_in_bfloat16_rounds_the_sum_and_loses_small_updates(rms: float, lost: float):
-    model = wrapped_llama()
-    with torch.no_grad():
-        for _, factor in lora_parameters(model):
-            factor.normal_(generator=torch.Generator().manual_seed(1)).mul_((rms / 2) ** 0.5)
-    expected = {
-        name: layer.weight + layer.scaling * layer.lora_B @ layer.lora_A for name, layer in relora_layers(model)
-    }
-    before = {name: layer.weight.detach().clone() for name, layer in relora_layers(model)}
-    merge(model, keep_in=torch.bfloat16)
-    for name, layer in relora_layers(model):
-        torch.testing.assert_close(layer.weight, expected[name].bfloat16().float(), rtol=0.008, atol=0)
-        assert torch.equal(layer.weight, layer.weight.bfloat16().float())
-        kept = (layer.weight != before[name].bfloat16().float()).float().mean()
-        assert (kept < 1 - lost) if lost else (kept > 0.8), name
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_stage_commits_the_rounded_weights_of_wrapped_layers_and_no_others(
-    warm_start: Path, dataset: Path, tmp_path: Path, dtype: str
-):
-    profile = tiny_profile(relora={"merge_dtype": "bfloat16"}, precision={"dtype": dtype})
-    run_stage(stage_request(profile, "cycle-1", dataset, tmp_path / "out", warm_start), ignore)
-    weights = load_file(tmp_path / "out" / "model.safetensors")
-    rounded = {name for name, weight in weights.items() if torch.equal(weight, weight.bfloat16().float())}
-    assert {name for name in rounded if "layernorm" not in name} == {name for name in weights if "_proj" in name}
-    assert 1e-4 < manifest_of(tmp_path / "out")["merge_report"]["max_relative_output_change"] < 0.1
-    assert metrics_of(tmp_path / "out", "merge")
 
 
 # --- growing cycles

@@ -167,7 +167,6 @@ def test_the_arms_beyond_the_paper_differ_from_relora_in_their_one_option():
     }
     assert changed == {
         "relora": [],
-        "bfloat16-merges": ["relora.merge_dtype"],
         "growing-cycles": ["schedule.cycle_growth"],
         "lora-plus-4": ["optimizer.low_rank_lr_ratio", "optimizer.low_rank_b_lr_ratio"],
         "lora-plus-16": ["optimizer.low_rank_lr_ratio", "optimizer.low_rank_b_lr_ratio"],

@@ -99,6 +99,13 @@ def test_it_is_evaluated_to_the_scores_that_it_was_committed_with(line: list[Che
     assert scores["val_loss"] == pytest.approx(line[-1].manifest.evaluation["val_loss"], rel=1e-5)
 
 
+def test_a_merge_that_was_rounded_is_no_adapter_of_its_base(store: Path, tmp_path: Path, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["export", "removed", str(tmp_path / "out"), "--as-adapter"])
+    assert (ended.value.code, "rounded (relora.merge_dtype)" in capsys.readouterr().err) == (4, True)
+    assert not (tmp_path / "out").exists()
+
+
 def test_its_stage_is_not_trained_again(line: list[CheckpointRef]):
     with pytest.raises(ConfigError, match=rf"relora\.init: gradient -> absent .*{LAST_COMMIT_WITH_REMOVED_KEYS}"):
         retry_stage(line[-1], on_event=ignore)

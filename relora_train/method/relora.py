@@ -242,14 +242,13 @@ def merge_and_reinit(
     cycle: int,
     seed: int,
     masters: MutableMapping[str, Tensor] | None = None,
-    keep_in: torch.dtype = torch.float32,
 ) -> dict[str, LayerMerge]:
     """Leave the model's output unchanged, up to rounding, and its low-rank updates empty and trainable.
 
-    `cycle` is the one just finished; A is drawn for cycle + 1. `masters` and `keep_in` as in merge(). The optimizer
+    `cycle` is the one just finished; A is drawn for cycle + 1. `masters` as in merge(). The optimizer
     state is reset by the caller. Source: Algorithm 1 of arXiv 2307.05695.
     """
-    report = merge(model, masters=masters, keep_in=keep_in)
+    report = merge(model, masters=masters)
     reinit(model, seed=seed, cycle=cycle + 1)
     return report
 
@@ -265,15 +264,12 @@ def merge(
     model: nn.Module,
     *,
     masters: MutableMapping[str, Tensor] | None = None,
-    keep_in: torch.dtype = torch.float32,
 ) -> dict[str, LayerMerge]:
     """W <- W + scaling * B A in float32 (float64 for a float64 weight), then B <- 0; a report by module name.
 
     `masters` hold the exact weights by parameter name ("<module>.weight"), updated in place and assigned back, and each
     weight of the model becomes its master rounded once to the weight's own dtype: rounding does not build up over
-    cycles. keep_in = bfloat16 gives that up: the sum is rounded to it, master and all, and what is smaller than the
-    rounding is lost, as where a model in bfloat16 is merged in place. Nothing is changed if any layer is refused. No
-    layer's full update is ever held in memory. Of a sharded model each rank merges its own rows, of which its masters
+    cycles. Nothing is changed if any layer is refused. No layer's full update is ever held in memory. Of a sharded model each rank merges its own rows, of which its masters
     consist; only A and B are gathered, a layer at a time.
     """
     layers = dict(relora_layers(model))
@@ -288,8 +284,6 @@ def merge(
             A, B = (factor.to(device=master.device, dtype=master.dtype) for factor in factors)
             report[name] = _measure(norm(master, layer.weight), A, B, layer.scaling)
             master.addmm_(part_of(B, layer.weight), A, alpha=layer.scaling)
-            if keep_in == torch.bfloat16:
-                master.copy_(master.to(keep_in))
             if masters is not None:
                 masters[f"{name}.weight"] = master
                 weight.copy_(master)

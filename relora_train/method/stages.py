@@ -249,7 +249,7 @@ def fingerprint_settings(
         phase_start = stage.start_step - stage.phase_step
         settings["schedule"]["warm_start_steps"] = phase_start
         settings["schedule"]["total_steps"] = phase_start + profile.schedule.horizon_steps
-        settings["relora"] = profile.relora.model_dump(mode="json", exclude=unset_later_keys(profile, "relora"))
+        settings["relora"] = profile.relora.model_dump(mode="json")
         low_rank_rates = set(LATER_KEYS["optimizer"]) - unset_later_keys(profile, "optimizer")
         optimizer |= profile.optimizer.model_dump(mode="json", include=low_rank_rates)
     if stage.kind == "relora":

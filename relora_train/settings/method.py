@@ -27,9 +27,6 @@ class ReLoRAConfig(FrozenConfig):
     target_modules: tuple[str, ...] | None = None
     """Name endings of the linear layers to wrap; attention and MLP of the model's family when absent."""
 
-    merge_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Numbers a merged weight is kept in; 'bfloat16' rounds it at every merge and loses small updates, to compare."""
-
 
 class OptimizerConfig(FrozenConfig):
     """AdamW."""

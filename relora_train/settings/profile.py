@@ -33,7 +33,9 @@ from relora_train.settings.schedule import ScheduleConfig
 Method = Literal["full", "lora", "relora"]
 
 
-REMOVED_KEYS: Mapping[str, Mapping[str, Any]] = {"relora": {"init": "kaiming", "rank_allocation": "uniform"}}
+REMOVED_KEYS: Mapping[str, Mapping[str, Any]] = {
+    "relora": {"init": "kaiming", "rank_allocation": "uniform", "merge_dtype": "float32"},
+}
 """Keys that were measured and deleted, by section, with the defaults that they had."""
 
 LAST_COMMIT_WITH_REMOVED_KEYS = "1a88187"
@@ -185,7 +187,6 @@ def settings_digest(settings: dict[str, Any]) -> str:
 LATER_KEYS = {
     "tokenizer": ("revision",),
     "schedule": ("jagged", "cycle_growth", "horizon"),
-    "relora": ("merge_dtype",),
     "optimizer": ("low_rank_lr_ratio", "low_rank_b_lr_ratio"),
     "optimizer_reset": ("restart_clock",),
 }

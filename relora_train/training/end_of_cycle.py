@@ -48,7 +48,6 @@ def finish_cycle(training: StageTraining, metrics: list[dict[str, Any]], emit: E
         cycle=stage.cycle,
         seed=profile.seed,
         masters=training.masters,
-        keep_in=getattr(torch, profile.relora.merge_dtype),
     )
     change = _relative_change(before, _probe_output(training))
     reset = reset_optimizer_state(
@@ -114,7 +113,7 @@ def _check_unchanged(training: StageTraining, change: float) -> None:
 def _computes_as_float32(training: StageTraining) -> bool:
     """Whether weights and the probe's products have float32's accuracy: by measurement, whatever its setting's name."""
     profile = training.profile
-    if profile.precision.dtype != "float32" or profile.relora.merge_dtype != "float32":
+    if profile.precision.dtype != "float32":
         return False
     products = products_of(training.model, rows=_PROBE_SEQUENCES * facts_of(profile).rows_per_sequence())
     return keeps_accuracy(products, training.ranks.device, current_precision())
