@@ -168,13 +168,7 @@ def test_the_arms_beyond_the_paper_differ_from_relora_in_their_one_option():
     assert changed == {
         "relora": [],
         "growing-cycles": ["schedule.cycle_growth"],
-        "lora-plus-4": ["optimizer.low_rank_lr_ratio", "optimizer.low_rank_b_lr_ratio"],
-        "lora-plus-16": ["optimizer.low_rank_lr_ratio", "optimizer.low_rank_b_lr_ratio"],
-        "low-rank-2": ["optimizer.low_rank_lr_ratio"],
     }
-    for name in ("lora-plus-4", "lora-plus-16"):  # around ReLoRA's rate
-        ratios = arms[name].set["optimizer"]
-        assert ratios["low_rank_lr_ratio"] ** 2 * ratios["low_rank_b_lr_ratio"] == 1
     assert len(load_experiment("beyond").warm_starts) == 3  # shared by all arms, a seed each
 
 

@@ -18,7 +18,6 @@ from relora_train.method.optimizer import (
     optimizer_state_by_name,
     parameter_groups,
     reset_optimizer_state,
-    set_learning_rate,
 )
 from relora_train.method.relora import apply_relora, lora_parameters, relora_layers
 
@@ -120,19 +119,6 @@ def test_fused_is_taken_where_the_device_has_it_and_is_deterministic():
 
 def test_the_fused_kernel_is_asked_for_on_devices_that_torch_has_it_for():
     assert {"cpu", "cuda"} <= set(FUSED_DEVICES) <= set(_get_fused_kernels_supported_devices())
-
-
-def test_a_ratio_of_a_group_is_that_of_its_rate():
-    model = wrapped_llama()
-    groups = parameter_groups(model, weight_decay=0.1, low_rank_lr_ratio=2.0, low_rank_b_lr_ratio=4.0)
-    ratios = {name: group["lr_ratio"] for group in groups for name, _ in group["params"]}
-    assert {name.rpartition(".")[2]: ratio for name, ratio in ratios.items()} == {
-        "lora_A": 2.0, "lora_B": 8.0, "weight": 1.0,
-    }  # fmt: skip
-    assert groups[0]["lr_ratio"] == 1.0, "what is no factor comes first, as without ratios"
-    optimizer = torch.optim.AdamW(groups)
-    set_learning_rate(optimizer, 0.01)
-    assert [group["lr"] for group in optimizer.param_groups] == [0.01 * group["lr_ratio"] for group in groups]
 
 
 # --- the quantile

@@ -22,33 +22,18 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 FUSED_DEVICES = ("cpu", "cuda", "mps", "xpu")
 
 
-def parameter_groups(
-    model: nn.Module, *, weight_decay: float, low_rank_lr_ratio: float = 1.0, low_rank_b_lr_ratio: float = 1.0
-) -> list[dict[str, Any]]:
-    """The trainable parameters with their names, in the model's order: matrices decayed, vectors (norms, biases) not.
+def parameter_groups(model: nn.Module, *, weight_decay: float) -> list[dict[str, Any]]:
+    """Return the trainable parameters with their names, in the model's order: matrices decayed, vectors not.
 
     Without weight decay, the paper's setting, this is the paper's single group. The official code also decays norms and
-    biases when it decays at all. Every group says as "lr_ratio" what its rate is over the optimizer's: that of A is
-    low_rank_lr_ratio, and B's is low_rank_b_lr_ratio times A's (LoRA+, arXiv 2402.12354); at 1 they make no groups.
+    biases when it decays at all.
     """
-    ratios = {"lora_A": low_rank_lr_ratio, "lora_B": low_rank_lr_ratio * low_rank_b_lr_ratio}
     trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    by_ratio: dict[float, list[tuple[str, nn.Parameter]]] = {1.0: []}
-    for name, parameter in trainable:
-        by_ratio.setdefault(ratios.get(name.rpartition(".")[2], 1.0), []).append((name, parameter))
-    groups: list[dict[str, Any]] = []
-    for ratio, members in by_ratio.items():
-        matrices = [(name, p) for name, p in members if p.ndim >= 2]
-        vectors = [(name, p) for name, p in members if p.ndim < 2]
-        groups.append({"params": matrices, "weight_decay": weight_decay, "lr_ratio": ratio})
-        groups.append({"params": vectors, "weight_decay": 0.0, "lr_ratio": ratio})
+    groups = [
+        {"params": [(name, p) for name, p in trainable if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [(name, p) for name, p in trainable if p.ndim < 2], "weight_decay": 0.0},
+    ]
     return [group for group in groups if group["params"]]
-
-
-def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
-    """Of the next update; every group's by its own ratio."""
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate * group.get("lr_ratio", 1.0)
 
 
 def build_optimizer(
@@ -58,21 +43,13 @@ def build_optimizer(
     betas: tuple[float, float],
     eps: float,
     weight_decay: float,
-    low_rank_lr_ratio: float = 1.0,
-    low_rank_b_lr_ratio: float = 1.0,
     fused: bool | None = None,
 ) -> torch.optim.AdamW:
-    """AdamW over every trainable parameter of the model. fused = None: the fused kernel where the device has one.
+    """Return AdamW over every trainable parameter; fused = None takes the fused kernel where the device has one.
 
-    With parameters in bfloat16 it is a BFloat16AdamW. The ratios as in parameter_groups(); set_learning_rate() sets the
-    rates by them.
+    With parameters in bfloat16 it is a BFloat16AdamW.
     """
-    groups = parameter_groups(
-        model,
-        weight_decay=weight_decay,
-        low_rank_lr_ratio=low_rank_lr_ratio,
-        low_rank_b_lr_ratio=low_rank_b_lr_ratio,
-    )
+    groups = parameter_groups(model, weight_decay=weight_decay)
     if not groups:
         raise ModelError("The model has no trainable parameters, so there is nothing to optimize.")
     if any(p.dtype == torch.bfloat16 for group in groups for _, p in group["params"]):

@@ -269,8 +269,8 @@ def merge(
 
     `masters` hold the exact weights by parameter name ("<module>.weight"), updated in place and assigned back, and each
     weight of the model becomes its master rounded once to the weight's own dtype: rounding does not build up over
-    cycles. Nothing is changed if any layer is refused. No layer's full update is ever held in memory. Of a sharded model each rank merges its own rows, of which its masters
-    consist; only A and B are gathered, a layer at a time.
+    cycles. Nothing is changed if any layer is refused. No layer's full update is ever held in memory. Of a sharded
+    model each rank merges its own rows, of which its masters consist; only A and B are gathered, a layer at a time.
     """
     layers = dict(relora_layers(model))
     for name, layer in layers.items():

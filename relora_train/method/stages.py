@@ -19,7 +19,7 @@ from relora_train.checkpoints.manifest import CheckpointManifest
 from relora_train.errors import ConfigError
 from relora_train.method.schedule import climbing_cosine, learning_rate
 from relora_train.settings.objectives import DEFAULT_OBJECTIVE, own_settings
-from relora_train.settings.profile import LATER_KEYS, Profile, removed, settings_digest, unset_later_keys
+from relora_train.settings.profile import Profile, removed, settings_digest, unset_later_keys
 
 StageKind = Literal["full", "warm_start", "relora", "lora"]
 
@@ -222,8 +222,7 @@ def fingerprint_settings(
     its own steps, which on a branch can differ from the profile's: one curve has one fingerprint.
     pretrained_content: digest of the files of model.pretrained, when the stage starts from them.
     """
-    elsewhere = {"learning_rate", "warm_start_learning_rate", *LATER_KEYS["optimizer"]}
-    optimizer = profile.optimizer.model_dump(mode="json", exclude=elsewhere)
+    optimizer = profile.optimizer.model_dump(mode="json", exclude={"learning_rate", "warm_start_learning_rate"})
     settings: dict[str, Any] = {
         "stage": {"kind": stage.kind, "start_step": stage.start_step, "end_step": stage.end_step},
         "dataset_id": dataset_id,
@@ -250,8 +249,6 @@ def fingerprint_settings(
         settings["schedule"]["warm_start_steps"] = phase_start
         settings["schedule"]["total_steps"] = phase_start + profile.schedule.horizon_steps
         settings["relora"] = profile.relora.model_dump(mode="json")
-        low_rank_rates = set(LATER_KEYS["optimizer"]) - unset_later_keys(profile, "optimizer")
-        optimizer |= profile.optimizer.model_dump(mode="json", include=low_rank_rates)
     if stage.kind == "relora":
         settings["schedule"]["cycle_length"] = profile.schedule.cycle_length
         if profile.schedule.cycle_growth != 1:

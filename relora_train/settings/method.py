@@ -49,12 +49,6 @@ class OptimizerConfig(FrozenConfig):
     max_grad_norm: float | None = Field(1.0, gt=0)
     """Gradients are clipped to this global norm."""
 
-    low_rank_lr_ratio: float = Field(1.0, gt=0)
-    """Learning rate of A and B over that of what is trained beside them."""
-
-    low_rank_b_lr_ratio: float = Field(1.0, gt=0)
-    """Learning rate of B over that of A (LoRA+)."""
-
     @model_validator(mode="after")
     def betas_are_below_one(self) -> Self:
         if not all(0 <= beta < 1 for beta in self.betas):

@@ -35,6 +35,7 @@ Method = Literal["full", "lora", "relora"]
 
 REMOVED_KEYS: Mapping[str, Mapping[str, Any]] = {
     "relora": {"init": "kaiming", "rank_allocation": "uniform", "merge_dtype": "float32"},
+    "optimizer": {"low_rank_lr_ratio": 1.0, "low_rank_b_lr_ratio": 1.0},
 }
 """Keys that were measured and deleted, by section, with the defaults that they had."""
 
@@ -187,7 +188,6 @@ def settings_digest(settings: dict[str, Any]) -> str:
 LATER_KEYS = {
     "tokenizer": ("revision",),
     "schedule": ("jagged", "cycle_growth", "horizon"),
-    "optimizer": ("low_rank_lr_ratio", "low_rank_b_lr_ratio"),
     "optimizer_reset": ("restart_clock",),
 }
 """Keys that came later, by section: at their defaults in no name and no fingerprint, so that older runs keep theirs."""

@@ -19,7 +19,7 @@ from relora_train.errors import ConfigError
 from relora_train.method.bfloat16_adamw import BFloat16AdamW, round_trained_matrices
 from relora_train.method.contraction import Contraction
 from relora_train.method.fast_path import share_inputs
-from relora_train.method.optimizer import build_optimizer, load_optimizer_state_by_name, set_learning_rate
+from relora_train.method.optimizer import build_optimizer, load_optimizer_state_by_name
 from relora_train.method.relora import apply_relora, reinit, relora_layers
 from relora_train.method.stages import Stage, stage_learning_rate
 from relora_train.settings.profile import Profile
@@ -126,7 +126,8 @@ class StageTraining:
         total = self.forward_backward(examples, step)
         rank.sum_gradients(self.trainable)
         norm = self._clip()
-        set_learning_rate(self.optimizer, self.learning_rate(step))
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate(step)
         if isinstance(self.optimizer, BFloat16AdamW):
             self.optimizer.seed_rounding(_draw_seed(self.profile.seed, step, -1, 0))
         self.optimizer.step()
@@ -350,8 +351,6 @@ def _optimizer(request: StageRequest, stage: Stage, model: nn.Module) -> torch.o
         betas=settings.betas,
         eps=settings.eps,
         weight_decay=settings.weight_decay,
-        low_rank_lr_ratio=settings.low_rank_lr_ratio,
-        low_rank_b_lr_ratio=settings.low_rank_b_lr_ratio,
     )
     if request.parent_directory is None or read_training_state(request.parent_directory).stage_kind != stage.kind:
         return optimizer

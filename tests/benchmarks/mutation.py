@@ -43,7 +43,7 @@ MODULES: dict[str, tuple[list[str], list[str]]] = {
     "schedule": (["method/schedule.py"], ["test_schedule.py"]),
     "merge": (
         ["method/relora.py", "training/end_of_cycle.py"],
-        ["test_relora.py", "test_merging.py", "test_beyond.py", "test_matmul_probe.py"],
+        ["test_relora.py", "test_merging.py", "test_matmul_probe.py"],
     ),
     "reset": (["method/optimizer.py"], ["test_optimizer.py"]),
     "stages": (
@@ -51,7 +51,7 @@ MODULES: dict[str, tuple[list[str], list[str]]] = {
         [
             "test_stages.py",
             "test_branching.py",
-            "test_beyond.py::test_a_run_with_growing_cycles_goes_on_as_it_is_and_takes_no_more_cycles",
+            "test_growing_cycles.py::test_a_run_with_growing_cycles_goes_on_as_it_is_and_takes_no_more_cycles",
         ],
     ),
     "manifest": (["checkpoints/manifest.py"], ["test_manifest.py"]),
@@ -60,7 +60,7 @@ MODULES: dict[str, tuple[list[str], list[str]]] = {
     "pruning": (["checkpoints/upkeep/pruning.py", "checkpoints/upkeep/retention.py"], ["test_pruning.py"]),
     "training step": (
         ["training/stage.py"],
-        ["test_training.py", "test_learning.py", "test_beyond.py", "test_trainer.py", "test_sharding.py"],
+        ["test_training.py", "test_learning.py", "test_trainer.py", "test_sharding.py"],
     ),
     "dataset order": (["data/dataset.py"], ["test_dataset.py"]),
     "snapshot": (["training/snapshot.py", "checkpoints/snapshots.py"], ["test_snapshot.py", "test_snapshot_store.py"]),

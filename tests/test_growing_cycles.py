@@ -1,75 +1,19 @@
-"""What goes beyond the paper does what it says, leaves everything as it was when off, and touches low rank only."""
+"""Cycles that grow share the steps of the phase; their merges, rates and continuations follow their lengths."""
 
 from __future__ import annotations
 
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from stage_runs import prepared
-from tiny_models import tiny_llama
 
 from relora_train.checkpoints.manifest import CheckpointManifest
 from relora_train.errors import ConfigError
-from relora_train.method.optimizer import build_optimizer, parameter_groups, set_learning_rate
-from relora_train.method.relora import apply_relora
 from relora_train.method.stages import fingerprint_settings, plan_stages, stage_learning_rate, stages_after
 from relora_train.settings.profile import Profile
 from relora_train.settings.schedule import ScheduleConfig
-
-
-def wrapped_llama() -> torch.nn.Module:
-    model = tiny_llama()
-    apply_relora(model, rank=4, alpha=4, dropout=0.0, target_modules=None, seed=0)
-    return model
-
-
-# --- learning rates of A and B (LoRA+)
-
-
-def test_every_group_has_its_own_share_of_the_learning_rate():
-    model = wrapped_llama()
-    optimizer = build_optimizer(
-        model,
-        learning_rate=1.0,
-        betas=(0.9, 0.999),
-        eps=1e-8,
-        weight_decay=0.1,
-        low_rank_lr_ratio=2.0,
-        low_rank_b_lr_ratio=8.0,
-    )
-    set_learning_rate(optimizer, 0.01)
-    rates = {name: group["lr"] for group in optimizer.param_groups for name in group["param_names"]}
-    assert set(rates) == {name for name, p in model.named_parameters() if p.requires_grad}
-    for name, rate in rates.items():
-        factor = name.rpartition(".")[2]
-        assert rate == pytest.approx({"lora_A": 0.02, "lora_B": 0.16}.get(factor, 0.01)), name
-
-
-def test_without_ratios_the_groups_are_the_papers():
-    groups = parameter_groups(wrapped_llama(), weight_decay=0.1)
-    assert [(group["weight_decay"], group["lr_ratio"]) for group in groups] == [(0.1, 1.0), (0.0, 1.0)]
-
-
-def test_the_first_update_of_b_is_the_ratio_times_as_large(warm_start: Path, dataset: Path, tmp_path: Path):
-    """Adam's first step has the size of its rate, whatever the gradient: so the ratio shows as it is."""
-    moved = {}
-    for ratio in (1.0, 4.0):
-        training = prepared(warm_start, dataset, tmp_path, optimizer={"low_rank_b_lr_ratio": ratio})
-        training.update(7)  # at rate zero: it only fills the moments
-        training.optimizer.zero_grad()
-        training.update(8)
-        moved[ratio] = {name: p.detach() for name, p in training.model.named_parameters() if p.requires_grad}
-    for name, plain in moved[1.0].items():
-        factor = 4.0 if name.endswith("lora_B") else 1.0
-        torch.testing.assert_close(moved[4.0][name], factor * plain, rtol=1e-5, atol=1e-8)
-
-
-# --- growing cycles
 
 
 def growing(**schedule: Any) -> Profile:
