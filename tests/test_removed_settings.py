@@ -69,7 +69,7 @@ def test_the_sample_has_every_removed_key(line: list[CheckpointRef], store: Path
         ("show removed", "Over all layers: relative update norm 0.7539"),
         ("checkpoints removed", "cycle-1"),
         ("runs --tree", "removed"),
-        ("verify removed", "2 checkpoints"),
+        ("verify removed", "in 3 bundles"),
         ("export removed OUT", "step 16"),
         ("report removed", "report.html"),
         ("prune removed --keep-last 1", "warm-start"),
