@@ -27,7 +27,6 @@ from relora_train import events
 from relora_train.checkpoints.upkeep.verify import verify_run
 from relora_train.errors import ConfigError, RunSettingsChangedError
 from relora_train.events import Event
-from relora_train.experiments.benchmark.request import SHAPES, Shape
 from relora_train.experiments.comparison import compare_results
 from relora_train.experiments.comparison_page import render_comparison
 from relora_train.experiments.comparison_text import comparison_markdown
@@ -310,22 +309,17 @@ def test_the_tutorial_is_measured_and_reported_by_the_same_flow(root: Path):
     assert Path(summary.picture_uris[0].removeprefix("file://")).read_bytes().startswith(b"\x89PNG")
 
 
-def test_table_4_is_measured_by_the_same_flow(root: Path, monkeypatch: pytest.MonkeyPatch):
-    tiny = Shape(
-        hidden_size=32, intermediate_size=88, layers=2, heads=2, vocab_size=256, rank=4, sequences=4, sequence_length=32
-    )
-    monkeypatch.setitem(SHAPES, "tiny", tiny)
-    settings = {"throughput": {"shapes": ["tiny"], "rounds": 2, "steps": 1, "threads": 1}}
+def test_table_4_is_measured_by_the_same_flow(root: Path):
+    over = {"launch": {"threads": 1}, "precision": {"matmul_precision": "high"}}
+    settings = {"throughput": {"profiles": ["smoke"], "set": over, "rounds": 2, "steps": 1}}
     summary, seen = compare_here("table4", root, overrides=ExperimentOverrides.model_validate(settings))
     assert [event["done"] for event in seen.of("measuring")] == [1, 2]
-    record = json.loads(Path(summary.json_uri.removeprefix("file://")).read_text())["numbers"]["shapes"]["tiny"]
-    assert set(record) == {"this library", "as the paper's code"}
-    for pair in record.values():
-        assert min(pair["peak_bytes"].values()) > 0 and min(pair["step_seconds"]["full"]) > 0
-        full, relora, run = (pair["step_seconds"][name][0] for name in ("full", "relora", "adjusted"))
-        assert run == pytest.approx(full / 3 + 2 * relora / 3)
+    record = json.loads(Path(summary.json_uri.removeprefix("file://")).read_text())["numbers"]["profiles"]["smoke"]
+    assert min(record["peak_bytes"].values()) > 0 and min(record["step_seconds"]["full"]) > 0
+    full, relora, run = (record["step_seconds"][name][0] for name in ("full", "relora", "adjusted"))
+    assert run == pytest.approx(full / 3 + 2 * relora / 3)
     html = Path(summary.html_uri.removeprefix("file://")).read_text()
-    assert "2x 3090 (paper, examples/s)" in html and "tiny, this library (here, tokens/s)" in html
+    assert "2x 3090 (paper, examples/s)" in html and "smoke (here, tokens/s)" in html
 
 
 def test_a_deployment_that_is_not_there_is_refused_before_any_work(experiment: str, tmp_path: Path):

@@ -27,7 +27,7 @@ LIGHT = (
     "relora_train.checkpoints.manifest",
     "relora_train.checkpoints.commit",
     "relora_train.method.contraction",
-    "relora_train.experiments.benchmark.measure",
+    "relora_train.experiments.bench",
     "relora_train.cli.bench",
     "relora_train.checkpoints.file_checks",
     "relora_train.text",

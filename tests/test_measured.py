@@ -11,8 +11,7 @@ from rich.console import Console
 
 from relora_train.cli.compare import print_measured
 from relora_train.errors import ConfigError, ExperimentInvalidError, ProfileNotFoundError
-from relora_train.experiments.benchmark.measure import ArmResult
-from relora_train.experiments.benchmark.request import Arm, ArmRequest, Shape
+from relora_train.experiments.bench import FULL, RELORA, StepRequest, StepResult
 from relora_train.experiments.measured import (
     Measured,
     MeasuredSummary,
@@ -24,23 +23,23 @@ from relora_train.experiments.measured import (
 )
 from relora_train.experiments.measured_report import measured_markdown, render_measured
 from relora_train.experiments.throughput import adjusted_speed, measure_throughput, pair_record, summarize
+from relora_train.settings.data import BatchConfig
+from relora_train.settings.profile import Profile
 
-SHAPE = Shape(
-    hidden_size=32, intermediate_size=88, layers=1, heads=2, vocab_size=64, rank=2, sequences=10, sequence_length=10
-)
+HUNDRED_TOKENS = Profile(batch=BatchConfig(sequences=10, sequence_length=10))
 
 
-def arm(name: Arm, *seconds: float, weights: int, rest: int) -> ArmResult:
+def arm(name: str, *seconds: float, weights: int, rest: int) -> StepResult:
     memory = {"weights": weights, "above_weights": rest, "optimizer": rest // 2}
-    return ArmResult(
-        request=ArmRequest(arm=name, shape=SHAPE), device="cpu", threads=1, seconds=seconds, loss=1.0,
-        flops_per_token=1.0, matmul_flops=1.0, memory=memory, notes={}, matmul_precision="highest",
+    return StepResult(
+        request=StepRequest(arm=name, profile=HUNDRED_TOKENS, vocab_size=64, flops_per_token=1.0), device="cpu",
+        threads=1, seconds=seconds, loss=1.0, matmul_flops=1.0, memory=memory, matmul_precision="highest",
     )  # fmt: skip
 
 
 def test_a_run_with_a_warm_start_is_as_fast_as_its_steps_take_together():
     """100 tokens a step. A quarter of the steps at 2 s and the rest at 1 s: 1.25 s a step, 80 tokens a second."""
-    full, relora = arm("full", 2.0, 4.0, weights=10, rest=30), arm("paper", 1.0, 2.0, weights=12, rest=20)
+    full, relora = arm(FULL, 2.0, 4.0, weights=10, rest=30), arm(RELORA, 1.0, 2.0, weights=12, rest=20)
     record = pair_record(full, relora, share=0.25)
     assert record["step_seconds"]["adjusted"] == [1.25, 2.5]
     assert record["tokens_per_second"]["full"]["mean"] == (50 + 25) / 2
@@ -54,17 +53,18 @@ def test_a_run_with_a_warm_start_is_as_fast_as_its_steps_take_together():
 
 
 def test_its_tables_fit_a_hundred_columns_without_breaking_a_name():
-    full, relora = (arm("ours", 1.302, 1.311, weights=400_000_000, rest=10**9) for _ in range(2))
-    pairs = {label: pair_record(full, relora, share=1 / 3) for label in ("this library", "as the paper's code")}
-    numbers = {"measured_at": "2026-01-01T00:00:00+00:00", "device": "cpu", "shapes": {"llama_350m": pairs}}
-    config = load_measured("table4", {"throughput.shapes": ["llama_350m"]}).config
+    full, relora = (arm(FULL, 1.302, 1.311, weights=400_000_000, rest=10**9) for _ in range(2))
+    names = ["llama_350m", "/home/someone/profiles/mine.toml"]
+    pairs = {name: pair_record(full, relora, share=1 / 3) for name in names}
+    numbers = {"measured_at": "2026-01-01T00:00:00+00:00", "device": "cpu", "profiles": pairs}
+    config = load_measured("table4", {"throughput.profiles": names}).config
     measured = summarize(config, numbers)
     console = Console(width=100, file=io.StringIO())
     uris = {"html_uri": "file:///r.html", "json_uri": "file:///r.json", "picture_uris": ()}
     print_measured(console, MeasuredSummary(experiment="table4", title="x", measured=measured, **uris), seconds=1.0)
     shown = console.file.getvalue()
-    for label in ("llama_350m, this library  ", "llama_350m, as the paper's code  "):
-        assert shown.count(label) == 2, shown
+    for name in names:
+        assert shown.count(f"{name}  ") == 2, shown
 
 
 def test_the_papers_gains_of_whole_runs_by_our_formula():
@@ -123,8 +123,8 @@ def test_what_has_no_meaning_is_refused():
         load_measured("table4", seeds=[0])
     with pytest.raises(ConfigError, match=r"'relora' is none of its settings.*begins with 'tutorial\.'"):
         load_measured("tutorial", {"relora.rank": 3})
-    experiment = load_measured("table4", {"throughput.shapes": ["huge"]})
-    with pytest.raises(ConfigError, match=r"There is no shape 'huge' to measure\. Choose from: 9m"):
+    experiment = load_measured("table4", {"throughput.profiles": ["lama_1b"]})
+    with pytest.raises(ProfileNotFoundError, match=r"Did you mean 'llama_1b'"):
         measure_throughput(experiment.config)
 
 

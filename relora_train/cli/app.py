@@ -9,6 +9,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
+from relora_train.cli.bench import bench
 from relora_train.cli.commands import looking, planning, results, series, training, upkeep
 from relora_train.cli.output import Warnings, complain, describe_fault, tell, was_interrupted
 from relora_train.errors import ReLoRAError, TrainerInterruptedError
@@ -49,7 +50,7 @@ _COMMANDS = (
     looking.show,
     training.retry,
     results.evaluate,
-    results.bench,
+    bench,
     results.export,
     results.report,
     results.analyze,

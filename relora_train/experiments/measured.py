@@ -87,26 +87,20 @@ class TutorialSettings(FrozenConfig):
 class ThroughputSettings(FrozenConfig):
     """Which training steps are measured, and how often."""
 
-    shapes: tuple[str, ...] = Field(("20m", "35m"), min_length=1)
-    """Of `relora bench`."""
+    profiles: tuple[str, ...] = Field(("llama_60m",), min_length=1)
+    """Names or paths of profiles; an update is one forward pass of each."""
 
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """Numbers the steps compute with."""
-
-    dropout: float = Field(0.1, ge=0, lt=1)
-    """On the input of A."""
+    set: dict[str, Any] = Field(default_factory=dict)
+    """Settings over these profiles."""
 
     warm_start_share: float = Field(1 / 3, ge=0, le=1)
     """Share of a run's steps that are full rank: 10,000 of 30,000 in the paper's largest run."""
 
     rounds: int = Field(5, ge=2)
-    """In each, all arms take their turn; errors are over them."""
+    """Rounds in which full rank and ReLoRA take turns; errors are over them."""
 
     steps: int = Field(2, ge=1)
-    """Of an arm in a round."""
-
-    threads: int | None = Field(None, ge=1)
-    """CPU threads of an arm; torch's choice when absent."""
+    """Training steps of each in a round."""
 
 
 class PaperThroughput(FrozenConfig):

@@ -12,73 +12,38 @@ from functools import partial
 from typing import Any, cast
 
 from relora_train import events
-from relora_train.experiments.benchmark.measure import ArmResult, measure
-from relora_train.experiments.benchmark.request import Arm, ArmRequest, Shape, find_shape
-from relora_train.experiments.measured import (
-    Measured,
-    MeasuredTable,
-    PaperThroughput,
-    ThroughputExperiment,
-    ThroughputSettings,
-)
+from relora_train.experiments.bench import FULL, RELORA, StepResult, measure, step_requests
+from relora_train.experiments.measured import Measured, MeasuredTable, PaperThroughput, ThroughputExperiment
 from relora_train.reports.statistics import Estimate, estimate
 from relora_train.reports.text import decimal, estimate_text, size
-
-PAIRS: dict[str, tuple[Arm, Arm]] = {
-    "this library": ("ours-full", "ours"),
-    "as the paper's code": ("full", "paper"),
-}
-"""Full rank and ReLoRA in the same hands; see experiments/benchmark/request.py."""
+from relora_train.settings.load import load_profile
 
 
 def measure_throughput(config: ThroughputExperiment) -> Measured:
-    """Measure every shape. Raises ConfigError for an unknown one, TrainerCrashedError for one that does not fit."""
+    """Measure every profile. Raises ProfileNotFoundError for an unknown one, TrainerCrashedError for one too large."""
     settings = config.throughput
-    shapes = {name: find_shape(name) for name in settings.shapes}
-    numbers: dict[str, Any] = {"measured_at": datetime.now(UTC).isoformat(timespec="seconds"), "shapes": {}}
-    device = ""
-    for name, shape in shapes.items():
-        results = _measure_shape(name, shape, settings)
-        first = results["ours-full"]
-        device = f"{first.device}, {first.threads} threads" if first.device == "cpu" else first.device
-        numbers["shapes"][name] = {
-            label: pair_record(results[full], results[relora], settings.warm_start_share)
-            for label, (full, relora) in PAIRS.items()
-        }
-    numbers["device"] = device
+    updates = 1 + settings.rounds * settings.steps
+    sets = settings.set
+    requests = {name: step_requests(load_profile(name, sets), updates=updates) for name in settings.profiles}
+    numbers: dict[str, Any] = {"measured_at": datetime.now(UTC).isoformat(timespec="seconds"), "profiles": {}}
+    for name, arms in requests.items():
+        on_round = partial(_show_round, name, settings.rounds)
+        results = measure(arms, rounds=settings.rounds, steps=settings.steps, on_round=on_round)
+        full = results[FULL]
+        numbers["device"] = f"cpu, {full.threads} threads" if full.device == "cpu" else full.device
+        numbers["profiles"][name] = pair_record(full, results[RELORA], settings.warm_start_share)
     return summarize(config, numbers)
-
-
-def _measure_shape(name: str, shape: Shape, settings: ThroughputSettings) -> dict[str, ArmResult]:
-    requests = {
-        arm: ArmRequest(
-            arm=arm,
-            shape=shape,
-            precision=settings.precision,
-            dropout=settings.dropout,
-            threads=settings.threads,
-        )
-        for pair in PAIRS.values()
-        for arm in pair
-    }
-    on_round = partial(_show_round, name, settings.rounds)
-    return measure(
-        cast(Mapping[str, ArmRequest], requests), rounds=settings.rounds, steps=settings.steps, on_round=on_round
-    )
 
 
 def _show_round(name: str, rounds: int, done: int) -> None:
     events.emit("measuring", what=name, done=done, total=rounds)
 
 
-def pair_record(full: ArmResult, relora: ArmResult, share: float) -> dict[str, Any]:
-    """Of full rank and ReLoRA at one shape: tokens a second, ratios round by round, and peak memory."""
-    tokens = full.request.shape.tokens
+def pair_record(full: StepResult, relora: StepResult, share: float) -> dict[str, Any]:
+    """Return tokens a second, ratios round by round, and peak memory of full rank and ReLoRA."""
+    tokens = full.request.profile.batch.tokens
     adjusted = [share * slow + (1 - share) * fast for slow, fast in zip(full.seconds, relora.seconds, strict=True)]
     seconds = {"full": full.seconds, "relora": relora.seconds, "adjusted": adjusted}
-    peaks = {
-        name: arm.memory["weights"] + arm.memory["above_weights"] for name, arm in (("full", full), ("relora", relora))
-    }
     return {
         "step_seconds": {name: list(values) for name, values in seconds.items()},
         "tokens_per_second": {name: _estimate([tokens / t for t in values]) for name, values in seconds.items()},
@@ -86,7 +51,7 @@ def pair_record(full: ArmResult, relora: ArmResult, share: float) -> dict[str, A
             name: _estimate([slow / t for slow, t in zip(full.seconds, seconds[name], strict=True)])
             for name in ("relora", "adjusted")
         },
-        "peak_bytes": peaks,
+        "peak_bytes": {"full": full.peak_bytes, "relora": relora.peak_bytes},
         "optimizer_bytes": {"full": full.memory["optimizer"], "relora": relora.memory["optimizer"]},
     }
 
@@ -98,19 +63,16 @@ def _estimate(values: list[float]) -> dict[str, Any]:
 def summarize(config: ThroughputExperiment, numbers: dict[str, Any]) -> Measured:
     """Tables and headline from what was measured. Pure."""
     settings = config.throughput
-    records = {
-        f"{name}, {label}": record for name, pairs in numbers["shapes"].items() for label, record in pairs.items()
-    }
-    last = numbers["shapes"][settings.shapes[-1]]["this library"]
-    gain = Estimate.model_validate(last["speed_over_full"]["adjusted"])
-    at_once = Estimate.model_validate(last["speed_over_full"]["relora"])
+    records, last = numbers["profiles"], settings.profiles[-1]
+    gain = Estimate.model_validate(records[last]["speed_over_full"]["adjusted"])
+    at_once = Estimate.model_validate(records[last]["speed_over_full"]["relora"])
     share = decimal(100 * settings.warm_start_share, 0)
     headline = (
-        f"At {settings.shapes[-1]} a ReLoRA step is {estimate_text(at_once)} times as fast as a full-rank one in this "
-        f"library; a run whose first {share} % of steps are full rank {estimate_text(gain)} times."
+        f"At {last} a ReLoRA step is {estimate_text(at_once)} times as fast as a full-rank one; a run whose first "
+        f"{share} % of steps are full rank {estimate_text(gain)} times."
     )
     note = (
-        f"Mean ± standard error over {settings.rounds} rounds in which all arms took turns; ratios are taken within a "
+        f"Mean ± standard error over {settings.rounds} rounds in which both took turns; ratios are taken within a "
         f"round. Adjusted: a run whose first {share} % of steps are full rank, by time."
     )
     speed = MeasuredTable(
@@ -125,10 +87,7 @@ def summarize(config: ThroughputExperiment, numbers: dict[str, Any]) -> Measured
         rows=tuple(_memory_row(label, record) for label, record in records.items()),
         note="The most held during a step, weights included.",
     )
-    facts = (
-        f"{numbers['device']} · {settings.precision} · dropout {settings.dropout:g} · measured "
-        f"{numbers['measured_at'].replace('T', ' ').partition('+')[0]} UTC"
-    )
+    facts = f"{numbers['device']} · measured {numbers['measured_at'].replace('T', ' ').partition('+')[0]} UTC"
     tables = (speed, memory, _paper_table(config, numbers)) if config.paper else (speed, memory)
     return Measured(headline=headline, facts=facts, tables=tables, numbers=numbers)
 
@@ -160,22 +119,11 @@ def _paper_table(config: ThroughputExperiment, numbers: Mapping[str, Any]) -> Me
         )
         for column in config.paper
     ]
-    for name, pairs in numbers["shapes"].items():
-        for label, record in pairs.items():
-            rate = {key: decimal(value["mean"], 0) for key, value in record["tokens_per_second"].items()}
-            over = {key: decimal(value["mean"], 2) for key, value in record["speed_over_full"].items()}
-            ours = f"{name}, {label} (here, tokens/s)"
-            rows.append(
-                (
-                    ours,
-                    rate["full"],
-                    rate["relora"],
-                    over["relora"],
-                    rate["adjusted"],
-                    over["adjusted"],
-                    over["adjusted"],
-                )
-            )
+    for name, record in numbers["profiles"].items():
+        rate = {key: decimal(value["mean"], 0) for key, value in record["tokens_per_second"].items()}
+        over = {key: decimal(value["mean"], 2) for key, value in record["speed_over_full"].items()}
+        ratios = over["relora"], rate["adjusted"], over["adjusted"], over["adjusted"]
+        rows.append((f"{name} (here, tokens/s)", rate["full"], rate["relora"], *ratios))
     header = ("Where", "Full", "ReLoRA", "x full", "adjusted", "run x full", "by our formula")
     note = (
         f"{config.paper_source}. The paper's hardware ran its 1.3B model: compare ratios, not rates. By our formula: "

@@ -1,6 +1,6 @@
 """Merge, re-init and optimizer reset at a model's own layer shapes: seconds, and memory above what is there anyway.
 
-    OMP_NUM_THREADS=1 python tests/benchmarks/merge.py [--shape llama_1b] [--blocks 2] [--device cuda] [--bfloat16]
+    OMP_NUM_THREADS=1 python tests/benchmarks/merge.py [--profile llama_1b] [--blocks 2] [--device cuda] [--bfloat16]
 
 Only the wrapped layers of some blocks are made, as many as fit; the time of all blocks is the measured one times their
 number. Memory is measured twice: as torch's operations hold it (in a run of its own, for the count is slow), and as the
@@ -23,22 +23,23 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from live_bytes import LiveBytes
 
-from relora_train.experiments.benchmark.request import SHAPES, Shape
 from relora_train.method.optimizer import build_optimizer, reset_optimizer_state
 from relora_train.method.relora import apply_relora, lora_parameters, merge_and_reinit, relora_layers
+from relora_train.settings.load import load_profile
+from relora_train.settings.profile import Profile
 from relora_train.training.peak_memory import peak_bytes, process_bytes, reset_peak
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--shape", choices=list(SHAPES), default="llama_1b")
+    parser.add_argument("--profile", default="llama_1b")
     parser.add_argument("--blocks", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--bfloat16", action="store_true", help="weights rounded, float32 masters beside them")
     options = parser.parse_args()
-    shape, device = SHAPES[options.shape], torch.device(options.device)
-    model, optimizer, masters = built(shape, options.blocks, device, rounded=options.bfloat16)
+    profile, device = load_profile(options.profile), torch.device(options.device)
+    model, optimizer, masters = built(profile, options.blocks, device, rounded=options.bfloat16)
     counted = LiveBytes()
     with counted:
         merge_all(model, optimizer, masters, cycle=1)
@@ -54,19 +55,19 @@ def main() -> None:
         seconds.append(time.perf_counter() - started)
         peaks.append((peak_bytes(device) or 0) - before)
     layer = 4 * max(layer.weight.numel() for _, layer in relora_layers(model))
-    blocks = SHAPES.get(f"llama_{options.shape}", shape).layers
+    blocks = profile.model.num_hidden_layers
     each = statistics.median(seconds) / options.blocks
     form = "bfloat16 with masters" if options.bfloat16 else "float32"
-    print(f"{options.shape}, {form}, rank {shape.rank}, {options.blocks} of {blocks} blocks, {device}")  # noqa: T201
+    print(f"{options.profile}, {form}, rank {profile.relora.rank}, {options.blocks} of {blocks} blocks, {device}")  # noqa: T201
     print(f"merge, re-init and reset: {each:.2f} s a block, {each * blocks:.1f} s for {blocks} blocks")  # noqa: T201
     print(f"largest layer {layer / 1e6:.1f} MB; above the model: {counted.peak / 1e6:.1f} MB held by operations, ")  # noqa: T201
     print(f"{max(peaks) / 1e6:.1f} MB as the device tells it, {max(counted.peak, *peaks) / layer:.2f} layers at most")  # noqa: T201
     assert counted.peak <= layer, "more than one layer's memory"
 
 
-def built(shape: Shape, blocks: int, device: torch.device, *, rounded: bool) -> tuple[nn.Module, Any, Any]:
+def built(profile: Profile, blocks: int, device: torch.device, *, rounded: bool) -> tuple[nn.Module, Any, Any]:
     """The wrapped layers of these blocks with a factor's Adam state, as at the end of a cycle."""
-    d, ff = shape.hidden_size, shape.intermediate_size
+    d, ff = profile.model.hidden_size, profile.model.intermediate_size
     sides = {"q": (d, d), "k": (d, d), "v": (d, d), "o": (d, d), "gate": (d, ff), "up": (d, ff), "down": (ff, d)}
     model: nn.Module = nn.ModuleDict(
         {
@@ -76,7 +77,7 @@ def built(shape: Shape, blocks: int, device: torch.device, *, rounded: bool) -> 
         }
     )
     names = list(dict(model.named_children()))
-    apply_relora(model, rank=shape.rank, alpha=32, dropout=0.0, target_modules=names, seed=0)
+    apply_relora(model, rank=profile.relora.rank, alpha=32, dropout=0.0, target_modules=names, seed=0)
     masters = None
     if rounded:
         masters = {f"{name}.weight": layer.weight.detach().clone() for name, layer in relora_layers(model)}

@@ -1,8 +1,7 @@
-"""Commands that make something of a checkpoint: evaluate, export, report, analyze; and bench, which needs none."""
+"""Commands that make something of a checkpoint: evaluate, export, report, analyze."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any, cast, get_args
 
@@ -25,52 +24,6 @@ def evaluate(checkpoint: CheckpointName, store: Store = None, as_json: AsJson = 
         echo_json({**outcome.record, "reused": outcome.reused})
     else:
         show_view(console, evaluation_view(outcome.record, reused=outcome.reused))
-
-
-def bench(
-    shapes: Annotated[list[str] | None, typer.Argument(metavar="SHAPE", help="9m, 20m, 35m, 130m … llama_1b.")] = None,
-    precision: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
-    dropout: Annotated[float, typer.Option(min=0, max=0.9, help="On the input of A, in every arm.")] = 0.1,
-    rank: Annotated[int | None, typer.Option(min=1, help="Instead of the shape's.")] = None,
-    sequence_length: Annotated[int | None, typer.Option(min=8, help="Instead of the shape's.")] = None,
-    sequences: Annotated[int | None, typer.Option(min=1, help="In a step, instead of the shape's.")] = None,
-    rounds: Annotated[int, typer.Option(min=1, help="In each, all arms take their turn.")] = 5,
-    steps: Annotated[int, typer.Option(min=1, help="Of an arm in a round.")] = 2,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of an arm.")] = None,
-    compiled: Annotated[bool, typer.Option("--compile", help="With torch.compile, in every arm.")] = False,
-    arms: Annotated[list[str] | None, typer.Option("--arm", help="Only this one; give it again for more.")] = None,
-    output: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write the numbers as JSON.")] = None,
-    as_json: AsJson = False,
-) -> None:
-    """Measure this library's training step beside full rank, the paper's ReLoRA and peft: speed, FLOPs, memory."""
-    from relora_train.cli import bench as benchmark
-    from relora_train.cli.tables import show as show_view
-    from relora_train.errors import ConfigError
-
-    if output is not None:
-        require_writable(output, "--output", directory=False)
-    if precision not in ("float32", "bfloat16"):
-        raise ConfigError(f"--precision {precision!r} is not float32 or bfloat16.")
-    record = benchmark.bench(
-        shapes or benchmark.DEFAULT_SHAPES,
-        precision=precision,  # type: ignore[arg-type]  # checked above
-        dropout=dropout,
-        rank=rank,
-        sequence_length=sequence_length,
-        sequences=sequences,
-        rounds=rounds,
-        steps=steps,
-        threads=threads,
-        compiled=compiled,
-        arms=arms or (),
-        console=console_for_people(to_stderr=True),
-    )
-    if output is not None:
-        output.write_text(json.dumps(record, indent=1) + "\n")
-    if as_json:
-        echo_json(record)
-    else:
-        show_view(console_for_people(), benchmark.bench_view(record))
 
 
 def export(

@@ -1,0 +1,167 @@
+"""One arm of a benchmark in a process of its own, so that its peak of memory is its own.
+
+`python -m relora_train.experiments.bench_worker` reads a StepRequest as the first line of standard input, then the
+number of steps of each round, one a line. It answers each line with a line of JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from relora_train.checkpoints.manifest import DatasetManifest, describe_files
+from relora_train.distributed import joined_ranks
+from relora_train.experiments.bench import RELORA, StepRequest
+from relora_train.method.stages import plan_stages
+from relora_train.training.files import new_attempt, write_manifest
+from relora_train.training.peak_memory import peak_bytes, process_bytes, reset_peak
+from relora_train.training.requests import StageRequest
+from relora_train.training.stage import StageTraining, prepare_stage
+from relora_train.training.torch_settings import configure_torch, settle_matmul_precision
+
+_PEAK_SIDE = 2048
+
+
+@dataclass
+class BuiltStep:
+    """A model with its optimizer, and one optimizer update."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    update: Callable[[], Tensor]
+    """Does one update and returns its loss, on the device."""
+
+
+def main(build: Callable[[StepRequest, StageTraining], BuiltStep] | None = None) -> None:
+    """Serve rounds until standard input ends. build: makes a step of your own from this library's stage."""
+    request = StepRequest.model_validate_json(sys.stdin.readline())
+    with tempfile.TemporaryDirectory() as directory:
+        training = prepare(request, Path(directory))
+        device = training.ranks.device
+        held = torch.cuda.memory_allocated(device) if device.type == "cuda" else process_bytes("VmRSS") or 0
+        built = (build or own_step)(request, training)
+        first = float(built.update())  # allocates the optimizer's state and what is kept between steps
+        reset_peak(device)
+        matmul, current = training.matmul, torch.get_float32_matmul_precision()
+        _answer(
+            device=torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+            threads=torch.get_num_threads(),
+            matmul_precision=f"{matmul.precision} ({matmul.reason})" if matmul else current,
+            first_loss=first,
+        )
+        for line in sys.stdin:
+            loss, seconds = torch.zeros(()), []
+            for _ in range(int(line)):
+                _wait(device)
+                started = time.perf_counter()
+                loss = built.update()
+                _wait(device)
+                seconds.append(time.perf_counter() - started)
+            memory = _memory(
+                built, (peak_bytes(device) or 0) - held
+            )  # before the product below, which is larger than a small model
+            _answer(seconds=seconds, loss=float(loss), memory=memory, matmul_flops=_matmul_flops(request, device))
+            reset_peak(device)
+
+
+def prepare(request: StepRequest, directory: Path) -> StageTraining:
+    """Return a stage on random tokens, ready for its first update: ReLoRA's first cycle, or else the warm start."""
+    profile = request.profile
+    stage = plan_stages(profile)[1 if request.arm == RELORA else 0]
+    dataset = _random_dataset(request, directory / "dataset")
+    configure_torch(profile)
+    with joined_ranks(profile.launch.device) as ranks:
+        training = prepare_stage(
+            StageRequest(
+                run_id="bench",
+                profile=profile,
+                stage=stage,
+                fingerprint="",
+                fingerprint_settings={},
+                dataset_uri=dataset.as_uri(),
+                dataset_id="0" * 64,
+                dataset_directory=dataset,
+                output_directory=directory / "output",
+            ),
+            ranks,
+        )
+    training.matmul = settle_matmul_precision(profile, training.model, training.ranks, recorded=None)
+    return training
+
+
+def own_step(request: StepRequest, training: StageTraining) -> BuiltStep:
+    """Return this library's own step: the very function that trains."""
+    steps = iter(range(training.stage.first_step, training.stage.end_step + 1))
+    return BuiltStep(training.model, training.optimizer, lambda: training.update(next(steps))[0])
+
+
+def _random_dataset(request: StepRequest, directory: Path) -> Path:
+    """Write one batch of random tokens for each split."""
+    batch = request.profile.batch
+    count = batch.sequences * batch.sequence_length + 1
+    dtype = np.dtype("<u2") if request.vocab_size <= 1 << 16 else np.dtype("<u4")
+    for split in ("train", "val"):
+        (directory / split).mkdir(parents=True)
+        tokens = np.random.default_rng(0).integers(0, request.vocab_size, count).astype(dtype)
+        tokens.tofile(directory / split / "shard-00000.bin")
+    sizes = dict.fromkeys(("train_tokens", "train_documents", "train_bytes"), count)
+    sizes |= dict.fromkeys(("val_tokens", "val_documents", "val_bytes"), count)
+    manifest = DatasetManifest(
+        files=describe_files(directory), attempt=new_attempt(), name="bench", dataset_id="0" * 64, inputs={},
+        token_dtype="uint16" if dtype.itemsize == 2 else "uint32", vocab_size=request.vocab_size, eos_id=0, **sizes,
+    )  # fmt: skip
+    write_manifest(manifest, directory)
+    return directory
+
+
+def _answer(**values: Any) -> None:
+    sys.stdout.write(json.dumps(values) + "\n")
+    sys.stdout.flush()
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def _matmul_flops(request: StepRequest, device: torch.device) -> float:
+    """Return the FLOPs a second of a large square product in the profile's precision."""
+    dtype = torch.float32 if request.profile.precision.dtype == "float32" else torch.bfloat16
+    side = _PEAK_SIDE * (4 if device.type == "cuda" else 1)
+    matrix = torch.ones(side, side, dtype=dtype, device=device)
+    taken = []
+    for _ in range(3):
+        _wait(device)
+        started = time.perf_counter()
+        matrix @ matrix
+        _wait(device)
+        taken.append(time.perf_counter() - started)
+    return float(2 * side**3 / min(taken))
+
+
+def _memory(built: BuiltStep, above_weights: int) -> dict[str, int]:
+    """Return the bytes of weights, gradients and optimizer beside those of everything but the weights."""
+    parameters = list(built.model.parameters())
+    weights = sum(p.numel() * p.element_size() for p in parameters)
+    state = sum(
+        value.numel() * value.element_size()
+        for entries in built.optimizer.state.values()
+        for value in entries.values()
+        if isinstance(value, Tensor)
+    )
+    trained = sum(p.numel() * p.element_size() for p in parameters if p.requires_grad)
+    return {"weights": weights, "gradients": trained, "optimizer": state, "above_weights": above_weights}
+
+
+if __name__ == "__main__":
+    main()
