@@ -24,7 +24,8 @@ from relora_train.checkpoints.manifest import CheckpointManifest, parse_manifest
 from relora_train.cli.app import main
 from relora_train.cli.export import export_model, unfinished_stages
 from relora_train.data.prepare import prepare_dataset
-from relora_train.data.tokenizer import TOKENIZER_FILES, load_tokenizer
+from relora_train.data.tokenizer import load_tokenizer
+from relora_train.data.tokenizer_files import TOKENIZER_FILES
 from relora_train.errors import CheckpointCorruptError, ConfigError, ModelError
 from relora_train.method.stages import plan_stages
 from relora_train.runs.retry import retry_stage

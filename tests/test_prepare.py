@@ -22,7 +22,7 @@ from relora_train.checkpoints.fetch import fetch_bundle
 from relora_train.checkpoints.manifest import hash_file
 from relora_train.data.dataset import TokenDataset
 from relora_train.data.prepare import PreparedDataset, PrepareRequest, describe_dataset, prepare_dataset, read_result
-from relora_train.data.staging import cut_into_pieces, split_digest, split_of
+from relora_train.data.splitting import cut_into_pieces, split_digest, split_of
 from relora_train.data.tokenizer import DEFAULT_EOS_TOKEN, train_tokenizer
 from relora_train.errors import CorpusEmptyError, CorpusTooSmallError, SourceUnreadableError
 from relora_train.settings.data import DataConfig, TokenizerConfig

@@ -2,21 +2,13 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from made_up_corpus import made_up_text
 
-from relora_train.data.overlap import ngram_overlap
-from relora_train.data.staging import (
-    PIECE_BYTES,
-    cut_into_pieces,
-    read_pieces,
-    split_digest,
-    split_of,
-    stage_documents,
-)
+from relora_train.data.splitting import PIECE_BYTES, cut_into_pieces, split_digest, split_of
+from relora_train.data.staging import read_pieces, stage_documents
 from relora_train.data.tokenizer import train_tokenizer
 from relora_train.errors import DataError
 
@@ -67,18 +59,3 @@ def test_staged_text_that_was_damaged_is_not_tokenized(tmp_path):
     path.write_bytes(path.read_bytes().replace(b"more", b"less"))
     with pytest.raises(DataError, match="was damaged"):
         list(read_pieces(tmp_path / "s", staged.ranges[0]))
-
-
-def test_overlap_is_one_for_copies_nought_for_strangers_and_the_share_between(tmp_path):
-    rng = np.random.default_rng(0)
-    dtype = np.dtype("<u2")
-    mine, other = (rng.integers(1, 60_000, 80_000).astype(dtype) for _ in range(2))
-    for name, tokens in {"mine": mine, "other": other, "half": np.concatenate([mine[:40_000], other[40_000:]])}.items():
-        tokens.tofile(tmp_path / name)
-    overlaps = {
-        name: ngram_overlap([tmp_path / name], [tmp_path / "mine"], dtype=dtype, eos_id=0)
-        for name in ("mine", "other", "half")
-    }
-    assert overlaps["mine"] == 1
-    assert overlaps["other"] == 0
-    assert abs(overlaps["half"] - 0.5) < 0.03  # five standard deviations over 10,000 sampled grams

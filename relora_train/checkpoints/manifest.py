@@ -189,7 +189,7 @@ class DatasetManifest(Manifest):
     images: ImageFormat | None = None
     """Of a dataset of images."""
     statistics: dict[str, Any] = Field(default_factory=dict)
-    """Informative: duplicates, overlap, tokenization speed; how often each class is there."""
+    """Informative: duplicates, what was left out, tokenization speed; how often each class is there."""
 
     @property
     def bos_ids(self) -> tuple[int, ...]:

@@ -17,7 +17,7 @@ from relora_train.checkpoints.fetch import fetch_bundle
 from relora_train.checkpoints.lineage import CheckpointRef
 from relora_train.checkpoints.manifest import Dtype, FileEntry, describe_files, hash_file
 from relora_train.checkpoints.run import CheckpointStore
-from relora_train.data.tokenizer import TOKENIZER_FILES
+from relora_train.data.tokenizer_files import TOKENIZER_FILES
 from relora_train.errors import CheckpointCorruptError, CheckpointIncompleteError, ConfigError, ReLoRAError
 from relora_train.method.stages import stages_after
 from relora_train.reports.ranks.adapters import ADAPTER_FILES

@@ -9,7 +9,7 @@ from typing import Any
 
 from relora_train.data.selection import SelectedSource, Selection, contents_of, select_source
 from relora_train.data.sources import Advance, Source, identify, read_held_out, resolve_source
-from relora_train.data.staging import PIECE_BYTES, SPLIT_RULE
+from relora_train.data.splitting import PIECE_BYTES, SPLIT_RULE
 from relora_train.data.tokenizer import DEFAULT_EOS_TOKEN, DocumentTokenizer, load_tokenizer
 from relora_train.errors import TokenizerError
 from relora_train.settings.data import DataConfig, TokenizerConfig

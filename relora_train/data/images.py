@@ -27,7 +27,7 @@ from relora_train.checkpoints.manifest import DatasetManifest, FileEntry, ImageF
 from relora_train.data.dataset_changes import source_record
 from relora_train.data.source_files import SourceFile, find_files
 from relora_train.data.sources import identify
-from relora_train.data.staging import Split, split_of
+from relora_train.data.splitting import Split, split_of
 from relora_train.errors import CorpusTooSmallError, SourceUnreadableError
 from relora_train.settings.data import DataConfig
 from relora_train.settings.profile import settings_digest

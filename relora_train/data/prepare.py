@@ -31,17 +31,12 @@ from relora_train.data.engines import choose_engine
 from relora_train.data.images import IMAGE_READERS, ImageInputs, resolve_images, write_images
 from relora_train.data.left_out import left_out_note
 from relora_train.data.meter import Meter, OnProgress
-from relora_train.data.overlap import ngram_overlap
 from relora_train.data.selection import Selection
 from relora_train.data.shards import ShardPlan, ShardRecord, write_shards
-from relora_train.data.staging import DOCUMENT_BYTES, StagedCorpus, read_pieces, read_sample, stage_both_sides
-from relora_train.data.tokenizer import (
-    TOKENIZER_FILE,
-    TOKENIZER_FILES,
-    DocumentTokenizer,
-    load_tokenizer,
-    train_tokenizer,
-)
+from relora_train.data.splitting import DOCUMENT_BYTES, Split
+from relora_train.data.staging import StagedCorpus, read_pieces, read_sample, stage_both_sides
+from relora_train.data.tokenizer import DocumentTokenizer, load_tokenizer, train_tokenizer
+from relora_train.data.tokenizer_files import TOKENIZER_FILE, TOKENIZER_FILES
 from relora_train.errors import CorpusEmptyError, CorpusTooSmallError, TrainerInterruptedError
 from relora_train.process import PARENT_PIPE_VARIABLE, Emit, serve_request
 from relora_train.settings.base import FrozenConfig
@@ -118,8 +113,8 @@ def prepare_dataset(
 
 def read_result(path: Path) -> PreparedDataset:
     """What a preparing process left at its `result_path`."""
-    result = json.loads(path.read_bytes())
-    return PreparedDataset(Path(result["directory"]), DatasetManifest.model_validate(result["manifest"]))
+    left = json.loads(path.read_bytes())
+    return PreparedDataset(Path(left["directory"]), DatasetManifest.model_validate(left["manifest"]))
 
 
 def _resolve(
@@ -135,12 +130,11 @@ def _finished(home: Path) -> PreparedDataset | None:
     if not path.is_file():
         return None
     manifest = parse_manifest(DatasetManifest, path.read_bytes(), uri=path.as_uri())
-    for entry in manifest.files:
-        file = directory / entry.path
-        if not file.is_file() or file.stat().st_size != entry.size_bytes:
-            path.unlink()
-            return None
-    return PreparedDataset(directory, manifest)
+    sizes = {file.relative_to(directory).as_posix(): file.stat().st_size for file in directory.rglob("*")}
+    if all(sizes.get(entry.path) == entry.size_bytes for entry in manifest.files):
+        return PreparedDataset(directory, manifest)
+    path.unlink()
+    return None
 
 
 def _prepare(found: DatasetInputs | ImageInputs, home: Path, on_progress: OnProgress) -> PreparedDataset:
@@ -200,8 +194,7 @@ def _check_both_splits(corpus: StagedCorpus, data: DataConfig) -> None:
 
 def _tokenizer(found: DatasetInputs, home: Path, corpus: StagedCorpus, on_progress: OnProgress) -> DocumentTokenizer:
     """The loaded tokenizer, or one trained on the training part; kept for a preparation that continues."""
-    directory, settings = home / "dataset", found.settings
-    eos_token = found.eos_token
+    directory, settings, eos_token = home / "dataset", found.settings, found.eos_token
     if (directory / TOKENIZER_FILE).is_file():
         return load_tokenizer(str(directory), eos_token=eos_token, bos=found.data.bos)
     tokenizer = found.loaded
@@ -235,17 +228,12 @@ def _training_texts(
 def _manifest(
     found: DatasetInputs, plan: ShardPlan, corpus: StagedCorpus, records: list[ShardRecord], megabytes_per_second: float
 ) -> DatasetManifest:
-    directory, dtype, tokenizer = plan.output_directory, plan.dtype, plan.tokenizer
+    dtype, tokenizer = plan.dtype, plan.tokenizer
     shard_files = [entry for record in records for entry in record.files]
-    token_files = {
-        split: [directory / record.files[0].path for record in records if record.split == split]
-        for split in ("train", "val")
-    }
-    tokens = {split: sum(r.tokens for r in records if r.split == split) for split in ("train", "val")}
-    text_bytes = corpus.text_bytes("train") + corpus.text_bytes("val")
-    overlap = ngram_overlap(token_files["val"], token_files["train"], dtype=dtype, eos_id=tokenizer.eos_id)
+    splits: tuple[Split, ...] = ("train", "val")
+    tokens = {split: sum(r.tokens for r in records if r.split == split) for split in splits}
     return DatasetManifest(
-        files=tuple(sorted((*_tokenizer_entries(directory), *shard_files), key=lambda entry: entry.path)),
+        files=tuple(sorted((*_tokenizer_entries(plan.output_directory), *shard_files), key=lambda entry: entry.path)),
         attempt=secrets.token_hex(8),
         versions={name: version(name) for name in ("tokenizers", "tiktoken", "datasets", "numpy")},
         name=found.data.name,
@@ -263,8 +251,7 @@ def _manifest(
         statistics={
             "empty_documents": corpus.empty_documents,
             "duplicate_documents": corpus.duplicate_documents,
-            "validation_13gram_overlap": round(overlap, 4),
-            "tokens_per_byte": round((tokens["train"] + tokens["val"]) / text_bytes, 4),
+            "tokens_per_byte": round(sum(tokens.values()) / sum(map(corpus.text_bytes, tokens)), 4),
             "engine": plan.engine,
             **({"split_note": corpus.split_note} if corpus.split_note else {}),
             **({"left_out": corpus.left_out} if corpus.left_out else {}),

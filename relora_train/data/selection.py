@@ -25,7 +25,7 @@ from pydantic import Field
 
 from relora_train.data.source_files import SourceFile
 from relora_train.data.sources import Advance, Source, identify, read_documents
-from relora_train.data.staging import split_digest, split_of
+from relora_train.data.splitting import split_digest, split_of
 from relora_train.errors import SourceUnreadableError
 from relora_train.settings.base import FrozenConfig
 

@@ -28,7 +28,8 @@ from numpy.typing import NDArray
 
 from relora_train.checkpoints.manifest import FileEntry
 from relora_train.data.engines import Encoder, Engine, make_encoder
-from relora_train.data.staging import Split, StagedRange, delete_range, read_pieces
+from relora_train.data.splitting import Split
+from relora_train.data.staging import StagedRange, delete_range, read_pieces
 from relora_train.data.tokenizer import DocumentTokenizer
 from relora_train.errors import DataError
 from relora_train.process import SAFE_PATH

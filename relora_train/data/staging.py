@@ -4,19 +4,14 @@ A range is the source of exactly one shard, so a shard can be made by any proces
 its text and one separator a piece (and BOS, where documents begin with it) would exceed `shard_tokens` bytes; a
 byte-level token is a byte or more, so the shard never exceeds `shard_tokens` tokens, and is usually a quarter of that.
 
-A document longer than `PIECE_BYTES` becomes several pieces, which bounds the memory of encoding one. The cut is before
-a single space between two other characters, where no byte-level BPE has a token across; where the text has none, it is
-between any two characters. Pieces of a document follow one another and only the last is followed by the separator.
-
-A document goes to validation by a hash of its normalised text: lower case, ASCII white space removed. Documents that
-differ in nothing else land on the same side. Where that leaves a side empty, `side_for` moves the nearest one there.
+A document longer than `PIECE_BYTES` becomes several pieces, which bounds the memory of encoding one. Its pieces follow
+one another and only the last is followed by the separator. splitting.py says which side a document goes to.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import re
 import shutil
 from array import array
 from collections.abc import Callable, Iterable, Iterator
@@ -24,28 +19,28 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import numpy as np
 
+from relora_train.data.splitting import (
+    DOCUMENT_BYTES,
+    PIECE_BYTES,
+    Side,
+    Split,
+    cut_into_pieces,
+    cut_long_documents,
+    side_for,
+    split_digest,
+    split_of,
+)
 from relora_train.errors import DataError
 from relora_train.storage.durable import write_durably
 
-PIECE_BYTES = 1 << 18
-DOCUMENT_BYTES = 8192
-"""Size of the documents that long ones are cut into, where there are too few to hold some out."""
-
-SPLIT_RULE = "blake2b-64 of the text in lower case without ASCII white space"
 _INDEX_NAME = "index.json"
 _SAMPLE_NAME = "sample.json"
 _SAMPLE_DOCUMENTS, _SAMPLE_CHARACTERS = 64, 4096
-_ASCII_WHITE_SPACE = b" \t\n\r\v\f"
-_SINGLE_SPACE = re.compile(r"(?<=\S) (?=\S)")
 _COUNTED_DIGESTS = 1 << 18
-
-Split = Literal["train", "val"]
-Side = Callable[[int], Split]
-"""The side a document's digest puts it on."""
 
 
 @dataclass(frozen=True)
@@ -89,50 +84,6 @@ class StagedCorpus:
 
     def text_bytes(self, split: Split) -> int:
         return sum(staged.text_bytes for staged in self.ranges if staged.split == split)
-
-
-def split_digest(text: str) -> int:
-    """64 bits of the normalised text: the same for documents that differ only in case and white space."""
-    normalised = text.lower().encode().translate(None, _ASCII_WHITE_SPACE)
-    return int.from_bytes(hashlib.blake2b(normalised, digest_size=8).digest(), "big")
-
-
-def split_of(digest: int, validation_fraction: float) -> Split:
-    """The side a document's digest puts it on."""
-    return "val" if digest < validation_fraction * 2.0**64 else "train"
-
-
-def side_for(digests: Iterable[int], validation_fraction: float) -> Side:
-    """Return the split rule, changed only where it leaves a side empty: the document nearest to that side goes there.
-
-    With fewer than two different documents nothing can be moved.
-    """
-    known = sorted(set(digests))
-    if len(known) > 1 and split_of(known[0], validation_fraction) == "train":
-        return lambda digest: "val" if digest == known[0] else "train"
-    if len(known) > 1 and split_of(known[-1], validation_fraction) == "val":
-        return lambda digest: "train" if digest == known[-1] else "val"
-    return lambda digest: split_of(digest, validation_fraction)
-
-
-def cut_long_documents(documents: Iterable[str]) -> Iterator[str]:
-    """The texts as documents of at most DOCUMENT_BYTES."""
-    for text in documents:
-        yield from (piece.decode() for piece in cut_into_pieces(text, DOCUMENT_BYTES))
-
-
-def cut_into_pieces(text: str, limit_bytes: int) -> Iterator[bytes]:
-    """The text as UTF-8 in pieces of at most `limit_bytes`; joined, they are the text."""
-    encoded = text.encode()
-    start = 0
-    while len(encoded) - start > limit_bytes:
-        window = encoded[start : start + limit_bytes].decode(
-            errors="ignore"
-        )  # less the character the limit cuts in two
-        end = len(window[: _last_single_space(window)].encode())
-        yield encoded[start : start + end]
-        start += end
-    yield encoded[start:]
 
 
 def stage_documents(
@@ -331,15 +282,6 @@ class _DuplicateCounter:
     @property
     def estimate(self) -> int:
         return sum(self._seen.values()) * (self._mask + 1)
-
-
-def _last_single_space(window: str) -> int:
-    """Where to cut: the last single space, or the end when there is none."""
-    for begin in (max(0, len(window) - 4096), 0):
-        spaces = [match.start() for match in _SINGLE_SPACE.finditer(window, begin)]
-        if spaces:
-            return spaces[-1]
-    return len(window)
 
 
 def _read_index(path: Path) -> StagedCorpus:

@@ -9,28 +9,24 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import re
 from collections.abc import Collection, Iterable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from relora_train.data.tokenizer_files import (
+    ANOTHER,
+    TOKENIZER_CONFIG_FILE,
+    TOKENIZER_FILE,
+    find_tokenizer,
+    other_files,
+)
 from relora_train.errors import TokenizerError
 from relora_train.storage.durable import write_durably
 
 DEFAULT_EOS_TOKEN = "<|endoftext|>"  # noqa: S105  # a token of text, no secret
-TOKENIZER_FILE = "tokenizer.json"
-TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
-_OTHER_FILES = (
-    "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "tokenizer.model", "tekken.json",
-    "vocab.json", "merges.txt", "vocab.txt", "spiece.model", "sentencepiece.bpe.model",
-)  # fmt: skip
-TOKENIZER_FILES = (TOKENIZER_FILE, TOKENIZER_CONFIG_FILE, *_OTHER_FILES)
-"""All that a tokenizer may consist of, where transformers looks for it; the first is always there."""
-
 _USUAL_EOS_TOKENS = (DEFAULT_EOS_TOKEN, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]", "[SEP]")
 _USUAL_BOS_TOKENS = ("<s>", "<bos>", "<|begin_of_text|>", "<|startoftext|>", "<|bos|>", "[BOS]")
 TRICKY_TEXTS = (
@@ -41,8 +37,6 @@ TRICKY_TEXTS = (
 )
 """On which two ways of encoding show that they differ."""
 
-_ANOTHER = "Name another in tokenizer.path, or train one on the text with tokenizer.train = true."
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _log = logging.getLogger("relora_train.data.tokenizer")
 
 
@@ -116,10 +110,10 @@ def load_tokenizer(
     bos: whether documents begin with its BOS token; 'auto' where the tokenizer puts it before a text itself.
     Raises TokenizerError when there is none, no separator in it, or no BOS token where one is asked for.
     """
-    json_text, config_text = _found(path, revision)
+    json_text, config_text = find_tokenizer(path, revision)
     eos = eos_token or _usual_eos_token(json_text, config_text, path)
     found = _described(json_text, config_text or _default_config(eos), eos, path, bos=bos)
-    return replace(found, others=_other_files(path, revision))
+    return replace(found, others=other_files(path, revision))
 
 
 def differing_ids(path: str, revision: str | None, other: DocumentTokenizer) -> str | None:
@@ -127,7 +121,7 @@ def differing_ids(path: str, revision: str | None, other: DocumentTokenizer) -> 
 
     Raises TokenizerError when there is none at `path`.
     """
-    json_text, _ = _found(path, revision)
+    json_text, _ = find_tokenizer(path, revision)
     if json_text == other.json_text:
         return None
     tokenizer = _parsed(json_text, path)
@@ -143,20 +137,6 @@ def differing_ids(path: str, revision: str | None, other: DocumentTokenizer) -> 
     return None
 
 
-def _found(path: str, revision: str | None) -> tuple[str, str | None]:
-    """tokenizer.json and tokenizer_config.json."""
-    place = Path(path).expanduser()
-    if place.is_file():
-        return _read(place), _read_if_there(place.with_name(TOKENIZER_CONFIG_FILE))
-    if (place / TOKENIZER_FILE).is_file():
-        return _read(place / TOKENIZER_FILE), _read_if_there(place / TOKENIZER_CONFIG_FILE)
-    if place.is_dir():
-        return _converted(path, None), _read_if_there(place / TOKENIZER_CONFIG_FILE)
-    if _HUB_ID.fullmatch(path) and not path.endswith(".json"):
-        return _from_hub(path, revision)
-    raise TokenizerError(f"{path} is no file and no directory, so it holds no tokenizer. {_ANOTHER}")
-
-
 def _described(
     json_text: str, config_text: str, eos_token: str, name: str, *, bos: Literal["auto"] | bool = "auto"
 ) -> DocumentTokenizer:
@@ -169,7 +149,7 @@ def _described(
     found = DocumentTokenizer(json_text, config_text, eos_token, eos_id, entries, bos_ids)
     encoder = found.encoder()
     if not encoder.encode("a 1\n", add_special_tokens=False).ids:  # transformers makes one up where it finds no file
-        raise TokenizerError(f"{name} holds no tokenizer, or one without an entry for any text. {_ANOTHER}")
+        raise TokenizerError(f"{name} holds no tokenizer, or one without an entry for any text. {ANOTHER}")
     for marker, remedy in [(eos_id, "tokenizer.eos_token"), *((number, "data.bos = false") for number in bos_ids)]:
         token = tokenizer.id_to_token(marker)
         if marker in encoder.encode(f"a{token} {token}", add_special_tokens=False).ids:
@@ -222,7 +202,7 @@ def _parsed(json_text: str, name: str) -> Tokenizer:
         return Tokenizer.from_str(json_text)
     except Exception as error:  # the Rust side raises bare Exception
         raise TokenizerError(
-            f"The {TOKENIZER_FILE} of {name} cannot be read: {str(error).strip(' .')}. Copy it again. {_ANOTHER}"
+            f"The {TOKENIZER_FILE} of {name} cannot be read: {str(error).strip(' .')}. Copy it again. {ANOTHER}"
         ) from None
 
 
@@ -251,72 +231,3 @@ def _default_config(eos_token: str) -> str:
         "clean_up_tokenization_spaces": False,
     }
     return json.dumps(config, indent=1) + "\n"
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_bytes().decode("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise TokenizerError(f"{path} cannot be read: {error}.") from None
-
-
-def _read_if_there(path: Path) -> str | None:
-    if not path.is_file():
-        return None
-    text = _read(path)
-    try:
-        json.loads(text)
-    except ValueError as error:
-        raise TokenizerError(f"{path} is not JSON: {error}. Repair or remove it.") from None
-    return text
-
-
-def _other_files(path: str, revision: str | None) -> dict[str, bytes]:
-    """The files beside tokenizer.json that are there, of those that transformers looks for."""
-    place = Path(path).expanduser()
-    if not place.exists():
-        from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import EntryNotFoundError
-
-        found = {}
-        for name in _OTHER_FILES:
-            with suppress(EntryNotFoundError):  # also where it is not in the cache of a machine without a network
-                found[name] = Path(hf_hub_download(path, name, revision=revision)).read_bytes()
-        return found
-    folder = place if place.is_dir() else place.parent
-    return {name: (folder / name).read_bytes() for name in _OTHER_FILES if (folder / name).is_file()}
-
-
-def _from_hub(hub_id: str, revision: str | None) -> tuple[str, str | None]:
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-
-    def fetched(file_name: str) -> str | None:
-        try:
-            return _read(Path(hf_hub_download(hub_id, file_name, revision=revision)))
-        except LocalEntryNotFoundError:
-            raise
-        except EntryNotFoundError:
-            return None
-
-    try:
-        config_text, json_text = fetched(TOKENIZER_CONFIG_FILE), fetched(TOKENIZER_FILE)
-    except Exception as error:  # several libraries' errors meet here: hub, http, sockets
-        raise TokenizerError(
-            f"{hub_id} is no file or directory here, and not to be had from the hub: {type(error).__name__}: {error}. "
-            "Without a network, set tokenizer.path to a directory that holds its tokenizer.json."
-        ) from error
-    return json_text if json_text is not None else _converted(hub_id, revision), config_text
-
-
-def _converted(path: str, revision: str | None) -> str:
-    """tokenizer.json of a tokenizer that is kept in older files, converted by transformers."""
-    from transformers import AutoTokenizer  # imports torch, hence only here
-
-    try:
-        backend = AutoTokenizer.from_pretrained(path, revision=revision).backend_tokenizer
-    except Exception as error:  # converters raise whatever they meet
-        raise TokenizerError(
-            f"{path} holds no {TOKENIZER_FILE}, and no other files from which transformers makes one. {_ANOTHER}"
-        ) from error
-    return str(backend.to_str())

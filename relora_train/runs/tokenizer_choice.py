@@ -17,7 +17,8 @@ from relora_train.checkpoints.lineage import CheckpointRef
 from relora_train.data.dataset_inputs import DatasetInputs, inputs_of
 from relora_train.data.selection import Selection, contents_of
 from relora_train.data.sources import Source, resolve_source
-from relora_train.data.tokenizer import TOKENIZER_FILE, TOKENIZER_FILES, differing_ids, load_tokenizer
+from relora_train.data.tokenizer import differing_ids, load_tokenizer
+from relora_train.data.tokenizer_files import TOKENIZER_FILE, TOKENIZER_FILES
 from relora_train.errors import ObjectNotFoundError, RunSettingsChangedError, TokenizerError
 from relora_train.runs.evaluations import dataset_of
 from relora_train.runs.run import Run

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from relora_train.checkpoints.manifest import MANIFEST_NAME, Manifest
-from relora_train.data.tokenizer import TOKENIZER_FILES
+from relora_train.data.tokenizer_files import TOKENIZER_FILES
 from relora_train.errors import CheckpointCorruptError, CheckpointIncompleteError
 from relora_train.settings.base import FrozenConfig
 
