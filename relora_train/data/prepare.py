@@ -3,9 +3,8 @@
 The dataset's id is known before any text is tokenized, and the same inputs give the same bytes: on any machine, for
 any number of workers, with either engine. Stopped anywhere, by SIGKILL too, preparation continues where it was.
 
-As a process: `python -m relora_train.data.prepare --request FILE` (a PrepareRequest as JSON). Imports no torch,
-unless a tokenizer must be converted from files older than tokenizer.json. It needs what the source needs: a store's
-credentials, or HF_TOKEN.
+As a process: `python -m relora_train.data.prepare --request FILE` (a PrepareRequest as JSON). It imports torch only to
+convert a tokenizer from older files, and needs the source's credentials.
 """
 
 from __future__ import annotations
@@ -179,14 +178,13 @@ def _check_both_splits(corpus: StagedCorpus, data: DataConfig) -> None:
     left_out = f", and {note}" if (note := left_out_note(corpus.left_out)) else ""
     if train + val == 0:
         raise CorpusEmptyError(
-            f"The source {data.source!r} of dataset {data.name!r} holds no text "
-            f"({corpus.empty_documents} empty documents{left_out}). "
-            "Correct data.paths, data.text_field or data.max_documents."
+            f"The source {data.source!r} of dataset {data.name!r} holds no text ({corpus.empty_documents} empty documents"
+            f"{left_out}). Correct data.paths, data.text_field or data.max_documents."
         )
     if train == 0 or val == 0:
-        side = "training" if train == 0 else "validation"
         raise CorpusTooSmallError(
-            f"Dataset {data.name!r} has {train + val} documents and none of them falls into the {side} part, with "
+            f"Dataset {data.name!r} has {train + val} documents and none of them falls into the "
+            f"{'training' if train == 0 else 'validation'} part, with "
             f"data.validation_fraction {data.validation_fraction}, though few are cut to {DOCUMENT_BYTES:,} bytes"
             f"{left_out}. Give more text, or name held-out files in data.validation_paths."
         )
