@@ -178,7 +178,7 @@ def _check_both_splits(corpus: StagedCorpus, data: DataConfig) -> None:
     left_out = f", and {note}" if (note := left_out_note(corpus.left_out)) else ""
     if train + val == 0:
         raise CorpusEmptyError(
-            f"The source {data.source!r} of dataset {data.name!r} holds no text ({corpus.empty_documents} empty documents"
+            f"Source {data.source!r} of dataset {data.name!r} holds no text ({corpus.empty_documents} empty documents"
             f"{left_out}). Correct data.paths, data.text_field or data.max_documents."
         )
     if train == 0 or val == 0:
