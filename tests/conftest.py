@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from bundles import write_files
+from hypothesis import settings
 from observed import Observed, observed_flows
 from seaweed import ChangingKeys, Seaweed, running_seaweed
 
@@ -28,6 +29,10 @@ LONGEST = (
 
 # A table is as wide whatever runs the tests: rich asks for the terminal, and there may be none.
 os.environ["COLUMNS"] = "140"
+
+# No test depends on speed: a shared machine may pause in mid-example.
+settings.register_profile("any speed", settings(deadline=None))
+settings.load_profile("any speed")
 
 # A shell starts its background jobs with Ctrl-C ignored, and every process of theirs inherits that.
 signal.signal(signal.SIGINT, signal.default_int_handler)

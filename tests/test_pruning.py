@@ -157,6 +157,11 @@ def test_a_policy_without_a_rule_is_none():
 # --- the whole, on stores ---
 
 
+def test_every_so_many_cycles_may_be_the_only_rule(memory, files):
+    refs = straight_run(memory, files)
+    assert prune_run(memory, "run", RetentionPolicy(keep_every=3)).removed == [refs[1], refs[2], refs[4]]
+
+
 def test_the_policy_is_applied_and_what_stays_is_whole(store, files):
     refs = straight_run(store, files)
     report = prune_run(store, "run", RetentionPolicy(keep_last=2, keep_every=3), dry_run=True)

@@ -43,10 +43,21 @@ KINDS = {
 }
 
 
+class Undisturbed(dict[str, dict[str, Path]]):
+    """For every kind that is asked for, the checkpoints of a run that nothing stopped."""
+
+    def __init__(self, dataset: Path, output: pytest.TempPathFactory) -> None:
+        super().__init__()
+        self.dataset, self.output = dataset, output
+
+    def __missing__(self, kind: str) -> dict[str, Path]:
+        self[kind] = run_all(KINDS[kind], self.dataset, self.output.mktemp("run"))
+        return self[kind]
+
+
 @pytest.fixture(scope="module")
-def undisturbed(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Path]]:
-    """For every kind the checkpoints of a run that nothing stopped."""
-    return {kind: run_all(profile, dataset, tmp_path_factory.mktemp("run")) for kind, profile in KINDS.items()}
+def undisturbed(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
+    return Undisturbed(dataset, tmp_path_factory)
 
 
 class StopsAfter:
@@ -108,23 +119,21 @@ STAGES = [
 ]
 
 
-def resumed_request(
-    kind: str, stage: str, dataset: Path, undisturbed: dict[str, dict[str, Path]], output: Path
-) -> StageRequest:
+def resumed_request(kind: str, stage: str, dataset: Path, undisturbed: Undisturbed, output: Path) -> StageRequest:
     names = list(undisturbed[kind])
     before = names.index(stage) - 1
     parent = undisturbed[kind][names[before]] if before >= 0 else None
     return stage_request(KINDS[kind], stage, dataset, output, parent)
 
 
-def steps_of(kind: str, stage: str, dataset: Path, undisturbed: dict[str, dict[str, Path]]) -> range:
+def steps_of(kind: str, stage: str, dataset: Path, undisturbed: Undisturbed) -> range:
     records = metrics_of(undisturbed[kind][stage])
     return range(records[0]["step"], records[-1]["step"] + 1)
 
 
 @pytest.mark.parametrize(("kind", "stage"), STAGES)
 def test_a_stage_stopped_twice_and_continued_is_the_stage_never_stopped(
-    kind: str, stage: str, dataset: Path, undisturbed: dict[str, dict[str, Path]], tmp_path: Path
+    kind: str, stage: str, dataset: Path, undisturbed: Undisturbed, tmp_path: Path
 ):
     first, *_, last = steps_of(kind, stage, dataset, undisturbed)
     request = resumed_request(kind, stage, dataset, undisturbed, tmp_path / "out")
@@ -134,16 +143,14 @@ def test_a_stage_stopped_twice_and_continued_is_the_stage_never_stopped(
 
 @pytest.mark.parametrize("step", range(7, 15))
 def test_a_cycle_may_be_stopped_after_any_step_also_its_first_and_its_last(
-    step: int, dataset: Path, undisturbed: dict[str, dict[str, Path]], tmp_path: Path
+    step: int, dataset: Path, undisturbed: Undisturbed, tmp_path: Path
 ):
     request = resumed_request("relora", "cycle-1", dataset, undisturbed, tmp_path / "out")
     run_with_stops(request, [step], tmp_path / "snapshots")
     assert_same_stage(tmp_path / "out", undisturbed["relora"]["cycle-1"])
 
 
-def test_a_run_stopped_in_every_stage_ends_with_the_same_bits(
-    dataset: Path, undisturbed: dict[str, dict[str, Path]], tmp_path: Path
-):
+def test_a_run_stopped_in_every_stage_ends_with_the_same_bits(dataset: Path, undisturbed: Undisturbed, tmp_path: Path):
     """Across merges: every stage starts from what a continued one committed."""
     parent = None
     for stage, step in (("warm-start", 4), ("cycle-1", 9), ("cycle-2", 20)):
@@ -158,7 +165,7 @@ def with_snapshots(profile: Profile, **settings: Any) -> Profile:
 
 
 def test_taking_snapshots_changes_nothing_and_each_holds_only_what_moves(
-    dataset: Path, undisturbed: dict[str, dict[str, Path]], tmp_path: Path
+    dataset: Path, undisturbed: Undisturbed, tmp_path: Path
 ):
     request = resumed_request("relora", "cycle-1", dataset, undisturbed, tmp_path / "out")
     request = request.model_copy(
@@ -182,7 +189,7 @@ def test_taking_snapshots_changes_nothing_and_each_holds_only_what_moves(
 
 
 def test_a_snapshot_taken_while_training_continues_to_the_same_bits(
-    dataset: Path, undisturbed: dict[str, dict[str, Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    dataset: Path, undisturbed: Undisturbed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """What is written by the thread is the state at its step, although training goes on."""
     profile = with_snapshots(KINDS["relora"], every_steps=3, every_seconds=None)
@@ -201,7 +208,7 @@ def test_a_snapshot_taken_while_training_continues_to_the_same_bits(
 def test_a_crash_before_the_manifest_leaves_no_snapshot(
     crash_at: str,
     dataset: Path,
-    undisturbed: dict[str, dict[str, Path]],
+    undisturbed: Undisturbed,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ):
@@ -222,7 +229,7 @@ def test_a_crash_before_the_manifest_leaves_no_snapshot(
     assert_same_stage(tmp_path / "out", undisturbed["relora"]["cycle-1"])  # training went on
 
 
-def test_a_snapshot_of_another_stage_is_refused(dataset: Path, undisturbed: dict[str, dict[str, Path]], tmp_path: Path):
+def test_a_snapshot_of_another_stage_is_refused(dataset: Path, undisturbed: Undisturbed, tmp_path: Path):
     request = resumed_request("relora", "cycle-1", dataset, undisturbed, tmp_path / "out")
     with pytest.MonkeyPatch.context() as patch, pytest.raises(TrainerInterruptedError):
         StopsAfter(patch, 8)
@@ -233,7 +240,7 @@ def test_a_snapshot_of_another_stage_is_refused(dataset: Path, undisturbed: dict
 
 
 def test_a_diverged_state_is_never_saved(
-    dataset: Path, undisturbed: dict[str, dict[str, Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    dataset: Path, undisturbed: Undisturbed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     update = StageTraining.update
     monkeypatch.setattr(

@@ -94,9 +94,9 @@ def test_the_store_keeps_the_last_two_and_none_after_the_stage(store: ObjectStor
 def test_a_snapshot_that_was_never_uploaded_counts(store: ObjectStore, tmp_path: Path):
     ours = snapshots(store, tmp_path)
     ours.upload(take(tmp_path, 10))
-    take(tmp_path, 20)
+    newest = take(tmp_path, 20)
     found = snapshots(store, tmp_path).newest_valid()
-    assert found is not None and (found.step, found.stored) == (20, False)
+    assert found is not None and (found.step, found.directory, found.stored) == (20, newest, False)
 
 
 def test_a_damaged_newest_snapshot_in_the_store_falls_back_to_the_one_before_with_a_warning(
