@@ -193,7 +193,7 @@ def judge_share(
             covering = {test for test, ran in seen["lines"].items() if lines & set(ran)}
         else:
             covering = set(seen["lines"])  # a line of a module or class body runs at the import, before any test
-        result = run_tests(copy, tests, Order(covering, seen["seconds"]), limit=limit)
+        result = run_tests(copy, tests, Order(covering, seen["seconds"], seen["waits"]), limit=limit)
         source.write_text(original)
         outcome = {"passed": "survived", "failed": "killed"}.get(result["outcome"], result["outcome"])
         record = {
@@ -269,7 +269,7 @@ class Report:
     """The file in which the process says what came of it."""
 
     def __init__(self) -> None:
-        self.seen: dict[str, Any] = {"by": None, "seconds": {}, "lines": {}}
+        self.seen: dict[str, Any] = {"by": None, "seconds": {}, "lines": {}, "waits": {}}
 
     def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
         left_out = [item for item in items if not self.takes(item)]
@@ -292,9 +292,9 @@ class Report:
 class Order(Report):
     """Runs these tests only: files by their cost, then tests by theirs. Ends the process if one takes far too long."""
 
-    def __init__(self, covering: set[str], seconds: dict[str, float]) -> None:
+    def __init__(self, covering: set[str], seconds: dict[str, float], waits: dict[str, float]) -> None:
         super().__init__()
-        self.covering, self.costs = covering, seconds
+        self.covering, self.costs, self.waits = covering, seconds, waits
         self.files: dict[str, float] = {}
         for test in covering:
             self.files[_file(test)] = self.files.get(_file(test), 0) + seconds[test]
@@ -308,7 +308,8 @@ class Order(Report):
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> Iterator[None]:
-        timer = threading.Timer(30 + 5 * self.costs[item.nodeid], self._end, (item.nodeid,))
+        limit = 30 + 5 * (self.costs[item.nodeid] + self.waits[item.nodeid])  # the first test waits for the fixtures
+        timer = threading.Timer(limit, self._end, (item.nodeid,))
         timer.start()
         try:
             return (yield)
@@ -332,6 +333,7 @@ class Costs(Report):
         self._names = {str(copy / path): path for path in paths}
         self._lines: set[str] = set()
         self._shared: dict[str, set[str]] = {}
+        self._waits: dict[str, float] = {}
         sys.addaudithook(self._audit)
 
     def _audit(self, event: str, arguments: Any) -> None:
@@ -348,12 +350,14 @@ class Costs(Report):
     @pytest.hookimpl(wrapper=True)
     def pytest_fixture_setup(self, fixturedef: pytest.FixtureDef[Any]) -> Iterator[None]:
         """What a fixture of many tests runs once, counts for each of them."""
-        before, self._lines = self._lines, set()
+        before, self._lines, started = self._lines, set(), time.monotonic()
         try:
             return (yield)
         finally:
             if fixturedef.scope != "function":
-                self._shared[fixturedef.argname] = self._lines - {ELSEWHERE}
+                self._waits[fixturedef.argname] = time.monotonic() - started
+                server = {ELSEWHERE} if fixturedef.scope == "session" else set()  # it runs no line of ours
+                self._shared[fixturedef.argname] = self._lines - server
             self._lines = before | self._lines
 
     @pytest.hookimpl(wrapper=True)
@@ -368,6 +372,7 @@ class Costs(Report):
             threading.settrace(None)  # type: ignore[arg-type]
             shared = [self._shared.get(name, set()) for name in item.fixturenames]
             self.seen["lines"][item.nodeid] = sorted(self._lines.union(*shared))
+            self.seen["waits"][item.nodeid] = sum(self._waits.get(name, 0) for name in item.fixturenames)
 
 
 if __name__ == "__main__":
