@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from bundles import write_files
+from fault_proxy import Faults, faulty_way_to
 from hypothesis import settings
 from observed import Observed, observed_flows
 from seaweed import ChangingKeys, Seaweed, running_seaweed
@@ -79,6 +80,14 @@ def keys(
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "credentials"))
     with seaweed.changing_keys(tmp_path / "credentials") as keys:
         yield keys
+
+
+@pytest.fixture
+def faults(seaweed, s3_store_uri, monkeypatch) -> Iterator[Faults]:
+    """The way to the S3 server leads through a proxy."""
+    with faulty_way_to(seaweed.endpoint) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", proxy.endpoint)
+        yield proxy
 
 
 @pytest.fixture(params=("local", "memory", "s3"))

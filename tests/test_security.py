@@ -6,14 +6,11 @@ import ast
 import base64
 import itertools
 import json
-import logging
 import os
 import pickle
 import sqlite3
-import unicodedata
 import uuid
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,32 +29,23 @@ from relora_train.checkpoints.manifest import (
     CheckpointManifest,
     DatasetManifest,
     Manifest,
-    ParentRef,
     SnapshotManifest,
     read_manifest,
 )
-from relora_train.checkpoints.names import resolve_checkpoint
 from relora_train.checkpoints.pins import pin, pins_of
 from relora_train.checkpoints.run import CheckpointStore
-from relora_train.checkpoints.series import promote as promote_checkpoint
 from relora_train.checkpoints.snapshots import SnapshotStore
 from relora_train.checkpoints.tombstone import read_tombstone
 from relora_train.checkpoints.upkeep.pruning import prune_run
 from relora_train.checkpoints.upkeep.verify import verify_run
 from relora_train.cli.app import main
-from relora_train.cli.local_flow import load_flow
-from relora_train.cli.local_server import check_server
-from relora_train.cli.output import Warnings, harmless, say
 from relora_train.cli.run import recorded_evaluations
 from relora_train.errors import CheckpointCorruptError, ConfigError, ModelNotFoundError
-from relora_train.experiments.experiment import load_experiment
 from relora_train.runs.launch import run_worker
 from relora_train.runs.run import Run
-from relora_train.settings.load import load_profile
 from relora_train.settings.profile import Profile
 from relora_train.storage.base import ObjectStore
 from relora_train.storage.opening import open_store
-from relora_train.storage.redaction import refuse_secrets
 from relora_train.training.models.pretrained import load_model
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -142,120 +130,6 @@ def test_stores_runs_and_requests_show_no_secret(s3_store_uri: str, tmp_path: Pa
     request = stage_request(tiny_profile(), "warm-start", tmp_path, tmp_path / "out")
     for shown in (repr(store), str(store), store.uri, repr(run), repr(request), request.model_dump_json()):
         assert secret not in shown
-
-
-def test_an_address_with_a_password_is_shown_without_it():
-    for address in ("http://user:hunter2@127.0.0.1:9/api", "http://user:hunter2@no host/api", "user:hunter2@host"):
-        with pytest.raises(ConfigError, match="PREFECT_API_URL") as caught:
-            check_server(address)
-        assert "hunter2" not in str(caught.value)
-    for address in WITH_CREDENTIALS:
-        for refuses in (open_store, load_profile, load_experiment, partial(resolve_checkpoint, default_store=None)):
-            with pytest.raises(ConfigError, match="is given with credentials") as refused:
-                refuses(address.format("hunter2"))
-            assert "hunter2" not in str(refused.value)
-
-
-WITH_CREDENTIALS = [
-    "s3://KEY:{}@bucket/prefix.toml", "s3://KEY:{}/or+more@bucket/prefix", "S3://{}@bucket", "KEY:{}@bucket/prefix",
-    "https://user:{}@host/organisation/name", "https://host/file?X-Amz-Signature={}", "s3://b/x?a=1&AWSAccessKeyId={}",
-    "KEY:?{}@bucket", "s3://KEY:?{}@bucket", "ftp://u:{}@h/",
-]  # fmt: skip
-WITHOUT_CREDENTIALS = [
-    "s3://bucket/a@b/c=1/part-?.jsonl", "s3://bucket/??-[a-c]/*", "/home/me@work/a:b", "./a:b@c", "run@cycle-2",
-    "series:news@3", "file:///a@b:c", "file:/a@b", "memory://x", "~/a?b=c.txt", "organisation/name", "C:/a",
-]  # fmt: skip
-PLAIN_TEXT = {
-    "run_id", "series", "stop_after", "gpu_limit", "deployment", "overrides.name", "overrides.model.revision",
-    "overrides.tokenizer.eos_token", "overrides.tokenizer.revision",
-    "overrides.data.name", "overrides.data.hub_config", "overrides.data.hub_split",
-    "overrides.data.hub_revision", "overrides.data.text_field", "overrides.relora.target_modules.0",
-    "overrides.evaluation.sample_prompts.0",
-}  # fmt: skip
-"""Strings that name no place."""
-
-
-def strings_of(schema: dict[str, Any], defined: dict[str, Any]) -> Iterator[tuple[str | int, ...]]:
-    """Where a JSON Schema has a string of any content."""
-    if "$ref" in schema:
-        schema = defined[schema["$ref"].rpartition("/")[2]]
-    for part in (*schema.get("anyOf", ()), *schema.get("allOf", ())):
-        yield from strings_of(part, defined)
-    for name, part in schema.get("properties", {}).items():
-        yield from ((name, *place) for place in strings_of(part, defined))
-    if isinstance(schema.get("items"), dict):
-        yield from ((0, *place) for place in strings_of(schema["items"], defined))
-    if schema.get("type") == "string" and "enum" not in schema and "const" not in schema:
-        yield ()
-
-
-@pytest.mark.parametrize("name", ["pretrain", "retrain", "compare", "evaluate", "prune"])
-def test_every_parameter_that_names_a_place_is_refused_with_credentials_and_not_repeated(name: str):
-    """By the JSON Schema, with which Prefect's server checks parameters before it records them, and by its own type."""
-    from prefect.utilities.schema_tools.validation import ValidationError, validate
-
-    flow = load_flow(name)
-    schema = flow.parameters.model_dump_for_openapi()
-    places = sorted(set(strings_of(schema, schema["definitions"])), key=str)
-    assert ("store",) in places and (("overrides", "data", "paths", 0) in places) == (
-        "overrides" in schema["properties"]
-    )
-    needed = dict.fromkeys(schema.get("required", ()), "x") | ({"experiment": "tutorial"} if name == "compare" else {})
-    named = [place for place in places if ".".join(map(str, place)) not in PLAIN_TEXT]
-    for place, address in zip(named, itertools.cycle(WITH_CREDENTIALS)):
-        value: Any = address.format("hunter2")
-        for part in reversed(place):
-            value = [value] if part == 0 else {part: value}
-        with pytest.raises(ValidationError, match="never recorded") as refused:
-            validate(value, schema, raise_on_error=True, ignore_required=True)
-        with pytest.raises(ConfigError, match="is given with credentials") as told:
-            flow.validate_parameters({**needed, **value})
-        assert "hunter2" not in f"{refused.value} {told.value}", place
-
-
-def test_addresses_without_credentials_are_taken():
-    for address in WITHOUT_CREDENTIALS:
-        assert refuse_secrets(address) == address
-
-
-@pytest.mark.parametrize("command", [
-    ["run", "smoke", "--store", "{}"], ["run", "smoke", "--resume-from", "{}"], ["run", "{}"],
-    ["run", "smoke", "--set", "data.source=text", "--set", "data.paths=['{}']"],
-    ["run", "smoke", "--set", "tokenizer.path={}"], ["run", "smoke", "--set", "model.pretrained={}"],
-    ["retrain", "news", "smoke", "--store", "{}"], ["retrain", "news", "{}"],
-    ["compare", "table1-tiny", "--store", "{}"], ["compare", "{}"], ["evaluate", "{}"],
-    ["evaluate", "run", "--store", "{}"], ["export", "{}", "out"],
-    ["prune", "run", "--store", "{}"], ["verify", "{}"], ["retry", "{}"], ["promote", "news", "{}"],
-])  # fmt: skip
-def test_commands_refuse_credentials_in_an_address_before_prefect_starts(
-    command: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-):
-    monkeypatch.setattr("relora_train.cli.local_flow.run_flow", None)
-    monkeypatch.setattr("relora_train.cli.run.run_flow", None)
-    monkeypatch.chdir(tmp_path)
-    for address in WITH_CREDENTIALS[:5]:
-        with pytest.raises(SystemExit) as ended:
-            main([part.format(address.format("hunter2")) for part in command])
-        said = capsys.readouterr()
-        assert ended.value.code == 2 and "is given with credentials" in " ".join(said.err.split()), said.err
-        assert "hunter2" not in said.err + said.out
-
-
-@pytest.mark.parametrize("command", [
-    ["run", "smoke", "--set", "s3://KEY:{}@b/x"], ["run", "smoke", "--set", "data.source=s3://KEY:{}@b/x"],
-    ["run", "smoke", "--set", "data.source=text", "--set", "data.paths=s3://KEY:{}@b/x"],
-    ["run", "smoke", "--run-id", "s3://KEY:{}@b/x"], ["series", "s3://KEY:a/{}@b/x"],
-    ["run", "smoke", "--set", "https://b/x?X-Amz-Signature={}&a=b"],
-])  # fmt: skip
-def test_an_address_in_a_wrong_place_is_shown_without_its_credentials(
-    command: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as ended:
-        main([part.format("hunter2") for part in command])
-    said = capsys.readouterr()
-    assert ended.value.code == 2 and "://b/x" in said.err
-    assert "hunter2" not in said.err + said.out
 
 
 # --- names from a store ---
@@ -378,91 +252,6 @@ def test_json_of_a_store_that_is_beyond_all_use_is_a_damaged_object_and_no_fault
     store.put_bytes(f"{ref.prefix}/deleted.json", data)
     with pytest.raises(CheckpointCorruptError):
         read_tombstone(store, ref.prefix)
-
-
-STEERING = "\x1b]0;owned\x07\x1b[2J\x1b[31m\r\x08\x9b1A\u202egnp\u2066"
-"""Sets a title, clears the screen, colours, overwrites a line, and shows text backwards."""
-
-
-def steering_characters(text: str) -> list[str]:
-    """By what Unicode says of them."""
-    reorders = {"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"}
-    controls = [each for each in text if unicodedata.category(each) == "Cc" and each not in "\n\t"]
-    return controls + [each for each in text if unicodedata.bidirectional(each) in reorders]
-
-
-SHOWN = [
-    ["runs"], ["runs", "--tree"], ["checkpoints", "run"], ["show", "run@latest"], ["verify", "run"],
-    ["verify", "run@latest"], ["prune", "run", "--dry-run", "--keep-last", "1"], ["series", "nightly"],
-    ["rollback", "nightly"], ["pin", "run@latest"], ["unpin", "run@latest"], ["retry", "run@latest"],
-    ["evaluate", "run@latest"], ["export", "run@latest", "out"], ["report", "run@latest"],
-    ["show", "run@no-such-stage"], ["run", "smoke", "--resume-from", "run@latest"],
-]  # fmt: skip
-
-
-@pytest.fixture
-def steering_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ObjectStore:
-    """A run and a series whose every free text tries to steer a terminal."""
-    monkeypatch.setenv("RELORA_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("RELORA_STORE", f"memory://steering-{uuid.uuid4().hex}")
-    monkeypatch.chdir(tmp_path)
-    store = open_store(os.environ["RELORA_STORE"])
-    made, parent = checkpoint_manifest(write_files(tmp_path / "files", "a")), None
-    for step, settings in ((400, {"x": "a"}), (500, {"x": STEERING, STEERING: 1})):
-        update = {
-            "step": step, "stage": f"cycle-{step}{STEERING}", "profile": STEERING, "versions": {STEERING: STEERING},
-            "fingerprint": f"{step:064x}", "fingerprint_settings": settings, "dataset_uri": f"memory://x/{STEERING}",
-            "dataset_id": STEERING, "parent": parent, "provenance": {STEERING: STEERING},
-            "evaluation": {STEERING: 1.0, "val_loss": 1.0}, "merge_report": {STEERING: 1.0, "layers": {STEERING: {}}},
-            "divergence": {
-                "attempts": 1, "learning_rate": 1.0, "learning_rate_factor": 0.5, "profile_learning_rate": 2.0,
-                "failures": [STEERING],
-            },
-        }  # fmt: skip
-        ref = CheckpointStore(store, "run").commit(tmp_path / "files", made.model_copy(update=update))
-        parent = parent or ParentRef(uri=f"{ref.uri}{STEERING}", fingerprint=ref.fingerprint, step=step)
-    pin(store, ref, "kept", note=STEERING)
-    promote_checkpoint(store, "nightly", ref, reason=STEERING)
-    store.put_bytes("runs/damaged/checkpoints/step-00000001-0123456789ab/manifest.json", json.dumps(STEERING).encode())
-    return store
-
-
-@pytest.mark.parametrize("command", SHOWN, ids=" ".join)
-def test_nothing_in_a_store_steers_the_terminal(
-    command: list[str], steering_store: ObjectStore, capsys: pytest.CaptureFixture[str]
-):
-    with pytest.raises(SystemExit):
-        main(command)
-    said = capsys.readouterr()
-    assert said.out + said.err
-    assert steering_characters(said.out + said.err) == []
-
-
-@pytest.mark.parametrize("command", [["runs"], ["checkpoints", "run"], ["show", "run@latest"]], ids=" ".join)
-def test_json_is_printed_as_it_is(command: list[str], steering_store: ObjectStore, capsys: pytest.CaptureFixture[str]):
-    with pytest.raises(SystemExit):
-        main([*command, "--json"])
-    out = capsys.readouterr().out
-    assert "\x1b" not in out and STEERING in _texts(json.loads(out))
-
-
-def _texts(value: Any) -> str:
-    """All strings of a JSON value, one after the other."""
-    if isinstance(value, dict):
-        return " ".join(f"{key} {_texts(each)}" for key, each in value.items())
-    return " ".join(map(_texts, value)) if isinstance(value, list) else str(value)
-
-
-def test_a_warning_that_nobody_shows_and_a_line_of_a_result_steer_nothing(capsys: pytest.CaptureFixture[str]):
-    Warnings().handle(logging.LogRecord("relora_train", logging.WARNING, "", 0, "is %s", (STEERING,), None))
-    say(f"is {STEERING}")
-    for said in capsys.readouterr():
-        assert said.startswith("is ") and steering_characters(said) == []
-
-
-def test_what_people_write_is_shown_as_it_is():
-    text = "Ünïcode — “quotes” 漢字 🎉 a\tb\nc \u200d"
-    assert harmless(text) == text
 
 
 # --- nothing becomes code ---

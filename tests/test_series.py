@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import threading
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import pytest
 from bundles import checkpoint_manifest
@@ -17,9 +15,7 @@ from hypothesis import strategies as st
 from made_up_corpus import made_up_text
 from tiny_data import write_tiny_dataset
 
-from relora_train.checkpoints.lease import hold_series
 from relora_train.checkpoints.lineage import CheckpointRef
-from relora_train.checkpoints.manifest import DatasetManifest
 from relora_train.checkpoints.names import resolve_checkpoint
 from relora_train.checkpoints.pins import pins_of
 from relora_train.checkpoints.run import CheckpointStore
@@ -29,7 +25,6 @@ from relora_train.checkpoints.upkeep.pruning import prune_run
 from relora_train.checkpoints.upkeep.retention import RetentionPolicy
 from relora_train.checkpoints.upkeep.verify import verify_run
 from relora_train.cli.app import main
-from relora_train.data.selection import Selection
 from relora_train.errors import (
     CheckpointCorruptError,
     CheckpointNotFoundError,
@@ -37,14 +32,9 @@ from relora_train.errors import (
     CorpusTooSmallError,
     PreconditionFailedError,
 )
-from relora_train.runs.datasets import Corpus
-from relora_train.runs.retraining import retrain
 from relora_train.runs.retraining.options import RetrainOptions
-from relora_train.runs.retraining.retrain import RetrainPlan, conclude, judge, plan_retrain, prepare_next, start
-from relora_train.runs.retraining.series_data import Pending, begin, end, read_data, read_decisions
-from relora_train.runs.retraining.summary import retrain_markdown, summarize_retrain
-from relora_train.runs.run import DatasetRef, StageOutcome
-from relora_train.settings.data import TokenizerConfig
+from relora_train.runs.retraining.retrain import judge, plan_retrain, prepare_next
+from relora_train.runs.retraining.series_data import Pending, begin, end, read_data
 from relora_train.settings.profile import Profile
 from relora_train.storage.base import ObjectStore
 from relora_train.storage.opening import open_store
@@ -259,53 +249,6 @@ def test_only_a_loss_lower_by_the_margin_is_better(candidate, champion, margin, 
     assert judge(candidate, champion, margin, kind)[0] is better
 
 
-def plan_for(store: ObjectStore, champion: CheckpointRef | None, new: tuple[str, ...] = ("f" * 64,), **options: Any):
-    return RetrainPlan(
-        series="s", store_uri=store.uri, options=RetrainOptions(**options), profile=Profile(), champion=champion,
-        corpus=Corpus(TokenizerConfig(), Selection(new=new)), new=new, run_id="run",
-    )  # fmt: skip
-
-
-def decide(plan: RetrainPlan, candidate: CheckpointRef, loss: float, champion_loss: float | None):
-    manifest = DatasetManifest.model_construct(dataset_id="d" * 64)
-    dataset = DatasetRef("memory://d/datasets/x/d", "memory://d", "datasets/x/d", manifest)
-    theirs = None if champion_loss is None else {"val_loss": champion_loss}
-    return conclude(plan, candidate, {"val_loss": loss}, theirs, dataset, provenance={})
-
-
-def test_data_counts_as_seen_when_its_candidate_is_decided_and_not_before(memory: ObjectStore, files: Path):
-    one, two, three = line_of_run(memory, files, 3)
-    plan = plan_for(memory, None, ("a" * 64,))
-    start(plan)
-    data = read_data(memory, "s")[0]
-    assert data.seen == () and data.pending.new == ("a" * 64,)
-    assert decide(plan, one, 3.0, None).outcome == "promoted"
-    assert read_data(memory, "s")[0].seen == ("a" * 64,) and read_data(memory, "s")[0].pending is None
-    refused = decide(plan_for(memory, one, ("b" * 64,)), two, 3.5, 3.0)
-    assert refused.outcome == "refused" and promoted(memory) == "cycle-1"
-    assert read_data(memory, "s")[0].seen == ("a" * 64, "b" * 64)
-    again = decide(plan_for(memory, one, ("c" * 64,), retry_refused=True), three, math.inf, 3.0)
-    assert again.outcome == "refused" and read_data(memory, "s")[0].seen == ("a" * 64, "b" * 64)
-    assert [d.scores["candidate_loss"] for d in read_decisions(memory, "s")] == [3.0, 3.5, "inf"]
-
-
-def test_the_data_of_a_promotion_taken_back_can_be_trained_on_again(
-    files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-):
-    store = open_store(tmp_path)
-    one, two = line_of_run(store, files, 2)
-    decide(plan_for(store, None, ("a" * 64,)), one, 3.0, None)
-    plan = dataclasses.replace(plan_for(store, one, ("b" * 64, "c" * 64)), run_id="second")
-    decide(plan, two, 2.0, 3.0)
-    with pytest.raises(SystemExit):
-        main(["rollback", "s", "--data-again", "--store", str(tmp_path)])
-    assert "2 parts of the source are new again" in capsys.readouterr().out
-    assert read_data(store, "s")[0].seen == ("a" * 64,) and promoted(store) == "cycle-1"
-    with hold_series(store, "s"), pytest.raises(SystemExit) as ended:  # a retrain is under way
-        main(["rollback", "s", "--to", "2", "--data-again", "--store", str(tmp_path)])
-    assert ended.value.code == 2 and promoted(store) == "cycle-1"
-
-
 def test_new_objects_below_an_s3_prefix_are_found_and_tokenized_with_the_champions_tokenizer(
     s3_store_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -357,56 +300,6 @@ def test_a_series_needs_documents_of_which_the_rule_holds_some_out(tmp_path: Pat
         plan_retrain(store, "s", named, RetrainOptions())
 
 
-def test_a_champion_that_moved_meanwhile_leaves_candidate_and_data_for_later(memory: ObjectStore, files: Path):
-    one, two, three = line_of_run(memory, files, 3)
-    decide(plan_for(memory, None, ("a" * 64,)), one, 3.0, None)
-    plan = plan_for(memory, one, ("b" * 64,))
-    start(plan)
-    promote(memory, "s", two, reason="by hand, while it trained")
-    assert decide(plan, three, 1.0, 3.0).outcome == "overtaken"
-    assert promoted(memory) == "cycle-2"
-    data = read_data(memory, "s")[0]
-    assert data.seen == ("a" * 64,) and data.pending is None
-
-
-class KilledError(Exception):
-    pass
-
-
-@pytest.mark.parametrize("step", ["promote", "record_decision", "end"])
-@pytest.mark.parametrize("done", [False, True])
-def test_a_decision_killed_anywhere_comes_out_the_same(
-    memory: ObjectStore, files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, done: bool
-):
-    """Killed before or after each of its writes; the next retrain finds what is left to do and does it once."""
-    corpus = tmp_path / "night.jsonl"
-    corpus.write_text('{"text": "something"}\n')
-    settings = Profile.model_validate({"data": {"source": "jsonl", "paths": [str(corpus)]}})
-    (candidate,) = line_of_run(memory, files, 1)
-    plan = dataclasses.replace(plan_retrain(memory, "s", settings, RetrainOptions()), run_id="run")
-    start(plan)
-    real = getattr(retrain, step)
-
-    def killed(*arguments: Any, **named: Any) -> Any:
-        if done:
-            real(*arguments, **named)
-        raise KilledError
-
-    with monkeypatch.context() as patch, pytest.raises(KilledError):
-        patch.setattr(retrain, step, killed)
-        decide(plan, candidate, 3.0, None)
-    planned = plan_retrain(memory, "s", settings, RetrainOptions())
-    if find_champion(memory, "s") is None:
-        assert planned.new == plan.new  # nothing is seen, nothing is skipped
-        decide(plan, candidate, 3.0, None)
-    else:
-        assert planned is None  # what was promoted is not trained on twice
-    (made,) = read_series(memory, "s").changes
-    (decision,) = read_decisions(memory, "s")
-    assert made.checkpoint == candidate.prefix and decision.outcome == "promoted"
-    assert read_data(memory, "s")[0].seen == plan.new and read_data(memory, "s")[0].pending is None
-
-
 def test_a_hub_revision_is_seen_as_a_whole(memory: ObjectStore):
     first, second = "0" * 40, "1" * 40
     begin(memory, "s", Pending(run_id="r", new=(first,), champion=None), 0.05)
@@ -444,16 +337,3 @@ def test_the_commands_promote_show_and_roll_back(
     assert shown["champion"] == one.uri and shown["changes"][2]["reason"] == "it wrote nonsense"
     assert json.loads(relora("series", "--json"))[0]["series"] == "s"
     assert one.uri in relora("show", "series:s")
-
-
-def test_the_report_of_a_decision_says_what_to_do_next(memory: ObjectStore, files: Path):
-    one, two = line_of_run(memory, files, 2)
-    for plan, ref, losses, advice in (
-        (plan_for(memory, None), one, (3.0, None), "relora rollback s"),
-        (plan_for(memory, one), two, (3.5, 3.0), f"relora promote s {two.uri}"),
-    ):
-        decision = decide(plan, ref, *losses)
-        summary = summarize_retrain(plan, decision, [StageOutcome(ref, reused=False)], report_uri="file:///r.html")
-        markdown = retrain_markdown(summary)
-        assert advice in markdown and decision.outcome in markdown and "file:///r.html" in markdown
-    assert summary.champion_uri == one.uri and summary.stages_trained == 1

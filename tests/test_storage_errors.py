@@ -2,18 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import os
-import subprocess
-import sys
-import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -24,7 +16,6 @@ from fault_proxy import (
     Faults,
     answer_instead,
     cut_the_answer,
-    faulty_way_to,
     flip_a_bit_of_the_answer,
     flip_a_bit_of_the_request,
     held_until,
@@ -48,17 +39,6 @@ from relora_train.storage.opening import open_store
 from relora_train.storage.preflight import probe_conditions
 from relora_train.storage.s3 import make_client
 from relora_train.storage.s3_errors import storage_error
-
-
-@pytest.fixture
-def faults(seaweed, s3_store_uri, monkeypatch) -> Iterator[Faults]:
-    """The way to the S3 server leads through a proxy."""
-    with faulty_way_to(seaweed.endpoint) as proxy:
-        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", proxy.endpoint)
-        yield proxy
-
-
-# --- which store ---
 
 
 @pytest.mark.parametrize("uri", ["gs://bucket/x", "http://host/x", "S4://x", "s3://", "s3:///key", "file://host/dir"])
@@ -118,102 +98,7 @@ def test_a_missing_bucket_is_named_by_every_call(s3_store_uri, tmp_path):
         assert "Create it" in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    ("wrong", "reason"),
-    [
-        ({"AWS_SECRET_ACCESS_KEY": "not-the-secret"}, "AWS_SECRET_ACCESS_KEY|403"),
-        ({"AWS_ACCESS_KEY_ID": "NOT-THE-KEY"}, "AWS_ACCESS_KEY_ID|403"),
-        ({"AWS_ACCESS_KEY_ID": None, "AWS_SECRET_ACCESS_KEY": None}, "no credentials found"),
-        ({"AWS_SECRET_ACCESS_KEY": None}, "credentials are incomplete"),
-        ({"AWS_PROFILE": "no-such-profile"}, "AWS_PROFILE"),
-    ],
-)
-def test_wrong_or_missing_credentials_are_denied_and_never_shown(s3_store_uri, tmp_path, monkeypatch, wrong, reason):
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
-    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
-    for name, value in wrong.items():
-        monkeypatch.setenv(name, value) if value else monkeypatch.delenv(name)
-    for call in every_call(open_store(s3_store_uri), tmp_path):
-        with pytest.raises(AccessDeniedError, match=reason) as caught:
-            call()
-        assert not caught.value.retryable
-        assert not any(value in str(caught.value) for name, value in wrong.items() if value and name != "AWS_PROFILE")
-
-
 # --- credentials that change ---
-
-
-def renewals(caplog: pytest.LogCaptureFixture) -> int:
-    return sum("credentials have changed" in record.message for record in caplog.records)
-
-
-def test_keys_that_change_in_the_file_are_used_by_every_call(keys, s3_store_uri, tmp_path, caplog):
-    caplog.set_level(logging.INFO, "relora_train.storage.s3")
-    store = open_store(s3_store_uri)
-    for call in every_call(store, tmp_path):
-        store.put_bytes("key", b"content")
-        keys.issue()
-        with suppress(PreconditionFailedError):  # an answer, where the key was to be absent
-            call()
-    assert renewals(caplog) == 9
-
-
-def test_threads_that_are_denied_together_share_one_new_client(keys, s3_store_uri, caplog):
-    caplog.set_level(logging.INFO, "relora_train.storage.s3")
-    store, together = open_store(s3_store_uri), threading.Barrier(8)
-
-    def write(number: int) -> bytes:
-        together.wait(30)
-        for n in range(5):
-            store.put_bytes(f"{number}/{n}", b"%d" % number)
-        return store.get_bytes(f"{number}/4")[0]
-
-    store.put_bytes("key", b"content")
-    keys.issue()
-    with ThreadPoolExecutor(8) as threads:
-        assert list(threads.map(write, range(8))) == [b"%d" % number for number in range(8)]
-    assert (len(list(store.list())), renewals(caplog)) == (41, 1)
-
-
-def test_a_denial_stays_one_until_the_file_holds_other_keys_that_are_whole(keys, faults, s3_store_uri, caplog):
-    caplog.set_level(logging.INFO, "relora_train.storage.s3")
-    store = open_store(s3_store_uri)
-    store.put_bytes("key", b"content")
-    faults.standing = [("GET", "/key", answer_instead(403, "AccessDenied"))]
-    with pytest.raises(AccessDeniedError, match="read, write, list and delete"):
-        store.get_bytes("key")
-    assert faults.met == 1  # nobody asks twice with the same keys
-    faults.standing = []
-    keys.revoke()
-    for written in ("aws_access_key_id = half a l", "[default]\naws_access_key_id = NEW", "[default]\n"):
-        keys.file.write_text(written)
-        with pytest.raises(AccessDeniedError):
-            store.get_bytes("key")
-    keys.issue()
-    assert store.get_bytes("key")[0] == b"content"
-
-
-@pytest.mark.parametrize(("expires_in_minutes", "new_clients"), [(5, 0), (600, 1)])
-def test_keys_of_a_process_are_renewed_by_botocore_and_when_denied(
-    keys, s3_store_uri, tmp_path, caplog, expires_in_minutes, new_clients
-):
-    """botocore asks the process again 15 minutes before they expire, and knows nothing of keys withdrawn earlier."""
-    caplog.set_level(logging.INFO, "relora_train.storage.s3")
-
-    def issue() -> None:
-        keys.issue()
-        keys.file.unlink()
-        expiration = (datetime.now(UTC) + timedelta(minutes=expires_in_minutes)).isoformat()
-        (tmp_path / "answer").write_text(json.dumps({"Version": 1, "Expiration": expiration, **keys.key}))
-
-    issue()
-    (tmp_path / "config").write_text(f"[default]\ncredential_process = cat {tmp_path / 'answer'}\n")
-    store = open_store(s3_store_uri)
-    store.put_bytes("key", b"content")
-    issue()
-    assert store.get_bytes("key")[0] == b"content"
-    assert renewals(caplog) == new_clients
 
 
 # --- unavailable, unencrypted, unknown ---
@@ -463,109 +348,6 @@ def test_a_fault_that_does_not_pass_is_unavailable_in_the_end(faults, s3_store_u
 
 
 # --- the disk ---
-
-
-def run_in_own_mounts(mount: str, program: str, *arguments: str) -> str:
-    """Run a Python program where `mount` holds for it alone; skip where the system does not allow that."""
-    unshare = ["unshare", "--mount", "--map-root-user", "sh", "-ec"]
-    try:
-        subprocess.run([*unshare, mount], check=True, capture_output=True)
-    except (OSError, subprocess.CalledProcessError) as error:
-        pytest.skip(f"no mount namespaces here: {error}")
-    command = [*unshare, f'{mount}; exec "$@"', "sh", sys.executable, "-c", program, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-FILL = """
-import sys, os
-from pathlib import Path
-from relora_train.errors import DiskFullError
-from relora_train.storage.opening import open_store
-uri, small_disk, source = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
-store = open_store(uri)
-def refused(call, *names):
-    try:
-        call()
-    except DiskFullError as error:
-        assert all(name in str(error) for name in names), error
-        assert "run again" in str(error)
-    else:
-        raise AssertionError("no DiskFullError")
-if uri.startswith("s3"):
-    store.put_file("large", source)
-    refused(lambda: store.get_file("large", small_disk / "target"), uri, str(small_disk))
-else:
-    store.put_bytes("before", b"1")
-    refused(lambda: store.put_file("large", source), "large", "file://")
-    refused(lambda: store.put_bytes("large", source.read_bytes(), if_absent=True), "large", "file://")
-    assert [info.key for info in store.list()] == ["before"]
-    assert not [name for name in os.listdir(small_disk / "store") if name.startswith(".tmp")]
-    store.put_bytes("after", b"1")
-print("passed")
-"""
-
-
-@pytest.mark.parametrize("backend", ["local", "s3"])
-def test_a_full_disk_is_said_to_be_full_and_nothing_half_written_stays(backend, tmp_path, request):
-    source, small_disk = tmp_path / "source", tmp_path / "small"
-    source.write_bytes(b"x" * 3_000_000)
-    small_disk.mkdir()
-    uri = request.getfixturevalue("s3_store_uri") if backend == "s3" else str(small_disk / "store")
-    mount = f"mount -t tmpfs -o size=1m tmpfs '{small_disk}'"
-    assert run_in_own_mounts(mount, FILL, uri, str(small_disk), str(source)) == "passed\n"
-
-
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
-def test_a_download_to_a_full_disk_says_so(tmp_path):
-    store = open_store(tmp_path)
-    store.put_bytes("key", b"1" * 10_000)
-    with pytest.raises(DiskFullError, match="/dev/full"):
-        store.get_file("key", Path("/dev/full"))
-
-
-DENIED = """
-import os, sys
-from pathlib import Path
-from relora_train.errors import AccessDeniedError
-from relora_train.storage.opening import open_store
-store = open_store(sys.argv[1])
-if len(sys.argv) > 3:
-    os.setgroups([]), os.setgid(int(sys.argv[3])), os.setuid(int(sys.argv[3]))
-assert store.get_bytes("key")[0] == b"1"
-for call in (lambda: store.put_bytes("a/new", b"2", if_absent=True), lambda: store.put_file("key", Path(sys.argv[2])),
-             lambda: store.delete("key"), store.preflight):
-    try:
-        call()
-    except AccessDeniedError as error:
-        assert "file://" in str(error) and "use another directory" in str(error), error
-    else:
-        raise AssertionError("no AccessDeniedError")
-assert [info.key for info in store.list()] == ["key"]
-print("passed")
-"""
-
-
-def test_a_read_only_file_system_is_denied_and_can_still_be_read(tmp_path):
-    directory, source = tmp_path / "store", tmp_path / "source"
-    open_store(directory).put_bytes("key", b"1")
-    source.write_bytes(b"2")
-    mount = f"mount --bind '{directory}' '{directory}'; mount -o remount,bind,ro '{directory}'"
-    assert run_in_own_mounts(mount, DENIED, str(directory), str(source)) == "passed\n"
-
-
-def test_a_directory_of_someone_else_is_denied_and_can_still_be_read():
-    if os.getuid() != 0:
-        pytest.skip("only root can act as someone else")
-    with tempfile.TemporaryDirectory() as name:  # pytest's own directories are closed to others
-        directory, source = Path(name) / "store", Path(name) / "source"
-        open_store(directory).put_bytes("key", b"1")
-        source.write_bytes(b"2")
-        Path(name).chmod(0o755)
-        command = [sys.executable, "-c", DENIED, str(directory), str(source), "65534"]
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert (done.stdout, done.returncode) == ("passed\n", 0), done.stderr
 
 
 def test_an_upload_is_cancelled_from_another_thread_with_nothing_left_of_it(
