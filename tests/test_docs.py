@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import typer.main
+from conftest import LONGEST
 
 from relora_train import errors
 from relora_train.cli.app import app
@@ -45,6 +46,11 @@ def test_what_a_docstring_points_to_is_there():
     for path in MODULES:
         for mentioned in re.findall(r"\b(?:relora_train|tasks|flows|tests)/[\w/]+\.py\b", path.read_text()):
             assert (ROOT / mentioned).exists(), f"{path}: {mentioned}"
+
+
+def test_the_files_that_begin_first_are_there():
+    for name in LONGEST:
+        assert (ROOT / "tests" / f"{name}.py").exists(), name
 
 
 def test_the_readme_and_those_of_the_rooms_are_short():

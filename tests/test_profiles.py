@@ -125,6 +125,17 @@ def test_a_list_is_asked_for_by_the_name_that_toml_has_for_it():
     assert "data.paths: needs a list, such as paths = [\"…\"] (got 'a.txt')" in refusal("smoke", "data.paths=a.txt")
 
 
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [("data.bos=maybe", "'auto' or a valid boolean"), ("launch.nproc_per_node=x", "a valid integer or 'gpu'")],
+)
+def test_a_value_that_may_be_of_several_types_is_one_fault(override, told):
+    with pytest.raises(ProfileInvalidError) as caught:
+        load_profile("smoke", [override])
+    key, _, value = override.partition("=")
+    assert caught.value.faults == (f"{key}: Input should be {told} (got {value!r}) [--set {key}]",)
+
+
 def test_a_contradiction_between_sections_is_a_fault_of_the_profile():
     message = refusal("smoke", "relora.rank=65")
     assert "has 1 fault:" in message and "Correct --set relora.rank and run" in message

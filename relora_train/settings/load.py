@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import difflib
 import tomllib
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -102,11 +102,12 @@ def _validate(settings: dict[str, Any], path: Path, sources: Mapping[str, str]) 
     except ConfigError as error:
         raise ProfileInvalidError(f"{path}, or what goes over it: {error}") from None
     except ValidationError as error:
-        faults = tuple(_describe(fault, sources) for fault in error.errors())
+        errors = _one_a_setting(error.errors())
+        faults = tuple(_describe(fault, sources) for fault in errors)
         shown = "\n".join(f"  - {fault}" for fault in faults)
         shipped = path in list_profiles()
-        over = [maker for fault in error.errors() for maker in _makers(fault, sources, shipped=shipped)]
-        in_file = not over or (not shipped and not all(_origin(fault, sources) for fault in error.errors()))
+        over = [maker for fault in errors for maker in _makers(fault, sources, shipped=shipped)]
+        in_file = not over or (not shipped and not all(_origin(fault, sources) for fault in errors))
         places = [*dict.fromkeys(over), *([str(path)] if in_file else [])]
         refusal = ProfileInvalidError(
             f"{path} {'' if in_file else 'with what is set over it '}has {len(faults)} "
@@ -115,6 +116,22 @@ def _validate(settings: dict[str, Any], path: Path, sources: Mapping[str, str]) 
         )
         refusal.faults = faults
         raise refusal from None
+
+
+def _one_a_setting(errors: Sequence[ErrorDetails]) -> list[ErrorDetails]:
+    """Return the faults with those of a union told as one: pydantic has one for each type that the value might have."""
+    sections = _sections()
+    told: dict[tuple[int | str, ...], ErrorDetails] = {}
+    for fault in errors:
+        place = fault["loc"]
+        is_of_union = len(place) == 3 and isinstance(place[2], str) and place[1] in sections.get(str(place[0]), ())
+        place = place[:2] if is_of_union else place
+        wanted = fault["msg"].removeprefix("Input should be ").partition(", unable")[0]
+        if is_of_union and place in told:
+            told[place] |= {"msg": f"{told[place]['msg']} or {wanted}"}
+        else:
+            told[place] = fault | {"loc": place, "msg": f"Input should be {wanted}" if is_of_union else fault["msg"]}
+    return list(told.values())
 
 
 def _describe(fault: ErrorDetails, sources: Mapping[str, str]) -> str:
