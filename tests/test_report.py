@@ -19,11 +19,12 @@ from relora_train.reports.plot_style import MAX_POINTS, downsample, running_mean
 from relora_train.reports.plots import OVERVIEW_BYTES, overview_png
 from relora_train.reports.report import overview_markdown, stage_table_markdown, summarize, write_report
 from relora_train.reports.run_data import Evaluation, MergeRow, Sample, Scores
-from relora_train.reports.text import change, count, decimal, duration, percent, scientific, size
+from relora_train.reports.text import change
 from relora_train.settings.data import BatchConfig
 from relora_train.settings.schedule import ScheduleConfig
 from relora_train.storage.memory import MemoryStore
 from relora_train.storage.opening import open_store
+from relora_train.text import count, decimal, duration, percent, scientific, size
 
 HOSTILE = "<script>alert(1)</script>\"'&<img src=http://x.example/a.png>$\\frac$|`\x00\x1b\u202e\ud800 # "
 

@@ -11,7 +11,7 @@ import pytest
 from relora_train.errors import ConfigError
 from relora_train.experiments.measured import TutorialSettings
 from relora_train.experiments.tutorial import ARMS, TutorialResult, run_tutorial
-from relora_train.experiments.tutorial_summary import PAIRS, difference, tutorial_record, verdict
+from relora_train.experiments.tutorial_report import PAIRS, measured_tutorial, verdict
 
 
 @pytest.fixture(scope="module")
@@ -28,9 +28,9 @@ def test_lora_ends_at_the_bound_of_its_rank_and_relora_passes_it(result):
 
 def test_full_rank_and_relora_reach_the_least_squares_solution(result):
     """Full rank to float32 rounding, ReLoRA a little above it: the order of the three is the same for every seed."""
-    assert (np.abs(result.excess("full")) < 1e-6 * result.best).all()
+    assert (np.abs(result.final("full") - result.best) < 1e-6 * result.best).all()
     assert (result.final("full") < result.final("relora")).all()
-    assert (result.excess("relora") < 1e-3 * result.best).all()
+    assert (result.final("relora") - result.best < 1e-3 * result.best).all()
     assert (result.final("relora") < result.final("lora")).all()
 
 
@@ -65,7 +65,7 @@ def test_the_same_seeds_give_the_same_numbers(result):
 
 
 def test_means_errors_and_paired_differences_are_those_of_the_losses(result):
-    record = json.loads(json.dumps(tutorial_record(result), allow_nan=False))
+    record = json.loads(json.dumps(measured_tutorial(result).numbers, allow_nan=False))
     for arm in ARMS:
         losses = result.final(arm)
         assert record["mean_final_loss"][arm]["mean"] == pytest.approx(losses.mean())
@@ -74,7 +74,7 @@ def test_means_errors_and_paired_differences_are_those_of_the_losses(result):
         gaps = result.final(arm) - result.final(reference)
         assert shown["mean"] == pytest.approx(gaps.mean())
         assert shown["standard_error"] == pytest.approx(gaps.std(ddof=1) / math.sqrt(5))
-        assert difference(result, arm, reference).count == 5
+        assert result.difference(arm, reference).count == 5
 
 
 def test_the_verdict_follows_the_numbers(result):
@@ -89,4 +89,4 @@ def test_the_verdict_follows_the_numbers(result):
 
 def test_one_seed_is_refused():
     with pytest.raises(ConfigError, match="standard error"):
-        run_tutorial(1)
+        run_tutorial([1])

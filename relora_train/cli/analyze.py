@@ -12,16 +12,16 @@ from rich.text import Text
 
 from relora_train.checkpoints.fetch import files_in_stores
 from relora_train.checkpoints.lineage import CheckpointRef
-from relora_train.cli.tables import BLANK, View, add_row, facts, number_text, table
-from relora_train.reports.rank_sections import successive_overlap
+from relora_train.cli.tables import BLANK, View, add_row, facts, table
 from relora_train.reports.ranks.analysis import Layers, RankAnalysis, analyze
-from relora_train.reports.ranks.cycles import CycleHistory
+from relora_train.reports.ranks.cycles import CycleHistory, successive_overlap
 from relora_train.reports.ranks.kinds import kind_means
 from relora_train.reports.ranks.layers import kind_of
 from relora_train.reports.ranks.measures import LayerSpectrum
 from relora_train.reports.records import history_record, json_value, kind_record, spectrum_record
 from relora_train.runs.run import line_of
 from relora_train.storage.workspace import checkpoint_cache
+from relora_train.text import decimal
 
 ANALYSIS_NAME = "analysis.json"
 
@@ -64,25 +64,25 @@ def analysis_record(analysis: RankAnalysis) -> dict[str, Any]:
 
 def write_analysis(analysis: RankAnalysis, directory: Path) -> list[Path]:
     """Write analysis.json, spectra.png, and where there is a history growth.png and overlap.png; return their paths."""
-    from relora_train.reports.plot_style import LIGHT, to_png
+    from relora_train.reports.plot_style import to_png
     from relora_train.reports.rank_plots import growth_figure, overlap_figure, spectra_figure
 
     history = analysis.history
     ranks = [] if history is None else [rank for rank in history.growth_ranks if rank is not None]
     cycle_rank, total_rank = (ranks[0], ranks[-1]) if ranks else (None, None)
     figures = {
-        "spectra.png": spectra_figure(analysis.spectra, LIGHT, cycle_rank=cycle_rank, total_rank=total_rank)
+        "spectra.png": spectra_figure(analysis.spectra, cycle_rank=cycle_rank, total_rank=total_rank)
     }  # fmt: skip
     if history is not None and len(history.growth_stages) > 1:
-        figures["growth.png"] = growth_figure(history, LIGHT)
+        figures["growth.png"] = growth_figure(history)
     if history is not None and history.overlaps:
-        figures["overlap.png"] = overlap_figure(history, LIGHT)
+        figures["overlap.png"] = overlap_figure(history)
     directory.mkdir(parents=True, exist_ok=True)
     written = [directory / ANALYSIS_NAME]
     written[0].write_text(json.dumps(analysis_record(analysis), indent=1) + "\n", encoding="utf-8")
     for name, figure in figures.items():
         written.append(directory / name)
-        written[-1].write_bytes(to_png(figure, LIGHT, dpi=160))
+        written[-1].write_bytes(to_png(figure, dpi=160))
     return written
 
 
@@ -101,8 +101,8 @@ def _kind_table(analysis: RankAnalysis) -> Any:
     for kind in kind_means(analysis.spectra):
         add_row(
             made, kind.kind, str(kind.layers), *_shape_and_count(kind.shape, kind.below_threshold),
-            number_text(kind.effective_rank, 1), number_text(kind.stable_rank, 1), number_text(kind.numerical_rank, 1),
-            number_text(kind.relative_update_norm, 4),
+            decimal(kind.effective_rank, 1), decimal(kind.stable_rank, 1), decimal(kind.numerical_rank, 1),
+            decimal(kind.relative_update_norm, 4),
         )  # fmt: skip
     return made
 
@@ -112,8 +112,8 @@ def _layer_table(analysis: RankAnalysis) -> Any:
     for layer in analysis.spectra:
         add_row(
             made, layer.name.removesuffix(".weight"), *_shape_and_count(layer.shape, layer.below_threshold),
-            number_text(layer.effective_rank, 1), number_text(layer.stable_rank, 1), str(layer.numerical_rank),
-            number_text(layer.relative_update_norm, 4),
+            decimal(layer.effective_rank, 1), decimal(layer.stable_rank, 1), str(layer.numerical_rank),
+            decimal(layer.relative_update_norm, 4),
         )  # fmt: skip
     return made
 
@@ -129,7 +129,7 @@ def _growth(history: CycleHistory) -> View:
     made = table("effective rank of all so far", *history.growth_stages)
     for kind, layers in kinds.items():
         means = np.mean([[spectrum.effective_rank for spectrum in spectra] for spectra in layers], axis=0)
-        add_row(made, kind, *(number_text(float(mean), 1) for mean in means))
+        add_row(made, kind, *(decimal(float(mean), 1) for mean in means))
     if all(rank is not None for rank in history.growth_ranks):
         add_row(made, "at most", *(str(rank) for rank in history.growth_ranks))
     return [made]
@@ -141,5 +141,5 @@ def _overlaps(history: CycleHistory) -> View:
     made = table("overlap of successive cycles", "mean cos²", "by chance")
     for title, side in (("column spaces (what is written)", "columns"), ("row spaces (what is read)", "rows")):
         found, chance = successive_overlap(history.overlaps, side)
-        add_row(made, title, number_text(found, 4), number_text(chance, 4))
+        add_row(made, title, decimal(found, 4), decimal(chance, 4))
     return [BLANK, made]

@@ -84,7 +84,7 @@ def bench_view(record: Mapping[str, Any]) -> View:
     from rich.text import Text
 
     from relora_train.cli.tables import BLANK, add_row, table
-    from relora_train.text import size_text
+    from relora_train.text import size
 
     parts: View = []
     for name, measured in record["profiles"].items():
@@ -107,7 +107,7 @@ def bench_view(record: Mapping[str, Any]) -> View:
             )
             rest = max(0, sizes["above_weights"] - sizes["gradients"] - sizes["optimizer"])
             held = [sizes["weights"], sizes["gradients"], sizes["optimizer"], rest]
-            add_row(memory, arm, *map(size_text, held))
+            add_row(memory, arm, *map(size, held))
         products = {found["matmul_precision"] for found in arms.values()}
         parts += [BLANK, speed, BLANK, memory, Text(f"products: {', '.join(sorted(products))}", style="dim")]
     versions = ", ".join(f"{package} {number}" for package, number in record["versions"].items())

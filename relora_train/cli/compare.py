@@ -11,7 +11,6 @@ from rich.text import Text
 
 from relora_train.cli.output import tell
 from relora_train.cli.precheck import check_inputs
-from relora_train.cli.progress_text import seconds_text
 from relora_train.cli.run import run_shown
 from relora_train.cli.summary import place
 from relora_train.cli.tables import add_row, table
@@ -23,6 +22,7 @@ from relora_train.runs.run import default_store_uri
 from relora_train.settings import load as profiles
 from relora_train.settings.measures import LOSS
 from relora_train.storage.opening import open_store
+from relora_train.text import duration
 
 if TYPE_CHECKING:
     from relora_train.experiments.records import ComparisonSummary
@@ -119,7 +119,7 @@ def print_comparison(console: Console, summary: ComparisonSummary, *, seconds: f
     closing = [f"Report: {place(summary.html_uri)}", f"JSON:   {place(summary.json_uri)}"]
     if summary.reused:
         closing.append(f"Reused: {summary.reused} of {len(data.runs)} runs")
-    closing.append(f"Experiment {data.experiment} finished in {seconds_text(seconds)}.")
+    closing.append(f"Experiment {data.experiment} finished in {duration(seconds)}.")
     for line in closing:
         console.print(Text(line), soft_wrap=True, highlight=False)
 
@@ -138,7 +138,7 @@ def print_measured(console: Console, summary: MeasuredSummary, *, seconds: float
         summary.measured.headline,
         f"Report: {place(summary.html_uri)}",
         f"JSON:   {place(summary.json_uri)}",
-        f"Experiment {summary.experiment} finished in {seconds_text(seconds)}.",
+        f"Experiment {summary.experiment} finished in {duration(seconds)}.",
     ):
         console.print(Text(line), soft_wrap=True, highlight=False)
 

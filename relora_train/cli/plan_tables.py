@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from relora_train.runs.plan import CheckpointSize, PhaseCost, Plan, PlannedStage
 from relora_train.settings.base import FrozenConfig
+from relora_train.text import short_count, size
 
 _PHASE_ROWS = (
     "trained parameters",
@@ -32,14 +33,14 @@ def sections(plan: Plan) -> tuple[Section, ...]:
         ("method", plan.method),
         ("data", plan.data_source),
         ("steps", f"{plan.total_steps:,}"),
-        ("tokens", f"{_short(plan.total_tokens)} ({plan.tokens_per_step:,} a step)"),
-        ("parameters", plan.unknown if plan.parameters is None else _short(plan.parameters)),
+        ("tokens", f"{short_count(plan.total_tokens)} ({plan.tokens_per_step:,} a step)"),
+        ("parameters", plan.unknown if plan.parameters is None else short_count(plan.parameters)),
     ]
     if plan.total_flops and plan.full_rank_flops:
         share = plan.total_flops / plan.full_rank_flops
         run.append(("FLOPs", f"{plan.total_flops:.3g} ({share:.0%} of full rank)"))
     if plan.disk_bytes:
-        run.append(("disk", f"{_size(plan.disk_bytes)} for all checkpoints and the snapshots beside them"))
+        run.append(("disk", f"{size(plan.disk_bytes)} for all checkpoints and the snapshots beside them"))
     stages = tuple(_stage_row(stage) for stage in plan.stages)
     columns = ("stage", "steps", "tokens", "learning rate", "FLOPs", "model", "optimizer", "adapter")
     tables = [
@@ -63,16 +64,16 @@ def sections(plan: Plan) -> tuple[Section, ...]:
 
 def _phase_column(cost: PhaseCost, parameters: int) -> tuple[str, ...]:
     memory = cost.memory
-    trained = f"{_short(cost.trainable_parameters)} ({cost.trainable_parameters / parameters:.0%})"
+    trained = f"{short_count(cost.trainable_parameters)} ({cost.trainable_parameters / parameters:.0%})"
     sizes = (memory.weights, memory.gradients, memory.optimizer, memory.merged, memory.total)
-    return (trained, f"{cost.flops_per_token:.3g}", *map(_size, (*sizes, cost.snapshot_bytes)))
+    return (trained, f"{cost.flops_per_token:.3g}", *map(size, (*sizes, cost.snapshot_bytes)))
 
 
 def _stage_row(stage: PlannedStage) -> tuple[str, ...]:
     return (
         stage.name,
         f"{stage.start_step + 1:,} to {stage.end_step:,}",
-        _short(stage.tokens),
+        short_count(stage.tokens),
         " → ".join(f"{point.learning_rate:.2g}" for point in stage.learning_rates),
         "?" if stage.flops is None else f"{stage.flops:.3g}",
         *_checkpoint_cells(stage.checkpoint),
@@ -82,18 +83,4 @@ def _stage_row(stage: PlannedStage) -> tuple[str, ...]:
 def _checkpoint_cells(checkpoint: CheckpointSize | None) -> tuple[str, ...]:
     if checkpoint is None:
         return ("?",) * 3
-    return tuple(_size(part) if part else "–" for part in (checkpoint.model, checkpoint.optimizer, checkpoint.adapter))
-
-
-def _short(number: float) -> str:
-    for limit, unit in ((1e9, "B"), (1e6, "M"), (1e3, "K")):
-        if number >= limit:
-            return f"{number / limit:.4g}{unit}"
-    return f"{number:.0f}"
-
-
-def _size(size_bytes: float) -> str:
-    for limit, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB")):
-        if size_bytes >= limit:
-            return f"{size_bytes / limit:.3g} {unit}"
-    return f"{size_bytes / 1e3:.3g} kB"
+    return tuple(size(part) if part else "–" for part in (checkpoint.model, checkpoint.optimizer, checkpoint.adapter))

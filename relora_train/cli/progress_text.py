@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import math
-import re
-
 from relora_train.events import Event
 from relora_train.settings.objectives import measures_in
-from relora_train.text import minutes_text
+from relora_train.text import duration
 
 
 def progress_line(event: Event, *, short: bool = False) -> str:
@@ -16,7 +13,7 @@ def progress_line(event: Event, *, short: bool = False) -> str:
     if not short:
         parts.append(f"lr {event['learning_rate']:.1e}")
     parts.append(f"{_thousands(event['tokens_per_second'])} tok/s")
-    parts.append(f"{seconds_text(event['eta_seconds'])} left")
+    parts.append(f"{duration(event['eta_seconds'])} left")
     return "  ".join(parts)
 
 
@@ -60,7 +57,7 @@ def stage_finished_line(event: Event, before: float | None) -> str:
     """'cycle-1: validation perplexity 120.41 → 98.33 in 4.2 s'."""
     headline = measures_in(event).headline
     return f"{event['stage']}: validation {headline.name} {headline.arrow(before, event.get(headline.key))}" + (
-        f" in {seconds_text(event['seconds'])}" if event.get("seconds") else ""
+        f" in {duration(event['seconds'])}" if event.get("seconds") else ""
     )
 
 
@@ -102,29 +99,6 @@ def evaluated_line(event: Event) -> str:
     headline, second = measures_in(event).headline, measures_in(event).second
     scores = f"validation {headline.name} {headline.text(event[headline.key])}"
     return f"{done} {event['stage']}: {scores}, {second.name} {second.text(event[second.key])}"
-
-
-def seconds_text(seconds: float) -> str:
-    """'4.2 s', '48 s', '3 min 20 s', '1 h 02 min', '2 d 04 h'."""
-    if not math.isfinite(seconds):
-        return "?"
-    if round(seconds) < 60:
-        return f"{seconds:.1f} s" if seconds < 9.95 else f"{seconds:.0f} s"
-    return minutes_text(seconds)
-
-
-def short_seconds_text(seconds: float) -> str:
-    """The same in a narrow column: '4.2s', '48s', '3m 20s', '1h 02m', '2d 04h'."""
-    text = seconds_text(seconds).replace(" min", "m")
-    return re.sub(r"(?<=\d) (?=[shd])", "", text)
-
-
-def count_text(number: float) -> str:
-    """'840', '10.2K', '1.23M', '6.8B'."""
-    for limit, unit in ((1e9, "B"), (1e6, "M"), (1e3, "K")):
-        if number >= limit:
-            return f"{number / limit:.3g}{unit}"
-    return f"{number:.0f}"
 
 
 def _number(event: Event, key: str, form: str) -> str:

@@ -12,9 +12,10 @@ from rich.text import Text
 from relora_train.checkpoints.lease import hold_series
 from relora_train.checkpoints.series import list_series, read_series, roll_back
 from relora_train.checkpoints.series_record import Change, SeriesRecord, champions_in_order
-from relora_train.cli.tables import BLANK, View, add_row, facts, number_text, table, time_text
+from relora_train.cli.tables import BLANK, View, add_row, facts, table
 from relora_train.runs.retraining.series_data import forget, read_data, read_decisions
 from relora_train.storage.base import ObjectStore
+from relora_train.text import decimal, moment
 
 
 def all_series_view(store: ObjectStore) -> View:
@@ -26,7 +27,7 @@ def all_series_view(store: ObjectStore) -> View:
     for name in names:
         record = read_series(store, name)
         latest = record.latest
-        add_row(made, name, str(latest.number), _short(latest), _loss(record, latest), time_text(latest.at))
+        add_row(made, name, str(latest.number), _short(latest), _loss(record, latest), moment(latest.at))
     return [Text(f"In {store.uri}"), made]
 
 
@@ -38,11 +39,11 @@ def series_view(store: ObjectStore, name: str) -> View:
     for change in record.changes:
         mark = "●" if change.number == record.latest.number else "○" if change.number in going_back else " "
         what = change.kind if change.back_to is None else f"rollback to {change.back_to}"
-        cells = (what, _short(change), _loss(record, change), time_text(change.at), change.by, change.reason)
+        cells = (what, _short(change), _loss(record, change), moment(change.at), change.by, change.reason)
         add_row(changes, mark, str(change.number), *cells)
     decisions = table("run", "outcome", "when", "why", left=("outcome", "why"))
     for decision in read_decisions(store, name):
-        add_row(decisions, decision.run_id, decision.outcome, time_text(decision.at), decision.reason)
+        add_row(decisions, decision.run_id, decision.outcome, moment(decision.at), decision.reason)
     state = {"series": name, "champion": f"{store.uri}/{record.latest.checkpoint}", "data seen": _seen(len(data.seen))}
     if data.pending is not None:
         state["under way"] = f"run {data.pending.run_id}; the next retrain goes on with it"
@@ -101,7 +102,7 @@ def _short(change: Change) -> str:
 def _loss(record: SeriesRecord, change: Change) -> str:
     """The champion's loss when it was promoted, also once a rollback has made it champion again."""
     promotion = change if change.back_to is None else record.changes[change.back_to - 1]
-    return number_text(promotion.scores.candidate_loss if promotion.scores else None, 4)
+    return decimal(promotion.scores.candidate_loss if promotion.scores else None, 4)
 
 
 def _seen(parts: int) -> str:

@@ -8,13 +8,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from relora_train.cli.progress_text import count_text, seconds_text, short_seconds_text
 from relora_train.cli.tables import add_row, common_place, samples_lines, table
 from relora_train.runs.divergence import divergence_text
 from relora_train.runs.summary import RunSummary, StageSummary
 from relora_train.settings.measures import Measures
 from relora_train.settings.objectives import measures_in
 from relora_train.storage.opening import uri_to_path
+from relora_train.text import counted, duration, short_count, short_duration
 
 _NOTHING_LEFT = (
     "The checkpoint this run started from has all of the profile's cycles: nothing was left to train. "
@@ -58,15 +58,15 @@ def closing_lines(summary: RunSummary, *, seconds: float) -> list[str]:
     reused = reused_text(summary)
     if reused:
         lines.append(f"Reused: {reused}")
-    return [*lines, f"Run {summary.run_id} finished in {seconds_text(seconds)}."]
+    return [*lines, f"Run {summary.run_id} finished in {duration(seconds)}."]
 
 
 def reused_text(summary: RunSummary) -> str:
     """'dataset, 5 stages, 2 evaluations'; '' for nothing."""
     stages = sum(stage.reused for stage in summary.stages)
     parts = ["dataset"] if summary.dataset_reused else []
-    parts += [_counted(stages, "stage")] if stages else []
-    parts += [_counted(summary.evaluations_reused, "evaluation")] if summary.evaluations_reused else []
+    parts += [counted(stages, "stage")] if stages else []
+    parts += [counted(summary.evaluations_reused, "evaluation")] if summary.evaluations_reused else []
     return ", ".join(parts)
 
 
@@ -89,13 +89,9 @@ def _row(stage: StageSummary, measures: Measures, prefix: str) -> tuple[str, ...
     return (
         stage.stage,
         f"{stage.start_step + 1}–{stage.end_step}",
-        count_text(stage.tokens),
+        short_count(stage.tokens),
         headline.change(stage.evaluation, digits=headline.short_digits),
         second.change(stage.evaluation, digits=second.short_digits),
-        "reused" if stage.reused else short_seconds_text(stage.seconds),
+        "reused" if stage.reused else short_duration(stage.seconds),
         stage.uri.removeprefix(prefix),
     )
-
-
-def _counted(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from datetime import datetime
 from typing import Any
 
 from rich import box
@@ -16,12 +15,11 @@ from rich.text import Text
 from relora_train.checkpoints.all_runs import RunInfo
 from relora_train.checkpoints.lineage import CheckpointRef
 from relora_train.cli.plan_tables import sections
-from relora_train.cli.progress_text import seconds_text
 from relora_train.runs.divergence import divergence_text
 from relora_train.runs.plan import Plan
 from relora_train.settings.measures import LOSS, Measure
 from relora_train.settings.objectives import measures_in
-from relora_train.text import size_text
+from relora_train.text import decimal, duration, moment, size
 
 _SAMPLE_CHARACTERS = 240
 _MERGE_NUMBERS = (("relative_update_norm", 4), ("effective_rank", 1))
@@ -51,15 +49,6 @@ def table(*columns: str, title: str | None = None, left: Sequence[str] = ()) -> 
 def add_row(made: Table, *cells: str) -> None:
     """Add text as it is: a '[' in a name is no markup."""
     made.add_row(*(Text(cell) for cell in cells))
-
-
-def time_text(moment: datetime) -> str:
-    """In the local time zone, to the minute."""
-    return f"{moment.astimezone():%Y-%m-%d %H:%M}"
-
-
-def number_text(value: float | None, digits: int = 2) -> str:
-    return "–" if value is None else f"{value:,.{digits}f}"
 
 
 def common_place(uris: Sequence[str]) -> str:
@@ -99,7 +88,7 @@ def runs_view(runs: Sequence[RunInfo]) -> View:
     """Every run of a store."""
     made = table("run", "profile", "checkpoints", "latest step", "last commit", left=("profile",))
     for run in runs:
-        counts = (str(run.checkpoint_count), f"{run.latest_step:,}", time_text(run.modified_at))
+        counts = (str(run.checkpoint_count), f"{run.latest_step:,}", moment(run.modified_at))
         add_row(made, run.run_id, run.profile or "damaged", *counts)
     return [made]
 
@@ -120,8 +109,8 @@ def checkpoints_view(refs: Sequence[CheckpointRef], line: Sequence[CheckpointRef
             f"{ref.step:,}",
             f"{manifest.tokens_seen:,}",
             headline.text(manifest.evaluation.get(headline.key)),
-            size_text(manifest.size_bytes),
-            time_text(manifest.created_at),
+            size(manifest.size_bytes),
+            moment(manifest.created_at),
             ref.uri.removeprefix(place),
         )
     where = Text(f"Below {place}" if place else "")
@@ -139,7 +128,7 @@ def checkpoint_view(ref: CheckpointRef, line: Sequence[CheckpointRef]) -> View:
             "run, stage": f"{manifest.run_id}, {manifest.stage} of profile {manifest.profile}",
             "step": f"{ref.step:,} ({manifest.cycle} merges, {manifest.tokens_seen:,} tokens)",
             **{m.name: m.change(manifest.evaluation) for m in (measures.headline, measures.second)},
-            "committed": f"{time_text(manifest.created_at)}, after {seconds_text(manifest.stage_seconds)} of work",
+            "committed": f"{moment(manifest.created_at)}, after {duration(manifest.stage_seconds)} of work",
             "fingerprint": manifest.fingerprint,
             **_variant(ref),
             "dataset": manifest.dataset_uri,
@@ -204,9 +193,9 @@ def _lineage(ref: CheckpointRef, line: Sequence[CheckpointRef]) -> RenderableTyp
 
 
 def _files(ref: CheckpointRef) -> RenderableType:
-    made = table("file", "size", "SHA-256", title=f"Files, {size_text(ref.manifest.size_bytes)}", left=("SHA-256",))
+    made = table("file", "size", "SHA-256", title=f"Files, {size(ref.manifest.size_bytes)}", left=("SHA-256",))
     for entry in ref.manifest.files:
-        add_row(made, entry.path, size_text(entry.size_bytes), entry.sha256[:16])
+        add_row(made, entry.path, size(entry.size_bytes), entry.sha256[:16])
     return made
 
 
@@ -217,9 +206,7 @@ def _merge(report: dict[str, Any]) -> View:
     made = table("merge", "layers", "mean ‖ΔW‖/‖W‖", "mean effective rank")
     for kind, layers in kinds.items():
         add_row(made, kind, str(len(layers)), *(_mean(layers, key, digits) for key, digits in _MERGE_NUMBERS))
-    overall = ", ".join(
-        f"{key.replace('_', ' ')} {number_text(report.get(key), digits)}" for key, digits in _MERGE_NUMBERS
-    )
+    overall = ", ".join(f"{key.replace('_', ' ')} {decimal(report.get(key), digits)}" for key, digits in _MERGE_NUMBERS)
     change, zeroed = report.get("max_relative_output_change"), report.get("optimizer_state_zeroed")
     changed = (
         f"The model's output changed by {'–' if change is None else f'{change:.1e}'} at most, relative to its size"
@@ -230,4 +217,4 @@ def _merge(report: dict[str, Any]) -> View:
 
 def _mean(layers: Sequence[dict[str, Any]], key: str, digits: int) -> str:
     values = [layer[key] for layer in layers if layer.get(key) is not None]
-    return number_text(sum(values) / len(values) if values else None, digits)
+    return decimal(sum(values) / len(values) if values else None, digits)

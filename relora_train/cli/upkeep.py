@@ -17,7 +17,7 @@ from relora_train.checkpoints.upkeep.retention_profile import policy_of_run
 from relora_train.checkpoints.upkeep.verify import Verification, verify_checkpoint, verify_run
 from relora_train.cli.tables import BLANK, View, add_row, table
 from relora_train.storage.base import ObjectStore
-from relora_train.text import size_text
+from relora_train.text import size
 
 
 def prune(
@@ -44,15 +44,15 @@ def prune_view(report: PruneReport) -> View:
     for verdict in report.verdicts:
         manifest = verdict.checkpoint.manifest
         fate, why = ("stays", "; ".join(verdict.reasons)) if verdict.keep else (word, "")
-        add_row(made, manifest.stage, f"{manifest.step:,}", size_text(manifest.size_bytes), fate, why)
+        add_row(made, manifest.stage, f"{manifest.step:,}", size(manifest.size_bytes), fate, why)
     parts: View = [Text(f"Run {report.run_id}"), made, BLANK]
     parts += [
-        Text(f"{word}: {left.uri}, {left.why}, {left.object_count} objects, {size_text(left.size_bytes)}")
+        Text(f"{word}: {left.uri}, {left.why}, {left.object_count} objects, {size(left.size_bytes)}")
         for left in report.leftovers
     ]
     parts += [Text(f"Later: {note}.") for note in report.notes]
     verb = "would be removed" if report.dry_run else "removed"
-    total = f"{len(report.removed)} checkpoints {verb}, with leftovers {size_text(report.removed_bytes)}"
+    total = f"{len(report.removed)} checkpoints {verb}, with leftovers {size(report.removed_bytes)}"
     return [*parts, Text(f"{total} ({report.removed_bytes:,} bytes).")]
 
 
@@ -87,7 +87,7 @@ def verify(store: ObjectStore, name: str) -> Verification:
 def verify_view(found: Verification) -> View:
     parts: View = [Text.assemble((each.kind, "bold red"), f"  {each.uri}: {each.message}") for each in found.findings]
     parts += [Text(f"Note: {note}.") for note in found.notes]
-    read = f"{found.files} files in {found.bundles} bundles, {size_text(found.size_bytes)}, read again"
+    read = f"{found.files} files in {found.bundles} bundles, {size(found.size_bytes)}, read again"
     return [*parts, Text(f"{read}: {_verdict(found)}.")]
 
 

@@ -14,27 +14,24 @@ import numpy as np
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from relora_train.experiments.records import Comparison, CurvePoint, ScorePoint
-from relora_train.reports.plot_style import LIGHT, Theme, legend, new_figure, plain, to_png
+from relora_train.reports.plot_style import ACCENT, SERIES, legend, new_figure, plain, to_png
 from relora_train.reports.statistics import Estimate, estimate
 from relora_train.settings.measures import LOSS
 
 _DPI = 160
-_COLOURS = {
-    "light": ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00"),
-    "dark": ("#56b4e9", "#e69f00", "#2fc39a", "#e29ac2", "#4c8fd0", "#f0e442"),
-}
+_COLOURS = (*SERIES, ACCENT, "#56b4e9", "#e69f00")
 """Okabe and Ito's, without black and, on white, yellow."""
 _DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1.5, 1.5)))
 
 
-def draw_comparison(data: Comparison, theme: Theme = LIGHT) -> dict[str, bytes]:
+def draw_comparison(data: Comparison) -> dict[str, bytes]:
     """PNG bytes by file name, in the order of the report; a plot without data is left out."""
     named = [("training_loss.png", "training", 3.9), ("validation_loss.png", "validation", 3.6)]
     if data.measures.judged != LOSS:  # else the loss says it all
         named.append(("validation_score.png", "scored", 3.6))
     curves = {name: (arm_curves(data, which), which, height) for name, which, height in named}
     return {
-        name: to_png(_figure(data, found, which, height, theme), theme, dpi=_DPI)
+        name: to_png(_figure(data, found, which, height), dpi=_DPI)
         for name, (found, which, height) in curves.items()
         if found
     }
@@ -56,13 +53,10 @@ def arm_curves(data: Comparison, which: str) -> dict[str, list[tuple[float, Esti
     return found
 
 
-def _figure(
-    data: Comparison, curves: dict[str, list[tuple[float, Estimate]]], which: str, height: float, theme: Theme
-) -> Any:
-    figure, grid = new_figure(theme, height)
+def _figure(data: Comparison, curves: dict[str, list[tuple[float, Estimate]]], which: str, height: float) -> Any:
+    figure, grid = new_figure(height)
     axes = grid[0, 0]
-    colours = _COLOURS["light" if theme is LIGHT else "dark"]
-    looks = itertools.cycle(itertools.product(_DASHES, colours))
+    looks = itertools.cycle(itertools.product(_DASHES, _COLOURS))
     style = {arm.arm: look for arm, look in zip(data.arms, looks, strict=False)}
     for arm, curve in curves.items():
         dashes, colour = style[arm]
@@ -80,7 +74,7 @@ def _figure(
     unit, name = next(((u, n) for u, n in ((1e9, "B"), (1e6, "M"), (1e3, "k")) if data.budget_tokens >= 2 * u), (1, ""))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value / unit:,g}{name if value else ''}"))
     rises = which == "scored" and data.measures.judged.higher_is_better
-    legend(axes, theme, columns=2 if len(curves) > 4 else 1, place="lower right" if rises else "upper right")
+    legend(axes, columns=2 if len(curves) > 4 else 1, place="lower right" if rises else "upper right")
     return figure
 
 

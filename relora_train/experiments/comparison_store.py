@@ -8,7 +8,6 @@ from relora_train.checkpoints.layout import experiment_prefix
 from relora_train.experiments.comparison_page import render_comparison
 from relora_train.experiments.comparison_plots import draw_comparison
 from relora_train.experiments.records import Comparison
-from relora_train.reports.plot_style import DARK, LIGHT
 from relora_train.storage.base import ObjectStore
 
 HTML_NAME, JSON_NAME = "report.html", "comparison.json"
@@ -26,13 +25,13 @@ class StoredComparison:
 def store_comparison(data: Comparison, store: ObjectStore) -> StoredComparison:
     """Write the report; one of the same arms from before, with fewer seeds or more, is replaced."""
     prefix = f"{experiment_prefix(data.experiment)}{data.digest}"
-    light, dark = draw_comparison(data, LIGHT), draw_comparison(data, DARK)
-    html = render_comparison(data, {name: (light[name], dark[name]) for name in light})
-    files = {**light, JSON_NAME: (data.model_dump_json(indent=1) + "\n").encode(), HTML_NAME: html.encode()}
+    pictures = draw_comparison(data)
+    html = render_comparison(data, pictures)
+    files = {**pictures, JSON_NAME: (data.model_dump_json(indent=1) + "\n").encode(), HTML_NAME: html.encode()}
     for name, content in files.items():
         store.put_bytes(f"{prefix}/{name}", content)
     return StoredComparison(
         html_uri=f"{store.uri}/{prefix}/{HTML_NAME}",
         json_uri=f"{store.uri}/{prefix}/{JSON_NAME}",
-        picture_uris=tuple(f"{store.uri}/{prefix}/{name}" for name in light),
+        picture_uris=tuple(f"{store.uri}/{prefix}/{name}" for name in pictures),
     )

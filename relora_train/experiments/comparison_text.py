@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Literal
 
 from relora_train.experiments.records import ArmResult, Comparison
-from relora_train.reports.text import MISSING, count, decimal, duration, estimate_text, signed_estimate_text, size
+from relora_train.reports.text import estimate_text, signed_estimate_text
+from relora_train.text import MISSING, count, decimal, duration, markdown_cell, markdown_table, size
 
 _NAMED = 5
 """Arms in the headline at most."""
@@ -81,23 +82,31 @@ def facts_line(data: Comparison) -> str:
 
 def comparison_markdown(data: Comparison) -> str:
     """A heading, the result in one sentence, the table, the differences."""
-    header = arm_header(data)
-    lines = [f"| {' | '.join(header)} |", f"|:--|{'--:|' * (len(header) - 1)}"]
-    lines += [f"| {' | '.join(map(_cell, arm_cells(data, row)))} |" for row in data.arms]
+    lines = markdown_table(arm_header(data), (arm_cells(data, row) for row in data.arms))
     judged = data.measures.judged
     differences = [
-        f"- {_cell(data.label(each.arm))}: {signed_estimate_text(each.score(judged))}"
+        f"- {markdown_cell(data.label(each.arm))}: {signed_estimate_text(each.score(judged))}"
         for each in data.differences
         if each.arm != data.reference and each.score(judged)
     ]
-    reference = _cell(data.label(data.reference))
+    reference = markdown_cell(data.label(data.reference))
     paired = (
         ["", f"{judged.name.capitalize()} less that of {reference}, paired by seed:", "", *differences]
         if differences
         else []
     )
     return "\n".join(
-        [f"# {_cell(data.title)}", "", _cell(headline(data)), "", _cell(facts_line(data)), "", *lines, *paired, ""]
+        [
+            f"# {markdown_cell(data.title)}",
+            "",
+            markdown_cell(headline(data)),
+            "",
+            markdown_cell(facts_line(data)),
+            "",
+            *lines,
+            *paired,
+            "",
+        ]
     )
 
 
@@ -109,8 +118,3 @@ def _millions(parameters: int | None) -> str:
     if parameters is None or parameters < 1_000_000:
         return count(parameters)
     return f"{parameters / 1e6:,.1f}M"
-
-
-def _cell(text: str) -> str:
-    flat = " ".join(text.split()).replace("|", "\\|")
-    return flat.replace("&", "&amp;").replace("<", "&lt;").replace("[", "\\[").replace("*", "\\*").replace("`", "'")

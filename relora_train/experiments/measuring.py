@@ -7,11 +7,11 @@ from relora_train.experiments.measured import Measured, MeasuredExperiment, Tuto
 from relora_train.experiments.throughput import measure_throughput
 
 
-def measure(experiment: MeasuredExperiment) -> tuple[Measured, dict[str, tuple[bytes, bytes]]]:
-    """What it came to, and its figures as PNG bytes for light and dark pages by file name."""
+def measure(experiment: MeasuredExperiment) -> tuple[Measured, dict[str, bytes]]:
+    """Return what it came to, and its figures as PNG bytes by file name."""
     config = experiment.config
     if isinstance(config, TutorialExperiment):
-        from relora_train.experiments.tutorial_summary import measure_tutorial
+        from relora_train.experiments.tutorial_report import measure_tutorial
 
         events.emit("measuring", what=f"{len(config.seeds)} seeds of three arms", done=0, total=1)
         return measure_tutorial(config)

@@ -15,8 +15,9 @@ from relora_train import events
 from relora_train.experiments.bench import FULL, RELORA, StepResult, measure, step_requests
 from relora_train.experiments.measured import Measured, MeasuredTable, PaperThroughput, ThroughputExperiment
 from relora_train.reports.statistics import Estimate, estimate
-from relora_train.reports.text import decimal, estimate_text, size
+from relora_train.reports.text import estimate_text
 from relora_train.settings.load import load_profile
+from relora_train.text import decimal, size
 
 
 def measure_throughput(config: ThroughputExperiment) -> Measured:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -31,28 +30,16 @@ PALETTE = 256
 _LEFT, _RIGHT, _BOTTOM = 0.62, 0.10, 0.45  # inches, the same for all, so that steps lie one above another
 
 
-@dataclass(frozen=True)
-class Theme:
-    """Colours of one figure."""
-
-    background: str
-    text: str
-    muted: str
-    grid: str
-    band: str
-    series: tuple[str, str, str]
-    accent: str
-
-
-LIGHT = Theme("#ffffff", "#1d2329", "#5f6b76", "#e3e7ea", "#f4f6f8", ("#0072b2", "#d55e00", "#009e73"), "#cc79a7")
-DARK = Theme("#171b20", "#e6e9ec", "#98a3ad", "#2f363d", "#1e242a", ("#56b4e9", "#e69f00", "#2fc39a"), "#e29ac2")
+BACKGROUND, TEXT, MUTED, GRID, BAND = "#ffffff", "#1d2329", "#5f6b76", "#e3e7ea", "#f4f6f8"
+SERIES = ("#0072b2", "#d55e00", "#009e73")
+ACCENT = "#cc79a7"
 
 
 def new_figure(
-    theme: Theme, height: float, rows: int = 1, columns: int = 1, *, titled: bool = False, **options: Any
+    height: float, rows: int = 1, columns: int = 1, *, titled: bool = False, **options: Any
 ) -> tuple[Figure, Any]:
     """A figure WIDTH_INCHES wide and its (rows, columns) axes in the report's style; `titled` leaves room on top."""
-    figure = Figure(figsize=(WIDTH_INCHES, height), facecolor=theme.background)
+    figure = Figure(figsize=(WIDTH_INCHES, height), facecolor=BACKGROUND)
     FigureCanvasAgg(figure)
     grid = figure.subplots(rows, columns, squeeze=False, **options)
     figure.subplots_adjust(
@@ -62,11 +49,11 @@ def new_figure(
         bottom=_BOTTOM / height,
     )
     for axes in grid.flat:
-        _style(axes, theme)
+        _style(axes)
     return figure, grid
 
 
-def mark_stages(axes: Any, stages: Sequence[StageRow], theme: Theme, *, labels: bool = False) -> None:
+def mark_stages(axes: Any, stages: Sequence[StageRow], *, labels: bool = False) -> None:
     """Every other stage shaded; a dashed line where a merge closes one; names on top where they fit."""
     first, last = stages[0].start_step, stages[-1].end_step
     span = max(1, last - first)
@@ -76,11 +63,11 @@ def mark_stages(axes: Any, stages: Sequence[StageRow], theme: Theme, *, labels: 
     every = math.ceil(len(stages) / MAX_STAGE_LABELS)
     for i, row in enumerate(stages):
         if i % 2 == 0:
-            axes.axvspan(row.start_step, row.end_step, color=theme.band, linewidth=0, zorder=0)
+            axes.axvspan(row.start_step, row.end_step, color=BAND, linewidth=0, zorder=0)
         if row.rank is not None:
-            axes.axvline(row.end_step, color=theme.accent, linestyle=(0, (4, 3)), linewidth=0.9, zorder=1)
+            axes.axvline(row.end_step, color=ACCENT, linestyle=(0, (4, 3)), linewidth=0.9, zorder=1)
         if labels and i % every == 0:
-            place = {"xycoords": ("data", "axes fraction"), "ha": "center", "fontsize": 8.5, "color": theme.muted}
+            place = {"xycoords": ("data", "axes fraction"), "ha": "center", "fontsize": 8.5, "color": MUTED}
             axes.annotate(plain(row.stage), ((row.start_step + row.end_step) / 2, 1.03), **place)
 
 
@@ -136,12 +123,12 @@ def running_mean(values: Floats) -> Floats:
     return means
 
 
-def legend(axes: Any, theme: Theme, *, columns: int = 3, place: str = "upper right") -> None:
+def legend(axes: Any, *, columns: int = 3, place: str = "upper right") -> None:
     """Names of the lines; nothing where no line has a name."""
     if axes.get_legend_handles_labels()[0]:
         axes.legend(
-            fontsize=8.5, labelcolor=theme.text, ncols=columns, loc=place, borderaxespad=0.3,
-            facecolor=theme.background, edgecolor="none", framealpha=0.85,
+            fontsize=8.5, labelcolor=TEXT, ncols=columns, loc=place, borderaxespad=0.3,
+            facecolor=BACKGROUND, edgecolor="none", framealpha=0.85,
         )  # fmt: skip
 
 
@@ -169,37 +156,24 @@ def plain(text: str) -> str:
     return drawable.replace("$", r"\$")
 
 
-def to_png(figure: Figure, theme: Theme, *, dpi: int) -> bytes:
-    """PNG bytes in at most PALETTE colours: a third of the size, and no one can tell. The same every time.
-
-    The theme's and the most frequent colours stay exact, so that backgrounds meet the page's; the others, of pixels at
-    edges, become the nearest of them.
-    """
+def to_png(figure: Figure, *, dpi: int) -> bytes:
+    """Return PNG bytes in at most PALETTE colours: a third of the size, and no one can tell. The same every time."""
     figure.set_dpi(dpi)
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
-    pixels = np.asarray(canvas.buffer_rgba())[:, :, :3].astype(np.int64)  # (height, width, 3)
-    codes: NDArray[np.int64] = pixels[:, :, 0] << 16 | pixels[:, :, 1] << 8 | pixels[:, :, 2]
-    colours, place, counts = np.unique(codes, return_inverse=True, return_counts=True)
-    counts[np.isin(colours, [int(colour[1:], 16) for colour in (*theme.series, theme.accent)])] = codes.size
-    kept = np.sort(np.argsort(-counts, kind="stable")[:PALETTE])
-    channels = np.stack([colours >> 16, colours >> 8 & 255, colours & 255], axis=1).astype(np.float64)  # (colours, 3)
-    # |c − k|² − |c|² is as small for the same k, and needs no (colours, PALETTE, 3) array.
-    nearest = ((channels[kept] ** 2).sum(axis=1) - 2 * channels @ channels[kept].T).argmin(axis=1)
-    image = Image.fromarray(nearest[place].astype(np.uint8), mode="P")
-    image.putpalette(channels[kept].astype(np.uint8).tobytes())
+    image = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
     buffer = io.BytesIO()
-    image.save(buffer, "PNG")
+    image.quantize(PALETTE, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE).save(buffer, "PNG")
     return buffer.getvalue()
 
 
-def _style(axes: Any, theme: Theme) -> None:
-    axes.set_facecolor(theme.background)
-    axes.grid(visible=True, axis="y", color=theme.grid, linewidth=0.8)
+def _style(axes: Any) -> None:
+    axes.set_facecolor(BACKGROUND)
+    axes.grid(visible=True, axis="y", color=GRID, linewidth=0.8)
     axes.set_axisbelow(True)
-    axes.tick_params(which="both", colors=theme.muted, labelsize=8.5, length=0)
+    axes.tick_params(which="both", colors=MUTED, labelsize=8.5, length=0)
     for axis in (axes.xaxis, axes.yaxis):
-        axis.label.set(color=theme.muted, fontsize=9)
+        axis.label.set(color=MUTED, fontsize=9)
     for side, spine in axes.spines.items():
         spine.set_visible(side == "bottom")
-        spine.set_color(theme.grid)
+        spine.set_color(GRID)

@@ -15,10 +15,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
 from relora_train.reports.plot_style import (
-    LIGHT,
+    BACKGROUND,
     MAX_STAGE_LABELS,
+    SERIES,
+    TEXT,
     Floats,
-    Theme,
     compact_numbers,
     curve,
     legend,
@@ -35,20 +36,20 @@ OVERVIEW_BYTES = 44_000  # below 60 kB as a data URL
 _REPORT_DPI = 160
 
 
-def draw_plots(data: RunData, theme: Theme = LIGHT) -> dict[str, bytes]:
+def draw_plots(data: RunData) -> dict[str, bytes]:
     """PNG bytes by file name, in the order of the report; a plot without data is left out."""
     recorded = len(data.train) > 0
     low_rank = bool(np.isfinite(data.train["lora_A_grad_norm"]).any())
     scored = any(points.size for points in _scores(data))
-    plots: list[tuple[str, bool, Callable[[RunData, Theme], Figure]]] = [
+    plots: list[tuple[str, bool, Callable[[RunData], Figure]]] = [
         ("loss.png", recorded, loss_figure),
         ("learning_rate.png", recorded, learning_rate_figure),
         (score_plot_name(data), scored, score_figure),
         ("gradient_norm.png", recorded and low_rank, gradient_norm_figure),
         ("throughput.png", recorded, throughput_figure),
     ]
-    figures = {name: draw(data, theme) for name, wanted, draw in plots if wanted} | _rank_figures(data, theme)
-    return {name: to_png(figure, theme, dpi=_REPORT_DPI) for name, figure in figures.items()}
+    figures = {name: draw(data) for name, wanted, draw in plots if wanted} | _rank_figures(data)
+    return {name: to_png(figure, dpi=_REPORT_DPI) for name, figure in figures.items()}
 
 
 def score_plot_name(data: RunData) -> str:
@@ -56,85 +57,85 @@ def score_plot_name(data: RunData) -> str:
     return f"{data.measures.headline.name}.png"
 
 
-def _rank_figures(data: RunData, theme: Theme) -> dict[str, Figure]:
+def _rank_figures(data: RunData) -> dict[str, Figure]:
     figures, history = {}, data.history
     if data.spectra:
         ranks = [row.rank for row in data.stages if row.rank is not None]
         cycle_rank, total_rank = (ranks[-1], sum(ranks)) if ranks else (None, None)
-        figures["spectra.png"] = spectra_figure(data.spectra, theme, cycle_rank=cycle_rank, total_rank=total_rank)
+        figures["spectra.png"] = spectra_figure(data.spectra, cycle_rank=cycle_rank, total_rank=total_rank)
     if history is not None and len(history.growth_stages) > 1:
-        figures["growth.png"] = growth_figure(history, theme)
+        figures["growth.png"] = growth_figure(history)
     if history is not None and history.overlaps:
-        figures["overlap.png"] = overlap_figure(history, theme)
+        figures["overlap.png"] = overlap_figure(history)
     return figures
 
 
 def overview_png(data: RunData) -> bytes:
     """Loss, learning rate and validation score in one small figure: at most OVERVIEW_BYTES, for a data URL."""
-    figure, grid = new_figure(LIGHT, 6.4, rows=3, titled=True, sharex=True, height_ratios=(3, 1.4, 2))
+    figure, grid = new_figure(6.4, rows=3, titled=True, sharex=True, height_ratios=(3, 1.4, 2))
     figure.subplots_adjust(hspace=0.14)
     upper, middle, lower = grid.flat
-    _draw_loss(upper, data, LIGHT)
-    _draw_learning_rate(middle, data, LIGHT)
-    _draw_scores(lower, data, LIGHT)
+    _draw_loss(upper, data)
+    _draw_learning_rate(middle, data)
+    _draw_scores(lower, data)
     scored = f"Validation {data.measures.headline.name}"
     for axes, title in ((upper, "Training loss"), (middle, "Learning rate"), (lower, scored)):
         x, y, side = (0.995, 0.88, "right") if axes is middle else (0.008, 0.05, "left")  # where curves are not
-        box = {"facecolor": LIGHT.background, "edgecolor": "none", "alpha": 0.8, "pad": 2}
+        box = {"facecolor": BACKGROUND, "edgecolor": "none", "alpha": 0.8, "pad": 2}
         axes.annotate(title, (x, y), xycoords="axes fraction", ha=side, va="center", fontsize=9.5, bbox=box)
     for axes in (upper, middle):
         axes.tick_params(labelbottom=False)
     lower.set_xlabel("step")
-    sizes = (to_png(figure, LIGHT, dpi=dpi) for dpi in (110, 96, 80, 64, 48))
+    sizes = (to_png(figure, dpi=dpi) for dpi in (110, 96, 80, 64, 48))
     return next(png for png in sizes if len(png) <= OVERVIEW_BYTES)
 
 
-def loss_figure(data: RunData, theme: Theme) -> Figure:
+def loss_figure(data: RunData) -> Figure:
     """Training loss by step: the records faint, their running mean within each stage strong."""
-    return _figure_by_step(data, theme, 3.7, _draw_loss, titled=True)
+    return _figure_by_step(data, 3.7, _draw_loss, titled=True)
 
 
-def learning_rate_figure(data: RunData, theme: Theme) -> Figure:
+def learning_rate_figure(data: RunData) -> Figure:
     """The jagged learning rate by step."""
-    return _figure_by_step(data, theme, 2.4, _draw_learning_rate)
+    return _figure_by_step(data, 2.4, _draw_learning_rate)
 
 
-def score_figure(data: RunData, theme: Theme) -> Figure:
+def score_figure(data: RunData) -> Figure:
     """Validation score of every checkpoint: by the trainer, and by the evaluation task where it ran."""
-    return _figure_by_step(data, theme, 3.0, _draw_scores)
+    return _figure_by_step(data, 3.0, _draw_scores)
 
 
-def gradient_norm_figure(data: RunData, theme: Theme) -> Figure:
+def gradient_norm_figure(data: RunData) -> Figure:
     """Gradient norms by step, on a log scale: of all parameters, of A and of B."""
-    return _figure_by_step(data, theme, 2.8, _draw_gradient_norm)
+    return _figure_by_step(data, 2.8, _draw_gradient_norm)
 
 
-def throughput_figure(data: RunData, theme: Theme) -> Figure:
+def throughput_figure(data: RunData) -> Figure:
     """Tokens per second of the records by step."""
-    return _figure_by_step(data, theme, 2.3, _draw_throughput)
+    return _figure_by_step(data, 2.3, _draw_throughput)
 
 
 def _figure_by_step(
-    data: RunData, theme: Theme, height: float, draw: Callable[[Any, RunData, Theme], None], *, titled: bool = False
+    data: RunData, height: float, draw: Callable[[Any, RunData], None], *, titled: bool = False
 ) -> Figure:
-    figure, grid = new_figure(theme, height, titled=titled)
+    figure, grid = new_figure(height, titled=titled)
     axes = grid[0, 0]
     axes.set_xlabel("step")
-    draw(axes, data, theme)
+    draw(axes, data)
     return figure
 
 
-def _draw_loss(axes: Any, data: RunData, theme: Theme) -> None:
+def _draw_loss(axes: Any, data: RunData) -> None:
     steps, loss = data.train.step, data.train["loss"]
-    mark_stages(axes, data.stages, theme, labels=True)
-    smoothed_curve(axes, steps, loss, data.stages, theme.series[0])
+    mark_stages(axes, data.stages, labels=True)
+    smoothed_curve(axes, steps, loss, data.stages, SERIES[0])
     highest = loss_ceiling(data)
     if highest is not None:
         lowest = float(np.min(loss[np.isfinite(loss)]))
         axes.set_ylim(lowest - 0.08 * (highest - lowest), highest)
     bad = steps[~np.isfinite(loss)]
     if bad.size:
-        axes.plot(bad, np.full(bad.size, 0.03), "x", color=theme.series[1], transform=axes.get_xaxis_transform())
+        axes.plot(bad, np.full(bad.size, 0.03), "x", color=SERIES[1], transform=axes.get_xaxis_transform())
 
 
 def loss_ceiling(data: RunData) -> float | None:
@@ -150,30 +151,30 @@ def loss_ceiling(data: RunData) -> float | None:
     return float(later.max() + 0.08 * (later.max() - later.min()))
 
 
-def _draw_learning_rate(axes: Any, data: RunData, theme: Theme) -> None:
-    mark_stages(axes, data.stages, theme)
-    curve(axes, data.train.step, data.train["learning_rate"], theme.series[0], width=1.3)
+def _draw_learning_rate(axes: Any, data: RunData) -> None:
+    mark_stages(axes, data.stages)
+    curve(axes, data.train.step, data.train["learning_rate"], SERIES[0], width=1.3)
     axes.set_ylim(bottom=0)
     axes.yaxis.set_major_formatter(
         FuncFormatter(lambda value, _: f"{value:.1e}".replace("e-0", "e-") if value else "0")
     )
 
 
-def _draw_throughput(axes: Any, data: RunData, theme: Theme) -> None:
-    mark_stages(axes, data.stages, theme)
-    smoothed_curve(axes, data.train.step, data.train["tokens_per_second"], data.stages, theme.series[0])
+def _draw_throughput(axes: Any, data: RunData) -> None:
+    mark_stages(axes, data.stages)
+    smoothed_curve(axes, data.train.step, data.train["tokens_per_second"], data.stages, SERIES[0])
     axes.set_ylim(bottom=0)
     compact_numbers(axes.yaxis)
 
 
-def _draw_gradient_norm(axes: Any, data: RunData, theme: Theme) -> None:
-    mark_stages(axes, data.stages, theme)
+def _draw_gradient_norm(axes: Any, data: RunData) -> None:
+    mark_stages(axes, data.stages)
     named = (("grad_norm", "all"), ("lora_A_grad_norm", "A"), ("lora_B_grad_norm", "B"))
-    for (name, label), colour in zip(named, theme.series, strict=True):
+    for (name, label), colour in zip(named, SERIES, strict=True):
         values = np.where(data.train[name] > 0, data.train[name], np.nan)
         smoothed_curve(axes, data.train.step, values, data.stages, colour, label=label)
     log_scale(axes.yaxis, axes)
-    legend(axes, theme)
+    legend(axes)
 
 
 def _scores(data: RunData) -> tuple[Floats, Floats, Floats]:
@@ -185,17 +186,17 @@ def _scores(data: RunData) -> tuple[Floats, Floats, Floats]:
     return _finite_points(before), _finite_points(after), _finite_points(task)
 
 
-def _draw_scores(axes: Any, data: RunData, theme: Theme) -> None:
-    mark_stages(axes, data.stages, theme)
+def _draw_scores(axes: Any, data: RunData) -> None:
+    mark_stages(axes, data.stages)
     before, after, task = _scores(data)
     # The untrained model's perplexity, about the vocabulary's size, would flatten everything that is of interest.
     ceiling = 4 * float(np.max(after[:, 1], initial=0.0)) or math.inf
     before = before[before[:, 1] <= ceiling]
     named = (("before the stage", before, "o"), ("after the stage", after, "o-"), ("evaluation task", task, "D"))
     looks: tuple[dict[str, Any], ...] = (
-        {"color": theme.series[1], "markersize": 7.5, "markerfacecolor": "none"},
-        {"color": theme.series[0], "markersize": 4.5, "linewidth": 1.4},
-        {"color": theme.series[2], "markersize": 4.5},
+        {"color": SERIES[1], "markersize": 7.5, "markerfacecolor": "none"},
+        {"color": SERIES[0], "markersize": 4.5, "linewidth": 1.4},
+        {"color": SERIES[2], "markersize": 4.5},
     )
     for (label, points, marker), look in zip(named, looks, strict=True):
         if points.size:
@@ -203,11 +204,11 @@ def _draw_scores(axes: Any, data: RunData, theme: Theme) -> None:
     digits = max(1, data.measures.headline.digits - 1)
     offset = -14 if data.measures.headline.higher_is_better else 8  # on the side where no curve comes from
     for step, value in after if len(after) <= MAX_STAGE_LABELS else after[-1:]:
-        place = {"xytext": (0, offset), "textcoords": "offset points", "ha": "center", "color": theme.text}
+        place = {"xytext": (0, offset), "textcoords": "offset points", "ha": "center", "color": TEXT}
         axes.annotate(f"{value:,.{digits}f}", (step, value), fontsize=8.5, **place)
     axes.margins(y=0.25)
     compact_numbers(axes.yaxis)
-    legend(axes, theme)
+    legend(axes)
 
 
 def _finite_points(points: Sequence[tuple[int, float | None]]) -> Floats:

@@ -11,7 +11,18 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from relora_train.reports.plot_style import Theme, legend, log_scale, new_figure, plain
+from relora_train.reports.plot_style import (
+    ACCENT,
+    BACKGROUND,
+    BAND,
+    MUTED,
+    SERIES,
+    TEXT,
+    legend,
+    log_scale,
+    new_figure,
+    plain,
+)
 from relora_train.reports.ranks.cycles import CycleHistory, LayerGrowth
 from relora_train.reports.ranks.kinds import by_kind
 from relora_train.reports.ranks.layers import block_of, kind_of
@@ -24,9 +35,7 @@ _CHANCE_IS_PALE = 4.0  # times the overlap by chance has the full colour, so tha
 _BOUND_FITS = 2.5  # times the highest curve: what the rank can be at most is drawn in full up to there
 
 
-def spectra_figure(
-    spectra: Sequence[LayerSpectrum], theme: Theme, *, cycle_rank: int | None, total_rank: int | None
-) -> Figure:
+def spectra_figure(spectra: Sequence[LayerSpectrum], *, cycle_rank: int | None, total_rank: int | None) -> Figure:
     """Singular values of the total update, one panel a kind of layer (at most MAX_PANELS).
 
     One line a layer; of more than three all faint, and their mean strong. Vertical lines: the rank of one cycle, and
@@ -35,54 +44,54 @@ def spectra_figure(
     shown = list(by_kind(spectra).items())[:MAX_PANELS]
     columns = min(2, len(shown))
     rows = math.ceil(len(shown) / columns)
-    figure, grid = new_figure(theme, 2.6 * rows + 0.4, rows=rows, columns=columns, titled=True, sharey=True)
+    figure, grid = new_figure(2.6 * rows + 0.4, rows=rows, columns=columns, titled=True, sharey=True)
     figure.subplots_adjust(wspace=0.06, hspace=0.32)
     for axes, ((kind, _), layers) in zip(grid.flat, shown, strict=False):
-        _draw_spectra(axes, layers, theme)
-        _draw_ranks(axes, cycle_rank, total_rank, len(layers[0].values), theme)
-        axes.set_title(plain(kind), fontsize=9.5, color=theme.text, loc="left")
+        _draw_spectra(axes, layers)
+        _draw_ranks(axes, cycle_rank, total_rank, len(layers[0].values))
+        axes.set_title(plain(kind), fontsize=9.5, color=TEXT, loc="left")
     for axes in grid.flat[len(shown) :]:
         axes.set_visible(False)
     for axes in grid[-1]:
         axes.set_xlabel("index of the singular value")
     first = shown[0][1][0]
     full = first.numerical_rank > 0.6 * len(first.values)
-    legend(grid.flat[0], theme, columns=1, place="lower left" if full else "upper right")  # where the curves are not
+    legend(grid.flat[0], columns=1, place="lower left" if full else "upper right")  # where the curves are not
     return figure
 
 
-def _draw_spectra(axes: Any, layers: Sequence[LayerSpectrum], theme: Theme) -> None:
+def _draw_spectra(axes: Any, layers: Sequence[LayerSpectrum]) -> None:
     index = np.arange(1, len(layers[0].values) + 1)
-    few = len(layers) <= len(theme.series)
+    few = len(layers) <= len(SERIES)
     for i, layer in enumerate(layers):
         values = np.where(layer.values > layer.tolerance, layer.values, np.nan)
-        look = {"color": theme.series[i], "linewidth": 1.5, "label": _block(layer.name)} if few else {}
-        axes.plot(index, values, **(look or {"color": theme.series[0], "linewidth": 0.6, "alpha": 0.35}))
+        look = {"color": SERIES[i], "linewidth": 1.5, "label": _block(layer.name)} if few else {}
+        axes.plot(index, values, **(look or {"color": SERIES[0], "linewidth": 0.6, "alpha": 0.35}))
     if not few:
         mean = np.mean([layer.values for layer in layers], axis=0)
         drawn = np.where(mean > max(layer.tolerance for layer in layers), mean, np.nan)
-        axes.plot(index, drawn, color=theme.series[1], linewidth=1.7, label=f"mean of {len(layers)} blocks")
-    axes.axhline(PAPER_THRESHOLD, color=theme.muted, linewidth=0.7)
+        axes.plot(index, drawn, color=SERIES[1], linewidth=1.7, label=f"mean of {len(layers)} blocks")
+    axes.axhline(PAPER_THRESHOLD, color=MUTED, linewidth=0.7)
     log_scale(axes.yaxis, axes)
     axes.set_xlim(0, len(index) * 1.02)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
 
 
-def _draw_ranks(axes: Any, cycle_rank: int | None, total_rank: int | None, width: int, theme: Theme) -> None:
+def _draw_ranks(axes: Any, cycle_rank: int | None, total_rank: int | None, width: int) -> None:
     several = total_rank is not None and total_rank != cycle_rank
     marks = [(cycle_rank, "rank of one cycle" if several else "rank", "--")]
     marks += [(total_rank, "sum of ranks", ":")] if several else []
     for rank, label, style in marks:
         if rank is not None and rank <= width:
-            axes.axvline(rank + 0.5, color=theme.accent, linestyle=style, linewidth=1.4, label=f"{label}, {rank:,}")
+            axes.axvline(rank + 0.5, color=ACCENT, linestyle=style, linewidth=1.4, label=f"{label}, {rank:,}")
 
 
-def growth_figure(history: CycleHistory, theme: Theme) -> Figure:
+def growth_figure(history: CycleHistory) -> Figure:
     """By cycle, a line a kind of layer (mean over its layers): effective rank, and singular values of 0.1 or more.
 
     Dotted: what the rank can be at most, as far as it fits.
     """
-    figure, grid = new_figure(theme, 3.5, columns=2, titled=True)
+    figure, grid = new_figure(3.5, columns=2, titled=True)
     figure.subplots_adjust(wspace=0.12, bottom=0.22)
     places = np.arange(1, len(history.growth_stages) + 1)
     measures: tuple[tuple[Any, str, Callable[[LayerSpectrum], float]], ...] = (
@@ -94,16 +103,16 @@ def growth_figure(history: CycleHistory, theme: Theme) -> Figure:
         for number, (kind, layers) in enumerate(_growth_by_kind(history)):
             means = np.mean([[value(spectrum) for spectrum in layer.spectra] for layer in layers], axis=0)
             highest = max(highest, float(np.max(means)))
-            axes.plot(places, means, label=plain(kind), **_look(number, theme))
+            axes.plot(places, means, label=plain(kind), **_look(number))
         bound = [math.nan if rank is None else rank for rank in history.growth_ranks]
-        axes.plot(places, bound, color=theme.muted, linestyle=":", linewidth=1.4, label="sum of ranks")
+        axes.plot(places, bound, color=MUTED, linestyle=":", linewidth=1.4, label="sum of ranks")
         axes.set_ylim(0, max(1.0, *(1.06 * top for top in (highest, bound[-1]) if top <= _BOUND_FITS * highest)))
-        axes.set_title(title, fontsize=9.5, color=theme.text, loc="left")
+        axes.set_title(title, fontsize=9.5, color=TEXT, loc="left")
         axes.yaxis.set_major_locator(MaxNLocator(6, integer=True))
         _name_stages(axes.xaxis, history.growth_stages, places)
     handles, labels = grid[0, 0].get_legend_handles_labels()
     figure.legend(
-        handles, labels, loc="lower center", ncols=5, fontsize=8.5, labelcolor=theme.text, frameon=False, borderpad=0.4
+        handles, labels, loc="lower center", ncols=5, fontsize=8.5, labelcolor=TEXT, frameon=False, borderpad=0.4
     )
     return figure
 
@@ -115,18 +124,18 @@ def _growth_by_kind(history: CycleHistory) -> list[tuple[str, list[LayerGrowth]]
     return list(groups.items())[:MAX_PANELS]
 
 
-def _look(number: int, theme: Theme) -> dict[str, Any]:
+def _look(number: int) -> dict[str, Any]:
     """Told apart by colour, then by line and marker."""
-    colours = (*theme.series, theme.accent)
+    colours = (*SERIES, ACCENT)
     style, marker = (("-", "o"), ("--", "s"))[number // len(colours) % 2]
     colour = colours[number % len(colours)]
     return {"color": colour, "linestyle": style, "marker": marker, "markersize": 4, "linewidth": 1.5}
 
 
-def overlap_figure(history: CycleHistory, theme: Theme) -> Figure:
+def overlap_figure(history: CycleHistory) -> Figure:
     """Two maps of the cycles' overlaps, mean over layers: of what the updates write, and of what they read."""
     count = len(history.stages)
-    figure, grid = new_figure(theme, 3.8 if count > 4 else 2.8, columns=2, titled=True)
+    figure, grid = new_figure(3.8 if count > 4 else 2.8, columns=2, titled=True)
     figure.subplots_adjust(left=0.085, right=0.99, wspace=0.16, bottom=0.09)
     overlaps = history.overlaps
     columns, rows = mean_overlap([one.columns for one in overlaps]), mean_overlap([one.rows for one in overlaps])
@@ -136,8 +145,8 @@ def overlap_figure(history: CycleHistory, theme: Theme) -> Figure:
         np.fill_diagonal(mean, np.nan)
     full = max([_CHANCE_IS_PALE * max(chances), *(float(value) for value in np.append(columns, rows) if value > 0)])
     for axes, title, mean, chance in zip(grid.flat, ("column", "row"), (columns, rows), chances, strict=True):
-        _draw_map(axes, mean, min(1.0, full), theme)
-        axes.set_title(f"{title} spaces: chance gives {chance:.3f}", fontsize=9.5, color=theme.text, loc="left")
+        _draw_map(axes, mean, min(1.0, full))
+        axes.set_title(f"{title} spaces: chance gives {chance:.3f}", fontsize=9.5, color=TEXT, loc="left")
         for axis in (axes.xaxis, axes.yaxis):
             _name_stages(axis, history.stages, np.arange(count))
     return figure
@@ -152,17 +161,17 @@ def mean_overlap(maps: Sequence[Matrix]) -> Matrix:
     return mean
 
 
-def _draw_map(axes: Any, values: Matrix, full: float, theme: Theme) -> None:
+def _draw_map(axes: Any, values: Matrix, full: float) -> None:
     """From the page's colour at 0 to the strong one at `full`; the diagonal, which is 1, is left empty."""
-    between = LinearSegmentedColormap.from_list("overlap", [theme.background, theme.series[0]])
-    shades = between.with_extremes(bad=theme.band)
+    between = LinearSegmentedColormap.from_list("overlap", [BACKGROUND, SERIES[0]])
+    shades = between.with_extremes(bad=BAND)
     axes.imshow(np.ma.masked_invalid(values), cmap=shades, vmin=0.0, vmax=full, aspect="auto")
     axes.grid(visible=False)
     if len(values) > _MAX_NUMBERED:
         return
     for (row, column), value in np.ndenumerate(values):
         if np.isfinite(value):
-            colour = theme.background if value > 0.6 * full else theme.text
+            colour = BACKGROUND if value > 0.6 * full else TEXT
             axes.text(column, row, f"{value:.3f}", ha="center", va="center", fontsize=9, color=colour)
 
 

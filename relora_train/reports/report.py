@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from relora_train.reports.page import render_page
-from relora_train.reports.plot_style import DARK, LIGHT
 from relora_train.reports.plots import draw_plots, overview_png
 from relora_train.reports.records import history_record, json_value, spectrum_record
 from relora_train.reports.run_data import RunData, StageRow
-from relora_train.reports.text import count, decimal, duration, headline, scores_change, stage_steps
+from relora_train.reports.text import headline, scores_change, stage_steps
 from relora_train.settings.measures import Measures
+from relora_train.text import count, decimal, duration, markdown_cell
 
 HTML_NAME = "report.html"
 SUMMARY_NAME = "summary.json"
@@ -37,10 +37,9 @@ class ReportFiles:
 def write_report(data: RunData, output_dir: Path) -> ReportFiles:
     """Write report.html, summary.json, overview.png and the figures; files of an earlier report are replaced."""
     output_dir.mkdir(parents=True, exist_ok=True)
-    light, dark = draw_plots(data, LIGHT), draw_plots(data, DARK)
-    pictures = {name: (light[name], dark[name]) for name in light}
+    pictures = draw_plots(data)
     pngs = []
-    for name, png in {OVERVIEW_NAME: overview_png(data), **light}.items():
+    for name, png in {OVERVIEW_NAME: overview_png(data), **pictures}.items():
         pngs.append(output_dir / name)
         pngs[-1].write_bytes(png)
     summary_json, html = output_dir / SUMMARY_NAME, output_dir / HTML_NAME
@@ -86,11 +85,11 @@ def stage_table_markdown(data: RunData) -> str:
     for row in data.stages:
         name = row.uri.rstrip("/").rpartition("/")[2]  # in full it would not fit beside the numbers
         cells = (
-            *(_markdown_cell(cell) for cell in _stage_cells(row, data.measures)),
-            f"`{_markdown_cell(name, code=True)}`",
+            *(markdown_cell(cell) for cell in _stage_cells(row, data.measures)),
+            f"`{markdown_cell(name, code=True)}`",
         )
         lines.append(f"| {' | '.join(cells)} |")
-    places = [f"- {_markdown_cell(row.stage)}: `{_markdown_cell(row.uri, code=True)}`" for row in data.stages]
+    places = [f"- {markdown_cell(row.stage)}: `{markdown_cell(row.uri, code=True)}`" for row in data.stages]
     return "\n".join([*lines, "", *places]) + "\n"
 
 
@@ -99,7 +98,7 @@ def overview_markdown(data: RunData) -> str:
     image = base64.b64encode(overview_png(data)).decode("ascii")
     alt = f"Training loss, learning rate and validation {data.measures.headline.name} by step"
     return (
-        f"# {_markdown_cell(data.run_id)}\n\n{_markdown_cell(headline(data))}\n\n"
+        f"# {markdown_cell(data.run_id)}\n\n{markdown_cell(headline(data))}\n\n"
         f"![{alt}](data:image/png;base64,{image})\n\n{stage_table_markdown(data)}"
     )
 
@@ -114,8 +113,3 @@ def _stage_cells(row: StageRow, measures: Measures) -> tuple[str, ...]:
         duration(row.seconds),
         decimal(row.tokens_per_second, 0),
     )
-
-
-def _markdown_cell(text: str, *, code: bool = False) -> str:
-    flat = " ".join(text.split()).replace("|", "\\|").replace("`", "'")
-    return flat if code else flat.replace("&", "&amp;").replace("<", "&lt;").replace("[", "\\[").replace("*", "\\*")

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from relora_train.reports.text import count, decimal, duration, percent, scientific, size
 from relora_train.runs.divergence import divergence_text
 from relora_train.settings.objectives import measures_in
+from relora_train.text import count, decimal, duration, percent, scientific, size
 
 if TYPE_CHECKING:
     from relora_train.checkpoints.lineage import CheckpointRef

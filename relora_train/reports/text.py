@@ -1,46 +1,13 @@
-"""Numbers as people read them, in a report and beside it: thousand separators, units, '–' for what is missing."""
+"""Scores and results of a run or an experiment as people read them."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 from relora_train.reports.run_data import RunData, Scores, StageRow
 from relora_train.reports.statistics import Estimate
 from relora_train.settings.measures import Measure
-from relora_train.text import minutes_text, size_text
-
-MISSING = "–"
-
-
-def count(value: int | float | None) -> str:
-    """'12,345'."""
-    return _shown(value, lambda number: f"{number:,.0f}")
-
-
-def decimal(value: float | None, digits: int) -> str:
-    """'1,234.56' for two digits."""
-    return _shown(value, lambda number: f"{number:,.{digits}f}")
-
-
-def scientific(value: float | None) -> str:
-    """'3.1e-7', and plain '0' for zero."""
-    return _shown(value, lambda number: f"{number:.1e}".replace("e-0", "e-").replace("e+0", "e+") if number else "0")
-
-
-def percent(value: float | None, digits: int = 1) -> str:
-    """'98.7 %' for 0.987."""
-    return _shown(value, lambda number: f"{100 * number:,.{digits}f} %")
-
-
-def duration(seconds: float | None) -> str:
-    """'4.2 s', '3 min 20 s', '1 h 02 min', '2 d 04 h'."""
-    return _shown(seconds, _duration)
-
-
-def size(size_bytes: int | None) -> str:
-    """'1.5 GB', in powers of 1000."""
-    return _shown(size_bytes, size_text)
+from relora_train.text import MISSING, count, decimal
 
 
 def change(before: float | None, after: float | None) -> str:
@@ -100,17 +67,3 @@ def signed_estimate_text(value: Estimate | None) -> str:
 def _exponent(value: float) -> int:
     """Of ten: 2 for 123, −3 for 0.0012."""
     return math.floor(math.log10(abs(value)))
-
-
-def _shown(value: float | None, form: Callable[[float], str]) -> str:
-    if value is None:
-        return MISSING
-    if math.isnan(value):
-        return "NaN"
-    if math.isinf(value):
-        return "∞" if value > 0 else "−∞"
-    return form(value)
-
-
-def _duration(seconds: float) -> str:
-    return f"{seconds:.1f} s" if seconds < 59.95 else minutes_text(seconds)

@@ -45,7 +45,7 @@ def export(
     from relora_train.checkpoints.manifest import Dtype
     from relora_train.cli.export import export_adapter, export_model, unfinished_stages
     from relora_train.errors import ConfigError
-    from relora_train.text import size_text
+    from relora_train.text import size
 
     refused = ["--force"] * force + [f"--dtype {dtype}"] * (dtype not in (None, "float32"))
     if as_adapter and refused:
@@ -68,7 +68,7 @@ def export(
         echo_json({**origin, **about, "dtype": written.dtype, "files": names})
         return
     what = f"{ref.manifest.run_id}@{ref.manifest.stage}, step {ref.step}"
-    say(f"{what}: {len(written.files)} files, {size_text(written.size_bytes)}, in {written.directory}")
+    say(f"{what}: {len(written.files)} files, {size(written.size_bytes)}, in {written.directory}")
     if dtype is None and not as_adapter:
         why = "those were that the run began from" if ref.manifest.source_dtype else "the checkpoint holds them"
         hint = "" if written.dtype == "float32" else "; --dtype float32 rounds nothing"

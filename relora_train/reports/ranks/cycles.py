@@ -155,3 +155,12 @@ def _pairs(bases: Sequence[Matrix], dimension: int) -> tuple[Matrix, tuple[Matri
     sizes = [basis.shape[1] for basis in bases]
     chances = [overlap_by_chance(dimension, a, b) for a, b in itertools.pairwise(sizes)]
     return overlaps, tuple(successive), float(np.mean(chances))
+
+
+def successive_overlap(overlaps: Sequence[LayerOverlap], side: str) -> tuple[float, float]:
+    """Mean over layers and successive stages of the overlap in 'columns' or 'rows', and what chance would give."""
+    values = [np.diag(getattr(one, side), k=1) for one in overlaps]
+    chances = [getattr(one, f"chance_{side}") for one in overlaps]
+    known = np.concatenate(values)
+    known = known[np.isfinite(known)]
+    return float(np.mean(known)) if known.size else math.nan, float(np.mean(chances))
