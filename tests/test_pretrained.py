@@ -163,6 +163,12 @@ def test_a_directory_that_holds_no_model_is_refused_for_its_own_reason(config: s
         facts_of(causal(tmp_path)).check_pretrained()
 
 
+def test_a_file_in_the_place_of_a_model_is_refused_as_one_and_not_for_its_tokenizer(tmp_path: Path):
+    (tmp_path / "model.gguf").touch()
+    with pytest.raises(ModelNotFoundError, match=r"has no config\.json, so it is no model"):
+        facts_of(causal(tmp_path / "model.gguf")).check_pretrained()
+
+
 def classifier() -> PreTrainedModel:
     return LlamaForSequenceClassification(tiny_llama().config)
 

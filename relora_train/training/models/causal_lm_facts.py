@@ -35,7 +35,7 @@ class CausalLMFacts:
         """A local model must have a configuration, and rows for every token of a local tokenizer."""
         profile = self.profile
         directory = Path(profile.model.pretrained).expanduser() if profile.model.pretrained else None
-        if directory is None or not directory.is_dir():
+        if directory is None or not directory.exists():
             return
         rows = read_config(directory, CAUSAL_LM, key="vocab_size")
         tokenizer = self.tokenizer()

@@ -43,6 +43,6 @@ class ImageFacts:
     def check_pretrained(self) -> None:
         """A local model must have a configuration; whether it takes the images is seen when it is loaded."""
         directory = Path(self.profile.model.pretrained).expanduser() if self.profile.model.pretrained else None
-        if directory is None or not directory.is_dir():
+        if directory is None or not directory.exists():
             return
         read_config(directory, IMAGE_CLASSIFIER, key="image_size")
