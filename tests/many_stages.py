@@ -46,7 +46,7 @@ def train_all(plan: ManyStages, emit: Emit) -> None:
         training = prepare(request, ranks)
         held["rank"] = ranks.rank
         record: dict[str, Any] = {"weights": 0, "all_weights": 0}
-        record["orders"] = [str(order) for order in training.orders.values()]
+        record["orders"] = list(training.products.values())
         held[str(request.output_directory)] = record
         for parameter in training.model.parameters():
             record["weights"] += local(parameter).numel()

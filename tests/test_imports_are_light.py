@@ -26,7 +26,7 @@ LIGHT = (
     "relora_train.method.schedule",
     "relora_train.checkpoints.manifest",
     "relora_train.checkpoints.commit",
-    "relora_train.method.contraction",
+    "relora_train.method.products",
     "relora_train.experiments.bench",
     "relora_train.cli.bench",
     "relora_train.checkpoints.file_checks",

@@ -170,12 +170,10 @@ def test_a_merge_leaves_the_logits_and_the_biases_of_a_vit_as_they_were():
     assert all(torch.equal(dict(model.named_parameters())[name], bias) for name, bias in biases.items())
 
 
-@pytest.mark.parametrize("tokens", [6 * 17, 100_000])
-def test_the_fast_path_gives_a_vit_the_reference_s_logits_and_gradients(tokens: int):
-    """Whatever order of products is chosen: for few rows, and for many."""
+def test_the_fast_path_gives_a_vit_the_reference_s_logits_and_gradients():
     model = wrapped_vit()
     shared = copy.deepcopy(model)
-    share_inputs(shared, tokens=tokens, optimizer=torch.optim.SGD(shared.parameters(), lr=0.1))
+    share_inputs(shared, optimizer=torch.optim.SGD(shared.parameters(), lr=0.1))
     expected_logits, expected = outcome(model)
     logits, gradients = outcome(shared)
     torch.testing.assert_close(logits, expected_logits, rtol=1e-5, atol=1e-5)

@@ -321,7 +321,7 @@ def test_the_tables_of_the_1b_run_show_what_it_takes():
     )
     assert ("memory, without activations", "21.4 GB", "6.43 GB") in cost.rows
     assert [row[0] for row in products.rows] == ["q_proj, k_proj, v_proj", "o_proj", "gate_proj, up_proj", "down_proj"]
-    assert {row[1] for row in products.rows} == {"forward split, backward split, factors low-rank"}  # it has dropout
+    assert {row[1] for row in products.rows} == {"split"}  # it has dropout
 
 
 def test_ranks_that_share_the_model_share_its_memory():

@@ -1,4 +1,4 @@
-"""Let ReLoRA layers work together: those that read one input multiply in one function, in the best order.
+"""Let ReLoRA layers work together: those that read one input multiply in one function, in the best way.
 
 Without this the layers follow the reference in relora.py, one by one: the same function, up to the order of rounding.
 """
@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from relora_train.method.contraction import Contraction, LayerShape, choose_contraction, sibling_groups
 from relora_train.method.low_rank import Factors, low_rank_linears
+from relora_train.method.products import Products, choose_products, sibling_groups
 from relora_train.method.relora import ReLoRALinear, relora_layers
 
 
@@ -29,8 +29,8 @@ class _Waiting:
 class SharedInput:
     """ReLoRA layers that are called with the same tensor; the first call computes all of them."""
 
-    def __init__(self, layers: Sequence[ReLoRALinear], order: Contraction) -> None:
-        self.layers, self.order = tuple(layers), order
+    def __init__(self, layers: Sequence[ReLoRALinear], products: Products) -> None:
+        self.layers, self.products = tuple(layers), products
         self._waiting: _Waiting | None = None
         self._merged: dict[int, tuple[tuple[int, ...], Tensor]] = {}
 
@@ -48,12 +48,16 @@ class SharedInput:
     def _compute(self, x: Tensor, asked: ReLoRALinear) -> dict[int, Tensor]:
         factors = [
             Factors(
-                layer.weight, layer.bias, layer.lora_A, layer.lora_B, self._merge(layer) if self.order.merges else None
+                layer.weight,
+                layer.bias,
+                layer.lora_A,
+                layer.lora_B,
+                None if self.products == "split" else self._merge(layer),
             )
             for layer in self.layers
         ]
         dropout = asked.dropout if asked.training else 0.0
-        made = low_rank_linears(x, factors, self.order, asked.scaling, dropout)
+        made = low_rank_linears(x, factors, self.products, asked.scaling, dropout)
         return {id(layer): output for layer, output in zip(self.layers, made, strict=True)}
 
     @torch.no_grad()
@@ -77,45 +81,31 @@ class SharedInput:
         return
 
 
-def share_inputs(
-    model: nn.Module,
-    *,
-    tokens: int,
-    micro_steps: int = 1,
-    optimizer: torch.optim.Optimizer | None = None,
-) -> dict[str, Contraction]:
-    """Put every ReLoRA layer of the model on the fast path; the order chosen, by module name.
+def share_inputs(model: nn.Module, *, optimizer: torch.optim.Optimizer | None = None) -> dict[str, Products]:
+    """Put every ReLoRA layer of the model on the fast path; return how each multiplies, by module name.
 
-    tokens: rows of the layers' input in one forward pass; micro_steps: forward passes an update. Of the choice:
-    contraction.py. optimizer: the one that updates the layers; given it, orders that keep merged weights are allowed,
-    which takes as much memory again as the wrapped weights. Without it nobody could tell that they are out of date:
-    fused optimizers change parameters without a trace.
+    optimizer: the one that updates the layers. Given it, merged weights may be kept, which takes as much memory again
+    as the wrapped weights. Without it nobody could tell that they are out of date: fused optimizers change parameters
+    without a trace.
     """
-    chosen = {}
+    chosen: dict[str, Products] = {}
     for names, layers in _groups(model):
-        shape = shape_of(layers, tokens=tokens, micro_steps=micro_steps)
-        order = choose_contraction(shape, layers[0].weight.device.type, keep_merged=optimizer is not None)
-        shared = SharedInput(layers, order)
-        if optimizer is not None and order.merges:
+        first = layers[0]
+        exact = first.dropout == 0 and first.weight.dtype in (torch.float32, torch.float64)
+        products = choose_products(
+            first.in_features,
+            [layer.out_features for layer in layers],
+            first.rank,
+            merges=exact and optimizer is not None,
+            device=first.weight.device.type,
+        )
+        shared = SharedInput(layers, products)
+        if optimizer is not None and products != "split":
             optimizer.register_step_post_hook(shared.forget_after_step)
         for name, layer in zip(names, layers, strict=True):
             layer.shared = shared
-            chosen[name] = order
+            chosen[name] = products
     return chosen
-
-
-def shape_of(layers: Sequence[ReLoRALinear], *, tokens: int, micro_steps: int = 1) -> LayerShape:
-    """What the choice of an order needs to know of layers that share an input."""
-    first = layers[0]
-    return LayerShape(
-        tokens=tokens,
-        in_features=first.in_features,
-        out_features=tuple(layer.out_features for layer in layers),
-        rank=first.rank,
-        dropout=first.dropout > 0,
-        exact_weight=first.weight.dtype in (torch.float32, torch.float64),
-        micro_steps=micro_steps,
-    )
 
 
 def stop_sharing(model: nn.Module) -> None:

@@ -1,7 +1,7 @@
 """y_k = W_k x + b_k + s B_k A_k dropout(x) for layers k that share an input, as one autograd function.
 
-Against writing the formula down, it reads x once for all the layers, adds in place, chooses the order of its products
-(contraction.py), keeps neither A x nor a dropout mask (both are made again for the backward pass: the mask from a seed)
+Against writing the formula down, it reads x once for all the layers, adds in place, multiplies as products.py chose,
+keeps neither A x nor a dropout mask (both are made again for the backward pass: the mask from a seed)
 and forms a merged weight at most once an update. `relora_linear` in relora.py is the readable reference.
 """
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from relora_train.method.contraction import Contraction
+from relora_train.method.products import Products
 
 _MASK_STEPS = 65_536  # p is met to within 1 / 131,072
 _BYTE = 256
@@ -32,11 +32,11 @@ class Factors:
     A: Tensor
     B: Tensor
     merged: Tensor | None = None
-    """W + s BA, without gradient; needed exactly by a contraction that merges."""
+    """W + s BA, without gradient; needed unless the products are split."""
 
 
 def low_rank_linears(
-    x: Tensor, layers: Sequence[Factors], order: Contraction, scaling: float, dropout: float
+    x: Tensor, layers: Sequence[Factors], products: Products, scaling: float, dropout: float
 ) -> tuple[Tensor, ...]:
     """The outputs of all the layers, each (..., out) for x (..., in), in the dtype that nn.Linear would give.
 
@@ -49,7 +49,7 @@ def low_rank_linears(
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else layers[0].weight.dtype
     with torch.autocast(device, enabled=False):
-        made = _LowRankLinears.apply(x, dtype, order, scaling, dropout, seed, *tensors)  # type: ignore[no-untyped-call]
+        made = _LowRankLinears.apply(x, dtype, products, scaling, dropout, seed, *tensors)  # type: ignore[no-untyped-call]
     out_dtype = dtype if torch.is_autocast_enabled(device) else x.dtype
     return tuple(y.to(out_dtype) for y in made)
 
@@ -60,7 +60,7 @@ class _LowRankLinears(torch.autograd.Function):
         ctx: Any,
         x: Tensor,
         dtype: torch.dtype,
-        order: Contraction,
+        products: Products,
         scaling: float,
         dropout: float,
         seed: int,
@@ -69,7 +69,7 @@ class _LowRankLinears(torch.autograd.Function):
         layers = _layers(tensors)
         rows = x.reshape(-1, x.shape[-1]).to(dtype)
         outputs = []
-        if order.forward == "merged":
+        if products != "split":
             outputs = [F.linear(rows, _of(layer.merged), _cast(layer.bias, dtype)) for layer in layers]
         else:
             thin = _joint([layer.A for layer in layers], dtype)
@@ -78,27 +78,27 @@ class _LowRankLinears(torch.autograd.Function):
                 y = F.linear(rows, layer.weight.to(dtype), _cast(layer.bias, dtype))
                 outputs.append(y.addmm_(part, layer.B.to(dtype).T, alpha=_low_rank_scale(scaling, dropout)))
         ctx.save_for_backward(x, *tensors)
-        ctx.settings = dtype, order, scaling, dropout, seed
+        ctx.settings = dtype, products, scaling, dropout, seed
         return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in outputs)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x, *tensors = ctx.saved_tensors
-        dtype, order, scaling, dropout, seed = ctx.settings
+        dtype, products, scaling, dropout, seed = ctx.settings
         layers, scale = _layers(tensors), _low_rank_scale(scaling, dropout)
         rows = x.reshape(-1, x.shape[-1]).to(dtype)
         grads = [gradient.reshape(-1, gradient.shape[-1]).to(dtype) for gradient in gradients]
         ranks = [len(layer.A) for layer in layers]
         needs_x, thin = ctx.needs_input_grad[0], _joint([layer.A for layer in layers], dtype)
         through_A = None
-        if order.factors == "low_rank" or (order.backward == "split" and needs_x):
+        if products != "dense":
             through_A = rows.new_empty(len(rows), sum(ranks))  # s g B, all layers side by side
             for layer, gradient, part in zip(layers, grads, torch.split(through_A, ranks, dim=1), strict=True):
                 torch.mm(gradient, layer.B.to(dtype), out=part)
             through_A *= scale
         kept = _kept(rows, dropout, seed)
-        grad_x = _input_gradient(layers, grads, order, through_A, thin, kept) if needs_x else None
-        if order.factors == "low_rank":
+        grad_x = _input_gradient(layers, grads, products, through_A, thin, kept) if needs_x else None
+        if products != "dense":
             read = _read(rows, kept)
             grad_thin, low = _of(through_A).T @ read, read @ thin.T
             del read, kept
@@ -123,7 +123,7 @@ class _LowRankLinears(torch.autograd.Function):
 def _input_gradient(
     layers: Sequence[Factors],
     grads: Sequence[Tensor],
-    order: Contraction,
+    products: Products,
     through_A: Tensor | None,
     thin: Tensor,
     kept: Tensor | None,
@@ -131,9 +131,9 @@ def _input_gradient(
     """The gradient of x, summed over the layers as it is made."""
     total: Tensor | None = None
     for layer, gradient in zip(layers, grads, strict=True):
-        weight = _of(layer.merged) if order.backward == "merged" else layer.weight.to(gradient.dtype)
+        weight = layer.weight.to(gradient.dtype) if products == "split" else _of(layer.merged)
         total = gradient @ weight if total is None else total.addmm_(gradient, weight)
-    if order.backward == "merged":
+    if products != "split":
         return _of(total)
     if kept is None:
         return _of(total).addmm_(_of(through_A), thin)
@@ -203,5 +203,5 @@ def _cast(bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 
 def _of(tensor: Tensor | None) -> Tensor:
     if tensor is None:
-        raise TypeError("the chosen contraction needs a tensor that was not given")
+        raise TypeError("the chosen products need a tensor that was not given")
     return tensor

@@ -7,14 +7,7 @@ from __future__ import annotations
 
 import math
 
-from relora_train.method.contraction import (
-    REFERENCE,
-    Contraction,
-    LayerShape,
-    choose_contraction,
-    flops_per_token,
-    sibling_groups,
-)
+from relora_train.method.products import Products, choose_products, flops_per_token, sibling_groups
 from relora_train.method.stages import Stage, plan_stages, stage_learning_rate
 from relora_train.settings.base import FrozenConfig
 from relora_train.settings.method import OptimizerResetConfig
@@ -71,10 +64,10 @@ class CheckpointSize(FrozenConfig):
 
 
 class LayerOrder(FrozenConfig):
-    """In which order low-rank layers that read one input multiply; see contraction.py."""
+    """How low-rank layers that read one input multiply; see method/products.py."""
 
     layers: tuple[str, ...]
-    """Of one block."""
+    """Names in one block."""
 
     order: str
     flops_per_token: int
@@ -228,13 +221,13 @@ def _low_rank_cost(profile: Profile, shape: ModelShape) -> PhaseCost:
     trainable = shape.parameters - frozen + factors
     frozen_bytes = _BF16_BYTES if profile.precision.computes_in_bfloat16 else _FP32_BYTES
     trained = _trained_bytes(profile, shape, trainable)
-    orders = _orders(profile, wrapped)
+    orders = {layers: _products(profile, layers) for layers in _siblings(wrapped)}
     flops = low_rank_flops_per_token(
         shape,
         sequence_length=batch.sequence_length,
-        orders={layers: flops_per_token(order, layer_shape) for layers, layer_shape, order in orders},
+        orders={layers: count for layers, (_, count) in orders.items()},
     )
-    merged = sum(linear.weights for layers, _, order in orders if order.merges for linear in layers)
+    merged = sum(linear.weights for layers, (how, _) in orders.items() if how != "split" for linear in layers)
     return PhaseCost(
         trainable_parameters=trainable,
         adapter_parameters=factors,
@@ -247,12 +240,8 @@ def _low_rank_cost(profile: Profile, shape: ModelShape) -> PhaseCost:
         ).shared_by(profile.launch),
         snapshot_bytes=(1 + _MOMENTS) * trained,
         orders=tuple(
-            LayerOrder(
-                layers=tuple(linear.name for linear in layers),
-                order=str(order),
-                flops_per_token=round(flops_per_token(order, layer_shape)),
-            )
-            for layers, layer_shape, order in orders
+            LayerOrder(layers=tuple(linear.name for linear in layers), order=how, flops_per_token=round(count))
+            for layers, (how, count) in orders.items()
         ),
     )
 
@@ -265,30 +254,22 @@ def _trained_bytes(profile: Profile, shape: ModelShape, parameters: int) -> int:
     return _BF16_BYTES * (parameters - vectors) + _FP32_BYTES * vectors
 
 
-def _orders(
-    profile: Profile, wrapped: tuple[LinearShape, ...]
-) -> list[tuple[tuple[LinearShape, ...], LayerShape, Contraction]]:
-    """What fast_path.share_inputs will choose."""
-    batch, by_name = profile.batch, {linear.name: linear for linear in wrapped}
-    sequences, micro_steps = batch.forward_passes(profile.launch.world_size or 1)
-    found = []
-    for names in sibling_groups(list(by_name)):
-        layers = tuple(by_name[name] for name in names)
-        layer_shape = LayerShape(
-            tokens=sequences * facts_of(profile).rows_per_sequence(),
-            in_features=layers[0].in_features,
-            out_features=tuple(linear.out_features for linear in layers),
-            rank=profile.relora.rank,
-            dropout=profile.relora.dropout > 0,
-            exact_weight=profile.precision.dtype == "float32",
-            micro_steps=micro_steps,
-        )
-        device = "cuda" if profile.launch.device == "cuda" else "cpu"
-        sharded = profile.launch.sharding == "full" and profile.launch.world_size != 1
-        best = choose_contraction(layer_shape, device, keep_merged=not sharded)
-        order = REFERENCE if profile.launch.compile else best
-        found.append((layers, layer_shape, order))
-    return found
+def _siblings(wrapped: tuple[LinearShape, ...]) -> list[tuple[LinearShape, ...]]:
+    by_name = {linear.name: linear for linear in wrapped}
+    return [tuple(by_name[name] for name in names) for names in sibling_groups(list(by_name))]
+
+
+def _products(profile: Profile, layers: tuple[LinearShape, ...]) -> tuple[Products, float]:
+    """Return what fast_path.share_inputs will choose, and its FLOPs a position."""
+    launch, relora = profile.launch, profile.relora
+    sharded = launch.sharding == "full" and launch.world_size != 1
+    exact = relora.dropout == 0 and profile.precision.dtype == "float32"
+    shape = layers[0].in_features, [linear.out_features for linear in layers], relora.rank
+    device = "cuda" if launch.device == "cuda" else "cpu"
+    how = choose_products(*shape, merges=exact and not sharded and not launch.compile, device=device)
+    sequences, micro_steps = profile.batch.forward_passes(launch.world_size or 1)
+    tokens = sequences * facts_of(profile).rows_per_sequence()
+    return how, flops_per_token(how, *shape, tokens=tokens, micro_steps=micro_steps)
 
 
 def _checkpoint_size(profile: Profile, stage: Stage, cost: PhaseCost, parameters: int) -> CheckpointSize:

@@ -17,9 +17,9 @@ from relora_train.data.dataset import ExampleDataset
 from relora_train.distributed import Ranks, whole
 from relora_train.errors import ConfigError
 from relora_train.method.bfloat16_adamw import BFloat16AdamW, round_trained_matrices
-from relora_train.method.contraction import Contraction
 from relora_train.method.fast_path import share_inputs
 from relora_train.method.optimizer import build_optimizer, load_optimizer_state_by_name
+from relora_train.method.products import Products
 from relora_train.method.relora import apply_relora, reinit, relora_layers
 from relora_train.method.stages import Stage, stage_learning_rate
 from relora_train.settings.profile import Profile
@@ -37,7 +37,7 @@ from relora_train.training.models.base import LossFunction, Objective
 from relora_train.training.models.compiling import compile_blocks
 from relora_train.training.models.model import checkpoint_activations
 from relora_train.training.models.pretrained import dtype_of_files
-from relora_train.training.models.registry import facts_of, objective_of
+from relora_train.training.models.registry import objective_of
 from relora_train.training.prefetch import Prefetcher
 from relora_train.training.requests import StageRequest
 from relora_train.training.sharding import RowsOf, rows_of_checkpoint, rows_of_first_rank, shard_model
@@ -67,8 +67,8 @@ class StageTraining:
     masters: MasterWeights | None
     """Exact frozen weights, when the device holds rounded ones."""
 
-    orders: Mapping[str, Contraction]
-    """In which order each low-rank layer multiplies, by module name; empty where all follow the reference."""
+    products: Mapping[str, Products]
+    """How each low-rank layer multiplies, by module name; empty where all follow the reference."""
 
     merged_adapter: tuple[dict[str, Tensor], dict[str, Any]] | None = None
     """The A and B that the merge of this stage consumed, and their PEFT configuration."""
@@ -206,11 +206,12 @@ def prepare_stage(request: StageRequest, ranks: Ranks) -> StageTraining:
     if profile.launch.gradient_checkpointing:
         checkpoint_activations(model)
     optimizer = _optimizer(request, stage, model)
-    orders: dict[str, Contraction] = {}
+    products: dict[str, Products] = {}
     if profile.launch.compile:
         compile_blocks(model)
     elif stage.low_rank:
-        orders = _share_inputs(model, profile, ranks, optimizer)
+        # A block's weights are whole on a rank only while it computes: kept merged ones would be all the model again.
+        products = share_inputs(model, optimizer=None if ranks.sharded else optimizer)
     batches = Prefetcher(train_data, sequences=profile.batch.sequences, ranks=ranks)
     training = StageTraining(
         request=request,
@@ -225,7 +226,7 @@ def prepare_stage(request: StageRequest, ranks: Ranks) -> StageTraining:
         val_data=val_data,
         start=start,
         masters=masters,
-        orders=orders,
+        products=products,
         source_dtype=request.source_dtype,
     )
     if request.parent_directory is None and profile.model.pretrained is not None:
@@ -292,16 +293,6 @@ def _wrap(model: nn.Module, request: StageRequest) -> None:
         seed=request.profile.seed,
         cycle=request.stage.cycle,
     )
-
-
-def _share_inputs(
-    model: nn.Module, profile: Profile, ranks: Ranks, optimizer: torch.optim.Optimizer
-) -> dict[str, Contraction]:
-    sequences, micro_steps = profile.batch.forward_passes(ranks.world_size)
-    rows = sequences * facts_of(profile).rows_per_sequence()
-    # A block's weights are whole on a rank only while it computes: kept merged ones would be all the model again.
-    keeps_merged = None if ranks.sharded else optimizer
-    return share_inputs(model, tokens=rows, micro_steps=micro_steps, optimizer=keeps_merged)
 
 
 def _start(request: StageRequest) -> TrainingState:

@@ -138,7 +138,7 @@ def _describe(training: StageTraining) -> dict[str, Any]:
         "ranks": training.ranks.world_size,
         "parameters": sum(p.numel() for p in parameters),
         "trainable_parameters": sum(p.numel() for p in parameters if p.requires_grad),
-        "products": {str(order): count for order, count in Counter(training.orders.values()).items()},
+        "products": dict(Counter(training.products.values())),
         **({"matmul": f"{training.matmul.precision} ({training.matmul.reason})"} if training.matmul else {}),
     }
 
