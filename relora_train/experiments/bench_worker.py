@@ -25,9 +25,10 @@ from relora_train.experiments.bench import RELORA, StepRequest
 from relora_train.method.stages import plan_stages
 from relora_train.training.files import new_attempt, write_manifest
 from relora_train.training.peak_memory import peak_bytes, process_bytes, reset_peak
+from relora_train.training.precision import current_precision, settle_matmul_precision
 from relora_train.training.requests import StageRequest
 from relora_train.training.stage import StageTraining, prepare_stage
-from relora_train.training.torch_settings import configure_torch, settle_matmul_precision
+from relora_train.training.torch_settings import configure_torch
 
 _PEAK_SIDE = 2048
 
@@ -52,11 +53,10 @@ def main(build: Callable[[StepRequest, StageTraining], BuiltStep] | None = None)
         built = (build or own_step)(request, training)
         first = float(built.update())  # allocates the optimizer's state and what is kept between steps
         reset_peak(device)
-        matmul, current = training.matmul, torch.get_float32_matmul_precision()
         _answer(
             device=torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
             threads=torch.get_num_threads(),
-            matmul_precision=f"{matmul.precision} ({matmul.reason})" if matmul else current,
+            matmul_precision=current_precision(),
             first_loss=first,
         )
         for line in sys.stdin:

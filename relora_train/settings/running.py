@@ -16,7 +16,7 @@ class PrecisionConfig(FrozenConfig):
     """'bfloat16': autocast, frozen weights rounded; 'pure-bfloat16': trained matrices, gradients, Adam's state too."""
 
     matmul_precision: Literal["auto", "highest", "high", "medium"] = "highest"
-    """torch.set_float32_matmul_precision; 'auto' measures at a run's start which is fastest at float32's accuracy."""
+    """torch.set_float32_matmul_precision; 'auto': 'medium' where a run's first stage finds it as exact as float32."""
 
     deterministic: bool = True
     """Deterministic kernels where there is a choice (always so on CPU)."""

@@ -67,7 +67,7 @@ def commit_stage(
             "samples_seen": training.samples_seen(stage.end_step),
             "evaluation": after.as_record(),
             "evaluation_key": evaluation_key,
-            "matmul_precision": training.matmul.precision if training.matmul else None,
+            "matmul_precision": training.matmul,
         }
     )
     (directory / STATE_FILE).write_text(state.model_dump_json(indent=1) + "\n")

@@ -13,9 +13,9 @@ from relora_train.method.optimizer import reset_optimizer_state
 from relora_train.method.relora import LayerMerge, adapter_config, adapter_state, lora_parameters, merge_and_reinit
 from relora_train.process import Emit
 from relora_train.training.evaluate import autocast
-from relora_train.training.matmul_probe import current_precision, keeps_accuracy, products_of
 from relora_train.training.models.compiling import without_compiling
 from relora_train.training.models.registry import facts_of
+from relora_train.training.precision import current_precision, keeps_accuracy, products_of
 from relora_train.training.stage import StageTraining
 
 _PROBE_SEQUENCES = 4

@@ -109,7 +109,7 @@ def describe_progress(training: StageTraining, progress: Progress) -> SnapshotSt
         loss_sum=float(progress.losses),
         summed=progress.summed,
         seconds=progress.seconds,
-        matmul_precision=training.matmul.precision if training.matmul else None,
+        matmul_precision=training.matmul,
     )
 
 

@@ -32,12 +32,12 @@ from relora_train.training.files import (
     read_tensor,
     read_training_state,
 )
-from relora_train.training.matmul_probe import Choice
 from relora_train.training.models.base import LossFunction, Objective
 from relora_train.training.models.compiling import compile_blocks
 from relora_train.training.models.model import checkpoint_activations
 from relora_train.training.models.pretrained import dtype_of_files
 from relora_train.training.models.registry import objective_of
+from relora_train.training.precision import MatmulPrecision
 from relora_train.training.prefetch import Prefetcher
 from relora_train.training.requests import StageRequest
 from relora_train.training.sharding import RowsOf, rows_of_checkpoint, rows_of_first_rank, shard_model
@@ -76,7 +76,7 @@ class StageTraining:
     checked_learning: bool = False
     """True once this process has asked if every low-rank layer learns."""
 
-    matmul: Choice | None = None
+    matmul: MatmulPrecision | None = None
     """What matmul_precision 'auto' stands for."""
 
     source_dtype: Dtype | None = None

@@ -28,16 +28,16 @@ from relora_train.training.commit import commit_stage, lend_rows
 from relora_train.training.end_of_cycle import finish_cycle
 from relora_train.training.evaluate import evaluate_checkpoint, evaluate_model
 from relora_train.training.learning import check_learning
-from relora_train.training.matmul_probe import Choice
 from relora_train.training.model_check_worker import check_model
 from relora_train.training.models.base import Evaluation
 from relora_train.training.peak_memory import peak_bytes, reset_peak
+from relora_train.training.precision import MatmulPrecision, settle_matmul_precision
 from relora_train.training.requests import EvaluationRequest, ModelCheckRequest, StageRequest
 from relora_train.training.sharded_saving import ShardedSnapshotter
 from relora_train.training.snapshot import Progress, read_snapshot_state, restore_snapshot
 from relora_train.training.snapshotter import Snapshotter
 from relora_train.training.stage import StageTraining, prepare_stage
-from relora_train.training.torch_settings import configure_torch, release_memory, settle_matmul_precision
+from relora_train.training.torch_settings import configure_torch, release_memory
 
 _PROGRESS_SECONDS = 0.5
 _FIRST_STEPS = 5
@@ -139,12 +139,12 @@ def _describe(training: StageTraining) -> dict[str, Any]:
         "parameters": sum(p.numel() for p in parameters),
         "trainable_parameters": sum(p.numel() for p in parameters if p.requires_grad),
         "products": dict(Counter(training.products.values())),
-        **({"matmul": f"{training.matmul.precision} ({training.matmul.reason})"} if training.matmul else {}),
+        **({"matmul": training.matmul} if training.matmul else {}),
     }
 
 
-def _settle_matmul_precision(training: StageTraining) -> Choice | None:
-    """As the snapshot says, or the parent; measured in a run's first stage."""
+def _settle_matmul_precision(training: StageTraining) -> MatmulPrecision | None:
+    """Return what the snapshot says, or the parent; it is measured in a run's first stage."""
     directory, recorded = training.request.snapshot_directory, training.start.matmul_precision
     if directory is not None:
         recorded = read_snapshot_state(directory).matmul_precision
