@@ -14,9 +14,9 @@ from torch import Tensor
 
 from relora_train.distributed import Ranks
 from relora_train.method import low_rank
-from relora_train.method.optimizer import optimizer_state_by_name
 from relora_train.process import Emit, serve_request
 from relora_train.training import trainer
+from relora_train.training.optimizer import optimizer_state_by_name
 from relora_train.training.requests import StageRequest
 from relora_train.training.stage import StageTraining
 

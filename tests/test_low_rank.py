@@ -11,16 +11,11 @@ from torch.utils.checkpoint import checkpoint
 
 from relora_train.method import low_rank
 from relora_train.method.fast_path import share_inputs, stop_sharing
+from relora_train.method.layer import ReLoRALinear, lora_parameters, relora_layers, relora_linear
 from relora_train.method.low_rank import Factors, low_rank_linears
+from relora_train.method.merge import merge_and_reinit
 from relora_train.method.products import Products, choose_products, flops_per_token
-from relora_train.method.relora import (
-    ReLoRALinear,
-    apply_relora,
-    lora_parameters,
-    merge_and_reinit,
-    relora_layers,
-    relora_linear,
-)
+from relora_train.method.wrap import apply_relora
 from relora_train.runs.plan import plan
 from relora_train.settings.load import list_profiles, load_profile
 

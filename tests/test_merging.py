@@ -10,9 +10,11 @@ import torch
 from stage_runs import ignore, prepared
 
 from relora_train.errors import DivergedError
-from relora_train.method.optimizer import optimizer_state_by_name, reset_optimizer_state
-from relora_train.method.relora import lora_parameters, merge_and_reinit
+from relora_train.method.layer import lora_parameters
+from relora_train.method.merge import merge_and_reinit
+from relora_train.method.reset import reset_optimizer_state
 from relora_train.training.end_of_cycle import finish_cycle
+from relora_train.training.optimizer import optimizer_state_by_name
 from relora_train.training.stage import StageTraining
 
 SEED = 3

@@ -13,16 +13,12 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from relora_train.errors import ModelError
-from relora_train.method.optimizer import build_optimizer, reset_optimizer_state
-from relora_train.method.relora import (
-    apply_relora,
-    lora_parameters,
-    merge,
-    merge_and_reinit,
-    relora_layers,
-    unwrap,
-)
+from relora_train.method.layer import lora_parameters, relora_layers
+from relora_train.method.merge import merge, merge_and_reinit
+from relora_train.method.reset import reset_optimizer_state
 from relora_train.method.schedule import is_merge_step, learning_rate
+from relora_train.method.wrap import apply_relora, unwrap
+from relora_train.training.optimizer import build_optimizer
 
 SCHEDULE = {"warmup_steps": 5, "restart_warmup_steps": 3, "min_lr_ratio": 0.1}
 

@@ -10,16 +10,16 @@ from torch import nn
 from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
 
 from relora_train.errors import ModelError
-from relora_train.method.optimizer import (
+from relora_train.method.layer import lora_parameters, relora_layers
+from relora_train.method.reset import above_quantile, reset_optimizer_state
+from relora_train.method.wrap import apply_relora
+from relora_train.training.optimizer import (
     FUSED_DEVICES,
-    above_quantile,
     build_optimizer,
     load_optimizer_state_by_name,
     optimizer_state_by_name,
     parameter_groups,
-    reset_optimizer_state,
 )
-from relora_train.method.relora import apply_relora, lora_parameters, relora_layers
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 

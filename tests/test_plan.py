@@ -144,7 +144,7 @@ def test_a_local_model_is_counted_as_transformers_and_relora_build_it(family, tm
     """Heads wider than the model's share, grouped keys, biases, tied embeddings; biases stay trained when wrapped."""
     import transformers
 
-    from relora_train.method.relora import apply_relora
+    from relora_train.method.wrap import apply_relora
 
     config = transformers.AutoConfig.for_model(family, **tiny(family))
     config.save_pretrained(tmp_path)

@@ -13,7 +13,7 @@ from tiny_models import tiny_llama
 from torch import nn
 
 from relora_train.errors import TrainingError
-from relora_train.method.relora import apply_relora
+from relora_train.method.wrap import apply_relora
 from relora_train.training import end_of_cycle as merging
 from relora_train.training import precision
 from relora_train.training.files import read_training_state

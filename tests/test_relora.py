@@ -16,19 +16,11 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
 from relora_train.errors import ConfigError, DivergedError, ModelError, NoTargetModulesError
-from relora_train.method.optimizer import build_optimizer
-from relora_train.method.relora import (
-    ReLoRALinear,
-    adapter_config,
-    adapter_state,
-    apply_relora,
-    check_targets,
-    lora_parameters,
-    merge,
-    merge_and_reinit,
-    relora_layers,
-    unwrap,
-)
+from relora_train.method.adapter import adapter_config, adapter_state
+from relora_train.method.layer import ReLoRALinear, lora_parameters, relora_layers
+from relora_train.method.merge import merge, merge_and_reinit
+from relora_train.method.wrap import apply_relora, check_targets, unwrap
+from relora_train.training.optimizer import build_optimizer
 
 TINY_MODELS = pytest.mark.parametrize("build", [tiny_llama, tiny_gpt_neox])
 LLAMA_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -319,7 +311,7 @@ def test_the_draws_differ_between_layers_seeds_and_cycles():
 
 def test_the_draws_are_the_same_in_another_process():
     code = (
-        "from torch import nn; from relora_train.method.relora import apply_relora; m = nn.Sequential(nn.Linear(8, 8));"
+        "from torch import nn; from relora_train.method.wrap import apply_relora; m = nn.Sequential(nn.Linear(8, 8));"
         "apply_relora(m, rank=2, alpha=1, dropout=0, target_modules=['0'], seed=3, cycle=4);"
         "print(m[0].lora_A.tolist())"
     )

@@ -18,10 +18,12 @@ from relora_train.checkpoints.manifest import ParentRef
 from relora_train.checkpoints.store import CheckpointRef, CheckpointStore
 from relora_train.cli.app import main
 from relora_train.errors import ConfigError, ProfileInvalidError
-from relora_train.method.stages import fingerprint_settings, stage_fingerprint, stages_after
+from relora_train.method.fingerprint import fingerprint_settings, stage_fingerprint
+from relora_train.method.stages import stages_after
 from relora_train.runs.retry import retry_stage
+from relora_train.settings.digest import LAST_COMMIT_WITH_REMOVED_KEYS, REMOVED_KEYS
 from relora_train.settings.load import load_profile
-from relora_train.settings.profile import LAST_COMMIT_WITH_REMOVED_KEYS, REMOVED_KEYS, profile_from_file
+from relora_train.settings.profile import profile_from_file
 from relora_train.storage.opening import open_store
 from relora_train.training.evaluate import evaluate_checkpoint
 from relora_train.training.requests import EvaluationRequest, StageRequest

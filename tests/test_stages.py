@@ -9,15 +9,9 @@ from pydantic import BaseModel, ValidationError
 from schedules import schedules
 
 from relora_train.errors import ConfigError
-from relora_train.method.stages import (
-    differing_settings,
-    fingerprint_settings,
-    is_last,
-    plan_stages,
-    stage_fingerprint,
-    stage_learning_rate,
-    until,
-)
+from relora_train.method.fingerprint import fingerprint_settings, stage_fingerprint
+from relora_train.method.stages import is_last, plan_stages, stage_learning_rate, until
+from relora_train.settings.digest import differing_settings
 from relora_train.settings.load import profile_directory
 from relora_train.settings.profile import Profile, default_run_id
 

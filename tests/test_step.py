@@ -22,11 +22,14 @@ from transformers import AutoModelForCausalLM
 from relora_train.data.dataset import TokenDataset
 from relora_train.distributed import Ranks
 from relora_train.errors import DeviceError
-from relora_train.method.optimizer import above_quantile, build_optimizer, reset_optimizer_state
-from relora_train.method.relora import apply_relora, lora_parameters, merge_and_reinit
+from relora_train.method.layer import lora_parameters
+from relora_train.method.merge import merge_and_reinit
+from relora_train.method.reset import above_quantile, reset_optimizer_state
+from relora_train.method.wrap import apply_relora
 from relora_train.training import prefetch
 from relora_train.training.models import compiling
 from relora_train.training.models.model import attend_without_mask
+from relora_train.training.optimizer import build_optimizer
 from relora_train.training.prefetch import Prefetcher
 from relora_train.training.stage import StageTraining, prepare_stage
 from relora_train.training.trainer import run_stage

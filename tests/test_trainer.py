@@ -22,7 +22,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from relora_train.checkpoints.manifest import describe_files, hash_file
 from relora_train.data.dataset import TokenDataset
 from relora_train.errors import DivergedError, SequenceTooLongError, TrainingError, VocabularyMismatchError
-from relora_train.method.relora import merge_and_reinit, relora_layers
+from relora_train.method.layer import relora_layers
+from relora_train.method.merge import merge_and_reinit
 from relora_train.method.stages import plan_stages, stage_learning_rate
 from relora_train.settings.running import PrecisionConfig
 from relora_train.training import evaluate

@@ -18,8 +18,9 @@ from relora_train.experiments.comparison_page import render_comparison
 from relora_train.experiments.experiment import load_experiment
 from relora_train.experiments.records import RunResult
 from relora_train.experiments.run_results import reset_sizes
-from relora_train.method.relora import apply_relora, relora_layers
+from relora_train.method.layer import relora_layers
 from relora_train.method.update_size import UpdateMeter, product_norm
+from relora_train.method.wrap import apply_relora
 from relora_train.reports.collect import train_curve
 from relora_train.reports.run_data import RunData, Scores, StageRow
 from relora_train.training.trainer import run_stage

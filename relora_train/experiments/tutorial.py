@@ -21,10 +21,13 @@ from torch import Tensor, nn
 
 from relora_train.errors import ConfigError
 from relora_train.experiments.measured import TutorialSettings
-from relora_train.method.optimizer import build_optimizer, reset_optimizer_state
-from relora_train.method.relora import apply_relora, lora_parameters, merge_and_reinit
+from relora_train.method.layer import lora_parameters
+from relora_train.method.merge import merge_and_reinit
+from relora_train.method.reset import reset_optimizer_state
 from relora_train.method.schedule import cosine, is_merge_step, jagged_cosine
+from relora_train.method.wrap import apply_relora
 from relora_train.reports.statistics import Estimate, paired_difference
+from relora_train.training.optimizer import build_optimizer
 
 ARMS = {"full": "full rank", "relora": "ReLoRA", "lora": "LoRA"}
 Floats = NDArray[np.float64]

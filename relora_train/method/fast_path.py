@@ -1,6 +1,6 @@
 """Let ReLoRA layers work together: those that read one input multiply in one function, in the best way.
 
-Without this the layers follow the reference in relora.py, one by one: the same function, up to the order of rounding.
+Without this the layers follow the reference in layer.py, one by one: the same function, up to the order of rounding.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from relora_train.method.layer import ReLoRALinear, relora_layers
 from relora_train.method.low_rank import Factors, low_rank_linears
 from relora_train.method.products import Products, choose_products, sibling_groups
-from relora_train.method.relora import ReLoRALinear, relora_layers
 
 
 @dataclass

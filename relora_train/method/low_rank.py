@@ -2,7 +2,7 @@
 
 Against writing the formula down, it reads x once for all the layers, adds in place, multiplies as products.py chose,
 keeps neither A x nor a dropout mask (both are made again for the backward pass: the mask from a seed)
-and forms a merged weight at most once an update. `relora_linear` in relora.py is the readable reference.
+and forms a merged weight at most once an update. `relora_linear` in layer.py is the readable reference.
 """
 
 from __future__ import annotations

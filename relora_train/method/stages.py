@@ -1,7 +1,4 @@
-"""The stages of a run and the fingerprint of each. Light: imports no torch, boto3 or prefect.
-
-A stage is a function from one checkpoint to the next. Its fingerprint is a hash of every setting that can change its
-result and of its parent's fingerprint, so a checkpoint with that fingerprint is that stage's result, whoever made it.
+"""The stages of a run: each is a function from one checkpoint to the next.
 
 The low-rank phase is counted in cycles, not in steps: what follows a checkpoint with k merges is cycle k + 1, at the
 point where the jagged cosine of the settings in force has its k-th merge, wherever the checkpoint's step lies. So a run
@@ -13,13 +10,14 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from relora_train.checkpoints.manifest import CheckpointManifest
 from relora_train.errors import ConfigError
 from relora_train.method.schedule import climbing_cosine, learning_rate
+from relora_train.settings.digest import differing_settings, flatten
 from relora_train.settings.objectives import DEFAULT_OBJECTIVE, own_settings
-from relora_train.settings.profile import Profile, removed, settings_digest, unset_later_keys
+from relora_train.settings.profile import Profile
 
 StageKind = Literal["full", "warm_start", "relora", "lora"]
 
@@ -159,7 +157,7 @@ def _refuse_other_growth(profile: Profile, parent: CheckpointManifest) -> None:
 
 def _refuse_another_model(profile: Profile, parent: CheckpointManifest) -> None:
     """The weights decide the model: settings that say otherwise would be recorded and not used."""
-    ours = _flatten({"model": profile.model.model_dump(mode="json"), **own_settings(profile)})
+    ours = flatten({"model": profile.model.model_dump(mode="json"), **own_settings(profile)})
     ours["objective"] = profile.objective
     theirs = {key: value for key, value in parent.fingerprint_settings.items() if key in ours}
     theirs |= {"objective": theirs.get("objective", DEFAULT_OBJECTIVE)} if theirs else {}
@@ -209,78 +207,3 @@ def stage_learning_rate(profile: Profile, stage: Stage, step: int) -> float:
         restart_warmup_steps=schedule.restart_warmup_steps,
         min_lr_ratio=schedule.min_lr_ratio,
     )
-
-
-def fingerprint_settings(
-    profile: Profile, stage: Stage, dataset_id: str, *, pretrained_content: str | None = None
-) -> dict[str, Any]:
-    """Every setting that can change what the stage computes, as flat dotted keys with JSON values.
-
-    Left out because they cannot: names, paths, logging, evaluation, number of ranks (data order and re-initialisation
-    do not depend on it; sums may round differently), and whatever belongs to later stages or other methods only.
-    Of a low-rank stage, schedule.warm_start_steps and total_steps are where its phase began and will end, counted in
-    its own steps, which on a branch can differ from the profile's: one curve has one fingerprint.
-    pretrained_content: digest of the files of model.pretrained, when the stage starts from them.
-    """
-    optimizer = profile.optimizer.model_dump(mode="json", exclude={"learning_rate", "warm_start_learning_rate"})
-    settings: dict[str, Any] = {
-        "stage": {"kind": stage.kind, "start_step": stage.start_step, "end_step": stage.end_step},
-        "dataset_id": dataset_id,
-        "seed": profile.seed,
-        "model": profile.model.model_dump(mode="json"),
-        "batch": profile.batch.model_dump(mode="json"),
-        "precision": profile.precision.model_dump(mode="json"),
-        "optimizer": optimizer,
-        "schedule": {
-            "total_steps": profile.schedule.warm_start_steps + profile.schedule.horizon_steps,
-            "warmup_steps": profile.schedule.warmup_steps,
-            "min_lr_ratio": profile.schedule.min_lr_ratio,
-        },
-    }
-    settings |= own_settings(profile)
-    if pretrained_content is not None:
-        settings["model"]["pretrained_content"] = pretrained_content
-    if stage.kind == "warm_start":
-        optimizer["warm_start_learning_rate"] = profile.warm_start_learning_rate
-    else:
-        optimizer["learning_rate"] = profile.optimizer.learning_rate
-    if stage.low_rank:
-        phase_start = stage.start_step - stage.phase_step
-        settings["schedule"]["warm_start_steps"] = phase_start
-        settings["schedule"]["total_steps"] = phase_start + profile.schedule.horizon_steps
-        settings["relora"] = profile.relora.model_dump(mode="json")
-    if stage.kind == "relora":
-        settings["schedule"]["cycle_length"] = profile.schedule.cycle_length
-        if profile.schedule.cycle_growth != 1:
-            settings["schedule"]["cycle_growth"] = profile.schedule.cycle_growth
-        if stage.cycle > 1:  # the first cycle climbs by warmup_steps
-            settings["schedule"]["restart_warmup_steps"] = profile.schedule.restart_warmup_steps
-            if not profile.schedule.jagged:  # absent otherwise: checkpoints from before the key keep their fingerprint
-                settings["schedule"]["jagged"] = False
-        unset = unset_later_keys(profile, "optimizer_reset")
-        settings["optimizer_reset"] = profile.optimizer_reset.model_dump(mode="json", exclude=unset)
-    return _flatten(settings)
-
-
-def stage_fingerprint(settings: dict[str, Any], parent_fingerprint: str | None) -> str:
-    """SHA-256 in hex over a stage's settings and its parent's fingerprint."""
-    return settings_digest({"settings": settings, "parent": parent_fingerprint})
-
-
-def differing_settings(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
-    """Return lines 'key: theirs -> ours' for every setting that differs, sorted by key."""
-    lines = []
-    for key in sorted(key for key in {*ours, *theirs} if ours.get(key) != theirs.get(key)):
-        hint = removed(key)
-        lines.append(f"{key}: {theirs.get(key, 'absent')} -> {ours.get(key, 'absent')}{f' ({hint})' if hint else ''}")
-    return lines
-
-
-def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            flat.update(_flatten(value, f"{prefix}{key}."))
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat

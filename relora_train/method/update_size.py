@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from relora_train.distributed import local, norm, whole
-from relora_train.method.relora import ReLoRALinear, relora_layers
+from relora_train.method.layer import ReLoRALinear, relora_layers
 
 
 class UpdateMeter:

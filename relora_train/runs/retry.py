@@ -26,11 +26,13 @@ from relora_train.checkpoints.lineage import CheckpointRef, descendants, read_ch
 from relora_train.checkpoints.manifest import RECORD_FILES, CheckpointManifest, parse_manifest
 from relora_train.checkpoints.run import CheckpointStore
 from relora_train.errors import CheckpointIncompleteError, CheckpointNotFoundError, ConfigError, ObjectNotFoundError
-from relora_train.method.stages import Stage, differing_settings, stage_fingerprint
+from relora_train.method.fingerprint import stage_fingerprint
+from relora_train.method.stages import Stage
 from relora_train.runs.evaluations import dataset_of
 from relora_train.runs.launch import nodes_of, run_worker
 from relora_train.runs.run import DatasetRef, OnEvent, Run, fetch_dataset, fetch_parent, stage_identity
-from relora_train.settings.profile import Profile, profile_from_file, settings_digest
+from relora_train.settings.digest import differing_settings, settings_digest
+from relora_train.settings.profile import Profile, profile_from_file
 from relora_train.storage.opening import open_store
 from relora_train.storage.workspace import checkpoint_cache, work_directory
 from relora_train.training.requests import StageRequest

@@ -30,7 +30,8 @@ from relora_train.errors import (
     StoreUnavailableError,
 )
 from relora_train.events import Event
-from relora_train.method.stages import Stage, differing_settings, fingerprint_settings, stage_fingerprint
+from relora_train.method.fingerprint import fingerprint_settings, stage_fingerprint
+from relora_train.method.stages import Stage
 from relora_train.runs.kept_worker import KeptWorker
 from relora_train.runs.launch import nodes_of, run_worker
 from relora_train.runs.publishing import Publisher
@@ -45,8 +46,9 @@ from relora_train.runs.stage_work import (
     tidy_up,
     work_name,
 )
+from relora_train.settings.digest import differing_settings, settings_digest
 from relora_train.settings.model import ModelConfig
-from relora_train.settings.profile import Profile, default_run_id, settings_digest
+from relora_train.settings.profile import Profile, default_run_id
 from relora_train.storage.base import ObjectStore
 from relora_train.storage.opening import open_store
 from relora_train.storage.workspace import WorkDirectory, checkpoint_cache, dataset_cache

@@ -6,8 +6,6 @@ refused and all faults are shown at once. Light: imports no torch, boto3 or pref
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +15,7 @@ from pydantic import Field, ValidationInfo, model_validator
 
 from relora_train.settings.base import FrozenConfig
 from relora_train.settings.data import BatchConfig, DataConfig, ImagesConfig, TokenizerConfig
+from relora_train.settings.digest import REMOVED_KEYS, removed, settings_digest
 from relora_train.settings.method import DivergenceConfig, OptimizerConfig, OptimizerResetConfig, ReLoRAConfig
 from relora_train.settings.model import ModelConfig
 from relora_train.settings.objectives import DEFAULT_OBJECTIVE, OBJECTIVES, ObjectiveName, foreign_keys
@@ -33,13 +32,6 @@ from relora_train.settings.schedule import ScheduleConfig
 Method = Literal["full", "lora", "relora"]
 
 
-REMOVED_KEYS: Mapping[str, Mapping[str, Any]] = {
-    "relora": {"init": "kaiming", "rank_allocation": "uniform", "merge_dtype": "float32"},
-    "optimizer": {"low_rank_lr_ratio": 1.0, "low_rank_b_lr_ratio": 1.0},
-}
-"""Keys that were measured and deleted, by section, with the defaults that they had."""
-
-LAST_COMMIT_WITH_REMOVED_KEYS = "1a88187"
 _READING = {"reading": True}
 
 
@@ -179,12 +171,6 @@ class Profile(FrozenConfig):
         return chosen if chosen is not None else self.optimizer.learning_rate / 2
 
 
-def settings_digest(settings: dict[str, Any]) -> str:
-    """SHA-256 in hex of settings as canonical JSON: the same for the same values in any order."""
-    canonical = json.dumps(settings, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    return hashlib.sha256(canonical.encode()).hexdigest()
-
-
 LATER_KEYS = {
     "tokenizer": ("revision",),
     "schedule": ("jagged", "cycle_growth", "horizon"),
@@ -239,14 +225,3 @@ def profile_to_read(content: bytes) -> Profile:
 def profile_from_file(path: Path) -> Profile:
     """Return the same from a file."""
     return profile_to_read(path.read_bytes())
-
-
-def removed(key: str) -> str:
-    """Return what to do about a removed key, such as 'relora.init'; '' for any other."""
-    section, _, name = key.partition(".")
-    if name not in REMOVED_KEYS.get(section, {}):
-        return ""
-    return (
-        "the key was removed, since it did not help (profiles/experiments/RESULTS.md). Leave it out, or train with "
-        f"commit {LAST_COMMIT_WITH_REMOVED_KEYS}, the last that has it"
-    )

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from relora_train.checkpoints.manifest import CheckpointManifest, describe_files
-from relora_train.method.optimizer import optimizer_state_by_name
 from relora_train.training.files import (
     ADAPTER_DIRECTORY,
     METRICS_FILE,
@@ -28,6 +27,7 @@ from relora_train.training.files import (
     write_metrics,
 )
 from relora_train.training.models.base import Evaluation
+from relora_train.training.optimizer import optimizer_state_by_name
 from relora_train.training.read_back import check_written
 from relora_train.training.sharded_saving import save_sharded
 from relora_train.training.stage import StageTraining

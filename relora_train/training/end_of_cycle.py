@@ -9,8 +9,10 @@ from torch import Tensor
 
 from relora_train.checkpoints.layout import checkpoint_name
 from relora_train.errors import DivergedError, TrainingError
-from relora_train.method.optimizer import reset_optimizer_state
-from relora_train.method.relora import LayerMerge, adapter_config, adapter_state, lora_parameters, merge_and_reinit
+from relora_train.method.adapter import adapter_config, adapter_state
+from relora_train.method.layer import lora_parameters
+from relora_train.method.merge import LayerMerge, merge_and_reinit
+from relora_train.method.reset import reset_optimizer_state
 from relora_train.process import Emit
 from relora_train.training.evaluate import autocast
 from relora_train.training.models.compiling import without_compiling

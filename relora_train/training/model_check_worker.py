@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from relora_train.devices import check_devices
-from relora_train.method.relora import check_targets
+from relora_train.method.wrap import check_targets
 from relora_train.process import Emit, serve_request
 from relora_train.training.models.registry import objective_of
 from relora_train.training.requests import ModelCheckRequest

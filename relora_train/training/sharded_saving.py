@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from relora_train.distributed import SLOW, STEP, gathered, local, whole
-from relora_train.method.optimizer import optimizer_state_by_name
 from relora_train.process import Emit
 from relora_train.training.files import (
     MAX_SHARD_BYTES,
@@ -27,6 +26,7 @@ from relora_train.training.files import (
     sparse_shapes,
 )
 from relora_train.training.models.model import file_name
+from relora_train.training.optimizer import optimizer_state_by_name
 from relora_train.training.snapshot import Progress, describe_progress, moving_tensors, write_snapshot
 from relora_train.training.snapshotter import is_due
 from relora_train.training.stage import StageTraining

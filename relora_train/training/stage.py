@@ -18,10 +18,11 @@ from relora_train.distributed import Ranks, whole
 from relora_train.errors import ConfigError
 from relora_train.method.bfloat16_adamw import BFloat16AdamW, round_trained_matrices
 from relora_train.method.fast_path import share_inputs
-from relora_train.method.optimizer import build_optimizer, load_optimizer_state_by_name
+from relora_train.method.layer import relora_layers
+from relora_train.method.merge import reinit
 from relora_train.method.products import Products
-from relora_train.method.relora import apply_relora, reinit, relora_layers
 from relora_train.method.stages import Stage, stage_learning_rate
+from relora_train.method.wrap import apply_relora
 from relora_train.settings.profile import Profile
 from relora_train.training.evaluate import autocast
 from relora_train.training.files import (
@@ -37,6 +38,7 @@ from relora_train.training.models.compiling import compile_blocks
 from relora_train.training.models.model import checkpoint_activations
 from relora_train.training.models.pretrained import dtype_of_files
 from relora_train.training.models.registry import objective_of
+from relora_train.training.optimizer import build_optimizer, load_optimizer_state_by_name
 from relora_train.training.precision import MatmulPrecision
 from relora_train.training.prefetch import Prefetcher
 from relora_train.training.requests import StageRequest

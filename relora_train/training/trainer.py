@@ -18,11 +18,11 @@ import torch
 
 from relora_train.distributed import SLOW, STEP, Ranks, joined_ranks, whole
 from relora_train.errors import DivergedError, TrainerInterruptedError
-from relora_train.method.relora import lora_parameters
+from relora_train.method.layer import lora_parameters
 from relora_train.method.stages import Stage
 from relora_train.method.update_size import UpdateMeter
 from relora_train.process import Emit, StopRequest, Works, is_asked_to_serve, serve_request, serve_requests
-from relora_train.settings.profile import settings_digest
+from relora_train.settings.digest import settings_digest
 from relora_train.storage.workspace import trainer_lock
 from relora_train.training.commit import commit_stage, lend_rows
 from relora_train.training.end_of_cycle import finish_cycle

@@ -23,10 +23,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from live_bytes import LiveBytes
 
-from relora_train.method.optimizer import build_optimizer, reset_optimizer_state
-from relora_train.method.relora import apply_relora, lora_parameters, merge_and_reinit, relora_layers
+from relora_train.method.layer import lora_parameters, relora_layers
+from relora_train.method.merge import merge_and_reinit
+from relora_train.method.reset import reset_optimizer_state
+from relora_train.method.wrap import apply_relora
 from relora_train.settings.load import load_profile
 from relora_train.settings.profile import Profile
+from relora_train.training.optimizer import build_optimizer
 from relora_train.training.peak_memory import peak_bytes, process_bytes, reset_peak
 
 

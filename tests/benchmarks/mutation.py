@@ -43,7 +43,7 @@ EQUIVALENT = Path(__file__).with_name("equivalent_mutants.toml")
 MODULES: dict[str, tuple[list[str], list[str]]] = {
     "schedule": (["method/schedule.py"], ["test_schedule.py"]),
     "merge": (
-        ["method/relora.py", "training/end_of_cycle.py"],
+        ["method/layer.py", "method/wrap.py", "method/merge.py", "training/end_of_cycle.py"],
         ["test_relora.py", "test_merging.py", "test_precision.py"],
     ),
     "reset": (["method/optimizer.py"], ["test_optimizer.py"]),

@@ -33,8 +33,11 @@ from seaweed import Seaweed, running_seaweed
 from relora_train.checkpoints.commit import commit_bundle
 from relora_train.checkpoints.fetch import fetch_bundle
 from relora_train.checkpoints.manifest import FileEntry, Manifest, SnapshotManifest, describe_files, parse_manifest
-from relora_train.method.optimizer import build_optimizer, optimizer_state_by_name, reset_optimizer_state
-from relora_train.method.relora import adapter_config, adapter_state, apply_relora, lora_parameters, merge_and_reinit
+from relora_train.method.adapter import adapter_config, adapter_state
+from relora_train.method.layer import lora_parameters
+from relora_train.method.merge import merge_and_reinit
+from relora_train.method.reset import reset_optimizer_state
+from relora_train.method.wrap import apply_relora
 from relora_train.settings.load import load_profile
 from relora_train.settings.profile import Profile
 from relora_train.storage.base import ObjectStore
@@ -42,6 +45,7 @@ from relora_train.storage.local import LocalStore
 from relora_train.storage.s3 import S3Store
 from relora_train.training.files import save_adapter, save_model, save_optimizer_state
 from relora_train.training.models.model import build_model
+from relora_train.training.optimizer import build_optimizer, optimizer_state_by_name
 from relora_train.training.snapshot import HostBuffers, SnapshotState, moving_tensors, write_snapshot
 
 FINGERPRINT = "f" * 64

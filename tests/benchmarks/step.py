@@ -107,7 +107,7 @@ def paper(model: Any, request: StepRequest) -> Any:
     from torch import nn
     from torch.nn import functional as F
 
-    from relora_train.method.relora import target_names
+    from relora_train.method.wrap import check_targets
 
     relora = request.profile.relora
 
@@ -124,7 +124,7 @@ def paper(model: Any, request: StepRequest) -> Any:
             low_rank = self.lora_B(self.lora_A(self.lora_dropout(x)))
             return F.linear(x, self.weight) + low_rank * (relora.alpha / relora.rank)
 
-    for name in target_names(model, relora.target_modules):
+    for name in check_targets(model, relora.target_modules, rank=relora.rank):
         model.set_submodule(name, PaperLinear(cast(nn.Linear, model.get_submodule(name))))
     return model
 
@@ -133,10 +133,10 @@ def peft(model: Any, request: StepRequest) -> Any:
     """As LoRA of peft; like ours it trains all that is not wrapped."""
     from peft import LoraConfig, get_peft_model
 
-    from relora_train.method.relora import target_names
+    from relora_train.method.wrap import check_targets
 
     relora = request.profile.relora
-    targets = list(target_names(model, relora.target_modules))
+    targets = check_targets(model, relora.target_modules, rank=relora.rank)
     config = LoraConfig(
         r=relora.rank, lora_alpha=relora.alpha, lora_dropout=relora.dropout, target_modules=targets, bias="none"
     )

@@ -44,8 +44,9 @@ from relora_train.runs.retraining.series_data import (
 from relora_train.runs.run import DatasetRef, OnEvent, Run
 from relora_train.runs.tokenizer_choice import as_checkpoint
 from relora_train.settings.data import DataConfig, TokenizerConfig
+from relora_train.settings.digest import settings_digest
 from relora_train.settings.objectives import OBJECTIVES
-from relora_train.settings.profile import Profile, default_run_id, settings_digest
+from relora_train.settings.profile import Profile, default_run_id
 from relora_train.storage.base import ObjectStore
 from relora_train.storage.opening import open_store
 from relora_train.training.models.registry import facts_of

@@ -1,0 +1,96 @@
+"""The layer: a frozen weight with a trained low-rank update, y = W x + b + scaling * B (A (dropout(x))).
+
+Source: arXiv 2307.05695. All functions of this room take the bare model, not one wrapped by DDP or torch.compile: the
+names of its modules decide what is drawn and what is written. If a model is sharded by rows over ranks, all ranks call
+together. Not covered: quantized weights.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class SharedForward(Protocol):
+    """A function that computes one of several layers for an input (..., in)."""
+
+    def __call__(self, layer: ReLoRALinear, x: Tensor) -> Tensor: ...
+
+
+class ReLoRALinear(nn.Module):
+    """A linear layer whose weight is frozen and whose bias and low-rank update are trained.
+
+    weight (out, in), lora_A (rank, in), lora_B (out, rank). The factors begin as float32, or float64 beside a float64
+    weight, whatever lower precision the weight is held in. The scaling is a constant: a trained one would be multiplied
+    by B = 0 after a merge, and once at zero itself would never leave it. A new layer has B = 0 and A undrawn.
+    """
+
+    bias: nn.Parameter | None
+
+    def __init__(self, linear: nn.Linear, *, rank: int, alpha: float, dropout: float, rank_stabilized: bool) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.rank, self.alpha, self.dropout, self.rank_stabilized = rank, alpha, dropout, rank_stabilized
+        self.scaling = alpha / (math.sqrt(rank) if rank_stabilized else rank)
+        self.weight = nn.Parameter(linear.weight.detach(), requires_grad=False)
+        self.register_parameter("bias", linear.bias)
+        device, dtype = linear.weight.device, torch.promote_types(linear.weight.dtype, torch.float32)
+        self.lora_A = nn.Parameter(torch.zeros(rank, linear.in_features, device=device, dtype=dtype))
+        self.lora_B = nn.Parameter(torch.zeros(linear.out_features, rank, device=device, dtype=dtype))
+        self.shared: SharedForward | None = None
+        """Computes this layer together with those that read the same input (fast_path.py); None: as relora_linear."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.shared is not None and not torch.compiler.is_compiling():
+            return self.shared(self, x)
+        dropout = self.dropout if self.training else 0.0
+        return relora_linear(x, self.weight, self.bias, self.lora_A, self.lora_B, self.scaling, dropout)
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"rank={self.rank}, scaling={self.scaling:g}, dropout={self.dropout:g}"
+        )
+
+
+def relora_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, scaling: float, dropout: float
+) -> Tensor:
+    """Return W x + b + scaling * B (A (dropout(x))) in the dtype of nn.Linear; x (..., in) -> (..., out)."""
+    low_rank_input = F.dropout(x, dropout) if dropout > 0 else x
+    low_rank = _linear(_linear(low_rank_input, lora_A), lora_B)  # (..., rank) -> (..., out)
+    return torch.add(_linear(x, weight, bias), low_rank, alpha=scaling)
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """F.linear for a weight held in another dtype than x; under autocast, autocast decides."""
+    if torch.is_autocast_enabled(x.device.type):
+        return F.linear(x, weight, bias)
+    bias = None if bias is None else bias.to(weight.dtype)
+    return F.linear(x.to(weight.dtype), weight, bias).to(x.dtype)
+
+
+def relora_layers(model: nn.Module) -> Iterator[tuple[str, ReLoRALinear]]:
+    """Yield every wrapped layer with its module name, in the model's order."""
+    for name, module in model.named_modules():
+        if isinstance(module, ReLoRALinear):
+            yield name, module
+
+
+def lora_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield every A and B with its parameter name (as in model.named_parameters()), in the model's order."""
+    for name, layer in relora_layers(model):
+        yield f"{name}.lora_A", layer.lora_A
+        yield f"{name}.lora_B", layer.lora_B
+
+
+def stable_generator(seed: int, cycle: int, name: str) -> torch.Generator:
+    """Return a CPU generator that is the same on every rank, device and resume; no global random state is touched."""
+    digest = hashlib.sha256(f"{seed}/{cycle}/{name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)

@@ -1,0 +1,128 @@
+"""The merge: W <- W + scaling * B A, then A is drawn anew and B is zero. Algorithm 1 of arXiv 2307.05695."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, MutableMapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from relora_train.distributed import local, norm, part_of, whole
+from relora_train.errors import DivergedError, ModelError
+from relora_train.method.layer import ReLoRALinear, relora_layers, stable_generator
+
+
+def merge_and_reinit(
+    model: nn.Module, *, cycle: int, seed: int, masters: MutableMapping[str, Tensor] | None = None
+) -> dict[str, LayerMerge]:
+    """Leave the model's output unchanged, up to rounding, and its low-rank updates empty and trainable.
+
+    `cycle` is the one just finished; A is drawn for cycle + 1. `masters` as in merge(). The caller resets the
+    optimizer's state.
+    """
+    report = merge(model, masters=masters)
+    reinit(model, seed=seed, cycle=cycle + 1)
+    return report
+
+
+@torch.no_grad()
+def merge(model: nn.Module, *, masters: MutableMapping[str, Tensor] | None = None) -> dict[str, LayerMerge]:
+    """W <- W + scaling * B A in float32 (float64 for a float64 weight), then B <- 0; return a report by module name.
+
+    `masters` hold the exact weights by parameter name ("<module>.weight"). They are updated in place and assigned back,
+    and each weight of the model becomes its master rounded once to the weight's own dtype. So rounding does not build
+    up over cycles. If any layer is refused, nothing is changed. No layer's full update is ever held in memory. Each
+    rank of a sharded model merges its own rows, and its masters hold just these; A and B are gathered layer by layer.
+    """
+    layers = dict(relora_layers(model))
+    for name, layer in layers.items():
+        _check_mergeable(name, layer, masters)
+    report = {}
+    with _full_precision_matmul():
+        for name, layer in layers.items():
+            weight = local(layer.weight)
+            master = weight if masters is None else masters[f"{name}.weight"]
+            A = whole(layer.lora_A).to(device=master.device, dtype=master.dtype)  # (rank, in)
+            B = whole(layer.lora_B).to(device=master.device, dtype=master.dtype)  # (out, rank)
+            report[name] = _measure(norm(master, layer.weight), A, B, layer.scaling)
+            master.addmm_(part_of(B, layer.weight), A, alpha=layer.scaling)
+            if masters is not None:
+                masters[f"{name}.weight"] = master
+                weight.copy_(master)
+            local(layer.lora_B).zero_()
+    return report
+
+
+@torch.no_grad()
+def reinit(model: nn.Module, *, seed: int, cycle: int) -> None:
+    """Draw every A for this cycle from Kaiming uniform(a = sqrt 5), which is U(±1/sqrt(in)), and empty every B.
+
+    A must not be zero too: with both factors zero no gradient reaches either. All ranks draw the same, however the
+    model is sharded.
+    """
+    for name, layer in relora_layers(model):
+        drawn = torch.empty(layer.lora_A.shape, dtype=torch.float32)
+        nn.init.kaiming_uniform_(drawn, a=math.sqrt(5), generator=stable_generator(seed, cycle, name))
+        local(layer.lora_A).copy_(part_of(drawn, layer.lora_A))
+        local(layer.lora_B).zero_()
+
+
+@dataclass(frozen=True)
+class LayerMerge:
+    """A merge of one weight in numbers. Norms are Frobenius norms; weight_norm is from before the merge."""
+
+    update_norm: float
+    weight_norm: float
+    effective_rank: float
+    """exp of the entropy of the update's singular values: 1 for one direction, rank for all alike, 0 for no update."""
+
+    @property
+    def relative_norm(self) -> float:
+        """update_norm / weight_norm; 1 if the weight was zero and all of it is now the update."""
+        if self.weight_norm == 0:
+            return 1.0 if self.update_norm > 0 else 0.0
+        return self.update_norm / self.weight_norm
+
+
+def _measure(weight_norm: float, A: Tensor, B: Tensor, scaling: float) -> LayerMerge:
+    """Return the numbers of a merge about to happen, from small triangular factors: B A = Q_B (R_B R_Aᵀ) Q_Aᵀ."""
+    R_A = torch.linalg.qr(A.T, mode="r").R  # (rank, rank)
+    R_B = torch.linalg.qr(B, mode="r").R
+    values = scaling * torch.linalg.svdvals(R_B @ R_A.T)
+    total = values.sum()
+    rank = float(torch.special.entr(values / total).sum().exp()) if total else 0.0
+    return LayerMerge(float(torch.linalg.vector_norm(values)), weight_norm, rank)
+
+
+def _check_mergeable(name: str, layer: ReLoRALinear, masters: MutableMapping[str, Tensor] | None) -> None:
+    if masters is not None and f"{name}.weight" not in masters:
+        raise ModelError(f"No master weight is called {name}.weight, so the update of {name} cannot be merged exactly.")
+    weight = local(layer.weight)
+    master = weight if masters is None else masters[f"{name}.weight"]
+    holder = "weight" if masters is None else "master weight"
+    if master.dtype not in (torch.float32, torch.float64):
+        raise ModelError(
+            f"The {holder} of {name} is {master.dtype}. Merged in place, an update smaller than its rounding is lost "
+            "for good (bfloat16 keeps 3 digits: of a relative update of 1e-4 it loses 97 %). "
+            "Pass `masters`, the float32 weights of the parent checkpoint."
+        )
+    if master.shape != weight.shape:
+        raise ModelError(f"{name}.weight is {tuple(weight.shape)} and its master {tuple(master.shape)}.")
+    if not (local(layer.lora_A).isfinite().all() and local(layer.lora_B).isfinite().all()):
+        raise DivergedError(
+            f"The low-rank update of {name} is not finite; nothing was merged. Lower the learning rate."
+        )
+
+
+@contextmanager
+def _full_precision_matmul() -> Iterator[None]:
+    """Multiply in float32: TF32, or "medium" on some processors, would round the update to 3 digits."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)

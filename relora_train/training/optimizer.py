@@ -1,0 +1,97 @@
+"""AdamW over named parameters, and its state by their names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from relora_train.distributed import placed_like
+from relora_train.errors import ModelError
+from relora_train.method.bfloat16_adamw import BFloat16AdamW
+from relora_train.method.reset import MOMENTS
+
+FUSED_DEVICES = ("cpu", "cuda", "mps", "xpu")
+
+
+def parameter_groups(model: nn.Module, *, weight_decay: float) -> list[dict[str, Any]]:
+    """Return the trainable parameters with their names, in the model's order: matrices decayed, vectors not.
+
+    Without weight decay, the paper's setting, this is the paper's single group. The official code also decays norms and
+    biases when it decays at all.
+    """
+    trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    groups = [
+        {"params": [(name, p) for name, p in trainable if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [(name, p) for name, p in trainable if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def build_optimizer(
+    model: nn.Module,
+    *,
+    learning_rate: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    fused: bool | None = None,
+) -> torch.optim.AdamW:
+    """Return AdamW over every trainable parameter; fused = None takes the fused kernel where the device has one.
+
+    With parameters in bfloat16 it is a BFloat16AdamW.
+    """
+    groups = parameter_groups(model, weight_decay=weight_decay)
+    if not groups:
+        raise ModelError("The model has no trainable parameters, so there is nothing to optimize.")
+    if any(p.dtype == torch.bfloat16 for group in groups for _, p in group["params"]):
+        return BFloat16AdamW(groups, lr=learning_rate, betas=betas, eps=eps, weight_decay=weight_decay)
+    if fused is None:
+        fused = all(p.device.type in FUSED_DEVICES for group in groups for _, p in group["params"])
+    # foreach is the default only where fused is refused: it needs as much memory again as the gradients.
+    return torch.optim.AdamW(
+        groups, lr=learning_rate, betas=betas, eps=eps, weight_decay=weight_decay, fused=fused, foreach=False
+    )
+
+
+def optimizer_state_by_name(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, dict[str, Tensor]]:
+    """Each parameter's exp_avg, exp_avg_sq and step by its name in the model, in the model's order.
+
+    The tensors are the optimizer's own, not copies. Parameters that were never updated have no state and are left out.
+    """
+    return {
+        name: {key: state[key].detach() for key in (*MOMENTS, "step")}
+        for name, parameter in model.named_parameters()
+        if (state := optimizer.state.get(parameter))
+    }
+
+
+def load_optimizer_state_by_name(
+    optimizer: torch.optim.Optimizer, model: nn.Module, state: Mapping[str, Mapping[str, Tensor]]
+) -> None:
+    """Give the optimizer the state that optimizer_state_by_name returned: the next update is the same, bit for bit.
+
+    The tensors are copied. All state the optimizer had is dropped; a parameter absent from `state` starts without any.
+    Nothing is changed if any name or shape does not fit.
+    """
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    unknown = sorted(set(state) - set(parameters))
+    if unknown:
+        raise ModelError(f"The optimizer state is of another model: no trainable parameter is called {unknown[0]}.")
+    for name, moments in state.items():
+        for key in MOMENTS:
+            if moments[key].shape != parameters[name].shape:
+                raise ModelError(
+                    f"The optimizer state is of another model: {key} of {name} is {tuple(moments[key].shape)}, "
+                    f"the parameter {tuple(parameters[name].shape)}."
+                )
+    on_device = {id(p) for group in optimizer.param_groups if group.get("fused") for p in group["params"]}
+    optimizer.state.clear()
+    for name, moments in state.items():
+        parameter = parameters[name]
+        optimizer.state[parameter] = {
+            "step": moments["step"].to(parameter.device if id(parameter) in on_device else "cpu", copy=True),
+            **{key: placed_like(moments[key], parameter) for key in MOMENTS},
+        }
