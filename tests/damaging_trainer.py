@@ -7,7 +7,7 @@ from pathlib import Path
 from relora_train.process import serve_request
 from relora_train.training import commit
 from relora_train.training.requests import StageRequest
-from relora_train.training.stage import StageTraining
+from relora_train.training.step import StageTraining
 from relora_train.training.trainer import run_stage
 
 if __name__ == "__main__":

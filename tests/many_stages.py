@@ -21,7 +21,7 @@ from relora_train.process import Emit, serve_request
 from relora_train.settings.base import FrozenConfig
 from relora_train.training import trainer
 from relora_train.training.requests import StageRequest
-from relora_train.training.stage import StageTraining
+from relora_train.training.step import StageTraining
 
 
 class Work(FrozenConfig):

@@ -15,10 +15,10 @@ from torch import Tensor
 from relora_train.distributed import Ranks
 from relora_train.method import low_rank
 from relora_train.process import Emit, serve_request
-from relora_train.training import trainer
+from relora_train.training import end_of_cycle, trainer
 from relora_train.training.optimizer import optimizer_state_by_name
 from relora_train.training.requests import StageRequest
-from relora_train.training.stage import StageTraining
+from relora_train.training.step import StageTraining
 
 
 def digest(tensor: Tensor) -> str:
@@ -28,7 +28,7 @@ def digest(tensor: Tensor) -> str:
 def probe(request: StageRequest, emit: Emit) -> None:
     seen: dict[str, Any] = {"dropout_masks": [], "messages": [], "limits": [], "committed": False}
     kept, all_reduce = low_rank._kept, dist.all_reduce
-    update, finish_cycle = StageTraining.update, trainer.finish_cycle
+    update, finish_cycle = StageTraining.update, end_of_cycle.finish_cycle
 
     def recorded_mask(*arguments: Any) -> Tensor | None:
         mask = kept(*arguments)
@@ -56,19 +56,19 @@ def probe(request: StageRequest, emit: Emit) -> None:
         return merge_report
 
     low_rank._kept, dist.all_reduce = recorded_mask, recorded_all_reduce
-    StageTraining.update, trainer.finish_cycle = recorded_update, recorded_finish
+    StageTraining.update, end_of_cycle.finish_cycle = recorded_update, recorded_finish
 
     def recorded_limit(ranks: Ranks, limit: timedelta) -> None:
         seen["limits"].append([len(seen["messages"]), limit.total_seconds()])
 
     Ranks.expect_answers_within = recorded_limit
-    commit_stage = trainer.commit_stage
+    commit_stage = end_of_cycle.commit_stage
 
     def recorded_commit(*args: Any, **kwargs: Any) -> Any:
         seen["committed"] = True
         return commit_stage(*args, **kwargs)
 
-    trainer.commit_stage = recorded_commit
+    end_of_cycle.commit_stage = recorded_commit
     trainer.run_stage(request, emit)
     (request.output_directory.parent / f"rank-{seen['rank']}.json").write_text(json.dumps(seen))
 

@@ -16,9 +16,10 @@ from relora_train.distributed import Ranks
 from relora_train.method.fingerprint import fingerprint_settings, stage_fingerprint
 from relora_train.method.stages import Stage, plan_stages
 from relora_train.settings.profile import Profile
+from relora_train.training.build import prepare_stage
 from relora_train.training.files import read_training_state
 from relora_train.training.requests import StageRequest
-from relora_train.training.stage import StageTraining, prepare_stage
+from relora_train.training.step import StageTraining
 from relora_train.training.trainer import run_stage
 
 CPU = Ranks(rank=0, world_size=1, device=torch.device("cpu"))

@@ -49,7 +49,7 @@ class Workshop:
         request = StageRequest.model_validate_json(request.model_dump_json())  # as it comes out of its file
         with pytest.MonkeyPatch.context() as patch:
             if self.disturbed:
-                patch.setattr("relora_train.training.stage.stage_learning_rate", _slightly_more)
+                patch.setattr("relora_train.training.step.stage_learning_rate", _slightly_more)
             run_stage(request, lambda event, **fields: None)
 
     def train(self, profile: Profile, run_id: str = "tiny", parent: CheckpointRef | None = None) -> list[CheckpointRef]:

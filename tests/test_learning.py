@@ -19,8 +19,9 @@ from relora_train.errors import TrainerInterruptedError, UntrainedLayerError
 from relora_train.runs.launch import run_worker
 from relora_train.settings.profile import Profile
 from relora_train.training import trainer
+from relora_train.training.build import prepare_stage
 from relora_train.training.learning import CHECKED_UPDATE, check_learning
-from relora_train.training.stage import StageTraining, prepare_stage
+from relora_train.training.step import StageTraining
 from relora_train.training.trainer import run_stage
 
 LONG = {"warm_start_steps": 0, "cycles": 2, "cycle_length": 14, "warmup_steps": 2, "restart_warmup_steps": 2}

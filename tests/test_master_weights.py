@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from relora_train.training.stage import MasterWeights
+from relora_train.training.masters import MasterWeights
 
 ENTRIES = 10_000_000
 """40 MB a weight: what is smaller the C library keeps for itself when it is freed."""

@@ -13,9 +13,9 @@ from relora_train.errors import DivergedError
 from relora_train.method.layer import lora_parameters
 from relora_train.method.merge import merge_and_reinit
 from relora_train.method.reset import reset_optimizer_state
-from relora_train.training.end_of_cycle import finish_cycle
+from relora_train.training.end_of_cycle import finish_cycle, stage_adapter
 from relora_train.training.optimizer import optimizer_state_by_name
-from relora_train.training.stage import StageTraining
+from relora_train.training.step import StageTraining
 
 SEED = 3
 RESET = {"mode": "random", "ratio": 0.5, "independent_masks": True}
@@ -39,6 +39,7 @@ def test_a_cycle_ends_in_the_merge_and_the_reset_of_its_profile_and_says_so(trai
     training, twin = trained(), trained()
     metrics: list[dict[str, Any]] = [{"lora_A_grad_norm": a, "lora_B_grad_norm": 4.0 - a} for a in (1.0, 3.0)]
     events: list[tuple[str, dict[str, Any]]] = []
+    adapter, config = stage_adapter(training)
     report = finish_cycle(
         training, [*metrics, {"kind": "evaluation"}], lambda name, **fields: events.append((name, fields))
     )
@@ -70,12 +71,10 @@ def test_a_cycle_ends_in_the_merge_and_the_reset_of_its_profile_and_says_so(trai
     }  # fmt: skip
     summary = {key: value for key, value in report.items() if key != "layers"}
     assert events == [("merge", {"stage": "cycle-1", "step": 14, **summary})] and summary["cycle"] == 1
-    assert set(training.merged_adapter[0]) == {
-        f"base_model.model.{name}.weight" for name, _ in lora_parameters(twin.model)
-    }
+    assert set(adapter) == {f"base_model.model.{name}.weight" for name, _ in lora_parameters(twin.model)}
     parent = training.request.parent
-    assert parent is not None and parent.fingerprint[:12] in training.merged_adapter[1]["base_model_name_or_path"]
-    assert any(factor.count_nonzero() for name, factor in training.merged_adapter[0].items() if "lora_B" in name)
+    assert parent is not None and parent.fingerprint[:12] in config["base_model_name_or_path"]
+    assert any(factor.count_nonzero() for name, factor in adapter.items() if "lora_B" in name)
 
 
 def test_a_model_whose_output_is_not_finite_is_not_merged(trained: Any):

@@ -13,8 +13,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from relora_train.method.bfloat16_adamw import BFloat16AdamW, _Noise, round_at_random, round_trained_matrices
+from relora_train.training.build import prepare_stage
 from relora_train.training.files import load_optimizer_state, read_tensor
-from relora_train.training.stage import prepare_stage
 from relora_train.training.trainer import run_stage
 
 SETTINGS = {"lr": 1e-3, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1}

@@ -27,9 +27,9 @@ from relora_train.process import is_out_of_memory
 from relora_train.runs.launch import nodes_of, run_worker
 from relora_train.settings.profile import Profile
 from relora_train.settings.running import PrecisionConfig
+from relora_train.training.build import prepare_stage
 from relora_train.training.files import load_optimizer_state, read_training_state
 from relora_train.training.requests import StageRequest
-from relora_train.training.stage import prepare_stage
 from relora_train.training.trainer import run_stage
 
 STEPS = 30

@@ -15,7 +15,7 @@ from transformers import MixtralConfig, MixtralForCausalLM
 from relora_train.errors import CheckpointCorruptError
 from relora_train.runs.launch import run_worker
 from relora_train.training import commit
-from relora_train.training.stage import StageTraining
+from relora_train.training.step import StageTraining
 from relora_train.training.trainer import run_stage
 
 Change = Callable[[dict[str, torch.Tensor]], Any]

@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 from stage_runs import CPU, ignore, manifest_of
 
+from relora_train.checkpoints.lineage import CheckpointRef
 from relora_train.checkpoints.manifest import ParentRef
-from relora_train.checkpoints.store import CheckpointRef, CheckpointStore
+from relora_train.checkpoints.run import CheckpointStore
 from relora_train.cli.app import main
 from relora_train.errors import ConfigError, ProfileInvalidError
 from relora_train.method.fingerprint import fingerprint_settings, stage_fingerprint
@@ -25,9 +26,9 @@ from relora_train.settings.digest import LAST_COMMIT_WITH_REMOVED_KEYS, REMOVED_
 from relora_train.settings.load import load_profile
 from relora_train.settings.profile import profile_from_file
 from relora_train.storage.opening import open_store
+from relora_train.training.build import prepare_stage
 from relora_train.training.evaluate import evaluate_checkpoint
 from relora_train.training.requests import EvaluationRequest, StageRequest
-from relora_train.training.stage import prepare_stage
 from relora_train.training.trainer import run_stage
 
 SAMPLE = Path(__file__).parent / "removed_keys"

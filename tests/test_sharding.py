@@ -23,9 +23,9 @@ from relora_train.distributed import Ranks
 from relora_train.runs.launch import run_worker
 from relora_train.settings.profile import Profile
 from relora_train.training import sharded_saving
+from relora_train.training.build import prepare_stage
 from relora_train.training.files import read_tensor
 from relora_train.training.requests import StageRequest
-from relora_train.training.stage import prepare_stage
 from relora_train.training.tensor_stream import TensorStream
 from relora_train.training.trainer import run_stage
 

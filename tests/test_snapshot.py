@@ -24,7 +24,7 @@ from relora_train.settings.running import SnapshotConfig
 from relora_train.training import snapshot, snapshotter
 from relora_train.training.requests import StageRequest
 from relora_train.training.snapshotter import is_due
-from relora_train.training.stage import StageTraining
+from relora_train.training.step import StageTraining
 from relora_train.training.trainer import run_stage
 
 TIMING = ("seconds", "tokens_per_second", "data_wait_share")

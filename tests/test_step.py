@@ -27,11 +27,12 @@ from relora_train.method.merge import merge_and_reinit
 from relora_train.method.reset import above_quantile, reset_optimizer_state
 from relora_train.method.wrap import apply_relora
 from relora_train.training import prefetch
+from relora_train.training.build import prepare_stage
 from relora_train.training.models import compiling
 from relora_train.training.models.model import attend_without_mask
 from relora_train.training.optimizer import build_optimizer
 from relora_train.training.prefetch import Prefetcher
-from relora_train.training.stage import StageTraining, prepare_stage
+from relora_train.training.step import StageTraining
 from relora_train.training.trainer import run_stage
 
 FILES = ("model.safetensors", "optimizer.safetensors", "training_state.json")

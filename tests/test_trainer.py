@@ -27,6 +27,7 @@ from relora_train.method.merge import merge_and_reinit
 from relora_train.method.stages import plan_stages, stage_learning_rate
 from relora_train.settings.running import PrecisionConfig
 from relora_train.training import evaluate
+from relora_train.training.build import prepare_stage
 from relora_train.training.end_of_cycle import _relative_change
 from relora_train.training.evaluate import evaluate_model, hold_as_computed
 from relora_train.training.files import load_optimizer_state, read_tensor
@@ -34,7 +35,7 @@ from relora_train.training.models.model import next_token_loss
 from relora_train.training.models.pretrained import load_model
 from relora_train.training.models.registry import objective_of
 from relora_train.training.requests import EvaluationRequest
-from relora_train.training.stage import _draw_seed, prepare_stage
+from relora_train.training.step import draw_seed
 from relora_train.training.trainer import run_stage
 
 
@@ -256,7 +257,7 @@ def test_on_another_dataset_the_data_begin_at_their_beginning_and_tokens_are_cou
 
 
 def test_dropout_is_drawn_from_seed_step_micro_step_and_rank():
-    assert len({_draw_seed(*drawn) for drawn in itertools.product(range(3), repeat=4)}) == 81
+    assert len({draw_seed(*drawn) for drawn in itertools.product(range(3), repeat=4)}) == 81
 
 
 def test_a_warm_start_ends_with_its_optimizer_and_full_rank_stages_hand_theirs_on(dataset: Path, tmp_path: Path):

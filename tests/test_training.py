@@ -11,8 +11,9 @@ import torch
 from stage_runs import CPU, prepared, stage_request, tiny_profile
 
 from relora_train.errors import CorpusTooSmallError
-from relora_train.training import stage as module
-from relora_train.training.stage import MasterWeights, prepare_stage
+from relora_train.training import build as module
+from relora_train.training.build import prepare_stage
+from relora_train.training.masters import MasterWeights
 
 
 def test_dropout_is_drawn_as_in_the_runs_that_were_made_before(warm_start: Path, dataset: Path, tmp_path: Path):

@@ -86,6 +86,15 @@ class LayerMerge:
             return 1.0 if self.update_norm > 0 else 0.0
         return self.update_norm / self.weight_norm
 
+    def as_record(self) -> dict[str, float]:
+        """Return the numbers as the merge report holds them."""
+        return {
+            "update_norm": self.update_norm,
+            "weight_norm": self.weight_norm,
+            "relative_update_norm": self.relative_norm,
+            "effective_rank": self.effective_rank,
+        }
+
 
 def _measure(weight_norm: float, A: Tensor, B: Tensor, scaling: float) -> LayerMerge:
     """Return the numbers of a merge about to happen, from small triangular factors: B A = Q_B (R_B R_Aᵀ) Q_Aᵀ."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from relora_train.checkpoints.manifest import CheckpointManifest, describe_files
+from relora_train.training.evaluate import evaluation_key
 from relora_train.training.files import (
     ADAPTER_DIRECTORY,
     METRICS_FILE,
@@ -30,17 +31,20 @@ from relora_train.training.models.base import Evaluation
 from relora_train.training.optimizer import optimizer_state_by_name
 from relora_train.training.read_back import check_written
 from relora_train.training.sharded_saving import save_sharded
-from relora_train.training.stage import StageTraining
+from relora_train.training.step import StageTraining
+
+Adapter = tuple[dict[str, Tensor], dict[str, Any]]
+"""The A and B that the stage's merge consumed, and their PEFT configuration."""
 
 
 def commit_stage(
     training: StageTraining,
     *,
     metrics: list[dict[str, Any]],
+    adapter: Adapter | None,
     merge_report: dict[str, Any],
     before: Evaluation,
     after: Evaluation,
-    evaluation_key: str,
     stage_seconds: float,
 ) -> CheckpointManifest:
     """Write every file of the checkpoint, the manifest last. What a failed attempt left in the directory is removed.
@@ -55,8 +59,8 @@ def commit_stage(
     (save_sharded if training.ranks.sharded else _save_whole)(training, directory)
     check_written(training, directory)
     copy_companions(request.dataset_directory, directory)
-    if training.merged_adapter is not None:
-        tensors, config = training.merged_adapter
+    if adapter is not None:
+        tensors, config = adapter
         save_adapter(tensors, config, directory / ADAPTER_DIRECTORY)
     state = training.start.model_copy(
         update={
@@ -66,7 +70,7 @@ def commit_stage(
             "tokens_seen": training.tokens_seen(stage.end_step),
             "samples_seen": training.samples_seen(stage.end_step),
             "evaluation": after.as_record(),
-            "evaluation_key": evaluation_key,
+            "evaluation_key": evaluation_key(request),
             "matmul_precision": training.matmul,
         }
     )

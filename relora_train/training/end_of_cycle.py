@@ -1,7 +1,8 @@
-"""The end of a cycle: merge → re-init → optimizer reset, with a report that the model's function stayed the same."""
+"""The end of a stage: merge, re-initialise, reset the optimizer, check that the function stayed, evaluate, commit."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -11,33 +12,88 @@ from relora_train.checkpoints.layout import checkpoint_name
 from relora_train.errors import DivergedError, TrainingError
 from relora_train.method.adapter import adapter_config, adapter_state
 from relora_train.method.layer import lora_parameters
-from relora_train.method.merge import LayerMerge, merge_and_reinit
+from relora_train.method.merge import merge_and_reinit
 from relora_train.method.reset import reset_optimizer_state
 from relora_train.process import Emit
-from relora_train.training.evaluate import autocast
+from relora_train.training.commit import Adapter, commit_stage, lend_rows
+from relora_train.training.evaluate import evaluate_stage
+from relora_train.training.models.base import Evaluation
 from relora_train.training.models.compiling import without_compiling
 from relora_train.training.models.registry import facts_of
 from relora_train.training.precision import current_precision, keeps_accuracy, products_of
-from relora_train.training.stage import StageTraining
+from relora_train.training.progress import Timer, diverged
+from relora_train.training.step import StageTraining
+from relora_train.training.torch_settings import autocast
 
 _PROBE_SEQUENCES = 4
 _ROUNDING = {"float32": 1e-4, "bfloat16": 0.1}
 """Largest change of the output that rounding alone can explain, relative to the largest logit."""
 
 
-def finish_cycle(training: StageTraining, metrics: list[dict[str, Any]], emit: Emit) -> dict[str, Any]:
-    """Merge, redraw A, zero B, prune Adam's state; keep the merged A and B for the adapter; return the merge report.
+def finish_stage(
+    training: StageTraining,
+    metrics: list[dict[str, Any]],
+    emit: Emit,
+    *,
+    before: Evaluation,
+    timer: Timer,
+) -> None:
+    """Merge if the stage is low-rank, evaluate, and commit; the first rank writes.
 
-    Raises TrainingError when the output changed by more than rounding: such a checkpoint is not to be trusted.
+    Raises DivergedError if output or validation loss are not finite, TrainingError if the merge changed the function,
+    and CheckpointCorruptError if the files do not hold what was trained. Then nothing is committed.
     """
-    stage, profile = training.stage, training.profile
+    stage, ranks = training.stage, training.ranks
+    adapter: Adapter | None = None
+    merge_report: dict[str, Any] = {}
+    if stage.low_rank:
+        adapter = stage_adapter(training)
+        merge_report = finish_cycle(training, metrics, emit)
+    timer.end("merge")
+    after = evaluate_stage(training, metrics, emit, when="after")
+    timer.end("evaluate_after")
+    if not math.isfinite(after.val_loss):
+        raise diverged(training, stage.end_step, after.val_loss, "validation loss")
+    if ranks.is_first:
+        commit_stage(
+            training,
+            metrics=metrics,
+            adapter=adapter,
+            merge_report=merge_report,
+            before=before,
+            after=after,
+            stage_seconds=timer.stage_seconds(),
+        )
+        timer.end("write")
+        emit(
+            "stage_committed",
+            stage=stage.name,
+            step=stage.end_step,
+            directory=str(training.request.output_directory),
+            seconds=timer.seconds,
+        )
+    elif ranks.sharded:
+        lend_rows(training)
+    ranks.barrier()
+
+
+def stage_adapter(training: StageTraining) -> Adapter:
+    """Return the A and B that the merge is about to consume, in PEFT's form."""
     parent = training.request.parent
     config = adapter_config(
         training.model,
         base_model_name_or_path=checkpoint_name(parent.step, parent.fingerprint) if parent else None,
         task_type=training.objective.adapter_task,
     )
-    training.merged_adapter = (adapter_state(training.model), config)
+    return adapter_state(training.model), config
+
+
+def finish_cycle(training: StageTraining, metrics: list[dict[str, Any]], emit: Emit) -> dict[str, Any]:
+    """Merge, redraw A, zero B, prune Adam's state, and return the merge report.
+
+    Raises TrainingError if the output changed by more than rounding: such a checkpoint is not to be trusted.
+    """
+    stage, profile = training.stage, training.profile
     before = _probe_output(training)
     if not bool(before.isfinite().all()):
         raise DivergedError(
@@ -45,27 +101,21 @@ def finish_cycle(training: StageTraining, metrics: list[dict[str, Any]], emit: E
             "diverged and nothing of this stage was committed. Lower optimizer.learning_rate, or set "
             "divergence.on_divergence = 'lower_lr'."
         )
-    layers = merge_and_reinit(
-        training.model,
-        cycle=stage.cycle,
-        seed=profile.seed,
-        masters=training.masters,
-    )
+    layers = merge_and_reinit(training.model, cycle=stage.cycle, seed=profile.seed, masters=training.masters)
     change = _relative_change(before, _probe_output(training))
     reset = reset_optimizer_state(
         training.optimizer,
         lora_parameters(training.model),
-        mode=profile.optimizer_reset.mode,
-        ratio=profile.optimizer_reset.ratio,
-        independent_masks=profile.optimizer_reset.independent_masks,
-        restart_clock=profile.optimizer_reset.restart_clock,
+        **profile.optimizer_reset.model_dump(),
         seed=profile.seed,
         cycle=stage.cycle,
     )
+    update = sum(layer.update_norm**2 for layer in layers.values())
+    weight = sum(layer.weight_norm**2 for layer in layers.values())
     summary = {
         "cycle": stage.cycle,
         "max_relative_output_change": change,
-        "relative_update_norm": _overall(layers),
+        "relative_update_norm": float((update / weight) ** 0.5) if weight else 0.0,
         "effective_rank": sum(layer.effective_rank for layer in layers.values()) / len(layers),
         "optimizer_state_zeroed": reset.share_zeroed,
         **_first_gradient_norms(metrics),
@@ -73,11 +123,11 @@ def finish_cycle(training: StageTraining, metrics: list[dict[str, Any]], emit: E
     metrics.append({"kind": "merge", "step": stage.end_step, **summary})
     emit("merge", stage=stage.name, step=stage.end_step, **summary)
     _check_unchanged(training, change)
-    return {**summary, "layers": {f"{name}.weight": _as_record(layer) for name, layer in layers.items()}}
+    return {**summary, "layers": {f"{name}.weight": layer.as_record() for name, layer in layers.items()}}
 
 
 def _first_gradient_norms(metrics: list[dict[str, Any]]) -> dict[str, float]:
-    """The largest of A and of B in the cycle's first steps: zero would mean that the cycle trained nothing."""
+    """Return the largest of A and of B in the cycle's first steps: zero would mean that the cycle trained nothing."""
     names = ("lora_A_grad_norm", "lora_B_grad_norm")
     records = [record for record in metrics if names[0] in record]
     return {f"first_{name}": max(record[name] for record in records) for name in names} if records else {}
@@ -85,7 +135,7 @@ def _first_gradient_norms(metrics: list[dict[str, Any]]) -> dict[str, float]:
 
 @torch.no_grad()
 def _probe_output(training: StageTraining) -> Tensor:
-    """Logits of a few held-out examples, without dropout."""
+    """Return the logits of a few held-out examples, without dropout."""
     rows = training.val_data.read_blocks(0, min(_PROBE_SEQUENCES, training.val_data.blocks))
     examples = torch.from_numpy(rows).to(training.ranks.device)
     training.model.eval()
@@ -113,25 +163,9 @@ def _check_unchanged(training: StageTraining, change: float) -> None:
 
 
 def _computes_as_float32(training: StageTraining) -> bool:
-    """Whether weights and the probe's products have float32's accuracy: by measurement, whatever its setting's name."""
+    """Return True if weights and the probe's products have float32's accuracy: measured, whatever the setting."""
     profile = training.profile
     if profile.precision.dtype != "float32":
         return False
     products = products_of(training.model, rows=_PROBE_SEQUENCES * facts_of(profile).rows_per_sequence())
     return keeps_accuracy(products, training.ranks.device, current_precision())
-
-
-def _overall(layers: dict[str, LayerMerge]) -> float:
-    """Norm of all updates together over the norm of all weights together."""
-    update = sum(layer.update_norm**2 for layer in layers.values())
-    weight = sum(layer.weight_norm**2 for layer in layers.values())
-    return float((update / weight) ** 0.5) if weight else 0.0
-
-
-def _as_record(layer: LayerMerge) -> dict[str, float]:
-    return {
-        "update_norm": layer.update_norm,
-        "weight_norm": layer.weight_norm,
-        "relative_update_norm": layer.relative_norm,
-        "effective_rank": layer.effective_rank,
-    }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -12,12 +11,14 @@ from torch import nn
 from relora_train.data.dataset import ExampleDataset
 from relora_train.distributed import Ranks, joined_ranks
 from relora_train.process import Emit, serve_request
+from relora_train.settings.digest import settings_digest
 from relora_train.settings.running import PrecisionConfig
 from relora_train.training.models.base import Evaluation, LossFunction, Objective
 from relora_train.training.models.compiling import without_compiling
 from relora_train.training.models.registry import objective_of
-from relora_train.training.requests import EvaluationRequest
-from relora_train.training.torch_settings import configure_torch
+from relora_train.training.requests import EvaluationRequest, StageRequest
+from relora_train.training.step import StageTraining
+from relora_train.training.torch_settings import autocast, configure_torch
 
 
 @torch.no_grad()
@@ -56,13 +57,6 @@ def evaluate_model(
     return objective.summarize(sums.tolist(), dataset)
 
 
-def autocast(precision: PrecisionConfig, device: torch.device) -> AbstractContextManager[Any]:
-    """The context in which forward passes of a profile run."""
-    if precision.computes_in_bfloat16:
-        return torch.autocast(device.type, dtype=torch.bfloat16)
-    return nullcontext()
-
-
 def hold_as_computed(model: nn.Module, precision: PrecisionConfig) -> None:
     """Under autocast, hold linear layers in bfloat16, as it rounds them for each product: the same scores in half the
     memory. Norms and embeddings, also one that is the head, stay float32: it does not round those.
@@ -73,6 +67,47 @@ def hold_as_computed(model: nn.Module, precision: PrecisionConfig) -> None:
     for module in model.modules():
         if isinstance(module, nn.Linear) and id(module.weight) not in looked_up:
             module.weight.data = module.weight.data.to(torch.bfloat16)
+
+
+def evaluate_stage(training: StageTraining, metrics: list[dict[str, Any]], emit: Emit, *, when: str) -> Evaluation:
+    """Score the stage's start ('before') or its end ('after'), and add the scores to the metrics.
+
+    The start's scores are taken from a resumed stage's records, or from the parent if it was scored alike.
+    """
+    objective, start, profile = training.objective, training.start, training.profile
+    known = [record for record in metrics if record["kind"] == "evaluation" and record["when"] == when]
+    if known:
+        return objective.evaluation.from_record(known[0])
+    if when == "before" and start.evaluation and start.evaluation_key == evaluation_key(training.request):
+        result = objective.evaluation.from_record(start.evaluation)
+    else:
+        result = evaluate_model(
+            training.model,
+            training.loss_function,
+            training.val_data,
+            objective,
+            sequences=profile.evaluation.sequences,
+            batch_sequences=profile.evaluation.batch_sequences,
+            precision=profile.precision,
+            ranks=training.ranks,
+        )
+    step = training.stage.start_step if when == "before" else training.stage.end_step
+    metrics.append({"kind": "evaluation", "step": step, "when": when, **result.as_record()})
+    emit("evaluation", stage=training.stage.name, step=step, when=when, **result.as_record())
+    return result
+
+
+def evaluation_key(request: StageRequest) -> str:
+    """Return a digest of everything a validation loss depends on beside the weights."""
+    profile = request.profile
+    return settings_digest(
+        {
+            "dataset_id": request.dataset_id,
+            "sequences": profile.evaluation.sequences,
+            "sequence_length": profile.batch.sequence_length,
+            "precision": profile.precision.model_dump(mode="json"),
+        }
+    )
 
 
 def evaluate_checkpoint(request: EvaluationRequest, emit: Emit) -> None:

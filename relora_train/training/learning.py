@@ -10,7 +10,7 @@ import torch
 from relora_train.distributed import local
 from relora_train.errors import UntrainedLayerError
 from relora_train.method.layer import relora_layers
-from relora_train.training.stage import StageTraining
+from relora_train.training.step import StageTraining
 
 _LOGGER = logging.getLogger(__name__)
 

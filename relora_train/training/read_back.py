@@ -13,7 +13,7 @@ from relora_train.distributed import gathered, whole
 from relora_train.errors import CheckpointCorruptError, ModelError
 from relora_train.training.files import read_tensor, stored_shapes
 from relora_train.training.models.model import file_name
-from relora_train.training.stage import StageTraining
+from relora_train.training.step import StageTraining
 
 
 def check_written(training: StageTraining, directory: Path | None) -> None:

@@ -29,7 +29,7 @@ from relora_train.training.models.model import file_name
 from relora_train.training.optimizer import optimizer_state_by_name
 from relora_train.training.snapshot import Progress, describe_progress, moving_tensors, write_snapshot
 from relora_train.training.snapshotter import is_due
-from relora_train.training.stage import StageTraining
+from relora_train.training.step import StageTraining
 from relora_train.training.tensor_stream import Layout, TensorStream
 
 

@@ -27,7 +27,7 @@ from relora_train.settings.base import FrozenConfig
 from relora_train.storage.durable import sync, write_durably
 from relora_train.training.files import METRICS_FILE, LazyMapping, new_attempt, package_versions, write_metrics
 from relora_train.training.optimizer import load_optimizer_state_by_name, optimizer_state_by_name
-from relora_train.training.stage import StageTraining
+from relora_train.training.step import StageTraining
 from relora_train.training.tensor_stream import TensorStream
 
 TENSORS_FILE = "state.safetensors"

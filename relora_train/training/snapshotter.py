@@ -21,7 +21,7 @@ from relora_train.training.snapshot import (
     moving_tensors,
     write_snapshot,
 )
-from relora_train.training.stage import StageTraining
+from relora_train.training.step import StageTraining
 
 
 def is_due(settings: SnapshotConfig, *, step: int, seconds_since_last: float) -> bool:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import gc
 import os
 import sys
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 
 from relora_train.settings.profile import Profile
+from relora_train.settings.running import PrecisionConfig
 
 
 def configure_torch(profile: Profile) -> None:
@@ -25,6 +28,13 @@ def configure_torch(profile: Profile) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
+def autocast(precision: PrecisionConfig, device: torch.device) -> AbstractContextManager[Any]:
+    """Return the context in which forward passes of a profile run."""
+    if precision.computes_in_bfloat16:
+        return torch.autocast(device.type, dtype=torch.bfloat16)
+    return nullcontext()
 
 
 def release_memory() -> None:

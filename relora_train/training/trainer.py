@@ -7,41 +7,34 @@ it were alone. No orchestrator, no network beyond the ranks', no credentials. Ev
 from __future__ import annotations
 
 import dataclasses
-import math
-import os
 import time
-from collections import Counter
-from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 
-from relora_train.distributed import SLOW, STEP, Ranks, joined_ranks, whole
-from relora_train.errors import DivergedError, TrainerInterruptedError
-from relora_train.method.layer import lora_parameters
+from relora_train.distributed import SLOW, STEP, Ranks, joined_ranks
+from relora_train.errors import TrainerInterruptedError
 from relora_train.method.stages import Stage
 from relora_train.method.update_size import UpdateMeter
 from relora_train.process import Emit, StopRequest, Works, is_asked_to_serve, serve_request, serve_requests
-from relora_train.settings.digest import settings_digest
 from relora_train.storage.workspace import trainer_lock
-from relora_train.training.commit import commit_stage, lend_rows
-from relora_train.training.end_of_cycle import finish_cycle
-from relora_train.training.evaluate import evaluate_checkpoint, evaluate_model
+from relora_train.training.build import prepare_stage
+from relora_train.training.end_of_cycle import finish_stage
+from relora_train.training.evaluate import evaluate_checkpoint, evaluate_stage
 from relora_train.training.learning import check_learning
 from relora_train.training.model_check_worker import check_model
-from relora_train.training.models.base import Evaluation
 from relora_train.training.peak_memory import peak_bytes, reset_peak
 from relora_train.training.precision import MatmulPrecision, settle_matmul_precision
+from relora_train.training.progress import Timer, check_loss, described, low_rank_gradient_norms, progress_fields
 from relora_train.training.requests import EvaluationRequest, ModelCheckRequest, StageRequest
 from relora_train.training.sharded_saving import ShardedSnapshotter
 from relora_train.training.snapshot import Progress, read_snapshot_state, restore_snapshot
 from relora_train.training.snapshotter import Snapshotter
-from relora_train.training.stage import StageTraining, prepare_stage
+from relora_train.training.step import StageTraining
 from relora_train.training.torch_settings import configure_torch, release_memory
 
 _PROGRESS_SECONDS = 0.5
 _FIRST_STEPS = 5
-"""Of a stage are recorded one by one: they show that A and B are alive after a merge, and what a reset did to them."""
+"""Updates of a stage that are recorded one by one: they show that A and B are alive, and what a reset did to them."""
 
 
 def run_stage(request: StageRequest, emit: Emit) -> None:
@@ -59,88 +52,32 @@ def run_stage(request: StageRequest, emit: Emit) -> None:
 
 
 def run_as_rank(request: StageRequest, ranks: Ranks, stop: StopRequest, emit: Emit) -> None:
-    """What each rank does for run_stage, once all have the request."""
+    """Do what each rank does for run_stage, once all have the request."""
     configure_torch(request.profile)
-    started = time.monotonic()
+    timer = Timer()
     sharded = request.profile.launch.sharding == "full" and ranks.world_size > 1
     ranks = dataclasses.replace(ranks, sharded=sharded)
     with trainer_lock(request.lock_path if ranks.is_first else None):
         emit = stop.on_lost_listener(emit) if ranks.is_first else _silent
-        parts = _Parts(started)
         training = prepare_stage(request, ranks)
         training.matmul = _settle_matmul_precision(training)
-        parts.end("load")
-        emit("stage_started", **_describe(training))
+        timer.end("load")
+        emit("stage_started", **described(training))
         progress = _beginning(training, emit)
-        started -= progress.seconds
+        timer.began -= progress.seconds
         metrics = progress.metrics
-        before = _evaluation_before(training, metrics, emit)
-        parts.end("evaluate_before")
+        before = evaluate_stage(training, metrics, emit, when="before")
+        timer.end("evaluate_before")
         reset_peak(training.ranks.device)
-        _train(training, progress, emit, stop, started)
-        parts.end("steps")
+        _train(training, progress, emit, stop, timer)
+        timer.end("steps")
         peak = peak_bytes(training.ranks.device)
         metrics.append({"kind": "memory", "step": training.stage.end_step, "peak_bytes": peak})
-        merge_report = finish_cycle(training, metrics, emit) if training.stage.low_rank else {}
-        parts.end("merge")
-        after = _evaluate(training, metrics, emit, when="after")
-        parts.end("evaluate_after")
-        if not math.isfinite(after.val_loss):
-            raise DivergedError(_diverged(training, training.stage.end_step, after.val_loss, "validation loss"))
-        if ranks.is_first:
-            commit_stage(
-                training,
-                metrics=metrics,
-                merge_report=merge_report,
-                before=before,
-                after=after,
-                evaluation_key=evaluation_key(request),
-                stage_seconds=time.monotonic() - started,
-            )
-            parts.end("write")
-            emit(
-                "stage_committed",
-                stage=training.stage.name,
-                step=training.stage.end_step,
-                directory=str(request.output_directory),
-                seconds=parts.seconds,
-            )
-        elif ranks.sharded:
-            lend_rows(training)
-        ranks.barrier()
-
-
-class _Parts:
-    """Wall time of one part of the stage after another, as far as this attempt went through them."""
-
-    def __init__(self, started: float) -> None:
-        self.seconds: dict[str, float] = {}
-        self._last = started
-
-    def end(self, part: str) -> None:
-        now = time.monotonic()
-        self.seconds[part], self._last = round(now - self._last, 4), now
+        finish_stage(training, metrics, emit, before=before, timer=timer)
 
 
 def _silent(event: str, **fields: object) -> None:
     """Ranks other than the first report nothing but failures."""
-
-
-def _describe(training: StageTraining) -> dict[str, Any]:
-    stage, parameters = training.stage, list(training.model.parameters())
-    return {
-        "stage": stage.name,
-        "kind": stage.kind,
-        "start_step": stage.start_step,
-        "end_step": stage.end_step,
-        "pid": os.getpid(),
-        "device": str(training.ranks.device),
-        "ranks": training.ranks.world_size,
-        "parameters": sum(p.numel() for p in parameters),
-        "trainable_parameters": sum(p.numel() for p in parameters if p.requires_grad),
-        "products": dict(Counter(training.products.values())),
-        **({"matmul": training.matmul} if training.matmul else {}),
-    }
 
 
 def _settle_matmul_precision(training: StageTraining) -> MatmulPrecision | None:
@@ -152,7 +89,7 @@ def _settle_matmul_precision(training: StageTraining) -> MatmulPrecision | None:
 
 
 def _beginning(training: StageTraining, emit: Emit) -> Progress:
-    """Where the stage starts, or where the snapshot was taken."""
+    """Return where the stage starts, or where the snapshot was taken."""
     directory, stage = training.request.snapshot_directory, training.stage
     if directory is None:
         losses = torch.zeros((), dtype=torch.float64, device=training.ranks.device)
@@ -162,7 +99,7 @@ def _beginning(training: StageTraining, emit: Emit) -> Progress:
     return progress
 
 
-def _train(training: StageTraining, progress: Progress, emit: Emit, stop: StopRequest, started: float) -> None:
+def _train(training: StageTraining, progress: Progress, emit: Emit, stop: StopRequest, timer: Timer) -> None:
     """Update by update from progress.step to the end of the stage, or until asked to stop."""
     stage, every = training.stage, training.profile.logging.every_steps
     metrics, losses, first_step = progress.metrics, progress.losses, progress.step
@@ -193,10 +130,10 @@ def _train(training: StageTraining, progress: Progress, emit: Emit, stop: StopRe
                 "tokens_per_second": timed * training.profile.batch.tokens / max(now - last_record, 1e-9),
                 "tokens_seen": training.tokens_seen(step),
                 "data_wait_share": training.batches.take_seconds_waited() / max(now - last_record, 1e-9),
-                "seconds": now - started,
+                "seconds": timer.stage_seconds(),
             }
             if first_steps and stage.low_rank:
-                record |= _low_rank_gradient_norms(training)
+                record |= low_rank_gradient_norms(training)
             if measured:
                 record |= meter.end()
             metrics.append(record)
@@ -207,8 +144,8 @@ def _train(training: StageTraining, progress: Progress, emit: Emit, stop: StopRe
         if metrics[-1]["kind"] == "train" and (now - last_progress >= _PROGRESS_SECONDS or step == stage.end_step):
             last_progress = now
             eta = (now - first_step_at) / (step - first_step) * (stage.end_step - step)
-            emit("progress", **_progress(training, step, metrics[-1], eta=eta))
-        progress.seconds = time.monotonic() - started
+            emit("progress", **progress_fields(training, step, metrics[-1], eta=eta))
+        progress.seconds = timer.stage_seconds()
         stopping = training.ranks.any(stop.is_set())
         if step == first_step + 1:  # on all ranks
             training.ranks.expect_answers_within(STEP)
@@ -227,93 +164,6 @@ def _interrupted(stage: Stage, step: int, cause: str, *, saved: bool) -> Trainer
     return TrainerInterruptedError(
         f"Stage {stage.name} was stopped by {cause} at step {step} of {stage.end_step}: {kept}."
     )
-
-
-def _progress(training: StageTraining, step: int, record: dict[str, Any], *, eta: float) -> dict[str, Any]:
-    stage = training.stage
-    return {
-        "stage": stage.name,
-        "step": step,
-        "start_step": stage.start_step,
-        "end_step": stage.end_step,
-        "loss": record["loss"],
-        "learning_rate": training.learning_rate(step),
-        "tokens_per_second": record["tokens_per_second"],
-        "data_wait_share": record.get("data_wait_share", 0.0),  # a snapshot may be older than the field
-        "eta_seconds": eta,
-    }
-
-
-def _low_rank_gradient_norms(training: StageTraining) -> dict[str, float]:
-    """Norms over all layers, after clipping; both zero would mean a dead low-rank update."""
-    squares = {"lora_A": 0.0, "lora_B": 0.0}
-    for name, parameter in lora_parameters(training.model):
-        if parameter.grad is not None:
-            squares[name.rpartition(".")[2]] += float(whole(parameter.grad.double().square().sum()))
-    return {f"{factor}_grad_norm": math.sqrt(square) for factor, square in squares.items()}
-
-
-def check_loss(training: StageTraining, step: int, loss: float, metrics: Sequence[Mapping[str, Any]] = ()) -> None:
-    """Refuse a loss that is not finite, or above twice that of guessing."""
-    limit = 2 * training.objective.guessing_loss(training.train_data.manifest)
-    if not loss <= limit:  # also true for NaN
-        raise DivergedError(_diverged(training, step, loss, "training loss", metrics))
-
-
-def _diverged(
-    training: StageTraining, step: int, loss: float, what: str, metrics: Sequence[Mapping[str, Any]] = ()
-) -> str:
-    rate = training.learning_rate(min(step, training.stage.end_step))
-    changes = [record["relative_weight_change"] for record in metrics if "relative_weight_change" in record]
-    first = f"; of its first updates one changed the weights by {max(changes):.2g} of their norm" if changes else ""
-    return (
-        f"The {what} is {loss:.4g} at step {step} of stage {training.stage.name} (learning rate {rate:.3g}{first}): "
-        "the run diverged and nothing of this stage was committed. Lower optimizer.learning_rate, raise "
-        "schedule.restart_warmup_steps or use optimizer_reset.mode = 'zero', under a new run id or from an earlier "
-        "checkpoint with --resume-from; or set divergence.on_divergence = 'lower_lr' and run again."
-    )
-
-
-def evaluation_key(request: StageRequest) -> str:
-    """Digest of everything a validation loss depends on beside the weights."""
-    profile = request.profile
-    return settings_digest(
-        {
-            "dataset_id": request.dataset_id,
-            "sequences": profile.evaluation.sequences,
-            "sequence_length": profile.batch.sequence_length,
-            "precision": profile.precision.model_dump(mode="json"),
-        }
-    )
-
-
-def _evaluation_before(training: StageTraining, metrics: list[dict[str, Any]], emit: Emit) -> Evaluation:
-    """Of the stage's start; a resumed stage has it in its records."""
-    for record in metrics:
-        if record["kind"] == "evaluation" and record["when"] == "before":
-            return training.objective.evaluation.from_record(record)
-    return _evaluate(training, metrics, emit, when="before")
-
-
-def _evaluate(training: StageTraining, metrics: list[dict[str, Any]], emit: Emit, *, when: str) -> Evaluation:
-    start, profile = training.start, training.profile
-    step = training.stage.start_step if when == "before" else training.stage.end_step
-    if when == "before" and start.evaluation and start.evaluation_key == evaluation_key(training.request):
-        result = training.objective.evaluation.from_record(start.evaluation)
-    else:
-        result = evaluate_model(
-            training.model,
-            training.loss_function,
-            training.val_data,
-            training.objective,
-            sequences=profile.evaluation.sequences,
-            batch_sequences=profile.evaluation.batch_sequences,
-            precision=profile.precision,
-            ranks=training.ranks,
-        )
-    metrics.append({"kind": "evaluation", "step": step, "when": when, **result.as_record()})
-    emit("evaluation", stage=training.stage.name, step=step, when=when, **result.as_record())
-    return result
 
 
 def _serve_all() -> None:

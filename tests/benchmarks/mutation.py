@@ -46,9 +46,9 @@ MODULES: dict[str, tuple[list[str], list[str]]] = {
         ["method/layer.py", "method/wrap.py", "method/merge.py", "training/end_of_cycle.py"],
         ["test_relora.py", "test_merging.py", "test_precision.py"],
     ),
-    "reset": (["method/optimizer.py"], ["test_optimizer.py"]),
+    "reset": (["method/reset.py", "training/optimizer.py"], ["test_optimizer.py"]),
     "stages": (
-        ["method/stages.py"],
+        ["method/stages.py", "method/fingerprint.py"],
         [
             "test_stages.py",
             "test_branching.py",
@@ -60,7 +60,7 @@ MODULES: dict[str, tuple[list[str], list[str]]] = {
     "lease": (["checkpoints/lease.py"], ["test_lease.py"]),
     "pruning": (["checkpoints/upkeep/pruning.py", "checkpoints/upkeep/retention.py"], ["test_pruning.py"]),
     "training step": (
-        ["training/stage.py"],
+        ["training/step.py", "training/build.py", "training/masters.py"],
         ["test_training.py", "test_learning.py", "test_trainer.py", "test_sharding.py"],
     ),
     "dataset order": (["data/dataset.py"], ["test_dataset.py"]),

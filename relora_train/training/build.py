@@ -1,0 +1,181 @@
+"""Build a stage: load the parent or make the model, wrap it, and give it optimizer and data."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from relora_train.checkpoints.manifest import DatasetManifest
+from relora_train.distributed import Ranks
+from relora_train.errors import ConfigError
+from relora_train.method.bfloat16_adamw import round_trained_matrices
+from relora_train.method.fast_path import share_inputs
+from relora_train.method.layer import relora_layers
+from relora_train.method.merge import reinit
+from relora_train.method.products import Products
+from relora_train.method.stages import Stage
+from relora_train.method.wrap import apply_relora
+from relora_train.training.files import (
+    OPTIMIZER_FILE,
+    LazyMapping,
+    SavedOptimizerState,
+    TrainingState,
+    read_training_state,
+)
+from relora_train.training.masters import MasterWeights, round_frozen_weights
+from relora_train.training.models.base import Objective
+from relora_train.training.models.compiling import compile_blocks
+from relora_train.training.models.model import checkpoint_activations
+from relora_train.training.models.pretrained import dtype_of_files
+from relora_train.training.models.registry import objective_of
+from relora_train.training.optimizer import build_optimizer, load_optimizer_state_by_name
+from relora_train.training.prefetch import Prefetcher
+from relora_train.training.requests import StageRequest
+from relora_train.training.sharding import RowsOf, rows_of_checkpoint, rows_of_first_rank, shard_model
+from relora_train.training.step import StageTraining
+
+
+def prepare_stage(request: StageRequest, ranks: Ranks) -> StageTraining:
+    """Load the parent, or build the model, and wrap it as the stage asks. Every rank holds the same, or its rows."""
+    profile, stage = request.profile, request.stage
+    objective = objective_of(profile)
+    if fault := profile.fault_of_ranks(ranks.world_size):
+        raise ConfigError(f"{fault}.")
+    train_data = objective.open_data(request.dataset_directory, "train")
+    val_data = objective.open_data(request.dataset_directory, "val")
+    train_data.require(profile.batch.sequences)
+    val_data.require(1)
+    start = _start(request)
+    build = _sharded_model if ranks.sharded else _whole_model
+    model, masters = build(request, objective, train_data.manifest, ranks)
+    objective.prepare_for_training(model)
+    loss_function = objective.loss_function(model, train_data.manifest)
+    if profile.precision.trains_in_bfloat16:
+        round_trained_matrices(model)
+    model.to(ranks.device).train()
+    if profile.launch.gradient_checkpointing:
+        checkpoint_activations(model)
+    optimizer = _optimizer(request, stage, model)
+    products: dict[str, Products] = {}
+    if profile.launch.compile:
+        compile_blocks(model)
+    elif stage.low_rank:
+        # A block's weights are whole on a rank only while it computes: kept merged ones would be all the model again.
+        products = share_inputs(model, optimizer=None if ranks.sharded else optimizer)
+    source_dtype = request.source_dtype
+    if request.parent_directory is None and profile.model.pretrained is not None:
+        source_dtype = dtype_of_files(profile.model.pretrained, revision=profile.model.revision)
+    return StageTraining(
+        request=request,
+        stage=stage,
+        ranks=ranks,
+        objective=objective,
+        model=model,
+        loss_function=loss_function,
+        optimizer=optimizer,
+        train_data=train_data,
+        batches=Prefetcher(train_data, sequences=profile.batch.sequences, ranks=ranks),
+        val_data=val_data,
+        start=start,
+        masters=masters,
+        products=products,
+        source_dtype=source_dtype,
+    )
+
+
+def _whole_model(
+    request: StageRequest, objective: Objective, manifest: DatasetManifest, ranks: Ranks
+) -> tuple[nn.Module, MasterWeights | None]:
+    """On the CPU, and the exact weights of those held rounded."""
+    parent, masters = request.parent_directory, None
+    model = objective.load_model(parent) if parent is not None else objective.build_model(manifest)
+    objective.check_fits(model, manifest)
+    if request.stage.low_rank:
+        _wrap(model, request)
+        if request.profile.precision.computes_in_bfloat16:
+            masters = round_frozen_weights(model, parent, request.output_directory.parent)
+    return model, masters
+
+
+def _sharded_model(
+    request: StageRequest, objective: Objective, manifest: DatasetManifest, ranks: Ranks
+) -> tuple[nn.Module, MasterWeights | None]:
+    """This rank's rows of the same, on its device: read from the parent's files, or made by the first rank."""
+    profile, parent = request.profile, request.parent_directory
+    if parent is not None:
+        model = objective.load_skeleton(parent)
+        rows_of = rows_of_checkpoint(parent, model)
+    else:
+        model = objective.model_skeleton(manifest)
+        rows_of = rows_of_first_rank(objective.build_model(manifest) if ranks.is_first else None, ranks)
+    objective.check_fits(model, manifest)
+    rounded: list[str] = []
+    if request.stage.low_rank:
+        _wrap(model, request)
+        if profile.precision.computes_in_bfloat16:
+            for name, layer in relora_layers(model):
+                layer.weight.data = layer.weight.data.to(torch.bfloat16)
+                rounded.append(f"{name}.weight")
+    exact = shard_model(model, rows_of, ranks, keep=() if parent is not None else rounded)
+    if request.stage.low_rank:
+        reinit(model, seed=profile.seed, cycle=request.stage.cycle)
+    scratch = request.output_directory.parent
+    return model, _sharded_masters(model, rounded, exact, rows_of, scratch) if rounded else None
+
+
+def _sharded_masters(
+    model: nn.Module, rounded: list[str], exact: dict[str, Tensor], rows_of: RowsOf, scratch: Path
+) -> MasterWeights:
+    parameters = dict(model.named_parameters())
+    return MasterWeights(rounded, lambda name: exact[name] if exact else rows_of((name,), parameters[name]), scratch)
+
+
+def _wrap(model: nn.Module, request: StageRequest) -> None:
+    relora = request.profile.relora
+    apply_relora(
+        model,
+        rank=relora.rank,
+        alpha=relora.alpha,
+        dropout=relora.dropout,
+        target_modules=relora.target_modules,
+        rank_stabilized=relora.rank_stabilized,
+        seed=request.profile.seed,
+        cycle=request.stage.cycle,
+    )
+
+
+def _start(request: StageRequest) -> TrainingState:
+    """The parent's state; on another dataset the data position starts again."""
+    profile, dataset_id = request.profile, request.dataset_id
+    schedule = profile.schedule.model_dump(mode="json")
+    update = {"dataset_id": dataset_id, "seed": profile.seed, "schedule": schedule}
+    if request.parent_directory is None:
+        return TrainingState(step=0, cycle=0, stage_kind="", tokens_seen=0, samples_seen=0, **update)
+    parent = read_training_state(request.parent_directory)
+    if parent.dataset_id != dataset_id:
+        update["samples_seen"] = 0
+    return parent.model_copy(update=update)
+
+
+def _optimizer(request: StageRequest, stage: Stage, model: nn.Module) -> torch.optim.AdamW:
+    """AdamW, with the parent's state where the parent is an earlier stage of the same phase.
+
+    The first cycle after a warm start begins with a fresh optimizer and its own warm-up, as in the paper's code.
+    """
+    settings = request.profile.optimizer
+    optimizer = build_optimizer(
+        model,
+        learning_rate=settings.learning_rate,
+        betas=settings.betas,
+        eps=settings.eps,
+        weight_decay=settings.weight_decay,
+    )
+    if request.parent_directory is None or read_training_state(request.parent_directory).stage_kind != stage.kind:
+        return optimizer
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters() if parameter.requires_grad}
+    state = SavedOptimizerState(request.parent_directory / OPTIMIZER_FILE)
+    usable = [name for name in state if shapes.get(name) == state.shape_of(name)]
+    load_optimizer_state_by_name(optimizer, model, LazyMapping(usable, state.__getitem__))
+    return optimizer

@@ -1,0 +1,119 @@
+"""One optimizer update of a stage: read, forward and backward, sum, clip, rate, step."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from relora_train.checkpoints.manifest import Dtype
+from relora_train.data.dataset import ExampleDataset
+from relora_train.distributed import Ranks, whole
+from relora_train.method.bfloat16_adamw import BFloat16AdamW
+from relora_train.method.products import Products
+from relora_train.method.stages import Stage, stage_learning_rate
+from relora_train.settings.profile import Profile
+from relora_train.training.files import TrainingState
+from relora_train.training.masters import MasterWeights
+from relora_train.training.models.base import LossFunction, Objective
+from relora_train.training.precision import MatmulPrecision
+from relora_train.training.prefetch import Prefetcher
+from relora_train.training.requests import StageRequest
+from relora_train.training.torch_settings import autocast
+
+
+@dataclass
+class StageTraining:
+    """Everything one rank holds during a stage."""
+
+    request: StageRequest
+    stage: Stage
+    ranks: Ranks
+    objective: Objective
+    model: nn.Module
+    loss_function: LossFunction
+    """The model's."""
+
+    optimizer: torch.optim.AdamW
+    train_data: ExampleDataset
+    batches: Prefetcher
+    """Those of train_data."""
+
+    val_data: ExampleDataset
+    start: TrainingState
+    """Where the stage starts: the parent's end, or the beginning."""
+
+    masters: MasterWeights | None
+    """Exact frozen weights, when the device holds rounded ones."""
+
+    products: Mapping[str, Products]
+    """How each low-rank layer multiplies, by module name; empty where all follow the reference."""
+
+    checked_learning: bool = False
+    """True once this process has asked if every low-rank layer learns."""
+
+    matmul: MatmulPrecision | None = None
+    """What matmul_precision 'auto' stands for."""
+
+    source_dtype: Dtype | None = None
+    """As in the manifest."""
+
+    @property
+    def profile(self) -> Profile:
+        return self.request.profile
+
+    @property
+    def trainable(self) -> list[nn.Parameter]:
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
+
+    def learning_rate(self, step: int) -> float:
+        """Return the rate of update `step`, counted from 1."""
+        return stage_learning_rate(self.profile, self.stage, step)
+
+    def samples_seen(self, step: int) -> int:
+        """Return the data position after update `step`."""
+        return self.start.samples_seen + (step - self.start.step) * self.profile.batch.sequences
+
+    def tokens_seen(self, step: int) -> int:
+        """Return the tokens trained on after update `step`."""
+        return self.start.tokens_seen + (step - self.start.step) * self.profile.batch.tokens
+
+    def update(self, step: int) -> tuple[Tensor, Tensor]:
+        """Do update `step` and return its mean loss in nats per term and the gradient norm before clipping.
+
+        Both stay on the device, and nothing here waits for it. The update is a function of the weights, the optimizer
+        state and `step` alone: batch and dropout follow from the profile's seed.
+        """
+        profile, ranks = self.profile, self.ranks
+        examples = self.batches.batch(self.samples_seen(step - 1), last=step == self.stage.end_step)
+
+        # Divided by the terms of the whole batch, losses and gradients of all micro-steps and ranks add up to its mean.
+        terms = self.objective.terms(profile.batch.sequences)
+        total = torch.zeros((), device=ranks.device)
+        for micro_step, part in enumerate(torch.split(examples, profile.batch.micro_sequences or len(examples))):
+            torch.manual_seed(draw_seed(profile.seed, step, micro_step, ranks.rank))  # dropout's
+            with autocast(profile.precision, ranks.device):
+                loss = self.loss_function.loss(part) / terms
+            loss.backward()  # type: ignore[no-untyped-call]
+            total += loss.detach()
+
+        trained = self.trainable
+        ranks.sum_gradients(trained)
+        limit = profile.optimizer.max_grad_norm
+        norm = whole(nn.utils.clip_grad_norm_(trained, limit if limit is not None else float("inf")))
+
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate(step)
+        if isinstance(self.optimizer, BFloat16AdamW):
+            self.optimizer.seed_rounding(draw_seed(profile.seed, step, -1, 0))  # the same on all ranks
+        self.optimizer.step()
+        return ranks.sum(total), norm
+
+
+def draw_seed(seed: int, step: int, micro_step: int, rank: int) -> int:
+    """Return the seed of one forward pass's dropout: another for every rank and micro-step, and no state to save."""
+    digest = hashlib.blake2b(f"{seed}/{step}/{micro_step}/{rank}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
