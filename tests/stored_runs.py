@@ -12,7 +12,8 @@ from relora_train.checkpoints.layout import dataset_prefix
 from relora_train.checkpoints.lineage import CheckpointRef
 from relora_train.checkpoints.manifest import DatasetManifest, read_manifest
 from relora_train.events import Event
-from relora_train.method.stages import Stage, stage_learning_rate, stages_after
+from relora_train.method.schedule import learning_rate
+from relora_train.method.stages import Stage, stages_after
 from relora_train.runs.divergence import train_by_policy
 from relora_train.runs.run import DatasetRef, Run, dataset_ref
 from relora_train.settings.profile import Profile
@@ -22,7 +23,7 @@ from relora_train.training.trainer import run_stage
 
 
 def _slightly_more(profile: Profile, stage: Stage, step: int) -> float:
-    return 1.01 * stage_learning_rate(profile, stage, step)
+    return 1.01 * learning_rate(profile, stage, step)
 
 
 class Workshop:
@@ -49,7 +50,7 @@ class Workshop:
         request = StageRequest.model_validate_json(request.model_dump_json())  # as it comes out of its file
         with pytest.MonkeyPatch.context() as patch:
             if self.disturbed:
-                patch.setattr("relora_train.training.step.stage_learning_rate", _slightly_more)
+                patch.setattr("relora_train.training.step.learning_rate", _slightly_more)
             run_stage(request, lambda event, **fields: None)
 
     def train(self, profile: Profile, run_id: str = "tiny", parent: CheckpointRef | None = None) -> list[CheckpointRef]:

@@ -218,10 +218,10 @@ def _learning_rate(profile: Profile, stage: Stage, step: int) -> float:
         return 5e-4 * min(1.0, step / max(1, schedule.warmup_steps))
     return 1e-3 * jagged_cosine(
         step - 1 - schedule.warm_start_steps,
+        cycle_start=stage.phase_step,
         total_steps=schedule.cycles * schedule.cycle_length,
         warmup_steps=schedule.warmup_steps,
         restart_warmup_steps=schedule.restart_warmup_steps,
-        cycle_length=schedule.cycle_length,
         min_lr_ratio=schedule.min_lr_ratio,
     )
 

@@ -16,7 +16,8 @@ from stage_runs import ignore, manifest_of, metrics_of, run_all, stage_request, 
 from relora_train.checkpoints.manifest import CheckpointManifest
 from relora_train.errors import ConfigError
 from relora_train.method.fingerprint import fingerprint_settings, stage_fingerprint
-from relora_train.method.stages import Stage, plan_stages, stage_learning_rate, stages_after
+from relora_train.method.schedule import learning_rate
+from relora_train.method.stages import Stage, plan_stages, stages_after
 from relora_train.settings.profile import Profile
 from relora_train.training.trainer import run_stage
 
@@ -44,7 +45,7 @@ def described(stages: tuple[Stage, ...]) -> list[tuple[Any, ...]]:
 
 
 def rates(profile: Profile, stage: Stage) -> list[float]:
-    return [stage_learning_rate(profile, stage, step) for step in range(stage.start_step + 1, stage.end_step + 1)]
+    return [learning_rate(profile, stage, step) for step in range(stage.start_step + 1, stage.end_step + 1)]
 
 
 @given(SCHEDULES, st.sampled_from(["full", "lora", "relora"]), st.data())
@@ -243,5 +244,5 @@ def test_a_branch_trains_from_any_checkpoint(
     logged = metrics_of(tmp_path / "out")
     stage = stages_after(profile, CheckpointManifest.model_validate(manifest_of(line[parent])))[0]
     assert [record["learning_rate"] for record in logged] == [
-        stage_learning_rate(profile, stage, record["step"]) for record in logged
+        learning_rate(profile, stage, record["step"]) for record in logged
     ]

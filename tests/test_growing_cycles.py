@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from relora_train.checkpoints.manifest import CheckpointManifest
 from relora_train.errors import ConfigError
 from relora_train.method.fingerprint import fingerprint_settings
-from relora_train.method.stages import plan_stages, stage_learning_rate, stages_after
+from relora_train.method.schedule import learning_rate
+from relora_train.method.stages import plan_stages, stages_after
 from relora_train.settings.profile import Profile
 from relora_train.settings.schedule import ScheduleConfig
 
@@ -53,7 +54,7 @@ def test_the_rate_restarts_at_the_grown_merges_and_lies_on_the_same_cosine():
     grown, even = growing(), growing(cycle_growth=1.0)
     rates, cosine = (
         [
-            stage_learning_rate(p, stage, step)
+            learning_rate(p, stage, step)
             for stage in plan_stages(p)
             for step in range(stage.first_step, stage.end_step + 1)
         ]

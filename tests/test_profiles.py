@@ -7,7 +7,6 @@ from pydantic import BaseModel
 
 from relora_train.errors import ConfigError, ProfileInvalidError, ProfileNotFoundError
 from relora_train.method.fingerprint import fingerprint_settings, stage_fingerprint
-from relora_train.method.schedule import check_jagged_cosine, is_merge_step
 from relora_train.method.stages import plan_stages
 from relora_train.runs.plan import plan
 from relora_train.settings.load import list_profiles, load_profile, profile_directory
@@ -202,22 +201,6 @@ def test_a_shipped_profile_begins_with_source_hardware_and_expected_loss(name):
     header = (profile_directory() / f"{name}.toml").read_text().partition("\n\n")[0]
     labels = [line[2:].partition(":")[0] for line in header.splitlines() if re.match(r"# \w+: ", line)]
     assert labels == ["Source", "Verified", "Expected"]
-
-
-@pytest.mark.parametrize("name", SHIPPED)
-def test_the_merges_of_a_shipped_profile_fall_on_the_restarts_of_its_schedule(name):
-    profile = load_profile(name)
-    schedule = profile.schedule
-    check_jagged_cosine(
-        total_steps=schedule.total_steps - schedule.warm_start_steps,
-        warmup_steps=schedule.warmup_steps,
-        restart_warmup_steps=schedule.restart_warmup_steps,
-        cycle_length=schedule.cycle_length,
-        min_lr_ratio=schedule.min_lr_ratio,
-    )
-    for stage in plan_stages(profile):
-        merges = {"warm_start_steps": schedule.warm_start_steps, "cycle_length": schedule.cycle_length}
-        assert is_merge_step(stage.end_step, **merges) == stage.low_rank
 
 
 @pytest.mark.parametrize("name", PAPER_SIZES)

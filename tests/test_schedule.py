@@ -6,14 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from relora_train.method.schedule import (
-    climbing_cosine,
-    cosine,
-    cycle_of_step,
-    is_merge_step,
-    jagged_cosine,
-    learning_rate,
-)
+from relora_train.method.schedule import cosine, jagged_cosine, learning_rate
+from relora_train.method.stages import plan_stages
+from relora_train.settings.profile import Profile
 
 PAPER = {
     "total_steps": 15_000,
@@ -46,6 +41,10 @@ def valid_settings(draw):
     }
 
 
+def jagged(step, *, cycle_length, **setting):
+    return jagged_cosine(step, cycle_start=step - step % cycle_length, **setting)
+
+
 def official(t, *, total_steps, warmup_steps, restart_warmup_steps, cycle_length, min_lr_ratio):
     """The three cases of `cosine_restarts` in Guitaricet/relora."""
     m, C, W1, Wr = min_lr_ratio, cycle_length, warmup_steps, restart_warmup_steps
@@ -64,21 +63,21 @@ def official(t, *, total_steps, warmup_steps, restart_warmup_steps, cycle_length
 def test_the_jagged_cosine_is_the_official_formula_at_every_step(setting):
     for step in range(setting["total_steps"]):
         # Same arithmetic in another order of products: two roundings of float64.
-        assert jagged_cosine(step, **setting) == pytest.approx(official(step, **setting), rel=1e-15, abs=0)
+        assert jagged(step, **setting) == pytest.approx(official(step, **setting), rel=1e-15, abs=0)
 
 
 @settings(deadline=None)  # a shared machine may pause in mid-example
 @given(valid_settings())
 def test_any_valid_setting_gives_the_official_formula_within_zero_and_one(setting):
     for step in range(setting["total_steps"]):
-        factor = jagged_cosine(step, **setting)
+        factor = jagged(step, **setting)
         assert factor == pytest.approx(official(step, **setting), rel=1e-15, abs=0)
         assert 0 <= factor <= 1
 
 
 def test_the_points_a_reader_of_the_paper_can_check_by_hand():
     def at(step):
-        return jagged_cosine(step, **PAPER)
+        return jagged(step, **PAPER)
 
     middle = (15_000 + 500) // 2  # half-way through the decay: the mean of 1 and min_lr_ratio
     assert at(0) == 0
@@ -96,27 +95,10 @@ def test_a_climb_after_a_merge_is_linear_and_ends_on_the_cosine(setting):
     climb = setting["restart_warmup_steps"]
     smooth = {**setting, "restart_warmup_steps": 0}
     for restart in range(setting["cycle_length"], setting["total_steps"], setting["cycle_length"]):
-        top = jagged_cosine(restart + climb, **setting)
-        assert top == jagged_cosine(restart + climb, **smooth)
+        top = jagged(restart + climb, **setting)
+        assert top == jagged(restart + climb, **smooth)
         for i in range(climb):
-            assert jagged_cosine(restart + i, **setting) == pytest.approx(top * i / climb, rel=1e-14, abs=0)
-
-
-@settings(deadline=None)  # a shared machine may pause in mid-example
-@given(valid_settings(), st.integers(0, 50))
-def test_a_cycle_ends_where_a_merge_is(setting, warm_start_steps):
-    """The cycles tile the ReLoRA phase, each ends in exactly one merge, and the last step of the run is one of them."""
-    where = {"warm_start_steps": warm_start_steps, "cycle_length": setting["cycle_length"]}
-    last = warm_start_steps + setting["total_steps"]
-    cycles = [cycle_of_step(step, **where) for step in range(1, last + 1)]
-    expected = [0] * warm_start_steps
-    for cycle in range(1, setting["total_steps"] // setting["cycle_length"] + 1):
-        expected += [cycle] * setting["cycle_length"]
-    assert cycles == expected
-    for step in range(warm_start_steps, last + 1):
-        ends_a_cycle = cycle_of_step(step + 1, **where) > cycle_of_step(step, **where) >= 1
-        assert is_merge_step(step, **where) == ends_a_cycle
-    assert not any(is_merge_step(step, **where) for step in range(warm_start_steps + 1))
+            assert jagged(restart + i, **setting) == pytest.approx(top * i / climb, rel=1e-14, abs=0)
 
 
 def test_a_plain_cosine_warms_up_and_decays_to_its_minimum():
@@ -134,81 +116,19 @@ def test_no_warm_up_begins_at_the_full_rate_and_nothing_but_warm_up_ends_there()
     assert cosine(5, total_steps=5, warmup_steps=5, min_lr_ratio=0.1) == 1
 
 
-RUN = {
-    "warm_start_steps": 100,
-    "total_steps": 400,
-    "warmup_steps": 20,
-    "restart_warmup_steps": 10,
-    "cycle_length": 100,
-    "min_lr_ratio": 0.1,
-    "warm_start_learning_rate": 5e-4,
-    "learning_rate": 1e-3,
-}
-
-
-CLIMB = {"total_steps": 10, "warmup_steps": 1, "restart_warmup_steps": 2, "min_lr_ratio": 0.1}
-
-
-def test_the_warm_start_is_the_start_of_a_cosine_over_the_whole_run():
-    for step in range(100):
-        expected = 5e-4 * cosine(step, total_steps=400, warmup_steps=20, min_lr_ratio=0.1)
-        assert learning_rate(step, **RUN) == expected
-
-
-def test_the_relora_phase_warms_up_anew_and_decays_over_what_is_left():
-    phase = {"total_steps": 300, "warmup_steps": 20, "restart_warmup_steps": 10, "cycle_length": 100}
-    for step in range(100, 401):
-        assert learning_rate(step, **RUN) == 1e-3 * jagged_cosine(step - 100, **phase, min_lr_ratio=0.1)
-    assert learning_rate(100, **RUN) == 0
-    assert learning_rate(120, **RUN) == 1e-3
-
-
-def test_a_run_that_is_all_warm_start_is_one_cosine():
-    setting = {**RUN, "warm_start_steps": 400}
-    for step in range(401):
-        assert learning_rate(step, **setting) == 5e-4 * cosine(step, total_steps=400, warmup_steps=20, min_lr_ratio=0.1)
-
-
-@pytest.mark.parametrize(
-    ("changed", "named"),
-    [
-        ({"restart_warmup_steps": 100}, "restart_warmup_steps = 100 .* cycle_length = 100"),
-        ({"restart_warmup_steps": -1}, "restart_warmup_steps = -1"),
-        ({"warmup_steps": 101}, "warmup_steps = 101 .* cycle_length = 100"),
-        ({"warmup_steps": -1}, "warmup_steps = -1"),
-        ({"total_steps": 350}, "total_steps = 350 .* cycle_length = 100"),
-        ({"total_steps": 0}, "total_steps = 0"),
-        ({"cycle_length": 0}, "cycle_length = 0"),
-        ({"min_lr_ratio": 1.1}, "min_lr_ratio = 1.1"),
-        ({"step": -1}, "step = -1"),
-        ({"step": 401}, "step = 401 .* total_steps = 400"),
-    ],
-)
-def test_settings_that_do_not_fit_together_are_refused_with_names_and_values(changed, named):
-    with pytest.raises(ValueError, match=named):
-        jagged_cosine(**{"step": 0, **SETTINGS[1], **changed})
-
-
-@pytest.mark.parametrize(
-    ("call", "named"),
-    [
-        (lambda: cosine(0, total_steps=5, warmup_steps=6, min_lr_ratio=0), "warmup_steps = 6 .* total_steps = 5"),
-        (lambda: cosine(0, total_steps=5, warmup_steps=-1, min_lr_ratio=0), "warmup_steps = -1"),
-        (lambda: cosine(0, total_steps=0, warmup_steps=0, min_lr_ratio=0), "total_steps = 0"),
-        (lambda: climbing_cosine(3, cycle_start=4, **CLIMB), "cycle_start = 4 .* step = 3"),
-        (lambda: climbing_cosine(0, cycle_start=0, **{**CLIMB, "total_steps": 0}), "total_steps = 0"),
-        (lambda: learning_rate(401, **RUN), "step = 401 .* total_steps = 400"),
-        (lambda: cosine(6, total_steps=5, warmup_steps=1, min_lr_ratio=0), "step = 6 .* total_steps = 5"),
-        (lambda: is_merge_step(1, warm_start_steps=0, cycle_length=0), "cycle_length = 0"),
-        (lambda: is_merge_step(-1, warm_start_steps=0, cycle_length=5), "step = -1"),
-        (lambda: cycle_of_step(1, warm_start_steps=-1, cycle_length=5), "warm_start_steps = -1"),
-        (lambda: learning_rate(0, **{**RUN, "warm_start_steps": 401}), "warm_start_steps = 401 .* total_steps = 400"),
-        (lambda: learning_rate(150, **{**RUN, "warm_start_steps": 50}), "total_steps = 350 .* cycle_length = 100"),
-    ],
-)
-def test_every_function_refuses_what_it_cannot_mean(call, named):
-    with pytest.raises(ValueError, match=named):
-        call()
+def test_the_warm_start_is_the_start_of_a_cosine_over_the_whole_run_and_the_cycles_have_one_of_their_own():
+    schedule = {
+        "warm_start_steps": 100, "cycles": 3, "cycle_length": 100, "warmup_steps": 20, "restart_warmup_steps": 10,
+    }  # fmt: skip
+    profile = Profile.model_validate({"schedule": schedule, "optimizer": {"learning_rate": 1e-3}})
+    curve = {"warmup_steps": 20, "min_lr_ratio": 0.1}
+    warm, *cycles = plan_stages(profile)
+    for step in range(1, 101):
+        assert learning_rate(profile, warm, step) == 5e-4 * cosine(step - 1, total_steps=400, **curve)
+    phase = {**curve, "total_steps": 300, "restart_warmup_steps": 10, "cycle_length": 100}
+    for stage in cycles:
+        for step in range(stage.first_step, stage.end_step + 1):
+            assert learning_rate(profile, stage, step) == 1e-3 * jagged(step - 101, **phase)
 
 
 def test_the_schedule_is_light():

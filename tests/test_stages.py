@@ -10,7 +10,8 @@ from schedules import schedules
 
 from relora_train.errors import ConfigError
 from relora_train.method.fingerprint import fingerprint_settings, stage_fingerprint
-from relora_train.method.stages import is_last, plan_stages, stage_learning_rate, until
+from relora_train.method.schedule import learning_rate
+from relora_train.method.stages import is_last, plan_stages, until
 from relora_train.settings.digest import differing_settings
 from relora_train.settings.load import profile_directory
 from relora_train.settings.profile import Profile, default_run_id
@@ -356,7 +357,7 @@ def test_without_a_warm_start_the_first_stage_is_the_methods_own(method, first):
 
 def rates(profile: Profile) -> list[float]:
     return [
-        stage_learning_rate(profile, stage, step)
+        learning_rate(profile, stage, step)
         for stage in plan_stages(profile)
         for step in range(stage.start_step + 1, stage.end_step + 1)
     ]

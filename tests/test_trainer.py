@@ -24,7 +24,8 @@ from relora_train.data.dataset import TokenDataset
 from relora_train.errors import DivergedError, SequenceTooLongError, TrainingError, VocabularyMismatchError
 from relora_train.method.layer import relora_layers
 from relora_train.method.merge import merge_and_reinit
-from relora_train.method.stages import plan_stages, stage_learning_rate
+from relora_train.method.schedule import learning_rate
+from relora_train.method.stages import plan_stages
 from relora_train.settings.running import PrecisionConfig
 from relora_train.training import evaluate
 from relora_train.training.build import prepare_stage
@@ -170,7 +171,7 @@ def test_the_logged_learning_rate_is_the_schedules_and_dips_where_the_merges_are
     profile = tiny_profile()
     for stage in plan_stages(profile):
         for record in metrics_of(checkpoints[stage.name]):
-            assert record["learning_rate"] == stage_learning_rate(profile, stage, record["step"])
+            assert record["learning_rate"] == learning_rate(profile, stage, record["step"])
         if stage.low_rank:
             assert metrics_of(checkpoints[stage.name])[0]["learning_rate"] == 0
             assert metrics_of(checkpoints[stage.name], "merge")[0]["step"] == stage.end_step

@@ -11,8 +11,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -24,7 +23,7 @@ from relora_train.experiments.measured import TutorialSettings
 from relora_train.method.layer import lora_parameters
 from relora_train.method.merge import merge_and_reinit
 from relora_train.method.reset import reset_optimizer_state
-from relora_train.method.schedule import cosine, is_merge_step, jagged_cosine
+from relora_train.method.schedule import cosine, jagged_cosine
 from relora_train.method.wrap import apply_relora
 from relora_train.reports.statistics import Estimate, paired_difference
 from relora_train.training.optimizer import build_optimizer
@@ -93,22 +92,24 @@ def train(arm: str, problem: tuple[Tensor, Tensor, Tensor], seed: int, settings:
         apply_relora(model, rank=settings.rank, alpha=settings.alpha, dropout=0.0, target_modules=["linear"], seed=seed)
     peak = settings.learning_rate
     optimizer = build_optimizer(model, learning_rate=peak, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
-    rate = partial(
-        cosine, total_steps=settings.steps, warmup_steps=settings.warmup_steps, min_lr_ratio=settings.min_lr_ratio
-    )
-    if arm == "relora":
-        restarts = {"restart_warmup_steps": settings.restart_warmup_steps, "cycle_length": settings.cycle_length}
-        rate = partial(jagged_cosine, **rate.keywords, **restarts)
+    curve: dict[str, Any] = {
+        "total_steps": settings.steps, "warmup_steps": settings.warmup_steps, "min_lr_ratio": settings.min_lr_ratio
+    }  # fmt: skip
     losses = []
     for step in range(1, settings.steps + 1):
         loss = nn.functional.mse_loss(model(x), y)
         losses.append(loss.item())
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
+        rate = cosine(step - 1, **curve)
+        if arm == "relora":
+            start_of_cycle = (step - 1) // settings.cycle_length * settings.cycle_length
+            climb = settings.restart_warmup_steps
+            rate = jagged_cosine(step - 1, cycle_start=start_of_cycle, restart_warmup_steps=climb, **curve)
         for group in optimizer.param_groups:
-            group["lr"] = peak * rate(step - 1)
+            group["lr"] = peak * rate
         optimizer.step()
-        if arm == "relora" and is_merge_step(step, warm_start_steps=0, cycle_length=settings.cycle_length):
+        if arm == "relora" and step % settings.cycle_length == 0:
             cycle, factors = step // settings.cycle_length, lora_parameters(model)
             merge_and_reinit(model, cycle=cycle, seed=seed)
             reset_optimizer_state(optimizer, factors, mode="magnitude", ratio=settings.reset_ratio, cycle=cycle)

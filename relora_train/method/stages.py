@@ -14,7 +14,6 @@ from typing import Literal
 
 from relora_train.checkpoints.manifest import CheckpointManifest
 from relora_train.errors import ConfigError
-from relora_train.method.schedule import climbing_cosine, learning_rate
 from relora_train.settings.digest import differing_settings, flatten
 from relora_train.settings.objectives import DEFAULT_OBJECTIVE, own_settings
 from relora_train.settings.profile import Profile
@@ -175,35 +174,3 @@ def is_last(profile: Profile, stage: Stage) -> bool:
     if stage.kind == "full":
         return stage.end_step >= profile.schedule.total_steps
     return stage.kind == "lora" or (stage.kind == "relora" and stage.cycle >= profile.schedule.cycles)
-
-
-def stage_learning_rate(profile: Profile, stage: Stage, step: int) -> float:
-    """Learning rate of update `step`, counted from 1, as a function of the profile, the stage and the step alone.
-
-    'full' is one cosine over the whole run. 'lora' has the ReLoRA phase as a single cycle, so it never restarts; nor do
-    the cycles of schedule.jagged = false. Beyond schedule.horizon every cosine stays at its end.
-    """
-    schedule = profile.schedule
-    updates_done = stage.phase_step + step - 1 - stage.start_step
-    if not stage.low_rank:
-        one_phase = stage.kind == "full"
-        horizon = schedule.warm_start_steps + schedule.horizon_steps
-        return learning_rate(
-            min(updates_done, horizon),
-            warm_start_steps=0 if one_phase else schedule.warm_start_steps,
-            total_steps=horizon,
-            warmup_steps=schedule.warmup_steps,
-            restart_warmup_steps=0 if one_phase else schedule.restart_warmup_steps,
-            cycle_length=horizon if one_phase else schedule.cycle_length,
-            min_lr_ratio=schedule.min_lr_ratio,
-            warm_start_learning_rate=profile.warm_start_learning_rate,
-            learning_rate=profile.optimizer.learning_rate,
-        )
-    return profile.optimizer.learning_rate * climbing_cosine(
-        updates_done,
-        cycle_start=stage.phase_step if stage.kind == "relora" and schedule.jagged else 0,
-        total_steps=schedule.horizon_steps,
-        warmup_steps=schedule.warmup_steps,
-        restart_warmup_steps=schedule.restart_warmup_steps,
-        min_lr_ratio=schedule.min_lr_ratio,
-    )

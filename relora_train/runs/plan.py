@@ -8,7 +8,8 @@ from __future__ import annotations
 import math
 
 from relora_train.method.products import Products, choose_products, flops_per_token, sibling_groups
-from relora_train.method.stages import Stage, plan_stages, stage_learning_rate
+from relora_train.method.schedule import learning_rate
+from relora_train.method.stages import Stage, plan_stages
 from relora_train.settings.base import FrozenConfig
 from relora_train.settings.method import OptimizerResetConfig
 from relora_train.settings.profile import Profile
@@ -195,9 +196,7 @@ def _milestones(profile: Profile, stage: Stage) -> tuple[LearningRatePoint, ...]
     restarts = stage.kind == "relora" and schedule.jagged
     top = stage.start_step + (climb if starts_a_phase or restarts else 0)
     steps = sorted({stage.start_step + 1, min(top + 1, stage.end_step), stage.end_step})
-    return tuple(
-        LearningRatePoint(step=step, learning_rate=stage_learning_rate(profile, stage, step)) for step in steps
-    )
+    return tuple(LearningRatePoint(step=step, learning_rate=learning_rate(profile, stage, step)) for step in steps)
 
 
 def _full_cost(profile: Profile, shape: ModelShape) -> PhaseCost:

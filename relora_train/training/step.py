@@ -14,7 +14,8 @@ from relora_train.data.dataset import ExampleDataset
 from relora_train.distributed import Ranks, whole
 from relora_train.method.bfloat16_adamw import BFloat16AdamW
 from relora_train.method.products import Products
-from relora_train.method.stages import Stage, stage_learning_rate
+from relora_train.method.schedule import learning_rate
+from relora_train.method.stages import Stage
 from relora_train.settings.profile import Profile
 from relora_train.training.files import TrainingState
 from relora_train.training.masters import MasterWeights
@@ -71,7 +72,7 @@ class StageTraining:
 
     def learning_rate(self, step: int) -> float:
         """Return the rate of update `step`, counted from 1."""
-        return stage_learning_rate(self.profile, self.stage, step)
+        return learning_rate(self.profile, self.stage, step)
 
     def samples_seen(self, step: int) -> int:
         """Return the data position after update `step`."""
