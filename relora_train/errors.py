@@ -61,162 +61,70 @@ class ReLoRAError(Exception):
     """How often it is worth trying again, where that is less often than the caller would."""
 
 
+# One line an error: the tree above says what each is.
+# fmt: off
 class ConfigError(ReLoRAError):
     exit_code = 2
-
-
-class ProfileNotFoundError(ConfigError):
-    pass
-
-
+class ProfileNotFoundError(ConfigError): ...
 class ProfileInvalidError(ConfigError):
     faults: tuple[str, ...] = ()
     """Each by itself, where there are several."""
-
-
-class ExperimentInvalidError(ConfigError):
-    pass
-
-
-class RunSettingsChangedError(ConfigError):
-    pass
-
-
-class RunInUseError(ConfigError):
-    pass
-
+class ExperimentInvalidError(ConfigError): ...
+class RunSettingsChangedError(ConfigError): ...
+class RunInUseError(ConfigError): ...
 
 class DataError(ReLoRAError):
     exit_code = 3
-
-
-class SourceUnreadableError(DataError):
-    pass
-
-
-class CorpusEmptyError(DataError):
-    pass
-
-
-class CorpusTooSmallError(DataError):
-    pass
-
-
-class TokenizerError(DataError):
-    pass
-
+class SourceUnreadableError(DataError): ...
+class CorpusEmptyError(DataError): ...
+class CorpusTooSmallError(DataError): ...
+class TokenizerError(DataError): ...
 
 class ModelError(ReLoRAError):
     exit_code = 4
-
-
-class ModelNotFoundError(ModelError):
-    pass
-
-
-class ModelUnsuitableError(ModelError):
-    pass
-
-
-class NoTargetModulesError(ModelError):
-    pass
-
-
-class SequenceTooLongError(ModelError):
-    pass
-
-
-class UntrainedLayerError(ModelError):
-    pass
-
-
-class VocabularyMismatchError(ModelError):
-    pass
-
+class ModelNotFoundError(ModelError): ...
+class ModelUnsuitableError(ModelError): ...
+class NoTargetModulesError(ModelError): ...
+class SequenceTooLongError(ModelError): ...
+class UntrainedLayerError(ModelError): ...
+class VocabularyMismatchError(ModelError): ...
 
 class StorageError(ReLoRAError):
     exit_code = 5
-
-
-class UnknownStoreSchemeError(StorageError):
-    pass
-
-
-class ObjectNotFoundError(StorageError):
-    pass
-
-
-class BucketNotFoundError(ObjectNotFoundError):
-    pass
-
-
-class AccessDeniedError(StorageError):
-    pass
-
-
+class UnknownStoreSchemeError(StorageError): ...
+class ObjectNotFoundError(StorageError): ...
+class BucketNotFoundError(ObjectNotFoundError): ...
+class AccessDeniedError(StorageError): ...
 class StoreUnavailableError(StorageError):
     retryable = True
-
-
-class PreconditionFailedError(StorageError):
-    pass
-
-
-class UnsafeStoreError(StorageError):
-    pass
-
-
-class DiskFullError(StorageError):
-    pass
-
+class PreconditionFailedError(StorageError): ...
+class UnsafeStoreError(StorageError): ...
+class DiskFullError(StorageError): ...
 
 class CheckpointError(ReLoRAError):
     exit_code = 6
-
-
-class CheckpointNotFoundError(CheckpointError):
-    pass
-
-
-class CheckpointIncompleteError(CheckpointError):
-    pass
-
-
-class CheckpointCorruptError(CheckpointError):
-    pass
-
-
-class CheckpointAmbiguousError(CheckpointError):
-    pass
-
+class CheckpointNotFoundError(CheckpointError): ...
+class CheckpointIncompleteError(CheckpointError): ...
+class CheckpointCorruptError(CheckpointError): ...
+class CheckpointAmbiguousError(CheckpointError): ...
 
 class TrainingError(ReLoRAError):
     exit_code = 7
-
-
-class DivergedError(TrainingError):
-    pass
-
-
-class DeviceError(TrainingError):
-    pass
-
-
+class DivergedError(TrainingError): ...
+class DeviceError(TrainingError): ...
 class DeviceMemoryError(DeviceError):
     retryable = True
     max_retries = 1
-
-
 class TrainerCrashedError(TrainingError):
     retryable = True
-
-
-class TrainerFaultError(TrainingError):
-    pass
-
-
+class TrainerFaultError(TrainingError): ...
 class TrainerInterruptedError(TrainingError):
     exit_code = 130
+
+class OrchestratorError(ReLoRAError):
+    exit_code = 8
+    retryable = True
+# fmt: on
 
 
 _COME_AGAIN = (
@@ -262,8 +170,3 @@ def error_named(name: str, message: str) -> ReLoRAError:
             return candidate(message)
         pending.extend(candidate.__subclasses__())
     return TrainerCrashedError(f"{name}: {message}")
-
-
-class OrchestratorError(ReLoRAError):
-    exit_code = 8
-    retryable = True

@@ -12,8 +12,9 @@ from pydantic import TypeAdapter, ValidationError
 
 from flows import parameters
 from relora_train.errors import ConfigError, ProfileInvalidError
+from relora_train.settings.keys import layered
 from relora_train.settings.load import list_profiles, load_profile, parse_override
-from relora_train.settings.overrides import ProfileOverrides, nested
+from relora_train.settings.overrides import ProfileOverrides
 from relora_train.settings.profile import Profile
 
 OURS = ProfileOverrides.model_json_schema()
@@ -83,7 +84,7 @@ def test_overrides_come_to_the_same_profile_as_set_options(sets: list[str]):
     dotted: dict[str, Any] = {}
     for text in sets:
         key, value = parse_override(text)
-        dotted = nested({**dotted, key: value})
+        dotted = layered({**dotted, key: value})
     overrides = ProfileOverrides.model_validate(dotted)
     expected = load_profile("smoke", sets)
     assert load_profile("smoke", overrides.settings()) == expected

@@ -12,7 +12,7 @@ from relora_train.errors import ConfigError
 from relora_train.method.fingerprint import fingerprint_settings, stage_fingerprint
 from relora_train.method.schedule import learning_rate
 from relora_train.method.stages import is_last, plan_stages, until
-from relora_train.settings.digest import differing_settings
+from relora_train.settings.keys import differing_settings
 from relora_train.settings.load import profile_directory
 from relora_train.settings.profile import Profile, default_run_id
 

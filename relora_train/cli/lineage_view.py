@@ -9,7 +9,7 @@ from rich.text import Text
 
 from relora_train.checkpoints.lineage import CheckpointRef, Line
 from relora_train.cli.tables import View
-from relora_train.settings.digest import differing_settings
+from relora_train.settings.keys import differing_settings
 from relora_train.settings.objectives import measures_in
 
 _SHOWN_CHANGES = 3

@@ -13,7 +13,7 @@ from relora_train.data.splitting import PIECE_BYTES, SPLIT_RULE
 from relora_train.data.tokenizer import DEFAULT_EOS_TOKEN, DocumentTokenizer, load_tokenizer
 from relora_train.errors import TokenizerError
 from relora_train.settings.data import DataConfig, TokenizerConfig
-from relora_train.settings.digest import settings_digest
+from relora_train.settings.keys import settings_digest
 
 DATASET_FORMAT = 1
 """Raised whenever the same inputs would give other bytes."""

@@ -30,7 +30,7 @@ from relora_train.data.sources import identify
 from relora_train.data.splitting import Split, split_of
 from relora_train.errors import CorpusTooSmallError, SourceUnreadableError
 from relora_train.settings.data import DataConfig
-from relora_train.settings.digest import settings_digest
+from relora_train.settings.keys import settings_digest
 from relora_train.storage.durable import write_durably
 
 IMAGES_FORMAT = 1

@@ -22,9 +22,8 @@ from relora_train.errors import ExperimentInvalidError, ProfileInvalidError, Pro
 from relora_train.experiments.config import ExperimentConfig
 from relora_train.method.fingerprint import fingerprint_settings
 from relora_train.method.stages import Stage, plan_stages, until
-from relora_train.settings.digest import settings_digest
+from relora_train.settings.keys import layered, settings_digest
 from relora_train.settings.load import load_profile, profile_directory
-from relora_train.settings.overrides import layered
 from relora_train.settings.profile import Profile, unnamed_data_keys
 from relora_train.storage.redaction import refuse_secrets
 

@@ -19,8 +19,7 @@ from relora_train.errors import ConfigError
 from relora_train.experiments.config import Seeds
 from relora_train.experiments.experiment import faults_of, find_experiment, invalid_experiment
 from relora_train.settings.base import FrozenConfig
-from relora_train.settings.digest import settings_digest
-from relora_train.settings.overrides import layered
+from relora_train.settings.keys import layered, settings_digest
 
 
 class TutorialSettings(FrozenConfig):

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from relora_train.method.stages import Stage
-from relora_train.settings.digest import flatten, settings_digest
+from relora_train.settings.keys import flatten, settings_digest
 from relora_train.settings.objectives import own_settings
 from relora_train.settings.profile import Profile, unset_later_keys
 

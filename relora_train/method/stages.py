@@ -14,7 +14,7 @@ from typing import Literal
 
 from relora_train.checkpoints.manifest import CheckpointManifest
 from relora_train.errors import ConfigError
-from relora_train.settings.digest import differing_settings, flatten
+from relora_train.settings.keys import differing_settings, flatten
 from relora_train.settings.objectives import DEFAULT_OBJECTIVE, own_settings
 from relora_train.settings.profile import Profile
 

@@ -15,7 +15,7 @@ from relora_train.errors import ObjectNotFoundError
 from relora_train.runs.kept_worker import KeptWorker
 from relora_train.runs.launch import run_worker
 from relora_train.runs.run import DatasetRef, OnEvent, fetch_dataset, fetch_parent
-from relora_train.settings.digest import settings_digest
+from relora_train.settings.keys import settings_digest
 from relora_train.settings.profile import Profile, profile_from_file
 from relora_train.storage.base import ObjectStore, parse_json
 from relora_train.storage.opening import open_store

@@ -28,7 +28,7 @@ from relora_train.runs.launch import (
     stop_worker,
     worker_error,
 )
-from relora_train.settings.digest import settings_digest
+from relora_train.settings.keys import settings_digest
 from relora_train.settings.profile import Profile
 from relora_train.training.requests import EvaluationRequest, ModelCheckRequest, StageRequest
 

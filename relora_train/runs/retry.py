@@ -31,7 +31,7 @@ from relora_train.method.stages import Stage
 from relora_train.runs.evaluations import dataset_of
 from relora_train.runs.launch import nodes_of, run_worker
 from relora_train.runs.run import DatasetRef, OnEvent, Run, fetch_dataset, fetch_parent, stage_identity
-from relora_train.settings.digest import differing_settings, settings_digest
+from relora_train.settings.keys import differing_settings, settings_digest
 from relora_train.settings.profile import Profile, profile_from_file
 from relora_train.storage.opening import open_store
 from relora_train.storage.workspace import checkpoint_cache, work_directory

@@ -46,7 +46,7 @@ from relora_train.runs.stage_work import (
     tidy_up,
     work_name,
 )
-from relora_train.settings.digest import differing_settings, settings_digest
+from relora_train.settings.keys import differing_settings, settings_digest
 from relora_train.settings.model import ModelConfig
 from relora_train.settings.profile import Profile, default_run_id
 from relora_train.storage.base import ObjectStore

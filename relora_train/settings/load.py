@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import difflib
 import tomllib
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -13,6 +12,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from relora_train.errors import ConfigError, ProfileInvalidError, ProfileNotFoundError
+from relora_train.settings.keys import layered
 from relora_train.settings.profile import Profile
 from relora_train.storage.redaction import refuse_secrets
 
@@ -47,7 +47,7 @@ def load_profile(name_or_path: str | Path, overrides: Iterable[str] | Mapping[st
     sources: dict[str, str] = {}
     items = overrides.items() if isinstance(overrides, Mapping) else map(parse_override, overrides)
     for key, value in items:
-        _apply_override(settings, key, value)
+        settings = _with_override(settings, key, value)
         sources[key] = f"overrides {key}" if isinstance(overrides, Mapping) else f"--set {key}"
     settings.setdefault("name", path.stem)
     return _validate(settings, path, sources)
@@ -82,18 +82,13 @@ def parse_override(text: str) -> tuple[str, Any]:
         return key.strip(), value.strip()
 
 
-def _apply_override(settings: dict[str, Any], key: str, value: Any) -> None:
-    *sections, field = key.split(".")
-    table = settings
-    for section in sections:
-        table = table.setdefault(section, {})
+def _with_override(settings: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
+    table: Any = settings
+    for section in key.split(".")[:-1]:
+        table = table.get(section, {})
         if not isinstance(table, dict):
             raise ConfigError(f"--set {key}: {section!r} is a value, not a section of the profile.")
-    if isinstance(value, Mapping) and isinstance(table.get(field), dict):
-        for name, inner in value.items():
-            _apply_override(table[field], str(name), inner)
-    else:
-        table[field] = copy.deepcopy(value)
+    return layered(settings, {key: value})
 
 
 def _validate(settings: dict[str, Any], path: Path, sources: Mapping[str, str]) -> Profile:

@@ -21,6 +21,7 @@ from pydantic import (
 from pydantic.fields import FieldInfo
 
 from relora_train.settings.base import FrozenConfig
+from relora_train.settings.keys import layered
 from relora_train.settings.profile import Profile
 
 
@@ -33,7 +34,7 @@ class Overrides(BaseModel):
     @classmethod
     def dotted_keys_are_nested(cls, given: Any) -> Any:
         """{"relora.rank": 16} is {"relora": {"rank": 16}}, as on the command line."""
-        return nested(given) if isinstance(given, Mapping) else given
+        return layered(given) if isinstance(given, Mapping) else given
 
     @model_serializer(mode="plain")
     def only_what_was_given(self) -> dict[str, Any]:
@@ -43,32 +44,6 @@ class Overrides(BaseModel):
     def settings(self) -> dict[str, Any]:
         """The settings that were given, by section."""
         return self.model_dump()
-
-
-def nested(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings by dotted key or by section, as sections; of two values of one key the later one counts."""
-    sections: dict[str, Any] = {}
-    for key, value in settings.items():
-        first, dot, rest = str(key).partition(".")
-        content = {rest: value} if dot else value
-        if not isinstance(content, Mapping):
-            sections[first] = content
-            continue
-        before = sections.get(first)
-        sections[first] = nested({**(before if isinstance(before, dict) else {}), **content})
-    return sections
-
-
-def layered(*layers: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings by dotted key or by section, as sections; a later layer goes over the ones before, key by key."""
-    result: dict[str, Any] = {}
-    for layer in layers:
-        for key, value in nested(layer).items():
-            before = result.get(key)
-            if isinstance(value, Mapping):
-                value = layered(before, value) if isinstance(before, Mapping) else layered(value)
-            result[key] = value
-    return result
 
 
 def _overrides_of(config: type[FrozenConfig], name: str) -> type[Overrides]:

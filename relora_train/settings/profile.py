@@ -15,7 +15,7 @@ from pydantic import Field, ValidationInfo, model_validator
 
 from relora_train.settings.base import FrozenConfig
 from relora_train.settings.data import BatchConfig, DataConfig, ImagesConfig, TokenizerConfig
-from relora_train.settings.digest import REMOVED_KEYS, removed, settings_digest
+from relora_train.settings.keys import REMOVED_KEYS, removed, settings_digest
 from relora_train.settings.method import DivergenceConfig, OptimizerConfig, OptimizerResetConfig, ReLoRAConfig
 from relora_train.settings.model import ModelConfig
 from relora_train.settings.objectives import DEFAULT_OBJECTIVE, OBJECTIVES, ObjectiveName, foreign_keys

@@ -11,7 +11,7 @@ from torch import nn
 from relora_train.data.dataset import ExampleDataset
 from relora_train.distributed import Ranks, joined_ranks
 from relora_train.process import Emit, serve_request
-from relora_train.settings.digest import settings_digest
+from relora_train.settings.keys import settings_digest
 from relora_train.settings.running import PrecisionConfig
 from relora_train.training.models.base import Evaluation, LossFunction, Objective
 from relora_train.training.models.compiling import without_compiling

@@ -44,7 +44,7 @@ from relora_train.runs.retraining.series_data import (
 from relora_train.runs.run import DatasetRef, OnEvent, Run
 from relora_train.runs.tokenizer_choice import as_checkpoint
 from relora_train.settings.data import DataConfig, TokenizerConfig
-from relora_train.settings.digest import settings_digest
+from relora_train.settings.keys import settings_digest
 from relora_train.settings.objectives import OBJECTIVES
 from relora_train.settings.profile import Profile, default_run_id
 from relora_train.storage.base import ObjectStore

@@ -17,7 +17,7 @@ from pydantic import Field, ValidationError
 from relora_train.checkpoints.series_record import Scores, series_key
 from relora_train.errors import CheckpointCorruptError, PreconditionFailedError
 from relora_train.settings.base import FrozenConfig
-from relora_train.settings.digest import settings_digest
+from relora_train.settings.keys import settings_digest
 from relora_train.storage.base import ObjectStore, find_bytes
 
 Outcome = Literal["promoted", "refused", "overtaken"]

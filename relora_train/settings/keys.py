@@ -1,4 +1,4 @@
-"""Settings as flat keys: their digest, how two sets of them differ, and which keys were removed."""
+"""Settings by their dotted keys: layers of them, their digest, how two sets differ, and which keys were removed."""
 
 from __future__ import annotations
 
@@ -40,6 +40,20 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{key}"] = value
     return flat
+
+
+def layered(*layers: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings by dotted key or by section, as sections; a later one goes over those before, key by key."""
+    result: dict[str, Any] = {}
+    for layer in layers:
+        for key, value in layer.items():
+            first, dot, rest = str(key).partition(".")
+            content = {rest: value} if dot else value
+            if isinstance(content, Mapping):
+                before = result.get(first)
+                content = layered(before if isinstance(before, Mapping) else {}, content)
+            result[first] = content
+    return result
 
 
 def removed(key: str) -> str:
