@@ -73,7 +73,7 @@ def test_any_number_of_ranks_finds_it(sharding: str, dataset: Path, tmp_path: Pa
     profile = long_profile(launch={"nproc_per_node": 2, "threads": 1, "sharding": sharding})
     request = stage_request(profile, "cycle-1", dataset, tmp_path / "out")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(Path(__file__).parent))
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]))
         with pytest.raises(UntrainedLayerError, match=NAMES):
             run_worker("bypassing_trainer", request, tmp_path / "r.json", on_event=lambda event: None, nproc_per_node=2)
     assert not (tmp_path / "out").exists()

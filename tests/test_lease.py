@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 from fault_proxy import answer_instead, faulty_way_to, lose_the_answer
 
+from relora_train.checkpoints import lease as lease_module
 from relora_train.checkpoints.holder import Holder
 from relora_train.checkpoints.lease import LeaseRecord, hold_run, lease_key, read_lease, try_lease
 from relora_train.errors import CheckpointCorruptError, PreconditionFailedError, RunInUseError, StoreUnavailableError
@@ -96,7 +97,7 @@ def test_a_second_flow_is_refused_when_the_first_lives_on_another_machine(store_
         assert asked(first) == "ok\n"
 
 
-def test_a_killed_flow_of_this_machine_is_followed_at_once(store_uri):
+def test_a_killed_flow_of_this_machine_is_followed_at_once(store_uri, caplog):
     with holder(store_uri, ttl_seconds=600) as first:
         first.send_signal(signal.SIGKILL)  # and not waited for: a zombie is dead too
         while Holder(**_record(store_uri)["holder"]).is_alive():
@@ -105,6 +106,7 @@ def test_a_killed_flow_of_this_machine_is_followed_at_once(store_uri):
         with hold_run(open_store(store_uri), "run", ttl_seconds=600) as lease:
             lease.check()
         assert time.monotonic() - began < 10
+        assert f"was left by process {first.pid} on" in caplog.text
 
 
 def test_a_killed_flow_of_another_machine_is_followed_when_its_lease_has_run_out(store_uri, elsewhere, caplog):
@@ -139,14 +141,14 @@ def test_a_flow_that_slept_and_was_not_replaced_goes_on(store_uri, elsewhere):
         assert asked(first) == "ok\n"
 
 
-def test_an_ended_flow_leaves_the_run_free_at_once(store_uri, elsewhere):
+def test_an_ended_flow_leaves_the_run_free_at_once(store_uri, elsewhere, caplog):
     store = open_store(store_uri)
     for _ in range(3):
         began = time.monotonic()
         with hold_run(store, "run", ttl_seconds=600):
             assert not _record(store_uri)["released"]
         assert time.monotonic() - began < 10
-    assert _record(store_uri)["released"]
+    assert _record(store_uri)["released"] and "taken over" not in caplog.text
 
 
 def test_of_many_flows_that_start_at_once_one_gets_the_run(store_uri):
@@ -268,6 +270,45 @@ def test_who_was_replaced_is_told_by_whom_and_overwrites_nothing(clock):
             lease.check()
         assert lease.is_lost
     assert read_lease(store, key)[0].holder == other and not read_lease(store, key)[0].released
+
+
+def test_a_lease_is_renewed_three_times_a_ttl(monkeypatch):
+    waits = []
+
+    class Noted(threading.Event):
+        def wait(self, timeout: float | None = None) -> bool:
+            waits.append(timeout)
+            return super().wait(timeout)
+
+    monkeypatch.setattr(threading, "Event", Noted)
+    with hold_run(MemoryStore(), "run", ttl_seconds=600):
+        pass
+    assert [seconds for seconds in waits if seconds is not None] == [200]
+
+
+def test_a_renewal_that_fails_is_tried_again_and_said(caplog):
+    class Down(MemoryStore):
+        refused = 0
+
+        def put_bytes(self, key, data, *, if_match=None, **condition):
+            if if_match is not None and self.refused < 2:
+                self.refused += 1
+                raise StoreUnavailableError("it is down")
+            return super().put_bytes(key, data, if_match=if_match, **condition)
+
+    store = Down()
+    with caplog.at_level("INFO", "relora_train"), hold_run(store, "run", ttl_seconds=0.06):
+        deadline = time.monotonic() + 20
+        while not read_lease(store, lease_key("run"))[0].renewals and time.monotonic() < deadline:
+            time.sleep(0.01)
+    assert read_lease(store, lease_key("run"))[0].renewals and store.refused == 2
+    assert caplog.text.count("runs/run/lease.json is not renewed yet: it is down") == 2
+
+
+def test_the_clock_of_a_holder_counts_the_time_that_its_machine_slept(monkeypatch):
+    clocks = {getattr(time, "CLOCK_BOOTTIME", None): 5000.0}
+    monkeypatch.setattr(time, "clock_gettime", clocks.get)
+    assert lease_module._seconds() == 5000 or None in clocks
 
 
 @pytest.mark.parametrize("found", [None, "released"])

@@ -13,7 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from stage_runs import ignore, metrics_of, run_all, stage_request, tiny_profile
 
 from relora_train.checkpoints.manifest import SnapshotManifest, parse_manifest
@@ -229,7 +229,7 @@ def test_a_crash_before_the_manifest_leaves_no_snapshot(
     assert_same_stage(tmp_path / "out", undisturbed["relora"]["cycle-1"])  # training went on
 
 
-def test_a_snapshot_of_another_stage_is_refused(dataset: Path, undisturbed: Undisturbed, tmp_path: Path):
+def test_a_snapshot_of_another_stage_or_model_is_refused(dataset: Path, undisturbed: Undisturbed, tmp_path: Path):
     request = resumed_request("relora", "cycle-1", dataset, undisturbed, tmp_path / "out")
     with pytest.MonkeyPatch.context() as patch, pytest.raises(TrainerInterruptedError):
         StopsAfter(patch, 8)
@@ -237,6 +237,11 @@ def test_a_snapshot_of_another_stage_is_refused(dataset: Path, undisturbed: Undi
     other = resumed_request("relora", "cycle-2", dataset, undisturbed, tmp_path / "out")
     with pytest.raises(CheckpointCorruptError, match=r"is of stage [0-9a-f]{12} at sample \d+, not of this stage"):
         run_stage(other.model_copy(update={"snapshot_directory": newest(tmp_path / "snapshots")}), ignore)
+    tensors = load_file(newest(tmp_path / "snapshots") / "state.safetensors")
+    del tensors["weight:model.embed_tokens.weight"]
+    save_file(tensors, newest(tmp_path / "snapshots") / "state.safetensors")
+    with pytest.raises(CheckpointCorruptError, match="trained tensors of other names or shapes, not of this stage"):
+        run_stage(request.model_copy(update={"snapshot_directory": newest(tmp_path / "snapshots")}), ignore)
 
 
 def test_a_diverged_state_is_never_saved(

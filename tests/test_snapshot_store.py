@@ -136,9 +136,11 @@ def test_a_damaged_local_snapshot_is_replaced_by_its_sound_copy_in_the_store(sto
     snapshots(store, tmp_path).upload(directory)
     expected = (directory / "state.safetensors").read_bytes()
     damage(directory / "state.safetensors")
+    (directory / "another.safetensors").write_bytes(b"of nobody")
     found = snapshots(store, tmp_path).newest_valid()
     assert found is not None and found.step == 20
     assert (found.directory / "state.safetensors").read_bytes() == expected
+    assert not (found.directory / "another.safetensors").exists(), "nothing of the damaged one is left"
 
 
 def test_only_damaged_snapshots_means_from_the_start_and_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture):
