@@ -136,9 +136,18 @@ def test_a_corpus_smaller_than_a_batch_is_refused_with_numbers_and_remedies(dire
     assert "fewer" not in str(error.value)
 
 
+@pytest.mark.parametrize(("tokens", "said"), [(4 * LENGTH, True), (4 * LENGTH + 1, False)])
+def test_larger_shards_are_a_remedy_where_none_holds_more_than_four_sequences(tmp_path, tokens, said):
+    dataset = TokenDataset(write_dataset(tmp_path, (tokens, 9)), "train", sequence_length=LENGTH)
+    with pytest.raises(CorpusTooSmallError) as error:
+        dataset.require(100)
+    assert ("raise data.shard_tokens" in str(error.value)) == said
+
+
 def test_a_split_without_a_token_has_no_examples_and_is_refused_like_any_other(tmp_path):
     empty = write_dataset(tmp_path / "empty", (0, 1))
-    assert [len(shard) for shard in map_shards(empty, "train", read_dataset_manifest(empty))] == [0, 1]
+    shards = map_shards(empty, "train", read_dataset_manifest(empty))
+    assert [(len(shard), shard.dtype) for shard in shards] == [(0, np.uint16), (1, np.uint16)]
     for directory, shards in ((empty, 2), (write_dataset(tmp_path / "none", ()), 0)):
         dataset = TokenDataset(directory, "train", sequence_length=LENGTH)
         with pytest.raises(CorpusTooSmallError, match=f"in {shards} shards, which makes 0 sequences"):
@@ -168,6 +177,8 @@ def test_a_cut_or_missing_shard_is_named(tmp_path):
 def test_a_directory_without_a_manifest_is_no_dataset(tmp_path):
     with pytest.raises(CheckpointIncompleteError, match=r"no manifest\.json"):
         read_dataset_manifest(tmp_path)
+    with pytest.raises(CheckpointIncompleteError, match=r"no manifest\.json"):
+        read_dataset_manifest(write_dataset(tmp_path) / "train")
 
 
 def test_an_attempt_that_came_second_is_read_beside_the_manifest_it_shares(tmp_path):

@@ -10,12 +10,15 @@ from relora_train.checkpoints.manifest import (
     DatasetManifest,
     FileEntry,
     SnapshotManifest,
+    content_digest,
     describe_files,
     hash_file,
     parse_manifest,
+    read_manifest,
     result_digest,
 )
 from relora_train.errors import CheckpointCorruptError
+from relora_train.storage.memory import MemoryStore
 
 FILES = [
     {"path": "metrics.jsonl", "size_bytes": 3, "sha256": "1" * 64},
@@ -156,6 +159,20 @@ def test_files_are_described_by_their_place_their_size_and_all_of_their_bytes(tm
         content = contents[entry.path]
         assert (entry.size_bytes, entry.sha256) == (len(content), hashlib.sha256(content).hexdigest())
         assert hash_file(tmp_path / entry.path) == entry.sha256
+
+
+def test_the_content_is_every_file():
+    listing = [[entry["path"], entry["size_bytes"], entry["sha256"]] for entry in FILES]
+    expected = hashlib.sha256(json.dumps(sorted(listing)).encode()).hexdigest()
+    assert content_digest(parsed(CheckpointManifest)) == content_digest(parsed(SnapshotManifest)) == expected
+    assert content_digest(parsed(CheckpointManifest, files=FILES[1:])) != expected
+
+
+def test_a_bundle_is_there_when_its_manifest_is():
+    store = MemoryStore()
+    assert read_manifest(store, "runs/x", SnapshotManifest) is None
+    store.put_bytes("runs/x/manifest.json", parsed(SnapshotManifest).to_bytes())
+    assert read_manifest(store, "runs/x", SnapshotManifest).files == parsed(SnapshotManifest).files
 
 
 def test_the_result_is_every_file_but_the_records_of_how_it_was_made():

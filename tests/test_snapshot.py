@@ -25,6 +25,7 @@ from relora_train.training import snapshot, snapshotter
 from relora_train.training.requests import StageRequest
 from relora_train.training.snapshotter import is_due
 from relora_train.training.step import StageTraining
+from relora_train.training.tensor_stream import TensorStream
 from relora_train.training.trainer import run_stage
 
 TIMING = ("seconds", "tokens_per_second", "data_wait_share")
@@ -186,6 +187,7 @@ def test_taking_snapshots_changes_nothing_and_each_holds_only_what_moves(
     names = set(load_file(directory / "state.safetensors"))
     assert "weight:model.layers.0.mlp.up_proj.lora_A" in names and "weight:model.embed_tokens.weight" in names
     assert "weight:model.layers.0.mlp.up_proj.weight" not in names
+    assert "optimizer:model.layers.0.mlp.up_proj.lora_A.exp_avg" in names, "as snapshots in the stores have it"
 
 
 def test_a_snapshot_taken_while_training_continues_to_the_same_bits(
@@ -258,6 +260,19 @@ def test_a_diverged_state_is_never_saved(
     with pytest.raises(Exception, match="diverged"):
         run_stage(request.model_copy(update={"snapshots_directory": tmp_path / "snapshots"}), ignore)
     assert not (tmp_path / "snapshots").exists()
+
+
+def test_sharded_ranks_write_the_same_files_from_a_stream(tmp_path: Path):
+    tensors = {"weight:a": torch.randn(3, 5), "optimizer:a.step": torch.tensor(7.0)}
+    layout = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    state = snapshot.SnapshotState(fingerprint="f" * 64, step=1, samples_seen=8, loss_sum=0.0, summed=0, seconds=0.0)
+    for each in (tensors, TensorStream(layout, iter(tensors.values()), {})):
+        directory, manifest = snapshot.write_snapshot(
+            tmp_path, run_id="run", stage="cycle-1", state=state, tensors=each, metrics=[]
+        )
+        read = load_file(directory / "state.safetensors")
+        assert {entry.path for entry in manifest.files} == {"state.safetensors", "snapshot.json", "metrics.jsonl"}
+        assert read.keys() == tensors.keys() and all(torch.equal(read[name], tensors[name]) for name in tensors)
 
 
 @pytest.mark.parametrize("name", ["step", "samples_seen", "summed", "seconds"])

@@ -253,8 +253,12 @@ def run_pytest(copy: Path, tests: list[str], plugin: Report, answer: Path) -> No
         ["-x", "-q", "-p", "no:cacheprovider", "--hypothesis-seed=0", *preloaded, *tests],
         plugins=[plugin],
     )
-    if code in (pytest.ExitCode.USAGE_ERROR, pytest.ExitCode.NO_TESTS_COLLECTED):
+    if code == pytest.ExitCode.NO_TESTS_COLLECTED or (
+        code == pytest.ExitCode.USAGE_ERROR and isinstance(plugin, Costs)
+    ):
         os._exit(2)
+    if code == pytest.ExitCode.USAGE_ERROR:
+        plugin.seen["by"] = "import of tests/conftest.py"
     plugin.seen["outcome"] = "passed" if code == 0 else "failed"
     answer.write_text(json.dumps(plugin.seen))
     os._exit(0)  # threads of a mutant may never end
