@@ -12,6 +12,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -418,6 +419,7 @@ def test_a_flow_waits_for_a_prune_and_a_prune_does_not_wait_for_a_flow():
     prune = try_lease(store, lease_key("run"), unheard_of=lambda: False, ttl_seconds=60)
     record = read_lease(store, lease_key("run"))[0]
     assert record.depends_on == ("memory://x/parent",) and record.holder.is_alive()
+    assert abs((datetime.now(UTC) - record.since).total_seconds()) < 600
     prune.release()
 
 

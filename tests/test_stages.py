@@ -281,6 +281,8 @@ def test_differences_are_named_with_both_values():
     ours = fingerprint_settings(profile_with({"relora.rank": 16, "seed": 3}), stage, DATASET)
     theirs = fingerprint_settings(Profile(), stage, DATASET)
     assert differing_settings(ours, theirs) == ["relora.rank: 32 -> 16", "seed: 0 -> 3"]
+    growing = fingerprint_settings(profile_with({"schedule.cycle_growth": 1.5}), stage, DATASET)
+    assert differing_settings(growing, theirs) == ["schedule.cycle_growth: absent -> 1.5"]
 
 
 SCHEDULES = schedules(most_cycles=12, longest_cycle=300)
