@@ -202,9 +202,10 @@ def test_one_mask_serves_both_moments_unless_told_otherwise():
         assert (lost > 0) == independent_masks
 
 
-def test_zero_empties_both_moments_and_adams_step():
+@pytest.mark.parametrize("ratio", [0.0, 0.9])
+def test_zero_empties_both_moments_and_adams_step_whatever_the_ratio(ratio):
     model, optimizer = trained()
-    report = reset(optimizer, model, mode="zero")
+    report = reset(optimizer, model, mode="zero", ratio=ratio)
     for name, _ in lora_parameters(model):
         assert all(value.count_nonzero() == 0 for value in snapshot(optimizer, model)[name].values())
     assert report.share_zeroed == 1
