@@ -13,6 +13,7 @@ from relora_train.errors import DivergedError
 from relora_train.method.layer import lora_parameters
 from relora_train.method.merge import merge_and_reinit
 from relora_train.method.reset import reset_optimizer_state
+from relora_train.training import end_of_cycle
 from relora_train.training.end_of_cycle import finish_cycle, stage_adapter
 from relora_train.training.optimizer import optimizer_state_by_name
 from relora_train.training.step import StageTraining
@@ -86,3 +87,9 @@ def test_a_model_whose_output_is_not_finite_is_not_merged(trained: Any):
         finish_cycle(training, [], ignore)
     for name, weight in training.model.state_dict().items():
         assert torch.equal(weight.nan_to_num(), before[name].nan_to_num()), name
+
+
+def test_a_merge_is_probed_by_all_held_out_examples_where_there_are_few(trained: Any, monkeypatch: pytest.MonkeyPatch):
+    training = trained()
+    monkeypatch.setattr(end_of_cycle, "_PROBE_SEQUENCES", training.val_data.blocks + 1)
+    assert 0 < finish_cycle(training, [], ignore)["max_relative_output_change"] < 1e-5

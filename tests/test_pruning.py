@@ -159,7 +159,11 @@ def test_a_policy_without_a_rule_is_none():
 
 def test_every_so_many_cycles_may_be_the_only_rule(memory, files):
     refs = straight_run(memory, files)
-    assert prune_run(memory, "run", RetentionPolicy(keep_every=3)).removed == [refs[1], refs[2], refs[4]]
+    report = prune_run(memory, "run", RetentionPolicy(keep_every=3))
+    assert report.removed == [refs[1], refs[2], refs[4]]
+    assert [verdict.reasons for verdict in report.verdicts if verdict.keep] == [
+        ("every 3 cycles",), ("every 3 cycles",), ("the end of a line",),
+    ]  # fmt: skip
 
 
 def test_the_policy_is_applied_and_what_stays_is_whole(store, files):

@@ -243,6 +243,11 @@ def test_a_refused_wrapping_changes_nothing(options, error, message):
     assert all(p.requires_grad for p in model.parameters())
 
 
+def test_a_rank_may_be_as_large_as_the_smaller_side_of_a_layer():
+    model = nn.Sequential(nn.Linear(8, 6))
+    assert wrap(model, rank=6, target_modules=["0"]) == ["0"] and model[0].rank == 6
+
+
 def test_a_head_is_known_by_its_name_where_a_model_does_not_tell():
     model = nn.Sequential(OrderedDict(body=nn.Linear(4, 4), lm_head=nn.Linear(4, 4)))
     with pytest.raises(NoTargetModulesError, match="that can be wrapped are called body:"):
