@@ -161,9 +161,7 @@ def test_every_so_many_cycles_may_be_the_only_rule(memory, files):
     refs = straight_run(memory, files)
     report = prune_run(memory, "run", RetentionPolicy(keep_every=3))
     assert report.removed == [refs[1], refs[2], refs[4]]
-    assert [verdict.reasons for verdict in report.verdicts if verdict.keep] == [
-        ("every 3 cycles",), ("every 3 cycles",), ("the end of a line",),
-    ]  # fmt: skip
+    assert report.verdicts[0].reasons == report.verdicts[3].reasons == ("every 3 cycles",)
 
 
 def test_the_policy_is_applied_and_what_stays_is_whole(store, files):
@@ -378,8 +376,9 @@ def test_leftovers_go_when_they_are_old_and_not_before(store, files):
     assert prune_run(store, "run", None).leftovers == ()
     assert all(store.head(key) for key in keys)
     sizes = sum(store.head(key).size_bytes for key in keys)
+    before = list(store.list())
     planned = prune_run(store, "run", None, grace=NOW, dry_run=True)
-    assert all(store.head(key) for key in keys)
+    assert list(store.list()) == before
     done = prune_run(store, "run", None, grace=NOW)
     assert done.leftovers == planned.leftovers and sum(left.object_count for left in done.leftovers) == len(keys)
     places = {f"{store.uri}/{key.rpartition('/')[0]}" for key in keys}
@@ -420,6 +419,14 @@ def test_what_a_flow_could_still_finish_stays_while_it_is_under_way(memory, file
             assert "while a flow of the run is under way" in " ".join(report.notes) or alive is None
             if alive:
                 assert memory.head(keys[0]) and memory.head(keys[3]) and not memory.head(keys[2])
+
+
+def test_an_upload_goes_whose_flow_was_not_heard_of_for_the_grace_period(memory, files, monkeypatch):
+    keys = litter(memory, straight_run(memory, files, cycles=2))
+    with hold_run(memory, "run"):
+        monkeypatch.setattr(Holder, "is_alive", lambda self: None)
+        report = prune_run(memory, "run", None, grace=NOW)
+    assert report.notes == () and not any(memory.head(key) for key in keys)
 
 
 def test_half_uploads_go_when_they_are_old(store, tmp_path, seaweed, files):
