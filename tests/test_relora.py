@@ -222,7 +222,7 @@ def test_every_name_must_be_of_a_layer_that_can_be_wrapped(target_modules, said)
 
 
 def test_a_model_without_known_targets_asks_for_them():
-    with pytest.raises(NoTargetModulesError, match="No target modules are known for the model type.* called 0, 2"):
+    with pytest.raises(NoTargetModulesError, match=r"No target modules are known for the model type.* called 0, 2"):
         wrap(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)))
 
 
