@@ -42,15 +42,15 @@ def percent(value: float | None, digits: int = 1) -> str:
     return _shown(value, lambda number: f"{100 * number:,.{digits}f} %")
 
 
-def size(size_bytes: float | None) -> str:
+def size(size_bytes: float | None, form: str = ".1f") -> str:
     """'1.5 GB', in powers of 1000."""
 
     def in_units(number: float) -> str:
         for unit in ("B", "kB", "MB", "GB"):
             if number < 1000:
-                return f"{number:.0f} B" if unit == "B" else f"{number:.1f} {unit}"
+                return f"{number:.0f} B" if unit == "B" else f"{number:{form}} {unit}"
             number /= 1000
-        return f"{number:,.1f} TB"
+        return f"{number:,{form}} TB"
 
     return _shown(size_bytes, in_units)
 

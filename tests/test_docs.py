@@ -7,11 +7,10 @@ import re
 from pathlib import Path
 
 import pytest
-import typer.main
 from conftest import LONGEST
 
 from relora_train import errors
-from relora_train.cli.app import app
+from relora_train.cli.app import command_line
 from relora_train.settings.load import list_profiles
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -69,7 +68,7 @@ def test_what_a_document_points_to_is_there(document: Path):
 
 
 def test_every_command_is_shown():
-    for command in typer.main.get_command(app).commands:
+    for command in command_line().commands:
         assert f"`relora {command}`" in COMMANDS, f"`relora {command}` is not in cli/README.md"
 
 

@@ -1,11 +1,13 @@
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
+from rich.table import Table
 from tokenizers import Tokenizer, models, trainers
 
-from relora_train.cli.plan_tables import sections
+from relora_train.cli.plan import plan_view
 from relora_train.errors import ConfigError, NoTargetModulesError
 from relora_train.runs.plan import Plan, plan
 from relora_train.settings.load import list_profiles, load_profile
@@ -170,7 +172,7 @@ def unknown(**settings: dict) -> str:
     assert (planned.parameters, planned.full, planned.low_rank) == (None, None, None)
     assert (planned.total_flops, planned.full_rank_flops, planned.disk_bytes) == (None, None, None)
     assert planned.total_tokens == 1000 * 32 * 256
-    assert "parameters" in {row[0] for row in sections(planned)[0].rows}
+    assert "parameters" in plan_view(planned)[0].plain
     return planned.unknown
 
 
@@ -303,25 +305,37 @@ def test_a_plan_survives_json():
         assert Plan.model_validate_json(planned.model_dump_json()) == planned
 
 
+def tables_of(planned: Plan) -> dict[str, list[list[str]]]:
+    """The rows of each table by its title."""
+    tables = [part for part in plan_view(planned) if isinstance(part, Table)]
+    return {
+        str(table.title): [[str(cell) for cell in row] for row in zip(*(c.cells for c in table.columns), strict=True)]
+        for table in tables
+    }
+
+
 @pytest.mark.parametrize("path", list_profiles(), ids=lambda path: path.stem)
 @pytest.mark.parametrize("method", ["full", "lora", "relora"])
 def test_every_row_of_a_table_fills_its_columns(path: Path, method):
     planned = plan(load_profile(path, [f"method={method}"]))
-    tables = sections(planned)
-    assert all(len(row) == len(table.columns) for table in tables for row in table.rows)
-    assert [row[0] for row in tables[1].rows] == [stage.name for stage in planned.stages]
+    tables = tables_of(planned)
+    assert all(all(row) for rows in tables.values() for row in rows)
+    assert [row[0] for row in tables["Stages, and the files of each checkpoint"]] == [
+        stage.name for stage in planned.stages
+    ]
 
 
 def test_the_tables_of_the_1b_run_show_what_it_takes():
-    run, stages, cost, products = sections(plan(load_profile("llama_1b")))
-    assert ("tokens", "23.59B (786,432 a step)") in run.rows
-    assert stages.rows[-1] == (
+    planned = plan(load_profile("llama_1b"))
+    assert re.search(r"^tokens +23\.59B \(786,432 a step\)$", plan_view(planned)[0].plain, re.MULTILINE)
+    stages, cost, products = tables_of(planned).values()
+    assert stages[-1] == [
         *("cycle-4", "25,001 to 30,000", "3.932B", "0 → 0.00019 → 8e-05", "2.44e+19"),
         *("5.36 GB", "1.07 GB", "478 MB"),
-    )
-    assert ("memory, without activations", "21.4 GB", "6.43 GB") in cost.rows
-    assert [row[0] for row in products.rows] == ["q_proj, k_proj, v_proj", "o_proj", "gate_proj, up_proj", "down_proj"]
-    assert {row[1] for row in products.rows} == {"split"}  # it has dropout
+    ]
+    assert ["memory, without activations", "21.4 GB", "6.43 GB"] in cost
+    assert [row[0] for row in products] == ["q_proj, k_proj, v_proj", "o_proj", "gate_proj, up_proj", "down_proj"]
+    assert {row[1] for row in products} == {"split"}  # it has dropout
 
 
 def test_ranks_that_share_the_model_share_its_memory():

@@ -8,11 +8,10 @@ import shlex
 from pathlib import Path
 
 import pytest
-import typer.main
 from synthetic_run import commit_run, synthetic_profile
 from test_docs import DOCUMENTS, ROOT
 
-from relora_train.cli.app import app, main
+from relora_train.cli.app import command_line, main
 from relora_train.settings.load import list_profiles, load_profile
 from relora_train.storage.opening import open_store
 
@@ -21,7 +20,7 @@ LOOKING = (
     "plan", "profiles", "experiments", "runs", "checkpoints", "show", "verify", "prune", "pin", "unpin", "analyze",
     "report",
 )  # fmt: skip
-OURS = typer.main.get_command(app)
+OURS = command_line()
 
 
 def commands_in(text: str) -> list[list[str]]:

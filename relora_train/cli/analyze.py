@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
-from rich.console import Console
+import typer
 from rich.text import Text
 
 from relora_train.checkpoints.fetch import files_in_stores
-from relora_train.checkpoints.lineage import CheckpointRef
+from relora_train.cli.options import AsJson, CheckpointName, Store, answer, resolve
+from relora_train.cli.output import console_for_people, require_writable, tell
 from relora_train.cli.tables import BLANK, View, add_row, facts, table
-from relora_train.reports.ranks.analysis import Layers, RankAnalysis, analyze
+from relora_train.reports.ranks.analysis import Layers, RankAnalysis
+from relora_train.reports.ranks.analysis import analyze as analyze_line
 from relora_train.reports.ranks.cycles import CycleHistory, successive_overlap
 from relora_train.reports.ranks.kinds import kind_means
 from relora_train.reports.ranks.layers import kind_of
@@ -26,25 +28,50 @@ from relora_train.text import decimal
 ANALYSIS_NAME = "analysis.json"
 
 
-def analyze_checkpoint(
-    end: CheckpointRef,
-    against: CheckpointRef | None,
-    *,
-    modules: tuple[str, ...],
-    few: bool,
-    with_history: bool,
-    console: Console,
-) -> RankAnalysis:
-    """As `analysis.analyze` for the line that led to a checkpoint, saying meanwhile which layer is at work."""
-    with console.status("fetching and verifying weights …") as status:
-        return analyze(
-            line_of(end),
-            files_in_stores(checkpoint_cache(end.manifest.run_id)),
-            against=against,
-            layers=Layers(modules, few),
-            with_history=with_history,
+def analyze(
+    checkpoint: CheckpointName,
+    against: Annotated[
+        str | None,
+        typer.Option(
+            metavar="CHECKPOINT",
+            help="Any checkpoint of the same model; the last one before the first merge when absent.",
+        ),
+    ] = None,
+    modules: Annotated[
+        list[str] | None, typer.Option("--module", metavar="NAME", help="Only these, e.g. q_proj. Repeatable.")
+    ] = None,
+    few: Annotated[bool, typer.Option("--few", help="Only some layers of the first, middle and last block.")] = False,
+    every_layer: Annotated[bool, typer.Option("--layers", help="Show each layer, not the means of each kind.")] = False,
+    no_history: Annotated[
+        bool, typer.Option("--no-history", help="Nothing from cycle to cycle: spectra only.")
+    ] = False,
+    output: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Also write figures and all numbers as JSON there.")
+    ] = None,
+    store: Store = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show what training changed in the weights: ranks and spectra of the update, its growth, the cycles' overlap."""
+    if output is not None:
+        require_writable(output, "--output")
+    ref = resolve(checkpoint, store)
+    with console_for_people(to_stderr=True).status("fetching and verifying weights …") as status:
+        analysis = analyze_line(
+            line_of(ref),
+            files_in_stores(checkpoint_cache(ref.manifest.run_id)),
+            against=resolve(against, store) if against else None,
+            layers=Layers(tuple(modules or ()), few),
+            with_history=not no_history,
             on_layer=lambda name: status.update(Text(name)),
         )
+    if output is not None:
+        for path in write_analysis(analysis, output):
+            tell(f"Wrote {path}")
+    answer(
+        as_json,
+        record=lambda: analysis_record(analysis),
+        view=lambda: analysis_view(analysis, every_layer=every_layer),
+    )
 
 
 def analysis_record(analysis: RankAnalysis) -> dict[str, Any]:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Sequence
-from typing import Annotated, NoReturn
+from collections.abc import Iterable, Sequence
+from importlib import import_module
+from typing import Annotated, NoReturn, cast
 
+import click
 import typer
 
-from relora_train.cli.bench import bench
-from relora_train.cli.commands import looking, planning, results, series, training, upkeep
 from relora_train.cli.output import Warnings, complain, describe_fault, tell, was_interrupted
 from relora_train.errors import ReLoRAError, TrainerInterruptedError
 
@@ -26,47 +26,54 @@ _EXIT_CODES = """
 With --json standard output is JSON alone; progress and messages go to standard error.
 """
 
-app = typer.Typer(
-    name="relora",
-    help="Train language models with ReLoRA: a warm start at full rank, then low-rank cycles, each merged into the "
-    "weights. Every stage ends in a checkpoint that is complete or absent; the same command goes on from there.",
-    epilog=_EXIT_CODES,
-    no_args_is_help=True,
-    add_completion=False,
-    rich_markup_mode="rich",
-    pretty_exceptions_enable=False,
-)
-
-_COMMANDS = (
-    training.run,
-    training.retrain,
-    training.compare,
-    planning.experiments,
-    training.join,
-    planning.plan,
-    planning.profiles,
-    looking.runs,
-    looking.checkpoints,
-    looking.show,
-    training.retry,
-    results.evaluate,
-    bench,
-    results.export,
-    results.report,
-    results.analyze,
-    training.serve,
-    upkeep.prune,
-    upkeep.verify,
-    upkeep.pin,
-    upkeep.unpin,
-    series.series,
-    series.promote,
-    series.rollback,
-)
-"""In the order of `relora --help`."""
+_COMMANDS = {
+    "run": "run",
+    "retrain": "retrain",
+    "compare": "compare",
+    "experiments": "compare",
+    "join": "join",
+    "plan": "plan",
+    "profiles": "plan",
+    "runs": "runs",
+    "checkpoints": "show",
+    "show": "show",
+    "retry": "retry",
+    "evaluate": "evaluate",
+    "bench": "bench",
+    "export": "export",
+    "report": "evaluate",
+    "analyze": "analyze",
+    "serve": "serve",
+    "prune": "upkeep",
+    "verify": "upkeep",
+    "pin": "upkeep",
+    "unpin": "upkeep",
+    "series": "series",
+    "promote": "series",
+    "rollback": "series",
+}
+"""The module of each command, in the order of `relora --help`."""
 
 
-@app.callback(invoke_without_command=True)
+def command_line(names: Iterable[str] = _COMMANDS) -> click.Group:
+    """Return the program with these commands. Only their modules are imported."""
+    app = typer.Typer(
+        name="relora",
+        help="Train language models with ReLoRA: a warm start at full rank, then low-rank cycles, each merged into the "
+        "weights. Every stage ends in a checkpoint that is complete or absent; the same command goes on from there.",
+        epilog=_EXIT_CODES,
+        no_args_is_help=True,
+        add_completion=False,
+        rich_markup_mode="rich",
+        pretty_exceptions_enable=False,
+        callback=relora,
+        invoke_without_command=True,
+    )
+    for name in names:
+        app.command(name)(getattr(import_module(f"relora_train.cli.{_COMMANDS[name]}"), name))
+    return cast(click.Group, typer.main.get_command(app))
+
+
 def relora(
     version: Annotated[bool, typer.Option("--version", help="Show the version and exit.", is_eager=True)] = False,
 ) -> None:
@@ -77,16 +84,12 @@ def relora(
         raise typer.Exit
 
 
-for _command in _COMMANDS:
-    app.command()(_command)
-
-
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """The console entry point. Ends with a documented exit code; an error of ours is one message and no traceback."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     logging.lastResort = Warnings(logging.WARNING)
     try:
-        typer.main.get_command(app)(given, prog_name="relora")
+        command_line(given[:1] if given[:1] and given[0] in _COMMANDS else _COMMANDS)(given, prog_name="relora")
     except TrainerInterruptedError as error:
         tell(str(error))
         sys.exit(error.exit_code)

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Any
+from datetime import UTC, datetime
+from importlib.metadata import version
+from typing import Annotated, Any
 
 import typer
+from rich.text import Text
 
-from relora_train.cli.commands.options import AsJson, Sets, echo_json
+from relora_train.cli.options import AsJson, Sets, answer
 from relora_train.cli.output import console_for_people
-
-if TYPE_CHECKING:
-    from relora_train.cli.tables import View
-    from relora_train.experiments.bench import StepResult
+from relora_train.cli.tables import BLANK, View, add_row, table
+from relora_train.experiments.bench import StepResult, measure, speed_ratio, step_requests
+from relora_train.settings.load import load_profile
+from relora_train.text import size
 
 
 def bench(
@@ -23,10 +26,6 @@ def bench(
     as_json: AsJson = False,
 ) -> None:
     """Measure the training step of a profile, full rank beside ReLoRA: speed, share of the device's peak, memory."""
-    from relora_train.cli.tables import show
-    from relora_train.experiments.bench import measure, step_requests
-    from relora_train.settings.load import load_profile
-
     console = console_for_people(to_stderr=True)
     loaded = {name: load_profile(name, sets or ()) for name in profiles or ["quickstart"]}
     requests = {name: step_requests(profile, updates=1 + rounds * steps) for name, profile in loaded.items()}
@@ -34,25 +33,17 @@ def bench(
     for name, arms in requests.items():
         with console.status(f"measuring {name}"):
             record["profiles"][name] = record_of(measure(arms, rounds=rounds, steps=steps))
-    if as_json:
-        echo_json(record)
-    else:
-        show(console_for_people(), bench_view(record))
+    answer(as_json, record=lambda: record, view=lambda: bench_view(record))
 
 
 def about_this_machine() -> dict[str, Any]:
     """Return when and with which versions this is measured."""
-    from datetime import UTC, datetime
-    from importlib.metadata import version
-
     versions = {package: version(package) for package in ("torch", "transformers", "relora-train")}
     return {"measured_at": datetime.now(UTC).isoformat(timespec="seconds"), "versions": versions}
 
 
 def record_of(results: Mapping[str, StepResult]) -> dict[str, Any]:
     """Return the numbers of every arm, its speed over that of the first one included."""
-    from relora_train.experiments.bench import speed_ratio
-
     first = next(iter(results.values()))
     profile = first.request.profile
     return {
@@ -81,11 +72,6 @@ def record_of(results: Mapping[str, StepResult]) -> dict[str, Any]:
 
 def bench_view(record: Mapping[str, Any]) -> View:
     """Return a table of speed and one of memory for each profile."""
-    from rich.text import Text
-
-    from relora_train.cli.tables import BLANK, add_row, table
-    from relora_train.text import size
-
     parts: View = []
     for name, measured in record["profiles"].items():
         arms = measured["arms"]

@@ -1,68 +1,63 @@
-"""`relora compare` and `relora experiments`. Imports no torch and no Prefect."""
+"""`relora compare` and `relora experiments`."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
+import typer
 from rich.console import Console
 from rich.text import Text
 
-from relora_train.cli.output import tell
+from relora_train.cli.options import AsJson, Sets, Store, Verbose, answer, open_named
+from relora_train.cli.output import console_for_people, tell
 from relora_train.cli.precheck import check_inputs
 from relora_train.cli.run import run_shown
 from relora_train.cli.summary import place
-from relora_train.cli.tables import add_row, table
+from relora_train.cli.tables import add_row, rows_table, table
 from relora_train.errors import ConfigError
 from relora_train.experiments.experiment import Experiment, list_experiments, load_experiment
 from relora_train.experiments.measured import MeasuredSummary, is_measured, load_measured
 from relora_train.runs.model_check import check_settings
-from relora_train.runs.run import default_store_uri
 from relora_train.settings import load as profiles
 from relora_train.settings.measures import LOSS
-from relora_train.storage.opening import open_store
 from relora_train.text import duration
 
 if TYPE_CHECKING:
     from relora_train.experiments.records import ComparisonSummary
 
 
-def parse_seeds(text: str | None) -> list[int] | None:
-    """'0,1,2' as numbers; None for none. Raises ConfigError."""
-    if text is None:
-        return None
-    parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdecimal() for part in parts):
-        raise ConfigError(f"--seeds {text!r} is not a list of numbers; write it as 0,1,2.")
-    return [int(part) for part in parts]
-
-
-def run_experiment(
-    name: str,
-    sets: Sequence[str],
-    *,
-    seeds: list[int] | None,
-    store_uri: str | None,
-    deployment: str | None,
-    console: Console,
-    verbose: bool,
-) -> ComparisonSummary | MeasuredSummary:
-    """Run the flow `compare` and return its summary; what can be refused is refused before anything starts.
-
-    Raises the library's own errors, TrainerInterruptedError after Ctrl-C; exits with 143 after SIGTERM.
-    """
+def compare(
+    experiment: Annotated[str, typer.Argument(help="Name of a shipped experiment, or path of a TOML file.")],
+    sets: Sets = None,
+    seeds: Annotated[
+        str | None, typer.Option(metavar="0,1,2", help="Instead of the experiment's.", show_default=False)
+    ] = None,
+    deployment: Annotated[
+        str | None,
+        typer.Option(
+            metavar="pretrain/NAME",
+            help="Have the runs made side by side by this deployment of the server in PREFECT_API_URL.",
+        ),
+    ] = None,
+    store: Store = None,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+) -> None:
+    """Run an experiment, every arm at every seed, from wherever it stands; table with errors, differences, report."""
+    started = time.monotonic()
     if deployment is not None and not deployment.startswith("pretrain/"):
         raise ConfigError(
             f"--deployment {deployment!r} is no deployment of the flow pretrain: write it as pretrain/NAME."
         )
-    overrides = dict(profiles.parse_override(text) for text in sets)
-    without_runs = is_measured(name)
+    overrides, chosen = dict(profiles.parse_override(text) for text in sets or ()), _parse_seeds(seeds)
+    without_runs = is_measured(experiment)
     if without_runs:
-        load_measured(name, overrides, seeds)
-    planned = None if without_runs else load_experiment(name, overrides, seeds)
-    store = open_store(store_uri or default_store_uri())
-    store.preflight()
+        load_measured(experiment, overrides, chosen)
+    planned = None if without_runs else load_experiment(experiment, overrides, chosen)
+    opened = open_named(store)
+    opened.preflight()
     if planned is not None:
         for run in planned.runs:
             check_settings(run.profile)
@@ -70,16 +65,66 @@ def run_experiment(
         for notice in notices(planned):
             tell(notice)
     parameters: dict[str, Any] = {
-        "experiment": name,
+        "experiment": experiment,
         "overrides": overrides,
-        "seeds": seeds,
-        "store": store.uri,
+        "seeds": chosen,
+        "store": opened.uri,
         "deployment": deployment,
     }
-    summary: ComparisonSummary | MeasuredSummary = run_shown(
-        "compare", parameters, (), console=console, verbose=verbose
+    console = console_for_people(to_stderr=as_json)
+    summary: ComparisonSummary | MeasuredSummary = run_shown("compare", parameters, (), console, verbose=verbose)
+    if as_json:
+        typer.echo(summary.model_dump_json(indent=1))
+        return
+    seconds = time.monotonic() - started
+    if isinstance(summary, MeasuredSummary):
+        print_measured(console, summary, seconds=seconds)
+    else:
+        print_comparison(console, summary, seconds=seconds)
+
+
+def experiments(as_json: AsJson = False) -> None:
+    """List the shipped experiments."""
+    described = [_describe(path) for path in list_experiments()]
+    answer(
+        as_json,
+        record=lambda: described,
+        view=lambda: [
+            rows_table(
+                ("experiment", "arms", "title"),
+                ((each["name"], str(len(each["arms"])) if each["arms"] else "–", each["title"]) for each in described),
+                left=("title",),
+            )
+        ],
     )
-    return summary
+
+
+def _describe(path: Path) -> dict[str, Any]:
+    """Return name, title, base profile, arms and time of a shipped experiment."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    time_needed = next((line.partition("# Time:")[2].strip() for line in lines if line.startswith("# Time:")), "")
+    if is_measured(path.stem):
+        about: dict[str, Any] = {
+            "title": load_measured(path.stem).config.title,
+            "profile": None,
+            "arms": [],
+            "seeds": [],
+        }
+    else:
+        config = load_experiment(path.stem).config
+        about = {"title": config.title, "profile": config.profile, "arms": list(config.arms)}
+        about["seeds"] = list(config.seeds)
+    return {"name": path.stem, **about, "time": time_needed, "path": str(path)}
+
+
+def _parse_seeds(text: str | None) -> list[int] | None:
+    """'0,1,2' as numbers; None for none. Raises ConfigError."""
+    if text is None:
+        return None
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() for part in parts):
+        raise ConfigError(f"--seeds {text!r} is not a list of numbers; write it as 0,1,2.")
+    return [int(part) for part in parts]
 
 
 def notices(planned: Experiment) -> list[str]:
@@ -141,41 +186,3 @@ def print_measured(console: Console, summary: MeasuredSummary, *, seconds: float
         f"Experiment {summary.experiment} finished in {duration(seconds)}.",
     ):
         console.print(Text(line), soft_wrap=True, highlight=False)
-
-
-def describe_experiments() -> list[dict[str, Any]]:
-    """Name, title, base profile, arms and time of every shipped experiment."""
-    described: list[dict[str, Any]] = []
-    for path in list_experiments():
-        if is_measured(path.stem):
-            config = load_measured(path.stem).config
-            about: dict[str, Any] = {"name": path.stem, "title": config.title, "profile": None, "arms": [], "seeds": []}
-            described.append({**about, "time": _time(path), "path": str(path)})
-            continue
-        planned = load_experiment(path.stem)
-        described.append(
-            {
-                "name": planned.name,
-                "title": planned.config.title,
-                "profile": planned.config.profile,
-                "arms": list(planned.config.arms),
-                "seeds": list(planned.config.seeds),
-                "time": _time(path),
-                "path": str(path),
-            }
-        )
-    return described
-
-
-def print_experiments(console: Console, described: Sequence[dict[str, Any]]) -> None:
-    """One line an experiment."""
-    made = table("experiment", "arms", "title", left=("title",))
-    for item in described:
-        add_row(made, item["name"], str(len(item["arms"])) if item["arms"] else "–", item["title"])
-    console.print(made, highlight=False)
-
-
-def _time(path: Path) -> str:
-    """What the header says of it."""
-    lines = path.read_text(encoding="utf-8").splitlines()
-    return next((line.partition("# Time:")[2].strip() for line in lines if line.startswith("# Time:")), "")

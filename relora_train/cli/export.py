@@ -1,4 +1,4 @@
-"""A checkpoint's model as a plain directory for transformers and all that reads its format, or as a PEFT adapter.
+"""`relora export`: a checkpoint's model as a directory for all that reads transformers' format, or as a PEFT adapter.
 
 Imports no torch until an adapter is written or weights are rounded.
 """
@@ -11,25 +11,99 @@ import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, cast, get_args
 from urllib.parse import unquote, urlsplit
+
+import typer
 
 from relora_train.checkpoints.fetch import fetch_bundle
 from relora_train.checkpoints.lineage import CheckpointRef
 from relora_train.checkpoints.manifest import Dtype, FileEntry, describe_files, hash_file
+from relora_train.checkpoints.pins import record_export
 from relora_train.checkpoints.run import CheckpointStore
+from relora_train.cli.options import AsJson, CheckpointName, Store, echo_json, open_named, resolve
+from relora_train.cli.output import say, tell
 from relora_train.data.tokenizer_files import TOKENIZER_FILES
-from relora_train.errors import CheckpointCorruptError, CheckpointIncompleteError, ConfigError, ReLoRAError
+from relora_train.errors import (
+    CheckpointCorruptError,
+    CheckpointIncompleteError,
+    ConfigError,
+    ReLoRAError,
+    StorageError,
+)
 from relora_train.method.stages import stages_after
 from relora_train.reports.ranks.adapters import ADAPTER_FILES
 from relora_train.runs.retry import parent_of, profile_of
 from relora_train.runs.run import fetch_parent
 from relora_train.storage.opening import open_store
 from relora_train.storage.os_errors import disk_error
+from relora_train.text import size
 
 _HEADER_BYTES = 100_000_000  # safetensors itself reads no larger one
 _TOKENIZER = re.compile("|".join(["tokenizer.*", "chat_template.*", *map(re.escape, TOKENIZER_FILES)]))
 _WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json")
 _MODEL = re.compile(rf"{_WEIGHTS.pattern}|(generation_)?config\.json|{_TOKENIZER.pattern}")
+
+
+def export(
+    checkpoint: CheckpointName,
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Where the model goes: new or empty.")],
+    force: Annotated[bool, typer.Option("--force", help="Replace the model in a directory that is not empty.")] = False,
+    as_adapter: Annotated[
+        bool,
+        typer.Option("--as-adapter", help="Write a PEFT adapter for the checkpoint that the stage began from."),
+    ] = False,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="float32, bfloat16 or float16; as the weights were that the run began from when absent."),
+    ] = None,
+    store: Store = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write the merged model of a checkpoint for transformers, every byte verified."""
+    refused = ["--force"] * force + [f"--dtype {dtype}"] * (dtype not in (None, "float32"))
+    if as_adapter and refused:
+        given = " and ".join(refused)
+        raise ConfigError(f"--as-adapter writes float32 to a new directory. Leave {given} out, or --as-adapter.")
+    if dtype not in (None, *get_args(Dtype)):
+        raise ConfigError(f"--dtype {dtype!r} is not one of {', '.join(get_args(Dtype))}.")
+    ref, parent = resolve(checkpoint, store), None
+    if as_adapter:
+        written, parent = export_adapter(ref, directory)
+    else:
+        written = export_model(ref, directory, force=force, dtype=cast(Dtype | None, dtype))
+    unfinished = unfinished_stages(ref)
+    for kept in filter(None, (ref, parent)):
+        _record_export(kept, written.directory)
+    if as_json:
+        names = [entry.path for entry in written.files]
+        about = {"stage": ref.manifest.stage, "step": ref.step, "unfinished_stages": unfinished}
+        origin = {"directory": str(written.directory), "checkpoint_uri": written.checkpoint_uri}
+        echo_json({**origin, **about, "dtype": written.dtype, "files": names})
+        return
+    what = f"{ref.manifest.run_id}@{ref.manifest.stage}, step {ref.step}"
+    say(f"{what}: {len(written.files)} files, {size(written.size_bytes)}, in {written.directory}")
+    if dtype is None and not as_adapter:
+        why = "those were that the run began from" if ref.manifest.source_dtype else "the checkpoint holds them"
+        hint = "" if written.dtype == "float32" else "; --dtype float32 rounds nothing"
+        say(f"The weights are {written.dtype}, as {why}{hint}.")
+    if unfinished:
+        say(f"The run is not finished: its settings plan {', '.join(unfinished)} after this.")
+    if as_adapter:
+        base = parent.uri if parent else "the model.pretrained of its run"
+        say(f'Load it with PeftModel.from_pretrained(model, "{written.directory}"), model being {base}.')
+    else:
+        say(f'Load it with AutoModelForCausalLM.from_pretrained("{written.directory}").')
+
+
+def _record_export(ref: CheckpointRef, directory: Path) -> None:
+    """Best effort: a store that can only be read still exports."""
+    if not ref.prefix:
+        return
+    try:
+        record_export(open_named(ref.store_uri), ref, directory)
+    except StorageError as error:
+        tell(f"The export is not recorded, so a prune may remove its checkpoint: {error}")
 
 
 @dataclass(frozen=True)

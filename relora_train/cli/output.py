@@ -87,17 +87,14 @@ def _print(message: Text) -> None:
     console.print(message, soft_wrap=not console.is_terminal)
 
 
-def require_writable(path: Path, option: str, *, directory: bool) -> None:
-    """Refuse a place for a result before the work that it is for. A directory is made. Raises ConfigError."""
+def require_writable(directory: Path, option: str) -> None:
+    """Make the directory for a result before the work that it is for. Raises ConfigError."""
     try:
-        if directory:
-            path.mkdir(parents=True, exist_ok=True)
-        elif path.is_dir() or not path.parent.is_dir():
-            raise ConfigError(f"{option} {path} cannot be a file there. Choose a path in a directory that exists.")
-        if not os.access(path if directory else path.parent, os.W_OK):
-            raise ConfigError(f"{option} {path} cannot be written to. Choose another place.")
+        directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError(f"{option} {path} cannot be made: {error.strerror}. Choose another place.") from None
+        raise ConfigError(f"{option} {directory} cannot be made: {error.strerror}. Choose another place.") from None
+    if not os.access(directory, os.W_OK):
+        raise ConfigError(f"{option} {directory} cannot be written to. Choose another place.")
 
 
 def was_interrupted(error: BaseException) -> bool:

@@ -1,25 +1,35 @@
-"""`relora retry`: make one stage again and say what becomes of what rests on it. Imports no torch, no Prefect."""
+"""`relora retry`: make one stage again and say what becomes of what rests on it."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
-from rich.console import Console
+import typer
 from rich.text import Text
 
 from relora_train import events
-from relora_train.checkpoints.lineage import CheckpointRef
+from relora_train.cli.options import AsJson, CheckpointName, Store, answer, resolve
+from relora_train.cli.output import console_for_people
 from relora_train.cli.progress import shown_progress
 from relora_train.cli.tables import View
 from relora_train.runs.retry import RetryOutcome, retry_stage
 from relora_train.settings.objectives import measures_in
 
 
-def retry_checkpoint(checkpoint: CheckpointRef, console: Console, *, replace: bool) -> RetryOutcome:
-    """Retry a checkpoint's stage under a progress display."""
-    stage = checkpoint.manifest.stage
-    with shown_progress(console, [stage], first=f"training {stage} of {checkpoint.manifest.run_id} once more"):
-        return retry_stage(checkpoint, on_event=lambda event: events.emit(**event), replace=replace)
+def retry(
+    checkpoint: CheckpointName,
+    replace: Annotated[
+        bool, typer.Option("--replace", help="If it comes out otherwise, let the run go on from the new attempt.")
+    ] = False,
+    store: Store = None,
+    as_json: AsJson = False,
+) -> None:
+    """Make a checkpoint's stage again from its parent, compare the bytes, and say what becomes of its descendants."""
+    ref = resolve(checkpoint, store)
+    stage, console = ref.manifest.stage, console_for_people(to_stderr=as_json)
+    with shown_progress(console, [stage], first=f"training {stage} of {ref.manifest.run_id} once more"):
+        outcome = retry_stage(ref, on_event=lambda event: events.emit(**event), replace=replace)
+    answer(as_json, record=lambda: retry_record(outcome), view=lambda: retry_view(outcome))
 
 
 def retry_view(outcome: RetryOutcome) -> View:

@@ -1,75 +1,78 @@
-"""The commands that take longer: run a profile, score a checkpoint, write a report. Imports no torch and no Prefect."""
+"""`relora run`: a profile from wherever its run stands. `run_shown` serves the other commands that run a flow."""
 
 from __future__ import annotations
 
 import signal
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import Annotated, Any
 
+import typer
 from rich.console import Console
 
 from relora_train.checkpoints.layout import check_run_id
-from relora_train.checkpoints.lineage import CheckpointRef
 from relora_train.checkpoints.names import resolve_checkpoint
 from relora_train.cli.local_flow import TerminatedError, run_flow
-from relora_train.cli.output import tell
+from relora_train.cli.options import AsJson, ProfileName, Sets, Store, Verbose, open_named
+from relora_train.cli.output import console_for_people, tell
 from relora_train.cli.precheck import check_inputs
 from relora_train.cli.progress import RunProgress, shown_progress
+from relora_train.cli.summary import print_summary
 from relora_train.errors import TrainerInterruptedError
 from relora_train.method.stages import stages_after
-from relora_train.runs.evaluations import EvaluationOutcome, recorded_evaluations, score_checkpoint
-from relora_train.runs.run import Run, check_settings, choose_run_id, default_store_uri, line_of
+from relora_train.runs.run import Run, check_settings, choose_run_id
 from relora_train.runs.summary import RunSummary
 from relora_train.settings import load as profiles
-from relora_train.storage.opening import open_store
-
-if TYPE_CHECKING:
-    from relora_train.reports.store import StoredReport
 
 _STARTING = "starting Prefect, which takes ten to twenty seconds"
 _CONTINUE = "Every committed stage is kept; the same command goes on from there."
 
 
-def run_profile(
-    name: str,
-    sets: Sequence[str],
-    *,
-    run_id: str | None,
-    store_uri: str | None,
-    resume_from: str | None,
-    console: Console,
-    verbose: bool,
-) -> RunSummary:
-    """Run the flow `pretrain` and return its summary; what can be refused is refused before anything starts.
-
-    Raises the library's own errors, TrainerInterruptedError after Ctrl-C; exits with 143 after SIGTERM.
-    """
-    settings = profiles.load_profile(name, sets)
+def run(
+    profile: ProfileName,
+    sets: Sets = None,
+    run_id: Annotated[
+        str | None,
+        typer.Option(help="Name of the run; the same name continues it. Derived from the settings when absent."),
+    ] = None,
+    store: Store = None,
+    resume_from: Annotated[
+        str | None,
+        typer.Option(metavar="CHECKPOINT", help="Start from this checkpoint of any run; other settings make a branch."),
+    ] = None,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+) -> None:
+    """Train a profile from wherever its run stands: tokenize, warm start, cycles, evaluation, report."""
+    started = time.monotonic()
+    settings = profiles.load_profile(profile, sets or ())
     if run_id is not None:
         check_run_id(run_id)
-    store = open_store(store_uri or default_store_uri())
-    store.preflight()
+    opened = open_named(store)
+    opened.preflight()
     check_inputs(settings, resumed=resume_from is not None)
-    parent = resolve_checkpoint(resume_from, store).manifest if resume_from else None
+    parent = resolve_checkpoint(resume_from, opened).manifest if resume_from else None
     stages = stages_after(settings, parent)
     if parent is None:
-        check_settings(Run(run_id or choose_run_id(settings, None), store.uri, settings), stages)
+        check_settings(Run(run_id or choose_run_id(settings, None), opened.uri, settings), stages)
     parameters = {
-        "profile": name,
-        "overrides": dict(profiles.parse_override(text) for text in sets),
+        "profile": profile,
+        "overrides": dict(profiles.parse_override(text) for text in sets or ()),
         "run_id": run_id,
-        "store": store.uri,
+        "store": opened.uri,
         "resume_from": resume_from,
     }
-    summary: RunSummary = run_shown(
-        "pretrain", parameters, [stage.name for stage in stages], console=console, verbose=verbose
-    )
-    return summary
+    console = console_for_people(to_stderr=as_json)
+    summary: RunSummary = run_shown("pretrain", parameters, [stage.name for stage in stages], console, verbose=verbose)
+    if as_json:
+        typer.echo(summary.model_dump_json(indent=1))
+    else:
+        print_summary(console, summary, seconds=time.monotonic() - started)
 
 
-def run_shown(flow: str, parameters: dict[str, Any], stages: Sequence[str], *, console: Console, verbose: bool) -> Any:
+def run_shown(flow: str, parameters: dict[str, Any], stages: Sequence[str], console: Console, *, verbose: bool) -> Any:
     """Run a flow with its progress shown and return its result; `stages` are announced in this order.
 
     Raises what the flow raised, TrainerInterruptedError after Ctrl-C; exits with 143 after SIGTERM.
@@ -82,21 +85,6 @@ def run_shown(flow: str, parameters: dict[str, Any], stages: Sequence[str], *, c
     except TerminatedError as error:
         tell(f"Stopped by {error}. {_CONTINUE}")
         raise SystemExit(error.exit_code) from None
-
-
-def evaluate_checkpoint(checkpoint: CheckpointRef, console: Console) -> EvaluationOutcome:
-    """Score a checkpoint as score_checkpoint does, saying so meanwhile."""
-    with console.status(f"evaluating {checkpoint.manifest.run_id}@{checkpoint.manifest.stage} …"):
-        return score_checkpoint(checkpoint, on_event=lambda event: None)
-
-
-def write_report(checkpoint: CheckpointRef, console: Console) -> StoredReport:
-    """Write the report of the line that ends at a checkpoint, with the evaluations recorded beside its run."""
-    with console.status("reading checkpoints and drawing …"):
-        from relora_train.reports.store import report_run  # matplotlib
-
-        store, line = open_store(checkpoint.store_uri), line_of(checkpoint)
-        return report_run(line, recorded_evaluations(store, line), store, checkpoint.manifest.run_id)
 
 
 @contextmanager

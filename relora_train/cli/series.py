@@ -1,21 +1,72 @@
-"""What `relora series`, `promote` and `rollback` show. Imports no torch and no Prefect."""
+"""`relora series`, `promote` and `rollback`: the champions of retrained models."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from contextlib import nullcontext
-from typing import Any
+from typing import Annotated, Any
 
+import typer
 from rich.text import Text
 
 from relora_train.checkpoints.lease import hold_series
 from relora_train.checkpoints.series import list_series, read_series, roll_back
+from relora_train.checkpoints.series import promote as promote_checkpoint
 from relora_train.checkpoints.series_record import Change, SeriesRecord, champions_in_order
+from relora_train.cli.options import AsJson, CheckpointName, SeriesName, Store, answer, open_named, resolve
+from relora_train.cli.output import say
 from relora_train.cli.tables import BLANK, View, add_row, facts, table
 from relora_train.runs.retraining.series_data import forget, read_data, read_decisions
 from relora_train.storage.base import ObjectStore
 from relora_train.text import decimal, moment
+
+
+def series(
+    name: Annotated[str | None, typer.Argument(metavar="SERIES", help="Its history; all series when absent.")] = None,
+    store: Store = None,
+    as_json: AsJson = False,
+) -> None:
+    """List the series of a store with what they have promoted, or show the history of one."""
+    opened = open_named(store)
+    answer(
+        as_json,
+        record=lambda: series_record(opened, name) if name else all_series_record(opened),
+        view=lambda: series_view(opened, name) if name else all_series_view(opened),
+    )
+
+
+def promote(
+    series: SeriesName,
+    checkpoint: CheckpointName,
+    reason: Annotated[str, typer.Option(help="For the history.")] = "promoted by hand",
+    store: Store = None,
+) -> None:
+    """Make a checkpoint the champion of a series; the next retrain goes on from it."""
+    opened = open_named(store)
+    made = promote_checkpoint(opened, series, resolve(checkpoint, opened.uri), reason=reason)
+    say(change_line(opened, series, made))
+
+
+def rollback(
+    series: SeriesName,
+    to: Annotated[
+        int | None, typer.Option(min=1, help="Number of the change to go back to; the champion before when absent.")
+    ] = None,
+    data_again: Annotated[
+        bool, typer.Option("--data-again", help="What the promotions taken back were trained on is new data again.")
+    ] = False,
+    reason: Annotated[str, typer.Option(help="For the history.")] = "rolled back by hand",
+    store: Store = None,
+) -> None:
+    """Make an earlier champion of a series the champion again."""
+    opened = open_named(store)
+    with hold_series(opened, series) if data_again else nullcontext():  # refuses while a retrain is under way
+        before = champions_in_order(read_series(opened, series).changes)
+        say(change_line(opened, series, roll_back(opened, series, to, reason=reason)))
+        if data_again:
+            after = {change.number for change in champions_in_order(read_series(opened, series).changes)}
+            taken_back = [change.run_id for change in before if change.run_id and change.number not in after]
+            say(f"{forget(opened, series, taken_back)} parts of the source are new again.")
 
 
 def all_series_view(store: ObjectStore) -> View:
@@ -51,14 +102,14 @@ def series_view(store: ObjectStore, name: str) -> View:
     return [*parts, BLANK, decisions] if decisions.row_count else parts
 
 
-def all_series_json(store: ObjectStore) -> list[dict[str, Any]]:
+def all_series_record(store: ObjectStore) -> list[dict[str, Any]]:
     latest = [(name, read_series(store, name).latest) for name in list_series(store)]
     return [
         {"series": name, "champion": f"{store.uri}/{change.checkpoint}", **_plain(change)} for name, change in latest
     ]
 
 
-def series_json(store: ObjectStore, name: str) -> dict[str, Any]:
+def series_record(store: ObjectStore, name: str) -> dict[str, Any]:
     record, (data, _) = read_series(store, name), read_data(store, name)
     return {
         "series": name,
@@ -67,20 +118,6 @@ def series_json(store: ObjectStore, name: str) -> dict[str, Any]:
         "decisions": [decision.model_dump(mode="json") for decision in read_decisions(store, name)],
         "data": data.model_dump(mode="json"),
     }
-
-
-def roll_back_lines(store: ObjectStore, name: str, to: int | None, *, reason: str, data_again: bool) -> Iterator[str]:
-    """Roll back, say so, and make the data of what was taken back new again if that is asked for.
-
-    Raises RunInUseError, with nothing done, when data_again meets a retrain that is under way.
-    """
-    with hold_series(store, name) if data_again else nullcontext():
-        before = champions_in_order(read_series(store, name).changes)
-        yield change_line(store, name, roll_back(store, name, to, reason=reason))
-        if data_again:
-            after = {change.number for change in champions_in_order(read_series(store, name).changes)}
-            taken_back = [change.run_id for change in before if change.run_id and change.number not in after]
-            yield f"{forget(store, name, taken_back)} parts of the source are new again."
 
 
 def change_line(store: ObjectStore, name: str, change: Change) -> str:

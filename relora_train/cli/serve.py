@@ -3,42 +3,48 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from importlib.metadata import entry_points
-from typing import Any
+from typing import Annotated, Any
 
-from rich.console import Console
+import typer
 
 from relora_train.cli.deployments import choose_deployments
 from relora_train.cli.local_flow import set_orchestrator_environment
 from relora_train.cli.local_server import check_server
+from relora_train.cli.output import console_for_people
 from relora_train.errors import ConfigError
 from relora_train.runs.run import STORE_VARIABLE, default_store_uri
 
 SERVICES_GROUP = "relora_train.services"
 
 
-def serve(names: Sequence[str], console: Console, *, limit: int, poll_seconds: float, take_over: bool) -> None:
-    """Serve deployments, all for no names, until stopped; runs that are going on are then stopped in order.
-
-    take_over: serve also those that belong to a work pool, and give them back at the end.
-    Raises ConfigError when no Prefect server is named or answers, and for a work pool's deployment without `take_over`.
-    """
-    chosen = choose_deployments(names)
+def serve(
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="[FLOW/NAME]...", help="Deployments to serve; all when absent.")
+    ] = None,
+    limit: Annotated[int, typer.Option(min=1, help="Runs at a time; the others wait.")] = 1,
+    poll: Annotated[float, typer.Option(min=0.5, metavar="SECONDS", help="How often the server is asked.")] = 5,
+    take_over: Annotated[
+        bool, typer.Option("--take-over", help="Serve deployments of a work pool too; given back to it at the end.")
+    ] = False,
+) -> None:
+    """Run the deployments of deploy/prefect.yaml from here, for the Prefect server that $PREFECT_API_URL names."""
+    chosen = choose_deployments(names or ())
     api_url = _users_server()
     for deployment in chosen:
         for variable, value in deployment["work_pool"]["job_variables"]["env"].items():
             os.environ.setdefault(variable, value)  # runs inherit it from us, as from a worker
     set_orchestrator_environment(verbose=True)
     os.environ.setdefault(STORE_VARIABLE, default_store_uri())
-    start = _service("serve")
+    start, console = _service("serve"), console_for_people()
 
     def show() -> None:
         console.print(f"Serving at {api_url}, into {os.environ[STORE_VARIABLE]}. Ctrl-C ends it.", soft_wrap=True)
         for deployment in chosen:
             console.print(f"  {deployment['full_name']:<22}{deployment['description']}", soft_wrap=True)
 
-    start(chosen, limit=limit, poll_seconds=poll_seconds, take_over=take_over, on_start=show)
+    start(chosen, limit=limit, poll_seconds=poll, take_over=take_over, on_start=show)
 
 
 def _users_server() -> str:

@@ -1,40 +1,80 @@
-"""The commands that look after what a store holds: prune, verify, pin, unpin. Imports no torch and no Prefect."""
+"""`relora prune`, `verify`, `pin` and `unpin`: commands that look after what a store holds."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from datetime import timedelta
-from typing import Any
+from typing import Annotated, Any
 
+import typer
 from rich.text import Text
 
+from relora_train.checkpoints import pins
 from relora_train.checkpoints.layout import RUN_ID_PATTERN
 from relora_train.checkpoints.names import resolve_checkpoint
 from relora_train.checkpoints.upkeep.pruning import PruneReport, prune_run
 from relora_train.checkpoints.upkeep.retention import RetentionPolicy
 from relora_train.checkpoints.upkeep.retention_profile import policy_of_run
 from relora_train.checkpoints.upkeep.verify import Verification, verify_checkpoint, verify_run
+from relora_train.cli.options import AsJson, CheckpointName, RunName, Store, answer, open_named, resolve
+from relora_train.cli.output import say
 from relora_train.cli.tables import BLANK, View, add_row, table
-from relora_train.storage.base import ObjectStore
+from relora_train.errors import CheckpointError
 from relora_train.text import size
 
 
 def prune(
-    store: ObjectStore,
-    run_id: str,
-    *,
-    keep_last: int | None,
-    keep_every: int | None,
-    grace_hours: float,
-    dry_run: bool,
-) -> PruneReport:
-    """Prune by the given policy, else by the one in the profile of the run's latest checkpoint."""
-    if keep_last is None and keep_every is None:
-        policy = policy_of_run(store, run_id)
-    else:
-        policy = RetentionPolicy(keep_last, keep_every)
-    return prune_run(store, run_id, policy, grace=timedelta(hours=grace_hours), dry_run=dry_run)
+    run: RunName,
+    keep_last: Annotated[int | None, typer.Option(min=1, help="Of every line keep the last so many.")] = None,
+    keep_every: Annotated[int | None, typer.Option(min=1, help="Also keep every so many-th cycle.")] = None,
+    grace_hours: Annotated[
+        float, typer.Option(min=0, help="Leftovers of killed writers go when untouched for so long.")
+    ] = 24,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would go and why the rest stays.")] = False,
+    store: Store = None,
+    as_json: AsJson = False,
+) -> None:
+    """Remove checkpoints that neither the policy (these options, else the profile's) nor anything else keeps."""
+    opened = open_named(store)
+    given = keep_last is not None or keep_every is not None
+    policy = RetentionPolicy(keep_last, keep_every) if given else policy_of_run(opened, run)
+    report = prune_run(opened, run, policy, grace=timedelta(hours=grace_hours), dry_run=dry_run)
+    answer(as_json, record=lambda: prune_record(report), view=lambda: prune_view(report))
+
+
+def verify(
+    name: Annotated[str, typer.Argument(metavar="RUN|CHECKPOINT", help="A run id, or any name of a checkpoint.")],
+    store: Store = None,
+    as_json: AsJson = False,
+) -> None:
+    """Read every byte again and name what is missing, damaged or unreferenced; exit code 0 only for nothing."""
+    opened = open_named(store)
+    is_run = re.fullmatch(RUN_ID_PATTERN, name) and any(True for _ in opened.list(f"runs/{name}/"))
+    found = verify_run(opened, name) if is_run else verify_checkpoint(resolve_checkpoint(name, opened))
+    answer(as_json, record=found.to_json, view=lambda: verify_view(found))
+    if not found.is_clean:
+        raise typer.Exit(CheckpointError.exit_code)
+
+
+def pin(
+    checkpoint: CheckpointName,
+    name: Annotated[str | None, typer.Option(help="Name of the pin; made from the checkpoint's when absent.")] = None,
+    store: Store = None,
+) -> None:
+    """Keep a checkpoint from every prune until it is unpinned."""
+    ref = resolve(checkpoint, store)
+    say(f"{ref.uri} is pinned as {pins.pin(open_named(ref.store_uri), ref, name)}.")
+
+
+def unpin(
+    checkpoint: CheckpointName,
+    name: Annotated[str | None, typer.Option(help="Only this pin; all of the checkpoint's when absent.")] = None,
+    store: Store = None,
+) -> None:
+    """Remove the pins and export marks of a checkpoint."""
+    ref = resolve(checkpoint, store)
+    removed = pins.unpin(open_named(ref.store_uri), ref, name)
+    say(f"{ref.uri} is no longer pinned as {', '.join(removed)}.")
 
 
 def prune_view(report: PruneReport) -> View:
@@ -56,7 +96,7 @@ def prune_view(report: PruneReport) -> View:
     return [*parts, Text(f"{total} ({report.removed_bytes:,} bytes).")]
 
 
-def prune_json(report: PruneReport) -> dict[str, Any]:
+def prune_record(report: PruneReport) -> dict[str, Any]:
     return {
         "run_id": report.run_id,
         "dry_run": report.dry_run,
@@ -77,23 +117,13 @@ def prune_json(report: PruneReport) -> dict[str, Any]:
     }
 
 
-def verify(store: ObjectStore, name: str) -> Verification:
-    """A run by its id, else one checkpoint by any of its names."""
-    if re.fullmatch(RUN_ID_PATTERN, name) and any(True for _ in store.list(f"runs/{name}/")):
-        return verify_run(store, name)
-    return verify_checkpoint(resolve_checkpoint(name, store))
-
-
 def verify_view(found: Verification) -> View:
     parts: View = [Text.assemble((each.kind, "bold red"), f"  {each.uri}: {each.message}") for each in found.findings]
     parts += [Text(f"Note: {note}.") for note in found.notes]
+    counts = {
+        kind: sum(each.kind == kind for each in found.findings) for kind in ("missing", "damaged", "unreferenced")
+    }
+    told = ", ".join(f"{count} {kind}" for kind, count in counts.items() if count)
+    verdict = "all as committed, nothing missing, nothing left over" if found.is_clean else told
     read = f"{found.files} files in {found.bundles} bundles, {size(found.size_bytes)}, read again"
-    return [*parts, Text(f"{read}: {_verdict(found)}.")]
-
-
-def _verdict(found: Verification) -> str:
-    if found.is_clean:
-        return "all as committed, nothing missing, nothing left over"
-    kinds: Sequence[str] = ("missing", "damaged", "unreferenced")
-    counts = {kind: sum(each.kind == kind for each in found.findings) for kind in kinds}
-    return ", ".join(f"{count} {kind}" for kind, count in counts.items() if count)
+    return [*parts, Text(f"{read}: {verdict}.")]

@@ -1,11 +1,20 @@
-"""What commands share: the options that many take, and stores and checkpoints by the names that people give."""
+"""The options that many commands take, stores and checkpoints by the names that people give, and answers."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
+
+from relora_train.checkpoints.lineage import CheckpointRef
+from relora_train.checkpoints.names import resolve_checkpoint
+from relora_train.cli.output import console_for_people
+from relora_train.cli.tables import View, show
+from relora_train.runs.run import default_store_uri
+from relora_train.storage.base import ObjectStore
+from relora_train.storage.opening import open_store
 
 Sets = Annotated[
     list[str] | None,
@@ -33,21 +42,22 @@ RunName = Annotated[str, typer.Argument(help="Run id, as `relora runs` shows it.
 Verbose = Annotated[bool, typer.Option("--verbose", help="Show Prefect's log in place of the progress.")]
 
 
-def open_named(uri: str | None) -> Any:
-    from relora_train.runs.run import default_store_uri
-    from relora_train.storage.opening import open_store
-
+def open_named(uri: str | None) -> ObjectStore:
+    """Open the store of this address, or the default one."""
     return open_store(uri or default_store_uri())
 
 
-def resolve(name: str, store: str | None) -> Any:
-    from relora_train.checkpoints.names import resolve_checkpoint
-
+def resolve(name: str, store: str | None) -> CheckpointRef:
+    """Return the checkpoint of this name."""
     return resolve_checkpoint(name, open_named(store))
 
 
-def checkpoint_json(ref: Any) -> dict[str, Any]:
-    return {"uri": ref.uri, **ref.manifest.model_dump(mode="json")}
+def answer(as_json: bool, *, record: Callable[[], Any], view: Callable[[], View]) -> None:
+    """Print a command's result on standard output, as JSON or for people."""
+    if as_json:
+        echo_json(record())
+    else:
+        show(console_for_people(), view())
 
 
 def echo_json(value: Any) -> None:

@@ -1,0 +1,106 @@
+"""`relora plan` and `relora profiles`."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import typer
+
+from relora_train.cli.options import AsJson, ProfileName, Sets, answer
+from relora_train.cli.output import console_for_people
+from relora_train.cli.tables import BLANK, View, facts, rows_table, show
+from relora_train.runs.plan import PhaseCost, Plan, PlannedStage
+from relora_train.runs.plan import plan as plan_profile
+from relora_train.settings.load import list_profiles, load_profile
+from relora_train.text import short_count
+from relora_train.text import size as size_text
+
+size = partial(size_text, form=".3g")
+
+
+def plan(profile: ProfileName, sets: Sets = None, as_json: AsJson = False) -> None:
+    """Show what a profile comes to before anything starts: stages, tokens, parameters, memory, FLOPs."""
+    planned = plan_profile(load_profile(profile, sets or ()))
+    if as_json:
+        typer.echo(planned.model_dump_json(indent=1))
+    else:
+        show(console_for_people(), plan_view(planned))
+
+
+def profiles(as_json: AsJson = False) -> None:
+    """List the shipped profiles."""
+    described = [{"name": path.stem, "about": _first_comment(path), "path": str(path)} for path in list_profiles()]
+    rows = ((each["name"], each["about"]) for each in described)
+    answer(
+        as_json,
+        record=lambda: described,
+        view=lambda: [rows_table(("profile", "about"), rows, left=("about",))],
+    )
+
+
+def _first_comment(path: Path) -> str:
+    first = path.read_text(encoding="utf-8").partition("\n")[0]
+    return first.removeprefix("#").strip() if first.startswith("#") else ""
+
+
+def plan_view(plan: Plan) -> View:
+    """Return the plan as facts and tables. Sizes are decimal: 1 GB is 10^9 bytes."""
+    run = {
+        "profile": plan.profile,
+        "method": plan.method,
+        "data": plan.data_source,
+        "steps": f"{plan.total_steps:,}",
+        "tokens": f"{short_count(plan.total_tokens)} ({plan.tokens_per_step:,} a step)",
+        "parameters": str(plan.unknown) if plan.parameters is None else short_count(plan.parameters),
+    }
+    if plan.total_flops and plan.full_rank_flops:
+        run["FLOPs"] = f"{plan.total_flops:.3g} ({plan.total_flops / plan.full_rank_flops:.0%} of full rank)"
+    if plan.disk_bytes:
+        run["disk"] = f"{size(plan.disk_bytes)} for all checkpoints and the snapshots beside them"
+    columns = ("stage", "steps", "tokens", "learning rate", "FLOPs", "model", "optimizer", "adapter")
+    title = "Stages, and the files of each checkpoint"
+    stages = rows_table(columns, map(_stage_row, plan.stages), title=title, left=("learning rate",))
+    parts: View = [facts(run), BLANK, stages]
+    phases = {name: cost for name, cost in (("full rank", plan.full), ("low rank", plan.low_rank)) if cost}
+    if phases:
+        costs = [_cost_rows(cost, plan.parameters or 1) for cost in phases.values()]
+        rows = [(label, *(cost[label] for cost in costs)) for label in costs[0]]
+        parts += [BLANK, rows_table(("", *phases), rows, title="Cost")]
+    if plan.low_rank and plan.low_rank.orders:
+        orders = [
+            (", ".join(name.rpartition(".")[2] for name in each.layers), each.order, f"{each.flops_per_token:.3g}")
+            for each in plan.low_rank.orders
+        ]
+        heads = ("low-rank layers of a block", "order of products", "FLOPs a token")
+        parts += [BLANK, rows_table(heads, orders, title="Products", left=("order of products",))]
+    return parts
+
+
+def _cost_rows(cost: PhaseCost, parameters: int) -> dict[str, str]:
+    memory, trained = cost.memory, cost.trainable_parameters
+    return {
+        "trained parameters": f"{short_count(trained)} ({trained / parameters:.0%})",
+        "FLOPs a token": f"{cost.flops_per_token:.3g}",
+        "memory: weights": size(memory.weights),
+        "memory: gradients": size(memory.gradients),
+        "memory: optimizer": size(memory.optimizer),
+        "memory: merged weights": size(memory.merged),
+        "memory, without activations": size(memory.total),
+        "snapshot": size(cost.snapshot_bytes),
+    }
+
+
+def _stage_row(stage: PlannedStage) -> tuple[str, ...]:
+    files = stage.checkpoint
+    sizes = (
+        ("?",) * 3 if files is None else (size(n) if n else "–" for n in (files.model, files.optimizer, files.adapter))
+    )
+    return (
+        stage.name,
+        f"{stage.start_step + 1:,} to {stage.end_step:,}",
+        short_count(stage.tokens),
+        " → ".join(f"{point.learning_rate:.2g}" for point in stage.learning_rates),
+        "?" if stage.flops is None else f"{stage.flops:.3g}",
+        *sizes,
+    )
