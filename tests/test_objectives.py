@@ -32,8 +32,7 @@ from relora_train.settings.load import load_profile
 from relora_train.settings.objectives import OBJECTIVES, measures_in
 from relora_train.settings.profile import Profile, default_run_id
 from relora_train.storage.memory import MemoryStore
-from relora_train.training.models.registry import objective_of
-from relora_train.training.models.shape import model_shape
+from relora_train.training.models.registry import model_shape, objective_of
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from relora_train.errors import ConfigError, NoTargetModulesError
 from relora_train.runs.plan import Plan, plan
 from relora_train.settings.load import list_profiles, load_profile
 from relora_train.settings.profile import Profile
-from relora_train.training.models.shape import model_shape
+from relora_train.training.models.registry import model_shape
 
 SHAPES = {
     "9m": (128, 352, 4, 4),

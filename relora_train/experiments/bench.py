@@ -18,7 +18,7 @@ from relora_train.process import SAFE_PATH
 from relora_train.runs.plan import plan
 from relora_train.settings.base import FrozenConfig
 from relora_train.settings.profile import Profile
-from relora_train.training.models.shape import model_shape
+from relora_train.training.models.registry import model_shape
 
 FULL, RELORA = "full rank", "ReLoRA"
 OWN_STEPS = ("-m", "relora_train.experiments.bench_worker")

@@ -15,14 +15,8 @@ from relora_train.runs.run import OnEvent, Run
 from relora_train.settings.profile import Profile
 from relora_train.storage.opening import open_store
 from relora_train.storage.workspace import short_digest, work_directory
-from relora_train.training.models.registry import facts_of
-from relora_train.training.models.shape import (
-    ModelShape,
-    ShapeUnknownError,
-    model_shape,
-    shape_of_config,
-    wrapped_layers,
-)
+from relora_train.training.models.registry import facts_of, model_shape
+from relora_train.training.models.shape import ModelShape, ShapeUnknownError, shape_of_config, wrapped_layers
 from relora_train.training.requests import ModelCheckRequest
 
 

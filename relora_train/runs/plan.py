@@ -14,14 +14,13 @@ from relora_train.settings.base import FrozenConfig
 from relora_train.settings.method import OptimizerResetConfig
 from relora_train.settings.profile import Profile
 from relora_train.settings.running import LaunchConfig
-from relora_train.training.models.registry import facts_of
+from relora_train.training.models.registry import facts_of, model_shape
 from relora_train.training.models.shape import (
     LinearShape,
     ModelShape,
     ShapeUnknownError,
     full_flops_per_token,
     low_rank_flops_per_token,
-    model_shape,
     wrapped_layers,
 )
 

@@ -27,24 +27,14 @@ from relora_train.training.files import (
 )
 from relora_train.training.models.model import file_name
 from relora_train.training.optimizer import optimizer_state_by_name
-from relora_train.training.snapshot import Progress, describe_progress, moving_tensors, write_snapshot
-from relora_train.training.snapshotter import is_due
+from relora_train.training.snapshot import Progress, describe_progress, moving_tensors
+from relora_train.training.snapshotter import is_due, write_and_report
 from relora_train.training.step import StageTraining
 from relora_train.training.tensor_stream import Layout, TensorStream
 
 
 def save_sharded(training: StageTraining, directory: Path | None) -> None:
     """Write model and optimizer as commit.py does for a whole model; ranks without a directory lend their rows."""
-    _save_model(training, directory)
-    handed_on = training.stage.hands_on_optimizer
-    stream = _optimizer_stream(training) if handed_on else TensorStream({}, iter(()), sparse_shapes({}))
-    if directory is None:
-        stream.finish()
-    else:
-        stream.write(directory / OPTIMIZER_FILE)
-
-
-def _save_model(training: StageTraining, directory: Path | None) -> None:
     names = _saved_names(training)
     parameters = dict(training.model.named_parameters())
     files = _files({file: (torch.float32, tuple(parameters[name].shape)) for file, name in names.items()})
@@ -53,8 +43,15 @@ def _save_model(training: StageTraining, directory: Path | None) -> None:
         (directory / MODEL_FILE).unlink(missing_ok=True)
         if len(files) > 1:
             _write_index(files, directory)
-    for file, layout in files.items():
-        stream = TensorStream(layout, (_exact(training, names[saved]) for saved in layout), {"format": "pt"})
+    streams = {
+        file: TensorStream(layout, (_exact(training, names[saved]) for saved in layout), {"format": "pt"})
+        for file, layout in files.items()
+    }
+    handed_on = training.stage.hands_on_optimizer
+    streams[OPTIMIZER_FILE] = (
+        _optimizer_stream(training) if handed_on else TensorStream({}, iter(()), sparse_shapes({}))
+    )
+    for file, stream in streams.items():
         if directory is None:
             stream.finish()
         else:
@@ -156,7 +153,7 @@ class ShardedSnapshotter:
         """Nothing is ever being written between two steps."""
 
     def _save(self, root: Path, progress: Progress) -> None:
-        self._last = started = time.monotonic()
+        self._last = time.monotonic()
         if not math.isfinite(float(progress.losses)):  # diverged: the next record will say so. The same on all ranks
             return
         tensors = moving_tensors(self._training)
@@ -165,34 +162,9 @@ class ShardedSnapshotter:
         ranks = self._training.ranks
         ranks.expect_answers_within(SLOW)
         if ranks.is_first:
-            self._write(root, progress, stream, started)
+            state = describe_progress(self._training, progress)
+            if write_and_report(self._training, self._emit, root, state, stream, list(progress.metrics)):
+                self._saved_step = progress.step
         stream.finish()  # also what a full disk left over: the other ranks are at it
         ranks.barrier()  # the file is on the disk
         ranks.expect_answers_within(STEP)
-
-    def _write(self, root: Path, progress: Progress, stream: TensorStream, started: float) -> None:
-        request, stage = self._training.request, self._training.stage.name
-        try:
-            directory, manifest = write_snapshot(
-                root,
-                run_id=request.run_id,
-                stage=stage,
-                state=describe_progress(self._training, progress),
-                tensors=stream,
-                metrics=list(progress.metrics),
-                parent=request.parent,
-            )
-        except Exception as error:
-            self._emit("snapshot_failed", stage=stage, step=progress.step, message=f"{type(error).__name__}: {error}")
-            return
-        self._saved_step = progress.step
-        seconds = time.monotonic() - started
-        self._emit(
-            "snapshot_committed",
-            stage=stage,
-            step=progress.step,
-            directory=str(directory),
-            stall_seconds=seconds,
-            write_seconds=seconds,
-            size_bytes=manifest.size_bytes,
-        )

@@ -22,6 +22,7 @@ from relora_train.training.snapshot import (
     write_snapshot,
 )
 from relora_train.training.step import StageTraining
+from relora_train.training.tensor_stream import TensorStream
 
 
 def is_due(settings: SnapshotConfig, *, step: int, seconds_since_last: float) -> bool:
@@ -91,28 +92,46 @@ class Snapshotter:
         metrics: list[dict[str, Any]],
         stall_seconds: float,
     ) -> None:
-        request, stage = self._training.request, self._training.stage.name
-        started = time.monotonic()
-        try:
-            directory, manifest = write_snapshot(
-                root,
-                run_id=request.run_id,
-                stage=stage,
-                state=state,
-                tensors=tensors,
-                metrics=metrics,
-                parent=request.parent,
-            )
-        except Exception as error:
-            self._emit("snapshot_failed", stage=stage, step=state.step, message=f"{type(error).__name__}: {error}")
-            return
-        self._saved_step = state.step
-        self._emit(
-            "snapshot_committed",
+        if write_and_report(self._training, self._emit, root, state, tensors, metrics, stall_seconds=stall_seconds):
+            self._saved_step = state.step
+
+
+def write_and_report(
+    training: StageTraining,
+    emit: Emit,
+    root: Path,
+    state: SnapshotState,
+    tensors: Mapping[str, Tensor] | TensorStream,
+    metrics: list[dict[str, Any]],
+    *,
+    stall_seconds: float | None = None,
+) -> bool:
+    """Commit a snapshot and return True, or report that it could not be written (a full disk, say).
+
+    stall_seconds: how long training waited; None: for as long as the writing took.
+    """
+    request, stage, started = training.request, training.stage.name, time.monotonic()
+    try:
+        directory, manifest = write_snapshot(
+            root,
+            run_id=request.run_id,
             stage=stage,
-            step=state.step,
-            directory=str(directory),
-            stall_seconds=stall_seconds,
-            write_seconds=time.monotonic() - started,
-            size_bytes=manifest.size_bytes,
+            state=state,
+            tensors=tensors,
+            metrics=metrics,
+            parent=request.parent,
         )
+    except Exception as error:
+        emit("snapshot_failed", stage=stage, step=state.step, message=f"{type(error).__name__}: {error}")
+        return False
+    seconds = time.monotonic() - started
+    emit(
+        "snapshot_committed",
+        stage=stage,
+        step=state.step,
+        directory=str(directory),
+        stall_seconds=seconds if stall_seconds is None else stall_seconds,
+        write_seconds=seconds,
+        size_bytes=manifest.size_bytes,
+    )
+    return True

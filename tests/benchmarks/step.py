@@ -42,7 +42,8 @@ def main() -> None:
 
 def arms(ours: dict[str, StepRequest]) -> dict[str, StepRequest]:
     """Return the others' arms before ours. A low-rank step of theirs takes 4ND + 6NrS FLOPs a layer."""
-    from relora_train.training.models.shape import low_rank_flops_per_token, model_shape, wrapped_layers
+    from relora_train.training.models.registry import model_shape
+    from relora_train.training.models.shape import low_rank_flops_per_token, wrapped_layers
 
     full = ours[FULL]
     profile = full.profile

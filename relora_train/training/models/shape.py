@@ -1,6 +1,6 @@
-"""What a model is made of, counted from its shape alone. Light: imports no torch, boto3 or prefect.
+"""What a model is made of, counted from its shape alone.
 
-Counts the families that relora.py wraps by default: Llama, GPT-NeoX and ViT.
+Counts the families that wrap.py wraps by default: Llama, GPT-NeoX and ViT.
 """
 
 from __future__ import annotations
@@ -12,8 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from relora_train.errors import ConfigError, NoTargetModulesError
-from relora_train.settings.profile import Profile
-from relora_train.training.models.registry import facts_of
 
 
 @dataclass(frozen=True)
@@ -101,13 +99,6 @@ class ShapeUnknownError(Exception):
     """The shape is not on this machine; the text says why. Not for users: plan() states it and goes on."""
 
 
-def model_shape(profile: Profile) -> ModelShape:
-    """The shape of the model a profile trains. Reads local files only; ShapeUnknownError when they do not suffice."""
-    if profile.model.pretrained is not None:
-        return _shape_of_directory(profile.model.pretrained)
-    return facts_of(profile).model_shape()
-
-
 def wrapped_layers(shape: ModelShape, *, target_modules: tuple[str, ...] | None, rank: int) -> tuple[LinearShape, ...]:
     """The layers of a block that get a low-rank update: those named by their ends, whole segments; None: all.
 
@@ -161,44 +152,6 @@ def _flops_per_token(shape: ModelShape, sequence_length: int, linears: float) ->
     return round(blocks + (head / sequence_length if shape.classifies else head) + shape.input_flops)
 
 
-def llama_of_profile(profile: Profile) -> ModelShape:
-    """The Llama that a profile describes; ShapeUnknownError where its tokenizer is not on this machine yet."""
-    model = profile.model
-    return _llama(
-        vocab_size=_vocabulary(profile),
-        hidden=model.hidden_size,
-        intermediate=model.intermediate_size,
-        layers=model.num_hidden_layers,
-        attention=model.hidden_size,
-        key_value=model.key_value_size,
-        tied=model.tie_word_embeddings,
-    )
-
-
-def _vocabulary(profile: Profile) -> int:
-    """Rows of the embedding: as set, or the entries of the tokenizer."""
-    if profile.model.vocab_size is not None:
-        return profile.model.vocab_size
-    if profile.tokenizer.path is None:
-        return profile.tokenizer.vocab_size
-    path = Path(profile.tokenizer.path)
-    content = _read_json(
-        path / "tokenizer.json" if path.is_dir() else path,
-        f"the tokenizer {profile.tokenizer.path!r} is loaded; set model.vocab_size to know them now",
-    )
-    try:
-        vocabulary = content["model"]["vocab"]
-        entries = {entry if isinstance(entry, str) else entry[0] for entry in vocabulary}
-        return len(entries | {added["content"] for added in content.get("added_tokens") or ()})
-    except (KeyError, TypeError, IndexError):
-        raise ShapeUnknownError(f"{path} is not a tokenizer.json with a vocabulary; set model.vocab_size") from None
-
-
-def _shape_of_directory(pretrained: str) -> ModelShape:
-    path = Path(pretrained).expanduser() / "config.json"
-    return shape_of_config(_read_json(path, f"{pretrained!r} is downloaded"), path)
-
-
 def shape_of_config(config: Mapping[str, Any], path: Path | str) -> ModelShape:
     """The shape that a config.json describes; ShapeUnknownError for a family that is not counted."""
     family = config.get("model_type")
@@ -211,7 +164,8 @@ def shape_of_config(config: Mapping[str, Any], path: Path | str) -> ModelShape:
         raise ShapeUnknownError(f"{path} lacks a usable shape ({type(error).__name__}: {error})") from None
 
 
-def _read_json(path: Path, until: str) -> dict[str, Any]:
+def read_json(path: Path, until: str) -> dict[str, Any]:
+    """Return a JSON object from a local file; ShapeUnknownError, with the event to wait for, if there is none."""
     if not path.is_file():
         raise ShapeUnknownError(f"not known until {until}")
     try:
@@ -226,7 +180,7 @@ def _read_json(path: Path, until: str) -> dict[str, Any]:
 def _llama_of_config(config: Mapping[str, Any]) -> ModelShape:
     hidden, heads = config["hidden_size"], config["num_attention_heads"]
     head_size = config.get("head_dim") or hidden // heads
-    return _llama(
+    return llama(
         vocab_size=config["vocab_size"],
         hidden=hidden,
         intermediate=config["intermediate_size"],
@@ -239,7 +193,7 @@ def _llama_of_config(config: Mapping[str, Any]) -> ModelShape:
     )
 
 
-def _llama(
+def llama(
     *,
     vocab_size: int,
     hidden: int,
