@@ -35,8 +35,6 @@ Inside a process events travel as log records of the logger `relora_train.events
     measuring        what done total (of an experiment that trains no runs)
     decided          series outcome reason uri (of a retrain's candidate)
     retrained        series outcome reason
-
-Light: imports no torch, boto3 or prefect.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Numbers, sizes and times as people read them: thousand separators, units, '–' for what is missing. Light."""
+"""Numbers, sizes and times as people read them: thousand separators, units, '–' for what is missing."""
 
 from __future__ import annotations
 

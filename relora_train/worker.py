@@ -1,6 +1,6 @@
 """The entry point of every worker process: `python -m relora_train.worker MODULE …` is `python -m MODULE …`.
 
-An error on the way to its work, such as a package that cannot be imported, is reported as one in it is. Light.
+An error on the way to its work, such as a package that cannot be imported, is reported as one in it is.
 """
 
 from __future__ import annotations

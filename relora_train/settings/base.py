@@ -1,4 +1,4 @@
-"""The base of every section of a profile. Light."""
+"""The base of every section of a profile."""
 
 from __future__ import annotations
 

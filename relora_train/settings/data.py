@@ -1,4 +1,4 @@
-"""Settings of what is learned from: text or images, tokenizer, batches. Light."""
+"""Settings of what is learned from: text or images, tokenizer, batches."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Find profiles and turn TOML and overrides into a Profile. Light: imports no torch, boto3 or prefect."""
+"""Find profiles and turn TOML and overrides into a Profile."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What held-out examples are scored by, and how people are shown it. Light."""
+"""What held-out examples are scored by, and how people are shown it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Settings of how weights change: low-rank update, optimizer, its reset, what is done about divergence. Light."""
+"""Settings of how weights change: low-rank update, optimizer, its reset, what is done about divergence."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Settings of the model. Light."""
+"""Settings of the model."""
 
 from __future__ import annotations
 

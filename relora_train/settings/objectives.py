@@ -1,7 +1,6 @@
 """The objectives there are, in one table: which data each takes, what it is scored by, which code knows the rest.
 
-Nothing else asks which objective a profile has. To add one: an entry here, its facts (light) and its implementation.
-Light: code is imported when it is asked for.
+Nothing else asks which objective a profile has. To add one: an entry here, its facts and its code in training/models.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Settings over a profile as a type: every section and field of Profile, all of them optional. Light.
+"""Settings over a profile as a type: every section and field of Profile, all of them optional.
 
 Made from Profile itself, so that names, bounds, choices and descriptions can never drift. What is not given stays the
 profile's: a model of this kind knows which fields were given, and nothing else is ever written down or passed on.

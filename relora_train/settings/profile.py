@@ -1,7 +1,7 @@
 """A run's settings together: frozen, bounded, explained where they are declared, which is settings/ for a section.
 
 A profile is sparse TOML over these defaults; `--set section.key=value` goes over the profile. Unknown keys are
-refused and all faults are shown at once. Light: imports no torch, boto3 or prefect.
+refused and all faults are shown at once.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Settings of how a run goes: numbers, evaluation, records, processes, what is kept. Light."""
+"""Settings of how a run goes: numbers, evaluation, records, processes, what is kept."""
 
 from __future__ import annotations
 

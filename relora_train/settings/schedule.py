@@ -1,4 +1,4 @@
-"""Settings of when: warm start, cycles, warm-ups. Light."""
+"""Settings of when: warm start, cycles, warm-ups."""
 
 from __future__ import annotations
 

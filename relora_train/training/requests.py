@@ -1,4 +1,4 @@
-"""What a worker process is asked to do, as files: plain data between the tasks and the processes. Light."""
+"""What a worker process is asked to do, as files: plain data between the tasks and the processes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Read what a model's config.json tells before any weight is read or downloaded. Light."""
+"""Read what a model's config.json tells before any weight is read or downloaded."""
 
 from __future__ import annotations
 
