@@ -34,7 +34,7 @@ def compare(
     """Bring every run of an experiment to its end from wherever it stands, and compare them.
 
     Each is an ordinary run of the flow pretrain; a warm start that several begin with is trained once. A run that
-    diverges is a result. What is on record is reused, so the same call goes on after any interruption. An experiment
+    diverges is a result. Recorded results are reused, so the same call goes on after any interruption. An experiment
     that trains no runs (the tutorial, table 4) is measured anew, here.
 
     Args:

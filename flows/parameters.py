@@ -1,8 +1,8 @@
 """Types of what a flow is started with: a form shows them, and a wrong value is refused when a run is created. Light.
 
 The patterns are JSON Schema as well, so that Prefect's server checks them when a run is created: an address with
-credentials is refused before anything records it. What they cannot
-say (whether it is there, whether it fits) is found out in the first seconds of the run.
+credentials is refused before anything records it. The first seconds of the run find out the rest: if a thing exists,
+and if it fits.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ PretrainDeployment = Annotated[str, Field(pattern=r"^pretrain/.+$")]
 """A deployment of the flow pretrain, as FLOW/NAME."""
 
 RunId = Annotated[str, Field(pattern=rf"^{RUN_ID_PATTERN}$")]
-"""What can be a folder and a part of a URI."""
+"""A name that can be a folder and a part of a URI."""
 
 SeriesName = Annotated[str, Field(pattern=rf"^{SERIES_PATTERN}$")]
-"""What can be a folder and a part of a URI."""
+"""A name that can be a folder and a part of a URI."""
 
 CheckpointName = Annotated[
     str, Field(pattern=rf"^((series:)?{RUN_ID_PATTERN}(@[A-Za-z0-9-]+)?|.*/.*|\.\.?)$"), WithoutSecrets()

@@ -17,7 +17,7 @@ def train_stages(
     """Train each stage from the one before; all of them are stored when this returns.
 
     A run with a publisher stores one while the next trains, never more: the next is handed over, and the one after it
-    begun, when this one's turn to be stored is over. What is trained is stored, also when the next stage fails.
+    begun, when this one's turn to be stored is over. A trained stage is stored, also when the next one fails.
     """
     outcomes: list[StageOutcome] = []
     for stage in stages:

@@ -1,4 +1,4 @@
-"""What the orchestrator's UI shows beside states and logs: progress, merges, checkpoints, the report.
+"""Progress, merges, checkpoints and the report, as the orchestrator's UI shows them beside states and logs.
 
 Best effort and never in the way: a thread makes the calls, whoever works hands over what is to be shown and goes on. An
 API that refuses, or never answers, costs a warning and the few seconds for which the end of a task waits.
@@ -51,7 +51,7 @@ _WAIT_SECONDS_WHEN_STOPPED = 1.0  # a cancelled run is killed soon
 class Publisher:
     """Makes calls of the orchestrator's API on a thread of its own, one after another.
 
-    Of calls with the same name only the latest is kept, so what waits is bounded. Leaving the block waits for the rest,
+    Only the latest of calls with the same name is kept, so the queue is bounded. Leaving the block waits for the rest,
     for `wait_seconds` at most; what is not through by then is dropped. To be entered inside a flow or task run, whose
     context the calls see.
     """
@@ -170,7 +170,7 @@ class StageArtifacts:
             update_progress_artifact(self._artifact, percent, description=text)
 
     def _percent_at(self, step: int) -> float:
-        """Of the stage's own steps, so that a stage that goes on from a snapshot begins where that stands."""
+        """Count the stage's own steps, so that a stage that resumes from a snapshot begins there."""
         return round(100.0 * (step - self._stage.start_step) / self._stage.steps, 1)
 
     def _key(self, what: str) -> str:

@@ -1,4 +1,4 @@
-"""What a comparison does beside its runs: see which are there, keep which diverged, write the report."""
+"""The tasks of a comparison beside its runs: find those made before, record those that diverged, write the report."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ def evaluate_checkpoint(run: Run, checkpoint: CheckpointRef, dataset: DatasetRef
 
 @task(**STORE_IO, name="score-checkpoint", task_run_name="score-{checkpoint.manifest.stage}")
 def score_checkpoint(checkpoint: CheckpointRef) -> EvaluationOutcome:
-    """As evaluate_checkpoint, of any run: with the checkpoint's own profile, on its own dataset."""
+    """Evaluate a checkpoint of any run, with its own profile and on its own dataset."""
     return _announced(evaluation_records.score_checkpoint(checkpoint, on_event=forward_events()), checkpoint)
 
 

@@ -156,7 +156,7 @@ def _try_once(client: SyncPrefectClient, limit: str) -> UUID | None:
 
 
 def _keep(limit: str, lease: UUID, ended: threading.Event) -> None:
-    """Renew a lease until `ended`. What the server says to that ends no training."""
+    """Renew a lease until `ended`. Its answer to that ends no training."""
     while not ended.wait(_RENEW_SECONDS):
         try:
             with get_client(sync_client=True) as client:

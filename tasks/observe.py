@@ -1,4 +1,4 @@
-"""What a task run shows: log lines at a bounded rate, states named for what happened, the origin of its results."""
+"""The view of a task run: log lines at a bounded rate, states named for what happened, the origin of its results."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Named retry policies. What cannot go away by waiting is not retried; errors.may_pass is the rule.
+"""Named retry policies. A fault that waiting cannot mend is not retried; errors.may_pass is the rule.
 
 No task keeps results or caches: what has been done is what the store's manifests say.
 """

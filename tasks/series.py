@@ -1,4 +1,4 @@
-"""What a retrain does beside training: look for new data, prepare it, decide about its candidate."""
+"""The tasks of a retrain beside training: look for new data, prepare it, decide about its candidate."""
 
 from __future__ import annotations
 

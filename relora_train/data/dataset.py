@@ -4,7 +4,7 @@ ExampleDataset is what all objectives have in common, TokenDataset reads text.
 
 Block i of a shard is its tokens [i*L : i*L + L + 1]: L inputs and, shifted by one, the L tokens to predict. Blocks
 start L apart, so every token of a shard but its first is predicted exactly once and the sequence length is chosen when
-reading, without tokenizing again. What is left after a shard's last block, fewer than L + 1 tokens, is not used.
+reading, without tokenizing again. The rest after a shard's last block, fewer than L + 1 tokens, is not used.
 
 Any number of ranks reads the same global batch: rank r of w takes rows r, r + w, r + 2w, ... of it, so that shares
 differ by one row at most.
@@ -75,7 +75,7 @@ class ExampleDataset(ABC):
 
     @abstractmethod
     def _too_small(self, needed: int) -> str:
-        """What is there, what is needed, and what to do."""
+        """Say what there is, what is needed, and what to do."""
 
     def require(self, count: int) -> None:
         """Return only if one epoch holds this many examples; else CorpusTooSmallError with what to do."""

@@ -1,4 +1,4 @@
-"""What a dataset is made from, and the id that follows from it before any text is tokenized. Light."""
+"""The inputs of a dataset, and the id that follows from them before any text is tokenized. Light."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def resolve_inputs(
 
 
 def inputs_of(source: Source, settings: TokenizerConfig, selection: Selection) -> DatasetInputs:
-    """As resolve_inputs, of a source that was found already."""
+    """Do what resolve_inputs does for a source that was found already."""
     bos, loaded = source.data.bos, None
     if settings.path:
         loaded = load_tokenizer(settings.path, eos_token=settings.eos_token, revision=settings.revision, bos=bos)

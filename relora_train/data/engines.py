@@ -63,7 +63,7 @@ def choose_engine(
 
 
 def why_not_tiktoken(tokenizer: DocumentTokenizer) -> str | None:
-    """What breaks the proof that tiktoken gives the same ids; None when it holds."""
+    """Return what breaks the proof that tiktoken gives the same ids; None when it holds."""
     description = json.loads(tokenizer.json_text)
     model = description["model"]
     if model.get("type") != "BPE":

@@ -1,4 +1,4 @@
-"""What `data.unreadable = "skip"` leaves out of a source: faults, their counts by file, the line that tells. Light."""
+"""Faults that `data.unreadable = "skip"` leaves out of a source, their counts by file, and the line that tells."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ def text_or_fault(value: Any, text_field: str, where: str) -> str | Fault:
 
 @dataclass
 class FileTally:
-    """What was read of one file."""
+    """The records read of one file, and the faults in it."""
 
     records: int = 0
     faults: Counter[tuple[Unit, str]] = field(default_factory=Counter)
     first: dict[tuple[Unit, str], str] = field(default_factory=dict)
-    """Where the first fault of each kind is."""
+    """The place of the first fault of each kind."""
 
     def add(self, fault: Fault, where: str) -> None:
         self.records += fault.kind[0] == "records"

@@ -3,8 +3,8 @@
 The dataset's id is known before any text is tokenized, and the same inputs give the same bytes: on any machine, for
 any number of workers, with either engine. Stopped anywhere, by SIGKILL too, preparation continues where it was.
 
-As a process: `python -m relora_train.data.prepare --request FILE` (a PrepareRequest as JSON). It imports torch only to
-convert a tokenizer from older files, and needs the source's credentials.
+`python -m relora_train.data.prepare --request FILE` (a PrepareRequest as JSON) runs it as a process. It imports torch
+only to convert a tokenizer from older files, and needs the source's credentials.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class PrepareRequest(FrozenConfig):
     data: DataConfig
     tokenizer: TokenizerConfig
     selection: Selection | None = None
-    """What to take of the source; all of it when absent."""
+    """The part of the source to take; all of it when absent."""
     work_directory: Path
     result_path: Path
     """JSON: directory, manifest."""
@@ -111,7 +111,7 @@ def prepare_dataset(
 
 
 def read_result(path: Path) -> PreparedDataset:
-    """What a preparing process left at its `result_path`."""
+    """Read what a preparing process left at its `result_path`."""
     left = json.loads(path.read_bytes())
     return PreparedDataset(Path(left["directory"]), DatasetManifest.model_validate(left["manifest"]))
 

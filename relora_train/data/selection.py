@@ -4,9 +4,9 @@ Training part: every new document, and of the old ones so many that they make up
 Held-out part: every new document that the split rule holds out, and of the old held-out ones as much as of the new, so
 that half of a score is about what is to be learned and half about what must not be forgotten.
 Which old documents: those whose hash, drawn anew for every selection, lies lowest; no list of them is needed, and over
-many selections all get their turn. The split rule (staging.py) knows nothing of new and old: a document that is held
+many selections all get their turn. The split rule (splitting.py) knows nothing of new and old: a document that is held
 out once is held out always.
-Files are told apart by content. Of a hub dataset the old documents are those of the old revision.
+Files are told apart by content. The old documents of a hub dataset are those of the old revision.
 Sizes are those of the files; of a hub dataset, numbers of documents.
 """
 
@@ -33,13 +33,13 @@ SELECTION_RULE = "blake2b-64 of seed, new content and split digest; old held-out
 
 
 class Selection(FrozenConfig):
-    """What to take of a source, named by content."""
+    """The parts of a source to take, named by content."""
 
     new: tuple[str, ...] = ()
     """SHA-256 of the files that are new; for the hub, one revision."""
 
     old: tuple[str, ...] = ()
-    """Of the files that are old; for the hub, the revision that was read last. Empty: everything is new."""
+    """The digests of the old files; for the hub, the revision that was read last. Empty: everything is new."""
 
     old_ratio: float = Field(0.0, ge=0, lt=1)
     """Share of old documents in the training part."""
@@ -58,7 +58,7 @@ class SelectedSource:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """As of a source; when everything is new, that of the new files alone."""
+        """The identity of both; when everything is new, that of the new files alone."""
         if self.old is None:
             return self.new.identity
         return {
@@ -105,7 +105,7 @@ class SelectedSource:
         yield from (text for text in read_documents(old, advance) if chosen(split_digest(text)))
 
     def _chooser(self, validation_fraction: float, *, new_size: int, old_size: int) -> Callable[[int], bool]:
-        """Whether the old document with a split digest is taken. Pure."""
+        """Return True if the old document with this split digest is taken. Pure."""
         ratio = self.selection.old_ratio
         as_much = new_size / max(old_size, 1)
         share = {"train": as_much * ratio / (1 - ratio), "val": as_much}
@@ -119,7 +119,7 @@ class SelectedSource:
 
 
 def select_source(source: Source, selection: Selection) -> SelectedSource:
-    """What the selection names of a source. Raises SourceUnreadableError when some of it is not there any more."""
+    """The parts of a source that the selection names. Raises SourceUnreadableError when a part is gone."""
     if source.data.source == "hub":
         new, *old = (_at_revision(source, revision) for revision in (*selection.new, *selection.old))
         return SelectedSource(new, old[0] if old else None, selection)
@@ -134,7 +134,7 @@ def select_source(source: Source, selection: Selection) -> SelectedSource:
 
 
 def contents_of(source: Source) -> tuple[str, ...]:
-    """What a selection calls a source's parts, sorted: digests of its files, or the one revision."""
+    """Return what a selection calls a source's parts, sorted: digests of its files, or the one revision."""
     return (source.revision,) if source.data.source == "hub" else tuple(sorted({file.sha256 for file in source.files}))
 
 

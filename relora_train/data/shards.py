@@ -53,7 +53,7 @@ class ShardRecord:
 
 @dataclass(frozen=True)
 class ShardPlan:
-    """What every worker needs to know, once."""
+    """The facts that every worker needs, once."""
 
     tokenizer: DocumentTokenizer
     engine: Engine

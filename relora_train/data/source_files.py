@@ -226,7 +226,7 @@ def _belongs(name: PurePath, kind: str) -> bool:
 
 
 def _matches(key: str, pattern: str) -> bool:
-    """As on a disk: '*' stays within a folder, '**' does not."""
+    """Match as on a disk: '*' stays within a folder, '**' does not."""
     return fnmatchcase(key, pattern) and ("**" in pattern or key.count("/") == pattern.count("/"))
 
 

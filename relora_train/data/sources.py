@@ -45,7 +45,7 @@ class Source:
 
     data: DataConfig
     identity: dict[str, Any]
-    """What the documents are, whatever they are called and wherever they lie."""
+    """The content of the documents, whatever they are called and wherever they lie."""
 
     files: tuple[SourceFile, ...]
     """On this machine's disk; empty for a hub dataset."""
@@ -86,7 +86,7 @@ def resolve_source(data: DataConfig, cache_directory: Path | None = None) -> Sou
 
 
 def identify(kind: str, files: Sequence[SourceFile]) -> dict[str, Any]:
-    """What the documents of files are: their content in this order."""
+    """Return the identity of the documents in files: their content in this order."""
     content = hashlib.sha256("".join(file.sha256 for file in files).encode())
     return {
         "format": kind,

@@ -1,7 +1,7 @@
 """The side a document goes to, training or validation, and the places at which a long one is cut.
 
 A hash of its normalised text decides: lower case, ASCII white space removed. Documents that differ in nothing else land
-on the same side. Where that leaves a side empty, `side_for` moves the nearest one there.
+on the same side. If that leaves a side empty, `side_for` moves the nearest one there.
 
 The cut is before a single space between two other characters, where no byte-level BPE has a token across. If the text
 has none, it is between any two characters.
@@ -73,7 +73,7 @@ def cut_into_pieces(text: str, limit_bytes: int) -> Iterator[bytes]:
 
 
 def _last_single_space(window: str) -> int:
-    """Where to cut: the last single space, or the end when there is none."""
+    """Return the place to cut: the last single space, or the end when there is none."""
     for begin in (max(0, len(window) - 4096), 0):
         spaces = [match.start() for match in _SINGLE_SPACE.finditer(window, begin)]
         if spaces:

@@ -54,7 +54,7 @@ class StagedRange:
 
     text_bytes: int
     sha256: str
-    """Of the text."""
+    """The digest of the text."""
 
     begins_document: bool = True
     """False where a document that the range before has begun goes on."""
@@ -66,7 +66,7 @@ class StagedRange:
 
 @dataclass(frozen=True)
 class StagedCorpus:
-    """What staging found, in the order of the source within each split."""
+    """The ranges that staging made, in the order of the source within each split."""
 
     ranges: tuple[StagedRange, ...]
     empty_documents: int
@@ -77,7 +77,7 @@ class StagedCorpus:
     """The remedy for a side that the split rule left empty."""
 
     left_out: list[dict[str, Any]] = field(default_factory=list)
-    """What data.unreadable = "skip" left out; see left_out.py."""
+    """The faults that data.unreadable = "skip" left out; see left_out.py."""
 
     def documents(self, split: Split) -> int:
         return sum(staged.documents for staged in self.ranges if staged.split == split)
@@ -144,8 +144,8 @@ def stage_both_sides(
 ) -> StagedCorpus:
     """Stage by the split rule; if it leaves a side empty, again with one document moved there, cut first where few.
 
-    Few are fewer than the rule needs to expect one on each side. What the rule splits is staged as ever. held_out: the
-    validation part, instead of the rule.
+    Few are fewer than the rule needs to expect one on each side. A source that the rule splits is staged as ever.
+    held_out: the validation part, instead of the rule.
     """
     stage = partial(
         stage_documents,
