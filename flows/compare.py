@@ -77,7 +77,7 @@ def _ends(
     deployment: str | None,
     gpu_limit: str | None,
 ) -> Iterator[tuple[PlannedRun, str | None]]:
-    """Each run of a wave when it has ended, with a message if it diverged, or if the warm start it needs did."""
+    """Yield each run of a wave when it has ended, with a message if it, or its warm start, diverged."""
     runs = {run.run_id: run for run in wave if run.warm_start not in lost}
     parameters = {name: planned.parameters(run, store_uri=store_uri, gpu_limit=gpu_limit) for name, run in runs.items()}
     for run in wave:

@@ -1,4 +1,4 @@
-"""Types of what a flow is started with: a form shows them, and a wrong value is refused when a run is created. Light.
+"""Types of a flow's parameters: a form shows them, and a wrong value is refused when a run is created.
 
 The patterns are JSON Schema as well, so that Prefect's server checks them when a run is created: an address with
 credentials is refused before anything records it. The first seconds of the run find out the rest: if a thing exists,

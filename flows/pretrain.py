@@ -8,16 +8,12 @@ from prefect import flow
 
 from flows.parameters import CheckpointName, LimitName, ProfileName, RunId, StageName, StoreUri
 from flows.training import train_stages
-from relora_train.checkpoints.lease import hold_run
 from relora_train.method.stages import stages_after, until
 from relora_train.runs.evaluations import recorded_evaluations
-from relora_train.runs.kept_worker import kept_worker
-from relora_train.runs.publishing import publishing
-from relora_train.runs.run import Run, choose_run_id, first_and_last, line_of, line_to_head
+from relora_train.runs.run import Run, choose_run_id, first_and_last, line_of, line_to_head, session
 from relora_train.runs.summary import RunSummary, summarize_run
 from relora_train.settings.load import load_profile
 from relora_train.settings.overrides import ProfileOverrides
-from relora_train.storage.opening import open_store
 from tasks.artifacts import name_flow_run
 from tasks.check import check_model
 from tasks.evaluate import evaluate_checkpoint
@@ -60,21 +56,13 @@ def pretrain(
     name_flow_run(settings.name, run_id)
     planned = stages_after(settings, parent.manifest if parent else None)
     stages = until(stop_after, planned)
-    depends_on = [parent.uri] if parent else ()
-    with (
-        present(),
-        hold_run(open_store(store_uri), run_id, depends_on=depends_on) as lease,
-        kept_worker() as worker,
-        publishing(open_store(store_uri)) as publisher,
-    ):
-        run = Run(
-            run_id, store_uri, settings, branches=parent is not None, lease=lease, worker=worker, publisher=publisher
-        )
+    identity = Run(run_id, store_uri, settings, branches=parent is not None)
+    with present(), session(identity, depends_on=[parent.uri] if parent else ()) as run:
         check_model(run, planned, parent)
         prepared = done(tokenize(run, parent))
-        with device_slot(gpu_limit), closing(worker):
+        with device_slot(gpu_limit), closing(run):
             outcomes = train_stages(run, stages, prepared.dataset, parent)
-            line = line_of(outcomes[-1].checkpoint if outcomes else parent)
+            line = line_of(outcomes[-1].checkpoint if outcomes else parent, run=run)
             evaluations = [done(evaluate_checkpoint(run, ref, prepared.dataset)) for ref in first_and_last(line)]
         whole = line_to_head(run, line)
         later = whole[len(line) :]

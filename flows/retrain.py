@@ -8,19 +8,17 @@ from prefect import flow
 
 from flows.parameters import LimitName, ProfileName, SeriesName, StoreUri
 from flows.training import train_stages
-from relora_train.checkpoints.lease import hold_run, hold_series
+from relora_train.checkpoints.lease import hold_series
 from relora_train.errors import RunInUseError
 from relora_train.method.stages import stages_after
-from relora_train.runs.kept_worker import kept_worker
-from relora_train.runs.publishing import publishing
 from relora_train.runs.retraining.options import Cycles, Margin, MarginKind, OldDataRatio, retrain_options
 from relora_train.runs.retraining.summary import (
     RetrainSummary,
+    summarize_idle,
     summarize_not_enough,
-    summarize_nothing_new,
     summarize_retrain,
 )
-from relora_train.runs.run import line_of
+from relora_train.runs.run import line_of, session
 from relora_train.settings.load import load_profile
 from relora_train.settings.overrides import ProfileOverrides
 from relora_train.storage.opening import open_store
@@ -94,25 +92,22 @@ def retrain(
         held.enter_context(present())
         plan = look_for_new_data(series, store_uri, settings, options, lease)
         if plan is None:
-            return tell_outcome(summarize_nothing_new(open_store(store_uri), series))
+            reason = "the source holds nothing that the series has not been trained on"
+            return tell_outcome(summarize_idle(open_store(store_uri), series, "no-new-data", reason))
         name_flow_run(series, plan.run_id)
-        with (
-            hold_run(open_store(store_uri), plan.run_id, depends_on=plan.depends_on) as run_lease,
-            kept_worker() as worker,
-            publishing(open_store(store_uri)) as publisher,
-        ):
-            run, parent = plan.run(run_lease, worker, publisher), plan.parent
+        with session(plan.run, depends_on=plan.depends_on) as run:
+            parent = plan.parent
             stages = stages_after(plan.profile, parent.manifest if parent else None)
             check_model(run, stages, parent)
             prepared = done(tokenize_new_data(run, plan))
             if prepared is None:
                 return tell_outcome(summarize_not_enough(plan))
             begin_training(plan)
-            with device_slot(gpu_limit), closing(worker):
+            with device_slot(gpu_limit), closing(run):
                 outcomes = train_stages(run, stages, prepared.dataset, parent)
                 candidate, champion = outcomes[-1].checkpoint, plan.champion
                 ours = done(evaluate_checkpoint(run, candidate, prepared.dataset)).record
                 theirs = done(evaluate_checkpoint(run, champion, prepared.dataset)).record if champion else None
-            report = write_report(run, line_of(candidate)[-len(outcomes) - 1 :], [ours])
+            report = write_report(run, line_of(candidate, run=run)[-len(outcomes) - 1 :], [ours])
             decision = done(decide_promotion(plan, candidate, ours, theirs, prepared.dataset))
             return tell_outcome(summarize_retrain(plan, decision, outcomes, report_uri=report.html_uri))

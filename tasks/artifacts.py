@@ -1,14 +1,12 @@
 """Progress, merges, checkpoints and the report, as the orchestrator's UI shows them beside states and logs.
 
-Best effort and never in the way: a thread makes the calls, whoever works hands over what is to be shown and goes on. An
-API that refuses, or never answers, costs a warning and the few seconds for which the end of a task waits.
+Best effort and never in the way: a thread makes the calls while the task goes on. An API that refuses, or never
+answers, costs a warning and the few seconds for which the end of a task waits.
 """
 
 from __future__ import annotations
 
-import contextvars
 import re
-import threading
 import time
 from collections.abc import Callable
 from functools import partial
@@ -37,18 +35,19 @@ from relora_train.reports.stage_text import (
     progress_text,
     started_text,
 )
+from relora_train.runs.background import Background
 from relora_train.runs.run import StageOutcome
 
 PROGRESS_SECONDS = 10.0
 """Between two updates of the same progress artifact."""
 
 WAIT_SECONDS = 5.0
-"""How long the end of a task waits for calls that are still on their way."""
+"""The time for which the end of a task waits for calls that are still on their way."""
 
 _WAIT_SECONDS_WHEN_STOPPED = 1.0  # a cancelled run is killed soon
 
 
-class Publisher:
+class ArtifactQueue(Background):
     """Makes calls of the orchestrator's API on a thread of its own, one after another.
 
     Only the latest of calls with the same name is kept, so the queue is bounded. Leaving the block waits for the rest,
@@ -57,37 +56,27 @@ class Publisher:
     """
 
     def __init__(self, *, wait_seconds: float = WAIT_SECONDS) -> None:
+        super().__init__("artifacts")
         self._wait_seconds = wait_seconds
         self._waiting: dict[str, Callable[[], object]] = {}
-        self._changed = threading.Condition()
-        self._closing = False
         self._failed = False
         self._logger = get_run_logger()
-        run = contextvars.copy_context().run
-        self._thread = threading.Thread(target=run, args=(self._work,), name="artifacts", daemon=True)
 
     def offer(self, name: str, call: Callable[[], object]) -> None:
-        """Have `call` made soon, instead of a call of the same name that still waits. Returns at once."""
+        """Make a call soon, instead of one of the same name that still waits. Returns at once."""
         with self._changed:
             self._waiting[name] = call
             self._changed.notify()
 
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        with self._changed:
-            self._closing = True
-            self._changed.notify()
         stopped = kind is not None and not issubclass(kind, Exception)
-        self._thread.join(min(self._wait_seconds, _WAIT_SECONDS_WHEN_STOPPED) if stopped else self._wait_seconds)
+        self._close(min(self._wait_seconds, _WAIT_SECONDS_WHEN_STOPPED) if stopped else self._wait_seconds)
         if self._thread.is_alive():
             with self._changed:
                 self._waiting.clear()
             self._logger.warning("Prefect's API is slow to answer: its pages will not show all of this task.")
 
-    def _work(self) -> None:
+    def _run(self) -> None:
         while True:
             with self._changed:
                 while not self._waiting and not self._closing:
@@ -112,7 +101,7 @@ class StageArtifacts:
 
     def __init__(self, run_id: str, stage: Stage, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._run_id, self._stage, self._clock = run_id, stage, clock
-        self._publisher = Publisher()
+        self._publisher = ArtifactQueue()
         self._artifact: UUID | None = None
         self._percent = 0.0
         self._shown_at = -PROGRESS_SECONDS
@@ -128,7 +117,7 @@ class StageArtifacts:
         self._publisher.__exit__(kind, error, at)
 
     def watch(self, on_event: Callable[[Event], None]) -> Callable[[Event], None]:
-        """A listener that shows the progress it hears of, and passes every event on."""
+        """Return a listener that shows progress and passes every event on."""
 
         def watching(event: Event) -> None:
             on_event(event)
@@ -162,7 +151,7 @@ class StageArtifacts:
         self._publisher.offer("progress", partial(self._send, percent, text))
 
     def _send(self, percent: float, text: str) -> None:
-        """On the publisher's thread: made once, then changed."""
+        """Make the artifact once, then change it. Runs on the queue's thread."""
         if self._artifact is None:
             created = create_progress_artifact(percent, key=self._key("progress"), description=text)
             self._artifact = cast(UUID, created)  # on a thread without an event loop it is the id, not a coroutine
@@ -193,7 +182,7 @@ def _checkpoint_fields(run_id: str, checkpoint: CheckpointRef) -> dict[str, str]
 
 def publish_markdown(key: str, markdown: str, description: str) -> None:
     """Show Markdown in the orchestrator's UI. Best effort, in bounded time."""
-    with Publisher() as publisher:
+    with ArtifactQueue() as publisher:
         create = partial(create_markdown_artifact, key=artifact_key(key), markdown=markdown, description=description)
         publisher.offer(key, create)
 
@@ -204,10 +193,10 @@ def name_flow_run(profile: str, run_id: str) -> None:
     if context is None or context.flow_run is None:
         return
     flow_run_id, name = context.flow_run.id, run_id if run_id.startswith(profile) else f"{profile} · {run_id}"
-    with Publisher() as publisher:
+    with ArtifactQueue() as publisher:
         publisher.offer("name", lambda: get_client(sync_client=True).set_flow_run_name(flow_run_id, name))
 
 
 def artifact_key(*parts: str) -> str:
-    """Parts as the key of an artifact: lower case letters, digits and dashes are all it may hold."""
+    """Return parts as the key of an artifact: lower case letters, digits and dashes."""
     return re.sub(r"[^a-z0-9]+", "-", "-".join(parts).lower()).strip("-")

@@ -89,6 +89,6 @@ def _start(deployment: str, name: str, parameters: Mapping[str, Any]) -> UUID:
 
 
 def _divergence(state: State[Any]) -> DivergedError | None:
-    """The error of a run that diverged; all that the state of a run elsewhere tells of it is text."""
+    """Return the error of a run that diverged elsewhere, of which its state holds only the text."""
     _, marker, message = (state.message or "").partition(f"{DivergedError.__name__}: ")
     return DivergedError(message) if state.is_failed() and marker else None

@@ -103,7 +103,7 @@ def device_slot(limit: str | None) -> Iterator[None]:
 
 @contextmanager
 def _client() -> Iterator[SyncPrefectClient]:
-    """The flow run's own client: one that has reached the server before waits while it is away, a new one does not."""
+    """Return the flow run's own client: it waits while the server is away, which a new one does not."""
     context = FlowRunContext.get()
     if context is not None and isinstance(context.client, SyncPrefectClient):
         yield context.client
@@ -142,7 +142,7 @@ def _acquire(client: SyncPrefectClient, limit: str) -> UUID:
 
 
 def _try_once(client: SyncPrefectClient, limit: str) -> UUID | None:
-    """The lease of a slot, or None when all are taken."""
+    """Return the lease of a slot, or None if all are taken."""
     try:
         answer = client.increment_concurrency_slots_with_lease([limit], 1, "concurrency", _LEASE_SECONDS)
     except httpx.HTTPStatusError as error:
@@ -173,7 +173,7 @@ def _keep(limit: str, lease: UUID, ended: threading.Event) -> None:
 
 
 def _release(client: SyncPrefectClient, limit: str, lease: UUID) -> None:
-    """Best effort: a run that ends gives its slot back in any case."""
+    """Give a slot back. Best effort: the end of the run does so in any case."""
     try:
         client.release_concurrency_slots_with_lease(lease)
         if (run := _flow_run()) is not None:
@@ -201,7 +201,7 @@ def _release_slot_of(client: SyncPrefectClient, run: FlowRun, limit: str) -> boo
 
 
 def _nobody_can_hold(client: SyncPrefectClient, run: FlowRun | None) -> bool:
-    """True if a restart has lost the holders, every run that goes on only waits, and this one is to see to it."""
+    """Return True if a restart lost the holders, every run only waits, and this one is to see to it."""
     if run is None or not _leases_are_in_memory(client):
         return False
     going_on = _runs(client, (StateType.RUNNING, StateType.CANCELLING, StateType.PAUSED))
@@ -224,7 +224,7 @@ def _runs(
 
 
 def _leases_are_in_memory(client: SyncPrefectClient) -> bool:
-    """False also where the server does not tell."""
+    """Return True if the server says that it keeps leases in memory."""
     try:
         settings = client.request("GET", "/admin/settings").json()
         return str(settings["server"]["concurrency"]["lease_storage"]).endswith(".memory")
@@ -233,7 +233,7 @@ def _leases_are_in_memory(client: SyncPrefectClient) -> bool:
 
 
 def _show(client: SyncPrefectClient, run: FlowRun | None, state: State) -> None:
-    """The server refuses it to a run that is being cancelled, and that is right."""
+    """Set the run's state. The server rightly refuses that to a run that is being cancelled."""
     if run is not None:
         client.set_flow_run_state(run.id, state)
 

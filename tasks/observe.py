@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 
 def forward_events(*, clock: Callable[[], float] = time.monotonic) -> Callable[[Event], None]:
-    """A listener for run_worker: progress is logged every ten seconds, everything else at once."""
+    """Return a listener for run_worker that logs progress every ten seconds, and everything else at once."""
     logger = get_run_logger()
     last_logged = clock()
 
@@ -41,7 +41,7 @@ def forward_events(*, clock: Callable[[], float] = time.monotonic) -> Callable[[
 
 
 def describe(event: Event) -> str:
-    """One line for people."""
+    """Return an event as one line for people."""
     match event["event"]:
         case "progress":
             return (
@@ -85,7 +85,7 @@ def _short(value: Any) -> str:
 
 
 def provenance() -> dict[str, str]:
-    """Ids of the run around us, for the manifest; informative only."""
+    """Return the ids of the run around us, for the manifest; informative only."""
     task_run = getattr(get_run_context(), "task_run", None)
     if task_run is None:
         return {}
@@ -103,5 +103,5 @@ def named(name: str, outcome: T, message: str) -> T:
 
 
 def done(value: T) -> T:
-    """The outcome of a task call. Prefect hands the caller a state that a task returned, with its data wrapped."""
+    """Return the outcome of a task call. If the task returned a state, Prefect hands out its data wrapped."""
     return cast(T, getattr(value.data, "result", value.data)) if isinstance(value, State) else value

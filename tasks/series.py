@@ -14,14 +14,15 @@ from relora_train.checkpoints.lease import Lease
 from relora_train.checkpoints.lineage import CheckpointRef
 from relora_train.errors import RunInUseError
 from relora_train.runs.datasets import DatasetOutcome
+from relora_train.runs.retraining.decide import conclude
 from relora_train.runs.retraining.options import RetrainOptions
-from relora_train.runs.retraining.retrain import RetrainPlan, conclude, plan_retrain, prepare_next, start
+from relora_train.runs.retraining.retrain import RetrainPlan, plan_retrain, prepare_next, start
 from relora_train.runs.retraining.series_data import Decision
 from relora_train.runs.retraining.summary import (
     STATE_NAMES,
     RetrainSummary,
     retrain_markdown,
-    summarize_already_running,
+    summarize_idle,
 )
 from relora_train.runs.run import DatasetRef, Run
 from relora_train.settings.profile import Profile
@@ -78,7 +79,7 @@ def tell_already_running(series: str, store_uri: str, error: RunInUseError) -> R
     if not deployment.id:
         raise error
     get_run_logger().info("%s", error)
-    summary = summarize_already_running(open_store(store_uri), series, str(error))
+    summary = summarize_idle(open_store(store_uri), series, "already-running", str(error))
     return named(STATE_NAMES[summary.outcome], summary, summary.reason)
 
 

@@ -33,7 +33,7 @@ def resolve_parent(spec: str, store_uri: str) -> CheckpointRef:
 
 
 def _check_outlives_the_run(uri: str | None) -> None:
-    """A worker starts every run in a directory of its own, and removes it afterwards with all that is in it."""
+    """Raise ConfigError for a store in the run's own directory, which a worker removes after the run."""
     if uri is None:
         raise ConfigError(
             f"The run of a deployment needs a store by name: set {STORE_VARIABLE} where the worker is started, or give "

@@ -9,7 +9,8 @@ from relora_train import events
 from relora_train.checkpoints.lineage import CheckpointRef
 from relora_train.method.stages import Stage
 from relora_train.runs.divergence import train_by_policy
-from relora_train.runs.run import DatasetRef, Run, StageOutcome, store_trained
+from relora_train.runs.run import DatasetRef, Run, StageOutcome
+from relora_train.runs.train import store_trained
 from relora_train.settings.objectives import headline_score
 from tasks.artifacts import StageArtifacts, show_checkpoint
 from tasks.observe import forward_events, provenance, skipped

@@ -38,7 +38,8 @@ from relora_train.events import Event
 from relora_train.method.stages import plan_stages
 from relora_train.runs.divergence import train_by_policy
 from relora_train.runs.publishing import publishing
-from relora_train.runs.run import Run, StageOutcome, dataset_ref, store_trained
+from relora_train.runs.run import Run, StageOutcome, dataset_ref
+from relora_train.runs.train import store_trained
 from relora_train.storage.opening import open_store
 from relora_train.training.requests import StageRequest
 from relora_train.training.snapshotter import Snapshotter
@@ -272,9 +273,9 @@ def prune(order: Order) -> None:
 def live(order: Order) -> None:
     """In a process of its own, until the end or until death."""
     os.environ.update({**order.environment, "RELORA_CACHE": order.cache})
-    import relora_train.runs.run
+    import relora_train.runs.train
 
-    relora_train.runs.run.run_worker = work  # type: ignore[assignment]
+    relora_train.runs.train.run_worker = work  # type: ignore[assignment]
     Snapshotter.after_step = after_step  # type: ignore[method-assign]
     if order.verb == "trace":
         power = PowerCut(order.store)

@@ -119,7 +119,7 @@ def chatter(directory: Path) -> None:
     """A worker that says far too much: its events by a clock that runs fast, its stray prints."""
     from prefect import flow, task
 
-    from relora_train.runs.launch import run_worker
+    from relora_train.runs.workers import run_worker
     from tasks.artifacts import StageArtifacts
     from tasks.observe import forward_events
 

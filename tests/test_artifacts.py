@@ -174,7 +174,7 @@ def test_nobody_waits_for_an_api_that_never_answers():
     from prefect.logging import disable_run_logger
     from prefect.settings import PREFECT_API_URL, temporary_settings
 
-    from tasks.artifacts import Publisher, publish_markdown
+    from tasks.artifacts import ArtifactQueue, publish_markdown
 
     with (
         silent_server() as server,
@@ -182,7 +182,7 @@ def test_nobody_waits_for_an_api_that_never_answers():
         disable_run_logger(),
     ):
         began = time.monotonic()
-        with Publisher(wait_seconds=0.5) as publisher:
+        with ArtifactQueue(wait_seconds=0.5) as publisher:
             from prefect.artifacts import create_markdown_artifact
 
             for number in range(1000):

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from relora_train.checkpoints.all_runs import list_runs
 from relora_train.checkpoints.commit import commit_bundle
-from relora_train.checkpoints.fetch import fetch_checkpoint
+from relora_train.checkpoints.fetch import fetch_checkpoint, verify_bundle
 from relora_train.checkpoints.layout import (
     check_run_id,
     checkpoint_prefix,
@@ -74,10 +74,10 @@ def test_a_committed_checkpoint_is_found_listed_fetched_and_verified(store, tmp_
     assert refs[0].prefix == f"runs/run/checkpoints/step-00000100-{refs[0].fingerprint[:12]}"
     assert refs[0].uri == f"{store.uri}/{refs[0].prefix}"
     for ref in refs:
-        run.verify(ref)
-        directory = run.fetch(ref, tmp_path / "cache")
+        verify_bundle(run.store, ref.prefix, ref.manifest)
+        directory = fetch_checkpoint(ref, tmp_path / "cache", store=run.store)
         assert (directory / "model.safetensors").stat().st_size == 5000
-        again = fetch_checkpoint(ref, tmp_path / "cache")
+        again = fetch_checkpoint(ref, tmp_path / "cache", store=run.store)
         assert again == directory
 
 
@@ -311,7 +311,7 @@ def test_a_directory_names_the_checkpoint_in_it(tmp_path, memory, monkeypatch):
 
 def test_a_checkpoint_that_was_fetched_or_copied_anywhere_can_be_named_by_its_directory(memory, tmp_path):
     run, refs = straight_run(memory, tmp_path)
-    fetched = run.fetch(refs[1], tmp_path / "my cache")
+    fetched = fetch_checkpoint(refs[1], tmp_path / "my cache", store=run.store)
     ref = resolve_checkpoint(str(fetched), memory)
     assert ref.manifest == refs[1].manifest
     assert fetch_checkpoint(ref, tmp_path / "other") == fetched
@@ -323,7 +323,7 @@ def test_a_variant_can_be_copied_away_too(tmp_path, memory):
     memory.put_bytes(f"{prefix}/claim.json", b"another attempt")
     ref = add(run, tmp_path, "warm-start", 100)
     assert ref.manifest.files_prefix.startswith("variant-")
-    fetched = run.fetch(ref, tmp_path / "cache")
+    fetched = fetch_checkpoint(ref, tmp_path / "cache", store=run.store)
     assert fetch_checkpoint(resolve_checkpoint(str(fetched), memory), tmp_path / "other") == fetched
 
 
@@ -398,13 +398,13 @@ def test_one_byte_flipped_at_rest_is_refused_through_every_reader(store, tmp_pat
     store.put_bytes(key, bytes(data))
     ref = resolve_checkpoint("run@cycle-2", store)
     for read in (
-        run.verify,
-        lambda ref: run.fetch(ref, tmp_path / "c"),
-        lambda ref: fetch_checkpoint(ref, tmp_path / "c"),
+        lambda ref: verify_bundle(store, ref.prefix, ref.manifest),
+        lambda ref: fetch_checkpoint(ref, tmp_path / "c", store=run.store),
+        lambda ref: fetch_checkpoint(ref, tmp_path / "c", store=run.store),
     ):
         with pytest.raises(CheckpointCorruptError, match=key):
             read(ref)
-    run.verify(refs[1])
+    verify_bundle(store, refs[1].prefix, refs[1].manifest)
 
 
 # --- datasets ---

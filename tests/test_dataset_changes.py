@@ -17,7 +17,8 @@ from relora_train.data.dataset_changes import dataset_changes
 from relora_train.data.prepare import PreparedDataset, prepare_dataset
 from relora_train.errors import RunSettingsChangedError
 from relora_train.method.stages import plan_stages
-from relora_train.runs.run import Run, dataset_ref, find_stage, stage_identity
+from relora_train.runs.find import find_stage, stage_identity
+from relora_train.runs.run import Run, dataset_ref
 from relora_train.settings.data import DataConfig, TokenizerConfig
 from relora_train.storage.opening import open_store
 

@@ -17,8 +17,7 @@ from tiny_data import write_tiny_dataset
 
 from relora_train.errors import CorpusTooSmallError, TrainerCrashedError
 from relora_train.events import Event
-from relora_train.runs.kept_worker import KeptWorker, kept_worker
-from relora_train.runs.launch import run_worker
+from relora_train.runs.workers import KeptWorker, kept_worker, run_worker
 from relora_train.settings.profile import Profile
 from relora_train.training.requests import EvaluationRequest
 from relora_train.training.torch_settings import release_memory

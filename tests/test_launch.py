@@ -23,8 +23,8 @@ from relora_train.errors import (
     TrainerInterruptedError,
 )
 from relora_train.events import Event
-from relora_train.runs import launch
-from relora_train.runs.launch import run_worker
+from relora_train.runs import worker_process
+from relora_train.runs.workers import run_worker
 from relora_train.settings.running import SnapshotConfig
 from relora_train.training.requests import StageRequest
 
@@ -144,7 +144,7 @@ def with_snapshots(request: StageRequest, root: Path, **settings: object) -> Sta
 def never_killed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A worker that is asked to stop ends by itself, however slow this machine is."""
     killed: list[int] = []
-    monkeypatch.setattr(launch, "STOP_SECONDS", 600.0)
+    monkeypatch.setattr(worker_process, "STOP_SECONDS", 600.0)
     with monkeypatch.context() as patch:
         patch.setattr(os, "killpg", lambda pid, number: killed.append(pid))
         yield
@@ -243,7 +243,7 @@ def test_a_worker_saves_its_state_and_ends_when_its_parent_is_killed(tmp_path: P
     script = (
         "import sys\n"
         "from pathlib import Path\n"
-        "from relora_train.runs.launch import run_worker\n"
+        "from relora_train.runs.workers import run_worker\n"
         "from relora_train.training.requests import StageRequest\n"
         f"request = StageRequest.model_validate_json(Path({str(tmp_path / 'request-in.json')!r}).read_text())\n"
         "show = lambda event: (sys.stdout.write(f\"{event['event']} {event.get('pid', '')}\\n\"), sys.stdout.flush())\n"

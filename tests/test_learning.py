@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers.models.llama import modeling_llama
 
 from relora_train.errors import TrainerInterruptedError, UntrainedLayerError
-from relora_train.runs.launch import run_worker
+from relora_train.runs.workers import run_worker
 from relora_train.settings.profile import Profile
 from relora_train.training import trainer
 from relora_train.training.build import prepare_stage

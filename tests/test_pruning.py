@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from relora_train.checkpoints.commit import commit_bundle
+from relora_train.checkpoints.fetch import verify_bundle
 from relora_train.checkpoints.holder import Holder
 from relora_train.checkpoints.layout import checkpoint_prefix
 from relora_train.checkpoints.lease import hold_run, lease_key, take_lease
@@ -539,7 +540,7 @@ def test_a_commit_that_crashed_anywhere_is_completed_by_the_next(fresh, files, t
 
     def check(store: ObjectStore, operations: list[str]) -> None:
         for ref in CheckpointStore(store, "run").list():
-            CheckpointStore(store, "run").verify(ref)
+            verify_bundle(store, ref.prefix, ref.manifest)
         add(store, files, 0, None)
         assert stages(store) == ["warm-start"], operations
         prune_run(store, "run", LAST, grace=NOW)
@@ -564,7 +565,7 @@ def test_a_prune_that_crashed_anywhere_is_completed_by_the_next(fresh, files, mo
         assert "claim.json" in left or left == {"deleted.json"}, "a name was free while files lay under it"
         assert run.latest().manifest.stage == "cycle-1"
         for ref in run.list():
-            run.verify(ref)
+            verify_bundle(run.store, ref.prefix, ref.manifest)
         prune_run(store, "run", LAST, grace=NOW)
         assert stages(store) == ["cycle-1"], operations
         assert [ref.manifest.stage for ref in run.history()] == ["warm-start", "cycle-1"]
@@ -609,7 +610,7 @@ def test_a_removal_is_taken_back_also_where_the_files_lie_beside_the_manifest(me
     memory.put_bytes(f"{variant.prefix}/deleted.json", tombstone.to_bytes())
     memory.put_bytes("runs/run/refs/late.json", json.dumps({"checkpoint": variant.prefix}).encode())
     assert prune_run(memory, "run", LAST).removed == []
-    CheckpointStore(memory, "run").verify(variant)
+    verify_bundle(memory, variant.prefix, variant.manifest)
     assert "deleted.json" not in keys_at(memory, variant)
 
 

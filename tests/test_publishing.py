@@ -18,7 +18,7 @@ from relora_train.checkpoints.run import CheckpointStore
 from relora_train.errors import AccessDeniedError, DiskFullError, PreconditionFailedError, StoreUnavailableError
 from relora_train.runs.publishing import Publication, Publisher, publishing
 from relora_train.runs.run import Run, fetch_parent
-from relora_train.runs.stage_work import left_output, tidy_up, work_name
+from relora_train.runs.stage_work import left_output, remove_leftover_work, work_name
 from relora_train.storage.memory import MemoryStore
 from relora_train.storage.opening import open_store
 from relora_train.storage.workspace import WorkDirectory, checkpoint_cache, keep_work_from
@@ -102,7 +102,7 @@ def test_what_is_handed_over_is_stored_while_others_work_and_kept_until_nobody_r
         shaky.gate.set()
         assert publisher.wait(one).manifest == flow.run.list()[0].manifest
         assert publisher.is_stored(one) and flow.finished == []
-        publisher.settle(one)
+        publisher.release_files(one)
         assert flow.finished == [("one", True)] and publisher.find(one.fingerprint) is None
         assert publisher.wait(one) == one  # as any checkpoint of the store
 
@@ -112,7 +112,7 @@ def test_what_cannot_be_stored_holds_up_all_that_came_after_it(flow: Flow, shaky
     with pytest.raises(DiskFullError, match="still no"), Publisher() as publisher:
         one, two = offered(publisher, flow.made("one", 1), flow.made("two", 2))
         until(lambda: not shaky.faults[1:])
-        publisher.settle(one)  # too early: it is not stored
+        publisher.release_files(one)  # too early: it is not stored
         publisher.wait(two)
     assert flow.committed == []
     assert flow.finished == [("one", False), ("two", False)]
@@ -289,14 +289,14 @@ def test_what_a_flow_left_that_was_killed_after_it_had_stored_spares_a_download_
     manifest = checkpoint_manifest(files, step=1, stage="one", work="one")
     (files / "manifest.json").write_bytes(manifest.to_bytes())
     committed = run.checkpoints.commit(files, manifest)
-    tidy_up(run, committed)  # somebody is still at work there
+    remove_leftover_work(run, committed)  # somebody is still at work there
     assert work.path.is_dir()
     work.release(remove=False)
-    tidy_up(run, committed)
+    remove_leftover_work(run, committed)
     assert not work.path.exists()
     (kept,) = checkpoint_cache("run").iterdir()
     assert kept == fetch_parent(committed) and (kept / "model.safetensors").stat().st_size == 5000
-    tidy_up(run, committed)
+    remove_leftover_work(run, committed)
 
 
 def test_a_checkpoint_that_a_power_cut_damaged_before_it_was_stored_is_no_checkpoint(

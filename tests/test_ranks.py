@@ -24,7 +24,7 @@ from relora_train.distributed import SLOW, STEP, Ranks, joined_ranks
 from relora_train.errors import ConfigError, DeviceError, DeviceMemoryError, ReLoRAError, TrainerCrashedError
 from relora_train.events import Event
 from relora_train.process import is_out_of_memory
-from relora_train.runs.launch import nodes_of, run_worker
+from relora_train.runs.workers import nodes_of, run_worker
 from relora_train.settings.profile import Profile
 from relora_train.settings.running import PrecisionConfig
 from relora_train.training.build import prepare_stage

@@ -13,7 +13,7 @@ from stage_runs import ignore, stage_request, tiny_profile
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from relora_train.errors import CheckpointCorruptError
-from relora_train.runs.launch import run_worker
+from relora_train.runs.workers import run_worker
 from relora_train.training import commit
 from relora_train.training.step import StageTraining
 from relora_train.training.trainer import run_stage

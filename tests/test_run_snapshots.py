@@ -20,7 +20,8 @@ from relora_train.checkpoints.manifest import DatasetManifest, parse_manifest
 from relora_train.errors import StoreUnavailableError, TrainerCrashedError
 from relora_train.events import Event
 from relora_train.method.stages import plan_stages
-from relora_train.runs.run import DatasetRef, Run, StageOutcome, dataset_ref, fetch_parent, train_stage
+from relora_train.runs.run import DatasetRef, Run, StageOutcome, dataset_ref, fetch_parent
+from relora_train.runs.train import train_stage
 from relora_train.storage.memory import MemoryStore
 
 STEPS = 400

@@ -41,8 +41,8 @@ from relora_train.checkpoints.upkeep.verify import verify_run
 from relora_train.cli.app import main
 from relora_train.cli.run import recorded_evaluations
 from relora_train.errors import CheckpointCorruptError, ConfigError, ModelNotFoundError
-from relora_train.runs.launch import run_worker
 from relora_train.runs.run import Run
+from relora_train.runs.workers import run_worker
 from relora_train.settings.profile import Profile
 from relora_train.storage.base import ObjectStore
 from relora_train.storage.opening import open_store

@@ -32,8 +32,9 @@ from relora_train.errors import (
     CorpusTooSmallError,
     PreconditionFailedError,
 )
+from relora_train.runs.retraining.decide import judge
 from relora_train.runs.retraining.options import RetrainOptions
-from relora_train.runs.retraining.retrain import judge, plan_retrain, prepare_next
+from relora_train.runs.retraining.retrain import plan_retrain, prepare_next
 from relora_train.runs.retraining.series_data import Pending, begin, end, read_data
 from relora_train.settings.profile import Profile
 from relora_train.storage.base import ObjectStore
@@ -273,7 +274,7 @@ def test_new_objects_below_an_s3_prefix_are_found_and_tokenized_with_the_champio
     arrive(0)
     plan = plan_retrain(store, "s", settings, RetrainOptions(cycles=3))
     assert len(plan.new) == 1 and plan.parent.uri == champion.uri and plan.profile.schedule.cycles == 4
-    outcome = prepare_next(plan.run(None), plan, on_event=lambda event: None)
+    outcome = prepare_next(plan.run, plan, on_event=lambda event: None)
     sha256 = {entry.path: entry.sha256 for entry in outcome.dataset.manifest.files}["tokenizer.json"]
     assert sha256 in {entry.sha256 for entry in champion.manifest.files}
     end(store, "s", plan.new, replaces=False)
@@ -294,7 +295,7 @@ def test_a_series_needs_documents_of_which_the_rule_holds_some_out(tmp_path: Pat
     settings = Profile.model_validate({"data": data, "tokenizer": {"vocab_size": 300}, "batch": batch})
     plan = plan_retrain(store, "s", settings, RetrainOptions())
     with pytest.raises(CorpusTooSmallError, match="needs documents of which the split rule holds some out"):
-        prepare_next(plan.run(None), plan, on_event=lambda event: None)
+        prepare_next(plan.run, plan, on_event=lambda event: None)
     named = Profile.model_validate({"data": {**data, "validation_paths": [str(book)]}})
     with pytest.raises(ConfigError, match="validation_paths does not go with it"):
         plan_retrain(store, "s", named, RetrainOptions())

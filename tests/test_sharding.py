@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 
 from relora_train.checkpoints.snapshots import local_snapshots
 from relora_train.distributed import Ranks
-from relora_train.runs.launch import run_worker
+from relora_train.runs.workers import run_worker
 from relora_train.settings.profile import Profile
 from relora_train.training import sharded_saving
 from relora_train.training.build import prepare_stage

@@ -267,18 +267,16 @@ def test_an_outage_delays_nothing_is_warned_of_once_and_the_newest_go_up_when_it
         if down:
             raise error
 
-    store, passed_on = Writes(before), []
+    store = Writes(before)
     with SnapshotUploader(snapshots(store, tmp_path), retry_seconds=(0.02,)) as uploader:
-        watched = uploader.watch(passed_on.append)
         for step in range(10, 60, 10):
             started = time.monotonic()
-            watched(committed(take(tmp_path, step)))
+            uploader.hear(committed(take(tmp_path, step)))
             assert time.monotonic() - started < 1
             time.sleep(0.05)
         assert len(local_snapshots(tmp_path)) <= 3  # the last two, and one that is being read
         down = False
         wait_for(lambda: snapshot_name(50, "a" * 16) in stored_names(store))
-    assert len(passed_on) == 5
     assert [record.levelno for record in caplog.records].count(logging.WARNING) == 1
     assert "Training goes on" in caplog.text
 
@@ -305,7 +303,7 @@ def test_a_slow_upload_is_never_cut_by_newer_snapshots(tmp_path: Path):
 def test_what_waits_is_stored_before_an_exception_goes_on(tmp_path: Path):
     store = Writes(lambda key: time.sleep(0.05))
     with pytest.raises(KeyboardInterrupt), SnapshotUploader(snapshots(store, tmp_path)) as uploader:
-        uploader.watch(lambda event: None)(committed(take(tmp_path, 10)))
+        uploader.hear(committed(take(tmp_path, 10)))
         raise KeyboardInterrupt
     assert stored_names(store) == [snapshot_name(10, "a" * 16)]
 
@@ -320,9 +318,8 @@ def test_a_dead_store_holds_an_exception_up_only_as_long_as_the_budget(
 
     started = time.monotonic()
     with pytest.raises(StorageError), SnapshotUploader(snapshots(Writes(before), tmp_path)) as uploader:
-        watched = uploader.watch(lambda event: None)
-        watched({"event": "stopping", "seconds": 25})
-        watched(committed(take(tmp_path, 10)))
+        uploader.hear({"event": "stopping", "seconds": 25})
+        uploader.hear(committed(take(tmp_path, 10)))
         raise StorageError("stopped")
     assert time.monotonic() - started < 5
     assert "on this machine goes on from it" in caplog.text.replace("\n", " ")

@@ -37,7 +37,7 @@ from relora_train.errors import (
 from relora_train.storage.memory import MemoryStore
 from relora_train.storage.opening import open_store
 from relora_train.storage.preflight import probe_conditions
-from relora_train.storage.s3 import make_client
+from relora_train.storage.s3_client import make_client
 from relora_train.storage.s3_errors import storage_error
 
 
@@ -353,7 +353,7 @@ def test_a_fault_that_does_not_pass_is_unavailable_in_the_end(faults, s3_store_u
 def test_an_upload_is_cancelled_from_another_thread_with_nothing_left_of_it(
     faults: Faults, s3_store_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("relora_train.storage.s3._PART_BYTES", 5 << 20)
+    monkeypatch.setattr("relora_train.storage.s3_client._PART_BYTES", 5 << 20)
     (tmp_path / "file").write_bytes(bytes(60 << 20))  # 12 parts, 4 at a time
     gate, store, ends = threading.Event(), open_store(s3_store_uri), list[Exception]()
     faults.standing = [("PUT", "uploadId=", held_until(gate))]

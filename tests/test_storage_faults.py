@@ -108,7 +108,7 @@ OPERATIONS: dict[str, Operation] = {
 def test_a_fault_at_any_request_is_not_seen(
     operation: Operation, faults: Faults, s3_store_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("relora_train.storage.s3._PART_BYTES", PART_BYTES)
+    monkeypatch.setattr("relora_train.storage.s3_client._PART_BYTES", PART_BYTES)
     store = open_store(s3_store_uri)
 
     def outcome(place: str, at: tuple[int, Fault] | None) -> object:
@@ -148,7 +148,7 @@ def test_servers_that_have_forgotten_what_they_just_did_are_no_error(
     faults: Faults, s3_store_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """As GCS answers a DELETE of nothing, and as a finished upload may be unknown to who hears of its end again."""
-    monkeypatch.setattr("relora_train.storage.s3._PART_BYTES", PART_BYTES)
+    monkeypatch.setattr("relora_train.storage.s3_client._PART_BYTES", PART_BYTES)
     store, source = open_store(s3_store_uri), tmp_path / "source"
     source.write_bytes(bytes(PART_BYTES + 1))
     faults.plan("POST", "uploadId=", lose_the_answer, answer_instead(404, "NoSuchUpload"))

@@ -19,7 +19,7 @@ from relora_train.errors import (
     TrainerCrashedError,
     TrainerFaultError,
 )
-from relora_train.runs.launch import run_worker
+from relora_train.runs.workers import run_worker
 
 pytestmark = [  # of Prefect's own making
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),

@@ -1,4 +1,4 @@
-"""What a store holds across all its runs: for people, and for lineage."""
+"""The contents of a store across all its runs: for people, and for lineage."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _log = logging.getLogger("relora_train.checkpoints.all_runs")
 
 @dataclass(frozen=True)
 class RunInfo:
-    """What a store holds of one run."""
+    """One run in a store."""
 
     run_id: str
     checkpoint_count: int
@@ -27,7 +27,7 @@ class RunInfo:
     profile: str | None
     """The latest checkpoint's; None when its manifest is damaged."""
     modified_at: datetime
-    """When the newest checkpoint was committed, by the store's clock."""
+    """The time of the newest commit, by the store's clock."""
 
 
 def list_runs(store: ObjectStore) -> Sequence[RunInfo]:

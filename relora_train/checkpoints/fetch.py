@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import logging
-import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 
 from relora_train.checkpoints.file_checks import check_file, is_intact, missing_file
@@ -25,7 +23,7 @@ from relora_train.errors import (
     ObjectNotFoundError,
 )
 from relora_train.storage.base import ObjectStore
-from relora_train.storage.durable import replace_durably, write_durably
+from relora_train.storage.durable import locked, replace_durably, write_durably
 from relora_train.storage.opening import open_store
 from relora_train.storage.os_errors import disk_error
 
@@ -50,7 +48,7 @@ def fetch_bundle(store: ObjectStore, prefix: str, manifest: Manifest, directory:
         return check_local(in_place, manifest, uri=join_key(store.uri, prefix, manifest.files_prefix))
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        with _one_process_at_a_time(directory):
+        with locked(directory / ".lock"):  # a second process waits and finds the files instead of downloading them
             missing = [e for e in manifest.files if not is_intact(directory / e.path, e, unless_checked_before=True)]
             _check_free_space(directory, missing)
             # Small files side by side, so that a dataset of many shards is not bound by one connection. Large ones in
@@ -181,17 +179,6 @@ def _check_free_space(directory: Path, entries: list[FileEntry]) -> None:
             f"{directory} has {free} bytes free and {needed} are needed. "
             "Free some space or use another cache directory, then run again."
         )
-
-
-@contextmanager
-def _one_process_at_a_time(directory: Path) -> Iterator[None]:
-    """Hold the directory's lock. A second process then waits and finds the files instead of downloading them."""
-    descriptor = os.open(directory / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def _local_directory(store: ObjectStore, prefix: str, manifest: Manifest) -> Path | None:

@@ -1,8 +1,8 @@
-"""Is a file on this machine what its manifest says? Light.
+"""Compare a file on this machine with its entry in a manifest.
 
-Reading gigabytes once more at every stage would be waste: who asks for it is told from memory when this very process
-found the file sound before and its size, times and inode have not changed since. A file written within the last
-seconds is not remembered: a second write in the same tick of the file system's clock could not be told from it.
+Reading gigabytes again at every stage would be waste. On request a file is not read again if this process found it
+sound before and its size, times and inode have not changed since. A file written within the last seconds is not
+remembered: a second write in the same tick of the file system's clock could not be told from it.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ def check_file(path: Path, entry: FileEntry, *, uri: str, unless_checked_before:
 
 
 def is_intact(path: Path, entry: FileEntry, *, unless_checked_before: bool = False) -> bool:
-    """Whether the file is there and as the manifest says."""
+    """Return True if the file is there and as the manifest says."""
     if not path.is_file() or path.stat().st_size != entry.size_bytes:
         return False
     return _digest(path, entry, unless_checked_before) == entry.sha256
 
 
 def missing_file(uri: str) -> CheckpointIncompleteError:
-    """The error of a file that a manifest lists and nobody has."""
+    """Return the error for a file that a manifest lists and that is not there."""
     return CheckpointIncompleteError(
         f"{uri} is listed in its manifest but is not there. "
         "Use another checkpoint, or delete the whole prefix and make it again."

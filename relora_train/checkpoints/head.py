@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import secrets
 from typing import NamedTuple
 
 from relora_train.checkpoints.layout import head_key, parse_checkpoint_prefix
 from relora_train.checkpoints.lineage import CheckpointRef
 from relora_train.errors import CheckpointCorruptError
-from relora_train.storage.base import ObjectStore, find_bytes, parse_json
+from relora_train.storage.base import ObjectStore, find_bytes, parse_json, put_json
 
 
 class Head(NamedTuple):
-    """What refs/head.json says."""
+    """The content of refs/head.json."""
 
     prefix: str
     """The checkpoint's."""
@@ -44,5 +43,4 @@ def write_head(store: ObjectStore, run_id: str, ref: CheckpointRef, etag: str | 
     """Make a checkpoint the head if the record still has this etag; None: if there is no record."""
     # The nonce tells our own write from a rival's after a lost answer.
     record = {"checkpoint": ref.prefix, "step": ref.step, "fingerprint": ref.fingerprint, "nonce": secrets.token_hex(8)}
-    data = (json.dumps(record, indent=1) + "\n").encode()
-    return Head(ref.prefix, store.put_bytes(head_key(run_id), data, if_absent=etag is None, if_match=etag))
+    return Head(ref.prefix, put_json(store, head_key(run_id), record, if_absent=etag is None, if_match=etag))

@@ -1,13 +1,13 @@
-"""Names of things in a store. Pure functions; light.
+"""The names of objects in a store. Pure functions.
 
 runs/<run_id>/checkpoints/step-00000400-<12 hex of the fingerprint>/    one merge checkpoint (a bundle)
 runs/<run_id>/snapshots/<12 hex of the fingerprint>/step-00000400-<8 hex>/  one snapshot inside a stage (a bundle)
-runs/<run_id>/refs/head.json                                            which line of checkpoints is the run's
+runs/<run_id>/refs/head.json                                            the checkpoint that the run's line ends in
 runs/<run_id>/refs/<name>.json                                          a pin: the checkpoint it names is never pruned
-runs/<run_id>/lease.json, prune.json                                    who writes, who prunes the run (lease.py)
+runs/<run_id>/lease.json, prune.json                                    the flow that writes, or prunes (lease.py)
 .../step-00000400-<12 hex>/deleted.json                                 a checkpoint that was pruned (tombstone.py)
-runs/<run_id>/diverged/<12 hex of the fingerprint>.json                 that a stage diverged with these settings
-series/<name>/…                                                         what a series promoted (series_record.py)
+runs/<run_id>/diverged/<12 hex of the fingerprint>.json                 a stage that diverged with these settings
+series/<name>/…                                                         the promotions of a series (series_record.py)
 experiments/<name>/…                                                    reports of comparisons, runs that diverged
 datasets/<name>/<16 hex of dataset_id>/                                 one tokenized dataset (a bundle)
 """
@@ -19,6 +19,10 @@ from dataclasses import dataclass
 
 from relora_train.errors import ConfigError
 
+HEAD_NAME = "head.json"
+EXPORT_NAME = "export-"
+"""The beginning of a pin's name that marks an exported checkpoint."""
+
 RUN_ID_PATTERN = r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}"
 _CHECKPOINT_PREFIX = re.compile(
     rf"runs/(?P<run_id>{RUN_ID_PATTERN})/checkpoints/step-(?P<step>\d{{8,}})-(?P<short>[0-9a-f]{{12}})"
@@ -27,7 +31,7 @@ _CHECKPOINT_PREFIX = re.compile(
 
 @dataclass(frozen=True)
 class CheckpointPlace:
-    """What a checkpoint's prefix says of it."""
+    """A checkpoint's place, as its prefix names it."""
 
     prefix: str
     run_id: str
@@ -51,12 +55,12 @@ def join_key(*parts: str) -> str:
 
 
 def checkpoint_prefix(run_id: str, step: int, fingerprint: str) -> str:
-    """Where the checkpoint of this work goes: a retry meets its own name, other settings never do."""
+    """Return the prefix of this work's checkpoint. A retry meets its own name, other settings never do."""
     return checkpoints_prefix(run_id) + checkpoint_name(step, fingerprint)
 
 
 def checkpoint_name(step: int, fingerprint: str) -> str:
-    """The last part of that, which is the same in every run and store."""
+    """Return the last part of a checkpoint's prefix, which is the same in every run and store."""
     return f"step-{step:08d}-{fingerprint[:12]}"
 
 
@@ -65,23 +69,23 @@ def checkpoints_prefix(run_id: str) -> str:
 
 
 def snapshots_prefix(run_id: str, fingerprint: str) -> str:
-    """Below it lie the snapshots of one stage, each named by snapshot_name."""
+    """Return the prefix of one stage's snapshots, each named by snapshot_name."""
     return f"runs/{check_run_id(run_id)}/snapshots/{fingerprint[:12]}/"
 
 
 def snapshot_name(step: int, attempt: str) -> str:
-    """A name no two attempts share, so that nobody ever meets another's leftovers."""
+    """Return a name that no two attempts share, so that none meets another's leftovers."""
     return f"step-{step:08d}-{attempt[:8]}"
 
 
 def parse_snapshot_name(name: str) -> int | None:
-    """The step in a snapshot's name; None for any other string."""
+    """Return the step in a snapshot's name, or None for any other string."""
     match = re.fullmatch(r"step-(\d{8,})-[0-9a-f]{8}", name)
     return match and int(match[1])
 
 
 def head_key(run_id: str) -> str:
-    return f"runs/{check_run_id(run_id)}/refs/head.json"
+    return f"runs/{check_run_id(run_id)}/refs/{HEAD_NAME}"
 
 
 def diverged_key(run_id: str, fingerprint: str) -> str:
@@ -89,13 +93,13 @@ def diverged_key(run_id: str, fingerprint: str) -> str:
 
 
 def parse_checkpoint_prefix(prefix: str) -> CheckpointPlace | None:
-    """The reverse of checkpoint_prefix; None for any other string."""
+    """Return the place that a checkpoint's prefix names, or None for any other string."""
     match = _CHECKPOINT_PREFIX.fullmatch(prefix)
     return match and CheckpointPlace(prefix, match["run_id"], int(match["step"]), match["short"])
 
 
 def split_checkpoint_uri(uri: str) -> tuple[str, str]:
-    """Store URI and prefix of a checkpoint's URI. A checkpoint outside the layout is a store of its own, prefix ''."""
+    """Return store URI and prefix of a checkpoint's URI. Outside the layout it is a store of its own, prefix ''."""
     uri = uri.rstrip("/")
     root, separator, rest = uri.rpartition("/runs/")
     if separator and parse_checkpoint_prefix(f"runs/{rest}"):
@@ -104,12 +108,12 @@ def split_checkpoint_uri(uri: str) -> tuple[str, str]:
 
 
 def experiment_prefix(name: str) -> str:
-    """Below it lie the reports of one experiment, and which of its runs diverged."""
+    """Return the prefix of an experiment's reports and records of diverged runs."""
     return f"experiments/{check_run_id(name)}/"
 
 
 def dataset_prefix(name: str, dataset_id: str) -> str:
-    """Where a tokenized dataset goes: named by everything that decides its bytes."""
+    """Return the prefix of a tokenized dataset, named by everything that decides its bytes."""
     if not re.fullmatch(RUN_ID_PATTERN, name):
         raise ConfigError(
             f"{name!r} is not a valid dataset name: use 1 to 100 letters, digits, '.', '_' and '-', "

@@ -18,9 +18,9 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
-from typing import Literal
+from typing import Literal, Self
 
 from pydantic import ConfigDict, Field
 
@@ -35,8 +35,7 @@ from relora_train.storage.opening import open_store
 
 DEFAULT_TTL_SECONDS = 60.0
 _RENEWALS_PER_TTL = 3
-_OBSERVED_TTLS = 1.25
-"""Clocks of two machines may run at slightly different speed; no more than that is assumed of them."""
+_OBSERVED_TTLS = 1.25  # the clocks of two machines may run at slightly different speed; no more is assumed
 
 Purpose = Literal["train", "prune"]
 _log = logging.getLogger("relora_train.checkpoints.lease")
@@ -60,7 +59,7 @@ class LeaseRecord(StoredRecord):
 
 
 class Lease:
-    """A held lease, renewed by a thread of its own until it is released."""
+    """A held lease. A thread of its own renews it until `release`, or the end of a `with` block."""
 
     def __init__(self, store: ObjectStore, key: str, record: LeaseRecord, etag: str, asked_at: float) -> None:
         self._store, self._key = store, key
@@ -72,10 +71,11 @@ class Lease:
         self._thread = threading.Thread(target=self._renew_regularly, name=f"lease {key}", daemon=True)
         self._thread.start()
 
-    @property
-    def is_lost(self) -> bool:
-        """Return True if another process is known to hold the lease. Silence alone does not lose it."""
-        return self._lost is not None
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.release()
 
     def check(self) -> None:
         """Return only if this process holds the lease now. If it has not been renewed for a TTL, renew it first.
@@ -174,23 +174,18 @@ def hold_run(
 
     Raises CheckpointNotFoundError if one of them is already pruned.
     """
-    lease = take_lease(store, lease_key(run_id), f"Run {run_id!r}", ttl_seconds=ttl_seconds, depends_on=depends_on)
-    try:
-        for uri in depends_on:
-            _refuse_removed(uri)  # after it was written down: a prune reads leases after its tombstone
+    what = f"Run {run_id!r}"
+    with take_lease(store, lease_key(run_id), what, ttl_seconds=ttl_seconds, depends_on=depends_on) as lease:
+        for uri in depends_on:  # after they were written down: a prune reads leases after its tombstone
+            store_uri, prefix = split_checkpoint_uri(uri)
+            if tombstone := read_tombstone(open_store(store_uri), prefix):
+                raise CheckpointNotFoundError(removed_message(uri, tombstone))
         yield lease
-    finally:
-        lease.release()
 
 
-@contextmanager
-def hold_series(store: ObjectStore, name: str, *, ttl_seconds: float = DEFAULT_TTL_SECONDS) -> Iterator[Lease]:
-    """Be the only retrain of this series for the length of the block. Waits and raises as hold_run does."""
-    lease = take_lease(store, series_key(name, "lease.json"), f"Series {name!r}", ttl_seconds=ttl_seconds)
-    try:
-        yield lease
-    finally:
-        lease.release()
+def hold_series(store: ObjectStore, name: str, *, ttl_seconds: float = DEFAULT_TTL_SECONDS) -> Lease:
+    """Be the only retrain of this series for the length of a `with` block. Waits and raises as hold_run does."""
+    return take_lease(store, series_key(name, "lease.json"), f"Series {name!r}", ttl_seconds=ttl_seconds)
 
 
 def take_lease(
@@ -246,9 +241,8 @@ def try_lease(store: ObjectStore, key: str, *, unheard_of: Callable[[], bool], t
     """
     record, lease = _new_record("prune", ttl_seconds), None
     try:
-        lease, _, _ = _attempt(store, key, record, lambda held, _: held.holder.is_alive() is None and unheard_of())
-    except PreconditionFailedError:
-        pass
+        with suppress(PreconditionFailedError):
+            lease, _, _ = _attempt(store, key, record, lambda held, _: held.holder.is_alive() is None and unheard_of())
     finally:
         if lease is None:
             record.holder.let_go()
@@ -287,13 +281,6 @@ def read_lease(store: ObjectStore, key: str) -> tuple[LeaseRecord, str] | None:
     return LeaseRecord.find(store, key, advice=advice)
 
 
-def _refuse_removed(uri: str) -> None:
-    store_uri, prefix = split_checkpoint_uri(uri)
-    tombstone = read_tombstone(open_store(store_uri), prefix)
-    if tombstone is not None:
-        raise CheckpointNotFoundError(removed_message(uri, tombstone))
-
-
 def _in_use(store: ObjectStore, key: str, what: str, record: LeaseRecord) -> RunInUseError:
     other = "use another run id" if key.startswith("runs/") else "use another name"
     return RunInUseError(
@@ -308,6 +295,6 @@ def _when(moment: datetime) -> str:
 
 
 def _seconds() -> float:
-    """Seconds of a clock that also counts the time for which this machine slept, where there is one."""
+    """Return the seconds of a clock that also counts the time for which this machine slept, if it has one."""
     clock = getattr(time, "CLOCK_BOOTTIME", None)
     return time.monotonic() if clock is None else time.clock_gettime(clock)

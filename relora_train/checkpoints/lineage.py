@@ -1,7 +1,7 @@
-"""How checkpoints descend from each other, across runs, from their manifests alone.
+"""The descent of checkpoints, across runs, from their manifests alone.
 
-A manifest names its parent by URI, fingerprint and step. That is enough to draw the tree when ancestors were deleted or
-lie in stores that cannot be reached: they are named, never opened. All functions but read_checkpoint are pure.
+A manifest names its parent by URI, fingerprint and step. The tree can thus be drawn when ancestors were deleted or lie
+in stores that cannot be reached: they are named, never opened. All functions but read_checkpoint are pure.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class CheckpointRef:
 
     @property
     def stands_for(self) -> str:
-        """Fingerprint of the stage whose result this is: its own, or that of the stage it was made in place of."""
+        """The fingerprint of the stage whose result this is: its own, or that of the stage it replaced."""
         return self.manifest.variant_of or self.fingerprint
 
 
@@ -56,17 +56,17 @@ class Line:
         return self.checkpoints[0].manifest.run_id
 
     def all_lines(self) -> Iterable[Line]:
-        """This line and everything that descends from it."""
+        """Yield this line and every line that descends from it."""
         yield self
         for branch in self.branches:
             yield from branch.all_lines()
 
 
 def draw_lineage(refs: Iterable[CheckpointRef], heads: Collection[str] = ()) -> tuple[Line, ...]:
-    """The tree of checkpoints: one line for each that has no parent among them, with all that descends from it. Pure.
+    """Return the tree of checkpoints: a line for each that has no parent among them, with all that descends from it.
 
-    Every checkpoint is in it exactly once, whatever is missing and in whatever order they come. Where a run parts, the
-    way to one of `heads` (URIs) goes on and the others branch off; with none all of them do.
+    Every checkpoint is in it exactly once, whatever is missing and in whatever order they come. If a run parts, the way
+    to one of `heads` (URIs) goes on and the others branch off; without a head there, all of them do.
     """
     by_uri = {ref.uri: ref for ref in refs}
     known = sorted(by_uri.values(), key=_order)
@@ -80,7 +80,7 @@ def draw_lineage(refs: Iterable[CheckpointRef], heads: Collection[str] = ()) -> 
 
 
 def find_parents(refs: Sequence[CheckpointRef]) -> Mapping[str, CheckpointRef]:
-    """URI of a checkpoint -> its parent, where that is among `refs`: the one its manifest names, else the same work.
+    """Map a checkpoint's URI to its parent among `refs`: the one its manifest names, else the same work elsewhere.
 
     A parent has done fewer steps, so damaged manifests can make no circle.
     """
@@ -104,9 +104,9 @@ def find_parents(refs: Sequence[CheckpointRef]) -> Mapping[str, CheckpointRef]:
 
 
 def choose_result(fingerprint: str, refs: Sequence[CheckpointRef], head: CheckpointRef | None) -> CheckpointRef | None:
-    """The checkpoint of a run that is the result of the stage with this fingerprint, or None. Pure.
+    """Return the checkpoint of a run that is the result of the stage with this fingerprint, or None.
 
-    Of several, the one that the head's line goes through; else the stage's own; else the first one made.
+    Among several, the one on the head's line wins, then the stage's own, then the first one made.
     """
     line = {ref.fingerprint for ref in line_to(head, refs)} if head else set()
     candidates = [ref for ref in refs if fingerprint in (ref.fingerprint, ref.manifest.variant_of)]
@@ -117,7 +117,7 @@ def choose_result(fingerprint: str, refs: Sequence[CheckpointRef], head: Checkpo
 
 
 def set_aside(ref: CheckpointRef, parent: CheckpointRef | None, refs: Sequence[CheckpointRef]) -> bool:
-    """Whether `ref` lies on a line that the one to `parent` left where a stage was replaced by a variant. Pure."""
+    """Return True if `ref` lies on a line that the one to `parent` left when a variant replaced a stage."""
     ours = line_to(parent, refs) if parent else ()
     fingerprints, stages = {one.fingerprint for one in ours}, {one.stands_for for one in ours}
     earlier = line_to(ref, refs)[:-1]
@@ -125,7 +125,7 @@ def set_aside(ref: CheckpointRef, parent: CheckpointRef | None, refs: Sequence[C
 
 
 def descendants(ref: CheckpointRef, refs: Sequence[CheckpointRef]) -> Sequence[CheckpointRef]:
-    """Those of `refs` that were trained from `ref`, directly or not, by step. Pure."""
+    """Return those of `refs` that were trained from `ref`, directly or not, by step."""
     parents = find_parents([ref, *refs])
     below: set[str] = {ref.uri}
     for one in sorted(refs, key=_order):  # a parent has done fewer steps, so it is met first
@@ -135,7 +135,7 @@ def descendants(ref: CheckpointRef, refs: Sequence[CheckpointRef]) -> Sequence[C
 
 
 def line_to(ref: CheckpointRef, refs: Sequence[CheckpointRef]) -> Sequence[CheckpointRef]:
-    """`ref` and those of `refs` that led to it, oldest first. Pure. Ends where a parent lies in another run."""
+    """Return `ref` and those of `refs` that led to it, oldest first. A parent in another run ends the line."""
     by_fingerprint = {known.fingerprint: known for known in refs}
     line, seen = [ref], {ref.fingerprint}
     while (parent := line[0].manifest.parent) and parent.fingerprint in by_fingerprint.keys() - seen:
@@ -145,13 +145,13 @@ def line_to(ref: CheckpointRef, refs: Sequence[CheckpointRef]) -> Sequence[Check
 
 
 def without_removed_ends(refs: Sequence[CheckpointRef]) -> Sequence[CheckpointRef]:
-    """Checkpoints, and of the removed ones only those that something still there came from. Pure."""
+    """Leave out the removed checkpoints from which nothing came that is still there."""
     needed = {known.prefix for ref in refs if not ref.is_removed for known in line_to(ref, refs)}
     return [ref for ref in refs if ref.prefix in needed]
 
 
 def end_of_line(refs: Sequence[CheckpointRef], head: CheckpointRef | None, *, run_id: str) -> CheckpointRef | None:
-    """Where a run stands; see CheckpointStore.latest. Pure."""
+    """Return the end of a run's line; see CheckpointStore.latest."""
 
     def children(parent: CheckpointRef) -> Sequence[CheckpointRef]:
         return [ref for ref in refs if ref.manifest.parent and ref.manifest.parent.fingerprint == parent.fingerprint]
@@ -167,7 +167,7 @@ def end_of_line(refs: Sequence[CheckpointRef], head: CheckpointRef | None, *, ru
 
 
 def read_checkpoint(store: ObjectStore, prefix: str) -> CheckpointRef | None:
-    """The checkpoint committed at a prefix, or None. One whose manifest belongs elsewhere is refused."""
+    """Return the checkpoint committed at a prefix, or None. A manifest that belongs elsewhere is refused."""
     manifest = read_manifest(store, prefix, CheckpointManifest)
     if manifest is None:
         return None
@@ -196,7 +196,7 @@ def _order(ref: CheckpointRef) -> tuple[int, str, str]:
 def _ways_to(
     heads: Collection[str], by_uri: Mapping[str, CheckpointRef], parents: Mapping[str, CheckpointRef]
 ) -> set[str]:
-    """URIs of the heads and of every checkpoint that led to one."""
+    """Return the URIs of the heads and of every checkpoint that led to one."""
     found = set()
     for uri in heads:
         current = by_uri.get(uri)

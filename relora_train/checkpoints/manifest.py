@@ -22,7 +22,7 @@ from relora_train.storage.base import ObjectStore
 
 MANIFEST_NAME = "manifest.json"
 RECORD_FILES = ("metrics.jsonl", "profile.json")
-"""Of a checkpoint: its timings; and what the stage was asked, not what came of it."""
+"""Files of a checkpoint that hold its timings and its settings, not its result."""
 _HASH_CHUNK_BYTES = 1 << 20
 _NAME = rf"^{RUN_ID_PATTERN}$"  # names of directories are made from what a manifest says
 
@@ -70,8 +70,8 @@ class Manifest(StoredRecord):
     kind: str
     files: tuple[FileEntry, ...]
     files_prefix: str = Field(default="", pattern=r"^(variant-[0-9a-f]{16})?$")
-    """Where the files lie below the bundle's prefix: beside the manifest, or, for an attempt that found other bytes
-    promised there, in a directory named by their content. Set by commit_bundle; see commit.py."""
+    """Empty if the files lie beside the manifest; else the variant directory below it, named by their content.
+    commit_bundle sets it: see commit.py."""
     created_at: datetime = Field(default_factory=lambda: datetime.now(UTC))
     attempt: str = Field(pattern=r"^[0-9A-Za-z]{1,64}$")
     """Random per attempt: tells a lost answer to our own write from a rival's write."""
@@ -112,8 +112,8 @@ class CheckpointManifest(Manifest):
     fingerprint_settings: dict[str, Any]
     """The settings behind the fingerprint, so that a difference can be named."""
     variant_of: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$")
-    """The fingerprint of the stage that the run's settings ask for, where this checkpoint was made to take its place:
-    the stage diverged and was trained at a lower learning rate, or was retried on purpose and came out otherwise."""
+    """The fingerprint of the stage that this checkpoint replaces, if any: it diverged and was trained at a lower
+    learning rate, or was retried on purpose and came out otherwise."""
     parent: ParentRef | None
     dataset_id: str
     dataset_uri: str
@@ -121,17 +121,17 @@ class CheckpointManifest(Manifest):
     """The scores of the run's objective, and the same with the suffix _before for the stage's start."""
     merge_report: dict[str, Any] = Field(default_factory=dict)
     divergence: dict[str, Any] = Field(default_factory=dict)
-    """Of a stage that diverged first: attempts that failed, learning_rate, learning_rate_factor, profile_learning_rate,
-    failures."""
+    """For a stage that diverged first: attempts that failed, learning_rate, learning_rate_factor,
+    profile_learning_rate, failures."""
     source_dtype: Dtype | None = None
-    """Of the weights of the model.pretrained that the line of stages began from, if it did and they were asked."""
+    """The dtype of the weights of model.pretrained, if the line of stages began from one and they were asked."""
     stage_seconds: float = Field(default=0.0, ge=0)
     provenance: dict[str, str] = Field(default_factory=dict)
     """Ids of the orchestrator's runs; informative only."""
 
 
 class SnapshotManifest(Manifest):
-    """Manifest of a snapshot: the state inside a stage, of use until the stage's checkpoint is committed."""
+    """Manifest of a snapshot: the state inside a stage, useful until the stage's checkpoint is committed."""
 
     kind: Literal["snapshot"] = "snapshot"
     run_id: str = Field(pattern=_NAME)
@@ -139,13 +139,13 @@ class SnapshotManifest(Manifest):
     step: int = Field(ge=0)
     """Updates done."""
     fingerprint: str = Field(pattern=r"^[0-9a-f]{64}$")
-    """Of the stage: only a trainer of exactly this stage continues from here."""
+    """The stage's: only a trainer of exactly this stage resumes from here."""
     parent: ParentRef | None = None
     """The checkpoint that holds the frozen weights: without it the snapshot is worth nothing."""
 
 
 class ImageFormat(BaseModel):
-    """What the rows of an image dataset are."""
+    """The rows of an image dataset."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -154,20 +154,20 @@ class ImageFormat(BaseModel):
     channels: int = Field(ge=1)
     classes: int = Field(ge=2)
     largest_value: int = Field(ge=1)
-    """Of a pixel: what is scaled to 1."""
+    """The value of a pixel that is scaled to 1."""
     mean: tuple[float, ...]
-    """Of each channel over the training part, values scaled."""
+    """The mean of each channel over the training part, values scaled."""
     deviation: tuple[float, ...]
     """Standard deviation, likewise."""
 
     @property
     def row_bytes(self) -> int:
-        """Of an image and its class."""
+        """The bytes of an image and its class."""
         return self.channels * self.size * self.size + 1
 
 
 class DatasetManifest(Manifest):
-    """Manifest of a dataset: token shards of text, or images. What is counted in tokens is, of images, in images."""
+    """Manifest of a dataset: token shards of text, or images. Counts of tokens are then counts of images."""
 
     kind: Literal["dataset"] = "dataset"
     name: str = Field(pattern=_NAME)
@@ -187,18 +187,18 @@ class DatasetManifest(Manifest):
     val_documents: int
     val_bytes: int
     images: ImageFormat | None = None
-    """Of a dataset of images."""
+    """Only for a dataset of images."""
     statistics: dict[str, Any] = Field(default_factory=dict)
     """Informative: duplicates, what was left out, tokenization speed; how often each class is there."""
 
     @property
     def bos_ids(self) -> tuple[int, ...]:
-        """The tokens before a document; none of images, of most tokenizers, and of what was made before 0.2."""
+        """The tokens before a document; none for images, for most tokenizers, and before version 0.2."""
         return tuple(self.inputs.get("bos_ids", ()))
 
     @property
     def unit(self) -> str:
-        """What is counted: 'tokens' or 'images'."""
+        """The unit that is counted: 'tokens' or 'images'."""
         return "images" if self.images else "tokens"
 
 
@@ -220,7 +220,7 @@ def read_manifest(store: ObjectStore, prefix: str, kind: type[M]) -> M | None:
 
 
 def hash_file(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hex, read in pieces."""
+    """Return the SHA-256 of a file's bytes, in hex, reading it in pieces."""
     digest = hashlib.sha256()
     with path.open("rb") as stream:
         while chunk := stream.read(_HASH_CHUNK_BYTES):
@@ -234,9 +234,9 @@ def content_digest(manifest: Manifest) -> str:
 
 
 def result_digest(manifest: Manifest) -> str:
-    """SHA-256 over the files of a checkpoint that later work can depend on: equal exactly when the results are.
+    """Return the SHA-256 over the files that later work can depend on: equal exactly when the results are.
 
-    Left out are the records of how it was made: times differ between two attempts that came to the same bits.
+    It leaves out the records of how the checkpoint was made: times differ between attempts that gave the same bits.
     """
     return _listing_digest(entry for entry in manifest.files if entry.path not in RECORD_FILES)
 
@@ -247,7 +247,7 @@ def _listing_digest(files: Iterable[FileEntry]) -> str:
 
 
 def describe_files(directory: Path) -> tuple[FileEntry, ...]:
-    """Every file below a directory except its manifest, sorted by path, with sizes and digests."""
+    """Return every file below a directory except its manifest, sorted by path, with sizes and digests."""
     paths = sorted(p for p in directory.rglob("*") if p.is_file() and p.name != MANIFEST_NAME)
     return tuple(
         FileEntry(path=p.relative_to(directory).as_posix(), size_bytes=p.stat().st_size, sha256=hash_file(p))
@@ -256,7 +256,7 @@ def describe_files(directory: Path) -> tuple[FileEntry, ...]:
 
 
 def find_dataset(store: ObjectStore, name: str, dataset_id: str) -> DatasetManifest | None:
-    """The committed dataset of exactly this id, or None."""
+    """Return the committed dataset of exactly this id, or None."""
     prefix = dataset_prefix(name, dataset_id)
     manifest = read_manifest(store, prefix, DatasetManifest)
     if manifest is not None and manifest.dataset_id != dataset_id:

@@ -1,10 +1,10 @@
-"""From what a person writes to one checkpoint. Light. Never guesses: ambiguous, incomplete and absent are errors.
+"""Find the one checkpoint that a person names. Ambiguous, incomplete and absent ones are errors, never guesses.
 
 RUN, RUN@latest               the end of the run's line
 RUN@cycle-2, RUN@warm-start   that stage on the run's line (full-2, lora: likewise)
 RUN@step-400                  that step on the run's line
-series:NAME, series:NAME@3    what the series has promoted; what its change 3 made the champion
-s3://..., file:///..., /path  a checkpoint's own URI or directory, in any store
+series:NAME, series:NAME@3    the champion of the series; the one that its change 3 made
+s3://.., file:///.., /path  a checkpoint's own URI or directory, in any store
 """
 
 from __future__ import annotations
@@ -41,8 +41,7 @@ _NAME = re.compile(rf"(?P<run_id>{RUN_ID_PATTERN})(@(?P<selector>[A-Za-z0-9-]+))
 
 
 def resolve_checkpoint(spec: str, default_store: ObjectStore) -> CheckpointRef:
-    """The one committed checkpoint that `spec` names; names of runs and series are looked up in
-    `default_store`."""
+    """Return the one committed checkpoint that `spec` names; `default_store` holds the runs and series."""
     if "://" in refuse_secrets(spec):
         return _at_uri(spec)
     if spec.startswith(_SERIES):
@@ -93,7 +92,7 @@ def _of_run(run: CheckpointStore, selector: str) -> CheckpointRef:
 
 
 def _on_the_line(run: CheckpointStore, candidates: Sequence[CheckpointRef], selector: str) -> CheckpointRef:
-    """The candidate that the run's line goes through; off the line nothing is chosen, not even an only one."""
+    """Return the candidate on the run's line. Nothing off the line is chosen, not even if it is the only one."""
     head, history = run.head(), run.history()
     try:
         end = end_of_line(without_removed_ends(history), head, run_id=run.run_id)
@@ -111,7 +110,7 @@ def _on_the_line(run: CheckpointStore, candidates: Sequence[CheckpointRef], sele
 
 
 def _common_beginning(refs: Sequence[CheckpointRef]) -> Sequence[CheckpointRef]:
-    """What all lines of a run share before they part."""
+    """Return what all lines of a run share before they part."""
     parents = {ref.manifest.parent.fingerprint for ref in refs if ref.manifest.parent}
     lines = [line_to(ref, refs) for ref in refs if ref.fingerprint not in parents]
     return [ref for ref in refs if all(ref in line for line in lines)]

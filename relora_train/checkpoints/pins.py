@@ -1,8 +1,7 @@
-"""Marks that keep a checkpoint from being pruned: `runs/<run_id>/refs/<name>.json`. Light."""
+"""Marks that keep a checkpoint from being pruned: `runs/<run_id>/refs/<name>.json`."""
 
 from __future__ import annotations
 
-import json
 import re
 import secrets
 import socket
@@ -10,12 +9,11 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
-from relora_train.checkpoints.layout import parse_checkpoint_prefix
+from relora_train.checkpoints.layout import EXPORT_NAME, HEAD_NAME, parse_checkpoint_prefix
 from relora_train.checkpoints.lineage import CheckpointRef
 from relora_train.checkpoints.tombstone import read_tombstone, removed_message
-from relora_train.checkpoints.upkeep.protections import EXPORT_NAME, HEAD_NAME
-from relora_train.errors import CheckpointNotFoundError, ConfigError, ObjectNotFoundError, PreconditionFailedError
-from relora_train.storage.base import ObjectStore, parse_json
+from relora_train.errors import CheckpointNotFoundError, ConfigError, PreconditionFailedError
+from relora_train.storage.base import ObjectStore, find_json, put_json
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,79}")
 
@@ -36,12 +34,9 @@ def pin(store: ObjectStore, ref: CheckpointRef, name: str | None = None, *, note
         "pinned_at": datetime.now(UTC).isoformat(timespec="seconds"), "nonce": secrets.token_hex(8),
     }  # fmt: skip
     try:
-        store.put_bytes(key, (json.dumps(record, indent=1) + "\n").encode(), if_absent=True)
+        put_json(store, key, record, if_absent=True)
     except PreconditionFailedError:
-        try:
-            held = parse_json(store.get_bytes(key)[0])["checkpoint"]
-        except (ValueError, KeyError, TypeError):
-            held = f"something that cannot be read ({key})"
+        held = (find_json(store, key) or {}).get("checkpoint", f"something that cannot be read ({key})")
         if held != ref.prefix:
             raise ConfigError(
                 f"The pin {name!r} already holds {store.uri}/{held}. Unpin that first, or choose another --name."
@@ -70,17 +65,13 @@ def unpin(store: ObjectStore, ref: CheckpointRef, name: str | None = None) -> Se
 
 
 def pins_of(store: ObjectStore, ref: CheckpointRef) -> Sequence[str]:
-    """Names of a checkpoint's pins and export marks."""
+    """Return the names of a checkpoint's pins and export marks."""
     found = []
     for info in store.list(_key(ref, "")[: -len(".json")]):
         name = info.key.rpartition("/")[2]
         if name == HEAD_NAME:
             continue
-        try:
-            record = parse_json(store.get_bytes(info.key)[0])
-        except (ObjectNotFoundError, ValueError):
-            continue
-        if isinstance(record, dict) and record.get("checkpoint") == ref.prefix:
+        if (find_json(store, info.key) or {}).get("checkpoint") == ref.prefix:
             found.append(name.removesuffix(".json"))
     return found
 

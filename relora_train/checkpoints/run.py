@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from relora_train.checkpoints.commit import commit_bundle
-from relora_train.checkpoints.fetch import fetch_checkpoint, fetched_directory, keep_fetched, verify_bundle
+from relora_train.checkpoints.fetch import fetched_directory, keep_fetched
 from relora_train.checkpoints.head import Head, read_head, write_head
 from relora_train.checkpoints.layout import (
     check_run_id,
@@ -38,7 +38,6 @@ from relora_train.errors import (
     PreconditionFailedError,
 )
 from relora_train.storage.base import ObjectStore
-from relora_train.storage.opening import open_store
 
 _HEAD_ATTEMPTS = 5
 
@@ -49,6 +48,9 @@ class CheckpointStore:
     def __init__(self, store: ObjectStore, run_id: str) -> None:
         self.store = store
         self.run_id = check_run_id(run_id)
+
+    def refresh(self) -> None:
+        """Forget what is known of the run: nothing here, much in a RunView."""
 
     def commit(
         self, directory: Path, manifest: CheckpointManifest, *, check_lease: Callable[[], None] = lambda: None
@@ -109,17 +111,9 @@ class CheckpointStore:
                     raise CheckpointNotFoundError(removed_message(ref.uri, tombstone))
         return None
 
-    def fetch(self, ref: CheckpointRef, cache_dir: Path) -> Path:
-        """Return a local directory with a checkpoint's verified files; see fetch_checkpoint."""
-        return fetch_checkpoint(ref, cache_dir, store=self._store_of(ref))
-
     def keep(self, ref: CheckpointRef, made: CheckpointManifest, directory: Path, cache_dir: Path) -> None:
         """Move what was committed as `ref` from `directory` to where `fetch` looks for it; see keep_fetched."""
         keep_fetched(self.store, made, ref.manifest, directory, fetched_directory(ref, cache_dir))
-
-    def verify(self, ref: CheckpointRef) -> None:
-        """Read every byte. Raise CheckpointCorruptError or CheckpointIncompleteError with the first bad file."""
-        verify_bundle(self._store_of(ref), ref.prefix, ref.manifest)
 
     def head(self, *, missing_ok: bool = False) -> CheckpointRef | None:
         """Return the checkpoint that refs/head.json names, or None if the run has no head yet.
@@ -199,6 +193,3 @@ class CheckpointStore:
 
     def _write_head(self, ref: CheckpointRef, etag: str | None) -> Head:
         return write_head(self.store, self.run_id, ref, etag)
-
-    def _store_of(self, ref: CheckpointRef) -> ObjectStore:
-        return self.store if ref.store_uri == self.store.uri else open_store(ref.store_uri)

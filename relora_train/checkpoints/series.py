@@ -1,4 +1,4 @@
-"""Which checkpoint a series has promoted: promote, roll back, look. By conditional writes; light.
+"""Promote a checkpoint in a series, roll back, look: by conditional writes.
 
 `series:NAME` names the champion wherever a checkpoint is named, `series:NAME@3` the one that change 3 made champion.
 Guarantees: pointer and history move together or not at all; nothing is ever taken out of the history; of two writers
@@ -35,16 +35,16 @@ from relora_train.storage.base import ObjectStore
 
 _ATTEMPTS = 20
 ANYTHING: Final = "anything"
-"""As the expected champion: whatever it is."""
+"""Stands for any expected champion."""
 
 
 def list_series(store: ObjectStore) -> Sequence[str]:
-    """Names of all series that have promoted something."""
+    """Return the names of all series that have promoted something."""
     return [key.split("/")[1] for key in (info.key for info in store.list("series/")) if is_pointer(key)]
 
 
 def read_series(store: ObjectStore, name: str) -> SeriesRecord:
-    """A series' history. Raises CheckpointNotFoundError for one that has promoted nothing, with those there are."""
+    """Return a series' history. Raise CheckpointNotFoundError, which names those there are, if it has none."""
     found = find_series(store, name)
     if found is None:
         known = ", ".join(list_series(store)) or "none"
@@ -56,13 +56,13 @@ def read_series(store: ObjectStore, name: str) -> SeriesRecord:
 
 
 def find_champion(store: ObjectStore, name: str) -> CheckpointRef | None:
-    """The promoted checkpoint, or None before the first promotion. One that is gone is a CheckpointNotFoundError."""
+    """Return the champion, or None before the first promotion. Raise CheckpointNotFoundError if it is gone."""
     found = find_series(store, name)
     return None if found is None else _checkpoint_of(store, name, found[0].latest)
 
 
 def resolve_series(store: ObjectStore, name: str, number: int | None = None) -> CheckpointRef:
-    """The champion, or the checkpoint that the change of this number promoted or went back to."""
+    """Return the champion, or the checkpoint that the change of this number promoted or went back to."""
     record = read_series(store, name)
     change = record.latest if number is None else record.numbered(number)
     if change is None:
@@ -133,7 +133,7 @@ def roll_back(store: ObjectStore, name: str, to: int | None = None, *, reason: s
 
 
 def who() -> str:
-    """'user@host', for the history."""
+    """Return 'user@host', for the history."""
     try:
         user = getpass.getuser()
     except (OSError, KeyError):  # a container's user id needs no name
@@ -144,7 +144,7 @@ def who() -> str:
 def _append(
     store: ObjectStore, name: str, ref: CheckpointRef, change: Callable[[SeriesRecord | None], Change]
 ) -> Change:
-    """Add what `change` makes of the record as it is, until nobody else wrote in between. The latest one: leave it."""
+    """Add the change that `change` makes of the present record, again if another writer was faster. See its caller."""
     key = series_key(name, PROMOTED_NAME)
     mark = pin(store, ref, f"promoting-{secrets.token_hex(6)}", note=f"while series {name} is changed")
     try:

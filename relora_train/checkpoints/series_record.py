@@ -1,11 +1,11 @@
-"""What a series of retrained models keeps in its store, as records. Pure, but for reading them; light.
+"""The records that a series of retrained models keeps in its store.
 
 series/<name>/promoted.json                every promotion and rollback, oldest first; the last one names the champion
-series/<name>/data.json                    which source files (or hub revision) its models have been trained on
-series/<name>/decisions/<run_id>-<8 hex>.json   what became of one candidate, with the scores it was judged by
-series/<name>/lease.json                   who retrains the series now (lease.py)
+series/<name>/data.json                    the source files (or hub revision) that its models have been trained on
+series/<name>/decisions/<run_id>-<8 hex>.json   the decision about one candidate, with its scores
+series/<name>/lease.json                   the retrain that is under way (lease.py)
 
-Pointer and history are one object, changed by If-Match only and only by adding to its end: they cannot disagree,
+Pointer and history are one object, changed by If-Match only and only by adding to its end. They cannot disagree,
 whatever is killed, and of two writers the second adds to what the first wrote.
 """
 
@@ -16,21 +16,22 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
 from relora_train.checkpoints.layout import parse_checkpoint_prefix
+from relora_train.checkpoints.record import StoredRecord
 from relora_train.errors import CheckpointCorruptError, ConfigError
-from relora_train.storage.base import ObjectStore, find_bytes
+from relora_train.storage.base import ObjectStore
 
 SERIES_PATTERN = r"[A-Za-z0-9][A-Za-z0-9._-]{0,79}"
 PROMOTED_NAME = "promoted.json"
 ROLLBACK_TARGETS = 3
-"""So many champions before the present one are kept from every prune."""
+"""This many champions before the present one are kept from every prune."""
 
 
-class _Record(BaseModel):
+class _Record(StoredRecord):
     # A loss may be infinite, and must come back as it was.
-    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")
+    model_config = ConfigDict(ser_json_inf_nan="constants")
 
 
 class Scores(_Record):
@@ -59,9 +60,9 @@ class Change(_Record):
     at: datetime = Field(default_factory=lambda: datetime.now(UTC))
     reason: str
     back_to: int | None = None
-    """Of a rollback: the number of the promotion that holds again."""
+    """For a rollback: the number of the promotion that holds again."""
     run_id: str | None = None
-    """Of the retrain that made the candidate; None for a change by hand."""
+    """The retrain that made the candidate; None for a change by hand."""
     scores: Scores | None = None
     nonce: str
     """Tells our own write from a rival's after a lost answer."""
@@ -74,7 +75,7 @@ class Change(_Record):
 
 
 class SeriesRecord(_Record):
-    """All of promoted.json."""
+    """The content of promoted.json."""
 
     format_version: Literal[1] = 1
     series: str
@@ -101,9 +102,6 @@ class SeriesRecord(_Record):
     def numbered(self, number: int) -> Change | None:
         return self.changes[number - 1] if 1 <= number <= len(self.changes) else None
 
-    def to_bytes(self) -> bytes:
-        return (self.model_dump_json(indent=1) + "\n").encode()
-
 
 def check_series(name: str) -> str:
     """Return the name of a series, or refuse one that could not be a folder and the beginning of a run id."""
@@ -120,39 +118,26 @@ def series_key(name: str, what: str) -> str:
 
 
 def is_pointer(key: str) -> bool:
-    """Whether a key is that of a series' promoted.json."""
+    """Return True for the key of a series' promoted.json."""
     return re.fullmatch(rf"series/{SERIES_PATTERN}/{re.escape(PROMOTED_NAME)}", key) is not None
 
 
 def find_series(store: ObjectStore, name: str) -> tuple[SeriesRecord, str] | None:
-    """What promoted.json holds, and its etag; None before the first promotion. A damaged one is refused."""
+    """Return what promoted.json holds, and its etag, or None before the first promotion."""
     key = series_key(name, PROMOTED_NAME)
-    found = find_bytes(store, key)
-    if found is None:
-        return None
-    return parse_series(store, key, found[0]), found[1]
-
-
-def parse_series(store: ObjectStore, key: str, data: bytes) -> SeriesRecord:
-    """Raises CheckpointCorruptError."""
-    name = key.split("/")[1]
-    try:
-        record = SeriesRecord.model_validate_json(data)
-        why = "" if record.series == name else f"it belongs to series {record.series!r}: it was copied or renamed"
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "document"
-        why = f"{where}: {first['msg'].removeprefix('Value error, ')}"
-    if why:
-        raise CheckpointCorruptError(
-            f"{store.uri}/{key} is damaged ({why}), so nobody can say which checkpoint series {name!r} has promoted. "
-            f"Restore an older version of it, or delete it and name the champion: relora promote {name} CHECKPOINT."
-        )
-    return record
+    advice = (
+        f"Nobody can say which checkpoint series {name!r} has promoted. Restore an older version of it, or delete it "
+        f"and name the champion: relora promote {name} CHECKPOINT."
+    )
+    found = SeriesRecord.find(store, key, advice=advice)
+    if found is not None and found[0].series != name:
+        why = f"it belongs to series {found[0].series!r}: it was copied or renamed"
+        raise CheckpointCorruptError(f"{store.uri}/{key} is damaged ({why}). {advice}")
+    return found
 
 
 def champions_in_order(changes: Sequence[Change]) -> Sequence[Change]:
-    """The promotions that led to the present champion, itself last: what rollbacks took back is left out. Pure."""
+    """Return the promotions that led to the present champion, itself last, without those taken back. Pure."""
     line: list[Change] = []
     for change in changes:
         if change.back_to is None:
@@ -166,13 +151,13 @@ def champions_in_order(changes: Sequence[Change]) -> Sequence[Change]:
 
 
 def promotion_behind(changes: Sequence[Change], number: int) -> Change:
-    """The promotion that a change of this number made or went back to. Pure."""
+    """Return the promotion that a change of this number made or went back to. Pure."""
     change = changes[number - 1]
     return change if change.back_to is None else promotion_behind(changes, change.back_to)
 
 
 def protected_by(record: SeriesRecord) -> Mapping[str, str]:
-    """Prefix -> why it must stay: the champion, those before it, and what the last change took away. Pure."""
+    """Return prefix -> reason to stay: the champion, those before it, and what the last change took away. Pure."""
     line = champions_in_order(record.changes)
     found = {change.checkpoint: f"series {record.series} can go back to it" for change in line[-1 - ROLLBACK_TARGETS :]}
     if record.latest.replaced is not None:

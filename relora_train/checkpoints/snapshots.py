@@ -1,4 +1,4 @@
-"""The snapshots of one stage, in a store and on this machine: find the newest valid one, store, prune. Light.
+"""The snapshots of one stage, in a store and on this machine: find the newest valid one, store, prune.
 
 runs/<run_id>/snapshots/<12 hex of the stage's fingerprint>/step-<step>-<8 hex of the attempt>/ is one bundle
 (commit.py); the same names lie below the local directory. A directory without a manifest is absent.
@@ -31,11 +31,11 @@ class FoundSnapshot:
     directory: Path
     """Treat it as read-only."""
     stored: bool
-    """Whether the store holds it too."""
+    """True if the store holds it too."""
 
 
 class SnapshotStore:
-    """The snapshots of one stage. `local` is where its trainer leaves them on this machine."""
+    """The snapshots of one stage. Its trainer leaves them in `local` on this machine."""
 
     def __init__(self, store: ObjectStore, run_id: str, fingerprint: str, local: Path, *, keep: int) -> None:
         self._store, self._fingerprint, self._local, self._keep = store, fingerprint, local, keep
@@ -47,12 +47,12 @@ class SnapshotStore:
         return f"{self._store.uri}/{self._prefix.rstrip('/')}"
 
     def newest_valid(self, *, local_only: bool = False) -> FoundSnapshot | None:
-        """The newest snapshot of which every byte is as it was written, in the store or on this machine; else None.
+        """Return the newest snapshot with every byte as it was written, in the store or on this machine, or None.
 
-        local_only: the store is not asked; what it holds began from another result of the stage's parent.
+        local_only: do not ask the store; its snapshots began from another result of the stage's parent.
 
-        A damaged one is passed over with a warning that says what is used instead. A store that cannot be reached is
-        an error: older work is never taken for the newest. Only while nobody else works on this stage.
+        A damaged snapshot is passed over with a warning that names the next. A store that cannot be reached raises:
+        older work is never taken for the newest. Call it only while nobody else works on this stage.
         """
         self._remove_unfinished_local()
         stored = set() if local_only else set(self._stored())
@@ -87,7 +87,7 @@ class SnapshotStore:
             self._remove_local(name)
 
     def _fetched(self, name: str, *, stored: bool, local: bool) -> Path:
-        """A verified directory; the local one if it is sound, as it needs no download."""
+        """Return a verified directory: the local one if it is sound, else a download."""
         if local:
             try:
                 verify_bundle(LocalStore(self._local), name, self._checked(_read_local(self._local / name)))
@@ -111,7 +111,7 @@ class SnapshotStore:
         return manifest
 
     def _stored(self) -> Iterator[str]:
-        """Names of the committed snapshots in the store."""
+        """Yield the names of the committed snapshots in the store."""
         for info in self._store.list(self._prefix):
             name, _, file = info.key.removeprefix(self._prefix).partition("/")
             if file == MANIFEST_NAME and parse_snapshot_name(name) is not None:
@@ -122,7 +122,7 @@ class SnapshotStore:
         shutil.rmtree(self._local / name, ignore_errors=True)
 
     def _remove_unfinished_local(self) -> None:
-        """What a killed trainer or download left; it has no manifest."""
+        """Remove what a killed trainer or download left: it has no manifest."""
         for path in self._local.glob("step-*"):
             if not (path / MANIFEST_NAME).is_file():
                 shutil.rmtree(path, ignore_errors=True)
@@ -136,7 +136,7 @@ def remove_snapshots(store: ObjectStore, prefix: str, *, except_for: Set[str] = 
 
 
 def local_snapshots(directory: Path) -> list[str]:
-    """Names of the committed snapshots in a local directory."""
+    """Return the names of the committed snapshots in a local directory."""
     paths = directory.glob(f"step-*/{MANIFEST_NAME}")
     return [path.parent.name for path in paths if parse_snapshot_name(path.parent.name) is not None]
 

@@ -10,7 +10,7 @@ from relora_train.checkpoints.head import Head
 from relora_train.checkpoints.lineage import CheckpointRef, in_order
 from relora_train.checkpoints.manifest import CheckpointManifest
 from relora_train.checkpoints.run import CheckpointStore
-from relora_train.errors import PreconditionFailedError, StorageError
+from relora_train.errors import CheckpointNotFoundError, PreconditionFailedError, StorageError
 from relora_train.storage.base import ObjectStore
 
 
@@ -64,6 +64,8 @@ class RunView(CheckpointStore):
         head, _ = self._head()
         if ref.prefix not in self._committed and not (head and ref in self.ancestry(head)):
             self.refresh()
+            if ref not in self.list():
+                raise CheckpointNotFoundError(f"{ref.uri} was pruned meanwhile. Run the same command again.")
         return super().set_head(ref)
 
     def _read(self, prefix: str) -> CheckpointRef | None:

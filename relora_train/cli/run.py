@@ -22,7 +22,8 @@ from relora_train.cli.progress import RunProgress, shown_progress
 from relora_train.cli.summary import print_summary
 from relora_train.errors import TrainerInterruptedError
 from relora_train.method.stages import stages_after
-from relora_train.runs.run import Run, check_settings, choose_run_id
+from relora_train.runs.find import check_settings
+from relora_train.runs.run import Run, choose_run_id
 from relora_train.runs.summary import RunSummary
 from relora_train.settings import load as profiles
 

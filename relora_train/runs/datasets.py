@@ -14,9 +14,9 @@ from relora_train.data.images import IMAGE_READERS
 from relora_train.data.left_out import left_out_note
 from relora_train.data.prepare import PrepareRequest, describe_dataset, read_result
 from relora_train.data.selection import Selection
-from relora_train.runs.launch import run_worker
 from relora_train.runs.run import DatasetRef, OnEvent, Run, dataset_ref, find_committed_dataset
 from relora_train.runs.tokenizer_choice import TextSettings, choose_tokenizer
+from relora_train.runs.workers import run_worker
 from relora_train.settings.data import TokenizerConfig
 from relora_train.storage.workspace import dataset_cache, short_digest, work_directory
 
@@ -33,7 +33,7 @@ class DatasetOutcome:
 
 @dataclass(frozen=True)
 class Corpus:
-    """What a dataset is made of where that is not simply what the profile names."""
+    """The source of a dataset, if it is not simply what the profile names."""
 
     tokenizer: TokenizerConfig
     selection: Selection
@@ -62,21 +62,21 @@ def prepare_or_reuse(
     found = find_committed_dataset(store, name, dataset_id)
     if found is not None:
         return DatasetOutcome(found, reused=True)
-    with work_directory("datasets", f"{name}-{dataset_id[:16]}-{short_digest(store.uri)}") as directory:
-        found = find_committed_dataset(store, name, dataset_id)
+    with work_directory("datasets", f"{name}-{dataset_id[:16]}-{short_digest(store.uri)}") as work:
+        found = find_committed_dataset(store, name, dataset_id) if work.waited else None
         if found is not None:  # by the process that was waited for
             return DatasetOutcome(found, reused=True)
         request = PrepareRequest(
             data=text.data,
             tokenizer=text.tokenizer,
             selection=selection,
-            work_directory=directory,
-            result_path=directory / "result.json",
+            work_directory=work.path,
+            result_path=work.path / "result.json",
         )
         meanwhile()
         # The source may lie in a store or on a hub, so this worker keeps the credentials.
         run_worker(
-            "relora_train.data.prepare", request, directory / "request.json", on_event=on_event, keep_secrets=True
+            "relora_train.data.prepare", request, work.path / "request.json", on_event=on_event, keep_secrets=True
         )
         prepared = read_result(request.result_path)
         if note := prepared.manifest.statistics.get("split_note"):

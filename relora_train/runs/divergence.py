@@ -1,27 +1,28 @@
-"""Train a stage again at a lower learning rate when it diverges, as the profile's [divergence] asks. Light.
+"""Train a stage again at a lower learning rate when it diverges, as the profile's [divergence] asks.
 
-Attempt k of a stage is the stage with its learning rate times factor^k, from the same parent: other settings, so
-another fingerprint, and a checkpoint of its own beside the place of the one that never came to be. Its manifest says
-what it stands for (variant_of) and why (divergence), so a rerun finds it whatever the policy is by then. Later stages
-go on from it at the profile's own rate: a stage is a function of its parent and the settings, and of nothing before.
+Attempt k of a stage is the stage with its learning rate times factor^k, from the same parent. Its settings are others,
+so it has another fingerprint and a checkpoint of its own. The manifest names the stage that it replaces (variant_of)
+and the reason (divergence), so a rerun finds it whatever the policy is by then. Later stages go on from it at the
+profile's own rate: a stage is a function of its parent and the settings, and of nothing before.
 
-That an attempt diverged is kept in the store too, so that neither a crash nor another machine makes it a second time.
+The store also keeps the fact that an attempt diverged: neither a crash nor another machine makes it a second time.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 from relora_train.checkpoints.layout import diverged_key
 from relora_train.checkpoints.lineage import CheckpointRef
-from relora_train.errors import DivergedError, ObjectNotFoundError
+from relora_train.errors import DivergedError
 from relora_train.method.stages import Stage
-from relora_train.runs.run import DatasetRef, OnEvent, Run, StageOutcome, find_stage, stage_identity, train_stage
+from relora_train.runs.find import find_stage, stage_identity
+from relora_train.runs.run import DatasetRef, OnEvent, Run, StageOutcome
+from relora_train.runs.train import train_stage
 from relora_train.settings.profile import Profile
-from relora_train.storage.base import ObjectStore, parse_json
+from relora_train.storage.base import ObjectStore, find_json, put_json
 
 
 def train_by_policy(
@@ -33,7 +34,7 @@ def train_by_policy(
     on_event: OnEvent,
     provenance: Mapping[str, str],
 ) -> StageOutcome:
-    """As train_stage, and where the stage diverges, what the profile's [divergence] says.
+    """Train a stage as train_stage does and, if it diverges, do what the profile's [divergence] says.
 
     Raises DivergedError at once under 'fail'; under 'lower_lr' when max_retries attempts at lower rates diverged too.
     An attempt that is known to have diverged is not made again. Safe to repeat.
@@ -57,14 +58,14 @@ def train_by_policy(
                 failure = _failure(stage, lowered.profile, error)
                 if parent is not None:
                     run.wait_until_stored(parent)  # or it would be held against another result of the parent
-                run.store.put_bytes(key, (json.dumps(failure, indent=1) + "\n").encode())
+                put_json(run.store, key, failure)
                 on_event({"event": "diverged", **failure, "attempt": attempt + 1, "attempts": policy.max_retries + 1})
         failures.append(failure)
     raise _exhausted(run, stage, failures)
 
 
 def lower_learning_rate(profile: Profile, stage: Stage, attempt: int) -> Profile:
-    """The profile of attempt k of a stage, from 0: its peak learning rate times factor^k, nothing else."""
+    """Return the profile of attempt k of a stage, from 0: its peak learning rate times factor^k, nothing else."""
     rates = {
         "learning_rate": profile.optimizer.learning_rate,
         "warm_start_learning_rate": profile.warm_start_learning_rate,
@@ -78,7 +79,7 @@ def lower_learning_rate(profile: Profile, stage: Stage, attempt: int) -> Profile
 
 
 def divergence_text(record: Mapping[str, Any]) -> str:
-    """A manifest's `divergence` in words: 'diverged once at learning rate 0.001, trained at 0.0005 (x 0.5)'."""
+    """Say a manifest's `divergence`: 'diverged once at learning rate 0.001, trained at 0.0005 (x 0.5)'."""
     attempts = int(record["attempts"])
     times = "once" if attempts == 1 else f"{attempts} times, first"
     return (
@@ -88,7 +89,7 @@ def divergence_text(record: Mapping[str, Any]) -> str:
 
 
 def peak_learning_rate(profile: Profile, stage: Stage) -> float:
-    """Of the stage's phase."""
+    """Return the peak learning rate of the stage's phase."""
     return profile.warm_start_learning_rate if stage.kind == "warm_start" else profile.optimizer.learning_rate
 
 
@@ -108,12 +109,9 @@ def _failure(stage: Stage, profile: Profile, error: DivergedError) -> dict[str, 
 
 
 def _known_failure(store: ObjectStore, key: str) -> dict[str, Any] | None:
-    """What an earlier attempt left; a damaged record is none, and costs one attempt."""
-    try:
-        record = parse_json(store.get_bytes(key)[0])
-    except (ObjectNotFoundError, ValueError):
-        return None
-    return record if isinstance(record, dict) and {"learning_rate", "message"} <= record.keys() else None
+    """Return what an earlier attempt left. A damaged record counts as none and costs one attempt."""
+    record = find_json(store, key) or {}
+    return record if {"learning_rate", "message"} <= record.keys() else None
 
 
 def _exhausted(run: Run, stage: Stage, failures: list[dict[str, Any]]) -> DivergedError:

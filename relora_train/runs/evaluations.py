@@ -1,4 +1,4 @@
-"""Scores of committed checkpoints, kept in the store beside the run so that they are made once. Light."""
+"""Scores of committed checkpoints, kept in the store beside the run so that they are made once."""
 
 from __future__ import annotations
 
@@ -12,12 +12,11 @@ from relora_train.checkpoints.layout import check_run_id
 from relora_train.checkpoints.lineage import CheckpointRef
 from relora_train.checkpoints.manifest import DatasetManifest, read_manifest
 from relora_train.errors import ObjectNotFoundError
-from relora_train.runs.kept_worker import KeptWorker
-from relora_train.runs.launch import run_worker
 from relora_train.runs.run import DatasetRef, OnEvent, fetch_dataset, fetch_parent
+from relora_train.runs.workers import KeptWorker, run_worker
 from relora_train.settings.keys import settings_digest
 from relora_train.settings.profile import Profile, profile_from_file
-from relora_train.storage.base import ObjectStore, parse_json
+from relora_train.storage.base import ObjectStore, find_json, parse_json, put_json
 from relora_train.storage.opening import open_store
 from relora_train.storage.workspace import checkpoint_cache, short_digest, work_directory
 from relora_train.training.requests import EvaluationRequest
@@ -32,7 +31,7 @@ class EvaluationOutcome:
 
 
 def dataset_of(checkpoint: CheckpointRef) -> DatasetRef:
-    """The dataset a checkpoint was trained on, where its manifest says it lies. Raises ObjectNotFoundError."""
+    """Return the dataset that a checkpoint was trained on. Raise ObjectNotFoundError if it is gone."""
     uri = checkpoint.manifest.dataset_uri
     root, _, rest = uri.rpartition("/datasets/")
     store, prefix = open_store(root), f"datasets/{rest}"
@@ -73,19 +72,18 @@ def evaluate_or_reuse(
     if recorded is not None:
         return recorded
     name = f"{checkpoint.manifest.stage}-{checkpoint.fingerprint[:12]}-{short_digest(f'{store.uri}/{key}')}"
-    with work_directory(checkpoint.manifest.run_id, f"evaluate-{name}") as directory:
-        recorded = _recorded(store, key, checkpoint)
-        if recorded is not None:  # by the process that was waited for
+    with work_directory(checkpoint.manifest.run_id, f"evaluate-{name}") as work:
+        if work.waited and (recorded := _recorded(store, key, checkpoint)):  # by the process that was waited for
             return recorded
         request = EvaluationRequest(
             profile=profile,
             checkpoint_directory=fetch_parent(checkpoint),
             dataset_directory=fetch_dataset(dataset),
-            result_path=directory / "result.json",
+            result_path=work.path / "result.json",
             sequences=profile.evaluation.final_sequences,
         )
-        work = worker.run if worker is not None else run_worker
-        work("relora_train.training.evaluate", request, directory / "request.json", on_event=on_event)
+        run_in_worker = worker.run if worker is not None else run_worker
+        run_in_worker("relora_train.training.evaluate", request, work.path / "request.json", on_event=on_event)
         record = {
             "checkpoint_uri": checkpoint.uri,
             "run_id": checkpoint.manifest.run_id,
@@ -94,20 +92,20 @@ def evaluate_or_reuse(
             "dataset_id": dataset.dataset_id,
             **json.loads(request.result_path.read_text()),
         }
-        store.put_bytes(key, (json.dumps(record, indent=1) + "\n").encode())
+        put_json(store, key, record)
     return EvaluationOutcome(record, reused=False)
 
 
 def recorded_evaluation(
     profile: Profile, checkpoint: CheckpointRef, dataset: DatasetRef, store: ObjectStore
 ) -> dict[str, Any] | None:
-    """What evaluate_or_reuse would reuse; None where it would score."""
+    """Return what evaluate_or_reuse would reuse, or None if it would score."""
     found = _recorded(store, _key(profile, checkpoint, dataset), checkpoint)
     return None if found is None else found.record
 
 
 def recorded_evaluations(store: ObjectStore, line: Sequence[CheckpointRef]) -> list[dict[str, Any]]:
-    """The newest record of every checkpoint of a line that the store holds one for, in the line's order."""
+    """Return the newest record of each checkpoint of a line that has one, in the line's order."""
     newest: dict[str, dict[str, Any]] = {}
     for run_id in dict.fromkeys(ref.manifest.run_id for ref in line):
         for info in sorted(store.list(f"runs/{run_id}/evaluations/"), key=lambda info: info.modified_at):
@@ -118,11 +116,8 @@ def recorded_evaluations(store: ObjectStore, line: Sequence[CheckpointRef]) -> l
 
 
 def _recorded(store: ObjectStore, key: str, checkpoint: CheckpointRef) -> EvaluationOutcome | None:
-    try:
-        record = parse_json(store.get_bytes(key)[0])
-    except (ObjectNotFoundError, ValueError):  # one that is damaged costs another evaluation
-        return None
-    if not isinstance(record, dict):
+    record = find_json(store, key)  # a damaged one costs another evaluation
+    if record is None:
         return None
     return EvaluationOutcome({**record, "checkpoint_uri": checkpoint.uri}, reused=True)  # the store may have moved
 

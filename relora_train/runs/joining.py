@@ -1,4 +1,4 @@
-"""Train along on another machine than the flow's: one torchrun agent a stage, as long as stages begin. Light.
+"""Take part in training from another machine than the flow's: one torchrun agent a stage, while stages begin.
 
 The flow's machine has node rank 0 and the first rank, which alone talks to the flow and writes. Agents meet at
 launch.rdzv_endpoint, a port on the flow's machine that is open while a stage runs there.
@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from relora_train.devices import check_devices
 from relora_train.errors import ConfigError, ReLoRAError, TrainerCrashedError
 from relora_train.events import Event
-from relora_train.runs.launch import Nodes, run_worker
+from relora_train.runs.workers import Nodes, run_worker
 from relora_train.settings.running import LaunchConfig
 from relora_train.training.requests import JoinRequest
 

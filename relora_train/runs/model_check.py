@@ -1,6 +1,6 @@
-"""Before anything is tokenized: can the model that a run trains be loaded, wrapped and put on a device? Light.
+"""Check, before anything is tokenized, that a run's model can be loaded, wrapped and put on a device.
 
-What can be known without torch is; the rest a worker process finds out by loading the model.
+What needs no torch is checked here. A worker process finds out the rest by loading the model.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from collections.abc import Sequence
 
 from relora_train.checkpoints.lineage import CheckpointRef
 from relora_train.method.stages import Stage
-from relora_train.runs.launch import run_worker
 from relora_train.runs.run import OnEvent, Run
+from relora_train.runs.workers import run_worker
 from relora_train.settings.profile import Profile
 from relora_train.storage.opening import open_store
 from relora_train.storage.workspace import short_digest, work_directory
@@ -56,13 +56,13 @@ def check_run(run: Run, stages: Sequence[Stage], parent: CheckpointRef | None, *
     asks_for_devices = launch.device == "cuda" or (launch.device == "auto" and launch.nproc_per_node != 1)
     if known and not asks_for_devices:
         return
-    with work_directory("checks", f"{run.run_id}-{short_digest(run.store.uri)}") as directory:
+    with work_directory("checks", f"{run.run_id}-{short_digest(run.store.uri)}") as work:
         request = ModelCheckRequest(profile=profile, low_rank=low_rank)
         if config is not None:
-            (directory / "config.json").write_bytes(config)
-            request = request.model_copy(update={"config_directory": directory})
-        work = run.worker.run if run.worker is not None else run_worker
-        work("relora_train.training.model_check_worker", request, directory / "request.json", on_event=on_event)
+            (work.path / "config.json").write_bytes(config)
+            request = request.model_copy(update={"config_directory": work.path})
+        path, run_in_worker = work.path / "request.json", run.worker.run if run.worker is not None else run_worker
+        run_in_worker("relora_train.training.model_check_worker", request, path, on_event=on_event)
 
 
 def _knows_layers(profile: Profile, config: bytes, where: str) -> bool:

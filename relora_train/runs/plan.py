@@ -1,6 +1,6 @@
-"""What a run will take, before anything starts: stages, tokens, parameters, FLOPs, memory, disk, learning rates.
+"""Count what a run will take, before anything starts: stages, tokens, parameters, FLOPs, memory, disk, rates.
 
-Everything is counted from the profile, nothing measured. Light: imports no torch, boto3 or prefect, needs no network.
+Everything is counted from the profile, nothing is measured, and no network is needed.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class MemoryEstimate(FrozenConfig):
         return self.weights + self.gradients + self.optimizer + self.merged
 
     def shared_by(self, launch: LaunchConfig) -> MemoryEstimate:
-        """What is left on each device when ranks share the model. Not covered: the blocks gathered for a moment."""
+        """Return each device's part when ranks share the model. Not covered: the blocks gathered for a moment."""
         ranks = (launch.world_size or 1) if launch.sharding == "full" else 1
         return MemoryEstimate(**{name: math.ceil(size / ranks) for name, size in self})
 
@@ -54,7 +54,7 @@ class CheckpointSize(FrozenConfig):
 
     model: int
     optimizer: int
-    """What the next stage continues with, after the reset; an embedding row that no token met takes less."""
+    """The optimizer's state after the reset; an embedding row that no token met takes less."""
 
     adapter: int
 
@@ -74,11 +74,11 @@ class LayerOrder(FrozenConfig):
 
 
 class PhaseCost(FrozenConfig):
-    """What full-rank or low-rank training takes, whichever stage does it."""
+    """The cost of full-rank or low-rank training, whichever stage does it."""
 
     trainable_parameters: int
     adapter_parameters: int
-    """Of these, in A and B."""
+    """The part of them in A and B."""
 
     flops_per_token: int
     """Forward and backward, in the cheapest order of products."""
@@ -88,7 +88,7 @@ class PhaseCost(FrozenConfig):
     """One snapshot inside a stage: all that moves, and its Adam state."""
 
     orders: tuple[LayerOrder, ...] = ()
-    """Of the low-rank layers of a block, on the kind of device that the profile names; 'auto' counts as a CPU."""
+    """The low-rank layers of a block, on the kind of device that the profile names; 'auto' counts as a CPU."""
 
 
 class LearningRatePoint(FrozenConfig):
@@ -107,7 +107,7 @@ class PlannedStage(FrozenConfig):
     end_step: int
     tokens: int
     learning_rates: tuple[LearningRatePoint, ...]
-    """At the first update, at the top of the climb where there is one, and at the last update."""
+    """The rates at the first update, at the top of the climb if there is one, and at the last update."""
 
     flops: int | None
     checkpoint: CheckpointSize | None
@@ -119,7 +119,7 @@ class Plan(FrozenConfig):
     profile: str
     method: str
     data_source: str
-    """Where the text comes from."""
+    """The source of the text."""
 
     tokens_per_step: int
     total_steps: int
@@ -142,7 +142,7 @@ class Plan(FrozenConfig):
 
 
 def plan(profile: Profile) -> Plan:
-    """Count a run. Raises ConfigError or NoTargetModulesError where the profile does not fit its model's layers."""
+    """Count a run. Raise ConfigError or NoTargetModulesError if the profile does not fit its model's layers."""
     stages = plan_stages(profile)
     full: PhaseCost | None = None
     low_rank: PhaseCost | None = None
@@ -154,12 +154,25 @@ def plan(profile: Profile) -> Plan:
     except ShapeUnknownError as error:
         unknown = str(error)
     costs = [low_rank if stage.low_rank else full for stage in stages]
-    planned = tuple(_planned_stage(profile, stage, cost, parameters) for stage, cost in zip(stages, costs, strict=True))
-    total_tokens = profile.schedule.total_steps * profile.batch.tokens
+    planned = tuple(
+        PlannedStage(
+            name=stage.name,
+            kind=stage.kind,
+            start_step=stage.start_step,
+            end_step=stage.end_step,
+            tokens=stage.steps * profile.batch.tokens,
+            learning_rates=_milestones(profile, stage),
+            flops=cost.flops_per_token * stage.steps * profile.batch.tokens if cost else None,
+            checkpoint=_checkpoint_size(profile, stage, cost, parameters) if cost and parameters else None,
+        )
+        for stage, cost in zip(stages, costs, strict=True)
+    )
+    total_tokens, data = profile.schedule.total_steps * profile.batch.tokens, profile.data
+    places = (data.hub_id, data.hub_config, data.hub_split) if data.source == "hub" else data.paths
     return Plan(
         profile=profile.name,
         method=profile.method,
-        data_source=_data_source(profile),
+        data_source=" ".join(part for part in (data.source, *places) if part),
         tokens_per_step=profile.batch.tokens,
         total_steps=profile.schedule.total_steps,
         total_tokens=total_tokens,
@@ -171,20 +184,6 @@ def plan(profile: Profile) -> Plan:
         total_flops=_total([stage.flops for stage in planned]),
         full_rank_flops=full.flops_per_token * total_tokens if full else None,
         disk_bytes=_disk_bytes(planned, costs),
-    )
-
-
-def _planned_stage(profile: Profile, stage: Stage, cost: PhaseCost | None, parameters: int | None) -> PlannedStage:
-    tokens = stage.steps * profile.batch.tokens
-    return PlannedStage(
-        name=stage.name,
-        kind=stage.kind,
-        start_step=stage.start_step,
-        end_step=stage.end_step,
-        tokens=tokens,
-        learning_rates=_milestones(profile, stage),
-        flops=cost.flops_per_token * tokens if cost else None,
-        checkpoint=_checkpoint_size(profile, stage, cost, parameters) if cost and parameters else None,
     )
 
 
@@ -219,7 +218,9 @@ def _low_rank_cost(profile: Profile, shape: ModelShape) -> PhaseCost:
     trainable = shape.parameters - frozen + factors
     frozen_bytes = _BF16_BYTES if profile.precision.computes_in_bfloat16 else _FP32_BYTES
     trained = _trained_bytes(profile, shape, trainable)
-    orders = {layers: _products(profile, layers) for layers in _siblings(wrapped)}
+    by_name = {linear.name: linear for linear in wrapped}
+    siblings = [tuple(by_name[name] for name in names) for names in sibling_groups(list(by_name))]
+    orders = {layers: _products(profile, layers) for layers in siblings}
     flops = low_rank_flops_per_token(
         shape,
         sequence_length=batch.sequence_length,
@@ -245,16 +246,11 @@ def _low_rank_cost(profile: Profile, shape: ModelShape) -> PhaseCost:
 
 
 def _trained_bytes(profile: Profile, shape: ModelShape, parameters: int) -> int:
-    """One copy of what is trained, such as its gradients. Under autocast all stays fp32."""
+    """Return the bytes of one copy of what is trained, such as its gradients. Under autocast all stays fp32."""
     if not profile.precision.trains_in_bfloat16:
         return _FP32_BYTES * parameters
     vectors = shape.vector_parameters
     return _BF16_BYTES * (parameters - vectors) + _FP32_BYTES * vectors
-
-
-def _siblings(wrapped: tuple[LinearShape, ...]) -> list[tuple[LinearShape, ...]]:
-    by_name = {linear.name: linear for linear in wrapped}
-    return [tuple(by_name[name] for name in names) for names in sibling_groups(list(by_name))]
 
 
 def _products(profile: Profile, layers: tuple[LinearShape, ...]) -> tuple[Products, float]:
@@ -271,7 +267,7 @@ def _products(profile: Profile, layers: tuple[LinearShape, ...]) -> tuple[Produc
 
 
 def _checkpoint_size(profile: Profile, stage: Stage, cost: PhaseCost, parameters: int) -> CheckpointSize:
-    """A warm start's optimizer ends with it, and so does a LoRA's: only cycles and full-rank stages hand theirs on."""
+    """Return a checkpoint's size. Only cycles and full-rank stages hand their optimizer on."""
     factors, others = cost.adapter_parameters, cost.trainable_parameters - cost.adapter_parameters
     moment = _FP32_BYTES * others + _kept_bytes(profile.optimizer_reset) * factors
     return CheckpointSize(
@@ -282,13 +278,13 @@ def _checkpoint_size(profile: Profile, stage: Stage, cost: PhaseCost, parameters
 
 
 def _kept_bytes(reset: OptimizerResetConfig) -> float:
-    """Bytes on disk for one entry of a moment of A or B: index and value of what is kept, or dense where cheaper."""
+    """Return the bytes on disk of one entry of a moment of A or B: index and value, or dense if that is cheaper."""
     kept = {"none": 1.0, "zero": 0.0}.get(reset.mode, 1 - reset.ratio)
     return float(_FP32_BYTES) if kept > 0.5 else 2 * _FP32_BYTES * kept
 
 
 def _disk_bytes(stages: tuple[PlannedStage, ...], costs: list[PhaseCost | None]) -> int | None:
-    """All checkpoints, and the largest pair of snapshots that exists at one time."""
+    """Return the bytes of all checkpoints and of the largest pair of snapshots at one time."""
     checkpoints = _total([stage.checkpoint.total if stage.checkpoint else None for stage in stages])
     snapshots = max((cost.snapshot_bytes for cost in costs if cost), default=0)
     return None if checkpoints is None else checkpoints + _SNAPSHOTS_KEPT * snapshots
@@ -297,10 +293,3 @@ def _disk_bytes(stages: tuple[PlannedStage, ...], costs: list[PhaseCost | None])
 def _total(values: list[int | None]) -> int | None:
     known = [value for value in values if value is not None]
     return sum(known) if len(known) == len(values) else None
-
-
-def _data_source(profile: Profile) -> str:
-    data = profile.data
-    if data.source == "hub":
-        return " ".join(part for part in ("hub", data.hub_id, data.hub_config, data.hub_split) if part)
-    return " ".join((data.source, *data.paths))

@@ -1,12 +1,12 @@
-"""Store finished checkpoints, one after another, while the stages after them train. Light: no torch, boto3 or prefect.
+"""Store finished checkpoints, one after another, while the stages after them train.
 
 A publisher belongs to one flow, as its lease does. Guarantees:
 1. In order: a checkpoint is committed only when all that were handed over before it are. One that cannot be stored
    holds up the later ones, whatever they have come to.
-2. Files and lock of its work directory stay until it is stored and `settle` says that nobody reads them any more. What
-   is not stored in the end stays on this machine, and the next run here stores it without training it again.
-3. Where the store turns out to hold another result in a checkpoint's place, nothing handed over later is ever stored.
-4. After the block nothing is made visible any more, also by a transfer that could not be stopped.
+2. Files and lock of its work directory stay until it is stored and `release_files` says that nobody reads them any
+   more. What is not stored in the end stays on this machine; the next run here stores it without training it again.
+3. If the store turns out to hold another result in a checkpoint's place, nothing handed over later is ever stored.
+4. After the block nothing becomes visible any more, not even by a transfer that could not be stopped.
 While the store is away or denies access, it is tried again now and then, and training goes on. A flow that waits for a
 checkpoint tries at once. If access is denied, it waits until half an hour has passed since the first denial.
 """
@@ -14,21 +14,19 @@ checkpoint tries at once. If access is denied, it waits until half an hour has p
 from __future__ import annotations
 
 import contextlib
-import contextvars
 import logging
 import math
-import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
 from types import TracebackType
-from typing import Self
 
 from relora_train.checkpoints.lineage import CheckpointRef
 from relora_train.checkpoints.manifest import result_digest
 from relora_train.errors import AccessDeniedError, PreconditionFailedError, ReLoRAError
+from relora_train.runs.background import TICK_SECONDS, Background, pause_after
 from relora_train.runs.snapshot_uploader import STOP_BUDGET_SECONDS
 from relora_train.storage.base import ObjectStore
 
@@ -37,11 +35,10 @@ _log = logging.getLogger("relora_train.runs.publishing")
 _STOP_SECONDS = 25.0  # for a stop of which no trainer told; Prefect kills after 30
 _RETRY_SECONDS = (5.0, 15.0, 60.0)
 _DENIED_SECONDS = 1800.0  # for a person to renew a token; a device idles no longer once the next stage is trained
-_TICK_SECONDS = 0.5
 
 
 class AbandonedError(Exception):
-    """Nobody waits for this any more: the flow is over. Never seen by a user."""
+    """The flow is over and nobody waits any more. A user never sees it."""
 
 
 @dataclass(eq=False)
@@ -49,25 +46,25 @@ class Publication:
     """One finished checkpoint on its way into the store."""
 
     checkpoint: CheckpointRef
-    """As it will be, at the place where it will be."""
+    """The checkpoint as it will be."""
 
     directory: Path
     """Its files on this machine."""
 
     store: Callable[[Callable[[], None]], CheckpointRef]
-    """Commits it and returns what the store holds. Calls its argument before each write: it may raise."""
+    """Commits it and returns what the store holds. Calls its argument, which may raise, before each write."""
 
     cancel: Callable[[], None]
-    """Ends an attempt that is under way as soon as may be."""
+    """Ends an attempt that is under way as soon as possible."""
 
     finish: Callable[[CheckpointRef | None], None]
-    """Lets go of the files: with what the store holds, or with None when it holds nothing yet."""
+    """Releases the files, given what the store holds; None if it holds nothing yet."""
 
     committed: CheckpointRef | None = None
     error: Exception | None = None
     failures: int = 0
     due: float = 0.0
-    """When the next attempt is made, by the monotonic clock."""
+    """The time of the next attempt, by the monotonic clock."""
     denied_until: float = 0.0
     """The end of the wait for access, by the same clock, once it was denied."""
     awaits_access: bool = False
@@ -75,7 +72,7 @@ class Publication:
 
     @property
     def superseded(self) -> bool:
-        """Whether the store holds another result in its place."""
+        """True if the store holds another result in its place."""
         return self.committed is not None and self.error is not None
 
     @property
@@ -83,36 +80,22 @@ class Publication:
         return self.committed is not None and self.error is None
 
 
-class Publisher:
-    """Stores what it is handed over, on a thread of its own, for the length of a `with` block.
+class Publisher(Background):
+    """Stores what it is handed over, for the length of a `with` block.
 
-    On the way out of the block the one under way is waited for; when the flow was stopped (an exception that is not an
-    Exception), within 28 seconds of the moment the trainer was asked to stop, or 25 without one.
+    The end of the block waits for the transfer that is under way. If the flow was stopped (an exception that is not an
+    Exception), it waits until 28 seconds after the trainer was asked to stop, or 25 seconds without a trainer.
     """
 
     def __init__(self, *, retry_seconds: tuple[float, ...] = _RETRY_SECONDS) -> None:
+        super().__init__("publisher")
         self._retry_seconds = retry_seconds
         self._publications: list[Publication] = []
-        self._changed = threading.Condition()
-        self._closing = self._abandoned = False
         self._stopping_at = -math.inf
-        context = contextvars.copy_context()  # so that log records still belong to the flow around us
-        self._thread = threading.Thread(target=context.run, args=(self._run,), name="publisher", daemon=True)
-
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        with self._changed:
-            self._closing = True
-            self._changed.notify_all()
         try:
-            if kind is None or issubclass(kind, Exception):
-                while self._thread.is_alive():
-                    self._thread.join(_TICK_SECONDS)
-            else:
-                self._thread.join(self._seconds_left())
+            self._close(None if kind is None or issubclass(kind, Exception) else self._seconds_left())
         finally:
             with self._changed:
                 self._abandoned = True
@@ -131,20 +114,20 @@ class Publisher:
             self._changed.notify_all()
 
     def find(self, fingerprint: str) -> Publication | None:
-        """The publication of exactly this work, from when it is offered until it is settled."""
+        """Return the publication of exactly this work, from when it is offered until its files are released."""
         with self._changed:
             return next((one for one in self._publications if one.checkpoint.fingerprint == fingerprint), None)
 
     def is_stored(self, checkpoint: CheckpointRef) -> bool:
-        """Whether the store holds it. One that was never offered came from there."""
+        """Return True if the store holds the checkpoint. One that was never offered came from there."""
         publication = self.find(checkpoint.fingerprint)
         return publication is None or publication.stored
 
     def wait(self, checkpoint: CheckpointRef) -> CheckpointRef:
-        """Return the checkpoint as the store holds it, once it does; one that was never offered came from there.
+        """Return the checkpoint as the store holds it, once it does. One that was never offered came from there.
 
-        Begins an attempt at once where an earlier one has failed, and raises what this one fails with: it may be
-        called again. Raises PreconditionFailedError when the store holds another result in its place.
+        If an earlier attempt has failed, begin another at once and raise what it fails with: you may call again.
+        Raises PreconditionFailedError if the store holds another result in its place.
         """
         with self._changed:
             known = self.find(checkpoint.fingerprint)
@@ -154,8 +137,8 @@ class Publisher:
                 self._wait_for(publication)
         return known.committed or checkpoint
 
-    def settle(self, checkpoint: CheckpointRef) -> None:
-        """Let go of the local files of a stored checkpoint: nobody reads them any more."""
+    def release_files(self, checkpoint: CheckpointRef) -> None:
+        """Release the local files of a stored checkpoint, which nobody reads any more."""
         with self._changed:
             publication = self.find(checkpoint.fingerprint)
             if publication is None or not publication.stored:
@@ -164,14 +147,14 @@ class Publisher:
         publication.finish(publication.committed)
 
     def raise_if_superseded(self) -> None:
-        """Ends work whose result could never be committed: PreconditionFailedError."""
+        """Raise PreconditionFailedError if the result of later work could never be committed."""
         with self._changed:
             for publication in self._publications:
                 if publication.superseded and publication.error is not None:
                     raise publication.error
 
     def stopping(self) -> None:
-        """The trainer is asked to stop just now: the time that is left counts from here."""
+        """Note that the trainer is asked to stop: the time that is left counts from now."""
         self._stopping_at = time.monotonic()
 
     def _wait_for(self, publication: Publication) -> None:
@@ -185,7 +168,7 @@ class Publisher:
                 raise publication.error
             if not self._thread.is_alive():
                 raise AbandonedError(f"{publication.checkpoint.uri} is not stored any more: its flow is over.")
-            self._changed.wait(_TICK_SECONDS)  # short, so that a signal is answered on every platform
+            self._changed.wait(TICK_SECONDS)
 
     def _run(self) -> None:
         while (publication := self._next()) is not None:
@@ -197,7 +180,7 @@ class Publisher:
                 self._changed.notify_all()
 
     def _next(self) -> Publication | None:
-        """Wait for the first that is not stored to be due; None when there will be no more."""
+        """Wait until the first that is not stored is due, and return it; None when there will be no more."""
         with self._changed:
             while not self._abandoned:
                 first = next((one for one in self._publications if not one.stored), None)
@@ -225,7 +208,7 @@ class Publisher:
             publication.denied_until = now + _DENIED_SECONDS
             advice = _renew_until(datetime.now().astimezone() + timedelta(seconds=_DENIED_SECONDS))
         publication.awaits_access = denied and now < publication.denied_until
-        pause = self._retry_seconds[min(publication.failures, len(self._retry_seconds)) - 1]
+        pause = pause_after(publication.failures, self._retry_seconds)
         if publication.awaits_access:
             pause = min(pause, publication.denied_until - now)
         may_help = denied or (isinstance(error, ReLoRAError) and error.retryable)
@@ -244,7 +227,7 @@ class Publisher:
 
 @contextlib.contextmanager
 def publishing(store: ObjectStore) -> Iterator[Publisher | None]:
-    """A publisher for the length of the block; None for a store on this machine, where nothing would be gained."""
+    """Yield a publisher for the length of the block, or None for a store on this machine: nothing would be gained."""
     if not store.is_remote:
         yield None
         return

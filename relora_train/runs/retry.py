@@ -1,9 +1,9 @@
-"""Make one stage of a run again on purpose, because somebody distrusts its result. Light.
+"""Train one stage of a run again on purpose, to check a result that somebody distrusts.
 
-The stage is trained once more in full, from its parent, with its own settings and nothing of earlier attempts, and its
-files are compared with the committed ones by SHA-256. The same bytes: nothing changes, the checkpoint is confirmed.
-Other bytes (a GPU without deterministic kernels, another version, damaged hardware): both are told apart, and the
-committed one stays the run's, unless `replace` asks for the new one.
+The stage is trained in full, from its parent, with its own settings and nothing of earlier attempts. Its files are
+compared with the committed ones by SHA-256. If the bytes are the same, nothing changes and the checkpoint is confirmed.
+If they differ (a GPU without deterministic kernels, another version, damaged hardware), the committed checkpoint stays
+the run's, unless `replace` asks for the new one.
 
 A replacement is a variant: committed beside the other, never over it, with `retry` among its settings so that it has a
 fingerprint of its own, and the run's head moves to it. What was trained from the replaced checkpoint stays where it is,
@@ -29,8 +29,9 @@ from relora_train.errors import CheckpointIncompleteError, CheckpointNotFoundErr
 from relora_train.method.fingerprint import stage_fingerprint
 from relora_train.method.stages import Stage
 from relora_train.runs.evaluations import dataset_of
-from relora_train.runs.launch import nodes_of, run_worker
-from relora_train.runs.run import DatasetRef, OnEvent, Run, fetch_dataset, fetch_parent, stage_identity
+from relora_train.runs.find import stage_identity
+from relora_train.runs.run import DatasetRef, OnEvent, Run, fetch_dataset, fetch_parent
+from relora_train.runs.workers import nodes_of, run_worker
 from relora_train.settings.keys import differing_settings, settings_digest
 from relora_train.settings.profile import Profile, profile_from_file
 from relora_train.storage.opening import open_store
@@ -44,7 +45,7 @@ _DESCRIPTIONS = ("adapter/README.md", "adapter/adapter_config.json")
 
 @dataclass(frozen=True)
 class RetryOutcome:
-    """What came of it."""
+    """The result of a retry."""
 
     checkpoint: CheckpointRef
     """The one that was committed before."""
@@ -53,7 +54,7 @@ class RetryOutcome:
     """Files of the checkpoint with other bytes than before, by name; none when the result is confirmed."""
 
     evaluation: dict[str, float]
-    """Of the new attempt; the committed one's is in its manifest."""
+    """The scores of the new attempt; the committed ones are in the manifest."""
 
     descendants: tuple[CheckpointRef, ...]
     """Checkpoints of this store that were trained from the committed one, in any run."""
@@ -82,7 +83,8 @@ def retry_stage(checkpoint: CheckpointRef, *, on_event: OnEvent, replace: bool =
     writer: AbstractContextManager[Lease | None] = nullcontext()
     if replace:
         writer = hold_run(run.store, run.run_id, depends_on=[checkpoint.uri])
-    with writer as lease, work_directory(run.run_id, f"retry-{stage.name}-{checkpoint.fingerprint[:12]}") as directory:
+    with writer as lease, work_directory(run.run_id, f"retry-{stage.name}-{checkpoint.fingerprint[:12]}") as work:
+        directory = work.path
         shutil.rmtree(directory / "checkpoint", ignore_errors=True)  # of a retry that was stopped: it proves nothing
         request = StageRequest(
             run_id=run.run_id,
@@ -122,7 +124,7 @@ def retry_stage(checkpoint: CheckpointRef, *, on_event: OnEvent, replace: bool =
 
 
 def stage_of(manifest: CheckpointManifest) -> Stage:
-    """The stage that ended in a checkpoint, read back from the settings of its fingerprint. Pure."""
+    """Return the stage that ended in a checkpoint, from the settings of its fingerprint. Pure."""
     settings = manifest.fingerprint_settings
     kind, start = settings["stage.kind"], settings["stage.start_step"]
     phase_start = settings["schedule.warm_start_steps"] if kind in ("relora", "lora") else 0
@@ -132,7 +134,7 @@ def stage_of(manifest: CheckpointManifest) -> Stage:
 
 
 def differing_files(ours: CheckpointManifest, theirs: CheckpointManifest) -> tuple[str, ...]:
-    """Files that only one of two checkpoints has, or that have other bytes; records are not compared."""
+    """Return files that only one of two checkpoints has, or that have other bytes; records are not compared."""
     one, two = ({entry.path: entry.sha256 for entry in manifest.files} for manifest in (ours, theirs))
     return tuple(
         sorted(name for name in {*one, *two} - {*RECORD_FILES, *_DESCRIPTIONS} if one.get(name) != two.get(name))
@@ -140,7 +142,7 @@ def differing_files(ours: CheckpointManifest, theirs: CheckpointManifest) -> tup
 
 
 def _as_variant(made: CheckpointManifest, checkpoint: CheckpointRef) -> CheckpointManifest:
-    """The new attempt under a fingerprint of its own, which follows from its bytes: the same retry is the same."""
+    """Return the new attempt under a fingerprint of its own, which follows from its bytes."""
     content = settings_digest({entry.path: entry.sha256 for entry in made.files if entry.path not in RECORD_FILES})
     settings: dict[str, Any] = {**made.fingerprint_settings, _RETRY: content[:16]}
     fingerprint = stage_fingerprint(settings, made.parent.fingerprint if made.parent else None)
@@ -166,7 +168,7 @@ def _require_on_line(checkpoint: CheckpointRef) -> None:
 def _require_same_settings(
     run: Run, stage: Stage, dataset: DatasetRef, parent: CheckpointRef | None, checkpoint: CheckpointRef
 ) -> None:
-    """A retry under settings that are read otherwise today would prove nothing."""
+    """Raise ConfigError if settings mean something else today: a retry would prove nothing."""
     ours = stage_identity(run, stage, dataset.dataset_id, parent)[0]
     theirs = {key: value for key, value in checkpoint.manifest.fingerprint_settings.items() if key != _RETRY}
     if lines := differing_settings(ours, theirs):
@@ -178,7 +180,7 @@ def _require_same_settings(
 
 
 def profile_of(checkpoint: CheckpointRef) -> Profile:
-    """The resolved settings that a checkpoint was made with."""
+    """Return the resolved settings that a checkpoint was made with."""
     entries = tuple(entry for entry in checkpoint.manifest.files if entry.path == "profile.json")
     if not entries:
         raise CheckpointIncompleteError(f"{checkpoint.uri} holds no profile.json, so its stage cannot be retried.")
@@ -190,7 +192,7 @@ def profile_of(checkpoint: CheckpointRef) -> Profile:
 
 
 def parent_of(checkpoint: CheckpointRef) -> CheckpointRef | None:
-    """The committed checkpoint that a stage began from, or None. Raises CheckpointNotFoundError when it is gone."""
+    """Return the checkpoint that a stage began from, or None. Raise CheckpointNotFoundError if it is gone."""
     named = checkpoint.manifest.parent
     if named is None:
         return None

@@ -1,23 +1,21 @@
-"""Ship a stage's snapshots to the store while it trains, on a thread that nothing waits for. Light.
+"""Upload a stage's snapshots while it trains, on a thread that nothing waits for.
 
-While the store cannot be reached the newest snapshots wait on this machine, the oldest are dropped, one warning is
-given, and training goes on. The store gets the newest first.
+While the store cannot be reached, training goes on after one warning. The newest snapshots wait on this machine, the
+oldest are dropped, and the store gets the newest first.
 """
 
 from __future__ import annotations
 
-import contextvars
 import logging
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import Self
 
 from relora_train.checkpoints.snapshots import SnapshotStore
 from relora_train.errors import CheckpointError, ReLoRAError
 from relora_train.events import Event
+from relora_train.runs.background import Background, pause_after
 
 _log = logging.getLogger("relora_train.runs.snapshot_uploader")
 
@@ -29,15 +27,15 @@ _RETRY_SECONDS = (1.0, 5.0, 15.0, 60.0)
 _HELD_BACK_SECONDS = 0.5  # between two questions whether snapshots may be stored by now
 
 
-class SnapshotUploader:
-    """Stores what the events say was committed; on the way out of the `with`, what is still waiting.
+class SnapshotUploader(Background):
+    """Stores the snapshots that the events name and, at the end of the `with` block, the one that still waits.
 
-    After the block ended well nothing is waited for beyond the upload that is under way: the checkpoint comes next.
-    After an exception the newest snapshot is stored before it goes on, for 25 seconds at most, and within 28 seconds
-    of the moment the worker was asked to stop.
+    A block that ends well waits only for the upload that is under way: the checkpoint comes next. After an exception
+    the newest snapshot is stored first, for 25 seconds at most, and within 28 seconds of the moment at which the worker
+    was asked to stop.
 
-    may_store: asked before each; as long as it says no, snapshots are made and kept on this machine only. After an
-    exception that is no stop they are not waited for then: the retry on this machine needs no upload.
+    may_store: asked before each upload. While it says no, snapshots stay on this machine. After an exception that is no
+    stop, nothing waits for them then: the retry on this machine needs no upload.
     """
 
     def __init__(
@@ -47,60 +45,24 @@ class SnapshotUploader:
         may_store: Callable[[], bool] = lambda: True,
         retry_seconds: tuple[float, ...] = _RETRY_SECONDS,
     ) -> None:
+        super().__init__("snapshots")
         self._snapshots, self._may_store, self._retry_seconds = snapshots, may_store, retry_seconds
-        self._changed = threading.Condition()
         self._pending: Path | None = None
         self._uploading: Path | None = None
-        self._closing = self._abandoned = False
         self._failures = 0
         self._stopping_at: float | None = None
-        context = contextvars.copy_context()  # so that log records still belong to the task around us
-        self._thread = threading.Thread(target=context.run, args=(self._run,), name="snapshots", daemon=True)
-
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if kind is None:
-            self._close(_FAILURE_BUDGET_SECONDS, flush=False)
-            return
         seconds = _FAILURE_BUDGET_SECONDS
-        if self._stopping_at is not None:
+        if kind is not None and self._stopping_at is not None:
             seconds = self._stopping_at + STOP_BUDGET_SECONDS - time.monotonic()
-        stopped = not issubclass(kind, Exception)
-        self._close(seconds, flush=stopped or self._may_store())
-
-    def watch(self, on_event: Callable[[Event], None]) -> Callable[[Event], None]:
-        """A listener for run_worker that hears of snapshots and passes every event on."""
-
-        def watched(event: Event) -> None:
-            if event["event"] == "snapshot_committed":
-                self.offer(Path(event["directory"]))
-            elif event["event"] == "stopping":
-                self._stopping_at = time.monotonic()
-            elif event["event"] == "snapshot_failed":
-                _log.warning("The snapshot of step %s was not written: %s", event["step"], event["message"])
-            on_event(event)
-
-        return watched
-
-    def offer(self, directory: Path) -> None:
-        """Store this snapshot next, instead of one that is still waiting. Returns at once."""
+        flush = kind is not None and (not issubclass(kind, Exception) or self._may_store())
         with self._changed:
-            self._pending = directory
-            self._snapshots.prune_local(in_use=self._uploading)
-            self._changed.notify_all()
-
-    def _close(self, seconds: float, *, flush: bool) -> None:
-        with self._changed:
-            self._closing = True
             if not flush:
                 self._pending = None
-            self._changed.notify_all()
-        self._thread.join(max(0.0, seconds))
+        self._close(seconds)
         with self._changed:
             self._abandoned = True
             self._changed.notify_all()
@@ -110,6 +72,22 @@ class SnapshotUploader:
                     "machine goes on from it.",
                     self._snapshots.uri, self._pending,
                 )  # fmt: skip
+
+    def hear(self, event: Event) -> None:
+        """Take from a worker's events what concerns snapshots."""
+        if event["event"] == "snapshot_committed":
+            self.offer(Path(event["directory"]))
+        elif event["event"] == "stopping":
+            self._stopping_at = time.monotonic()
+        elif event["event"] == "snapshot_failed":
+            _log.warning("The snapshot of step %s was not written: %s", event["step"], event["message"])
+
+    def offer(self, directory: Path) -> None:
+        """Store this snapshot next, instead of one that is still waiting. Returns at once."""
+        with self._changed:
+            self._pending = directory
+            self._snapshots.prune_local(in_use=self._uploading)
+            self._changed.notify_all()
 
     def _run(self) -> None:
         while (directory := self._next()) is not None:
@@ -125,7 +103,7 @@ class SnapshotUploader:
                     self._wait_before_retry(directory)
 
     def _next(self) -> Path | None:
-        """Wait for a snapshot; None when there will be no more."""
+        """Wait for a snapshot and return it; None when there will be no more."""
         with self._changed:
             while not self._abandoned and not (self._closing and self._pending is None):
                 held_back = self._pending is not None and not self._may_store()
@@ -159,7 +137,7 @@ class SnapshotUploader:
             )  # fmt: skip
 
     def _wait_before_retry(self, tried: Path) -> None:
-        pause = self._retry_seconds[min(self._failures, len(self._retry_seconds)) - 1]
+        pause = pause_after(self._failures, self._retry_seconds)
         if self._closing:
             pause = min(pause, self._retry_seconds[0])
             self._changed.wait_for(lambda: self._abandoned, timeout=pause)

@@ -1,4 +1,4 @@
-"""What one machine has of one stage: where its work begins, what it came to, and that going into the store. Light."""
+"""One stage on one machine: its work directory, the trainer's output there, and the way of that into the store."""
 
 from __future__ import annotations
 
@@ -49,9 +49,9 @@ class MadeStage:
 
 
 def begin_work(directory: Path, stage: Stage, parent: CheckpointRef | None) -> None:
-    """Have in a stage's work directory only what began from these very bytes of its parent.
+    """Remove from a stage's work directory what did not begin from these very bytes of its parent.
 
-    Fingerprints tell settings apart, not bytes: another attempt at the parent may have come to others, and won.
+    Fingerprints tell settings apart, not bytes: another attempt at the parent may have come to other bytes, and won.
     """
     wait_for_orphan(directory / "trainer.lock")
     if parent is not None and not keep_work_from(directory, result_digest(parent.manifest)):
@@ -62,21 +62,21 @@ def begin_work(directory: Path, stage: Stage, parent: CheckpointRef | None) -> N
 
 
 def committed_output(request: StageRequest) -> CheckpointManifest | None:
-    """What an attempt committed on this disk; else None."""
+    """Return the manifest that an attempt committed on this disk, or None."""
     manifest = read_output(request.output_directory)
     return manifest if manifest is not None and manifest.fingerprint == request.fingerprint else None
 
 
 def read_output(directory: Path) -> CheckpointManifest | None:
-    """What a trainer committed in a directory on this disk; else None."""
+    """Return the manifest that a trainer committed in a directory on this disk, or None."""
     path = directory / MANIFEST_NAME
     return parse_manifest(CheckpointManifest, path.read_bytes(), uri=path.as_uri()) if path.is_file() else None
 
 
 def left_output(request: StageRequest) -> CheckpointManifest | None:
-    """What an earlier attempt committed on this disk and did not store, if it is whole; else None.
+    """Return what an earlier attempt committed on this disk and did not store, if it is whole; else None.
 
-    What a power cut damaged is removed: the stage is finished again from its last snapshot.
+    If a power cut damaged it, it is removed, and the stage is finished again from its last snapshot.
     """
     directory = request.output_directory
     try:
@@ -92,16 +92,16 @@ def left_output(request: StageRequest) -> CheckpointManifest | None:
 
 
 def work_name(run: Run, stage: str, fingerprint: str) -> tuple[str, str]:
-    """Of the work directory of a stage, or of the variant in its place."""
+    """Return the names of the work directory of a stage, or of the variant in its place."""
     return run.run_id, f"{stage}-{fingerprint[:12]}-{short_digest(run.store.uri)}"
 
 
-def tidy_up(run: Run, checkpoint: CheckpointRef) -> None:
-    """Remove what a flow left that was killed after it had stored a checkpoint and before it had done with its files.
+def remove_leftover_work(run: Run, checkpoint: CheckpointRef) -> None:
+    """Remove what a flow left that was killed after it had stored a checkpoint.
 
-    Those on this machine are kept where the next reader looks for them, which spares a download. Best effort.
+    Its files on this machine are cached for the next reader, which spares a download. Best effort.
     """
-    _clear(run, checkpoint.fingerprint)
+    _remove_snapshots(run, checkpoint.fingerprint)
     if not checkpoint.is_removed:
         remove_leftovers(run.store, checkpoint.prefix, checkpoint.manifest)
     work = WorkDirectory.left_over(*work_name(run, checkpoint.manifest.stage, checkpoint.fingerprint))
@@ -110,50 +110,47 @@ def tidy_up(run: Run, checkpoint: CheckpointRef) -> None:
     try:
         left = read_output(work.path / "checkpoint")
         if left is not None and left.fingerprint == checkpoint.fingerprint and not checkpoint.is_removed:
-            _keep(run, left, work.path / "checkpoint", checkpoint)
+            _cache_locally(run, left, work.path / "checkpoint", checkpoint)
     except CheckpointError as error:
         _LOGGER.debug("What was left in %s is of no use: %s", work.path, error)
     work.release(remove=True)
 
 
 def store_now(run: Run, made: MadeStage) -> CheckpointRef:
-    """Commit the checkpoint and make it the run's head; another attempt's, if that was first."""
-    run.check_lease()
-    checkpoint = run.checkpoints.commit(made.directory, made.manifest, check_lease=run.check_lease)
+    """Commit the checkpoint, or adopt another attempt's, and make it the run's head."""
+    checkpoint = _store(run, made)
+    _cache_locally(run, made.manifest, made.directory, checkpoint)
+    return checkpoint
+
+
+def _store(run: Run, made: MadeStage, still_wanted: Callable[[], None] = lambda: None) -> CheckpointRef:
+    def check() -> None:
+        still_wanted()
+        run.check_lease()
+
+    check()
+    checkpoint = run.checkpoints.commit(made.directory, made.manifest, check_lease=check)
+    check()
     run.checkpoints.set_head(checkpoint)
-    _keep(run, made.manifest, made.directory, checkpoint)
-    _clear(run, made.manifest.fingerprint)
+    _remove_snapshots(run, made.manifest.fingerprint)
     return checkpoint
 
 
 def store_later(run: Run, publisher: Publisher, made: MadeStage) -> CheckpointRef:
-    """Hand the checkpoint over, once it is durable on this machine; returned as it will be."""
+    """Hand the checkpoint over, once it is durable on this machine, and return it as it will be."""
     sync_all(made.directory)
     shutil.rmtree(made.work.path / "snapshots", ignore_errors=True)  # those in the store stay until it is stored
     handed_over = time.monotonic()
 
-    def store(permit: Callable[[], None]) -> CheckpointRef:
-        def still_ours() -> None:
-            permit()
-            run.check_lease()
-
-        still_ours()
-        checkpoint = run.checkpoints.commit(made.directory, made.manifest, check_lease=still_ours)
-        still_ours()
-        run.checkpoints.set_head(checkpoint)
-        _clear(run, made.manifest.fingerprint)
-        events.emit(
-            "checkpoint_stored",
-            stage=checkpoint.manifest.stage,
-            step=checkpoint.step,
-            uri=checkpoint.uri,
-            seconds=time.monotonic() - handed_over,
-        )
+    def store(still_wanted: Callable[[], None]) -> CheckpointRef:
+        checkpoint = _store(run, made, still_wanted)
+        seconds, stage = time.monotonic() - handed_over, checkpoint.manifest.stage
+        events.emit("checkpoint_stored", stage=stage, step=checkpoint.step, uri=checkpoint.uri, seconds=seconds)
         return checkpoint
 
     def finish(committed: CheckpointRef | None) -> None:
         if committed is not None:
-            _keep(run, made.manifest, made.directory, committed)
+            _cache_locally(run, made.manifest, made.directory, committed)
         made.work.release(remove=committed is not None)
 
     checkpoint = run.checkpoints.place_of(made.manifest)
@@ -161,12 +158,12 @@ def store_later(run: Run, publisher: Publisher, made: MadeStage) -> CheckpointRe
     return checkpoint
 
 
-def _keep(run: Run, made: CheckpointManifest, directory: Path, checkpoint: CheckpointRef) -> None:
-    """Spare the next reader on this machine a download."""
+def _cache_locally(run: Run, made: CheckpointManifest, directory: Path, checkpoint: CheckpointRef) -> None:
+    """Cache the files locally, which spares the next reader on this machine a download."""
     run.checkpoints.keep(checkpoint, made, directory, checkpoint_cache(run.run_id))
 
 
-def _clear(run: Run, fingerprint: str) -> None:
+def _remove_snapshots(run: Run, fingerprint: str) -> None:
     """Remove the stage's snapshots from the store: its checkpoint has taken their place. Best effort."""
     try:
         remove_snapshots(run.store, snapshots_prefix(run.run_id, fingerprint))

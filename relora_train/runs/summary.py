@@ -1,4 +1,4 @@
-"""What a run did, in the form that the command line prints and scripts read. Light."""
+"""The summary of a run, as the command line prints it and scripts read it."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ class StageSummary(FrozenConfig):
     end_step: int
     tokens: int
     evaluation: dict[str, float]
-    """As in the manifest: the scores after the stage, and before it under names that end in '_before'."""
+    """The scores after the stage, and before it under names that end in '_before'; see the manifest."""
 
     seconds: float
     uri: str
     reused: bool
     divergence: dict[str, Any] = Field(default_factory=dict)
-    """As in the manifest: empty unless the stage diverged and was trained at a lower learning rate."""
+    """Empty unless the stage diverged and was trained at a lower learning rate; see the manifest."""
 
 
 class RunSummary(FrozenConfig):
@@ -38,7 +38,7 @@ class RunSummary(FrozenConfig):
     dataset_reused: bool
     stages: tuple[StageSummary, ...]
     later_stages: tuple[str, ...] = ()
-    """What the run has beyond the profile's last stage: added by another command, and in the report."""
+    """Stages beyond the profile's last one, which another command added. The report has them too."""
 
     evaluations: tuple[dict[str, Any], ...]
     """Scores and samples by the evaluation task."""
@@ -49,7 +49,7 @@ class RunSummary(FrozenConfig):
 
 
 def summarize_stage(run: Run, outcome: StageOutcome) -> StageSummary:
-    """A stage's row, from its manifest."""
+    """Return a stage's row, from its manifest."""
     manifest = outcome.checkpoint.manifest
     start = manifest.parent.step if manifest.parent else 0
     return StageSummary(
@@ -76,7 +76,7 @@ def summarize_run(
     report_uri: str,
     picture_uris: Sequence[str],
 ) -> RunSummary:
-    """All of a finished flow run."""
+    """Summarize a finished flow run."""
     return RunSummary(
         run_id=run.run_id,
         store_uri=run.store_uri,

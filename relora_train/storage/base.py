@@ -25,7 +25,7 @@ SMALL_OBJECT_BYTES = 64 << 20
 
 @dataclass(frozen=True)
 class ObjectInfo:
-    """What a listing or a head says of one object."""
+    """The facts of one object, as a listing or a head gives them."""
 
     key: str
     size_bytes: int
@@ -43,18 +43,18 @@ class ObjectStore(Protocol):
 
     @property
     def uri(self) -> str:
-        """Root of this store without trailing slash: 'file:///data/relora', 's3://bucket/prefix', 'memory://name'."""
+        """The root without trailing slash: 'file:///data/relora', 's3://bucket/prefix', 'memory://name'."""
         ...
 
     @property
     def is_remote(self) -> bool:
-        """Whether what is written goes over a network, so that it is worth doing beside other work."""
+        """True if writes go over a network, so that they are worth doing beside other work."""
         ...
 
     def get_bytes(self, key: str) -> tuple[bytes, str]:
-        """Content and etag of a small object. Raises ObjectNotFoundError.
+        """Return content and etag of a small object. Raise ObjectNotFoundError if there is none.
 
-        One above SMALL_OBJECT_BYTES is a CheckpointCorruptError, before anything of it is read.
+        An object above SMALL_OBJECT_BYTES raises CheckpointCorruptError before anything of it is read.
         """
         ...
 
@@ -82,11 +82,11 @@ class ObjectStore(Protocol):
         ...
 
     def head(self, key: str) -> ObjectInfo | None:
-        """Facts of one object, or None when it does not exist."""
+        """Return the facts of one object, or None if it does not exist."""
         ...
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
-        """Objects whose key starts with `prefix` (any string), sorted by key, exactly those that get would find."""
+        """Yield the objects whose key starts with `prefix` (any string), by key: exactly those that get would find."""
         ...
 
     def delete(self, key: str) -> None:
@@ -101,16 +101,16 @@ class ObjectStore(Protocol):
         ...
 
     def local_path(self, key: str) -> Path | None:
-        """Where the object lies on this machine's disk, for stores that are a directory; else None."""
+        """Return the object's path on this machine if the store is a directory, else None."""
         ...
 
     def preflight(self) -> None:
-        """A few requests that show the store can be written and honours conditions; UnsafeStoreError if not."""
+        """Raise UnsafeStoreError if the store cannot be written or ignores conditions. Takes a few requests."""
         ...
 
 
 def is_key(key: str) -> bool:
-    """Whether a name found in a store is one that this project may have written and can read."""
+    """Return True if this project may have written, and can read, an object of this name."""
     return _KEY.fullmatch(key) is not None
 
 
@@ -142,10 +142,24 @@ def parse_json(data: bytes) -> Any:
 
 
 def find_bytes(store: ObjectStore, key: str) -> tuple[bytes, str] | None:
-    """Content and etag of a small object, or None when there is none. A missing bucket stays an error."""
+    """Return content and etag of a small object, or None if there is none. A missing bucket raises."""
     try:
         return store.get_bytes(key)
     except BucketNotFoundError:
         raise
     except ObjectNotFoundError:
         return None
+
+
+def put_json(store: ObjectStore, key: str, record: Any, *, if_absent: bool = False, if_match: str | None = None) -> str:
+    """Write a record as readable JSON and return its etag; conditions as for put_bytes."""
+    return store.put_bytes(key, (json.dumps(record, indent=1) + "\n").encode(), if_absent=if_absent, if_match=if_match)
+
+
+def find_json(store: ObjectStore, key: str) -> dict[str, Any] | None:
+    """Return the JSON object at a key; None if there is none, or if it is damaged."""
+    try:
+        record = parse_json(store.get_bytes(key)[0])
+    except (ObjectNotFoundError, ValueError):
+        return None
+    return record if isinstance(record, dict) else None

@@ -1,13 +1,16 @@
-"""Files that are there completely or not at all, also after a kill or a power cut."""
+"""Files that are there completely or not at all, also after a kill or a power cut, and locks on them."""
 
 from __future__ import annotations
 
+import fcntl
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
 def write_durably(path: Path, data: bytes) -> None:
-    """Write a small file so that readers see all of it or what was there before."""
+    """Write a small file so that a reader sees all of it or what was there before."""
     part = path.with_name(f".{path.name}.part")
     part.write_bytes(data)
     replace_durably(part, path)
@@ -21,7 +24,7 @@ def replace_durably(part: Path, target: Path) -> None:
 
 
 def sync_all(directory: Path) -> None:
-    """Have a directory on the disk with all that is below it."""
+    """Bring a directory with all that is below it onto the disk."""
     for path in directory.rglob("*"):
         sync(path)
     sync(directory)
@@ -29,9 +32,20 @@ def sync_all(directory: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Have what was written to a file, or the names in a directory, on the disk."""
+    """Bring what was written to a file, or the names in a directory, onto the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold a lock file for the length of the block; the kernel frees that of a killed process."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
     finally:
         os.close(descriptor)

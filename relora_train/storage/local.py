@@ -8,20 +8,20 @@ Not covered: NFS (flock does not hold between hosts everywhere), file systems wi
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import os
 import re
 import secrets
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import BinaryIO
 
 from relora_train.errors import ObjectNotFoundError, PreconditionFailedError, StorageError
 from relora_train.storage.base import ObjectInfo, check_key, check_small
+from relora_train.storage.durable import locked, sync
 from relora_train.storage.os_errors import disk_error
 from relora_train.storage.preflight import probe_conditions
 
@@ -68,7 +68,7 @@ class LocalStore:
                             f"{self._uri_of(key)} was changed by another writer: read it again and decide anew."
                         )
                     temporary.replace(path)
-                _sync_directory(path.parent)
+                sync(path.parent)
         return etag
 
     def put_file(self, key: str, path: Path) -> None:
@@ -82,10 +82,10 @@ class LocalStore:
             _flush_to_disk(stream)
             with self._locked():
                 temporary.replace(target)
-                _sync_directory(target.parent)
+                sync(target.parent)
 
     def cancel_uploads(self) -> None:
-        """Nothing here takes long enough."""
+        """Do nothing: nothing here takes long enough."""
 
     def get_file(self, key: str, path: Path) -> None:
         with self._translated("read", key), self._path(key).open("rb") as source:
@@ -117,7 +117,7 @@ class LocalStore:
                 return
             with self._locked():
                 path.unlink(missing_ok=True)
-                _sync_directory(path.parent)
+                sync(path.parent)
                 self._remove_empty_parents(path)
 
     def abort_stale_uploads(self, older_than: datetime, *, prefix: str = "", dry_run: bool = False) -> Sequence[str]:
@@ -146,7 +146,7 @@ class LocalStore:
         return f"{self.uri}/{key}"
 
     def _keys_below(self, directory_key: str) -> Iterator[str]:
-        """Keys of all files below one directory, found without walking the rest of the store."""
+        """Yield the keys of all files below one directory, without walking the rest of the store."""
         start = self._root / directory_key
         if any(not _LISTED_NAME.fullmatch(part) for part in directory_key.split("/") if directory_key):
             return
@@ -166,7 +166,7 @@ class LocalStore:
 
     @contextmanager
     def _spooled(self, path: Path) -> Iterator[tuple[Path, BinaryIO]]:
-        """A new temporary file beside `path`, gone afterwards unless it was renamed."""
+        """Yield a new temporary file beside `path`, gone afterwards unless it was renamed."""
         temporary = path.with_name(f".tmp-{secrets.token_hex(8)}")
         descriptor = _create(temporary)
         try:
@@ -175,15 +175,9 @@ class LocalStore:
         finally:
             temporary.unlink(missing_ok=True)
 
-    @contextmanager
-    def _locked(self) -> Iterator[None]:
-        """One writer of this store at a time, for the moment in which a name changes hands; freed by the kernel."""
-        descriptor = os.open(self._root / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-            yield
-        finally:
-            os.close(descriptor)
+    def _locked(self) -> AbstractContextManager[None]:
+        """Let one writer of this store at a time through, for the moment in which a name changes hands."""
+        return locked(self._root / ".lock")
 
     def _link(self, temporary: Path, path: Path, key: str) -> None:
         try:
@@ -200,7 +194,7 @@ class LocalStore:
             return None
 
     def _remove_empty_parents(self, path: Path) -> None:
-        """Leave no empty directory behind. Under the lock; a writer that loses its directory makes it again."""
+        """Remove the directories that a delete left empty. Under the lock; a writer that loses one makes it again."""
         for parent in path.parents:
             if parent == self._root:
                 return
@@ -222,7 +216,7 @@ class LocalStore:
 
 
 def _create(path: Path) -> int:
-    """Create a file that was not there; its directory too, also if a delete removes it in between."""
+    """Create a file that was not there, and its directory, also if a delete removes that in between."""
     for _ in range(100):
         try:
             _make_directory(path.parent)
@@ -233,12 +227,12 @@ def _create(path: Path) -> int:
 
 
 def _make_directory(directory: Path) -> None:
-    """Like mkdir -p, and each new name is on disk before anything is written below it."""
+    """Make a directory and those above it. Each new name is on disk before anything is written below it."""
     if directory.is_dir():
         return
     _make_directory(directory.parent)
     directory.mkdir(exist_ok=True)
-    _sync_directory(directory.parent)
+    sync(directory.parent)
 
 
 def _info(key: str, path: Path) -> ObjectInfo:
@@ -258,14 +252,6 @@ def _etag(facts: os.stat_result, data: bytes) -> str:
 def _flush_to_disk(stream: BinaryIO) -> None:
     stream.flush()
     os.fsync(stream.fileno())
-
-
-def _sync_directory(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _raise_unless_absent(error: OSError) -> None:

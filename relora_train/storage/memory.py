@@ -26,7 +26,7 @@ class MemoryStore:
 
     @classmethod
     def shared(cls, name: str) -> MemoryStore:
-        """The process's one store of this name, made on first use."""
+        """Return the process's one store of this name, made on first use."""
         with _shared_stores_lock:
             return _shared_stores.setdefault(name, cls(name))
 
@@ -58,7 +58,7 @@ class MemoryStore:
         self.put_bytes(key, path.read_bytes())
 
     def cancel_uploads(self) -> None:
-        """Nothing here takes long enough."""
+        """Do nothing: nothing here takes long enough."""
 
     def get_file(self, key: str, path: Path) -> None:
         path.write_bytes(self._content(key))

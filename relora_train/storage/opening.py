@@ -1,4 +1,4 @@
-"""From a URI to a store. Light: boto3 is imported only when an s3:// URI is opened."""
+"""Open the store that a URI names. Only an s3:// URI imports boto3."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _ALLOWED = "Allowed are a directory path, file:///directory, s3://bucket/prefix 
 
 
 def open_store(uri: str | Path) -> ObjectStore:
-    """The store a URI names. Opens nothing and needs no network until the first call.
+    """Return the store that a URI names. It needs no network until its first call.
 
-    A path or file:// is a directory on this machine (made on first write); s3:// takes endpoint and credentials from
-    the standard AWS environment and configuration files only; memory:// is shared by name within the process.
+    A path or file:// is a directory on this machine, made on first write. s3:// takes endpoint and credentials only
+    from the standard AWS environment and configuration files. memory:// is shared by name within the process.
     """
     text = str(uri) if isinstance(uri, Path) else refuse_secrets(uri)
     match = None if isinstance(uri, Path) else _SCHEME.match(text)
@@ -45,7 +45,7 @@ def open_store(uri: str | Path) -> ObjectStore:
 
 
 def uri_to_path(uri: str) -> Path:
-    """The directory a file:// URI names; a host other than this machine is refused."""
+    """Return the directory that a file:// URI names. A host other than this machine is refused."""
     parts = urlsplit(uri)
     if parts.netloc not in ("", "localhost"):
         raise UnknownStoreSchemeError(

@@ -1,4 +1,4 @@
-"""What the operating system says when a disk will not do something, as this project's errors."""
+"""This project's errors for what the operating system says of a disk."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from relora_train.errors import AccessDeniedError, DiskFullError, StorageError
 
 
 def disk_error(error: OSError, action: str) -> StorageError:
-    """One error class for each thing a user can do about it. `action` completes "Cannot ...", with the path in full."""
+    """Return an error for each thing a user can do about it. `action` completes "Cannot ...", with the path."""
     reason = error.strerror or str(error)
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return DiskFullError(f"Cannot {action}: {reason}. Free some space or use another directory, then run again.")

@@ -1,4 +1,4 @@
-"""Addresses as messages may show them: without user name, password and query, where people put secrets. Light."""
+"""Addresses without user name, password and query, in which people put secrets: safe in a message."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def refuse_secrets(address: str) -> str:
 
 
 def without_secrets(url: str) -> str:
-    """scheme://host:port/path of a URL that holds more; of a text that is no URL, what lies between '@' and '?'."""
+    """Return scheme://host:port/path of a URL, or, if the text is no URL, what lies between '@' and '?'."""
     if not holds_secrets(url):
         return url
     scheme, separator, rest = url.partition("://")
@@ -48,5 +48,5 @@ def without_secrets(url: str) -> str:
 
 
 def holds_secrets(url: str) -> bool:
-    """Whether an address has a part that may be a secret."""
+    """Return True if an address has a part that may be a secret."""
     return "@" in url or "?" in url

@@ -1,19 +1,14 @@
-"""A bucket of any S3-compatible server as a store. The only file that imports boto3, and only when a request is made.
+"""A bucket of any S3-compatible server as a store. See s3_client.py for endpoint, region and credentials.
 
-Endpoint, region, credentials: from the standard AWS environment and configuration files, nothing else. Request
-checksums stay at botocore's default (`when_supported`): without them a flipped bit is stored silently.
-Credentials: botocore refreshes those that expire. If a request is denied, the credentials are looked up again; if they
-have changed, as a rotated key in ~/.aws/credentials does, a new client repeats the request.
-Time: a call tries at most RELORA_S3_MAX_ATTEMPTS times (default 8), about a minute when connections are refused; an
-outage longer than that is a StoreUnavailableError, which is retryable from outside and cheap to retry.
+botocore refreshes credentials that expire. If a request is denied, the credentials are looked up again; if they have
+changed, as a rotated key in ~/.aws/credentials does, a new client repeats the request. An outage that outlasts a call's
+attempts raises StoreUnavailableError, which is cheap to retry from outside.
 """
 
 from __future__ import annotations
 
 import functools
-import ipaddress
 import logging
-import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -21,12 +16,10 @@ from contextlib import closing, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
-from urllib.parse import urlsplit
 
 from relora_train.errors import (
     AccessDeniedError,
     BucketNotFoundError,
-    ConfigError,
     ObjectNotFoundError,
     PreconditionFailedError,
     ReLoRAError,
@@ -34,7 +27,7 @@ from relora_train.errors import (
 from relora_train.storage.base import ObjectInfo, check_key, check_small, find_bytes, is_key
 from relora_train.storage.os_errors import disk_error
 from relora_train.storage.preflight import probe_conditions
-from relora_train.storage.redaction import holds_secrets, without_secrets
+from relora_train.storage.s3_client import download, keys_of, make_client, transfers
 from relora_train.storage.s3_errors import (
     code_and_status,
     innermost,
@@ -44,19 +37,14 @@ from relora_train.storage.s3_errors import (
 )
 
 if TYPE_CHECKING:
-    from boto3.s3.transfer import TransferConfig
-    from botocore.config import Config
     from mypy_boto3_s3 import S3Client
     from mypy_boto3_s3.type_defs import PutObjectRequestTypeDef
     from s3transfer.futures import TransferFuture
 
 _log = logging.getLogger("relora_train.storage.s3")
 
-_PART_BYTES = 64 << 20
-_TRANSFER_THREADS = 4
-_POOL_CONNECTIONS = 16
 _REPEATS = 5
-"""How often this module tries what botocore does not retry: 409, BadDigest, a body cut while it was read."""
+"""Attempts at what botocore does not retry: 409, BadDigest, a body cut while it was read."""
 
 T = TypeVar("T")
 
@@ -96,9 +84,9 @@ class S3Store:
         return self._call(check_key(key), get)
 
     def put_bytes(self, key: str, data: bytes, *, if_absent: bool = False, if_match: str | None = None) -> str:
-        """As in the contract, and a retry that meets our own write, because its answer was lost, counts as success.
+        """Write as the contract says. A retry that meets our own write, because its answer was lost, is a success.
 
-        Our own is told from a rival's by the bytes, so racing writers must put something random in them.
+        The bytes tell our own write from a rival's, so racing writers must put something random in them.
         """
         request: PutObjectRequestTypeDef = {"Bucket": self._bucket, "Key": self._root + check_key(key), "Body": data}
         if if_absent:
@@ -135,10 +123,8 @@ class S3Store:
             self._call(key, lambda: self._upload(path, full_key))
 
     def _upload(self, path: Path, full_key: str) -> None:
-        """As upload_file, which gives nobody a hold on what it does."""
-        from boto3.s3.transfer import create_transfer_manager
-
-        with create_transfer_manager(self._client, _transfer_settings()) as manager:
+        """Upload as boto3's upload_file does, in a way that cancel_uploads can end."""
+        with transfers(self._client) as manager:
             upload = manager.upload(str(path), self._bucket, full_key)
             self._uploads.add(upload)
             try:
@@ -151,17 +137,15 @@ class S3Store:
             upload.cancel()
 
     def get_file(self, key: str, path: Path) -> None:
-        def download() -> None:
+        def get() -> None:
             try:
-                # Not download_file: its own temporary file would be left behind by a SIGKILL under a random name.
-                with path.open("wb") as target:
-                    self._client.download_fileobj(self._bucket, self._root + key, target, Config=_transfer_settings())
+                download(self._client, self._bucket, self._root + key, path)
             except ConnectionError:
                 raise
             except OSError as error:
                 raise disk_error(error, f"write {path} from {self._uri_of(key)}") from error
 
-        self._call(check_key(key), download)
+        self._call(check_key(key), get)
 
     def head(self, key: str) -> ObjectInfo | None:
         try:
@@ -242,7 +226,7 @@ class S3Store:
         return self._repeat(key, request)
 
     def _repeat(self, key: str, request: Callable[[], T]) -> T:
-        """Make a request; its failure as one of our errors, after the repeats that can help."""
+        """Make a request, repeating it if that can help. Raise its failure as one of our errors."""
         for attempt in range(_REPEATS):
             try:
                 return request()
@@ -272,7 +256,7 @@ class S3Store:
                     fresh = make_client()
                 except ReLoRAError:  # such as a file that is just being written
                     return False
-                if _keys_of(fresh) == _keys_of(denied):
+                if keys_of(fresh) == keys_of(denied):
                     fresh.close()
                     return False
                 self._client = fresh
@@ -280,7 +264,7 @@ class S3Store:
         return True
 
     def _bucket_exists(self) -> bool:
-        """False only if the server says so; being denied is no proof. Remembered once true."""
+        """Return False only if the server says so; being denied is no proof. Remembered once true."""
         if not self._bucket_was_seen:
             try:
                 self._client.head_bucket(Bucket=self._bucket)
@@ -288,102 +272,3 @@ class S3Store:
                 return code_and_status(error)[1] != 404
             self._bucket_was_seen = True
         return True
-
-
-def make_client() -> S3Client:
-    """A client as the standard AWS environment describes it; region us-east-1 if none is set."""
-    import boto3
-    from botocore.exceptions import BotoCoreError
-
-    try:
-        session = boto3.session.Session()
-        region = session.region_name or "us-east-1"
-        client = session.client("s3", region_name=region, config=_client_settings())
-        endpoint = client.meta.endpoint_url
-        _refuse_secrets(endpoint)
-        if _is_custom(endpoint) and not _user_chose_addressing(client):
-            client.close()
-            client = session.client("s3", region_name=region, config=_client_settings(path_addressing=True))
-    except BotoCoreError as error:
-        denied = storage_error(error, uri="s3://", endpoint="as configured")
-        raise denied or _invalid(f": {error}") from error
-    except ValueError:  # its text is the endpoint as it was written, perhaps with a password
-        raise _invalid(", probably the endpoint") from None
-    _warn_if_readable_on_the_wire(endpoint)
-    return client
-
-
-def _keys_of(client: S3Client) -> object:
-    """Return what tells the client's credentials from others; those that botocore refreshes equal no others."""
-    found = client._get_credentials()  # type: ignore[attr-defined]  # botocore offers no public way
-    return (found.access_key, found.secret_key, found.token) if type(found).__name__ == "Credentials" else found
-
-
-def _invalid(why: str) -> ConfigError:
-    return ConfigError(
-        f"The S3 settings of this environment are not valid{why}. Check AWS_ENDPOINT_URL_S3 and ~/.aws/config."
-    )
-
-
-def _refuse_secrets(endpoint: str) -> None:
-    """S3 has no use for them, and botocore's own errors and logs repeat an endpoint in full."""
-    if holds_secrets(endpoint):
-        raise ConfigError(
-            f"The S3 endpoint {without_secrets(endpoint)} is given with a user name, a password or a query. Requests "
-            "are signed with AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY: set those, and AWS_ENDPOINT_URL_S3 to "
-            "scheme, host and port alone."
-        )
-
-
-def _user_chose_addressing(client: S3Client) -> bool:
-    chosen = client.meta.config.s3  # type: ignore[attr-defined]  # the stubs leave out this option
-    return "addressing_style" in (chosen or {})
-
-
-def _client_settings(*, path_addressing: bool = False) -> Config:
-    from botocore.config import Config
-
-    settings = Config(
-        retries={"mode": "standard", "total_max_attempts": _max_attempts()},
-        connect_timeout=5,
-        read_timeout=60,
-        max_pool_connections=_POOL_CONNECTIONS,
-        user_agent_extra="relora-train",
-    )
-    return settings.merge(Config(s3={"addressing_style": "path"})) if path_addressing else settings
-
-
-def _max_attempts() -> int:
-    text = os.environ.get("RELORA_S3_MAX_ATTEMPTS", "8")
-    if not text.isdigit() or int(text) < 1:
-        raise ConfigError(f"RELORA_S3_MAX_ATTEMPTS={text!r} must be a whole number of at least 1; unset it for 8.")
-    return int(text)
-
-
-def _transfer_settings() -> TransferConfig:
-    from boto3.s3.transfer import TransferConfig
-
-    return TransferConfig(
-        multipart_threshold=_PART_BYTES,
-        multipart_chunksize=_PART_BYTES,
-        max_concurrency=_TRANSFER_THREADS,
-        preferred_transfer_client="classic",  # the other one ignores endpoint_url and talks to AWS
-    )
-
-
-def _is_custom(endpoint: str) -> bool:
-    host = urlsplit(endpoint).hostname or ""
-    return not host.endswith((".amazonaws.com", ".amazonaws.com.cn"))
-
-
-@functools.cache
-def _warn_if_readable_on_the_wire(endpoint: str) -> None:
-    """Once per endpoint and process."""
-    parts = urlsplit(endpoint)
-    host = parts.hostname or ""
-    try:
-        loopback = ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        loopback = host == "localhost" or host.endswith(".localhost")
-    if parts.scheme == "http" and not loopback:
-        _log.warning("%s is not encrypted: others on the network can read and change checkpoints. Use https.", endpoint)

@@ -1,4 +1,4 @@
-"""What botocore raises, as this project's errors. Recognised by class name, so that nothing is imported.
+"""This project's errors for what botocore raises, recognised by class name so that nothing is imported.
 
 Missing, denied and temporarily unavailable are three errors with three remedies; only the last may be retried.
 A message names the object's full URI and the endpoint. It never repeats a key id, a secret or a header.
@@ -64,27 +64,27 @@ _FULL = {"QuotaExceeded", "XMinioStorageFull", "InsufficientStorage", "507"}
 
 
 def code_and_status(error: BaseException) -> tuple[str, int]:
-    """S3's error code and HTTP status, or ('', 0) for anything that is no answer of a server."""
+    """Return S3's error code and HTTP status, or ('', 0) for anything that is no answer of a server."""
     response: dict[str, Any] = getattr(error, "response", None) or {}
     code = str(response.get("Error", {}).get("Code", ""))
     return code, int(response.get("ResponseMetadata", {}).get("HTTPStatusCode") or (code if code.isdigit() else 0))
 
 
 def retries_made(error: BaseException) -> int:
-    """How often botocore had already sent this request when the answer came: earlier answers may be lost."""
+    """Return the number of times that botocore had already sent this request: earlier answers may be lost."""
     response: dict[str, Any] = getattr(error, "response", None) or {}
     return int(response.get("ResponseMetadata", {}).get("RetryAttempts", 0))
 
 
 def innermost(error: BaseException) -> BaseException:
-    """The error behind boto3's wrappers, which keep only its text."""
+    """Return the error behind boto3's wrappers, which keep only its text."""
     if type(error).__name__ == "S3UploadFailedError" and error.__context__ is not None:
         return error.__context__
     return error
 
 
 def is_worth_repeating(error: BaseException) -> bool:
-    """Faults of one attempt that botocore does not retry itself: damaged in flight, cut while read, lost to a rival."""
+    """Return True for what botocore does not retry itself: damaged in flight, cut while read, lost to a rival."""
     code, status = code_and_status(error)
     return code in _REPEATED or status == 409 or not _names(error).isdisjoint(_REPEATED_CLASSES)
 
@@ -92,7 +92,7 @@ def is_worth_repeating(error: BaseException) -> bool:
 def storage_error(
     error: BaseException, *, uri: str, endpoint: str, bucket_is_missing: bool = False
 ) -> StorageError | None:
-    """The project's error for one of botocore's, or None for an error that is neither botocore's nor the network's."""
+    """Return the project's error, or None if the error is neither botocore's nor the network's."""
     where = f"{uri} (endpoint {endpoint})"
     names = _names(error)
     for name, reason in _NO_CREDENTIALS.items():

@@ -1,4 +1,4 @@
-"""Scratch space on this machine. Nothing in it is needed to resume: a store holds all that counts. Light."""
+"""Local scratch space. You can delete it at any time; everything needed to resume is in the store."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _ORPHAN_SECONDS = 30.0
 
 
 def cache_root() -> Path:
-    """$RELORA_CACHE, else relora-train below the user's cache directory."""
+    """Return $RELORA_CACHE, else relora-train below the user's cache directory."""
     chosen = os.environ.get(CACHE_VARIABLE)
     if chosen:
         return Path(chosen).expanduser().resolve()
@@ -34,12 +34,12 @@ def cache_root() -> Path:
 
 
 def checkpoint_cache(run_id: str) -> Path:
-    """Where checkpoints of stores that are not a local directory are downloaded to."""
+    """Return the directory to which checkpoints are downloaded from a store that is no local directory."""
     return cache_root() / "checkpoints" / run_id
 
 
 def dataset_cache(dataset_id: str) -> Path:
-    """Where a dataset is downloaded to."""
+    """Return the directory to which a dataset is downloaded."""
     return cache_root() / "datasets" / dataset_id[:16]
 
 
@@ -59,7 +59,8 @@ class WorkDirectory:
         except OSError as error:
             raise disk_error(error, f"use the scratch space {cache_root()} ({CACHE_VARIABLE})") from None
         try:
-            _lock(self._lock, "/".join(names), wait=wait)
+            self.waited = _lock(self._lock, "/".join(names), wait=wait)
+            """True: another process held it meanwhile, and may have done the work."""
             self.path.mkdir(parents=True, exist_ok=True)
         except BaseException:
             self._lock.close()
@@ -67,7 +68,7 @@ class WorkDirectory:
 
     @classmethod
     def left_over(cls, *names: str) -> Self | None:
-        """The directory of work that somebody left, if there is any and nobody holds it at the moment. Never waits."""
+        """Return the directory that another process left, if it exists and nobody holds it. Never waits."""
         try:
             return cls(*names, wait=False) if _work_path(*names).is_dir() else None
         except BlockingIOError:
@@ -87,11 +88,11 @@ def _work_path(*names: str) -> Path:
 
 
 @contextmanager
-def work_directory(*names: str) -> Iterator[Path]:
-    """A WorkDirectory for the length of the block; removed when the work ended well, kept when it failed."""
+def work_directory(*names: str) -> Iterator[WorkDirectory]:
+    """Hold a WorkDirectory for the length of the block. It is removed if the work ended well, else kept."""
     held = WorkDirectory(*names)
     try:
-        yield held.path
+        yield held
     except BaseException:
         held.release(remove=False)
         raise
@@ -99,10 +100,10 @@ def work_directory(*names: str) -> Iterator[Path]:
 
 
 def keep_work_from(directory: Path, origin: str) -> bool:
-    """Empty a work directory unless all in it began from `origin`, and remember that from now on; whether it did.
+    """Empty a work directory unless all in it began from `origin`; note the origin and return True if it matched.
 
-    origin: digest of the bytes from which the work begins. What has no memory of it yet may stay: nothing is in it, or
-    the work of a version that began only from what a store holds. Not while anybody works in it.
+    origin: digest of the bytes from which the work begins. A directory without the note may stay as it is: it is empty,
+    or of a version that began only from what a store holds. Call it while nobody works in the directory.
     """
     note = directory / ORIGIN_FILE
     known = note.read_text().strip() if note.is_file() else None
@@ -118,18 +119,21 @@ def keep_work_from(directory: Path, origin: str) -> bool:
     return known is None
 
 
-def _lock(lock: IO[str], what: str, *, wait: bool) -> None:
+def _lock(lock: IO[str], what: str, *, wait: bool) -> bool:
+    """Take a lock and return True if it had to be waited for."""
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return False
     except BlockingIOError:
         if not wait:
             raise
         _LOGGER.warning("Another process on this machine is at work on %s; waiting for it.", what)
         fcntl.flock(lock, fcntl.LOCK_EX)
+        return True
 
 
 def short_digest(text: str) -> str:
-    """Eight hex digits that stand for a store's URI in a directory name."""
+    """Return eight hex digits that stand for a store's URI in a directory name."""
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 

@@ -1,6 +1,6 @@
 """Train one stage in a process of its own: `python -m relora_train.training.trainer --request FILE`.
 
-Under torchrun for several ranks; with --serve, stages and evaluations one after the other (kept_worker.py), each as if
+Under torchrun for several ranks; with --serve, stages and evaluations one after the other (workers.py), each as if
 it were alone. No orchestrator, no network beyond the ranks', no credentials. Events go to standard output (events.py).
 """
 

@@ -58,12 +58,13 @@ MODULES: dict[str, tuple[list[str], list[str]]] = {
     "manifest": (["checkpoints/manifest.py"], ["test_manifest.py"]),
     "bundle": (["checkpoints/commit.py", "checkpoints/fetch.py"], ["test_bundle.py", "test_file_checks.py"]),
     "lease": (
-        ["checkpoints/lease.py"],
+        ["checkpoints/lease.py", "checkpoints/holder.py"],
         [
             "test_lease.py",
             "test_pruning.py::test_who_begins_to_depend_on_a_checkpoint_while_it_is_being_removed_keeps_it_or_is_told",
         ],
     ),
+    "view": (["checkpoints/view.py", "checkpoints/run.py"], ["test_requests.py", "test_checkpoint_store.py"]),
     "pruning": (["checkpoints/upkeep/pruning.py", "checkpoints/upkeep/retention.py"], ["test_pruning.py"]),
     "training step": (
         ["training/step.py", "training/build.py", "training/masters.py"],

@@ -36,8 +36,7 @@ from seaweed import running_seaweed
 from relora_train import events
 from relora_train.cli.local_flow import load_flow, set_orchestrator_environment
 from relora_train.cli.local_server import start_local_server
-from relora_train.runs.kept_worker import KeptWorker
-from relora_train.runs.launch import run_worker
+from relora_train.runs.workers import KeptWorker, run_worker
 from relora_train.settings.load import load_profile
 from relora_train.settings.profile import Profile
 

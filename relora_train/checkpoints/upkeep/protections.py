@@ -1,13 +1,13 @@
-"""What in a store depends on which checkpoint, across all its runs. Light.
+"""Find the checkpoints of a store that something depends on, across all its runs.
 
 - refs/<name>.json: the head, pins (`relora pin`) and recorded exports
-- lease.json: what the latest flow of a run started from, for as long as no other flow of that run began. No clock is
-  asked: a crashed flow's start is as precious as a live one's
+- lease.json: the checkpoint that the latest flow of a run started from, until another flow of that run begins. A
+  crashed flow's start is as precious as a live one's, so no clock is asked
 - a lease not released: also the run's last checkpoint before any merge, which its flow scores at its end
 - a committed checkpoint: its parent in another run
 - a snapshot of a stage that is not committed: the checkpoint it started from
 - series/<name>/promoted.json: its champion, and those that it can go back to (series_record.py)
-Not seen: runs in other stores that branch from here. Pin what they start from.
+Not seen: runs in other stores that branch from here. Pin the checkpoints that they start from.
 """
 
 from __future__ import annotations
@@ -16,16 +16,13 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from relora_train.checkpoints.layout import parse_checkpoint_prefix, split_checkpoint_uri
+from relora_train.checkpoints.layout import EXPORT_NAME, HEAD_NAME, parse_checkpoint_prefix, split_checkpoint_uri
 from relora_train.checkpoints.lease import LeaseRecord
 from relora_train.checkpoints.manifest import MANIFEST_NAME
 from relora_train.checkpoints.series_record import SeriesRecord, is_pointer, protected_by
 from relora_train.checkpoints.tombstone import TOMBSTONE_NAME
 from relora_train.errors import CheckpointCorruptError, ObjectNotFoundError
 from relora_train.storage.base import ObjectInfo, ObjectStore, parse_json
-
-HEAD_NAME = "head.json"
-EXPORT_NAME = "export-"
 
 
 class Protections:
@@ -36,7 +33,7 @@ class Protections:
         self._known: dict[tuple[str, str], Any] = {}
 
     def find(self) -> Mapping[str, Sequence[str]]:
-        """By checkpoint prefix, why it must stay, as of now. What cannot be read is an error: it may protect anything.
+        """Return checkpoint prefix -> reasons to stay, as of now. Unreadable objects raise: they may protect anything.
 
         Objects are known by key and etag: manifests never change, refs and leases change their etag.
         """
@@ -105,7 +102,7 @@ class Protections:
             found[prefix].append(f"the flow of run {run_id} is under way and scores it at its end")
 
     def _possible_parents(self, info: ObjectInfo, run_id: str, objects: Sequence[ObjectInfo]) -> Sequence[str]:
-        """What a snapshot's stage started from; where its manifest does not say, all of its run that it could be."""
+        """Return the start of a snapshot's stage; if its manifest does not name it, all that it could be."""
         manifest = self._read(info)
         if "parent" in manifest or not manifest:
             parent = self._parent(info)
@@ -124,7 +121,7 @@ class Protections:
         return next((self._read(info) for info in objects if info.key == key), {})
 
     def _parent(self, info: ObjectInfo) -> str | None:
-        """Prefix of the checkpoint that a manifest names as its parent, whatever its store is called by now."""
+        """Return the prefix of the parent that a manifest names, whatever its store is called by now."""
         parent = self._read(info).get("parent")
         try:
             return split_checkpoint_uri(parent["uri"])[1] if parent else None
@@ -138,7 +135,7 @@ class Protections:
         return str(prefix or "")
 
     def _read(self, info: ObjectInfo) -> Any:
-        """The object's JSON; an empty one when it is gone since it was listed."""
+        """Return the object's JSON, or an empty one if it is gone since it was listed."""
         known = self._known.get((info.key, info.etag))
         if known is not None:
             return known

@@ -1,9 +1,9 @@
-"""Remove what the retention policy lets go, and what killed writers left behind. Light. Decisions: retention.py.
+"""Remove what the retention policy lets go (retention.py decides), and what killed writers left behind.
 
-Order for one checkpoint: tombstone, manifest, files, claim. Killed at any point, the next prune finishes it; a reader
-sees the whole checkpoint or none. Between tombstone and manifest all protections are read once more: whoever begins to
-depend on a checkpoint writes that down first (pin, lease) and looks for a tombstone then, so one of the two sees the
-other. One prune a run at a time, by a lease.
+The order for one checkpoint is tombstone, manifest, files, claim. If a prune is killed, the next one finishes it; a
+reader sees the whole checkpoint or none. Between tombstone and manifest all protections are read once more. A process
+that begins to depend on a checkpoint writes that down first (pin, lease) and then looks for a tombstone, so one of the
+two sees the other. A lease allows one prune a run at a time.
 Leftovers (files that no manifest lists, snapshots of finished stages, half uploads) go when nothing of them was
 written for a grace period by the store's own clock; those a flow could still complete only while no flow of the run
 is under way, which a lease makes sure of.
@@ -48,14 +48,14 @@ class Leftover:
 
 @dataclass(frozen=True)
 class PruneReport:
-    """What went, or would go in a dry run, and why the rest stays."""
+    """The checkpoints that went, or would go in a dry run, and why the rest stays."""
 
     run_id: str
     dry_run: bool
     verdicts: tuple[Verdict, ...]
     leftovers: tuple[Leftover, ...]
     notes: tuple[str, ...]
-    """What was left for a later prune, and why."""
+    """The work that was left for a later prune, and why."""
 
     @property
     def removed(self) -> Sequence[CheckpointRef]:
@@ -63,7 +63,7 @@ class PruneReport:
 
     @property
     def removed_bytes(self) -> int:
-        """Of checkpoints and leftovers together."""
+        """The bytes of checkpoints and leftovers together."""
         return sum(ref.manifest.size_bytes for ref in self.removed) + sum(left.size_bytes for left in self.leftovers)
 
 
@@ -170,7 +170,7 @@ class _Pruning:
         return leftovers, notes
 
     def _orphans(self) -> Iterator[tuple[str, str, Sequence[ObjectInfo]]]:
-        """Beside a manifest, objects that it does not list: no manifest ever will."""
+        """Yield objects beside a manifest that it does not list: no manifest ever will."""
         groups = self._groups(checkpoints_prefix(self._run_id))
         for ref in self._run.list():
             listed = {ref.manifest.key_of(entry, ref.prefix) for entry in ref.manifest.files}
@@ -180,7 +180,7 @@ class _Pruning:
                 yield ref.prefix, "files that the manifest beside them does not list", objects
 
     def _unfinished(self) -> Iterator[tuple[str, str, Sequence[ObjectInfo]]]:
-        """Uploads without a manifest that nobody has added to for the grace period."""
+        """Yield uploads without a manifest that nobody has added to for the grace period."""
         for parent in (checkpoints_prefix(self._run_id), *self._snapshot_stages()):
             for prefix, objects in self._groups(parent).items():
                 names = {info.key.rpartition("/")[2] for info in objects}
@@ -198,7 +198,7 @@ class _Pruning:
         return [f"{prefix}/" for prefix in self._groups(f"runs/{self._run_id}/snapshots/")]
 
     def _groups(self, parent: str) -> Mapping[str, Sequence[ObjectInfo]]:
-        """Objects below a prefix by the directory that follows it."""
+        """Return the objects below a prefix by the directory that follows it."""
         groups: dict[str, list[ObjectInfo]] = defaultdict(list)
         for info in self._store.list(parent):
             directory, slash, _ = info.key.removeprefix(parent).partition("/")
@@ -247,7 +247,7 @@ class _Pruning:
 
 
 def _refuse_way_out(store: ObjectStore, key: str) -> None:
-    """Below these places no link is followed by a listing, so nothing beyond one is ever found."""
+    """Raise StorageError if a symbolic link leads out of the store. Below these places no listing follows a link."""
     path = store.local_path(key)
     if path is None:
         return
@@ -260,7 +260,7 @@ def _refuse_way_out(store: ObjectStore, key: str) -> None:
 
 
 def store_time(store: ObjectStore) -> datetime:
-    """Now, by the clock that dates the store's objects: that of an object just written, and removed again."""
+    """Return the time by the clock that dates the store's objects: it writes one and removes it again."""
     key = f"preflight/{secrets.token_hex(8)}"
     store.put_bytes(key, key.encode(), if_absent=True)
     try:
@@ -278,11 +278,9 @@ def _only_prune(store: ObjectStore, run_id: str, *, dry_run: bool) -> Iterator[C
         yield lambda: None
         return
     key = f"runs/{run_id}/prune.json"
-    lease = take_lease(store, key, f"Pruning of run {run_id!r}", ttl_seconds=_LEASE_SECONDS, purpose="prune")
-    try:
+    what = f"Pruning of run {run_id!r}"
+    with take_lease(store, key, what, ttl_seconds=_LEASE_SECONDS, purpose="prune") as lease:
         yield lease.check
-    finally:
-        lease.release()
 
 
 def _both(check: Callable[[], None], lease: Lease) -> Callable[[], None]:

@@ -1,4 +1,4 @@
-"""Which checkpoints of a run may go. Pure functions of the lineage; light. Effects: pruning.py.
+"""Decide which checkpoints of a run may go: pure functions of the lineage. pruning.py has the effects.
 
 A checkpoint goes only if nothing says that it stays. These stay whatever the policy: the end of every line, and what
 something outside the line depends on (protections.py). Every checkpoint is complete without its ancestors, so removing
@@ -46,10 +46,10 @@ class Verdict:
 def plan_pruning(
     history: Sequence[CheckpointRef], policy: RetentionPolicy, protected: Mapping[str, Sequence[str]]
 ) -> Sequence[Verdict]:
-    """A verdict on every checkpoint that is there, in the order of `history`. Planning again changes nothing.
+    """Return a verdict on every checkpoint that is there, in the order of `history`. Planning again changes nothing.
 
-    history: CheckpointStore.history(), removed ones included: through them the lines hang together.
-    protected: by checkpoint prefix, why others need it.
+    history: CheckpointStore.history(), removed ones included, since they hold the lines together.
+    protected: checkpoint prefix -> why others need it.
     """
     present = [ref for ref in history if not ref.is_removed]
     lines = {ref.prefix: [known for known in line_to(ref, history) if not known.is_removed] for ref in present}
@@ -70,6 +70,6 @@ def plan_pruning(
 
 
 def stage_number(stage: str) -> int:
-    """3 of 'cycle-3' and 'full-3'; 0 of 'warm-start'; 1 of 'lora'."""
+    """Return 3 for 'cycle-3' and 'full-3', 0 for 'warm-start', 1 for 'lora'."""
     number = re.search(r"-(\d+)$", stage)
     return int(number[1]) if number else int(stage == "lora")

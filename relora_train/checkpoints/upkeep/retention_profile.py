@@ -1,4 +1,4 @@
-"""The retention policy of a run: the section [retention] of the profile its latest checkpoint was made with. Light."""
+"""The retention policy of a run: the section [retention] of the profile its latest checkpoint was made with."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from relora_train.storage.base import ObjectStore
 
 
 def policy_of_run(store: ObjectStore, run_id: str) -> RetentionPolicy | None:
-    """The policy of the newest checkpoint's profile; None when the run has no checkpoint or its profile no policy."""
+    """Return the policy of the newest checkpoint's profile; None if the run has no checkpoint or no policy."""
     refs = CheckpointStore(store, run_id).list()
     if not refs:
         return None

@@ -1,7 +1,8 @@
-"""Read again all that a store holds of a run, and name what is missing, damaged or not accounted for. Light.
+"""Read again all that a store holds of a run, and name what is missing, damaged or not accounted for.
 
-Checked by size and SHA-256, one file at a time: checkpoints, their snapshots, the datasets they name. Checked for
-sense: refs, tombstones, leases. Bounded memory; disk space for the largest file where the store is no local directory.
+Size and SHA-256 are checked for checkpoints, their snapshots and the datasets they name, one file at a time. Refs,
+tombstones and leases are checked for sense. Memory is bounded; a store that is no local directory needs disk space for
+its largest file.
 Not covered: a manifest that was replaced by another valid one of the same work; runs in other stores.
 """
 
@@ -44,11 +45,11 @@ class Finding:
 
 @dataclass
 class Verification:
-    """What was read and what was found; clean when nothing was found."""
+    """The objects that were read and the faults that were found; clean if there are none."""
 
     findings: list[Finding] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    """What was not judged, and why."""
+    """Objects that were not judged, and why."""
     bundles: int = 0
     files: int = 0
     size_bytes: int = 0
@@ -62,7 +63,7 @@ class Verification:
 
 
 def verify_checkpoint(ref: CheckpointRef) -> Verification:
-    """Every byte of one checkpoint and of the dataset it names, and what lies beside it."""
+    """Read every byte of one checkpoint and of the dataset it names, and look at what lies beside it."""
     checked = _Verifier(open_store(ref.store_uri))
     checked.checkpoint(ref)
     checked.dataset(ref.manifest.dataset_uri, ref.uri)
@@ -72,9 +73,9 @@ def verify_checkpoint(ref: CheckpointRef) -> Verification:
 
 
 def verify_run(store: ObjectStore, run_id: str) -> Verification:
-    """Everything below runs/<run_id>/, and the datasets its checkpoints name.
+    """Read everything below runs/<run_id>/, and the datasets that its checkpoints name.
 
-    What a flow that is under way has not committed yet is noted, not found fault with.
+    Uncommitted work of a flow that is under way is a note, not a fault.
     """
     checked = _Verifier(store)
     objects = checked.objects(f"runs/{check_run_id(run_id)}/")
@@ -85,7 +86,7 @@ def verify_run(store: ObjectStore, run_id: str) -> Verification:
 
 
 class _AnyManifest(Manifest):
-    """Of any kind of bundle; its own fields are not looked at."""
+    """A manifest of any kind of bundle, without its own fields."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
@@ -133,7 +134,7 @@ class _Verifier:
             self._bundle(store, prefix, manifest)
 
     def checkpoint_neighbours(self, ref: CheckpointRef, objects: Sequence[ObjectInfo]) -> None:
-        """Objects at a checkpoint's prefix that its manifest does not list."""
+        """Report objects at a checkpoint's prefix that its manifest does not list."""
         listed = {ref.manifest.key_of(entry, ref.prefix) for entry in ref.manifest.files}
         listed |= {f"{ref.prefix}/{name}" for name in (MANIFEST_NAME, CLAIM_NAME)}
         for info in objects:
@@ -242,7 +243,7 @@ class _Verifier:
 
 
 def _by_directory(base: str, objects: Sequence[ObjectInfo]) -> Iterator[tuple[str, str, Sequence[ObjectInfo]]]:
-    """Kind, directory and objects of everything of a run: one checkpoint, the snapshots of one stage, all refs…"""
+    """Yield kind, directory and objects of each part of a run: a checkpoint, a stage's snapshots, all refs…"""
     groups: dict[tuple[str, str], list[ObjectInfo]] = {}
     for info in objects:
         kind, *rest = info.key.removeprefix(base).split("/")
@@ -258,7 +259,7 @@ def _by_directory(base: str, objects: Sequence[ObjectInfo]) -> Iterator[tuple[st
 
 
 def _by_manifest(parent: str, objects: Sequence[ObjectInfo]) -> Iterator[tuple[str, Sequence[ObjectInfo]]]:
-    """Objects by the nearest directory above them that holds a manifest, else by the one that follows `parent`."""
+    """Yield objects by the nearest directory above them with a manifest, else by the one that follows `parent`."""
     with_manifest = {info.key.rpartition("/")[0] for info in objects if info.key.endswith(f"/{MANIFEST_NAME}")}
     groups: dict[str, list[ObjectInfo]] = {}
     for info in objects:

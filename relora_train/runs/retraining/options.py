@@ -1,4 +1,4 @@
-"""How a series is retrained: the parameters of the flow `retrain`, with their bounds. Light."""
+"""The parameters of the flow `retrain`, with their bounds."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ OldDataRatio = Annotated[
 
 
 class RetrainOptions(FrozenConfig):
-    """How a series is retrained."""
+    """The options of a retrain."""
 
     cycles: Cycles = 1
     margin: Margin = 0.0
@@ -40,7 +40,7 @@ class RetrainOptions(FrozenConfig):
 
 
 def retrain_options(**options: Any) -> RetrainOptions:
-    """Checked options. Raises ConfigError with all faults at once."""
+    """Return checked options. Raise ConfigError with all faults at once."""
     try:
         return RetrainOptions(**options)
     except ValidationError as error:

@@ -1,24 +1,28 @@
-"""Which data the models of a series have been trained on, and the decisions about them, in its store. Light.
+"""The data that the models of a series have been trained on, and the decisions about them, in the series' store.
 
-A source file counts as seen once what became of its candidate is decided, never before: a retrain that is killed
-leaves it new. `pending` holds the data of a retrain that has begun, so that its rerun takes the same, though more has
-come since, and finds its stages and snapshots again. Written only by who holds the series' lease.
+A source file counts as seen once its candidate is decided, never before: a killed retrain leaves it new. `pending`
+holds the data of a retrain that has begun. Its rerun takes the same, though more has come since, and finds its stages
+and snapshots again. Only the holder of the series' lease writes.
 """
 
 from __future__ import annotations
 
+import logging
 import secrets
 from collections.abc import Collection, Sequence
 from datetime import UTC, datetime
 from typing import Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
-from relora_train.checkpoints.series_record import Scores, series_key
+from relora_train.checkpoints.record import StoredRecord
+from relora_train.checkpoints.series_record import Scores, find_series, series_key
 from relora_train.errors import CheckpointCorruptError, PreconditionFailedError
 from relora_train.settings.base import FrozenConfig
 from relora_train.settings.keys import settings_digest
-from relora_train.storage.base import ObjectStore, find_bytes
+from relora_train.storage.base import ObjectStore
+
+_log = logging.getLogger("relora_train.runs.retraining.series_data")
 
 Outcome = Literal["promoted", "refused", "overtaken"]
 """overtaken: better, but another writer moved the series meanwhile, and the candidate was not compared with that."""
@@ -39,24 +43,21 @@ class Pending(FrozenConfig):
         return any(len(part) < 64 for part in self.new)
 
 
-class SeriesData(FrozenConfig):
-    """All of data.json."""
+class SeriesData(StoredRecord):
+    """The content of data.json."""
 
     format_version: Literal[1] = 1
     series: str
     validation_fraction: float | None = None
-    """Of the first retrain: with another one, documents that were held out would be trained on."""
+    """The first retrain's. With another one, documents that were held out would be trained on."""
     seen: tuple[str, ...] = ()
-    """Digests of source files, sorted; of a hub dataset, the last revision."""
+    """Digests of source files, sorted; for a hub dataset, the last revision."""
     pending: Pending | None = None
     nonce: str = Field(default_factory=lambda: secrets.token_hex(8))
 
-    def to_bytes(self) -> bytes:
-        return (self.model_dump_json(indent=1) + "\n").encode()
 
-
-class Decision(FrozenConfig):
-    """What became of one candidate; decisions/<run_id>-<8 hex>.json."""
+class Decision(StoredRecord):
+    """The decision about one candidate: decisions/<run_id>-<8 hex>.json."""
 
     series: str
     run_id: str
@@ -64,42 +65,32 @@ class Decision(FrozenConfig):
     reason: str
     candidate_uri: str
     champion_uri: str | None
-    """What it was compared with; None for the first of a series."""
+    """The candidate was compared with it; None for the first of a series."""
     scores: dict[str, Any]
-    """As Scores; a loss that is no finite number is written as text."""
+    """The fields of Scores; a loss that is no finite number is written as text."""
     margin: str
     """'0.01 relative'."""
     new: tuple[str, ...]
     """Digests of the files (or hub revision) that were new."""
     data_is_seen: bool
-    """Whether the next retrain leaves these files out."""
+    """True: the next retrain leaves these files out."""
     by: str
     at: datetime = Field(default_factory=lambda: datetime.now(UTC))
     provenance: dict[str, str] = Field(default_factory=dict)
     nonce: str = Field(default_factory=lambda: secrets.token_hex(8))
 
-    def to_bytes(self) -> bytes:
-        return (self.model_dump_json(indent=1) + "\n").encode()
-
 
 def read_data(store: ObjectStore, name: str) -> tuple[SeriesData, str | None]:
-    """What a series has seen, and the etag to write it back with; nothing, and None, for a new one."""
+    """Return what a series has seen, and the etag to write it back with; nothing, and None, for a new one."""
     key = series_key(name, "data.json")
-    found = find_bytes(store, key)
-    if found is None:
-        return SeriesData(series=name), None
-    try:
-        data = SeriesData.model_validate_json(found[0])
-    except ValidationError as error:
-        data = None
-        why = error.errors()[0]["msg"]
-    if data is None or data.series != name:
-        why = why if data is None else f"it belongs to series {data.series!r}"
-        raise CheckpointCorruptError(
-            f"{store.uri}/{key} is damaged ({why}), so nobody can say which data series {name!r} has been trained on. "
-            "Restore an older version of it, or delete it: the next retrain then takes all data as new."
-        )
-    return data, found[1]
+    advice = (
+        f"Nobody can say which data series {name!r} has been trained on. Restore an older version of it, or delete it: "
+        "the next retrain then takes all data as new."
+    )
+    data, etag = SeriesData.find(store, key, advice=advice) or (SeriesData(series=name), None)
+    if data.series != name:
+        raise CheckpointCorruptError(f"{store.uri}/{key} is damaged (it belongs to series {data.series!r}). {advice}")
+    return data, etag
 
 
 def write_data(store: ObjectStore, data: SeriesData, etag: str | None) -> None:
@@ -133,9 +124,9 @@ def end(store: ObjectStore, name: str, new: Collection[str], *, replaces: bool) 
 
 
 def forget(store: ObjectStore, name: str, run_ids: Collection[str]) -> int:
-    """Make the data new again that the candidates of these runs were promoted with; returns how many parts of it.
+    """Make the data new again that the candidates of these runs were promoted with, and return how many parts.
 
-    Of a hub dataset the whole revision is then new.
+    For a hub dataset the whole revision is then new.
     """
     taken = {
         part
@@ -151,7 +142,7 @@ def forget(store: ObjectStore, name: str, run_ids: Collection[str]) -> int:
 
 
 def record_decision(store: ObjectStore, decision: Decision) -> Decision:
-    """Keep a decision; one about the same candidate, champion and margin is there already: then that one."""
+    """Keep a decision and return it, or the one that exists about the same candidate, champion and margin."""
     judged = {"candidate": decision.candidate_uri, "champion": decision.champion_uri, "margin": decision.margin}
     key = series_key(decision.series, f"decisions/{decision.run_id}-{settings_digest(judged)[:8]}.json")
     try:
@@ -162,24 +153,49 @@ def record_decision(store: ObjectStore, decision: Decision) -> Decision:
 
 
 def read_decisions(store: ObjectStore, name: str) -> Sequence[Decision]:
-    """Every decision of a series, oldest first."""
+    """Return every decision of a series, oldest first."""
     keys = [info.key for info in store.list(series_key(name, "decisions/"))]
     found = [_parse_decision(store, key, store.get_bytes(key)[0]) for key in keys]
     return sorted(found, key=lambda decision: decision.at)
 
 
 def scores_record(scores: Scores) -> dict[str, Any]:
-    """Losses that are no finite number as text, which every reader of JSON can read."""
+    """Return scores for JSON: a loss that is no finite number becomes text, which every reader understands."""
     values = scores.model_dump()
     numbers = {key: value for key, value in values.items() if isinstance(value, float)}
     return {**values, **{key: str(value) for key, value in numbers.items() if value - value != 0}}
 
 
+def finish_promoted(store: ObjectStore, series: str) -> None:
+    """Count the data of a retrain as seen that was killed between its promotion and its end."""
+    data, _ = read_data(store, series)
+    found, pending = find_series(store, series), data.pending
+    if pending is None or found is None:
+        return
+    made = [change for change in found[0].changes if change.run_id == pending.run_id]
+    if not any(change.replaced == pending.champion for change in made):
+        return
+    _log.warning("A retrain of series %r was killed after its promotion; its data counts as seen now.", series)
+    if not any(one.run_id == pending.run_id and one.outcome == "promoted" for one in read_decisions(store, series)):
+        change = made[-1]
+        decision = Decision(
+            series=series,
+            run_id=pending.run_id,
+            outcome="promoted",
+            reason=change.reason,
+            candidate_uri=f"{store.uri}/{change.checkpoint}",
+            champion_uri=f"{store.uri}/{change.replaced}" if change.replaced else None,
+            scores=scores_record(change.scores) if change.scores else {},
+            margin="",
+            new=pending.new,
+            data_is_seen=True,
+            by=change.by,
+            at=change.at,
+        )
+        record_decision(store, decision)
+    end(store, series, pending.new, replaces=pending.is_revision)
+
+
 def _parse_decision(store: ObjectStore, key: str, data: bytes) -> Decision:
-    try:
-        return Decision.model_validate_json(data)
-    except ValidationError as error:
-        raise CheckpointCorruptError(
-            f"{store.uri}/{key} is damaged: {error.errors()[0]['msg']}. Nothing but this record depends on it: delete "
-            "it and run again."
-        ) from None
+    advice = "Nothing but this record depends on it: delete it and run again."
+    return Decision.parse(data, uri=f"{store.uri}/{key}", advice=advice)

@@ -1,4 +1,4 @@
-"""What a retrain came to, in the form that the command line prints and an operator reads. Light but for its imports."""
+"""The summary of a retrain, as the command line prints it and an operator reads it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ STATE_NAMES = {
     "not-enough-data": "NotEnoughData",
     "already-running": "AlreadyRunning",
 }
-"""What the flow run's final state is called; all of them are states of success."""
+"""Names of the flow run's final state. All of them are states of success."""
 
 
 class RetrainSummary(FrozenConfig):
@@ -34,7 +34,7 @@ class RetrainSummary(FrozenConfig):
     outcome: Outcome | Literal["no-new-data", "not-enough-data", "already-running"]
     reason: str
     champion_uri: str | None
-    """What the series has promoted now."""
+    """The champion now."""
 
     run_id: str | None = None
     candidate_uri: str | None = None
@@ -49,30 +49,16 @@ class RetrainSummary(FrozenConfig):
     report_uri: str | None = None
 
 
-def summarize_nothing_new(store: ObjectStore, series: str) -> RetrainSummary:
-    """Of a retrain that found nothing that the series has not seen."""
-    return RetrainSummary(
-        series=series,
-        store_uri=store.uri,
-        outcome="no-new-data",
-        reason="the source holds nothing that the series has not been trained on",
-        champion_uri=_champion_uri(store, series),
-    )
-
-
-def summarize_already_running(store: ObjectStore, series: str, reason: str) -> RetrainSummary:
-    """Summarize a retrain that was begun while another one of the series lives."""
-    return RetrainSummary(
-        series=series,
-        store_uri=store.uri,
-        outcome="already-running",
-        reason=reason,
-        champion_uri=_champion_uri(store, series),
-    )
+def summarize_idle(
+    store: ObjectStore, series: str, outcome: Literal["no-new-data", "already-running"], reason: str
+) -> RetrainSummary:
+    """Summarize a retrain that had nothing to do."""
+    champion = _champion_uri(store, series)
+    return RetrainSummary(series=series, store_uri=store.uri, outcome=outcome, reason=reason, champion_uri=champion)
 
 
 def summarize_not_enough(plan: RetrainPlan) -> RetrainSummary:
-    """Of a retrain whose new documents do not fill one update; they stay new."""
+    """Summarize a retrain whose new documents do not fill one update; they stay new."""
     return RetrainSummary(
         series=plan.series,
         store_uri=plan.store_uri,
@@ -87,7 +73,7 @@ def summarize_not_enough(plan: RetrainPlan) -> RetrainSummary:
 def summarize_retrain(
     plan: RetrainPlan, decision: Decision, stages: Sequence[StageOutcome], *, report_uri: str
 ) -> RetrainSummary:
-    """Of a retrain that made a candidate."""
+    """Summarize a retrain that made a candidate."""
     return RetrainSummary(
         series=plan.series,
         store_uri=plan.store_uri,
@@ -105,7 +91,7 @@ def summarize_retrain(
 
 
 def retrain_markdown(summary: RetrainSummary) -> str:
-    """The decision as Markdown, for the orchestrator's UI."""
+    """Return the decision as Markdown, for the orchestrator's UI."""
     rows = {
         "outcome": f"**{summary.outcome}**: {summary.reason}",
         "champion now": summary.champion_uri,

@@ -1,0 +1,123 @@
+"""Find a stage's committed checkpoint, and refuse settings that a run was not made with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from relora_train.checkpoints.lineage import CheckpointRef, choose_result, set_aside
+from relora_train.checkpoints.manifest import find_dataset, hash_file
+from relora_train.data.dataset_changes import dataset_changes
+from relora_train.errors import AccessDeniedError, RunSettingsChangedError, StoreUnavailableError
+from relora_train.method.fingerprint import fingerprint_settings, stage_fingerprint
+from relora_train.method.stages import Stage
+from relora_train.runs.run import Run
+from relora_train.settings.keys import differing_settings, settings_digest
+from relora_train.settings.model import ModelConfig
+from relora_train.storage.opening import open_store
+
+
+def find_stage(run: Run, stage: Stage, dataset_id: str, parent: CheckpointRef | None) -> CheckpointRef | None:
+    """Return the stage's committed checkpoint or the variant that took its place, or None if it has yet to be trained.
+
+    A pruned one counts as trained, with `is_removed`, as long as something that came from it is there.
+    While the store cannot be read and the parent has yet to be stored, the answer is None: training goes on.
+    Raises RunSettingsChangedError if this run holds a checkpoint of the same stage made with other settings.
+    """
+    settings, fingerprint = stage_identity(run, stage, dataset_id, parent)
+    try:
+        refs = run.checkpoints.history()
+        present = [ref for ref in refs if not ref.is_removed]
+        found = choose_result(fingerprint, present, run.checkpoints.head(missing_ok=True))
+        if found is None:
+            found = run.checkpoints.find_removed(fingerprint)
+    except (AccessDeniedError, StoreUnavailableError):
+        if run.is_unstored(parent):
+            return None
+        raise
+    if found is None and run.branches:
+        _check_same_origin(run, parent, refs)
+    elif found is None:
+        for other in refs:
+            same_place = other.step == stage.end_step or other.manifest.stage == stage.name
+            if same_place and not set_aside(other, parent, refs):
+                raise _settings_changed(run, stage, settings, other)
+    return found
+
+
+def check_settings(run: Run, stages: Iterable[Stage]) -> None:
+    """Raise RunSettingsChangedError if the run's stages were made with other settings. The data are not compared.
+
+    For a run that does not branch, before anything starts: it takes seconds. The flow looks again, with its data.
+    """
+    parent, refs = None, run.checkpoints.history()
+    for stage in stages:
+        data = {ref.manifest.fingerprint_settings.get("dataset_id") for ref in refs if ref.manifest.stage == stage.name}
+        refusal, found = None, None
+        for dataset_id in filter(None, data):
+            try:
+                found = found or find_stage(run, stage, dataset_id, parent)
+            except RunSettingsChangedError as error:
+                refusal = error
+        if found is None and refusal is not None:
+            raise refusal
+        if found is None:
+            return
+        parent = found
+
+
+def stage_identity(run: Run, stage: Stage, dataset_id: str, parent: CheckpointRef | None) -> tuple[dict[str, Any], str]:
+    """Return the stage's settings and their fingerprint."""
+    content = None if parent else pretrained_content(run.profile.model)
+    settings = fingerprint_settings(run.profile, stage, dataset_id, pretrained_content=content)
+    return settings, stage_fingerprint(settings, parent.fingerprint if parent else None)
+
+
+def pretrained_content(model: ModelConfig) -> str | None:
+    """Return a digest of the files of a local model.pretrained, so that other weights there make another stage.
+
+    Without a local directory it is None: model.revision alone tells hub ids apart.
+    """
+    directory = Path(model.pretrained).expanduser() if model.pretrained else None
+    if directory is None or not directory.is_dir():
+        return None
+    files = sorted(path for path in directory.iterdir() if path.suffix in (".json", ".safetensors"))
+    return settings_digest({path.name: hash_file(path) for path in files})
+
+
+def _check_same_origin(run: Run, parent: CheckpointRef | None, refs: Sequence[CheckpointRef]) -> None:
+    """Raise RunSettingsChangedError for a branch from another run into a run that it did not start."""
+    if parent is None or parent.manifest.run_id == run.run_id or not refs:
+        return
+    origins = {ref.manifest.parent.fingerprint for ref in refs if ref.manifest.parent}
+    if parent.fingerprint not in origins:
+        raise RunSettingsChangedError(
+            f"Run {run.run_id!r} in {run.store_uri} holds checkpoints, and they did not start from {parent.uri}. "
+            "Nothing was changed. Give the branch a run of its own: another --run-id, or none."
+        )
+
+
+def _settings_changed(run: Run, stage: Stage, ours: dict[str, Any], other: CheckpointRef) -> RunSettingsChangedError:
+    lines = differing_settings(ours, other.manifest.fingerprint_settings) or ["the checkpoint it started from"]
+    lines = [text for line in lines for text in (_dataset_changes(run, other, line) or [line])]
+    shown = "\n".join(f"  - {line}" for line in lines)
+    return RunSettingsChangedError(
+        f"Run {run.run_id!r} already holds stage {other.manifest.stage} made with other settings ({other.uri}).\n"
+        f"Differing (there -> now), at stage {stage.name}:\n{shown}\n"
+        "Nothing was changed. Give these settings a run of their own with another --run-id, or branch from a "
+        f"checkpoint with --resume-from, e.g. --resume-from {run.run_id}@{other.manifest.stage}. "
+        f"More cycles for this run: --run-id {run.run_id} --resume-from {run.run_id}@latest --set schedule.cycles=N."
+    )
+
+
+def _dataset_changes(run: Run, other: CheckpointRef, line: str) -> list[str]:
+    """Say how two datasets differ, if the line is about their ids and both are still there."""
+    key, _, ids = line.partition(": ")
+    if key != "dataset_id":
+        return []
+    root, _, place = other.manifest.dataset_uri.rpartition("/datasets/")
+    theirs, ours = ids.split(" -> ")
+    found = find_dataset(open_store(root), place.split("/")[0], theirs)
+    now = find_dataset(run.store, run.profile.data.name, ours)
+    return dataset_changes(found, now) if found and now else []

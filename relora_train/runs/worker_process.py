@@ -1,0 +1,200 @@
+"""A worker process as its parent sees it: what it says, how it is stopped, and the error that its end stands for."""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import logging
+import math
+import os
+import queue
+import signal
+import subprocess
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+
+from relora_train import events
+from relora_train.errors import ReLoRAError, TrainerCrashedError, TrainerFaultError, error_named
+from relora_train.events import Event
+from relora_train.process import PARENT_PIPE_VARIABLE, SAFE_PATH, SERVED, STOP_SECONDS, TAKEN
+
+_TAIL_LINES = 20
+_SECRETS = ("AWS_", "PREFECT_API_KEY", "PREFECT_API_AUTH_STRING", "PREFECT_SERVER_API_AUTH_STRING")
+_LOGGER = logging.getLogger(__name__)
+
+
+class WorkerProcess:
+    """A process in a session of its own, with a pipe either way.
+
+    A thread reads what it says: whatever interrupts the listener, the pipe never fills up.
+    """
+
+    def __init__(self, module: str, command: list[str], *, keep_secrets: bool = False) -> None:
+        self._module = module
+        self._process = subprocess.Popen(  # noqa: S603 (our own module and interpreter)
+            command,
+            stdin=subprocess.PIPE,  # open as long as we live: its end tells an orphan to stop
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env=_environment(keep_secrets=keep_secrets),
+            text=True,
+            errors="replace",
+            start_new_session=True,  # Ctrl-C in the terminal reaches us alone, and we stop the worker in order
+        )
+        self.took_request = False
+        self._failures: list[Event] = []
+        self._tail: deque[str] = deque(maxlen=_TAIL_LINES)
+        self._heard: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
+        run = contextvars.copy_context().run  # what is logged there belongs to the run around us
+        self._reader = threading.Thread(target=run, args=(self._read,), name="worker-output", daemon=True)
+        self._reader.start()
+
+    @property
+    def ended_well(self) -> bool:
+        return self._process.returncode == 0 and not self._failures
+
+    @property
+    def is_alive(self) -> bool:
+        return self._process.poll() is None
+
+    def listen(self, on_event: Callable[[Event], None], *, line: str | None = None) -> bool:
+        """Pass events on until the worker ends, or until it has served the request that `line` names: then True.
+
+        A listener that raises ends the worker, in order.
+        """
+        self.took_request = False
+        try:
+            if line is not None and self._process.stdin is not None:
+                self._tail.clear()
+                with contextlib.suppress(BrokenPipeError):  # it has just died: its status will say how
+                    self._process.stdin.write(f"{line}\n")
+                    self._process.stdin.flush()
+            for event in self._events():
+                match event["event"]:
+                    case "failed":
+                        self._failures.append(event)
+                    case kind if kind == TAKEN and line is not None:
+                        self.took_request = True
+                    case kind if kind == SERVED and line is not None:
+                        return True
+                    case _:
+                        on_event(event)
+            self._process.wait()
+        except BaseException:
+            try:
+                self._stop(on_event)
+            finally:
+                self.close()
+            raise
+        self.close()
+        return False
+
+    def _events(self, *, until: float = math.inf) -> Iterator[Event]:
+        """Yield events to the end of the worker's output, or until that time of the monotonic clock."""
+        while True:
+            left = until - time.monotonic()
+            try:
+                event = self._heard.get(timeout=None if math.isinf(left) else max(0.0, left))
+            except queue.Empty:
+                return
+            if event is None:
+                return
+            yield event
+
+    def _read(self) -> None:
+        try:
+            for line in self._process.stdout or ():
+                event = events.decode(line)
+                if event is not None and event["event"] == "warning":
+                    _LOGGER.warning("%s", event["message"])
+                elif event is not None:
+                    self._heard.put(event)
+                elif line.strip():
+                    self._tail.append(line.rstrip())
+                    _LOGGER.debug("%s", line.rstrip())
+        finally:
+            self._heard.put(None)
+
+    def _stop(self, on_event: Callable[[Event], None]) -> None:
+        """End a worker and its ranks: ask, hear what it still has to say, then kill its whole session."""
+
+        def tell(event: Event) -> None:
+            try:
+                on_event(event)
+            except Exception:  # a listener that fails now must not keep the worker from being stopped
+                _LOGGER.debug("A listener failed on %s", event["event"], exc_info=True)
+
+        deadline = time.monotonic() + STOP_SECONDS
+        try:
+            tell({"event": "stopping", "seconds": STOP_SECONDS})
+            self._process.terminate()
+            if self._process.stdin is not None:
+                with contextlib.suppress(OSError):
+                    self._process.stdin.close()
+            for event in self._events(until=deadline):
+                if event["event"] != "failed":  # it says that it was stopped
+                    tell(event)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(timeout=max(0.0, deadline - time.monotonic()))
+        finally:  # also when a second Ctrl-C comes
+            self.kill()
+
+    def kill(self) -> None:
+        """Kill the whole session of a worker that is still alive."""
+        if self.is_alive:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+
+    def close(self) -> None:
+        """Close both pipes of a worker that has ended.
+
+        A descendant that outlived it may hold the output open, and is not waited for.
+        """
+        if self._process.stdin is not None:
+            with contextlib.suppress(BrokenPipeError):
+                self._process.stdin.close()
+        self._reader.join(timeout=1.0)
+        if self._process.stdout is not None and not self._reader.is_alive():
+            self._process.stdout.close()
+
+    def error(self) -> ReLoRAError:
+        """Return the error that the worker's end stands for: its own, else TrainerCrashedError."""
+        status, tail = self._process.returncode, self._tail
+        last_lines = "\n".join(f"    {line}" for line in tail)
+        if self._failures:
+            heard = [error_named(str(failure["error"]), str(failure["message"])) for failure in self._failures]
+            # One rank's error makes the others lose it, and they may be heard first.
+            error = next((each for each in heard if not isinstance(each, TrainerCrashedError)), heard[0])
+            if isinstance(error, TrainerCrashedError | TrainerFaultError) and tail:
+                return type(error)(f"{error}\n  Last output:\n{last_lines}")
+            return error
+        if status < 0:
+            name = signal.Signals(-status).name
+            out_of_memory = " The system's out-of-memory killer does this: see batch.micro_sequences."
+            what = f"was killed by {name}.{out_of_memory if name == 'SIGKILL' else ''}"
+        else:
+            what = f"ended with status {status}."
+        shown = f"\n  Last output:\n{last_lines}" if tail else ""
+        return TrainerCrashedError(
+            f"The process {self._module} {what} Nothing of its stage was committed; the same command runs it again."
+            f"{shown}"
+        )
+
+
+def _environment(*, keep_secrets: bool) -> dict[str, str]:
+    kept = {k: v for k, v in os.environ.items() if keep_secrets or not k.startswith(_SECRETS)}
+    return {
+        **kept,
+        **SAFE_PATH,
+        PARENT_PIPE_VARIABLE: "1",
+        # libgomp's threads spin for a millisecond at every barrier: beside any other work that costs a factor of six.
+        "GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT", "1000"),
+        "PYTHONUNBUFFERED": "1",
+        "TOKENIZERS_PARALLELISM": "false",  # a warning about forks otherwise; workers are processes of their own
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "TRANSFORMERS_VERBOSITY": "error",
+    }
