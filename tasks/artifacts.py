@@ -27,13 +27,12 @@ from prefect.logging import get_run_logger
 from relora_train.checkpoints.lineage import CheckpointRef
 from relora_train.events import Event
 from relora_train.method.stages import Stage
+from relora_train.reports.event_text import event_line
 from relora_train.reports.merge_table import merge_table
 from relora_train.reports.stage_text import (
     checkpoint_markdown,
     finished_text,
     merge_text,
-    progress_text,
-    started_text,
 )
 from relora_train.runs.background import Background
 from relora_train.runs.run import StageOutcome
@@ -122,12 +121,13 @@ class StageArtifacts:
         def watching(event: Event) -> None:
             on_event(event)
             if event["event"] == "stage_started":
-                self._show(0.0, started_text(event))
+                self._show(0.0, event_line(event))
             elif event["event"] == "resumed":
                 self._resumed_at = event["step"]
             elif event["event"] == "progress" and self._clock() - self._shown_at >= PROGRESS_SECONDS:
                 self._shown_at = self._clock()
-                self._show(self._percent_at(event["step"]), progress_text(event, resumed_at=self._resumed_at))
+                resumed = f"; resumed at step {self._resumed_at:,}" if self._resumed_at is not None else ""
+                self._show(self._percent_at(event["step"]), f"{self._stage.name}: {event_line(event)}{resumed}")
 
         return watching
 

@@ -10,12 +10,11 @@ from prefect import task
 from relora_train import events
 from relora_train.errors import TrainerCrashedError
 from relora_train.experiments import comparison, run_results
-from relora_train.experiments.comparison_store import store_comparison
+from relora_train.experiments.comparison_page import store_comparison
 from relora_train.experiments.comparison_text import comparison_markdown
 from relora_train.experiments.experiment import Experiment, PlannedRun
 from relora_train.experiments.measured import MeasuredSummary, load_measured
-from relora_train.experiments.measured_report import measured_markdown, store_measured
-from relora_train.experiments.measuring import measure
+from relora_train.experiments.measured_report import measure, measured_markdown, store_measured
 from relora_train.experiments.records import ComparisonSummary, RunResult
 from relora_train.settings.objectives import measures_of
 from relora_train.storage.opening import open_store
@@ -65,17 +64,11 @@ def write_comparison(
 ) -> ComparisonSummary:
     """Write the report to the store and the table as an artifact; return the ComparisonSummary."""
     compared = comparison.compare_results(experiment, results)
-    stored = store_comparison(compared, open_store(store_uri))
-    key, what = f"experiment-{experiment.name}", f"Report of experiment {experiment.name}: {stored.html_uri}"
+    summary = store_comparison(compared, open_store(store_uri), reused=reused)
+    key, what = f"experiment-{experiment.name}", f"Report of experiment {experiment.name}: {summary.html_uri}"
     publish_markdown(key, comparison_markdown(compared), what)
-    events.emit("compared", experiment=experiment.name, html_uri=stored.html_uri)
-    return ComparisonSummary(
-        comparison=compared,
-        html_uri=stored.html_uri,
-        json_uri=stored.json_uri,
-        picture_uris=stored.picture_uris,
-        reused=reused,
-    )
+    events.emit("compared", experiment=experiment.name, html_uri=summary.html_uri)
+    return summary
 
 
 @task(**TRAINING, task_run_name="measure-{experiment}")

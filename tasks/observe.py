@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from typing import Any, TypeVar, cast
+from typing import TypeVar, cast
 
 from prefect.client.schemas.objects import State
 from prefect.context import get_run_context
@@ -14,7 +14,7 @@ from prefect.states import Completed
 
 from relora_train import events
 from relora_train.events import Event
-from relora_train.settings.objectives import measures_in
+from relora_train.reports.event_text import event_line
 
 _LOG_SECONDS = 10.0
 
@@ -41,47 +41,16 @@ def forward_events(*, clock: Callable[[], float] = time.monotonic) -> Callable[[
 
 
 def describe(event: Event) -> str:
-    """Return an event as one line for people."""
-    match event["event"]:
-        case "progress":
-            return (
-                f"step {event['step']}/{event['end_step']}  loss {event['loss']:.4f}  lr {event['learning_rate']:.2e}  "
-                f"{event['tokens_per_second']:,.0f} tokens/s  {event['eta_seconds']:.0f} s left"
-            )
-        case "stage_committed":
-            return f"stage {event['stage']}: trained and written at step {event['step']}, now stored"
-        case "evaluation" if "when" in event:
-            headline, second = measures_in(event).headline, measures_in(event).second
-            return (
-                f"{event['when']} step {event['step']}: validation {headline.name} "
-                f"{headline.text(event[headline.key])}, {second.name} {second.text(event[second.key], digits=4)}"
-            )
-        case "merge":
-            return (
-                f"merged cycle {event['cycle']}: output changed by {event['max_relative_output_change']:.1e}, "
-                f"update/weight norm {event['relative_update_norm']:.4f}, "
-                f"effective rank {event['effective_rank']:.1f}, "
-                f"{event['optimizer_state_zeroed']:.1%} of the optimizer state of A and B zeroed"
-            )
-        case "stage_started":
-            return (
-                f"stage {event['stage']}: steps {event['start_step'] + 1} to {event['end_step']} on {event['device']}, "
-                f"{event['trainable_parameters']:,} of {event['parameters']:,} parameters trained"
-                + "".join(f"; {count} layers: {order}" for order, count in event.get("products", {}).items())
-                + (f"; float32 products: {event['matmul']}" if "matmul" in event else "")
-            )
-        case "resumed":
-            return f"stage {event['stage']}: going on from the snapshot of step {event['step']}"
-        case "stopping":
-            return f"asked the worker to finish its step, save its state and end within {event['seconds']:.0f} s"
-        case "diverged":
-            return f"attempt {event['attempt']} of {event['attempts']} of {event['stage']}: {event['message']}"
-        case name:
-            return f"{name}: " + ", ".join(f"{key}={_short(value)}" for key, value in event.items() if key != "event")
-
-
-def _short(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    """Return an event as one line for the log, which has room for details that a terminal leaves out."""
+    line = event_line(event)
+    if event["event"] == "progress":
+        line = f"{event['stage']}: {line}"
+    if event["event"] == "diverged":
+        line = f"{line}: {event['message']}"
+    if event["event"] == "stage_started":
+        line += "".join(f"; {count} layers: {order}" for order, count in event.get("products", {}).items())
+        line += f"; float32 products: {event['matmul']}" if "matmul" in event else ""
+    return line
 
 
 def provenance() -> dict[str, str]:

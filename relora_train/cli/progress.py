@@ -10,7 +10,6 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Protocol
 
 from rich.console import Console, RenderableType
 from rich.constrain import Constrain
@@ -21,22 +20,8 @@ from rich.table import Table
 from rich.text import Text
 
 from relora_train import events
-from relora_train.cli.progress_text import (
-    arm_diverged_line,
-    arm_reused_line,
-    arm_started_line,
-    dataset_line,
-    diverged_line,
-    evaluated_line,
-    merge_line,
-    progress_line,
-    resumed_line,
-    stage_finished_line,
-    stage_skipped_line,
-    stage_started_line,
-    tokenize_line,
-)
 from relora_train.events import Event
+from relora_train.reports.event_text import event_line
 from relora_train.settings.objectives import measures_in
 
 PLAIN_SECONDS = 10.0
@@ -46,30 +31,6 @@ _SHORT_BELOW_COLUMNS = 100
 _ROOM_FOR_CTRL_C = 4  # a terminal writes ^C where the cursor stands; on the next line it would stay there
 _DONE, _STORED, _REUSED, _MERGED, _NOTICE, _ARM = "✓", "↑", "○", "+", "!", "›"
 _STYLES = {_ARM: "bold", _DONE: "green", _STORED: "dim", _REUSED: "dim", _MERGED: "cyan", _NOTICE: "yellow"}
-
-
-class Display(Protocol):
-    """Where a run is shown."""
-
-    @property
-    def short(self) -> bool:
-        """Whether there is room for little."""
-        ...
-
-    def line(self, mark: str, text: str) -> None:
-        """Say something that stays."""
-
-    def started(self, text: str) -> None:
-        """Say that something begins, where there is nothing else to show it."""
-
-    def waiting(self, text: str) -> None:
-        """Nothing is counted at the moment; `text` says what happens."""
-
-    def counted(self, name: str, done: float, total: float | None, text: str) -> None:
-        """Work called `name` has come to `done` of `total`."""
-
-    def close(self) -> None:
-        """Leave the console as it was, with the lines that stay."""
 
 
 class LiveDisplay:
@@ -86,18 +47,22 @@ class LiveDisplay:
 
     @property
     def short(self) -> bool:
+        """Return True if there is room for little."""
         return self._console.width < _SHORT_BELOW_COLUMNS
 
     def line(self, mark: str, text: str) -> None:
+        """Print something that stays."""
         self._console.print(Text.assemble((mark, _STYLES[mark]), f" {text}"), highlight=False)
 
     def started(self, text: str) -> None:
         """Its bar shows it."""
 
     def waiting(self, text: str) -> None:
+        """Show what happens while nothing is counted."""
         self._row = (Text(f"{text} …", style="dim", overflow="ellipsis", no_wrap=True),)
 
     def counted(self, name: str, done: float, total: float | None, text: str) -> None:
+        """Show that the work `name` has come to `done` of `total`."""
         bar = ProgressBar(total=total, completed=done, pulse=total is None)
         self._row = (Text(name), bar, *([f"{100 * done / total:3.0f}%"] if total else []), Text(text, no_wrap=True))
 
@@ -149,6 +114,9 @@ class PlainDisplay:
         """Nothing to undo."""
 
 
+Display = LiveDisplay | PlainDisplay
+
+
 class RunProgress(logging.Handler):
     """Turns the events of a run into what its display shows. `stages` are the names of the plan, in order."""
 
@@ -190,34 +158,34 @@ class RunProgress(logging.Handler):
         match event.get("event"):
             case "tokenize_progress":
                 total = event.get("total_bytes")
-                display.counted(str(event.get("phase", "tokenize")), event["done_bytes"], total, tokenize_line(event))
+                display.counted(str(event.get("phase", "tokenize")), event["done_bytes"], total, event_line(event))
             case "measuring":
                 display.counted(str(event["what"]), event["done"], event["total"], "")
             case "arm_started":
                 self._stages = tuple(event["stages"])
                 self._half_stored.clear()
-                display.line(_ARM, arm_started_line(event))
+                display.line(_ARM, event_line(event))
                 display.waiting("starting")
             case "arm_reused":
-                display.line(_REUSED, arm_reused_line(event))
+                display.line(_REUSED, event_line(event))
             case "arm_diverged":
-                display.line(_NOTICE, arm_diverged_line(event))
+                display.line(_NOTICE, event_line(event))
             case "dataset_ready" if event["reused"] and event.get("uri") in self._datasets:
                 display.waiting(f"starting {self._after(None)}")
             case "dataset_ready":
                 self._datasets.add(event.get("uri"))
-                display.line(_REUSED if event["reused"] else _DONE, dataset_line(event))
+                display.line(_REUSED if event["reused"] else _DONE, event_line(event))
                 display.waiting(f"starting {self._after(None)}")
             case "stage_started":
-                display.started(stage_started_line(event))
+                display.started(event_line(event))
             case "resumed":
-                display.line(_REUSED, resumed_line(event))
+                display.line(_REUSED, event_line(event))
             case "progress":
                 self._show_step(event)
             case "evaluation" if event.get("when") == "before":
                 self._before[event["stage"]] = event[measures_in(event).headline.key]
             case "merge":
-                display.line(_MERGED, merge_line(event))
+                display.line(_MERGED, event_line(event))
             case "stage_committed":
                 display.waiting(f"{event['stage']}: storing the checkpoint")
             case "stage_finished":
@@ -225,24 +193,24 @@ class RunProgress(logging.Handler):
             case "checkpoint_stored":
                 self._show_half_stored(event["stage"])
             case "diverged":
-                self.notice(diverged_line(event))
+                self.notice(event_line(event))
             case "stage_skipped":
-                display.line(_REUSED, stage_skipped_line(event))
+                display.line(_REUSED, event_line(event))
                 display.waiting(self._next(event["stage"]))
             case "evaluated":
-                display.line(_REUSED if event["reused"] else _DONE, evaluated_line(event))
+                display.line(_REUSED if event["reused"] else _DONE, event_line(event))
                 display.waiting("evaluating and writing the report")
 
     def _show_step(self, event: Event) -> None:
         done, total = event["step"] - event["start_step"], event["end_step"] - event["start_step"]
         if done < total:
-            self._display.counted(event["stage"], done, total, progress_line(event, short=self._display.short))
+            self._display.counted(event["stage"], done, total, event_line(event, short=self._display.short))
         else:
             self._display.waiting(f"{event['stage']}: step {event['step']:,} is done, evaluating")
 
     def _show_finished(self, event: Event) -> None:
         stage = event["stage"]
-        self._display.line(_DONE, stage_finished_line(event, self._before.get(stage)))
+        self._display.line(_DONE, event_line(event, before=self._before.get(stage)))
         self._display.waiting(self._next(stage))
         if event.get("uri") is None:
             self._show_half_stored(stage)

@@ -11,10 +11,15 @@ from relora_train.experiments.records import (
     ArmResult,
     Comparison,
     Difference,
-    ResetSize,
     RunResult,
 )
 from relora_train.reports.statistics import Estimate, estimate, paired_difference
+from relora_train.settings.objectives import SCORES
+
+_AVERAGED = (
+    *SCORES,
+    *("tokens_per_second", "tokens_per_second_in_all", "peak_memory_bytes", "seconds"),
+)
 
 
 def compare_results(experiment: Experiment, results: Sequence[RunResult]) -> Comparison:
@@ -70,6 +75,8 @@ def _arm_result(name: str, experiment: Experiment, results: Sequence[RunResult])
 
     resets = [result.resets for result in of_arm if result.resets]  # of those that diverged later, too
 
+    ratios = [[size.ratio for size in sizes if size.ratio is not None] for sizes in resets]
+
     def over_seeds(field: str) -> Estimate | None:
         values = [getattr(result, field) for result in trained]
         return estimate([float(value) for value in values if value is not None and math.isfinite(value)])
@@ -81,24 +88,13 @@ def _arm_result(name: str, experiment: Experiment, results: Sequence[RunResult])
         paper=config.paper,
         trained=len(trained),
         diverged=len(of_arm) - len(trained),
-        val_loss=over_seeds("val_loss"),
-        val_perplexity=over_seeds("val_perplexity"),
-        bits_per_byte=over_seeds("bits_per_byte"),
-        val_accuracy=over_seeds("val_accuracy"),
-        tokens_per_second=over_seeds("tokens_per_second"),
-        tokens_per_second_in_all=over_seeds("tokens_per_second_in_all"),
-        peak_memory_bytes=over_seeds("peak_memory_bytes"),
-        seconds=over_seeds("seconds"),
+        **{field: over_seeds(field) for field in _AVERAGED},
         largest_first_change=estimate([max(size.largest_change for size in sizes) for sizes in resets]),
-        first_change_ratio=estimate([max(found) for sizes in resets if (found := _ratios(sizes))]),
+        first_change_ratio=estimate([max(found) for found in ratios if found]),
         largest_a_move=estimate([max(size.largest_a_move for size in sizes) for sizes in resets]),
         trainable_parameters=of_arm[0].trainable_parameters if of_arm else None,
         parameters=of_arm[0].parameters if of_arm else None,
     )
-
-
-def _ratios(sizes: Sequence[ResetSize]) -> list[float]:
-    return [size.ratio for size in sizes if size.ratio is not None]
 
 
 def _difference(arm: str, reference: str, results: Sequence[RunResult]) -> Difference:

@@ -1,4 +1,4 @@
-"""The HTML page of a comparison: what templates/comparison.html shows, computed."""
+"""The report of a comparison: the values that templates/comparison.html shows, and its place in a store."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import shlex
 from collections.abc import Mapping
 from pathlib import Path
 
+from relora_train.experiments.comparison_plots import draw_comparison
 from relora_train.experiments.comparison_text import (
     arm_cells,
     arm_header,
@@ -15,11 +16,14 @@ from relora_train.experiments.comparison_text import (
     outcome_text,
     paper_text,
 )
-from relora_train.experiments.records import ArmResult, Comparison
+from relora_train.experiments.records import ArmResult, Comparison, ComparisonSummary
+from relora_train.experiments.store import store_report
 from relora_train.reports.render import render
 from relora_train.reports.statistics import Estimate
 from relora_train.reports.text import estimate_text
+from relora_train.settings.keys import flatten
 from relora_train.settings.measures import LOSS, Measure
+from relora_train.storage.base import ObjectStore
 from relora_train.text import MISSING, decimal
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -28,7 +32,7 @@ _BAND = "the band is one standard error."
 
 def render_comparison(data: Comparison, pictures: Mapping[str, bytes]) -> str:
     """Return the whole page. pictures: PNG bytes by name."""
-    sets = (f" --set {shlex.quote(f'{key}={json.dumps(value)}')}" for key, value in _flat(data.overrides).items())
+    sets = (f" --set {shlex.quote(f'{key}={json.dumps(value)}')}" for key, value in flatten(data.overrides).items())
     command = f"relora compare {data.command_name or data.experiment} --seeds {','.join(map(str, data.seeds))}"
     captions = {
         "training_loss.png": (
@@ -52,7 +56,7 @@ def render_comparison(data: Comparison, pictures: Mapping[str, bytes]) -> str:
             "arm_label": lambda arm, data: data.label(arm),
             "better_or_worse": _better_or_worse,
             "outcome": outcome_text,
-            "settings_text": lambda sets: " · ".join(f"{key} = {value}" for key, value in _flat(sets).items()),
+            "settings_text": lambda sets: " · ".join(f"{key} = {value}" for key, value in flatten(sets).items()),
             "verdict": _verdict,
         },
         data=data,
@@ -65,6 +69,14 @@ def render_comparison(data: Comparison, pictures: Mapping[str, bytes]) -> str:
         command=command + "".join(sets),
         versions=next((run.versions for run in data.runs if run.versions), {}),
     )
+
+
+def store_comparison(data: Comparison, store: ObjectStore, *, reused: int) -> ComparisonSummary:
+    """Write the report; one of the same arms from before, with fewer seeds or more, is replaced."""
+    pictures = draw_comparison(data)
+    html, json_text = render_comparison(data, pictures), data.model_dump_json(indent=1) + "\n"
+    uris = store_report(store, data.experiment, data.digest, html=html, json=json_text, pictures=pictures)
+    return ComparisonSummary(comparison=data, reused=reused, **uris)
 
 
 def _better_or_worse(value: Estimate, measure: Measure) -> str:
@@ -107,10 +119,3 @@ def _beside_the_paper(data: Comparison) -> list[tuple[str, ...]]:
         )
         for row in data.arms
     ]
-
-
-def _flat(settings: object, prefix: str = "") -> dict[str, object]:
-    """Return 'section.key' -> value of nested sections."""
-    if not isinstance(settings, dict):
-        return {prefix.removesuffix("."): settings}
-    return {name: each for key, value in settings.items() for name, each in _flat(value, f"{prefix}{key}.").items()}

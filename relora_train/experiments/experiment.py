@@ -22,7 +22,7 @@ from relora_train.errors import ExperimentInvalidError, ProfileInvalidError, Pro
 from relora_train.experiments.config import ExperimentConfig
 from relora_train.method.fingerprint import fingerprint_settings
 from relora_train.method.stages import Stage, plan_stages, until
-from relora_train.settings.keys import layered, settings_digest
+from relora_train.settings.keys import flatten, layered, settings_digest
 from relora_train.settings.load import load_profile, profile_directory
 from relora_train.settings.profile import Profile, unnamed_data_keys
 from relora_train.storage.redaction import refuse_secrets
@@ -102,8 +102,8 @@ class Experiment:
     def unreached(self) -> Mapping[str, tuple[str, ...]]:
         """Overridden keys that some arms set themselves, and which arms these are: theirs stay as they are."""
         found = {
-            key: tuple(n for n, arm in self.config.arms.items() if key in _leaves(layered(arm.set)))
-            for key in sorted(_leaves(self.overrides))
+            key: tuple(n for n, arm in self.config.arms.items() if key in flatten(layered(arm.set)))
+            for key in sorted(flatten(dict(self.overrides)))
         }
         return {key: arms for key, arms in found.items() if arms}
 
@@ -302,11 +302,3 @@ def _faults_of_budget(runs: Sequence[PlannedRun], budget: int, *, may_differ: bo
         if run.seed == runs[0].seed and run_tokens(run.profile) != common
     ]
     return faults, common
-
-
-def _leaves(settings: Mapping[str, Any], prefix: str = "") -> set[str]:
-    """'section.key' of every value in nested sections."""
-    found: set[str] = set()
-    for key, value in settings.items():
-        found |= _leaves(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key}
-    return found

@@ -22,11 +22,7 @@ def kind_record(kind: KindSpectrum) -> dict[str, Any]:
         "kind": kind.kind,
         "layers": kind.layers,
         "shape": kind.shape,
-        "below": {"threshold": PAPER_THRESHOLD, "count": kind.below_threshold},
-        "effective_rank": kind.effective_rank,
-        "stable_rank": kind.stable_rank,
-        "numerical_rank": kind.numerical_rank,
-        "relative_update_norm": kind.relative_update_norm,
+        **_ranks(kind),
         "singular_values": _rounded(kind.values),
     }
 
@@ -58,13 +54,15 @@ def _measures(spectrum: LayerSpectrum) -> dict[str, Any]:
     return {
         "shape": spectrum.shape,
         "largest": float(spectrum.values[0]),
-        "below": {"threshold": PAPER_THRESHOLD, "count": spectrum.below_threshold},
-        "effective_rank": spectrum.effective_rank,
-        "stable_rank": spectrum.stable_rank,
-        "numerical_rank": spectrum.numerical_rank,
         "tolerance": spectrum.tolerance,
-        "relative_update_norm": spectrum.relative_update_norm,
+        **_ranks(spectrum),
     }
+
+
+def _ranks(measured: LayerSpectrum | KindSpectrum) -> dict[str, Any]:
+    names = ("effective_rank", "stable_rank", "numerical_rank", "relative_update_norm")
+    below = {"threshold": PAPER_THRESHOLD, "count": measured.below_threshold}
+    return {"below": below, **{name: getattr(measured, name) for name in names}}
 
 
 def _overlap_record(overlap: LayerOverlap) -> dict[str, Any]:

@@ -2,36 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from relora_train.runs.divergence import divergence_text
 from relora_train.settings.objectives import measures_in
-from relora_train.text import count, decimal, duration, percent, scientific, size
+from relora_train.text import count, duration, percent, scientific, size
 
 if TYPE_CHECKING:
     from relora_train.checkpoints.lineage import CheckpointRef
     from relora_train.checkpoints.manifest import CheckpointManifest
     from relora_train.method.stages import Stage
     from relora_train.runs.run import StageOutcome
-
-
-def started_text(event: Mapping[str, Any]) -> str:
-    """'cycle-2: steps 201–400 on cuda:0, 1,234 of 5,678 parameters trained'."""
-    return (
-        f"**{event['stage']}**: steps {steps_text(event['start_step'], event['end_step'])} on {event['device']}, "
-        f"{count(event['trainable_parameters'])} of {count(event['parameters'])} parameters trained"
-    )
-
-
-def progress_text(event: Mapping[str, Any], *, resumed_at: int | None = None) -> str:
-    """'cycle-2: step 300 of 201–400, loss 3.1234, 12,345 tokens/s, 20 s left', and where it went on from."""
-    text = (
-        f"**{event['stage']}**: step {count(event['step'])} of {steps_text(event['start_step'], event['end_step'])}, "
-        f"loss {decimal(event['loss'], 4)}, learning rate {event['learning_rate']:.2e}, "
-        f"{count(event['tokens_per_second'])} tokens/s, {duration(event['eta_seconds'])} left"
-    )
-    return text if resumed_at is None else f"{text}; went on from the snapshot of step {count(resumed_at)}"
 
 
 def finished_text(stage: Stage, outcome: StageOutcome) -> str:

@@ -41,17 +41,7 @@ def kind_means(spectra: Iterable[LayerSpectrum]) -> tuple[KindSpectrum, ...]:
 
 
 def _mean(kind: str, shape: tuple[int, int], layers: list[LayerSpectrum]) -> KindSpectrum:
-    def mean(numbers: Iterable[float]) -> float:
-        return float(np.mean(list(numbers)))
-
-    return KindSpectrum(
-        kind=kind,
-        shape=shape,
-        layers=len(layers),
-        values=np.mean([layer.values for layer in layers], axis=0),
-        below_threshold=mean(layer.below_threshold for layer in layers),
-        effective_rank=mean(layer.effective_rank for layer in layers),
-        stable_rank=mean(layer.stable_rank for layer in layers),
-        numerical_rank=mean(layer.numerical_rank for layer in layers),
-        relative_update_norm=mean(layer.relative_update_norm for layer in layers),
-    )
+    averaged = ("below_threshold", "effective_rank", "stable_rank", "numerical_rank", "relative_update_norm")
+    means = {name: float(np.mean([getattr(layer, name) for layer in layers])) for name in averaged}
+    values = np.mean([layer.values for layer in layers], axis=0)
+    return KindSpectrum(kind=kind, shape=shape, layers=len(layers), values=values, **means)
