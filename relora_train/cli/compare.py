@@ -128,7 +128,7 @@ def _parse_seeds(text: str | None) -> list[int] | None:
 
 
 def notices(planned: Experiment) -> list[str]:
-    """What is to be known before the runs begin."""
+    """Return what you should know before the runs begin."""
     arms, seeds = len(planned.config.arms), len(planned.seeds)
     shared = f", branching from {len(planned.warm_starts)} warm starts" if planned.warm_starts else ""
     lines = [f"{planned.name}: {arms} arms x {seeds} seeds of {planned.budget_tokens:,} tokens{shared}"]

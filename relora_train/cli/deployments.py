@@ -1,4 +1,4 @@
-"""What deploy/prefect.yaml deploys, for whoever serves it without a work pool. Light."""
+"""The deployments of deploy/prefect.yaml, served without a work pool. Light."""
 
 from __future__ import annotations
 

@@ -108,7 +108,7 @@ def _record_export(ref: CheckpointRef, directory: Path) -> None:
 
 @dataclass(frozen=True)
 class ExportedModel:
-    """What was written."""
+    """An exported model."""
 
     directory: Path
     checkpoint_uri: str

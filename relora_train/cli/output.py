@@ -1,4 +1,4 @@
-"""Where people read: consoles, and the one message with which a command ends badly. Light."""
+"""Consoles for people, and the one message of a command that fails. Light."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def require_writable(directory: Path, option: str) -> None:
 
 
 def was_interrupted(error: BaseException) -> bool:
-    """Whether Ctrl-C lies behind an error: libraries turn one that arrives while they are imported into their own."""
+    """Return True if Ctrl-C caused an error. Libraries that are being imported turn it into an error of their own."""
     seen: BaseException | None = error
     while seen is not None:
         if isinstance(seen, KeyboardInterrupt) or KeyboardInterrupt.__name__ in str(seen):

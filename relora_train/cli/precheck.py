@@ -1,4 +1,4 @@
-"""What can be known to fail before anything starts: paths, tokenizer and model that do not fit. Seconds, no network.
+"""Checks that run before any work starts: paths, tokenizer and model. They take seconds and need no network.
 
 Everything here is checked again where it matters; this only spares the wait. Imports no Prefect, and torch only to be
 asked for a GPU that the profile wants.

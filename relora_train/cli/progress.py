@@ -127,7 +127,7 @@ class RunProgress(logging.Handler):
         self._before: dict[str, float] = {}
         self._stopping = False
         self._half_stored: set[str] = set()
-        """Of a stage trained and stored, told of one."""
+        """Stages of which one event of two has come: trained or stored."""
         self._datasets: set[str | None] = set()
         """Said already: the runs of an experiment share one."""
 

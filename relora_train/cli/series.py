@@ -121,7 +121,7 @@ def series_record(store: ObjectStore, name: str) -> dict[str, Any]:
 
 
 def change_line(store: ObjectStore, name: str, change: Change) -> str:
-    """What a change came to, in one line."""
+    """Return the result of a change in one line."""
     done = "has" if change.back_to is None else f"is rolled back to change {change.back_to}: it has"
     return f"Series {name} {done} promoted {store.uri}/{change.checkpoint} (change {change.number})."
 

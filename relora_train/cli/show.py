@@ -137,7 +137,7 @@ def _variant(ref: CheckpointRef) -> dict[str, str]:
 
 
 def _headline(refs: Sequence[CheckpointRef]) -> Measure:
-    """What a table of one run's checkpoints shows of their scores."""
+    """Return the score that a table of one run's checkpoints shows."""
     return measures_in(refs[-1].manifest.evaluation if refs else {}).headline
 
 

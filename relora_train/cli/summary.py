@@ -44,7 +44,7 @@ def print_summary(console: Console, summary: RunSummary, *, seconds: float) -> N
 
 
 def closing_lines(summary: RunSummary, *, seconds: float) -> list[str]:
-    """Where things are, what was reused, how long it took."""
+    """Return the lines with places, what was reused, and the time."""
     lines = [f"{stage.stage} {divergence_text(stage.divergence)}." for stage in summary.stages if stage.divergence]
     if summary.later_stages:
         lines.append(

@@ -52,7 +52,7 @@ def add_row(made: Table, *cells: str) -> None:
 
 
 def common_place(uris: Sequence[str]) -> str:
-    """What all these URIs begin with, up to a '/', so that it need be said only once; '' for none."""
+    """Return the common beginning of these URIs, up to a '/'; '' if there is none."""
     parts = [uri.split("/")[:-1] for uri in uris]
     shared = list(itertools.takewhile(lambda column: len(set(column)) == 1, zip(*parts, strict=False)))
     return "".join(f"{column[0]}/" for column in shared)

@@ -78,7 +78,7 @@ def unpin(
 
 
 def prune_view(report: PruneReport) -> View:
-    """What goes, what stays and why."""
+    """Return the checkpoints that go, those that stay, and the reasons."""
     word = "would go" if report.dry_run else "gone"
     made = table("checkpoint", "step", "bytes", "", "why", left=("", "why"))
     for verdict in report.verdicts:

@@ -31,7 +31,7 @@ class StepRequest(FrozenConfig):
     """FULL or RELORA; tests/benchmarks/step.py has more."""
 
     profile: Profile
-    """As `one_pass` returns it."""
+    """The profile that `one_pass` returns."""
 
     vocab_size: int
     flops_per_token: float
@@ -74,7 +74,7 @@ class StepResult:
 
 
 class Ratio(FrozenConfig):
-    """How many times as fast one arm is as another, over the rounds."""
+    """The speed of one arm over that of another, over the rounds."""
 
     median: float
     lowest: float

@@ -38,7 +38,7 @@ def draw_comparison(data: Comparison) -> dict[str, bytes]:
 
 
 def arm_curves(data: Comparison, which: str) -> dict[str, list[tuple[float, Estimate]]]:
-    """Of each arm the mean and its error over seeds by tokens, in order; arms without a point are left out."""
+    """Return each arm's mean and error over seeds by tokens, in order. Arms without a point are left out."""
     found: dict[str, list[tuple[float, Estimate]]] = {}
     for arm in data.arms:
         by_tokens: dict[float, list[float]] = {}
@@ -79,7 +79,7 @@ def _figure(data: Comparison, curves: dict[str, list[tuple[float, Estimate]]], w
 
 
 def loss_limits(curves: dict[str, list[tuple[float, Estimate]]], budget: int) -> tuple[float, float] | None:
-    """Where the axis begins and ends: the first fifth of the tokens, where all move alike, may lie beyond it.
+    """Return the ends of the axis. The first fifth of the tokens, in which all arms move alike, may lie beyond it.
 
     None where nothing is later than that.
     """

@@ -19,17 +19,17 @@ def _each_once(seeds: tuple[int, ...]) -> tuple[int, ...]:
 
 
 Seeds = Annotated[tuple[Annotated[int, Field(ge=0, lt=2**31, strict=True)], ...], AfterValidator(_each_once)]
-"""Of an experiment, in the order in which they are trained."""
+"""The seeds of an experiment, in the order of training."""
 
 
 class ArmConfig(FrozenConfig):
     """One arm: what it changes in the base, and what the paper has for it."""
 
     label: str = Field(min_length=1)
-    """What the tables call it."""
+    """The arm's name in tables."""
 
     about: str = ""
-    """What it is to show, in a sentence."""
+    """The purpose of the arm, in a sentence."""
 
     paper: float | Literal["diverged"] | None = None
     """The paper's number for it, in the experiment's paper_measure."""
@@ -42,7 +42,7 @@ class ExperimentConfig(FrozenConfig):
     """An experiment as its file has it."""
 
     title: str
-    """What it shows, in a line."""
+    """The question, in a line."""
 
     profile: str
     """The base: a shipped profile's name, or a path seen from the experiment's file."""
@@ -57,19 +57,19 @@ class ExperimentConfig(FrozenConfig):
     """The arm that the others are compared with, seed by seed."""
 
     paper_source: str = ""
-    """Where the paper's numbers stand."""
+    """The place of the paper's numbers."""
 
     paper_measure: str = ""
-    """What they measure."""
+    """The measure of the paper's numbers."""
 
     search: dict[str, str] = Field(default_factory=dict)
-    """How the arms' settings were found: what was tried -> what it came to, as text for the report."""
+    """The search for the arms' settings: each try and its result, as text for the report."""
 
     base: dict[str, Any] = Field(default_factory=dict)
     """Settings over the profile, for every arm."""
 
     arms: dict[ArmName, ArmConfig] = Field(min_length=1)
-    """By name, in the order of the tables."""
+    """The arms by name, in the order of the tables."""
 
     @model_validator(mode="after")
     def labels_differ(self) -> Self:

@@ -58,7 +58,7 @@ class PlannedRun:
 
     @property
     def stages(self) -> tuple[Stage, ...]:
-        """What the run trains itself."""
+        """The stages that the run trains itself."""
         stages = until(self.stop_after, plan_stages(self.profile))
         return stages[1:] if self.warm_start else stages
 
@@ -72,7 +72,7 @@ class Experiment:
     profile: str
     """Base profile: a shipped name, or an absolute path."""
     budget_tokens: int
-    """What the arms come to: the file's, unless overrides changed it for all."""
+    """Tokens of every arm: the file's number, unless overrides changed it for all."""
     warm_starts: tuple[PlannedRun, ...]
     """Each before any run that branches from it."""
     runs: tuple[PlannedRun, ...]
@@ -95,7 +95,7 @@ class Experiment:
 
     @property
     def command_name(self) -> str:
-        """What `relora compare` is given: a shipped name, or the file's."""
+        """The argument of `relora compare`: a shipped name, or the file's."""
         return self.name if self.is_shipped else f"{self.name}.toml"
 
     @property
@@ -123,7 +123,7 @@ class Experiment:
         return [[run] for run in ordered]
 
     def parameters(self, run: PlannedRun, *, store_uri: str, gpu_limit: str | None) -> dict[str, Any]:
-        """What the flow pretrain is started with for one of the runs: plain JSON values."""
+        """Return the parameters of the flow pretrain for one of the runs, as plain JSON values."""
         return {
             "profile": self.profile,
             "overrides": dict(run.settings),
@@ -186,7 +186,7 @@ def run_tokens(profile: Profile) -> int:
 
 
 def find_experiment(name_or_path: str | Path) -> Path:
-    """Where a shipped experiment's file lies, or the one at this path. Raises ProfileNotFoundError."""
+    """Return the path of a shipped experiment, or the path given. Raises ProfileNotFoundError."""
     path, shipped = Path(refuse_secrets(str(name_or_path))), {entry.stem: entry for entry in list_experiments()}
     if isinstance(name_or_path, str) and name_or_path in shipped:
         return shipped[name_or_path]

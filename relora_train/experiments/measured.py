@@ -38,7 +38,7 @@ class TutorialSettings(FrozenConfig):
     """Standard deviation of what no weight explains."""
 
     rank: int = Field(4, ge=1)
-    """Of the low-rank factors."""
+    """Rank of the low-rank factors."""
 
     alpha: float = Field(4.0, gt=0)
     """Numerator of their scaling."""
@@ -59,8 +59,8 @@ class TutorialSettings(FrozenConfig):
     """Learning rate at the last step relative to its peak."""
 
     learning_rate: float = Field(0.1, gt=0)
-    """Of 0.03, 0.05, 0.1, 0.2 and 0.3 (seeds 100 to 109) the least at which full rank has converged after these steps;
-    LoRA is as good at 0.2 and ReLoRA a little better at 0.03."""
+    """Peak learning rate. Among 0.03, 0.05, 0.1, 0.2 and 0.3 (seeds 100 to 109) it is the lowest at which full rank has
+    converged after these steps. LoRA is as good at 0.2 and ReLoRA a little better at 0.03."""
 
     reset_ratio: float = Field(0.99, ge=0, le=1)
     """Share of Adam's moments that a merge zeroes, by magnitude."""
@@ -84,7 +84,7 @@ class TutorialSettings(FrozenConfig):
 
 
 class ThroughputSettings(FrozenConfig):
-    """Which training steps are measured, and how often."""
+    """The training steps to measure, and the number of rounds."""
 
     profiles: tuple[str, ...] = Field(("llama_60m",), min_length=1)
     """Names or paths of profiles; an update is one forward pass of each."""
@@ -118,7 +118,7 @@ class PaperThroughput(FrozenConfig):
     """ReLoRA's with the warm start in it, as the paper has it."""
 
     total_percent: float
-    """By how much the whole run is faster, as the paper has it."""
+    """Gain of the whole run in percent, as the paper has it."""
 
 
 class TutorialExperiment(FrozenConfig):
@@ -167,7 +167,7 @@ class MeasuredTable(FrozenConfig):
 
 
 class Measured(FrozenConfig):
-    """What such an experiment came to."""
+    """The result of such an experiment."""
 
     headline: str
     """In one sentence."""
@@ -184,7 +184,7 @@ class Measured(FrozenConfig):
 
 
 class MeasuredSummary(FrozenConfig):
-    """What the flow compare returns of one."""
+    """The result of the flow compare."""
 
     experiment: str
     title: str
@@ -195,7 +195,7 @@ class MeasuredSummary(FrozenConfig):
 
 
 def is_measured(name_or_path: str | Path) -> bool:
-    """Whether an experiment trains no runs. Raises ProfileNotFoundError for one that does not exist."""
+    """Return True if an experiment trains no runs. Raises ProfileNotFoundError."""
     try:
         return "kind" in tomllib.loads(find_experiment(name_or_path).read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError):
@@ -229,7 +229,7 @@ def load_measured(
 
 
 def measured_json(experiment: MeasuredExperiment, measured: Measured) -> str:
-    """What is written beside the report: the settings and every number."""
+    """Return the settings and every number as JSON, to be stored beside the report."""
     record = {
         "experiment": experiment.name,
         "settings": experiment.config.model_dump(mode="json"),

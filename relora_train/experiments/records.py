@@ -1,4 +1,4 @@
-"""What an experiment came to, as records: runs, arms, differences, the whole. Imports no torch."""
+"""The results of an experiment as records: runs, arms, differences, the whole. Imports no torch."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ class ResetSize(FrozenConfig):
     """The first updates after one reset of the optimizer, while the learning rate climbs back."""
 
     cycle: int
-    """That they belong to; 2 or later."""
+    """The cycle of these updates; 2 or later."""
 
     largest_change: float
-    """What one of them changed the wrapped weights by, at most, relative to their norm."""
+    """The largest change of the wrapped weights by one update, relative to their norm."""
 
     change_before: float | None
     """The same of the last update before the merge."""
 
     largest_a_move: float
-    """What one of them moved A by, at most: Frobenius norm over all layers."""
+    """The largest move of A by one update: Frobenius norm over all layers."""
 
     @property
     def ratio(self) -> float | None:
@@ -56,7 +56,7 @@ class RunResult(FrozenConfig):
     run_id: str
     outcome: Literal["trained", "diverged"]
     message: str = ""
-    """Of a run that diverged: where and how."""
+    """The step and the loss at which a run diverged."""
 
     checkpoint_uri: str | None = None
     dataset_id: str | None = None
@@ -67,7 +67,7 @@ class RunResult(FrozenConfig):
     bits_per_byte: float | None = None
     val_accuracy: float | None = None
     tokens_per_second: float | None = None
-    """Of the arm's own stages: without a warm start that it branched from. Training only."""
+    """Speed of training in the arm's own stages, without a warm start that it branched from."""
 
     tokens_per_second_in_all: float | None = None
     """Over all its tokens, the warm start's included."""
@@ -76,12 +76,12 @@ class RunResult(FrozenConfig):
     """The highest of the arm's own stages, on the first rank's device."""
 
     seconds: float | None = None
-    """Of all its stages, as if it had trained its warm start itself."""
+    """Time of all its stages, as if the arm had trained its warm start itself."""
 
     trainable_parameters: int | None = None
     parameters: int | None = None
     resets: tuple[ResetSize, ...] = ()
-    """Of every cycle but the first, where the trainer recorded it."""
+    """One for each cycle but the first, if the trainer recorded it."""
 
     lowered: tuple[str, ...] = ()
     """Stages that were trained at a lower learning rate because they diverged."""
@@ -116,11 +116,11 @@ class ArmResult(FrozenConfig):
     peak_memory_bytes: Estimate | None
     seconds: Estimate | None
     largest_first_change: Estimate | None
-    """Of a run's ResetSize.largest_change the largest, over the seeds."""
+    """Mean over the seeds of each run's largest ResetSize.largest_change."""
     first_change_ratio: Estimate | None
-    """Of a run's ResetSize.ratio the largest, over the seeds."""
+    """Mean over the seeds of each run's largest ResetSize.ratio."""
     largest_a_move: Estimate | None
-    """Of a run's ResetSize.largest_a_move the largest, over the seeds."""
+    """Mean over the seeds of each run's largest ResetSize.largest_a_move."""
     trainable_parameters: int | None
     parameters: int | None
 
@@ -149,7 +149,7 @@ class Comparison(FrozenConfig):
 
     experiment: str
     command_name: str = ""
-    """What `relora compare` is given: the name of a shipped one, or the file's."""
+    """The argument of `relora compare`: a shipped name, or the file's."""
 
     title: str
     objective: ObjectiveName = DEFAULT_OBJECTIVE
@@ -168,13 +168,13 @@ class Comparison(FrozenConfig):
     """Overridden keys that some arms set themselves, and these arms."""
 
     base: dict[str, Any] = Field(default_factory=dict)
-    """What the experiment sets over the profile, for every arm."""
+    """Settings over the profile, for every arm."""
 
     changes: dict[str, dict[str, Any]]
-    """What each arm sets."""
+    """Settings of each arm."""
 
     search: dict[str, str] = Field(default_factory=dict)
-    """What was tried to find the arms' settings -> what it came to."""
+    """The search for the arms' settings: each try and its result."""
 
     arms: tuple[ArmResult, ...]
     differences: tuple[Difference, ...]
@@ -182,7 +182,7 @@ class Comparison(FrozenConfig):
 
     @property
     def measures(self) -> Measures:
-        """What the arms are scored and compared by."""
+        """The measures of the arms."""
         return OBJECTIVES[self.objective].measures
 
     def label(self, arm: str) -> str:
@@ -190,7 +190,7 @@ class Comparison(FrozenConfig):
 
 
 class ComparisonSummary(FrozenConfig):
-    """What the flow compare returns."""
+    """The result of the flow compare."""
 
     comparison: Comparison
     html_uri: str

@@ -1,4 +1,4 @@
-"""What one run of an experiment came to, from its checkpoints alone.
+"""The result of one run of an experiment, from its checkpoints alone.
 
 Every number is read from a store: what a flow remembers is not asked. Imports no torch.
 """
@@ -44,7 +44,7 @@ CURVE_BINS = 120
 
 
 def find_result(store: ObjectStore, run: PlannedRun) -> RunResult | None:
-    """What is recorded of a run that is finished and scored, or None: then it has to be run, or run on."""
+    """Return the recorded result of a run that is finished and scored. If there is none, the run has to go on."""
     latest = _latest(store, run)
     if latest is None or latest.step < run.profile.schedule.total_steps:
         return None
@@ -151,7 +151,7 @@ def _speed(data: RunData, *, after: int) -> float | None:
 
 
 def reset_sizes(data: RunData) -> tuple[ResetSize, ...]:
-    """What the first updates after each reset did, from the records of the steps that the trainer measured."""
+    """Return the sizes of the first updates after each reset, from the steps that the trainer measured."""
     change, step = data.train["relative_weight_change"], data.train.step
     found = []
     for before, row in itertools.pairwise(data.stages):

@@ -1,4 +1,4 @@
-"""How the report's figures look: colours, axes, thinned and smoothed curves, PNG bytes.
+"""The style of the report's figures: colours, axes, thinned and smoothed curves, PNG bytes.
 
 Colours are Okabe and Ito's, told apart by people with any colour vision. No matplotlib global is read or changed.
 """

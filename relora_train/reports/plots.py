@@ -139,9 +139,9 @@ def _draw_loss(axes: Any, data: RunData) -> None:
 
 
 def loss_ceiling(data: RunData) -> float | None:
-    """Where the loss axis ends, or None to show all: a new model's first twentieth of steps would flatten the rest.
+    """Return the end of the loss axis, or None to show all.
 
-    A later spike is always inside.
+    A new model's first twentieth of steps would flatten the rest, so it may lie above. A later spike is always inside.
     """
     first, last = data.stages[0].start_step, data.stages[-1].end_step
     finite = np.isfinite(data.train["loss"])

@@ -87,7 +87,7 @@ def _draw_ranks(axes: Any, cycle_rank: int | None, total_rank: int | None, width
 
 
 def growth_figure(history: CycleHistory) -> Figure:
-    """By cycle, a line a kind of layer (mean over its layers): effective rank, and singular values of 0.1 or more.
+    """Draw effective rank, and singular values of 0.1 or more, by cycle; a line is the mean of one kind of layer.
 
     Dotted: what the rank can be at most, as far as it fits.
     """

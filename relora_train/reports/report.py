@@ -27,7 +27,7 @@ OVERVIEW_NAME = "overview.png"
 
 @dataclass(frozen=True)
 class ReportFiles:
-    """Where a report was written."""
+    """The files of a report."""
 
     html: Path
     pngs: tuple[Path, ...]

@@ -1,4 +1,4 @@
-"""What a report shows of a run, as plain records; `collect.py` fills them from checkpoints. Imports no torch."""
+"""The content of a run's report as plain records; `collect.py` fills them from checkpoints. Imports no torch."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class StageRow:
     fingerprint: str
     size_bytes: int
     divergence: Mapping[str, Any] = field(default_factory=dict)
-    """As in the manifest: empty unless the stage diverged and was trained at a lower learning rate."""
+    """The manifest's record: empty unless the stage diverged and was trained at a lower learning rate."""
 
     @property
     def steps(self) -> int:
@@ -148,7 +148,7 @@ class RunData:
     evaluations: tuple[Evaluation, ...]
     samples: tuple[Sample, ...]
     spectra: tuple[LayerSpectrum, ...]
-    """Of the update between the two stages of `spectra_between`."""
+    """Spectra of the update between the two stages of `spectra_between`."""
     spectra_between: tuple[str, str] | None
     settings: Mapping[str, Any]
     versions: Mapping[str, str]
@@ -160,10 +160,10 @@ class RunData:
     history: CycleHistory | None = None
     """The rank of that update from cycle to cycle, and how the cycles' subspaces overlap, from the adapters."""
     spectra_notes: tuple[str, ...] = ()
-    """What of this was left out, and why."""
+    """The parts that were left out, with reasons."""
 
     @property
     def measures(self) -> Measures:
-        """What the run is scored by."""
+        """The measures of the run."""
         recorded = {name: score for name, score in vars(self.stages[-1].after).items() if score is not None}
         return measures_in(recorded)

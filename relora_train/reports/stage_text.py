@@ -27,7 +27,7 @@ def finished_text(stage: Stage, outcome: StageOutcome) -> str:
 
 
 def checkpoint_markdown(ref: CheckpointRef) -> str:
-    """Where a committed checkpoint lies, what it is worth and how to go on from it."""
+    """Return a committed checkpoint's place and score, and how to branch from it."""
     manifest = ref.manifest
     headline = measures_in(manifest.evaluation).headline
     rows = {
@@ -50,7 +50,7 @@ def checkpoint_markdown(ref: CheckpointRef) -> str:
 
 
 def merge_text(ref: CheckpointRef) -> str:
-    """What the merge behind a checkpoint did, in one line."""
+    """Return the effect of the merge behind a checkpoint in one line."""
     manifest, report = ref.manifest, ref.manifest.merge_report
     return (
         f"**{manifest.run_id}, {manifest.stage}, merged at step {count(manifest.step)}**: output changed by "

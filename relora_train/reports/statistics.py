@@ -24,8 +24,8 @@ class Estimate(FrozenConfig):
     count: int = Field(ge=1)
 
     def differs_from_zero(self, *, errors: float = 2.0) -> bool:
-        """Whether the mean lies more than so many standard errors from 0; never for one value or two, whose error is
-        itself a guess."""
+        """Return True if the mean lies more than so many standard errors from 0. It never does for one value or two,
+        whose error is itself a guess."""
         known = self.standard_error is not None and self.count > 2
         return known and abs(self.mean) > errors * (self.standard_error or 0.0)
 

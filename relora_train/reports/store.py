@@ -19,7 +19,7 @@ from relora_train.storage.workspace import checkpoint_cache
 
 @dataclass(frozen=True)
 class StoredReport:
-    """Where a report lies, and its content in short."""
+    """The place of a report, and its content in short."""
 
     html_uri: str
     picture_uris: tuple[str, ...]

@@ -65,5 +65,5 @@ def signed_estimate_text(value: Estimate | None) -> str:
 
 
 def _exponent(value: float) -> int:
-    """Of ten: 2 for 123, −3 for 0.0012."""
+    """Return the power of ten: 2 for 123, −3 for 0.0012."""
     return math.floor(math.log10(abs(value)))

@@ -1,4 +1,4 @@
-"""What a run changed in the weights, from its checkpoints in any store: spectra, ranks, growth and overlaps by cycle.
+"""The change of a run's weights, from its checkpoints in any store: spectra, ranks, growth and overlaps by cycle.
 
 One weight at a time is in memory, or one layer's low-rank factors over all cycles; no model is ever loaded, and only
 files with a needed tensor are fetched (checkpoints.py). Source of the measures: arXiv 2307.05695. Imports no torch.
@@ -49,19 +49,19 @@ Shapes = dict[str, tuple[int, int]]
 
 @dataclass(frozen=True)
 class Layers:
-    """Which weights are looked at; without `modules` the matrices of all blocks."""
+    """The choice of weights; without `modules` the matrices of all blocks."""
 
     modules: tuple[str, ...] = ()
     """Ends of module names, whole segments, as in relora.target_modules."""
     few: bool = False
-    """Of what that gives only what `representative_layers` chooses."""
+    """If True, only the layers that `representative_layers` chooses from these."""
 
     def named(self, names: Sequence[str]) -> Sequence[str]:
-        """By their names alone, before any shape is known."""
+        """Return the weights chosen by their names alone, before any shape is known."""
         return named_by(self.modules, names) if self.modules else block_matrices(names)
 
     def choose(self, shapes: Shapes) -> Sequence[str]:
-        """Those of the matrices in `shapes`; ModelError when that is none."""
+        """Return the chosen matrices of `shapes`. Raises ModelError if there is none."""
         found = self.named(tuple(shapes))
         if self.few:
             found = representative_layers({name: shapes[name] for name in found})
@@ -193,7 +193,7 @@ def _adapter_history(
 
 
 def _shapes_in_all(cycles: Sequence[MergedCycle]) -> Shapes:
-    """Of the weights that every cycle updated: branches may wrap other modules."""
+    """Return the shapes of the weights that every cycle updated; branches may wrap other modules."""
     first, *others = cycles
     return {
         name: first.adapter.shape(name)

@@ -19,7 +19,7 @@ from relora_train.reports.ranks.cycles import MergedCycle
 from relora_train.reports.ranks.weights import INDEX_NAME, WEIGHTS_NAME
 
 ChooseNames = Callable[[Sequence[str]], Sequence[str]]
-"""Of the names of weights, those that are wanted."""
+"""Chooses from the names of weights."""
 
 _WEIGHTS = re.compile(r"model(-[^/]+)?\.safetensors")
 
@@ -39,17 +39,17 @@ def fetch_weights(ref: CheckpointRef, fetch_files: FetchFiles, choose: ChooseNam
 
 
 def weights_bytes(ref: CheckpointRef) -> int:
-    """Of all its weights."""
+    """Return the bytes of all its weights."""
     return sum(entry.size_bytes for entry in ref.manifest.files if _WEIGHTS.fullmatch(entry.path))
 
 
 def has_adapter(ref: CheckpointRef) -> bool:
-    """Whether it keeps the update that it merged."""
+    """Return True if the checkpoint keeps the update that it merged."""
     return set(ADAPTER_FILES) <= {entry.path for entry in ref.manifest.files}
 
 
 def adapter_bytes(refs: Sequence[CheckpointRef]) -> int:
-    """Of the adapters of all of these."""
+    """Return the bytes of all their adapters."""
     return sum(entry.size_bytes for ref in refs for entry in ref.manifest.files if entry.path in ADAPTER_FILES)
 
 
@@ -68,7 +68,7 @@ def _weight_norms(ref: CheckpointRef) -> dict[str, float]:
 
 
 def start_of_line(line: Sequence[CheckpointRef]) -> CheckpointRef | None:
-    """What a run's total update is counted from: the last checkpoint before its first merge, else its first checkpoint.
+    """Return where a run's total update begins: the last checkpoint before its first merge, else its first checkpoint.
 
     None stands for the initial weights, which are nowhere stored: where the first stage of all is a low-rank one that
     kept its adapter. All that a run without a warm start has changed in those layers is the sum of its adapters.

@@ -23,7 +23,7 @@ from relora_train.reports.ranks.adapters import (
 from relora_train.reports.ranks.measures import LayerSpectrum, Matrix, rounding_tolerance
 
 MAX_GROWTH_POINTS = 12
-"""Of more cycles, so many are looked at, evenly spread, the first and the last among them."""
+"""If there are more cycles, this many are used, evenly spread, the first and the last among them."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class LayerGrowth:
 
 @dataclass(frozen=True, eq=False)
 class LayerOverlap:
-    """How the updates of one layer lie to each other, for the stages of `CycleHistory.stages`.
+    """The overlaps of one layer's updates, for the stages of `CycleHistory.stages`.
 
     Overlap is the mean cos² of the principal angles: 1 where one subspace contains the other, 0 where they are
     orthogonal. NaN beside an update that is zero.
@@ -71,7 +71,7 @@ class CycleHistory:
 
     growth_stages: tuple[str, ...]
     growth_ranks: tuple[int | None, ...]
-    """What the rank of the total update can be at most; None for full-rank stages."""
+    """The largest possible rank of the total update; None for full-rank stages."""
     growth: tuple[LayerGrowth, ...]
     stages: tuple[str, ...] = ()
     overlaps: tuple[LayerOverlap, ...] = ()
@@ -108,7 +108,7 @@ def cycle_history(
 
 
 def layer_overlap(name: str, updates: Sequence[Factors]) -> LayerOverlap:
-    """Of every pair of a layer's updates; at least two."""
+    """Return the overlap of every pair of a layer's updates, which are two or more."""
     bases = [subspaces(update) for update in updates]
     rows, columns = updates[0].shape
     written, write_cosines, write_chance = _pairs([left for left, _ in bases], rows)

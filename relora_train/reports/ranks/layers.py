@@ -1,4 +1,4 @@
-"""Which weights stand for a model, and what kind of layer each is, by their names and shapes alone."""
+"""The weights that stand for a model and the kind of each layer, from names and shapes alone."""
 
 from __future__ import annotations
 

@@ -78,7 +78,7 @@ class LayerSpectrum:
 
 
 def count_below(values: Matrix, threshold: float = PAPER_THRESHOLD) -> int:
-    """How many singular values are below `threshold`."""
+    """Return the number of singular values below `threshold`."""
     return int(np.count_nonzero(values < threshold))
 
 
@@ -98,7 +98,7 @@ def stable_rank(values: Matrix) -> float:
 
 
 def numerical_rank(values: Matrix, tolerance: float) -> int:
-    """How many singular values exceed `tolerance`."""
+    """Return the number of singular values above `tolerance`."""
     return int(np.count_nonzero(values > tolerance))
 
 
