@@ -85,7 +85,7 @@ def warn_of_unused_gpu() -> None:
 
 @cache  # torch gives its reason once a process
 def _asked_of_torch() -> tuple[int, str]:
-    """The number of GPUs, and what torch says when it cannot use them, such as a driver older than its CUDA."""
+    """Return the number of GPUs, and what torch says when it cannot use them, such as a driver older than its CUDA."""
     import torch
 
     with warnings.catch_warnings(record=True) as said:

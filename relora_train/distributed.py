@@ -33,11 +33,11 @@ class Ranks:
     world_size: int
     device: torch.device
     sharded: bool = False
-    """Whether each holds its rows of the model only. Then all must do the same forward passes, at the same time."""
+    """True if each holds its rows of the model only. Then all must do the same forward passes, at the same time."""
 
     @property
     def is_first(self) -> bool:
-        """Whether this process writes files and events."""
+        """True for the process that writes files and events."""
         return self.rank == 0
 
     def sum_gradients(self, parameters: Iterable[Tensor]) -> None:
@@ -59,19 +59,19 @@ class Ranks:
                 gradient.copy_(summed.view_as(gradient))
 
     def sum(self, values: Tensor) -> Tensor:
-        """The elementwise sum over all ranks."""
+        """Return the elementwise sum over all ranks."""
         if self.world_size > 1:
             dist.all_reduce(values)
         return values
 
     def any(self, flag: bool) -> bool:
-        """Whether the flag is set on at least one rank; the same answer on all."""
+        """Return True, on all ranks, if the flag is set on at least one."""
         if self.world_size == 1:
             return flag
         return bool(self.sum(torch.tensor(float(flag))).item())  # between the CPUs: no GPU is waited for
 
     def share_text(self, text: str | None = None) -> str:
-        """The first rank's text, on all; it alone gives one."""
+        """Return the first rank's text on all; it alone gives one."""
         data = torch.tensor(list((text or "").encode()), dtype=torch.uint8, device=self.device)
         size = self.sum(torch.tensor(len(data) if self.is_first else 0, device=self.device))
         buffer = data if self.is_first else torch.empty(int(size), dtype=torch.uint8, device=self.device)
@@ -98,7 +98,7 @@ STEP = timedelta(minutes=5)
 
 
 def _as_ours(error: RuntimeError, rank: int, world_size: int) -> ReLoRAError | None:
-    """The error of ours that one of the communication between ranks stands for; None for any other."""
+    """Return the error of ours that stands for one of the communication between ranks; None for any other."""
     text = str(error)
     if not (isinstance(error, dist.DistError) or "gloo/transport" in text):
         return None
@@ -151,7 +151,7 @@ def joined_ranks(device: Literal["auto", "cpu", "cuda"]) -> Iterator[Ranks]:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """All of it, on every rank. Of a sharded tensor that is a new one, and all ranks must ask at the same time."""
+    """Return all of it, on every rank. A sharded tensor is gathered into a new one, so all ranks must ask together."""
     if isinstance(tensor, DTensor):
         full: Tensor = cast(DTensor, tensor.detach()).full_tensor()
         return full
@@ -159,7 +159,7 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """What this rank holds of it, in the same memory. Without gradients."""
+    """Return the part that this rank holds, in the same memory and without gradients."""
     if isinstance(tensor, DTensor):
         with torch.no_grad():
             return tensor.to_local()
@@ -167,7 +167,7 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def own_rows(like: Tensor) -> slice:
-    """The rows that this rank holds of a tensor."""
+    """Return the rows that this rank holds of a tensor."""
     if not isinstance(like, DTensor):
         return slice(0, like.shape[0] if like.ndim else None)
     shape, offset = compute_local_shape_and_global_offset(like.shape, like.device_mesh, like.placements)
@@ -175,12 +175,12 @@ def own_rows(like: Tensor) -> slice:
 
 
 def part_of(full: Tensor, like: Tensor) -> Tensor:
-    """The rows of `full` that this rank holds of `like`."""
+    """Return the rows of `full` that this rank holds of `like`."""
     return full[own_rows(like)] if isinstance(like, DTensor) else full
 
 
 def gathered(part: Tensor, like: Tensor) -> Tensor:
-    """The whole tensor of which every rank holds a part, by the same rows as of `like` and on its device."""
+    """Return the whole tensor of which every rank holds a part, by the same rows as of `like` and on its device."""
     if not isinstance(like, DTensor):
         return part
     on_device = part.to(like.device)
@@ -192,7 +192,7 @@ def gathered(part: Tensor, like: Tensor) -> Tensor:
 
 @torch.no_grad()
 def placed_like(full: Tensor, like: Tensor) -> Tensor:
-    """A copy of `full` on the device, in the dtype and over the ranks of `like`."""
+    """Return a copy of `full` on the device, in the dtype and over the ranks of `like`."""
     copy = torch.empty_like(like.detach(), requires_grad=False)
     local(copy).copy_(part_of(full, like))
     return copy

@@ -67,12 +67,12 @@ def unlisten(handler: logging.Handler) -> None:
 
 
 def encode(event: str, **fields: Any) -> str:
-    """An event as one line for a pipe."""
+    """Return an event as one line for a pipe."""
     return f"{RECORD_SEPARATOR}{json.dumps({'event': event, **fields})}\n"
 
 
 def decode(line: str) -> Event | None:
-    """The event in a line, or None when the line is ordinary output."""
+    """Return the event in a line, or None when the line is ordinary output."""
     if not line.startswith(RECORD_SEPARATOR):
         return None
     try:

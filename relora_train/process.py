@@ -1,4 +1,4 @@
-"""What every worker process shares: read a request, report events, end with a documented status.
+"""The worker's side of a process: read a request, report events, end with a documented status.
 
 A worker is told to stop by SIGTERM or SIGINT, or by the end of its standard input when its parent died. One that serves
 request after request reads from there which one is next.
@@ -49,7 +49,7 @@ TAKEN, SERVED = "taken", "served"
 """The events with which such a worker begins a request, and ends one that went well."""
 
 STOP_SECONDS = 25.0
-"""How long a worker may take to end after SIGTERM; Prefect kills the whole run after 30."""
+"""Seconds that a worker may take to end after SIGTERM; Prefect kills the whole run after 30."""
 
 _emitting = threading.Lock()
 R = TypeVar("R", bound=BaseModel)
@@ -86,11 +86,11 @@ def serve_request(kind: type[R], work: Callable[[R, Emit], None]) -> None:
 
 
 Works = Mapping[type[BaseModel], Callable[[Any, Emit], None]]
-"""What a serving worker can do, by the kind of request."""
+"""The work of a serving worker, by the kind of request."""
 
 
 def is_asked_to_serve() -> bool:
-    """Whether this process was started for any number of requests: by KeptWorker, without one on its command line."""
+    """Return True if KeptWorker started this process, for any number of requests and none on its command line."""
     return sys.argv[1:] == [SERVE_OPTION]
 
 
@@ -222,7 +222,7 @@ class StopRequest:
         return self._flag.is_set()
 
     def on_lost_listener(self, emit: Emit) -> Emit:
-        """The same Emit, but that nobody listens any more is a request to stop, not an error in the middle of work."""
+        """Return the same Emit, for which a lost listener is a request to stop and no error in the middle of work."""
 
         def emit_or_stop(event: str, **fields: object) -> None:
             try:

@@ -71,12 +71,12 @@ def duration(seconds: float | None) -> str:
 
 
 def short_duration(seconds: float | None) -> str:
-    """The same in a narrow column: '4.2s', '48s', '3m 20s', '1h 02m', '2d 04h'."""
+    """Return the same in a narrow column: '4.2s', '48s', '3m 20s', '1h 02m', '2d 04h'."""
     return re.sub(r"(?<=\d) (?=[shd])", "", duration(seconds).replace(" min", "m"))
 
 
 def moment(when: datetime) -> str:
-    """The local time, to the minute."""
+    """Return the local time, to the minute."""
     return f"{when.astimezone():%Y-%m-%d %H:%M}"
 
 

@@ -34,12 +34,12 @@ class BFloat16AdamW(torch.optim.AdamW):
         self._rounding_seed = 0
 
     def seed_rounding(self, seed: int) -> None:
-        """Of the next step."""
+        """Set the seed of the next step."""
         self._rounding_seed = seed
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]  # no closure: nothing here evaluates twice
-        """One update."""
+        """Do one update."""
         noise: dict[torch.device, _Noise] = {}
         for group in self.param_groups:
             for parameter in group["params"]:
@@ -93,7 +93,7 @@ class _Noise:
 
 
 def round_at_random(values: Tensor, noise: _Noise) -> Tensor:
-    """float32 (n) to bfloat16: one of the two neighbours, so that the mean is the value. What is not finite stays."""
+    """Round float32 (n) to one of its two bfloat16 neighbours, so that the mean is the value; nan and inf stay."""
     bits = values.view(torch.int32) + noise.draw(len(values))
     rounded = (bits & -(1 << 16)).view(torch.float32)  # bfloat16 is the upper half of float32
     return torch.where(values.isfinite(), rounded, values).to(torch.bfloat16)

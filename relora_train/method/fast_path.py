@@ -35,7 +35,7 @@ class SharedInput:
         self._merged: dict[int, tuple[tuple[int, ...], Tensor]] = {}
 
     def __call__(self, layer: ReLoRALinear, x: Tensor) -> Tensor:
-        """The layer's output for x (..., in). Any tensor and any order of calls is right; the same tensor is fast."""
+        """Return the layer's output for x (..., in). Any tensor and order of calls is right, the same is fast."""
         key = (x._version, torch.is_grad_enabled(), torch.is_autocast_enabled(x.device.type), layer.training)
         waiting = self._waiting
         if waiting is None or waiting.x is not x or waiting.key != key or id(layer) not in waiting.outputs:
@@ -77,7 +77,7 @@ class SharedInput:
         self._merged.clear()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
-        """A copied model starts on the reference: its layers are others."""
+        """Leave a copied model on the reference: its layers are others."""
         return
 
 
@@ -115,7 +115,7 @@ def stop_sharing(model: nn.Module) -> None:
 
 
 def _groups(model: nn.Module) -> list[tuple[tuple[str, ...], list[ReLoRALinear]]]:
-    """The layers with their names, siblings together, in the model's order."""
+    """Return the layers with their names, siblings together, in the model's order."""
     layers = dict(relora_layers(model))
     groups: list[tuple[tuple[str, ...], list[ReLoRALinear]]] = []
     for names in sibling_groups(list(layers)):

@@ -16,7 +16,7 @@ from relora_train.settings.profile import Profile, unset_later_keys
 def fingerprint_settings(
     profile: Profile, stage: Stage, dataset_id: str, *, pretrained_content: str | None = None
 ) -> dict[str, Any]:
-    """Every setting that can change what the stage computes, as flat dotted keys with JSON values.
+    """Return every setting that can change what the stage computes, as flat dotted keys with JSON values.
 
     Left out because they cannot: names, paths, logging, evaluation, number of ranks (data order and re-initialisation
     do not depend on it; sums may round differently), and whatever belongs to later stages or other methods only.

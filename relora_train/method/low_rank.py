@@ -38,7 +38,7 @@ class Factors:
 def low_rank_linears(
     x: Tensor, layers: Sequence[Factors], products: Products, scaling: float, dropout: float
 ) -> tuple[Tensor, ...]:
-    """The outputs of all the layers, each (..., out) for x (..., in), in the dtype that nn.Linear would give.
+    """Return the outputs of all the layers, each (..., out) for x (..., in), in the dtype that nn.Linear would give.
 
     The weights get no gradient. dropout: share of x's entries that the low-rank path does not see; the same for all the
     layers, drawn from torch's default CPU generator. Under autocast products are in autocast's dtype.
@@ -128,7 +128,7 @@ def _input_gradient(
     thin: Tensor,
     kept: Tensor | None,
 ) -> Tensor:
-    """The gradient of x, summed over the layers as it is made."""
+    """Return the gradient of x, summed over the layers as it is made."""
     total: Tensor | None = None
     for layer, gradient in zip(layers, grads, strict=True):
         weight = layer.weight.to(gradient.dtype) if products == "split" else _of(layer.merged)
@@ -146,12 +146,12 @@ def _through_dense(layer: Factors, gradient: Tensor, rows: Tensor, scale: float)
 
 
 def _read(rows: Tensor, kept: Tensor | None) -> Tensor:
-    """What the low-rank path sees, not rescaled: the scale is in its product. The mask's memory becomes it."""
+    """Return the low-rank path's input, not rescaled: the scale is in its product. The mask's memory becomes it."""
     return rows if kept is None else kept.mul_(rows)
 
 
 def _kept(rows: Tensor, dropout: float, seed: int) -> Tensor | None:
-    """A mask for the rows, in their dtype: 1 where an entry is kept, else 0; None: all are.
+    """Return a mask for the rows, in their dtype: 1 where an entry is kept, else 0; None: all are.
 
     A function of shape, seed and kind of device, not of the dtype. Entries are kept independently of one another, given
     their row's threshold.
@@ -180,7 +180,7 @@ def _random_words(seed: int, size_bytes: int) -> npt.NDArray[np.uint64]:
 
 
 def _dropped_steps(dropout: float) -> int:
-    """The share that a mask drops, in units of 1 / 65,536; above 255 / 256 it is that."""
+    """Return the share that a mask drops, in units of 1 / 65,536; above 255 / 256 it is that."""
     return min(round(dropout * _MASK_STEPS), _MASK_STEPS - _BYTE)
 
 

@@ -1,4 +1,4 @@
-"""How a ReLoRA layer multiplies: a rule, and the FLOPs that follow from it.
+"""The products of a ReLoRA layer: a rule that chooses them, and their FLOPs.
 
 With N tokens, a weight (out, in), rank r, S = in + out and D = in * out, forward and backward together take
 

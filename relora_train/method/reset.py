@@ -21,14 +21,14 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 @dataclass(frozen=True)
 class ResetReport:
-    """How much of the optimizer state a reset emptied. Both moments count."""
+    """The part of the optimizer state that a reset emptied. Both moments count."""
 
     entries: int
     zeroed: int
 
     @property
     def share_zeroed(self) -> float:
-        """Of the entries looked at, 0 to 1; 0 when there were none."""
+        """Share of the entries looked at, 0 to 1; 0 if there were none."""
         return self.zeroed / self.entries if self.entries else 0.0
 
 
@@ -107,7 +107,7 @@ def _masks(
 
 
 def above_quantile(values: Tensor, ratio: float) -> Tensor:
-    """True where a value is strictly above the linearly interpolated quantile; exact, at any tensor size.
+    """Return True where a value is strictly above the linearly interpolated quantile; exact, at any tensor size.
 
     The quantile lies between two neighbours in sorted order, the lower one included and the upper one not, so a value
     is above it exactly when it is above the lower neighbour: nothing is interpolated and nothing rounded. The ratio
@@ -121,7 +121,7 @@ def above_quantile(values: Tensor, ratio: float) -> Tensor:
 
 
 def _smallest(values: Tensor, rank: int) -> Tensor:
-    """The entry that would stand at this place, from 0, if the values were sorted; it stays on their device."""
+    """Return the entry that would stand at this place, from 0, if the values were sorted; it stays on their device."""
     if values.device.type == "cpu":
         return values.kthvalue(rank + 1).values
     return values.sort().values[rank]  # torch has no deterministic kthvalue on CUDA

@@ -35,7 +35,7 @@ class Stage:
     """Merges done when the stage has ended; 0 for full-rank stages, after which cycles are counted anew."""
 
     phase_step: int
-    """Where the stage begins on its learning rate's curve: updates of the low-rank phase, or of the run for full rank,
+    """The stage's beginning on its learning rate's curve: updates of the low-rank phase, or of the run for full rank,
     that count as done before it."""
 
     @property
@@ -48,17 +48,17 @@ class Stage:
 
     @property
     def low_rank(self) -> bool:
-        """Whether A and B are trained and merged at the end."""
+        """True if A and B are trained and merged at the end."""
         return self.kind in ("relora", "lora")
 
     @property
     def hands_on_optimizer(self) -> bool:
-        """Whether the next stage continues with the optimizer's state; a warm start's and a LoRA's end with them."""
+        """True if the next stage continues with the optimizer's state; a warm start's and a LoRA's end with them."""
         return self.kind in ("relora", "full")
 
 
 def plan_stages(profile: Profile) -> tuple[Stage, ...]:
-    """The stages of a run from its first step, in order.
+    """Return the stages of a run from its first step, in order.
 
     relora: warm start, then one stage a cycle. lora: warm start, then one low-rank stage merged at its end.
     full: full rank throughout, with a checkpoint wherever relora would have one.
@@ -71,7 +71,7 @@ def plan_stages(profile: Profile) -> tuple[Stage, ...]:
 
 
 def stages_after(profile: Profile, parent: CheckpointManifest | None) -> tuple[Stage, ...]:
-    """The stages that remain after any checkpoint of any run; () when nothing does. Without one, the whole plan.
+    """Return the stages that remain after any checkpoint of any run; () when nothing does. Without one, the whole plan.
 
     The same settings give the rest of the plan. With others:
 
@@ -104,7 +104,7 @@ def stages_after(profile: Profile, parent: CheckpointManifest | None) -> tuple[S
 
 
 def until(name: str | None, stages: Sequence[Stage]) -> tuple[Stage, ...]:
-    """The stages up to the one of this name, itself included; all for None. Raises ConfigError for one not there."""
+    """Return the stages up to the one of this name, itself included; all for None. Raises ConfigError for another."""
     if name is None:
         return tuple(stages)
     names = [stage.name for stage in stages]
@@ -114,7 +114,7 @@ def until(name: str | None, stages: Sequence[Stage]) -> tuple[Stage, ...]:
 
 
 def _full_rank_stages(profile: Profile, *, after: int) -> tuple[Stage, ...]:
-    """A stage that `after` lies in is cut to begin there."""
+    """Return the full-rank stages; one that `after` lies in is cut to begin there."""
     schedule = profile.schedule
     warm = schedule.warm_start_steps
     bounds = [0, *([warm] if warm else []), *(warm + bound for bound in schedule.cycle_bounds[1:])]
@@ -126,7 +126,7 @@ def _full_rank_stages(profile: Profile, *, after: int) -> tuple[Stage, ...]:
 
 
 def _low_rank_stages(profile: Profile, *, after: int, merges: int) -> tuple[Stage, ...]:
-    """What follows step `after`, at which `merges` cycles were done."""
+    """Return the stages that follow step `after`, at which `merges` cycles were done."""
     schedule = profile.schedule
     if profile.method == "lora":
         return (Stage("lora", "lora", after, after + schedule.phase_steps, 1, phase_step=0),)
@@ -138,7 +138,7 @@ def _low_rank_stages(profile: Profile, *, after: int, merges: int) -> tuple[Stag
 
 
 def _refuse_other_growth(profile: Profile, parent: CheckpointManifest) -> None:
-    """Where cycles grow, the next one's length is right only if all before it had theirs."""
+    """Raise unless all cycles before had their lengths: only then is the next one's right, if cycles grow."""
     schedule = profile.schedule
     if schedule.cycle_growth == 1 or profile.method != "relora" or not 0 < parent.cycle < schedule.cycles:
         return
@@ -155,7 +155,7 @@ def _refuse_other_growth(profile: Profile, parent: CheckpointManifest) -> None:
 
 
 def _refuse_another_model(profile: Profile, parent: CheckpointManifest) -> None:
-    """The weights decide the model: settings that say otherwise would be recorded and not used."""
+    """Raise if settings describe another model: the weights decide, so they would be recorded and not used."""
     ours = flatten({"model": profile.model.model_dump(mode="json"), **own_settings(profile)})
     ours["objective"] = profile.objective
     theirs = {key: value for key, value in parent.fingerprint_settings.items() if key in ours}
@@ -170,7 +170,7 @@ def _refuse_another_model(profile: Profile, parent: CheckpointManifest) -> None:
 
 
 def is_last(profile: Profile, stage: Stage) -> bool:
-    """Whether nothing of the profile's plan follows a stage."""
+    """Return True if nothing of the profile's plan follows a stage."""
     if stage.kind == "full":
         return stage.end_step >= profile.schedule.total_steps
     return stage.kind == "lora" or (stage.kind == "relora" and stage.cycle >= profile.schedule.cycles)

@@ -1,6 +1,6 @@
-"""How far single updates move A, B and the weight they stand for: what a reset of the optimizer does to the first ones.
+"""The size of single updates of A, B and the weight they stand for: a reset of the optimizer shows in the first ones.
 
-Only the updates that are measured cost anything: a copy of A and B, and reading a few numbers from the device.
+Measuring an update costs one copy of A and B and a few device reads. Other updates are unaffected.
 """
 
 from __future__ import annotations

@@ -17,9 +17,9 @@ class FrozenConfig(BaseModel):
 
 
 class WithoutSecrets:
-    """Of a string: it holds no credentials. Refused by ConfigError, and by a JSON Schema that does not repeat them.
+    """Marks a string without credentials. ConfigError refuses them, and a JSON Schema that does not repeat them.
 
-    Prefect's server checks parameters against the schema before it records them. Of all keywords `const` alone is
+    Prefect's server checks parameters against the schema before it records them. Only the keyword `const` is
     answered without the value, and only if no other keyword fails beside it: hence the pattern under `else`.
     """
 

@@ -39,7 +39,7 @@ class TokenizerConfig(FrozenConfig):
 
 
 class DataConfig(FrozenConfig):
-    """Where the text or the images come from and how they become shards."""
+    """The source of text or images, and how it becomes shards."""
 
     name: str = Field("corpus", pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")
     """Folder of the dataset in the store."""
@@ -129,7 +129,7 @@ class ImagesConfig(FrozenConfig):
     """Values of a pixel."""
 
     classes: int = Field(10, ge=2, le=256)
-    """What an image can be."""
+    """Classes that an image can have."""
 
     patch_size: int = Field(2, ge=1)
     """Pixels of a side of a patch. A patch is a token: batch.sequence_length is how many an image has."""
@@ -142,7 +142,7 @@ class ImagesConfig(FrozenConfig):
 
     @property
     def patches(self) -> int:
-        """Of an image."""
+        """Patches of an image."""
         return (self.size // self.patch_size) ** 2
 
     @property

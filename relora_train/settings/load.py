@@ -20,7 +20,7 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 
 
 def profile_directory() -> Path:
-    """The profiles that ship with the project: beside the packages in a checkout, inside the wheel when installed."""
+    """Return the directory of the shipped profiles: beside the packages in a checkout, or inside the wheel."""
     inside_wheel = _PACKAGE / "_profiles"
     return inside_wheel if inside_wheel.is_dir() else _PACKAGE.parent / "profiles"
 
@@ -144,14 +144,14 @@ def _describe(fault: ErrorDetails, sources: Mapping[str, str]) -> str:
 
 
 def _origin(fault: ErrorDetails, sources: Mapping[str, str]) -> str | None:
-    """The override that set the faulty value; None where it stands in the file, or several values contradict."""
+    """Return the override that set the faulty value; None where it stands in the file, or several values contradict."""
     field = ".".join(str(part) for part in fault["loc"])
     setters = [source for key, source in sources.items() if f"{field}.".startswith(f"{key}.")]
     return setters[-1] if setters else None
 
 
 def _makers(fault: ErrorDetails, sources: Mapping[str, str], *, shipped: bool) -> list[str]:
-    """The overrides that may have made a fault. A shipped file is right by itself: they made each contradiction."""
+    """Return the overrides that may have made a fault. A shipped file is right by itself: they made contradictions."""
     if origin := _origin(fault, sources):
         return [origin]
     section = ".".join(str(part) for part in fault["loc"])
@@ -174,7 +174,7 @@ def _suggest(location: tuple[int | str, ...]) -> str:
 
 
 def _sections() -> dict[str, Collection[str]]:
-    """The keys of every section."""
+    """Return the keys of every section."""
     kinds: dict[str, Any] = {name: field.annotation for name, field in Profile.model_fields.items()}
     return {name: set(kind.model_fields) for name, kind in kinds.items() if _is_section(kind)}
 

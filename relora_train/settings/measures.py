@@ -1,4 +1,4 @@
-"""What held-out examples are scored by, and how people are shown it."""
+"""The scores of held-out examples, and their wording for people."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Measure:
         return now if before is None else f"{self.text(before, digits=digits)} → {now}"
 
     def change(self, scores: Mapping[str, Any], *, digits: int | None = None) -> str:
-        """The same of a manifest's scores, which hold the stage's start under names that end in '_before'."""
+        """Return the arrow of a manifest's scores, which hold the stage's start under names that end in '_before'."""
         return self.arrow(scores.get(f"{self.key}_before"), scores.get(self.key), digits=digits)
 
 
@@ -56,18 +56,18 @@ ACCURACY = Measure("val_accuracy", "accuracy", "accuracy", digits=4, short_digit
 
 @dataclass(frozen=True)
 class Measures:
-    """What an objective is judged by: one number before all others, and one beside it."""
+    """The scores of an objective: one number before all others, and one beside it."""
 
     headline: Measure
     second: Measure
     judged: Measure
-    """What arms of an experiment are compared by, seed by seed."""
+    """The score by which arms of an experiment are compared, seed by seed."""
 
     unit: str
-    """What a loss is a mean over: 'token', 'image'."""
+    """The unit that a loss is a mean over: 'token', 'image'."""
 
     scored: str
     """Key of how many of them were scored."""
 
     held_out: str
-    """What is held out: 'text', 'images'."""
+    """The held-out data: 'text', 'images'."""

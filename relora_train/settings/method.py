@@ -57,7 +57,7 @@ class OptimizerConfig(FrozenConfig):
 
 
 class OptimizerResetConfig(FrozenConfig):
-    """What happens to Adam's state of A and B at a merge."""
+    """The reset of Adam's state of A and B at a merge."""
 
     mode: Literal["none", "zero", "magnitude", "random"] = "magnitude"
     """'magnitude' keeps the largest first moments, 'random' a random share, 'zero' nothing."""
@@ -79,7 +79,7 @@ class OptimizerResetConfig(FrozenConfig):
 
 
 class DivergenceConfig(FrozenConfig):
-    """What happens to a stage whose loss explodes. Changes no weight of a stage that does not."""
+    """The answer to a stage whose loss explodes. Changes no weight of a stage that does not."""
 
     on_divergence: Literal["fail", "lower_lr"] = "fail"
     """'fail' ends the run there; 'lower_lr' trains the stage again from its parent at a lower learning rate."""

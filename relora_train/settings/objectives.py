@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 ObjectiveName = Literal["causal_lm", "image_classification"]
 
 DEFAULT_OBJECTIVE: ObjectiveName = "causal_lm"
-"""Of what says nothing of its objective: profiles, and all that was made before there was another."""
+"""The objective of profiles that name none, and of all that was made before there was another."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class ObjectiveEntry:
     """Keys of a profile that mean something to it alone: part of its fingerprints, and of no other objective's."""
 
     in_series: bool
-    """Whether its sources can grow and be retrained on."""
+    """True if its sources can grow and be retrained on."""
 
     measures: Measures
 
@@ -53,12 +53,12 @@ OBJECTIVES: Mapping[str, ObjectiveEntry] = {
 
 
 def measures_of(profile: Profile) -> Measures:
-    """What a profile's runs are scored by."""
+    """Return the scores of a profile's runs."""
     return OBJECTIVES[profile.objective].measures
 
 
 def measures_in(scores: Mapping[str, Any]) -> Measures:
-    """What recorded scores are of: those of the objective whose first measure is among them, else of the default."""
+    """Return the measures of recorded scores: the objective whose first measure is among them, or the default."""
     found = (entry.measures for entry in OBJECTIVES.values() if entry.measures.headline.key in scores)
     return next(found, OBJECTIVES[DEFAULT_OBJECTIVE].measures)
 
@@ -70,13 +70,13 @@ SCORES = tuple(
 
 
 def headline_score(scores: Mapping[str, Any]) -> dict[str, float | None]:
-    """The one number before all others, under its name: for an event."""
+    """Return the one number before all others, under its name: for an event."""
     key = measures_in(scores).headline.key
     return {key: scores.get(key)}
 
 
 def own_settings(profile: Profile) -> dict[str, Any]:
-    """The settings that the objective adds to a fingerprint, as JSON values."""
+    """Return the settings that the objective adds to a fingerprint, as JSON values."""
     keys = _keys_of(profile.objective)
     return profile.model_dump(mode="json", include=keys) if keys else {}
 
@@ -87,5 +87,5 @@ def foreign_keys(objective: ObjectiveName) -> set[str]:
 
 
 def _keys_of(objective: str) -> set[str]:
-    """The default is named nowhere: what was made before there was another keeps its fingerprint."""
+    """Return them with the objective's name, except for the default: older runs keep their fingerprints."""
     return {*OBJECTIVES[objective].own_keys} | ({"objective"} if objective != DEFAULT_OBJECTIVE else set())

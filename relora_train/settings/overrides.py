@@ -1,8 +1,8 @@
 """Settings over a profile as a type: every section and field of Profile, all of them optional.
 
-Made from Profile itself, so that names, bounds, choices and descriptions can never drift. What is not given stays the
-profile's: a model of this kind knows which fields were given, and nothing else is ever written down or passed on.
-Rules across fields are not here: they hold for the profile and its overrides together, see profiles.load_profile.
+Made from Profile itself, so names, bounds, choices and descriptions can never drift. A field that is not given stays
+the profile's: a model of this kind knows which fields were given, and nothing else is ever written down or passed on.
+Rules across fields are not here: they hold for the profile and its overrides together, see load_profile.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from relora_train.settings.profile import Profile
 
 
 class Overrides(BaseModel):
-    """What overrides of every section have in common."""
+    """The base of overrides of every section."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -38,11 +38,11 @@ class Overrides(BaseModel):
 
     @model_serializer(mode="plain")
     def only_what_was_given(self) -> dict[str, Any]:
-        """A default that is written down would override the profile when it is read again."""
+        """Write only given fields: a default that is written down would override the profile when it is read again."""
         return {name: getattr(self, name) for name in type(self).model_fields if name in self.model_fields_set}
 
     def settings(self) -> dict[str, Any]:
-        """The settings that were given, by section."""
+        """Return the settings that were given, by section."""
         return self.model_dump()
 
 
@@ -67,7 +67,7 @@ def _is_section(kind: Any) -> bool:
 
 
 def _absent() -> None:
-    """The value of a field that was not given; a factory, because a plain default would be offered in every form."""
+    """Return the value of a field that was not given; a plain default would be offered in every form."""
 
 
 if TYPE_CHECKING:

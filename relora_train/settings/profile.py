@@ -45,7 +45,7 @@ class Profile(FrozenConfig):
     """'relora': warm start, then merged cycles; 'lora': one update merged at the end; 'full': full rank throughout."""
 
     objective: ObjectiveName = DEFAULT_OBJECTIVE
-    """What is learned: 'causal_lm', the next token of text; 'image_classification', the class of an image."""
+    """The thing learned: 'causal_lm', the next token of text; 'image_classification', the class of an image."""
 
     seed: int = Field(0, ge=0, lt=2**31)
     """Seed of weights, data order, dropout and re-initialisation."""
@@ -150,7 +150,7 @@ class Profile(FrozenConfig):
         return self
 
     def fault_of_ranks(self, world_size: int) -> str | None:
-        """Why a batch cannot be shared by so many ranks, or None: then their shares differ by one sequence at most."""
+        """Return the reason why so many ranks cannot share a batch; None if shares differ by one sequence at most."""
         if world_size > self.batch.sequences:
             return (
                 f"batch.sequences {self.batch.sequences} leaves some of {world_size} ranks without a sequence: "
@@ -180,7 +180,7 @@ LATER_KEYS = {
 
 
 def unset_later_keys(profile: Profile, section: str) -> set[str]:
-    """Those of LATER_KEYS in a section that are at their defaults."""
+    """Return those of LATER_KEYS in a section that are at their defaults."""
     settings = getattr(profile, section)
     fields = type(settings).model_fields
     return {key for key in LATER_KEYS[section] if getattr(settings, key) == fields[key].default}

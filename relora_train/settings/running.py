@@ -23,12 +23,12 @@ class PrecisionConfig(FrozenConfig):
 
     @property
     def computes_in_bfloat16(self) -> bool:
-        """Whether forward passes run under autocast and frozen weights are held rounded."""
+        """True if forward passes run under autocast and frozen weights are held rounded."""
         return self.dtype != "float32"
 
     @property
     def trains_in_bfloat16(self) -> bool:
-        """Whether trained matrices, their gradients and Adam's state are held in bfloat16."""
+        """True if trained matrices, their gradients and Adam's state are held in bfloat16."""
         return self.dtype == "pure-bfloat16"
 
 
@@ -52,14 +52,14 @@ class EvaluationConfig(FrozenConfig):
 
 
 class LoggingConfig(FrozenConfig):
-    """What a stage reports while it runs. Changes no weight."""
+    """The records of a running stage. Changes no weight."""
 
     every_steps: int = Field(10, ge=1)
     """Steps between two metric records."""
 
 
 class SnapshotConfig(FrozenConfig):
-    """How often a stage's state is saved while it runs, so that a killed stage repeats little. Changes no weight."""
+    """Snapshots of a running stage, so that a killed stage repeats little. Changes no weight."""
 
     every_steps: int | None = Field(None, ge=1)
     """Steps between two snapshots; not counted in steps when absent."""
@@ -72,7 +72,7 @@ class SnapshotConfig(FrozenConfig):
 
 
 class LaunchConfig(FrozenConfig):
-    """How the trainer process is started. Changes no weight beyond float rounding."""
+    """The start of the trainer process. Changes no weight beyond float rounding."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """'auto' takes a GPU where there is one."""
@@ -123,10 +123,10 @@ class LaunchConfig(FrozenConfig):
 
 
 class RetentionConfig(FrozenConfig):
-    """What `relora prune` and the flow `prune` keep of a run; with neither key nothing is pruned. Changes no weight."""
+    """Checkpoints that `relora prune` and the flow `prune` keep; without a key, all of them. Changes no weight."""
 
     keep_last: int | None = Field(None, ge=1)
-    """Of every line of checkpoints, keep the last so many."""
+    """Keep the last so many of every line of checkpoints."""
 
     keep_every: int | None = Field(None, ge=1)
     """Also keep every so many-th cycle, the warm start included."""

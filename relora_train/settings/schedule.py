@@ -33,7 +33,7 @@ class ScheduleConfig(FrozenConfig):
     """Learning rate at the last step relative to its peak."""
 
     jagged: bool = True
-    """Whether the rate falls to 0 at every merge and climbs back; without it, one cosine through all cycles."""
+    """The rate falls to 0 at every merge and climbs back; without it, one cosine goes through all cycles."""
 
     horizon: int | None = Field(None, ge=1)
     """Cycles for which the cosine is drawn; `cycles` when absent. Beyond it the rate stays at min_lr_ratio."""

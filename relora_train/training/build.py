@@ -102,7 +102,7 @@ def _whole_model(
 def _sharded_model(
     request: StageRequest, objective: Objective, manifest: DatasetManifest, ranks: Ranks
 ) -> tuple[nn.Module, MasterWeights | None]:
-    """This rank's rows of the same, on its device: read from the parent's files, or made by the first rank."""
+    """Return this rank's rows of the same, on its device: read from the parent's files, or made by the first rank."""
     profile, parent = request.profile, request.parent_directory
     if parent is not None:
         model = objective.load_skeleton(parent)
@@ -147,7 +147,7 @@ def _wrap(model: nn.Module, request: StageRequest) -> None:
 
 
 def _start(request: StageRequest) -> TrainingState:
-    """The parent's state; on another dataset the data position starts again."""
+    """Return the parent's state; on another dataset the data position starts again."""
     profile, dataset_id = request.profile, request.dataset_id
     schedule = profile.schedule.model_dump(mode="json")
     update = {"dataset_id": dataset_id, "seed": profile.seed, "schedule": schedule}

@@ -47,7 +47,7 @@ def commit_stage(
     after: Evaluation,
     stage_seconds: float,
 ) -> CheckpointManifest:
-    """Write every file of the checkpoint, the manifest last. What a failed attempt left in the directory is removed.
+    """Write every file of the checkpoint, the manifest last. Leftovers of a failed attempt are removed.
 
     For the first rank; the others of a sharded training call lend_rows(training) meanwhile.
     Raises CheckpointCorruptError where the files do not hold what was trained.
@@ -106,7 +106,7 @@ def commit_stage(
 
 
 def lend_rows(training: StageTraining) -> None:
-    """The part of the other ranks of a sharded training in commit_stage."""
+    """Do the part of the other ranks of a sharded training in commit_stage."""
     save_sharded(training, None)
     check_written(training, None)
 
@@ -119,7 +119,7 @@ def _save_whole(training: StageTraining, directory: Path) -> None:
 
 
 def merged_weights(training: StageTraining) -> dict[str, Tensor]:
-    """The model's state under its Hugging Face names: A and B left out, exact weights for rounded ones."""
+    """Return the model's state under its Hugging Face names: A and B left out, exact weights for rounded ones."""
     masters: Mapping[str, Tensor] = training.masters or {}
     weights: dict[str, Tensor] = {}
     exact: dict[int, Tensor] = {}  # tied tensors stay tied: only so are they written once

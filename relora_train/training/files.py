@@ -52,7 +52,7 @@ OptimizerState = dict[str, dict[str, Tensor]]
 
 
 class TrainingState(FrozenConfig):
-    """Where a run stands. Random numbers need no state: every draw is a function of seed, step and name."""
+    """The state of a run. Random numbers need none: every draw is a function of seed, step and name."""
 
     model_config = ConfigDict(extra="ignore")  # states from before 1a88187 also hold a layer_ranks
 
@@ -81,7 +81,7 @@ class TrainingState(FrozenConfig):
     """Digest of what the evaluation depends on beside the weights: with the same key it need not be repeated."""
 
     matmul_precision: Literal["highest", "high", "medium"] | None = None
-    """What precision.matmul_precision = 'auto' stands for in this run."""
+    """The precision that precision.matmul_precision = 'auto' stands for in this run."""
 
 
 class LazyMapping(Mapping[str, V]):
@@ -129,7 +129,7 @@ def _name_float32(path: Path) -> None:
 
 
 def read_tensor(directory: Path, name: str, *, rows: slice | None = None) -> Tensor | None:
-    """One tensor of a checkpoint's model, or these rows of it, or None when it holds none of that name."""
+    """Return one tensor of a checkpoint's model, or these rows of it; None if it holds none of that name."""
     index = directory / f"{MODEL_FILE}.index.json"
     file = MODEL_FILE
     if index.is_file():
@@ -143,7 +143,7 @@ def read_tensor(directory: Path, name: str, *, rows: slice | None = None) -> Ten
 
 
 def stored_shapes(directory: Path) -> dict[str, tuple[int, ...]]:
-    """The shape of every tensor of a checkpoint's model by name, without reading values."""
+    """Return the shape of every tensor of a checkpoint's model by name, without reading values."""
     index = directory / f"{MODEL_FILE}.index.json"
     files = sorted({*json.loads(index.read_text())["weight_map"].values()}) if index.is_file() else [MODEL_FILE]
     found = {}
@@ -174,23 +174,23 @@ def save_optimizer_state(state: OptimizerState, path: Path) -> None:
 
 
 def is_written_sparse(shape: torch.Size, nonzero: int) -> bool:
-    """Whether index and value of what is not zero cost less than the dense tensor."""
+    """Return True if index and value of the entries that are not zero cost less than the dense tensor."""
     return len(shape) > 0 and shape.numel() < 2**31 and nonzero <= _DENSE_ABOVE * shape.numel()
 
 
 def index_and_values(tensor: Tensor) -> tuple[Tensor, Tensor]:
-    """The int32 flat index of the entries that are not zero, and these entries."""
+    """Return the int32 flat index of the entries that are not zero, and these entries."""
     index = torch.from_numpy(np.flatnonzero(tensor.numpy()).astype(np.int32))
     return index, tensor.flatten()[index.long()]
 
 
 def sparse_shapes(shapes: Mapping[str, list[int]]) -> dict[str, str]:
-    """The metadata of an optimizer's file. One key only: safetensors writes several in random order."""
+    """Return the metadata of an optimizer's file. One key only: safetensors writes several in random order."""
     return {"sparse_shapes": json.dumps(shapes, sort_keys=True)}
 
 
 class SavedOptimizerState(Mapping[str, dict[str, Tensor]]):
-    """What `save_optimizer_state` wrote, read from the disk when asked for, one parameter at a time."""
+    """The state that `save_optimizer_state` wrote, read from the disk on demand, one parameter at a time."""
 
     def __init__(self, path: Path) -> None:
         self._file: Any = safe_open(path, framework="pt")
@@ -203,7 +203,7 @@ class SavedOptimizerState(Mapping[str, dict[str, Tensor]]):
             self._keys.setdefault(parameter, []).append(key)
 
     def shape_of(self, parameter: str) -> torch.Size:
-        """Of its moments, without reading them."""
+        """Return the shape of its moments, without reading them."""
         name = f"{parameter}.exp_avg"
         return torch.Size(self._sparse[name] if name in self._sparse else self._file.get_slice(name).get_shape())
 
@@ -226,7 +226,7 @@ class SavedOptimizerState(Mapping[str, dict[str, Tensor]]):
 
 
 def load_optimizer_state(path: Path) -> OptimizerState:
-    """What `save_optimizer_state` wrote, all at once."""
+    """Return all that `save_optimizer_state` wrote."""
     return dict(SavedOptimizerState(path))
 
 
@@ -247,7 +247,7 @@ def copy_companions(source: Path, directory: Path) -> None:
 
 
 def write_metrics(records: list[dict[str, Any]], path: Path) -> None:
-    """One JSON object a line."""
+    """Write one JSON object a line."""
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
 
 
@@ -270,7 +270,7 @@ def write_manifest(manifest: Manifest, directory: Path) -> None:
 
 
 def new_attempt() -> str:
-    """A random name for one attempt at a commit."""
+    """Return a random name for one attempt at a commit."""
     return secrets.token_hex(8)
 
 

@@ -57,7 +57,7 @@ def build_optimizer(
 
 
 def optimizer_state_by_name(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, dict[str, Tensor]]:
-    """Each parameter's exp_avg, exp_avg_sq and step by its name in the model, in the model's order.
+    """Return each parameter's exp_avg, exp_avg_sq and step by its name in the model, in the model's order.
 
     The tensors are the optimizer's own, not copies. Parameters that were never updated have no state and are left out.
     """

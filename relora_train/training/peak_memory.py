@@ -8,7 +8,7 @@ import torch
 
 
 def reset_peak(device: torch.device) -> None:
-    """Count anew from what is held now. Where the system cannot do that for a CPU, the peak stays the process's."""
+    """Count anew from what is held now. If the system cannot do that for a CPU, the peak stays the process's."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return
@@ -19,12 +19,12 @@ def reset_peak(device: torch.device) -> None:
 
 
 def peak_bytes(device: torch.device) -> int | None:
-    """Bytes; None where the system does not tell."""
+    """Return the bytes; None if the system does not tell."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else process_bytes("VmHWM")
 
 
 def process_bytes(field: str) -> int | None:
-    """A size in bytes that Linux tells of this process, such as VmRSS, the memory that is resident now."""
+    """Return a size in bytes that Linux tells of this process, such as VmRSS, the memory that is resident now."""
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
     except OSError:

@@ -116,7 +116,7 @@ def _is_sum(
 
 
 def _changed(ours: dict[str, Tensor], theirs: dict[str, Tensor], low_rank: set[str]) -> set[str]:
-    """Names of the modules with a tensor that is not the base's; a low-rank layer's own are told of elsewhere."""
+    """Return the names of the modules with a tensor that is not the base's, low-rank layers' own left out."""
     return {
         module
         for module, name in ((key.rpartition(".")[0], key) for key in ours)
@@ -125,7 +125,7 @@ def _changed(ours: dict[str, Tensor], theirs: dict[str, Tensor], low_rank: set[s
 
 
 def _saved_modules(model: nn.Module, names: set[str]) -> set[str]:
-    """The modules that PEFT saves when it is told these names, which it takes for ends of names; none in another."""
+    """Return the modules that PEFT saves if told these names, which it takes for ends of names; none in another."""
     if "" in names:
         raise ModelError(
             f"A {type(model).__name__} has trained values of its own, outside its modules, which PEFT cannot hold. "

@@ -1,4 +1,4 @@
-"""Which of torch's float32 matmul precisions keeps float32's accuracy here: measured, not assumed.
+"""The float32 matmul precision of torch that keeps float32's accuracy here: measured, not assumed.
 
 "medium" is TF32 or bfloat16 on some devices. On many CPUs it is merely another library, as exact and up to twice as
 fast. So the error of the model's own products is measured, and what rounds more than float32 is refused.

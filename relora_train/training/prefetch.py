@@ -13,9 +13,9 @@ from relora_train.distributed import Ranks
 
 
 class Prefetcher:
-    """One rank's rows of the global batches of `sequences`, on its device.
+    """A reader of one rank's rows of the global batches of `sequences`, onto its device.
 
-    Which examples a batch holds depends on its position alone: reading ahead changes no bit and has no state to save.
+    A batch's examples depend on its position alone, so reading ahead changes no bit and has no state to save.
     The dataset is read on this thread only.
     """
 
@@ -41,7 +41,7 @@ class Prefetcher:
         return tokens.to(self._ranks.device, non_blocking=True)
 
     def take_seconds_waited(self) -> float:
-        """Seconds that training has waited for data since this was last asked."""
+        """Return seconds that training has waited for data since this was last asked."""
         waited, self._seconds_waited = self._seconds_waited, 0.0
         return waited
 

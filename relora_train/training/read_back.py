@@ -19,7 +19,7 @@ from relora_train.training.step import StageTraining
 def check_written(training: StageTraining, directory: Path | None) -> None:
     """Raise CheckpointCorruptError unless whoever loads the directory gets the very model that was trained.
 
-    Of a sharded training all ranks call together; those without a directory lend their rows. Only where transformers
+    All ranks of a sharded training call together; those without a directory lend their rows. Only where transformers
     writes tensors in another form than it holds (experts one by one, say) is the directory loaded as a second model.
     """
     model = training.model
@@ -47,7 +47,7 @@ def check_written(training: StageTraining, directory: Path | None) -> None:
 
 
 def _stored_names(directory: Path, files: dict[str, str], skeleton: nn.Module) -> dict[str, str]:
-    """The tensor in the files that the loader takes for each name: of tied ones, any that is there."""
+    """Return the tensor in the files that the loader takes for each name: of tied ones, any that is there."""
     stored = stored_shapes(directory)
     by_id: dict[int, list[str]] = {}
     for name, tensor in skeleton.state_dict(keep_vars=True).items():

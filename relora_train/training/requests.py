@@ -1,4 +1,4 @@
-"""What a worker process is asked to do, as files: plain data between the tasks and the processes."""
+"""Requests to worker processes, as files: plain data between the tasks and the processes."""
 
 from __future__ import annotations
 
@@ -24,23 +24,23 @@ class StageRequest(FrozenConfig):
     fingerprint_settings: dict[str, Any]
     variant_of: str | None = None
     divergence: dict[str, Any] = Field(default_factory=dict)
-    """As in the manifest."""
+    """The manifest's."""
 
     parent: ParentRef | None = None
     parent_directory: Path | None = None
     """The parent checkpoint on this machine's disk, already verified."""
 
     source_dtype: Dtype | None = None
-    """As in the parent's manifest."""
+    """The parent manifest's."""
 
     dataset_uri: str
     dataset_id: str
     dataset_directory: Path
     output_directory: Path
-    """Where the committed checkpoint appears; what a failed attempt left there is removed."""
+    """The committed checkpoint appears here; leftovers of a failed attempt are removed."""
 
     snapshots_directory: Path | None = None
-    """Where snapshots appear while the stage runs, one directory each; none are made when absent."""
+    """Snapshots appear here while the stage runs, one directory each; without it none are made."""
 
     lock_path: Path | None = None
     """Held by the trainer while it works here, so that an orphan's last snapshot is waited for."""

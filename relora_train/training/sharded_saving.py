@@ -59,14 +59,14 @@ def save_sharded(training: StageTraining, directory: Path | None) -> None:
 
 
 def _saved_names(training: StageTraining) -> dict[str, str]:
-    """The model's names by those save_pretrained would write, sorted: A and B are merged, tied tensors written once."""
+    """Return the model's names by those of save_pretrained, sorted; without A and B, tied tensors once."""
     names = [name for name, _ in training.model.named_parameters()]
     kept = [name for name in names if name.rpartition(".")[2] not in ("lora_A", "lora_B")]
     return dict(sorted((file_name(training.model, name), name) for name in kept))
 
 
 def _files(layout: Layout) -> dict[str, Layout]:
-    """Which tensors go into which file: no file above the limit but for a single tensor."""
+    """Divide the tensors among files: no file above the limit but for a single tensor."""
     groups: list[Layout] = [{}]
     for name, entry in layout.items():
         groups[-1][name] = entry
@@ -94,7 +94,7 @@ def _exact(training: StageTraining, name: str) -> Tensor:
 
 
 def _optimizer_stream(training: StageTraining) -> TensorStream:
-    """Adam's state in the form of save_optimizer_state. What is kept is counted first, then gathered and encoded."""
+    """Return Adam's state in the form of save_optimizer_state; entries are counted, then gathered and encoded."""
     state = optimizer_state_by_name(training.optimizer, training.model)
     tensors = {f"{name}.{key}": value for name, entries in state.items() for key, value in entries.items()}
     counts = torch.tensor([_own_nonzero(training, value) for value in tensors.values()], device=training.ranks.device)
@@ -120,7 +120,7 @@ def _optimizer_stream(training: StageTraining) -> TensorStream:
 
 
 def _own_nonzero(training: StageTraining, value: Tensor) -> int:
-    """Of this rank's rows; what every rank holds whole (Adam's step) counts on the first."""
+    """Count the entries of this rank's rows; a tensor that every rank holds (Adam's step) counts on the first."""
     is_part = local(value) is not value
     return int(local(value).count_nonzero()) if is_part or training.ranks.is_first else 0
 

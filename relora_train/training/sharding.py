@@ -92,7 +92,7 @@ def shard_model(model: nn.Module, rows_of: RowsOf, ranks: Ranks, *, keep: Iterab
 
 
 def _names_of_parameters(model: nn.Module) -> dict[str, list[str]]:
-    """All names of each parameter that files hold, by its first: A and B are drawn."""
+    """Return all names of each parameter that files hold, by its first: A and B are drawn."""
     by_id: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if name.rpartition(".")[2] not in ("lora_A", "lora_B"):

@@ -37,7 +37,7 @@ _WEIGHT, _OPTIMIZER = "weight:", "optimizer:"
 
 @dataclass
 class Progress:
-    """What a stage has come to beside its weights and optimizer."""
+    """The state of a stage beside its weights and optimizer."""
 
     step: int
     """Updates done."""
@@ -56,7 +56,7 @@ class Progress:
 
 
 class SnapshotState(FrozenConfig):
-    """What a snapshot says beside its tensors and metrics."""
+    """The small part of a snapshot, beside its tensors and metrics."""
 
     fingerprint: str
     step: int = Field(ge=0)
@@ -67,11 +67,11 @@ class SnapshotState(FrozenConfig):
     summed: int = Field(ge=0)
     seconds: float = Field(ge=0)
     matmul_precision: Literal["highest", "high", "medium"] | None = None
-    """As in the training state."""
+    """The training state's."""
 
 
 def moving_tensors(training: StageTraining) -> dict[str, Tensor]:
-    """The trainable parameters and their Adam state, by name; the training's own tensors, not copies."""
+    """Return the trainable parameters and their Adam state, by name; the training's own tensors, not copies."""
     weights = {
         f"{_WEIGHT}{name}": parameter.detach()
         for name, parameter in training.model.named_parameters()
@@ -89,7 +89,7 @@ class HostBuffers:
         self._kept: dict[str, Tensor] = {}
 
     def copy(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The tensors as they are now. The result lasts until the next call."""
+        """Return the tensors as they are now. The result lasts until the next call."""
         for name, tensor in tensors.items():
             if name not in self._kept:
                 on_gpu = tensor.device.type == "cuda"
@@ -101,7 +101,7 @@ class HostBuffers:
 
 
 def describe_progress(training: StageTraining, progress: Progress) -> SnapshotState:
-    """The small part of a snapshot, as it is now."""
+    """Return the small part of a snapshot, as it is now."""
     return SnapshotState(
         fingerprint=training.request.fingerprint,
         step=progress.step,
@@ -155,7 +155,7 @@ def write_snapshot(
 
 
 def read_snapshot_state(directory: Path) -> SnapshotState:
-    """The small part of a verified snapshot."""
+    """Return the small part of a verified snapshot."""
     return SnapshotState.model_validate_json((directory / STATE_FILE).read_bytes())
 
 

@@ -26,7 +26,7 @@ from relora_train.training.tensor_stream import TensorStream
 
 
 def is_due(settings: SnapshotConfig, *, step: int, seconds_since_last: float) -> bool:
-    """Whether a snapshot is wanted after update `step`."""
+    """Return True if a snapshot is wanted after update `step`."""
     by_steps = settings.every_steps is not None and step % settings.every_steps == 0
     return by_steps or (settings.every_seconds is not None and seconds_since_last >= settings.every_seconds)
 

@@ -45,22 +45,22 @@ class StageTraining:
 
     val_data: ExampleDataset
     start: TrainingState
-    """Where the stage starts: the parent's end, or the beginning."""
+    """The start of the stage: the parent's end, or the beginning."""
 
     masters: MasterWeights | None
     """Exact frozen weights, when the device holds rounded ones."""
 
     products: Mapping[str, Products]
-    """How each low-rank layer multiplies, by module name; empty where all follow the reference."""
+    """The products of each low-rank layer, by module name; empty if all follow the reference."""
 
     checked_learning: bool = False
     """True once this process has asked if every low-rank layer learns."""
 
     matmul: MatmulPrecision | None = None
-    """What matmul_precision 'auto' stands for."""
+    """The precision that matmul_precision 'auto' stands for."""
 
     source_dtype: Dtype | None = None
-    """As in the manifest."""
+    """The manifest's."""
 
     @property
     def profile(self) -> Profile:

@@ -22,8 +22,8 @@ _ALIGNMENT = 8
 class TensorStream:
     """Tensors that come in the order of their layout, each made when its turn has come.
 
-    Where making one is a joint work of all ranks, every rank must come to the end of its stream: one of them by
-    `write`, the others by `finish`.
+    If all ranks make each tensor together, every rank must come to the end of its stream: one of them by `write`, the
+    others by `finish`.
     """
 
     def __init__(self, layout: Layout, tensors: Iterator[Tensor], metadata: Mapping[str, str] | None = None) -> None:
@@ -32,7 +32,7 @@ class TensorStream:
 
     @property
     def size_bytes(self) -> int:
-        """Of all tensors."""
+        """Bytes of all tensors."""
         return sum(_size(*entry) for entry in self.layout.values())
 
     def write(self, path: Path) -> None:
@@ -55,7 +55,7 @@ def _size(dtype: torch.dtype, shape: tuple[int, ...]) -> int:
 
 
 def _header(layout: Layout, metadata: Mapping[str, str] | None) -> bytes:
-    """As the format has it: the length in 8 bytes, then JSON filled up with spaces."""
+    """Return the format's header: the length in 8 bytes, then JSON filled up with spaces."""
     entries: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
     for name, (dtype, shape) in layout.items():

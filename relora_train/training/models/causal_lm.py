@@ -42,7 +42,7 @@ class TextEvaluation(Evaluation):
 
 
 class NextTokenLoss:
-    """As LossFunction. Examples are token ids (sequences, length + 1). Refuses a model that looks ahead."""
+    """The LossFunction of text. Examples are token ids (sequences, length + 1). Refuses a model that looks ahead."""
 
     def __init__(self, model: nn.Module) -> None:
         check_causal(model)
@@ -55,13 +55,13 @@ class NextTokenLoss:
         return logits(self._model, examples[:, :_PROBE_TOKENS])
 
     def sums(self, examples: Tensor) -> Tensor:
-        """Nats and tokens."""
+        """Return nats and tokens."""
         nats = self.loss(examples).double()
         return torch.stack([nats, nats.new_tensor(examples[:, 1:].numel())])
 
 
 class CausalLM:
-    """As Objective."""
+    """The Objective of text."""
 
     adapter_task: str | None = "CAUSAL_LM"
     evaluation: type[Evaluation] = TextEvaluation
@@ -133,7 +133,7 @@ class CausalLM:
 
 
 def summarize(total_nats: float, tokens: int, bytes_per_token: float) -> TextEvaluation:
-    """Token-weighted means. Perplexity is infinite where exp overflows, never an error."""
+    """Return token-weighted means. If exp overflows, perplexity is infinite, never an error."""
     loss = total_nats / tokens
     return TextEvaluation(
         val_loss=loss,
@@ -155,7 +155,7 @@ def sample_texts(
     eos_id: int,
     bos_ids: Sequence[int] = (),
 ) -> list[dict[str, str]]:
-    """A continuation of each prompt, drawn at a fixed temperature; the same for the same weights and seed.
+    """Return a continuation of each prompt, drawn at a fixed temperature; the same for the same weights and seed.
 
     bos_ids: what documents began with in training, and so each prompt. An empty prompt is continued from there, or from
     eos_id, which ended the document before; of one that is too long for the model's positions the end is.

@@ -22,7 +22,7 @@ _ROWS, _ROWS_ON_GPU = 512, 1024
 
 
 def chunked_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
-    """Sum over rows of the cross-entropy of `hidden @ weight.T + bias` in nats, float32, differentiable once.
+    """Return the sum over rows of the cross-entropy of `hidden @ weight.T + bias` in nats, differentiable once.
 
     hidden: (rows, in). weight: (classes, in) of the same dtype. targets: (rows,) classes. Products are in that dtype;
     the softmax, the loss and the sums over chunks are in float32.

@@ -35,7 +35,7 @@ class ImageEvaluation(Evaluation):
 
 
 class ClassLoss:
-    """As LossFunction. Examples are rows of an ImageDataset."""
+    """The LossFunction of images. Examples are rows of an ImageDataset."""
 
     def __init__(self, model: nn.Module, images: ImageFormat) -> None:
         self._model, self._images = model, images
@@ -46,18 +46,18 @@ class ClassLoss:
         return F.cross_entropy(self.logits(examples).float(), _classes(examples), reduction="sum")
 
     def logits(self, examples: Tensor) -> Tensor:
-        """(images, classes)."""
+        """Return logits (images, classes)."""
         return cast(Tensor, self._model(pixel_values=self.pixels(examples)).logits)
 
     def pixels(self, examples: Tensor) -> Tensor:
-        """float32 (images, channels, size, size) with mean 0 and deviation 1 over the training part."""
+        """Return float32 (images, channels, size, size) with mean 0 and deviation 1 over the training part."""
         images = self._images
         values = examples[:, :-1].float().reshape(-1, images.channels, images.size, images.size)
         mean, deviation = self._mean.to(values.device), self._deviation.to(values.device)
         return (values / images.largest_value - mean) / deviation
 
     def sums(self, examples: Tensor) -> Tensor:
-        """Nats, images and right answers."""
+        """Return nats, images and right answers."""
         logits, classes = self.logits(examples).float(), _classes(examples)
         nats = F.cross_entropy(logits, classes, reduction="sum").double()
         right = (logits.argmax(dim=-1) == classes).sum().double()
@@ -69,7 +69,7 @@ def _classes(examples: Tensor) -> Tensor:
 
 
 class ImageClassification:
-    """As Objective."""
+    """The Objective of images."""
 
     adapter_task: str | None = None  # peft has no name for it and wraps any model without one
     evaluation: type[Evaluation] = ImageEvaluation

@@ -20,7 +20,7 @@ _EVALUATION_ROWS = 1024  # logits of so many tokens exist at once during evaluat
 
 
 def build_model(config: ModelConfig, *, vocab_size: int, eos_id: int, sequence_length: int, seed: int) -> nn.Module:
-    """A transformers causal LM in float32: random weights drawn from `seed` alone, or the pretrained ones.
+    """Return a transformers causal LM in float32: random weights drawn from `seed` alone, or the pretrained ones.
 
     vocab_size: entries of the tokenizer; the embedding has at least as many rows.
     Raises ModelNotFoundError, ModelUnsuitableError, VocabularyMismatchError, SequenceTooLongError.
@@ -34,7 +34,7 @@ def build_model(config: ModelConfig, *, vocab_size: int, eos_id: int, sequence_l
 
 
 def model_skeleton(config: ModelConfig, *, vocab_size: int, eos_id: int) -> nn.Module:
-    """The model that build_model would return, without values: all its tensors are on torch's meta device."""
+    """Return the model that build_model would return, without values: all its tensors are on torch's meta device."""
     from transformers import LlamaForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
@@ -107,17 +107,17 @@ def check_fits(model: nn.Module, *, vocab_size: int, sequence_length: int) -> No
 
 
 def embedding(model: nn.Module) -> nn.Embedding:
-    """The token embedding."""
+    """Return the token embedding."""
     return cast(nn.Embedding, cast(Any, model).get_input_embeddings())
 
 
 def head(model: nn.Module) -> nn.Linear:
-    """The linear layer from hidden states to logits."""
+    """Return the linear layer from hidden states to logits."""
     return cast(nn.Linear, cast(Any, model).get_output_embeddings())
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:
-    """The equal blocks that transformers says a model consists of; none where it does not say."""
+    """Return the equal blocks that transformers says a model consists of; none where it does not say."""
     kinds = set(getattr(model, "_no_split_modules", None) or ())
     return [module for module in model.modules() if type(module).__name__ in kinds]
 
@@ -126,7 +126,7 @@ def attend_without_mask(model: nn.Module) -> None:
     """Let a Llama or GPT-NeoX with plain causal attention make no mask: the same bits, and no look at the device.
 
     Before making a mask transformers asks, in every forward pass, whether positions are packed: the host would wait
-    for all the work it has given to a GPU. Of other models and windowed attention nothing is changed.
+    for all the work it has given to a GPU. Other models and windowed attention stay as they are.
     """
     from transformers import AttentionInterface
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -150,12 +150,12 @@ def checkpoint_activations(model: nn.Module) -> None:
 
 
 def logits(model: nn.Module, inputs: Tensor) -> Tensor:
-    """Logits (batch, length, vocabulary) of token ids (batch, length)."""
+    """Return logits (batch, length, vocabulary) of token ids (batch, length)."""
     return cast(Tensor, model(input_ids=inputs, use_cache=False).logits)
 
 
 def next_token_loss(model: nn.Module, tokens: Tensor, *, fused: bool = True) -> Tensor:
-    """Sum of the cross-entropies in nats of tokens[:, 1:] given what stands before each.
+    """Return the sum of the cross-entropies in nats of tokens[:, 1:], each given the tokens before it.
 
     tokens: ids (batch, length + 1). fused: go from hidden states to the loss in chunks, so that the logits of the
     whole batch never exist; only for models whose head is a plain matrix (see `head_is_plain`).
@@ -177,7 +177,7 @@ class HasFusedLoss(Protocol):
 
 
 def fused_loss(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
-    """From token ids (batch, length) and the flat targets to the summed loss, without all logits at once."""
+    """Return the summed loss from token ids (batch, length) and flat targets, without all logits at once."""
     backbone = cast(Any, model).base_model
     hidden = backbone(input_ids=inputs, use_cache=False).last_hidden_state.flatten(0, 1)  # (batch * length, hidden)
     weight: Tensor = head(model).weight
@@ -192,7 +192,7 @@ def fused_loss(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
 
 
 def _chunked_loss(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
-    """The same sum without gradients, accumulated in float32."""
+    """Return the same sum without gradients, accumulated in float32."""
     total = torch.zeros((), device=hidden.device)
     for rows, answers in zip(
         torch.split(hidden, _EVALUATION_ROWS), torch.split(targets, _EVALUATION_ROWS), strict=True
@@ -203,7 +203,7 @@ def _chunked_loss(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: 
 
 @torch.no_grad()
 def head_is_plain(model: nn.Module) -> bool:
-    """Whether the fused loss equals the model's own on a short probe: no scaled, capped or extended logits."""
+    """Return True if the fused loss equals the model's own on a short probe: no scaled or capped logits."""
     if not isinstance(head(model), nn.Linear):
         return False
     probe = _probe(model, rows=2)
@@ -240,7 +240,7 @@ def check_causal(model: nn.Module) -> None:
 
 
 def _probe(model: nn.Module, *, rows: int) -> Tensor:
-    """Token ids (rows, 9), spread over the vocabulary."""
+    """Return token ids (rows, 9), spread over the vocabulary."""
     table = embedding(model)
     return (torch.arange(rows * 9, device=table.weight.device) * 7919 % table.num_embeddings).reshape(rows, 9)
 

@@ -76,7 +76,7 @@ def dtype_of_files(path: str | Path, *, revision: str | None = None) -> Dtype | 
 
 
 def load_skeleton(path: str | Path, *, revision: str | None = None, kind: LoadedAs = CAUSAL_LM) -> nn.Module:
-    """The model that load_model would return, without values: all its tensors are on torch's meta device."""
+    """Return the model that load_model would return, without values: all its tensors are on torch's meta device."""
     from transformers import GenerationConfig
 
     with _reading(path):
@@ -112,7 +112,7 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def _loader(path: str | Path, revision: str | None, kind: LoadedAs) -> tuple[Any, Any]:
-    """The auto class and the configuration, once config.json is known to be of a model that it can load."""
+    """Return the auto class and the configuration, once config.json is known to be of a model that it can load."""
     import transformers
     from transformers import AutoConfig, PreTrainedConfig
     from transformers.utils.logging import disable_progress_bar
@@ -133,7 +133,7 @@ def _loader(path: str | Path, revision: str | None, kind: LoadedAs) -> tuple[Any
 
 
 def _place(path: str | Path) -> str:
-    """A directory of this machine, else the hub id that it must be."""
+    """Return a directory of this machine, or the hub id that it must be."""
     directory = Path(path).expanduser()
     return str(directory if directory.is_dir() else path)
 

@@ -18,7 +18,7 @@ class LoadedAs:
     auto_class: str
 
     architectures: tuple[str, ...]
-    """What stands in the names of its classes. A class without a task, such as LlamaModel, has nothing of the kind."""
+    """Part of the names of its classes. A class without a task, such as LlamaModel, has none."""
 
 
 CAUSAL_LM = LoadedAs("AutoModelForCausalLM", ("ForCausalLM", "LMHead"))

@@ -1,4 +1,4 @@
-"""What a model is made of, counted from its shape alone.
+"""The parts of a model, counted from its shape alone.
 
 Counts the families that wrap.py wraps by default: Llama, GPT-NeoX and ViT.
 """
@@ -50,22 +50,22 @@ class ModelShape:
     """The linear layers of one block."""
 
     norm_parameters: int
-    """Of all norms together."""
+    """Parameters of all norms together."""
 
     attention_size: int
     """Width of all query heads together."""
 
     tied: bool
-    """Whether embedding and head are one matrix, or there is no embedding."""
+    """True if embedding and head are one matrix, or there is no embedding."""
 
     causal: bool = True
-    """Whether half of the attention is masked."""
+    """True if half of the attention is masked."""
 
     extra_rows: int = 0
     """Positions of a sequence that are no tokens, such as a class token."""
 
     classifies: bool = False
-    """Whether the head reads one position of a sequence instead of all."""
+    """True if the head reads one position of a sequence instead of all."""
 
     other_matrices: int = 0
     """Parameters outside blocks, embedding and head that are no vectors: patch projection, positions."""
@@ -78,7 +78,7 @@ class ModelShape:
 
     @property
     def parameters(self) -> int:
-        """All of them; a tied matrix counts once."""
+        """The number of all parameters; a tied matrix counts once."""
         per_block = sum(linear.weights + linear.bias * linear.out_features for linear in self.linears)
         matrices = 1 if self.tied else 2
         ends = matrices * self.vocab_size * self.hidden_size + self.other_matrices + self.other_vectors
@@ -86,7 +86,7 @@ class ModelShape:
 
     @property
     def vector_parameters(self) -> int:
-        """Of these, in norms and biases."""
+        """The number of those in norms and biases."""
         biases = self.layers * sum(linear.bias * linear.out_features for linear in self.linears)
         return self.norm_parameters + biases + self.other_vectors
 
@@ -100,7 +100,7 @@ class ShapeUnknownError(Exception):
 
 
 def wrapped_layers(shape: ModelShape, *, target_modules: tuple[str, ...] | None, rank: int) -> tuple[LinearShape, ...]:
-    """The layers of a block that get a low-rank update: those named by their ends, whole segments; None: all.
+    """Return the layers of a block that get a low-rank update: those named by their ends, whole segments; None: all.
 
     Raises NoTargetModulesError for a name without a layer, ConfigError where the rank exceeds a side of a layer, and
     ShapeUnknownError for names of single blocks.
@@ -134,7 +134,7 @@ def full_flops_per_token(shape: ModelShape, *, sequence_length: int) -> int:
 def low_rank_flops_per_token(
     shape: ModelShape, *, sequence_length: int, orders: Mapping[tuple[LinearShape, ...], float]
 ) -> int:
-    """The same with wrapped weights frozen beside A and B. Not counted: the merges.
+    """Return the same with wrapped weights frozen beside A and B. Not counted: the merges.
 
     orders: FLOPs a position of the wrapped layers of a block, by the layers that are computed together.
     """
@@ -153,7 +153,7 @@ def _flops_per_token(shape: ModelShape, sequence_length: int, linears: float) ->
 
 
 def shape_of_config(config: Mapping[str, Any], path: Path | str) -> ModelShape:
-    """The shape that a config.json describes; ShapeUnknownError for a family that is not counted."""
+    """Return the shape that a config.json describes; ShapeUnknownError for a family that is not counted."""
     family = config.get("model_type")
     readers = {"llama": _llama_of_config, "gpt_neox": _neox_of_config, "vit": _vit_of_config}
     if family not in readers:
@@ -248,7 +248,7 @@ def _vit_of_config(config: Mapping[str, Any]) -> ModelShape:
 def vit(
     *, classes: int, hidden: int, intermediate: int, layers: int, patch_values: int, patches: int, bias: bool = True
 ) -> ModelShape:
-    """A vision transformer that classifies by its class token."""
+    """Return a vision transformer that classifies by its class token."""
     linears = (
         *(LinearShape(f"attention.{name}_proj", hidden, hidden, bias) for name in "qkv"),
         LinearShape("attention.o_proj", hidden, hidden, True),
