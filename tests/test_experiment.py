@@ -16,6 +16,7 @@ from relora_train.experiments.comparison_page import render_comparison
 from relora_train.experiments.config import ArmConfig, ExperimentConfig
 from relora_train.experiments.experiment import (
     Experiment,
+    PlannedRun,
     experiment_directory,
     list_experiments,
     load_experiment,
@@ -73,6 +74,11 @@ def arms(experiment: Experiment) -> dict[str, dict[str, object]]:
     return found
 
 
+def runs_of(name: str, arm: str) -> list[PlannedRun]:
+    """The runs of one arm of a shipped experiment."""
+    return [run for run in load_experiment(name).runs if run.arm == arm]
+
+
 def test_the_experiments_that_were_promised_are_shipped():
     assert {"table1", "table2-tiny", "resets", "restarts", "warm-start", "beyond", *PAPERS_TABLE_2} <= set(SHIPPED)
     assert {"tutorial", "table4"} == {*ALL_SHIPPED} - {*SHIPPED}
@@ -108,8 +114,8 @@ def test_a_shipped_experiment_begins_with_source_time_and_hardware(name: str):
 
 @pytest.mark.parametrize("name", [*PAPERS_TABLE_2, "table2-tiny"])
 def test_the_control_has_as_many_parameters_as_relora_trains(name: str):
-    planned = {run.arm: plan(run.profile) for run in load_experiment(name).runs_of("control")[:1]}
-    relora = plan(load_experiment(name).runs_of("relora")[0].profile)
+    planned = {run.arm: plan(run.profile) for run in runs_of(name, "control")[:1]}
+    relora = plan(runs_of(name, "relora")[0].profile)
     assert planned["control"].method == "full"
     assert planned["control"].parameters == pytest.approx(relora.low_rank.trainable_parameters, rel=0.005)
 

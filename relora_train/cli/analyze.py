@@ -75,7 +75,7 @@ def analyze(
 
 
 def analysis_record(analysis: RankAnalysis) -> dict[str, Any]:
-    """All numbers as JSON values."""
+    """Return all numbers as JSON values."""
     record = {
         "start": analysis.start,
         "start_uri": analysis.start_uri,
@@ -114,7 +114,7 @@ def write_analysis(analysis: RankAnalysis, directory: Path) -> list[Path]:
 
 
 def analysis_view(analysis: RankAnalysis, *, every_layer: bool) -> View:
-    """Means of each kind of layer, or every layer; then growth and overlaps."""
+    """Return the means of each kind of layer, or every layer; then growth and overlaps."""
     parts: View = [facts({"from": analysis.start, "to": analysis.end}), BLANK]
     parts.append(_layer_table(analysis) if every_layer else _kind_table(analysis))
     parts.append(Text("below 0.1: singular values of the update, of as many as the shorter side.", style="dim"))

@@ -85,7 +85,7 @@ def relora(
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
-    """The console entry point. Ends with a documented exit code; an error of ours is one message and no traceback."""
+    """Run the command and exit with a documented code. An error of ours is one message and no traceback."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     logging.lastResort = Warnings(logging.WARNING)
     try:

@@ -118,7 +118,7 @@ def _describe(path: Path) -> dict[str, Any]:
 
 
 def _parse_seeds(text: str | None) -> list[int] | None:
-    """'0,1,2' as numbers; None for none. Raises ConfigError."""
+    """Return '0,1,2' as numbers; None for None. Raises ConfigError."""
     if text is None:
         return None
     parts = [part.strip() for part in text.split(",")]
@@ -139,7 +139,7 @@ def notices(planned: Experiment) -> list[str]:
 
 
 def print_comparison(console: Console, summary: ComparisonSummary, *, seconds: float) -> None:
-    """The table, the differences, and where everything lies."""
+    """Print the table, the differences, and the places of everything."""
     from relora_train.experiments.comparison_text import arm_cells, arm_header
     from relora_train.reports.text import signed_estimate_text
 
@@ -170,7 +170,7 @@ def print_comparison(console: Console, summary: ComparisonSummary, *, seconds: f
 
 
 def print_measured(console: Console, summary: MeasuredSummary, *, seconds: float) -> None:
-    """The tables of an experiment that trains no runs, and where everything lies."""
+    """Print the tables of an experiment that trains no runs, and the places of everything."""
     for each in summary.measured.tables:
         made = table(*each.header, title=each.title)
         for row in each.rows:

@@ -14,13 +14,13 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 
 
 def deployments_file() -> Path:
-    """The file that ships with the project: in deploy/ of a checkout, inside the wheel when installed."""
+    """Return the file that ships with the project: in deploy/ of a checkout, inside the wheel when installed."""
     inside_wheel = _PACKAGE / "_deploy" / "prefect.yaml"
     return inside_wheel if inside_wheel.is_file() else _PACKAGE.parent / "deploy" / "prefect.yaml"
 
 
 def read_deployments() -> list[dict[str, Any]]:
-    """Every deployment with its keys as Prefect's own `deploy` reads them, and `full_name`: pretrain/quickstart."""
+    """Return every deployment as Prefect's own `deploy` reads it, with `full_name`: pretrain/quickstart."""
     content = yaml.safe_load(deployments_file().read_text(encoding="utf-8"))
     return [{**each, "full_name": full_name(each)} for each in content["deployments"]]
 
@@ -31,7 +31,7 @@ def full_name(deployment: dict[str, Any]) -> str:
 
 
 def choose_deployments(names: Sequence[str]) -> list[dict[str, Any]]:
-    """The deployments of these names, all of them for none. Raises ConfigError for one that does not exist."""
+    """Return the deployments of these names, all of them for none. Raises ConfigError for one that does not exist."""
     known = {each["full_name"]: each for each in read_deployments()}
     if unknown := [name for name in names if name not in known]:
         raise ConfigError(f"There is no deployment {unknown[0]!r}. There are: {', '.join(known)}.")

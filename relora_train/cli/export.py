@@ -167,7 +167,7 @@ def unfinished_stages(checkpoint: CheckpointRef) -> list[str]:
 
 
 def _model_it_began_from(checkpoint: CheckpointRef) -> Path | None:
-    """The model.pretrained of its settings, as far as this version can read them."""
+    """Return the model.pretrained of its settings, as far as this version can read them."""
     try:
         pretrained = profile_of(checkpoint).model.pretrained
     except (ReLoRAError, ValueError):
@@ -235,7 +235,7 @@ def export_adapter(checkpoint: CheckpointRef, directory: Path) -> tuple[Exported
 
 
 def _pretrained(checkpoint: CheckpointRef) -> tuple[Path, str]:
-    """The local model that a checkpoint without a parent began from."""
+    """Return the local model that a checkpoint without a parent began from."""
     pretrained = profile_of(checkpoint).model.pretrained
     directory = Path(pretrained).expanduser() if pretrained else None
     if directory is None or not directory.is_dir():

@@ -16,14 +16,14 @@ _SHOWN_CHANGES = 3
 
 
 def lineage_view(lines: Sequence[Line], heads: Collection[str] = (), *, marked: str | None = None) -> View:
-    """One text for each root. '●' is a run's head, '▶' the checkpoint with the URI `marked`."""
+    """Return one text for each root. '●' is a run's head, '▶' the checkpoint with the URI `marked`."""
     parts: View = [Text("\n").join(_rows(line, None, heads, marked, "", "")) for line in lines]
     legend = "● head of its run" + ("   ▶ this checkpoint" if marked else "")
     return [*parts, Text(legend, style="dim")]
 
 
 def lineage_record(line: Line) -> dict[str, Any]:
-    """The same as plain data."""
+    """Return the same as plain data."""
     first = line.checkpoints[0].manifest
     return {
         "run_id": line.run_id,
@@ -71,7 +71,7 @@ def _describe(
 
 
 def _stages(refs: Sequence[CheckpointRef], heads: Collection[str], marked: str | None) -> str:
-    """'warm-start → cycle-1 → … → cycle-9': of a long line, its ends and what is marked."""
+    """Return 'warm-start → cycle-1 → … → cycle-9': of a long line, its ends and the marked ones."""
     shown = []
     for index, ref in enumerate(refs):
         mark = ("●" if ref.uri in heads else "") + ("▶" if ref.uri == marked else "")

@@ -96,7 +96,7 @@ def set_orchestrator_environment(*, verbose: bool) -> None:
 
 
 def load_flow(name: str) -> Callable[..., Any]:
-    """The installed flow of this name."""
+    """Return the installed flow of this name."""
     found = {entry.name: entry for entry in entry_points(group=FLOWS_GROUP)}
     if name not in found:
         known = ", ".join(sorted(found)) or "none"

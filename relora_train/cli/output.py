@@ -25,8 +25,10 @@ _STEERING = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u
 
 
 def harmless(text: str) -> str:
-    """The text as it may go to a terminal: whatever could steer it is replaced, since names and notes of a store, of
-    a file or of a server may hold anything. All that people read passes here; JSON is printed as it is.
+    """Return the text with every character replaced that could steer a terminal.
+
+    Names and notes of a store, of a file or of a server may hold anything. All that people read passes here; JSON is
+    printed as it is.
     """
     return _STEERING.sub("\N{REPLACEMENT CHARACTER}", text)
 
@@ -46,17 +48,17 @@ def console_for_people(*, to_stderr: bool = False) -> Console:
 
 
 def say(message: str) -> None:
-    """A line of a command's result, on standard output."""
+    """Print a line of a command's result on standard output."""
     typer.echo(harmless(message))
 
 
 def tell(message: str) -> None:
-    """One message on standard error; its text is shown as it is, brackets included, but for credentials."""
+    """Print one message on standard error. Its text is shown as it is, brackets included, but for credentials."""
     _print(Text(masked(message)))
 
 
 def complain(message: str) -> None:
-    """The message with which a command fails. It shows no credentials of an address that was given in a wrong place."""
+    """Print the message of a command that fails, without the credentials of an address given in a wrong place."""
     _print(Text.assemble(("Error: ", "bold red"), masked(message)))
 
 
@@ -68,7 +70,7 @@ class Warnings(logging.Handler):
 
 
 def describe_fault(error: Exception, *, verbose: bool) -> str:
-    """One line for people; the traceback goes to a file, or follows where it was asked for."""
+    """Return one line for people. The traceback goes to a file; if `verbose`, it follows."""
     text = "".join(traceback.format_exception(error))
     what = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
     if verbose:

@@ -55,7 +55,7 @@ class LiveDisplay:
         self._console.print(Text.assemble((mark, _STYLES[mark]), f" {text}"), highlight=False)
 
     def started(self, text: str) -> None:
-        """Its bar shows it."""
+        """Print nothing: the bar shows it."""
 
     def waiting(self, text: str) -> None:
         """Show what happens while nothing is counted."""
@@ -138,10 +138,10 @@ class RunProgress(logging.Handler):
             self.handleError(record)
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 (logging's name)
-        """A display never stops a training; an event it cannot show is left out."""
+        """Leave out an event that cannot be shown: a display never stops a training."""
 
     def notice(self, text: str) -> None:
-        """A warning, or the announcement of a retry."""
+        """Show a warning, or the announcement of a retry."""
         self._display.line(_NOTICE, text)
         self._display.waiting("going on")
 

@@ -33,12 +33,12 @@ def retry(
 
 
 def retry_view(outcome: RetryOutcome) -> View:
-    """The verdict, and what follows from it."""
+    """Return the verdict, and what follows from it."""
     return [Text("\n").join(map(Text, _sentences(outcome)))]
 
 
 def retry_record(outcome: RetryOutcome) -> dict[str, Any]:
-    """The same as plain data."""
+    """Return the same as plain data."""
     return {
         "checkpoint_uri": outcome.checkpoint.uri,
         "identical": outcome.identical,

@@ -70,7 +70,7 @@ def rollback(
 
 
 def all_series_view(store: ObjectStore) -> View:
-    """Every series with its champion."""
+    """Return every series with its champion."""
     names = list_series(store)
     if not names:
         return [Text(f"No series has promoted a checkpoint in {store.uri} yet.")]
@@ -83,7 +83,7 @@ def all_series_view(store: ObjectStore) -> View:
 
 
 def series_view(store: ObjectStore, name: str) -> View:
-    """The history of a series, the decisions about its candidates, and what it has seen."""
+    """Return the history of a series, the decisions about its candidates, and what it has seen."""
     record, (data, _) = read_series(store, name), read_data(store, name)
     going_back = {change.number for change in champions_in_order(record.changes)}
     changes = table("", "change", "what", "to", "loss", "when", "by", "why", left=("what", "to", "by", "why"))
@@ -137,7 +137,7 @@ def _short(change: Change) -> str:
 
 
 def _loss(record: SeriesRecord, change: Change) -> str:
-    """The champion's loss when it was promoted, also once a rollback has made it champion again."""
+    """Return the champion's loss when it was promoted, also if a rollback has made it champion again."""
     promotion = change if change.back_to is None else record.changes[change.back_to - 1]
     return decimal(promotion.scores.candidate_loss if promotion.scores else None, 4)
 

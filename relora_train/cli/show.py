@@ -84,7 +84,7 @@ def _record(ref: CheckpointRef) -> dict[str, Any]:
 
 
 def checkpoints_view(refs: Sequence[CheckpointRef], line: Sequence[CheckpointRef]) -> View:
-    """The checkpoints of a run; those on its line are marked."""
+    """Return the checkpoints of a run; those on its line are marked."""
     place, on_line = common_place([ref.uri for ref in refs]), {ref.uri for ref in line}
     headline = _headline(refs)
     made = table(
@@ -109,7 +109,7 @@ def checkpoints_view(refs: Sequence[CheckpointRef], line: Sequence[CheckpointRef
 
 
 def checkpoint_view(ref: CheckpointRef, line: Sequence[CheckpointRef]) -> View:
-    """All that a checkpoint's manifest says."""
+    """Return everything that a checkpoint's manifest says."""
     manifest = ref.manifest
     measures = measures_in(manifest.evaluation)
     about = facts(

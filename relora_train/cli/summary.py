@@ -62,7 +62,7 @@ def closing_lines(summary: RunSummary, *, seconds: float) -> list[str]:
 
 
 def reused_text(summary: RunSummary) -> str:
-    """'dataset, 5 stages, 2 evaluations'; '' for nothing."""
+    """Return 'dataset, 5 stages, 2 evaluations'; '' for nothing."""
     stages = sum(stage.reused for stage in summary.stages)
     parts = ["dataset"] if summary.dataset_reused else []
     parts += [counted(stages, "stage")] if stages else []
@@ -71,7 +71,7 @@ def reused_text(summary: RunSummary) -> str:
 
 
 def place(uri: str) -> str:
-    """A path for what lies on this machine, else the URI."""
+    """Return a path for what lies on this machine, else the URI."""
     return str(uri_to_path(uri)) if uri.startswith("file://") else uri
 
 

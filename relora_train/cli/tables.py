@@ -20,7 +20,7 @@ View = list[RenderableType]
 
 
 def table(*columns: str, title: str | None = None, left: Sequence[str] = ()) -> Table:
-    """A plain table; all columns but the first and those named in `left` are numbers."""
+    """Return a plain table; all columns but the first and those named in `left` are numbers."""
     made = Table(
         box=box.SIMPLE_HEAD,
         show_edge=False,
@@ -59,7 +59,7 @@ def common_place(uris: Sequence[str]) -> str:
 
 
 def facts(values: dict[str, str]) -> Text:
-    """Names and values, one a line; long values are left whole, to be copied."""
+    """Return names and values, one a line; long values are left whole, to be copied."""
     width = max(map(len, values))
     return Text("\n").join(Text.assemble((f"{name:<{width}}", "bold"), f"  {value}") for name, value in values.items())
 
@@ -71,7 +71,7 @@ def show(console: Console, view: Sequence[RenderableType]) -> None:
 
 
 def samples_lines(record: dict[str, Any]) -> list[RenderableType]:
-    """A record's samples, each shortened to a few lines; the prompt is underlined."""
+    """Return a record's samples, each shortened to a few lines; the prompt is underlined."""
     lines: list[RenderableType] = []
     for sample in record.get("samples", ()):
         text = str(sample["text"])

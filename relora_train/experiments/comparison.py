@@ -23,7 +23,7 @@ _AVERAGED = (
 
 
 def compare_results(experiment: Experiment, results: Sequence[RunResult]) -> Comparison:
-    """The table and the differences. Pure.
+    """Return the table and the differences. Pure.
 
     Raises RunSettingsChangedError for arms that were trained on different datasets: they cannot be compared.
     """

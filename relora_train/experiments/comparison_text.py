@@ -30,7 +30,7 @@ def arm_header(data: Comparison) -> tuple[str, ...]:
 
 
 def arm_cells(data: Comparison, row: ArmResult) -> tuple[str, ...]:
-    """One row of the table of results."""
+    """Return one row of the table of results."""
     paper = (paper_text(row.paper),) if _has_paper(data) else ()
     runs = row.trained + row.diverged
     return (
@@ -48,7 +48,7 @@ def arm_cells(data: Comparison, row: ArmResult) -> tuple[str, ...]:
 
 
 def outcome_text(row: ArmResult) -> str:
-    """'diverged' or 'diverged 1 of 3'; '' for an arm that never did."""
+    """Return 'diverged' or 'diverged 1 of 3'; '' for an arm that never did."""
     if not row.diverged:
         return ""
     return "diverged" if not row.trained else f"diverged {row.diverged} of {row.trained + row.diverged}"
@@ -59,7 +59,7 @@ def paper_text(value: float | Literal["diverged"] | None) -> str:
 
 
 def headline(data: Comparison) -> str:
-    """The result in one sentence: the arms from best to worst."""
+    """Return the result in one sentence: the arms from best to worst."""
     headline = data.measures.headline
     scored = [(row.label, score) for row in data.arms if (score := row.score(headline)) is not None]
     ranked = sorted(scored, key=lambda each: each[1].mean, reverse=headline.higher_is_better)
@@ -81,7 +81,7 @@ def facts_line(data: Comparison) -> str:
 
 
 def comparison_markdown(data: Comparison) -> str:
-    """A heading, the result in one sentence, the table, the differences."""
+    """Return a heading, the result in one sentence, the table, the differences."""
     lines = markdown_table(arm_header(data), (arm_cells(data, row) for row in data.arms))
     judged = data.measures.judged
     differences = [

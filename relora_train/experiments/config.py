@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field, ValidationError, model_validator
 
+from relora_train.errors import ExperimentInvalidError
 from relora_train.settings.base import FrozenConfig
 
 ArmName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,39}$")]
@@ -89,3 +92,20 @@ class ExperimentConfig(FrozenConfig):
         if any(arm.paper is not None for arm in self.arms.values()) and not (self.paper_source and self.paper_measure):
             raise ValueError("arms have the paper's numbers: say paper_source and paper_measure")
         return self
+
+
+def faults_of(error: ValidationError, *, below: int = 0) -> list[str]:
+    """Return 'key: what is wrong' of each, the key without so many of its first parts; 'file' for the whole."""
+    return [
+        f"{'.'.join(map(str, fault['loc'][below:])) or 'file'}: {fault['msg'].removeprefix('Value error, ')}"
+        for fault in error.errors()
+    ]
+
+
+def invalid_experiment(path: Path, faults: Sequence[str], *, where: str) -> ExperimentInvalidError:
+    """Return the error that names all of an experiment's faults, and where to correct them."""
+    shown = "\n".join(f"  - {fault}" for fault in faults)
+    return ExperimentInvalidError(
+        f"Experiment {path} has {len(faults)} fault{'s' if len(faults) > 1 else ''}:\n{shown}\n"
+        f"Correct them {where}; profiles/experiments/README.md explains every key."
+    )

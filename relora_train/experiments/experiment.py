@@ -19,7 +19,7 @@ from pydantic import ValidationError
 
 from relora_train.checkpoints.layout import RUN_ID_PATTERN
 from relora_train.errors import ExperimentInvalidError, ProfileInvalidError, ProfileNotFoundError
-from relora_train.experiments.config import ExperimentConfig
+from relora_train.experiments.config import ExperimentConfig, faults_of, invalid_experiment
 from relora_train.method.fingerprint import fingerprint_settings
 from relora_train.method.stages import Stage, plan_stages, until
 from relora_train.settings.keys import flatten, layered, settings_digest
@@ -134,12 +134,9 @@ class Experiment:
             "stop_after": run.stop_after,
         }
 
-    def runs_of(self, arm: str) -> list[PlannedRun]:
-        return [run for run in self.runs if run.arm == arm]
-
 
 def experiment_directory() -> Path:
-    """The experiments that ship with the project."""
+    """Return the experiments that ship with the project."""
     return profile_directory() / "experiments"
 
 
@@ -216,23 +213,6 @@ def _read(path: Path, seeds: Sequence[int] | None) -> ExperimentConfig:
         raise invalid_experiment(path, faults_of(error), where=where) from None
 
 
-def faults_of(error: ValidationError, *, below: int = 0) -> list[str]:
-    """'key: what is wrong' of each, the key without so many of its first parts; 'file' for the whole."""
-    return [
-        f"{'.'.join(map(str, fault['loc'][below:])) or 'file'}: {fault['msg'].removeprefix('Value error, ')}"
-        for fault in error.errors()
-    ]
-
-
-def invalid_experiment(path: Path, faults: Sequence[str], *, where: str) -> ExperimentInvalidError:
-    """The error that names all of an experiment's faults, and where to correct them."""
-    shown = "\n".join(f"  - {fault}" for fault in faults)
-    return ExperimentInvalidError(
-        f"Experiment {path} has {len(faults)} fault{'s' if len(faults) > 1 else ''}:\n{shown}\n"
-        f"Correct them {where}; profiles/experiments/README.md explains every key."
-    )
-
-
 def _base_profile(config: ExperimentConfig, path: Path) -> str:
     if not config.profile.endswith(".toml"):
         return config.profile
@@ -293,7 +273,7 @@ def _misplaced(given: Mapping[str, Any], config: ExperimentConfig) -> list[str]:
 
 
 def _faults_of_budget(runs: Sequence[PlannedRun], budget: int, *, may_differ: bool) -> tuple[list[str], int]:
-    """Every arm must come to one budget: the file's, or with overrides one of their own."""
+    """Return the faults of arms that do not come to the common budget, and that budget. Overrides may change it."""
     common = run_tokens(runs[0].profile) if may_differ else budget
     faults = [
         f"arms.{run.arm}: {run.profile.schedule.total_steps:,} steps of {run.profile.batch.tokens:,} tokens are "

@@ -16,8 +16,8 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
 from relora_train.errors import ConfigError
-from relora_train.experiments.config import Seeds
-from relora_train.experiments.experiment import faults_of, find_experiment, invalid_experiment
+from relora_train.experiments.config import Seeds, faults_of, invalid_experiment
+from relora_train.experiments.experiment import find_experiment
 from relora_train.settings.base import FrozenConfig
 from relora_train.settings.keys import layered, settings_digest
 

@@ -52,7 +52,7 @@ def store_measured(
 
 
 def measured_markdown(experiment: MeasuredExperiment, measured: Measured) -> str:
-    """A heading, the result in one sentence, the tables."""
+    """Return a heading, the result in one sentence, the tables."""
     lines = [f"# {experiment.config.title}", "", measured.headline, "", measured.facts, ""]
     for each in measured.tables:
         lines += [f"## {each.title}", "", *markdown_table(each.header, each.rows), "", each.note, ""]

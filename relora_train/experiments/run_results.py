@@ -56,7 +56,7 @@ def find_result(store: ObjectStore, run: PlannedRun) -> RunResult | None:
 
 
 def diverged_result(store: ObjectStore, run: PlannedRun, message: str) -> RunResult:
-    """A run that diverged, with the curve of the stages that it committed before."""
+    """Return a run that diverged, with the curve of the stages that it committed before."""
     latest = _latest(store, run)
     counted = _counted(run)
     if latest is None:
@@ -75,7 +75,7 @@ def record_divergence(store: ObjectStore, experiment: str, run: PlannedRun, mess
 
 
 def recorded_divergence(store: ObjectStore, experiment: str, run: PlannedRun) -> str | None:
-    """The message of a divergence that is on record for the same settings; None otherwise."""
+    """Return the message of a divergence that is on record for the same settings; None otherwise."""
     try:
         record = parse_json(store.get_bytes(_divergence_key(experiment, run))[0])
         same = record["divergence"] == run.profile.divergence.model_dump(mode="json")
@@ -85,8 +85,10 @@ def recorded_divergence(store: ObjectStore, experiment: str, run: PlannedRun) ->
 
 
 def training_curve(tokens: NDArray[np.float64], loss: NDArray[np.float64], budget: int) -> tuple[CurvePoint, ...]:
-    """Mean loss of each of CURVE_BINS equal shares of the budget, at the share's middle; shares without records are
-    left out, and so are records that are not finite."""
+    """Return the mean loss of each of CURVE_BINS equal shares of the budget, at the share's middle.
+
+    Shares without records are left out, and so are records that are not finite.
+    """
     finite = np.isfinite(loss) & np.isfinite(tokens)
     width = budget / CURVE_BINS
     share = np.clip(np.ceil(tokens[finite] / width).astype(int) - 1, 0, CURVE_BINS - 1)

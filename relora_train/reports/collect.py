@@ -91,7 +91,7 @@ def files_in_directories(directories: Mapping[str, Path]) -> FetchFiles:
 
 
 def train_curve(records: Sequence[Mapping[str, Any]]) -> TrainCurve:
-    """The records of kind 'train' as arrays; those of other kinds are left out."""
+    """Return the records of kind 'train' as arrays; those of other kinds are left out."""
     by_step = {int(record["step"]): record for record in records if record.get("kind") == "train"}
     steps = sorted(by_step)
     values = {name: np.array([_number_or_nan(by_step[step].get(name)) for step in steps]) for name in TRAIN_FIELDS}
@@ -99,7 +99,7 @@ def train_curve(records: Sequence[Mapping[str, Any]]) -> TrainCurve:
 
 
 def stage_peak_bytes(checkpoint: CheckpointRef, fetch_files: FetchFiles) -> int | None:
-    """The most memory that a stage's training held, on its first rank; None where that was not recorded."""
+    """Return the most memory that a stage's training held, on its first rank; None where that was not recorded."""
     peaks = [record.get("peak_bytes") for record in _metrics(checkpoint, fetch_files) if record.get("kind") == "memory"]
     return next((int(peak) for peak in reversed(peaks) if peak is not None), None)
 
@@ -162,23 +162,18 @@ def _stage_tokens(manifest: CheckpointManifest, parent: CheckpointManifest | Non
 
 
 def _merge_rows(line: Sequence[CheckpointRef]) -> tuple[MergeRow, ...]:
-    rows = []
-    for manifest in (checkpoint.manifest for checkpoint in line):
-        report = manifest.merge_report
-        if report:
-            rows.append(
-                MergeRow(
-                    stage=manifest.stage,
-                    step=manifest.step,
-                    cycle=int(report.get("cycle", manifest.cycle)),
-                    max_relative_output_change=report.get("max_relative_output_change"),
-                    relative_update_norm=report.get("relative_update_norm"),
-                    effective_rank=report.get("effective_rank"),
-                    optimizer_state_zeroed=report.get("optimizer_state_zeroed"),
-                    layers=report.get("layers", {}),
-                )
-            )
-    return tuple(rows)
+    names = ("max_relative_output_change", "relative_update_norm", "effective_rank", "optimizer_state_zeroed")
+    return tuple(
+        MergeRow(
+            stage=manifest.stage,
+            step=manifest.step,
+            cycle=int(manifest.merge_report.get("cycle", manifest.cycle)),
+            layers=manifest.merge_report.get("layers", {}),
+            **{name: manifest.merge_report.get(name) for name in names},
+        )
+        for manifest in (checkpoint.manifest for checkpoint in line)
+        if manifest.merge_report
+    )
 
 
 def _evaluation(item: Mapping[str, Any]) -> Evaluation:

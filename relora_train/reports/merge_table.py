@@ -12,7 +12,7 @@ Layers = Mapping[str, Mapping[str, float]]
 
 
 def merge_table(report: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The merge report of a manifest as rows with the same keys; '' where a number is known of all layers only.
+    """Return the merge report of a manifest as rows with the same keys; '' where a number is known of all layers only.
 
     ∇A and ∇B are the largest gradient norms of the cycle's first steps. Norms of several layers are of all their
     weights together; their effective rank is the mean.
@@ -46,12 +46,12 @@ def _norm(layers: Layers, key: str) -> float:
 
 
 def _kind(name: str) -> str:
-    """'q_proj' of 'model.layers.0.self_attn.q_proj.weight'."""
+    """Return 'q_proj' of 'model.layers.0.self_attn.q_proj.weight'."""
     return name.removesuffix(".weight").rpartition(".")[2]
 
 
 def _shown(name: str) -> str:
-    """'layers.0.self_attn.q_proj' of 'model.layers.0.self_attn.q_proj.weight': the rest is the same for all."""
+    """Return 'layers.0.self_attn.q_proj' of 'model.layers.0.self_attn.q_proj.weight': the rest is the same for all."""
     return name.removesuffix(".weight").removeprefix("model.")
 
 

@@ -38,7 +38,7 @@ ACCENT = "#cc79a7"
 def new_figure(
     height: float, rows: int = 1, columns: int = 1, *, titled: bool = False, **options: Any
 ) -> tuple[Figure, Any]:
-    """A figure WIDTH_INCHES wide and its (rows, columns) axes in the report's style; `titled` leaves room on top."""
+    """Return a figure WIDTH_INCHES wide and its (rows, columns) axes; `titled` leaves room on top."""
     figure = Figure(figsize=(WIDTH_INCHES, height), facecolor=BACKGROUND)
     FigureCanvasAgg(figure)
     grid = figure.subplots(rows, columns, squeeze=False, **options)
@@ -54,7 +54,7 @@ def new_figure(
 
 
 def mark_stages(axes: Any, stages: Sequence[StageRow], *, labels: bool = False) -> None:
-    """Every other stage shaded; a dashed line where a merge closes one; names on top where they fit."""
+    """Shade every other stage, draw a dashed line where a merge closes one, and put names on top where they fit."""
     first, last = stages[0].start_step, stages[-1].end_step
     span = max(1, last - first)
     axes.set_xlim(first - 0.005 * span, last + 0.02 * span)
@@ -72,7 +72,7 @@ def mark_stages(axes: Any, stages: Sequence[StageRow], *, labels: bool = False) 
 
 
 def curve(axes: Any, x: NDArray[Any], y: Floats, colour: str, *, width: float, **style: Any) -> None:
-    """A line through the finite points, thinned by `downsample`, interrupted where a value is not finite."""
+    """Draw a line through the finite points, thinned by `downsample`, interrupted where a value is not finite."""
     x, y = downsample(x, y)
     axes.plot(x, np.where(np.isfinite(y), y, np.nan), color=colour, linewidth=width, **style)
 
@@ -80,7 +80,7 @@ def curve(axes: Any, x: NDArray[Any], y: Floats, colour: str, *, width: float, *
 def smoothed_curve(
     axes: Any, x: NDArray[Any], y: Floats, stages: Sequence[StageRow], colour: str, *, label: str | None = None
 ) -> None:
-    """The records faint, their running mean within each stage strong: a merge is never smoothed over."""
+    """Draw the records faint, and their running mean within each stage strong. A merge is never smoothed over."""
     curve(axes, x, y, colour, width=0.6, alpha=0.4)
     for row in stages:
         inside = (x > row.start_step) & (x <= row.end_step)
@@ -107,7 +107,7 @@ def downsample(x: NDArray[Any], y: Floats, limit: int = MAX_POINTS) -> tuple[NDA
 
 
 def running_mean(values: Floats) -> Floats:
-    """(n,) mean of the finite values around each record, over a twentieth of all records; NaN where there are none.
+    """Return the (n,) mean of the finite values around each record, over a twentieth of all records; else NaN.
 
     Without lag: both sides weigh the same, from the first record, where the loss falls fastest; only near the end the
     right side runs out.
@@ -124,7 +124,7 @@ def running_mean(values: Floats) -> Floats:
 
 
 def legend(axes: Any, *, columns: int = 3, place: str = "upper right") -> None:
-    """Names of the lines; nothing where no line has a name."""
+    """Draw the names of the lines; nothing if no line has a name."""
     if axes.get_legend_handles_labels()[0]:
         axes.legend(
             fontsize=8.5, labelcolor=TEXT, ncols=columns, loc=place, borderaxespad=0.3,

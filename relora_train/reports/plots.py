@@ -53,7 +53,7 @@ def draw_plots(data: RunData) -> dict[str, bytes]:
 
 
 def score_plot_name(data: RunData) -> str:
-    """'perplexity.png', where that is what the run is scored by."""
+    """Return 'perplexity.png', where that is what the run is scored by."""
     return f"{data.measures.headline.name}.png"
 
 
@@ -96,7 +96,7 @@ def loss_figure(data: RunData) -> Figure:
 
 
 def learning_rate_figure(data: RunData) -> Figure:
-    """The jagged learning rate by step."""
+    """Draw the jagged learning rate by step."""
     return _figure_by_step(data, 2.4, _draw_learning_rate)
 
 
@@ -178,7 +178,7 @@ def _draw_gradient_norm(axes: Any, data: RunData) -> None:
 
 
 def _scores(data: RunData) -> tuple[Floats, Floats, Floats]:
-    """(points, 2) of step and finite score: before each stage, after each stage, by the evaluation task."""
+    """Return (points, 2) of step and finite score: before each stage, after each stage, by the evaluation task."""
     measure = data.measures.headline
     before = [(row.start_step, row.before.of(measure)) for row in data.stages]
     after = [(row.end_step, row.after.of(measure)) for row in data.stages]

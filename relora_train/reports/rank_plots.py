@@ -153,7 +153,7 @@ def overlap_figure(history: CycleHistory) -> Figure:
 
 
 def mean_overlap(maps: Sequence[Matrix]) -> Matrix:
-    """(stages, stages) mean over layers, of those that are numbers; NaN where none is."""
+    """Return (stages, stages) mean over layers, of those that are numbers; NaN where none is."""
     stacked = np.stack(maps)
     known = np.isfinite(stacked)
     total = np.where(known, stacked, 0.0).sum(axis=0)
@@ -182,11 +182,11 @@ def _name_stages(axis: Any, stages: Sequence[str], places: Any) -> None:
 
 
 def _short(stage: str) -> str:
-    """'cycle-12' -> '12'."""
+    """Return '12' for 'cycle-12'."""
     return stage.rpartition("-")[2]
 
 
 def _block(name: str) -> str:
-    """'model.layers.3.mlp.up_proj.weight' -> 'block 3'."""
+    """Return 'block 3' for 'model.layers.3.mlp.up_proj.weight'."""
     block = block_of(name)
     return f"block {block}" if block else plain(name)

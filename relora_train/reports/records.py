@@ -12,12 +12,12 @@ from relora_train.reports.ranks.measures import PAPER_THRESHOLD, LayerSpectrum, 
 
 
 def spectrum_record(spectrum: LayerSpectrum) -> dict[str, Any]:
-    """One layer's update."""
+    """Return one layer's update."""
     return {"name": spectrum.name, **_measures(spectrum), "singular_values": _rounded(spectrum.values)}
 
 
 def kind_record(kind: KindSpectrum) -> dict[str, Any]:
-    """The means over the layers of one kind."""
+    """Return the means over the layers of one kind."""
     return {
         "kind": kind.kind,
         "layers": kind.layers,
@@ -42,7 +42,7 @@ def history_record(history: CycleHistory) -> dict[str, Any]:
 
 
 def json_value(value: Any) -> Any:
-    """The value with every non-finite float as None, all the way down."""
+    """Return the value with every non-finite float as None, all the way down."""
     if isinstance(value, Mapping):
         return {str(key): json_value(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

@@ -50,7 +50,7 @@ def write_report(data: RunData, output_dir: Path) -> ReportFiles:
 
 
 def summarize(data: RunData) -> dict[str, Any]:
-    """The report's numbers as JSON values; a number that is not finite is None."""
+    """Return the report's numbers as JSON values; a number that is not finite is None."""
     summary = {
         "run_id": data.run_id,
         "profile": data.profile,
@@ -77,7 +77,7 @@ def summarize(data: RunData) -> dict[str, Any]:
 
 
 def stage_table_markdown(data: RunData) -> str:
-    """One row a stage, as a GitHub-flavoured Markdown table, then the checkpoints' URIs; no value can break out."""
+    """Return a Markdown table with one row a stage, then the checkpoints' URIs. No value can break out."""
     headline, second = data.measures.headline, data.measures.second
     scored = (f"Validation {headline.name}", second.name.capitalize())
     header = ("Stage", "Steps", "Tokens", *scored, "Time", "Tokens/s", "Checkpoint")
@@ -94,7 +94,7 @@ def stage_table_markdown(data: RunData) -> str:
 
 
 def overview_markdown(data: RunData) -> str:
-    """A heading, the result in one sentence, one figure as a data URL (below 60 kB) and the table of stages."""
+    """Return a heading, the result in one sentence, one figure as a data URL (below 60 kB) and the table of stages."""
     image = base64.b64encode(overview_png(data)).decode("ascii")
     alt = f"Training loss, learning rate and validation {data.measures.headline.name} by step"
     return (

@@ -39,7 +39,7 @@ class Scores:
     val_accuracy: float | None = None
 
     def of(self, measure: Measure) -> float | None:
-        """The number of this measure."""
+        """Return the number of this measure."""
         value: float | None = getattr(self, measure.key)
         return value
 

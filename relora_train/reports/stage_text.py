@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def finished_text(stage: Stage, outcome: StageOutcome) -> str:
-    """'cycle-2: steps 201–400 done in 20 s, …', or that it was there already."""
+    """Return 'cycle-2: steps 201–400 done in 20 s, …', or that it was there already."""
     manifest = outcome.checkpoint.manifest
     what = f"**{stage.name}**: steps {steps_text(stage.start_step, stage.end_step)}"
     if outcome.reused:
@@ -60,7 +60,7 @@ def merge_text(ref: CheckpointRef) -> str:
 
 
 def steps_text(start_step: int, end_step: int) -> str:
-    """'201–400': the first and the last update."""
+    """Return '201–400': the first and the last update."""
     return f"{count(start_step + 1)}–{count(end_step)}"
 
 

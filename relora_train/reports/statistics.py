@@ -31,7 +31,7 @@ class Estimate(FrozenConfig):
 
 
 def estimate(values: Sequence[float]) -> Estimate | None:
-    """Mean and standard error; None for no values."""
+    """Return mean and standard error; None for no values."""
     count = len(values)
     if count == 0:
         return None
@@ -43,7 +43,7 @@ def estimate(values: Sequence[float]) -> Estimate | None:
 
 
 def paired_difference(ours: Mapping[int, float], reference: Mapping[int, float]) -> Estimate | None:
-    """Mean of ours − reference over the seeds that both have, with the error of these differences; None for none.
+    """Return the mean of ours − reference over the seeds that both have, with its error; None if there is no such seed.
 
     What a seed does to both (order of the data, first weights) cancels, so the error is that of the effect alone.
     """

@@ -11,7 +11,7 @@ from relora_train.text import MISSING, count, decimal
 
 
 def change(before: float | None, after: float | None) -> str:
-    """'−12.3 %' from before to after; empty where one is missing, zero or not finite."""
+    """Return '−12.3 %' from before to after; empty where one is missing, zero or not finite."""
     if before is None or after is None or not before or not math.isfinite(before) or not math.isfinite(after):
         return ""
     relative = f"{100 * (after / before - 1):+,.1f} %"
@@ -19,23 +19,23 @@ def change(before: float | None, after: float | None) -> str:
 
 
 def score(scores: Scores, measure: Measure) -> str:
-    """'31.70'."""
+    """Return '31.70'."""
     return decimal(scores.of(measure), measure.digits)
 
 
 def scores_change(row: StageRow, measure: Measure) -> str:
-    """'45.20 → 31.70': before and after the stage; only the latter where the former is missing."""
+    """Return '45.20 → 31.70': before and after the stage; only the latter where the former is missing."""
     after = score(row.after, measure)
     return after if row.before.of(measure) is None else f"{score(row.before, measure)} → {after}"
 
 
 def stage_steps(row: StageRow) -> str:
-    """'201–400': the first and the last update of the stage."""
+    """Return '201–400': the first and the last update of the stage."""
     return f"{row.start_step + 1:,}–{row.end_step:,}"
 
 
 def headline(data: RunData) -> str:
-    """The run's result in one sentence."""
+    """Return the run's result in one sentence."""
     last = data.stages[-1]
     first = next((row for row in data.stages if row.stage == "warm-start"), data.stages[0])
     shown = data.measures.headline
@@ -47,7 +47,7 @@ def headline(data: RunData) -> str:
 
 
 def estimate_text(value: Estimate | None) -> str:
-    """'22.483 ± 0.031': to the second digit of the error; about four digits where there is none."""
+    """Return '22.483 ± 0.031': to the second digit of the error; about four digits where there is none."""
     if value is None:
         return MISSING
     if value.standard_error is None:
@@ -59,7 +59,7 @@ def estimate_text(value: Estimate | None) -> str:
 
 
 def signed_estimate_text(value: Estimate | None) -> str:
-    """The same of a difference, with its sign."""
+    """Return the same of a difference, with its sign."""
     text = estimate_text(value)
     return f"+{text}" if value is not None and value.mean > 0 else text
 

@@ -63,12 +63,12 @@ class AdapterDirectory:
         return tuple(sorted(f"{n[len(_PREFIX) : -len(end)]}.weight" for n in self._tensors if n.endswith(end)))
 
     def shape(self, name: str) -> tuple[int, int]:
-        """(out, in) of a weight, without reading its factors."""
+        """Return (out, in) of a weight, without reading its factors."""
         with self._open() as file:
             return int(file.get_slice(self._tensor(name, "B")).get_shape()[0]), self._columns(file, name)
 
     def factors(self, name: str) -> Factors:
-        """The update of one weight. ModelError names a weight without one, or with values that are not finite."""
+        """Return the update of one weight. Raises ModelError if there is none or a value is not finite."""
         with self._open() as file:
             A = file.get_tensor(self._tensor(name, "A")).astype(np.float64)
             B = file.get_tensor(self._tensor(name, "B")).astype(np.float64)

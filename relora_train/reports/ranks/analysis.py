@@ -131,7 +131,7 @@ def analyze(
 
 
 def name_of(ref: CheckpointRef) -> str:
-    """'tale@cycle-3'."""
+    """Return 'tale@cycle-3'."""
     return f"{ref.manifest.run_id}@{ref.manifest.stage}"
 
 

@@ -25,7 +25,7 @@ _WEIGHTS = re.compile(r"model(-[^/]+)?\.safetensors")
 
 
 def fetch_weights(ref: CheckpointRef, fetch_files: FetchFiles, choose: ChooseNames) -> Path:
-    """A directory with the index, if there is one, and the files that hold the chosen weights."""
+    """Return a directory with the index, if there is one, and the files that hold the chosen weights."""
     held = {entry.path for entry in ref.manifest.files}
     if INDEX_NAME not in held:
         return fetch_files(ref, [WEIGHTS_NAME])
@@ -54,7 +54,7 @@ def adapter_bytes(refs: Sequence[CheckpointRef]) -> int:
 
 
 def fetch_cycles(refs: Sequence[CheckpointRef], fetch_files: FetchFiles) -> list[MergedCycle]:
-    """The adapters of these checkpoints, each of which has one."""
+    """Return the adapters of these checkpoints, each of which has one."""
     return [MergedCycle(ref.manifest.stage, _adapter(ref, fetch_files), _weight_norms(ref)) for ref in refs]
 
 
@@ -83,7 +83,7 @@ def start_of_line(line: Sequence[CheckpointRef]) -> CheckpointRef | None:
 def low_rank_stages(
     line: Sequence[CheckpointRef], start: CheckpointRef | None
 ) -> tuple[Sequence[CheckpointRef], str | None]:
-    """The stages of a line after `start`, and why their adapters are not its whole update (None: they are)."""
+    """Return the stages of a line after `start`, and why their adapters are not its whole update (None: they are)."""
     after = list(line)
     if start is not None:
         after = list(line[[ref.uri for ref in line].index(start.uri) + 1 :])

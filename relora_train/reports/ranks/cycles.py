@@ -142,7 +142,7 @@ def _spectrum(name: str, shape: tuple[int, int], values: Matrix, norm: float) ->
 
 
 def _pairs(bases: Sequence[Matrix], dimension: int) -> tuple[Matrix, tuple[Matrix, ...], float]:
-    """Mean cos² of every pair, the cosines of successive ones, and what chance would give the latter."""
+    """Return the mean cos² of every pair, the cosines of successive ones, and the mean cos² by chance."""
     count = len(bases)
     overlaps, successive = np.full((count, count), np.nan), []
     for i in range(count):
@@ -158,7 +158,7 @@ def _pairs(bases: Sequence[Matrix], dimension: int) -> tuple[Matrix, tuple[Matri
 
 
 def successive_overlap(overlaps: Sequence[LayerOverlap], side: str) -> tuple[float, float]:
-    """Mean over layers and successive stages of the overlap in 'columns' or 'rows', and what chance would give."""
+    """Return the mean overlap of successive stages in 'columns' or 'rows', and the mean that chance would give."""
     values = [np.diag(getattr(one, side), k=1) for one in overlaps]
     chances = [getattr(one, f"chance_{side}") for one in overlaps]
     known = np.concatenate(values)

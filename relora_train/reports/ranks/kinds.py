@@ -28,7 +28,7 @@ class KindSpectrum:
 
 
 def by_kind(spectra: Iterable[LayerSpectrum]) -> dict[tuple[str, tuple[int, int]], list[LayerSpectrum]]:
-    """The layers of each kind and shape, in the order in which the kinds first appear."""
+    """Return the layers of each kind and shape, in the order in which the kinds first appear."""
     groups: dict[tuple[str, tuple[int, int]], list[LayerSpectrum]] = {}
     for spectrum in spectra:
         groups.setdefault((kind_of(spectrum.name), spectrum.shape), []).append(spectrum)
@@ -36,7 +36,7 @@ def by_kind(spectra: Iterable[LayerSpectrum]) -> dict[tuple[str, tuple[int, int]
 
 
 def kind_means(spectra: Iterable[LayerSpectrum]) -> tuple[KindSpectrum, ...]:
-    """The averages of each kind of layer."""
+    """Return the averages of each kind of layer."""
     return tuple(_mean(kind, shape, layers) for (kind, shape), layers in by_kind(spectra).items())
 
 

@@ -17,23 +17,23 @@ _MLP_ROLES = (
 
 
 def block_matrices(names: Iterable[str]) -> tuple[str, ...]:
-    """The weights that lie in a numbered block of layers, in the model's order; norms among them too."""
+    """Return the weights that lie in a numbered block of layers, in the model's order; norms among them too."""
     return tuple(sorted((name for name in names if _IN_A_BLOCK.fullmatch(name)), key=natural_order))
 
 
 def named_by(modules: Sequence[str], names: Iterable[str]) -> tuple[str, ...]:
-    """The weights of modules whose name ends with one of these, whole segments ("q_proj", "self_attn.q_proj")."""
+    """Return the weights of modules whose name ends with one of these: "q_proj", "self_attn.q_proj"."""
     ends = tuple(f".{module}.weight" for module in modules)
     return tuple(sorted((name for name in names if f".{name}".endswith(ends)), key=natural_order))
 
 
 def kind_of(name: str) -> str:
-    """'model.layers.3.mlp.up_proj.weight' -> 'mlp.up_proj': what the same layer of every block is called."""
+    """Return 'mlp.up_proj' for 'model.layers.3.mlp.up_proj.weight': the name of the same layer in every block."""
     return re.sub(r"^.*?\.\d+\.", "", name).removesuffix(".weight")
 
 
 def block_of(name: str) -> str | None:
-    """'model.layers.3.mlp.up_proj.weight' -> '3'; None outside numbered blocks."""
+    """Return '3' for 'model.layers.3.mlp.up_proj.weight'; None outside numbered blocks."""
     match = re.search(r"\.(\d+)\.", name)
     return match[1] if match else None
 
@@ -44,7 +44,7 @@ def natural_order(name: str) -> tuple[tuple[int, str], ...]:
 
 
 def representative_layers(shapes: Mapping[str, tuple[int, ...]]) -> tuple[str, ...]:
-    """A few weights that stand for a model: the same names always give the same choice.
+    """Return a few weights that stand for a model: the same names always give the same choice.
 
     From the first, middle and last block of each stack: query, value (or the fused projection), MLP up and MLP down,
     by the names the common families use. A block of no known family gives its first four matrices by name.

@@ -56,12 +56,12 @@ class LayerSpectrum:
 
     @property
     def below_threshold(self) -> int:
-        """The paper's measure: how many of the min(shape) singular values are below 0.1."""
+        """The paper's measure: the number of the min(shape) singular values that are below 0.1."""
         return count_below(self.values)
 
     @property
     def at_threshold(self) -> int:
-        """The others: how many are 0.1 or more."""
+        """The number of singular values of 0.1 or more."""
         return len(self.values) - self.below_threshold
 
     @property
@@ -103,7 +103,7 @@ def numerical_rank(values: Matrix, tolerance: float) -> int:
 
 
 def rounding_tolerance(shape: tuple[int, int], *, largest: float, weight_rms: float, update_rms: float = 0.0) -> float:
-    """The size a singular value of W_end − W_start can have by rounding alone.
+    """Return the size a singular value of W_end − W_start can have by rounding alone.
 
     The larger of two parts. What was stored: a merge rounds an entry w to float32, an error of about 0.29 ε₃₂ |w|
     (standard deviation), and taking 1 for 0.29 allows for a dozen merges; the product B A in it, summed in float32 over

@@ -27,7 +27,7 @@ from relora_train.reports.ranks.weights import WeightDirectory
 
 
 def update_spectra(start_dir: Path, end_dir: Path, names: Sequence[str] | None = None) -> Iterator[LayerSpectrum]:
-    """The spectrum of W_end − W_start of each named weight, one layer in memory at a time.
+    """Return the spectrum of W_end − W_start of each named weight, one layer in memory at a time.
 
     Without names: `representative_layers` of the matrices both checkpoints have. Directories are in Hugging Face
     layout, one file or sharded. ModelError names a weight that is missing, reshaped, no matrix or not finite.

@@ -41,7 +41,7 @@ class WeightDirectory:
             return tuple(file.get_slice(name).get_shape())
 
     def blocks(self, name: str) -> Iterator[Matrix]:
-        """A (m, n) matrix in float64 as pieces (at most 1024, min(m, n)) along its long side; transposed when wide."""
+        """Yield a (m, n) float64 matrix in pieces (at most 1024, min(m, n)) along its long side, transposed if wide."""
         with self._open(name) as file:
             view = file.get_slice(name)
             rows, columns = view.get_shape()
@@ -84,7 +84,7 @@ def _files_of_weights(directory: Path) -> dict[str, Path]:
 
 
 def _bfloat16_bits(path: Path, name: str) -> NDArray[np.uint16]:
-    """The bits of a bfloat16 tensor, mapped: numpy has no such type, and safetensors' numpy reader refuses it."""
+    """Map the bits of a bfloat16 tensor: numpy has no such type, and safetensors' numpy reader refuses it."""
     with path.open("rb") as stream:
         header_bytes = int.from_bytes(stream.read(8), "little")
         entry = json.loads(stream.read(header_bytes))[name]
