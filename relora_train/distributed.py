@@ -150,7 +150,7 @@ def joined_ranks(device: Literal["auto", "cpu", "cuda"]) -> Iterator[Ranks]:
         dist.destroy_process_group()
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """Return all of it, on every rank. A sharded tensor is gathered into a new one, so all ranks must ask together."""
     if isinstance(tensor, DTensor):
         full: Tensor = cast(DTensor, tensor.detach()).full_tensor()
@@ -158,7 +158,7 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def local(tensor: Tensor) -> Tensor:
+def local_shard(tensor: Tensor) -> Tensor:
     """Return the part that this rank holds, in the same memory and without gradients."""
     if isinstance(tensor, DTensor):
         with torch.no_grad():
@@ -174,12 +174,12 @@ def own_rows(like: Tensor) -> slice:
     return slice(offset[0], offset[0] + shape[0])
 
 
-def part_of(full: Tensor, like: Tensor) -> Tensor:
+def shard_of(full: Tensor, like: Tensor) -> Tensor:
     """Return the rows of `full` that this rank holds of `like`."""
     return full[own_rows(like)] if isinstance(like, DTensor) else full
 
 
-def gathered(part: Tensor, like: Tensor) -> Tensor:
+def gather(part: Tensor, like: Tensor) -> Tensor:
     """Return the whole tensor of which every rank holds a part, by the same rows as of `like` and on its device."""
     if not isinstance(like, DTensor):
         return part
@@ -191,10 +191,10 @@ def gathered(part: Tensor, like: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def placed_like(full: Tensor, like: Tensor) -> Tensor:
+def like_sharded(full: Tensor, like: Tensor) -> Tensor:
     """Return a copy of `full` on the device, in the dtype and over the ranks of `like`."""
     copy = torch.empty_like(like.detach(), requires_grad=False)
-    local(copy).copy_(part_of(full, like))
+    local_shard(copy).copy_(shard_of(full, like))
     return copy
 
 

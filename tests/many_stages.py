@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from relora_train.checkpoints.snapshots import local_snapshots
-from relora_train.distributed import Ranks, joined_ranks, local
+from relora_train.distributed import Ranks, joined_ranks, local_shard
 from relora_train.errors import TrainerInterruptedError
 from relora_train.process import Emit, serve_request
 from relora_train.settings.base import FrozenConfig
@@ -49,7 +49,7 @@ def train_all(plan: ManyStages, emit: Emit) -> None:
         record["orders"] = list(training.products.values())
         held[str(request.output_directory)] = record
         for parameter in training.model.parameters():
-            record["weights"] += local(parameter).numel()
+            record["weights"] += local_shard(parameter).numel()
             record["all_weights"] += parameter.numel()
         return training
 
@@ -57,7 +57,7 @@ def train_all(plan: ManyStages, emit: Emit) -> None:
         finish(training, *args)
         states = training.optimizer.state.values()
         held[str(training.request.output_directory)] |= {
-            "moments": sum(local(state["exp_avg"]).numel() for state in states),
+            "moments": sum(local_shard(state["exp_avg"]).numel() for state in states),
             "all_moments": sum(state["exp_avg"].numel() for state in states),
         }
 

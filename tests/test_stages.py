@@ -334,7 +334,7 @@ def test_stages_of_each_method():
 
 def test_cycles_and_full_rank_hand_on_their_optimizer_and_low_rank_is_what_a_merge_ends():
     traits = {
-        stage.kind: (stage.hands_on_optimizer, stage.low_rank)
+        stage.kind: (stage.keeps_optimizer, stage.low_rank)
         for method in ("relora", "lora", "full")
         for stage in plan_stages(Profile.model_validate({"schedule": SMALL, "method": method}))
     }

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from relora_train.distributed import whole
+from relora_train.distributed import full_tensor
 from relora_train.errors import ModelError
 from relora_train.method.layer import lora_parameters, relora_layers
 
@@ -14,7 +14,7 @@ from relora_train.method.layer import lora_parameters, relora_layers
 def adapter_state(model: nn.Module) -> dict[str, Tensor]:
     """Return a copy of every A and B on the CPU, under the names that peft's adapter_model.safetensors uses."""
     return {
-        f"base_model.model.{name}.weight": whole(factor.detach()).to("cpu", copy=True)
+        f"base_model.model.{name}.weight": full_tensor(factor.detach()).to("cpu", copy=True)
         for name, factor in lora_parameters(model)
     }
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from relora_train.distributed import local, norm, part_of, whole
+from relora_train.distributed import full_tensor, local_shard, norm, shard_of
 from relora_train.errors import DivergedError, ModelError
 from relora_train.method.layer import ReLoRALinear, relora_layers, stable_generator
 
@@ -43,16 +43,16 @@ def merge(model: nn.Module, *, masters: MutableMapping[str, Tensor] | None = Non
     report = {}
     with _full_precision_matmul():
         for name, layer in layers.items():
-            weight = local(layer.weight)
+            weight = local_shard(layer.weight)
             master = weight if masters is None else masters[f"{name}.weight"]
-            A = whole(layer.lora_A).to(device=master.device, dtype=master.dtype)  # (rank, in)
-            B = whole(layer.lora_B).to(device=master.device, dtype=master.dtype)  # (out, rank)
+            A = full_tensor(layer.lora_A).to(device=master.device, dtype=master.dtype)  # (rank, in)
+            B = full_tensor(layer.lora_B).to(device=master.device, dtype=master.dtype)  # (out, rank)
             report[name] = _measure(norm(master, layer.weight), A, B, layer.scaling)
-            master.addmm_(part_of(B, layer.weight), A, alpha=layer.scaling)
+            master.addmm_(shard_of(B, layer.weight), A, alpha=layer.scaling)
             if masters is not None:
                 masters[f"{name}.weight"] = master
                 weight.copy_(master)
-            local(layer.lora_B).zero_()
+            local_shard(layer.lora_B).zero_()
     return report
 
 
@@ -66,8 +66,8 @@ def reinit(model: nn.Module, *, seed: int, cycle: int) -> None:
     for name, layer in relora_layers(model):
         drawn = torch.empty(layer.lora_A.shape, dtype=torch.float32)
         nn.init.kaiming_uniform_(drawn, a=math.sqrt(5), generator=stable_generator(seed, cycle, name))
-        local(layer.lora_A).copy_(part_of(drawn, layer.lora_A))
-        local(layer.lora_B).zero_()
+        local_shard(layer.lora_A).copy_(shard_of(drawn, layer.lora_A))
+        local_shard(layer.lora_B).zero_()
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ def _measure(weight_norm: float, A: Tensor, B: Tensor, scaling: float) -> LayerM
 def _check_mergeable(name: str, layer: ReLoRALinear, masters: MutableMapping[str, Tensor] | None) -> None:
     if masters is not None and f"{name}.weight" not in masters:
         raise ModelError(f"No master weight is called {name}.weight, so the update of {name} cannot be merged exactly.")
-    weight = local(layer.weight)
+    weight = local_shard(layer.weight)
     master = weight if masters is None else masters[f"{name}.weight"]
     holder = "weight" if masters is None else "master weight"
     if master.dtype not in (torch.float32, torch.float64):
@@ -120,7 +120,7 @@ def _check_mergeable(name: str, layer: ReLoRALinear, masters: MutableMapping[str
         )
     if master.shape != weight.shape:
         raise ModelError(f"{name}.weight is {tuple(weight.shape)} and its master {tuple(master.shape)}.")
-    if not (local(layer.lora_A).isfinite().all() and local(layer.lora_B).isfinite().all()):
+    if not (local_shard(layer.lora_A).isfinite().all() and local_shard(layer.lora_B).isfinite().all()):
         raise DivergedError(
             f"The low-rank update of {name} is not finite; nothing was merged. Lower the learning rate."
         )

@@ -11,7 +11,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from relora_train.distributed import local, part_of, whole
+from relora_train.distributed import full_tensor, local_shard, shard_of
 from relora_train.method.layer import stable_generator
 
 ResetMode = Literal["none", "zero", "magnitude", "random"]
@@ -74,9 +74,9 @@ def reset_optimizer_state(
         if mode == "zero" or restart_clock:
             state["step"].zero_()
         generator = stable_generator(seed, cycle, name)
-        masks = _masks([whole(moment) for moment in moments], mode, ratio, independent_masks, generator)
+        masks = _masks([full_tensor(moment) for moment in moments], mode, ratio, independent_masks, generator)
         for moment, keep in zip(moments, masks, strict=True):
-            local(moment).masked_fill_(~part_of(keep, moment), 0)
+            local_shard(moment).masked_fill_(~shard_of(keep, moment), 0)
             zeroed += int(keep.numel() - keep.count_nonzero())
     return ResetReport(entries=entries, zeroed=zeroed)
 

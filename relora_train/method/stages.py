@@ -52,7 +52,7 @@ class Stage:
         return self.kind in ("relora", "lora")
 
     @property
-    def hands_on_optimizer(self) -> bool:
+    def keeps_optimizer(self) -> bool:
         """True if the next stage continues with the optimizer's state; a warm start's and a LoRA's end with them."""
         return self.kind in ("relora", "full")
 

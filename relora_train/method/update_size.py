@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from relora_train.distributed import local, norm, whole
+from relora_train.distributed import full_tensor, local_shard, norm
 from relora_train.method.layer import ReLoRALinear, relora_layers
 
 
@@ -47,7 +47,7 @@ class UpdateMeter:
         """Computed once: they are frozen."""
         if self._weight_norm is None:
             weights = [layer.weight for layer in self._layers]
-            self._weight_norm = math.sqrt(sum(norm(local(weight).float(), weight) ** 2 for weight in weights))
+            self._weight_norm = math.sqrt(sum(norm(local_shard(weight).float(), weight) ** 2 for weight in weights))
         return self._weight_norm
 
 
@@ -59,4 +59,4 @@ def product_norm(left: Tensor, right: Tensor) -> float:
 
 
 def _factors(layer: ReLoRALinear) -> tuple[Tensor, Tensor]:
-    return tuple(whole(factor).detach().float().clone() for factor in (layer.lora_A, layer.lora_B))  # type: ignore[return-value]
+    return tuple(full_tensor(factor).detach().float().clone() for factor in (layer.lora_A, layer.lora_B))  # type: ignore[return-value]

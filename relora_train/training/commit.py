@@ -113,7 +113,7 @@ def lend_rows(training: StageTraining) -> None:
 
 def _save_whole(training: StageTraining, directory: Path) -> None:
     save_model(training.model, directory, weights=merged_weights(training))
-    handed_on = training.stage.hands_on_optimizer
+    handed_on = training.stage.keeps_optimizer
     state = optimizer_state_by_name(training.optimizer, training.model) if handed_on else {}
     save_optimizer_state(state, directory / OPTIMIZER_FILE)
 

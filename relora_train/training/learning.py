@@ -7,7 +7,7 @@ import re
 
 import torch
 
-from relora_train.distributed import local
+from relora_train.distributed import local_shard
 from relora_train.errors import UntrainedLayerError
 from relora_train.method.layer import relora_layers
 from relora_train.training.step import StageTraining
@@ -34,7 +34,7 @@ def check_learning(training: StageTraining, step: int) -> None:
     layers = dict(relora_layers(training.model))
     states = [training.optimizer.state.get(layer.lora_B, {}).get("exp_avg") for layer in layers.values()]
     none = torch.zeros((), dtype=torch.bool, device=training.ranks.device)
-    moved = torch.stack([none if state is None else local(state).any() for state in states]).float()
+    moved = torch.stack([none if state is None else local_shard(state).any() for state in states]).float()
     learned = training.ranks.sum(moved).tolist()  # the one time that the host waits for the device
     idle = [name for name, moved in zip(layers, learned, strict=True) if not moved]
     kinds = {_EXPERT.sub("*", name) for name in layers if name not in idle}

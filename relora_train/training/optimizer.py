@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from relora_train.distributed import placed_like
+from relora_train.distributed import like_sharded
 from relora_train.errors import ModelError
 from relora_train.method.bfloat16_adamw import BFloat16AdamW
 from relora_train.method.reset import MOMENTS
@@ -93,5 +93,5 @@ def load_optimizer_state_by_name(
         parameter = parameters[name]
         optimizer.state[parameter] = {
             "step": moments["step"].to(parameter.device if id(parameter) in on_device else "cpu", copy=True),
-            **{key: placed_like(moments[key], parameter) for key in MOMENTS},
+            **{key: like_sharded(moments[key], parameter) for key in MOMENTS},
         }

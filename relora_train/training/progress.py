@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from relora_train.distributed import whole
+from relora_train.distributed import full_tensor
 from relora_train.errors import DivergedError
 from relora_train.method.layer import lora_parameters
 from relora_train.training.step import StageTraining
@@ -71,7 +71,7 @@ def low_rank_gradient_norms(training: StageTraining) -> dict[str, float]:
     squares = {"lora_A": 0.0, "lora_B": 0.0}
     for name, parameter in lora_parameters(training.model):
         if parameter.grad is not None:
-            squares[name.rpartition(".")[2]] += float(whole(parameter.grad.double().square().sum()))
+            squares[name.rpartition(".")[2]] += float(full_tensor(parameter.grad.double().square().sum()))
     return {f"{factor}_grad_norm": math.sqrt(square) for factor, square in squares.items()}
 
 

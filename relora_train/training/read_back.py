@@ -9,7 +9,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from relora_train.distributed import gathered, whole
+from relora_train.distributed import full_tensor, gather
 from relora_train.errors import CheckpointCorruptError, ModelError
 from relora_train.training.files import read_tensor, stored_shapes
 from relora_train.training.models.model import file_name
@@ -35,8 +35,8 @@ def check_written(training: StageTraining, directory: Path | None) -> None:
     if directory is not None and not loaded:
         files = _stored_names(directory, files, training.objective.load_skeleton(directory))
     for name, tensor in held.items():
-        trained = whole(tensor)
-        exact = gathered(masters[name], tensor) if name in masters else trained
+        trained = full_tensor(tensor)
+        exact = gather(masters[name], tensor) if name in masters else trained
         if directory is None:
             continue
         found = loaded[name] if loaded else read_tensor(directory, files[name])

@@ -15,7 +15,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from relora_train.distributed import SLOW, STEP, gathered, local, whole
+from relora_train.distributed import SLOW, STEP, full_tensor, gather, local_shard
 from relora_train.process import Emit
 from relora_train.training.files import (
     MAX_SHARD_BYTES,
@@ -47,7 +47,7 @@ def save_sharded(training: StageTraining, directory: Path | None) -> None:
         file: TensorStream(layout, (_exact(training, names[saved]) for saved in layout), {"format": "pt"})
         for file, layout in files.items()
     }
-    handed_on = training.stage.hands_on_optimizer
+    handed_on = training.stage.keeps_optimizer
     streams[OPTIMIZER_FILE] = (
         _optimizer_stream(training) if handed_on else TensorStream({}, iter(()), sparse_shapes({}))
     )
@@ -89,8 +89,8 @@ def _write_index(files: dict[str, Layout], directory: Path) -> None:
 def _exact(training: StageTraining, name: str) -> Tensor:
     parameter = training.model.get_parameter(name)
     if training.masters is not None and name in training.masters:
-        return gathered(training.masters[name], parameter)
-    return whole(parameter)
+        return gather(training.masters[name], parameter)
+    return full_tensor(parameter)
 
 
 def _optimizer_stream(training: StageTraining) -> TensorStream:
@@ -110,7 +110,7 @@ def _optimizer_stream(training: StageTraining) -> TensorStream:
 
     def encoded() -> Iterator[Tensor]:
         for name, value in tensors.items():
-            full = whole(value).cpu()
+            full = full_tensor(value).cpu()
             if name in shapes:
                 yield from index_and_values(full)
             else:
@@ -121,8 +121,8 @@ def _optimizer_stream(training: StageTraining) -> TensorStream:
 
 def _own_nonzero(training: StageTraining, value: Tensor) -> int:
     """Count the entries of this rank's rows; a tensor that every rank holds (Adam's step) counts on the first."""
-    is_part = local(value) is not value
-    return int(local(value).count_nonzero()) if is_part or training.ranks.is_first else 0
+    is_part = local_shard(value) is not value
+    return int(local_shard(value).count_nonzero()) if is_part or training.ranks.is_first else 0
 
 
 class ShardedSnapshotter:
@@ -158,7 +158,7 @@ class ShardedSnapshotter:
             return
         tensors = moving_tensors(self._training)
         layout: Layout = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
-        stream = TensorStream(layout, (whole(tensor) for tensor in tensors.values()))
+        stream = TensorStream(layout, (full_tensor(tensor) for tensor in tensors.values()))
         ranks = self._training.ranks
         ranks.expect_answers_within(SLOW)
         if ranks.is_first:

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from relora_train.distributed import Ranks, local, own_rows, part_of
+from relora_train.distributed import Ranks, local_shard, own_rows, shard_of
 from relora_train.errors import CheckpointCorruptError, ModelError
 from relora_train.training.files import read_tensor, stored_shapes
 from relora_train.training.models.model import blocks, file_name, fused_loss
@@ -63,7 +63,7 @@ def rows_of_first_rank(model: nn.Module | None, ranks: Ranks) -> RowsOf:
         if model is not None:
             full.copy_(tensors[names[0]])
         dist.broadcast(full, src=0)
-        return part_of(full, like)
+        return shard_of(full, like)
 
     return rows
 
@@ -85,7 +85,7 @@ def shard_model(model: nn.Module, rows_of: RowsOf, ranks: Ranks, *, keep: Iterab
     parameters = dict(model.named_parameters())
     for name, aliases in names.items():
         rows = rows_of(aliases, parameters[name])
-        local(parameters[name]).copy_(rows)
+        local_shard(parameters[name]).copy_(rows)
         if name in wanted:
             kept[name] = rows.to("cpu", copy=True)
     return kept

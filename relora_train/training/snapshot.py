@@ -21,7 +21,7 @@ from torch import Tensor
 
 from relora_train.checkpoints.layout import snapshot_name
 from relora_train.checkpoints.manifest import MANIFEST_NAME, ParentRef, SnapshotManifest, describe_files
-from relora_train.distributed import local, part_of
+from relora_train.distributed import local_shard, shard_of
 from relora_train.errors import CheckpointCorruptError
 from relora_train.settings.base import FrozenConfig
 from relora_train.storage.durable import sync, write_durably
@@ -176,7 +176,7 @@ def restore_snapshot(training: StageTraining, directory: Path) -> Progress:
         raise _foreign(directory, f"a model with {len(weights)} trained tensors of other names or shapes")
     with torch.no_grad():
         for name, parameter in trained.items():
-            local(parameter).copy_(part_of(saved.get_tensor(f"{_WEIGHT}{name}"), parameter))
+            local_shard(parameter).copy_(shard_of(saved.get_tensor(f"{_WEIGHT}{name}"), parameter))
     moments = [name.removeprefix(_OPTIMIZER).rpartition(".") for name in shapes if name.startswith(_OPTIMIZER)]
     keys: dict[str, list[str]] = {}
     for name, _, key in moments:

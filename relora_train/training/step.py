@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from relora_train.checkpoints.manifest import Dtype
 from relora_train.data.dataset import ExampleDataset
-from relora_train.distributed import Ranks, whole
+from relora_train.distributed import Ranks, full_tensor
 from relora_train.method.bfloat16_adamw import BFloat16AdamW
 from relora_train.method.products import Products
 from relora_train.method.schedule import learning_rate
@@ -104,7 +104,7 @@ class StageTraining:
         trained = self.trainable
         ranks.sum_gradients(trained)
         limit = profile.optimizer.max_grad_norm
-        norm = whole(nn.utils.clip_grad_norm_(trained, limit if limit is not None else float("inf")))
+        norm = full_tensor(nn.utils.clip_grad_norm_(trained, limit if limit is not None else float("inf")))
 
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate(step)
