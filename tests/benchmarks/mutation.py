@@ -44,7 +44,7 @@ MODULES: dict[str, tuple[list[str], list[str]]] = {
     "schedule": (["method/schedule.py"], ["test_schedule.py"]),
     "merge": (
         ["method/layer.py", "method/wrap.py", "method/merge.py", "training/end_of_cycle.py"],
-        ["test_relora.py", "test_merging.py", "test_precision.py"],
+        ["test_relora.py", "test_merge.py", "test_merging.py", "test_precision.py"],
     ),
     "reset": (["method/reset.py", "training/optimizer.py"], ["test_optimizer.py"]),
     "stages": (
