@@ -75,6 +75,11 @@ def short_duration(seconds: float | None) -> str:
     return re.sub(r"(?<=\d) (?=[shd])", "", duration(seconds).replace(" min", "m"))
 
 
+def steps_text(start_step: int, end_step: int) -> str:
+    """'201–400': the first and the last update."""
+    return f"{start_step + 1:,}–{end_step:,}"
+
+
 def moment(when: datetime) -> str:
     """Return the local time, to the minute."""
     return f"{when.astimezone():%Y-%m-%d %H:%M}"

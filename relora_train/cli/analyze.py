@@ -17,7 +17,7 @@ from relora_train.cli.tables import BLANK, View, add_row, facts, table
 from relora_train.reports.ranks.analysis import Layers, RankAnalysis
 from relora_train.reports.ranks.analysis import analyze as analyze_line
 from relora_train.reports.ranks.cycles import CycleHistory, successive_overlap
-from relora_train.reports.ranks.kinds import kind_means
+from relora_train.reports.ranks.kinds import KindSpectrum, kind_means
 from relora_train.reports.ranks.layers import kind_of
 from relora_train.reports.ranks.measures import LayerSpectrum
 from relora_train.reports.records import history_record, json_value, kind_record, spectrum_record
@@ -116,37 +116,30 @@ def write_analysis(analysis: RankAnalysis, directory: Path) -> list[Path]:
 def analysis_view(analysis: RankAnalysis, *, every_layer: bool) -> View:
     """Return the means of each kind of layer, or every layer; then growth and overlaps."""
     parts: View = [facts({"from": analysis.start, "to": analysis.end}), BLANK]
-    parts.append(_layer_table(analysis) if every_layer else _kind_table(analysis))
+    parts.append(_spectra_table(analysis, every_layer=every_layer))
     parts.append(Text("below 0.1: singular values of the update, of as many as the shorter side.", style="dim"))
     if analysis.history is not None:
         parts += [BLANK, *_growth(analysis.history), *_overlaps(analysis.history)]
     return [*parts, *([BLANK, Text(analysis.note)] if analysis.note else [])]
 
 
-def _kind_table(analysis: RankAnalysis) -> Any:
-    made = table("kind", "layers", "shape", "below 0.1", "effective rank", "stable rank", "rank", "‖ΔW‖/‖W‖")
-    for kind in kind_means(analysis.spectra):
+def _spectra_table(analysis: RankAnalysis, *, every_layer: bool) -> Any:
+    first = ("layer",) if every_layer else ("kind", "layers")
+    made = table(*first, "shape", "below 0.1", "effective rank", "stable rank", "rank", "‖ΔW‖/‖W‖")
+    measured = analysis.spectra if every_layer else kind_means(analysis.spectra)
+    for each in measured:
+        named = [each.kind, str(each.layers)] if isinstance(each, KindSpectrum) else [each.name.removesuffix(".weight")]
         add_row(
-            made, kind.kind, str(kind.layers), *_shape_and_count(kind.shape, kind.below_threshold),
-            decimal(kind.effective_rank, 1), decimal(kind.stable_rank, 1), decimal(kind.numerical_rank, 1),
-            decimal(kind.relative_update_norm, 4),
-        )  # fmt: skip
+            made,
+            *named,
+            f"{each.shape[0]} × {each.shape[1]}",
+            f"{each.below_threshold:,.4g} of {min(each.shape):,}",
+            decimal(each.effective_rank, 1),
+            decimal(each.stable_rank, 1),
+            decimal(each.numerical_rank, 0 if every_layer else 1),
+            decimal(each.relative_update_norm, 4),
+        )
     return made
-
-
-def _layer_table(analysis: RankAnalysis) -> Any:
-    made = table("layer", "shape", "below 0.1", "effective rank", "stable rank", "rank", "‖ΔW‖/‖W‖")
-    for layer in analysis.spectra:
-        add_row(
-            made, layer.name.removesuffix(".weight"), *_shape_and_count(layer.shape, layer.below_threshold),
-            decimal(layer.effective_rank, 1), decimal(layer.stable_rank, 1), str(layer.numerical_rank),
-            decimal(layer.relative_update_norm, 4),
-        )  # fmt: skip
-    return made
-
-
-def _shape_and_count(shape: tuple[int, int], below: float) -> tuple[str, str]:
-    return f"{shape[0]} × {shape[1]}", f"{below:,.4g} of {min(shape):,}"
 
 
 def _growth(history: CycleHistory) -> View:

@@ -95,7 +95,11 @@ def series_view(store: ObjectStore, name: str) -> View:
     decisions = table("run", "outcome", "when", "why", left=("outcome", "why"))
     for decision in read_decisions(store, name):
         add_row(decisions, decision.run_id, decision.outcome, moment(decision.at), decision.reason)
-    state = {"series": name, "champion": f"{store.uri}/{record.latest.checkpoint}", "data seen": _seen(len(data.seen))}
+    state = {
+        "series": name,
+        "champion": f"{store.uri}/{record.latest.checkpoint}",
+        "data seen": f"{len(data.seen):,} parts of the source" if data.seen else "nothing",
+    }
     if data.pending is not None:
         state["under way"] = f"run {data.pending.run_id}; the next retrain goes on with it"
     parts: View = [facts(state), BLANK, changes, Text("● champion   ○ `relora rollback` goes back to it", style="dim")]
@@ -140,7 +144,3 @@ def _loss(record: SeriesRecord, change: Change) -> str:
     """Return the champion's loss when it was promoted, also if a rollback has made it champion again."""
     promotion = change if change.back_to is None else record.changes[change.back_to - 1]
     return decimal(promotion.scores.candidate_loss if promotion.scores else None, 4)
-
-
-def _seen(parts: int) -> str:
-    return "nothing" if not parts else f"{parts:,} parts of the source"

@@ -120,7 +120,8 @@ def checkpoint_view(ref: CheckpointRef, line: Sequence[CheckpointRef]) -> View:
             **{m.name: m.change(manifest.evaluation) for m in (measures.headline, measures.second)},
             "committed": f"{moment(manifest.created_at)}, after {duration(manifest.stage_seconds)} of work",
             "fingerprint": manifest.fingerprint,
-            **_variant(ref),
+            **({"in place of": manifest.variant_of} if manifest.variant_of else {}),
+            **({"divergence": divergence_text(manifest.divergence)} if manifest.divergence else {}),
             "dataset": manifest.dataset_uri,
             "made by": ", ".join(f"{name} {version}" for name, version in sorted(manifest.versions.items())) or "–",
             **{name.replace("_", " "): value for name, value in sorted(manifest.provenance.items())},
@@ -128,12 +129,6 @@ def checkpoint_view(ref: CheckpointRef, line: Sequence[CheckpointRef]) -> View:
     )
     merge = [BLANK, *_merge(manifest.merge_report)] if manifest.merge_report else []
     return [about, BLANK, _lineage(ref, line), BLANK, _files(ref), *merge]
-
-
-def _variant(ref: CheckpointRef) -> dict[str, str]:
-    manifest = ref.manifest
-    lines = {"in place of": manifest.variant_of} if manifest.variant_of else {}
-    return lines | ({"divergence": divergence_text(manifest.divergence)} if manifest.divergence else {})
 
 
 def _headline(refs: Sequence[CheckpointRef]) -> Measure:

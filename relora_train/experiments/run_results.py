@@ -118,7 +118,8 @@ def _result(run: PlannedRun, latest: CheckpointRef, scores: Mapping[str, Any]) -
     peaks = [peak for ref in own if (peak := stage_peak_bytes(ref, fetch)) is not None]
     own_start = own[0].manifest.parent.step if own[0].manifest.parent else 0
     manifest = latest.manifest
-    budget = run.profile.schedule.total_steps * run.profile.batch.tokens
+    step_tokens, headline = run.profile.batch.tokens, data.measures.headline
+    budget = run.profile.schedule.total_steps * step_tokens
     return RunResult(
         arm=run.arm,
         seed=run.seed,
@@ -136,8 +137,8 @@ def _result(run: PlannedRun, latest: CheckpointRef, scores: Mapping[str, Any]) -
         finished_at=manifest.created_at.astimezone(UTC),
         versions=manifest.versions,
         training=training_curve(data.train["tokens_seen"], data.train["loss"], budget),
-        validation=_validation(data, run.profile.batch.tokens),
-        scored=_scored(data, run.profile.batch.tokens),
+        validation=tuple(CurvePoint(tokens=at, loss=loss) for at, loss in _by_stage(data, LOSS, step_tokens)),
+        scored=tuple(ScorePoint(tokens=at, score=score) for at, score in _by_stage(data, headline, step_tokens)),
         **_counted(run),
     )
 
@@ -170,15 +171,6 @@ def reset_sizes(data: RunData) -> tuple[ResetSize, ...]:
             )
         )
     return tuple(found)
-
-
-def _validation(data: RunData, step_tokens: int) -> tuple[CurvePoint, ...]:
-    return tuple(CurvePoint(tokens=at, loss=loss) for at, loss in _by_stage(data, LOSS, step_tokens))
-
-
-def _scored(data: RunData, step_tokens: int) -> tuple[ScorePoint, ...]:
-    found = _by_stage(data, data.measures.headline, step_tokens)
-    return tuple(ScorePoint(tokens=at, score=score) for at, score in found)
 
 
 def _by_stage(data: RunData, measure: Measure, step_tokens: int) -> list[tuple[int, float]]:

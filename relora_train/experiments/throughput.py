@@ -76,34 +76,30 @@ def summarize(config: ThroughputExperiment, numbers: dict[str, Any]) -> Measured
         f"Mean ± standard error over {settings.rounds} rounds in which both took turns; ratios are taken within a "
         f"round. Adjusted: a run whose first {share} % of steps are full rank, by time."
     )
+    speeds, peaks = [], []
+    for name, record in records.items():
+        rate, over = (
+            {key: estimate_text(Estimate.model_validate(value)) for key, value in record[measured].items()}
+            for measured in ("tokens_per_second", "speed_over_full")
+        )
+        speeds.append((name, rate["full"], rate["relora"], over["relora"], rate["adjusted"], over["adjusted"]))
+        full, relora = record["peak_bytes"]["full"], record["peak_bytes"]["relora"]
+        peaks.append((name, size(full), size(relora), decimal(relora / full, 2)))
     speed = MeasuredTable(
         title="Speed, tokens a second",
         header=("Step", "Full", "ReLoRA", "x full", "adjusted", "x full"),
-        rows=tuple(_speed_row(label, record) for label, record in records.items()),
+        rows=tuple(speeds),
         note=note,
     )
     memory = MeasuredTable(
         title="Memory",
         header=("Step", "Full", "ReLoRA", "x full"),
-        rows=tuple(_memory_row(label, record) for label, record in records.items()),
+        rows=tuple(peaks),
         note="The most held during a step, weights included.",
     )
     facts = f"{numbers['device']} · measured {numbers['measured_at'].replace('T', ' ').partition('+')[0]} UTC"
     tables = (speed, memory, _paper_table(config, numbers)) if config.paper else (speed, memory)
     return Measured(headline=headline, facts=facts, tables=tables, numbers=numbers)
-
-
-def _speed_row(label: str, record: Mapping[str, Any]) -> tuple[str, ...]:
-    rate, over = (
-        {name: estimate_text(Estimate.model_validate(value)) for name, value in record[key].items()}
-        for key in ("tokens_per_second", "speed_over_full")
-    )
-    return label, rate["full"], rate["relora"], over["relora"], rate["adjusted"], over["adjusted"]
-
-
-def _memory_row(label: str, record: Mapping[str, Any]) -> tuple[str, ...]:
-    full, relora = record["peak_bytes"]["full"], record["peak_bytes"]["relora"]
-    return label, size(full), size(relora), decimal(relora / full, 2)
 
 
 def _paper_table(config: ThroughputExperiment, numbers: Mapping[str, Any]) -> MeasuredTable:

@@ -56,7 +56,7 @@ def _environment() -> Environment:
         "scores_change": report_text.scores_change,
         "signed_estimate": report_text.signed_estimate_text,
         "size": text.size,
-        "stage_steps": report_text.stage_steps,
+        "stage_steps": lambda row: text.steps_text(row.start_step, row.end_step),
         "unique_text": dict.fromkeys,
     }
     return environment

@@ -16,9 +16,9 @@ from relora_train.reports.page import render_page
 from relora_train.reports.plots import draw_plots, overview_png
 from relora_train.reports.records import history_record, json_value, spectrum_record
 from relora_train.reports.run_data import RunData, StageRow
-from relora_train.reports.text import headline, scores_change, stage_steps
+from relora_train.reports.text import headline, scores_change
 from relora_train.settings.measures import Measures
-from relora_train.text import count, decimal, duration, markdown_cell
+from relora_train.text import count, decimal, duration, markdown_cell, steps_text
 
 HTML_NAME = "report.html"
 SUMMARY_NAME = "summary.json"
@@ -106,7 +106,7 @@ def overview_markdown(data: RunData) -> str:
 def _stage_cells(row: StageRow, measures: Measures) -> tuple[str, ...]:
     return (
         row.stage,
-        stage_steps(row),
+        steps_text(row.start_step, row.end_step),
         count(row.tokens),
         scores_change(row, measures.headline),
         scores_change(row, measures.second),

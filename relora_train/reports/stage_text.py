@@ -6,11 +6,10 @@ from typing import TYPE_CHECKING
 
 from relora_train.runs.divergence import divergence_text
 from relora_train.settings.objectives import measures_in
-from relora_train.text import count, duration, percent, scientific, size
+from relora_train.text import count, duration, percent, scientific, size, steps_text
 
 if TYPE_CHECKING:
     from relora_train.checkpoints.lineage import CheckpointRef
-    from relora_train.checkpoints.manifest import CheckpointManifest
     from relora_train.method.stages import Stage
     from relora_train.runs.run import StageOutcome
 
@@ -18,12 +17,14 @@ if TYPE_CHECKING:
 def finished_text(stage: Stage, outcome: StageOutcome) -> str:
     """Return 'cycle-2: steps 201–400 done in 20 s, …', or that it was there already."""
     manifest = outcome.checkpoint.manifest
+    headline = measures_in(manifest.evaluation).headline
     what = f"**{stage.name}**: steps {steps_text(stage.start_step, stage.end_step)}"
     if outcome.reused:
         state = "was there and has been pruned" if outcome.checkpoint.is_removed else "is there already"
         return f"{what} skipped, the checkpoint {state}: `{outcome.checkpoint.uri}`"
+    scored = f"validation {headline.name} {headline.change(manifest.evaluation)}"
     waits = "" if outcome.stored else "; its checkpoint is being stored"
-    return f"{what} done in {duration(manifest.stage_seconds)}, validation {_scored(manifest)}{waits}"
+    return f"{what} done in {duration(manifest.stage_seconds)}, {scored}{waits}"
 
 
 def checkpoint_markdown(ref: CheckpointRef) -> str:
@@ -57,13 +58,3 @@ def merge_text(ref: CheckpointRef) -> str:
         f"{scientific(report.get('max_relative_output_change'))} of the largest logit, "
         f"{percent(report.get('optimizer_state_zeroed'))} of the Adam state of A and B zeroed"
     )
-
-
-def steps_text(start_step: int, end_step: int) -> str:
-    """Return '201–400': the first and the last update."""
-    return f"{count(start_step + 1)}–{count(end_step)}"
-
-
-def _scored(manifest: CheckpointManifest) -> str:
-    headline = measures_in(manifest.evaluation).headline
-    return f"{headline.name} {headline.change(manifest.evaluation)}"

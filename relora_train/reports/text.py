@@ -29,11 +29,6 @@ def scores_change(row: StageRow, measure: Measure) -> str:
     return after if row.before.of(measure) is None else f"{score(row.before, measure)} → {after}"
 
 
-def stage_steps(row: StageRow) -> str:
-    """Return '201–400': the first and the last update of the stage."""
-    return f"{row.start_step + 1:,}–{row.end_step:,}"
-
-
 def headline(data: RunData) -> str:
     """Return the run's result in one sentence."""
     last = data.stages[-1]

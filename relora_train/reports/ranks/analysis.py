@@ -108,7 +108,9 @@ def analyze(
         raise ConfigError(
             f"{end.uri} would be compared with itself. Name another checkpoint of the same model with --against."
         )
-    stages, gap = low_rank_stages(line, start) if start is None or _is_on(line, start) else ((), None)
+    stages, gap = (
+        low_rank_stages(line, start) if start is None or any(start.uri == one.uri for one in line) else ((), None)
+    )
     if start is None:
         if gap:
             raise ConfigError(f"The initial weights are not stored, and {gap}. Name a checkpoint with --against.")
@@ -223,10 +225,6 @@ def _weights_history(
         spectra = (next(update_spectra(before, directory, [name])) for directory in directories)
         growth.append(LayerGrowth(name, tuple(spectra)))
     return CycleHistory(tuple(ref.manifest.stage for ref in chosen), (None,) * len(chosen), tuple(growth))
-
-
-def _is_on(line: Sequence[CheckpointRef], ref: CheckpointRef) -> bool:
-    return any(ref.uri == one.uri for one in line)
 
 
 def _shared_matrices(before: Path, after: Path) -> Shapes:

@@ -55,16 +55,12 @@ def adapter_bytes(refs: Sequence[CheckpointRef]) -> int:
 
 def fetch_cycles(refs: Sequence[CheckpointRef], fetch_files: FetchFiles) -> list[MergedCycle]:
     """Return the adapters of these checkpoints, each of which has one."""
-    return [MergedCycle(ref.manifest.stage, _adapter(ref, fetch_files), _weight_norms(ref)) for ref in refs]
-
-
-def _adapter(ref: CheckpointRef, fetch_files: FetchFiles) -> AdapterDirectory:
-    return AdapterDirectory(fetch_files(ref, ADAPTER_FILES))
-
-
-def _weight_norms(ref: CheckpointRef) -> dict[str, float]:
-    layers = ref.manifest.merge_report.get("layers", {})
-    return {name: float(layer["weight_norm"]) for name, layer in layers.items() if "weight_norm" in layer}
+    cycles = []
+    for ref in refs:
+        layers = ref.manifest.merge_report.get("layers", {})
+        norms = {name: float(layer["weight_norm"]) for name, layer in layers.items() if "weight_norm" in layer}
+        cycles.append(MergedCycle(ref.manifest.stage, AdapterDirectory(fetch_files(ref, ADAPTER_FILES)), norms))
+    return cycles
 
 
 def start_of_line(line: Sequence[CheckpointRef]) -> CheckpointRef | None:
