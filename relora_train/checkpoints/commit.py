@@ -27,7 +27,7 @@ from relora_train.checkpoints.manifest import (
     content_digest,
     read_manifest,
 )
-from relora_train.checkpoints.tombstone import TOMBSTONE_NAME, read_tombstone, removed_message
+from relora_train.checkpoints.tombstone import TOMBSTONE_NAME, removal_at
 from relora_train.errors import PreconditionFailedError, StorageError, StoreUnavailableError
 from relora_train.storage.base import ObjectStore
 
@@ -57,7 +57,8 @@ def commit_bundle(
     """
     if winner := read_manifest(store, prefix, type(manifest)):
         return _adopt(store, prefix, manifest, winner)
-    _refuse_removed(store, prefix)
+    if removal := removal_at(store, prefix):
+        raise PreconditionFailedError(removal)
     for entry in manifest.files:
         first = entry.path.partition("/")[0]
         if first in (MANIFEST_NAME, CLAIM_NAME, TOMBSTONE_NAME) or first.startswith("variant-"):
@@ -106,11 +107,9 @@ def commit_bundle(
             raise
         return _adopt(store, prefix, manifest, winner)
 
-    try:
-        _refuse_removed(store, prefix)  # a prune that began meanwhile may have deleted files of this attempt
-    except PreconditionFailedError:
+    if removal := removal_at(store, prefix):  # a prune that began meanwhile may have deleted files of this attempt
         store.delete(join_key(prefix, MANIFEST_NAME))
-        raise
+        raise PreconditionFailedError(removal)
     if was_claimed:
         remove_leftovers(store, prefix, placed)
     return placed
@@ -140,11 +139,6 @@ def _work(manifest: Manifest) -> str:
             return f"dataset {manifest.dataset_id}"
         case _:
             return f"content {content_digest(manifest)}"
-
-
-def _refuse_removed(store: ObjectStore, prefix: str) -> None:
-    if tombstone := read_tombstone(store, prefix):
-        raise PreconditionFailedError(removed_message(_uri(store, prefix), tombstone))
 
 
 def remove_leftovers(store: ObjectStore, prefix: str, winner: Manifest) -> None:

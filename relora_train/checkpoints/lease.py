@@ -28,7 +28,7 @@ from relora_train.checkpoints.holder import Holder
 from relora_train.checkpoints.layout import check_run_id, split_checkpoint_uri
 from relora_train.checkpoints.record import StoredRecord
 from relora_train.checkpoints.series_record import series_key
-from relora_train.checkpoints.tombstone import read_tombstone, removed_message
+from relora_train.checkpoints.tombstone import removal_at
 from relora_train.errors import CheckpointNotFoundError, PreconditionFailedError, RunInUseError, StorageError
 from relora_train.storage.base import ObjectStore
 from relora_train.storage.opening import open_store
@@ -178,8 +178,8 @@ def hold_run(
     with take_lease(store, lease_key(run_id), what, ttl_seconds=ttl_seconds, depends_on=depends_on) as lease:
         for uri in depends_on:  # after they were written down: a prune reads leases after its tombstone
             store_uri, prefix = split_checkpoint_uri(uri)
-            if tombstone := read_tombstone(open_store(store_uri), prefix):
-                raise CheckpointNotFoundError(removed_message(uri, tombstone))
+            if removal := removal_at(open_store(store_uri), prefix):
+                raise CheckpointNotFoundError(removal)
         yield lease
 
 

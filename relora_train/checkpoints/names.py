@@ -24,7 +24,7 @@ from relora_train.checkpoints.lineage import CheckpointRef, end_of_line, line_to
 from relora_train.checkpoints.run import CheckpointStore
 from relora_train.checkpoints.series import resolve_series
 from relora_train.checkpoints.series_record import SERIES_PATTERN
-from relora_train.checkpoints.tombstone import read_tombstone, removed_message
+from relora_train.checkpoints.tombstone import removal_at
 from relora_train.errors import (
     CheckpointAmbiguousError,
     CheckpointError,
@@ -151,9 +151,8 @@ def _refuse_incomplete_step(run: CheckpointStore, step: int) -> None:
 
 
 def _incomplete(run: CheckpointStore, uri: str) -> CheckpointError:
-    tombstone = read_tombstone(run.store, uri.removeprefix(f"{run.store.uri}/"))
-    if tombstone is not None:
-        return CheckpointNotFoundError(removed_message(uri, tombstone))
+    if removal := removal_at(run.store, uri.removeprefix(f"{run.store.uri}/")):
+        return CheckpointNotFoundError(removal)
     try:
         latest = run.latest()
     except CheckpointError as error:

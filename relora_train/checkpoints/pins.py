@@ -11,7 +11,7 @@ from pathlib import Path
 
 from relora_train.checkpoints.layout import EXPORT_NAME, HEAD_NAME, parse_checkpoint_prefix
 from relora_train.checkpoints.lineage import CheckpointRef
-from relora_train.checkpoints.tombstone import read_tombstone, removed_message
+from relora_train.checkpoints.tombstone import removal_at
 from relora_train.errors import CheckpointNotFoundError, ConfigError, PreconditionFailedError
 from relora_train.storage.base import ObjectStore, find_json, put_json
 
@@ -41,10 +41,9 @@ def pin(store: ObjectStore, ref: CheckpointRef, name: str | None = None, *, note
             raise ConfigError(
                 f"The pin {name!r} already holds {store.uri}/{held}. Unpin that first, or choose another --name."
             ) from None
-    tombstone = read_tombstone(store, ref.prefix)  # after the pin is written: a prune looks for it after the tombstone
-    if tombstone is not None:
+    if removal := removal_at(store, ref.prefix):  # after the pin is written: a prune looks for it after the tombstone
         store.delete(key)
-        raise CheckpointNotFoundError(removed_message(ref.uri, tombstone))
+        raise CheckpointNotFoundError(removal)
     return name
 
 

@@ -30,7 +30,7 @@ from relora_train.checkpoints.lineage import (
     without_removed_ends,
 )
 from relora_train.checkpoints.manifest import MANIFEST_NAME, CheckpointManifest
-from relora_train.checkpoints.tombstone import TOMBSTONE_NAME, read_tombstone, removed_message
+from relora_train.checkpoints.tombstone import TOMBSTONE_NAME, read_tombstone, removal_at
 from relora_train.errors import (
     CheckpointCorruptError,
     CheckpointNotFoundError,
@@ -107,8 +107,8 @@ class CheckpointStore:
             if ref.is_removed and ref.fingerprint == fingerprint:
                 if any(ref in line_to(other, history) for other in history if not other.is_removed):
                     return ref
-                if tombstone := read_tombstone(self.store, ref.prefix):
-                    raise CheckpointNotFoundError(removed_message(ref.uri, tombstone))
+                if removal := removal_at(self.store, ref.prefix):
+                    raise CheckpointNotFoundError(removal)
         return None
 
     def keep(self, ref: CheckpointRef, made: CheckpointManifest, directory: Path, cache_dir: Path) -> None:

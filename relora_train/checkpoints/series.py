@@ -29,7 +29,7 @@ from relora_train.checkpoints.series_record import (
     promotion_behind,
     series_key,
 )
-from relora_train.checkpoints.tombstone import read_tombstone, removed_message
+from relora_train.checkpoints.tombstone import removal_at
 from relora_train.errors import CheckpointNotFoundError, ConfigError, PreconditionFailedError
 from relora_train.storage.base import ObjectStore
 
@@ -209,8 +209,7 @@ def _checkpoint_of(store: ObjectStore, name: str, change: Change) -> CheckpointR
     if ref is not None and ref.fingerprint == change.fingerprint:
         return ref
     uri = f"{store.uri}/{change.checkpoint}"
-    tombstone = read_tombstone(store, change.checkpoint)
-    why = removed_message(uri, tombstone) if tombstone else f"{uri} is not there: it was deleted, or never copied here."
+    why = removal_at(store, change.checkpoint) or f"{uri} is not there: it was deleted, or never copied here."
     raise CheckpointNotFoundError(
         f"Change {change.number} of series {name!r} names a checkpoint that cannot be had. {why} Bring it back, or "
         f"name another champion: relora rollback {name} --to N, or relora promote {name} CHECKPOINT."

@@ -35,8 +35,11 @@ def read_tombstone(store: ObjectStore, prefix: str) -> Tombstone | None:
     return found and found[0]
 
 
-def removed_message(uri: str, tombstone: Tombstone) -> str:
-    """Return the message for a reader of a removed checkpoint."""
+def removal_at(store: ObjectStore, prefix: str) -> str | None:
+    """Return what to tell a reader of the checkpoint that was pruned at a prefix, or None if none was."""
+    tombstone, uri = read_tombstone(store, prefix), join_key(store.uri, prefix)
+    if tombstone is None:
+        return None
     return (
         f"{uri} was removed by `relora prune` at {tombstone.removed_at.isoformat(sep=' ', timespec='seconds')} "
         f"({tombstone.reason}). Use another checkpoint of the run, train it again under another run id, or delete "

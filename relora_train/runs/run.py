@@ -18,7 +18,7 @@ from relora_train.checkpoints.lease import Lease, hold_run
 from relora_train.checkpoints.lineage import CheckpointRef, read_checkpoint
 from relora_train.checkpoints.manifest import DatasetManifest, find_dataset
 from relora_train.checkpoints.run import CheckpointStore
-from relora_train.checkpoints.tombstone import read_tombstone, removed_message
+from relora_train.checkpoints.tombstone import removal_at
 from relora_train.checkpoints.view import RunView
 from relora_train.errors import CheckpointNotFoundError, ReLoRAError
 from relora_train.events import Event
@@ -168,8 +168,7 @@ def fetch_parent(parent: CheckpointRef) -> Path:
     """Return a local directory with a checkpoint's verified files. Raise CheckpointNotFoundError if it was pruned."""
     store = open_store(parent.store_uri)
     if parent.is_removed:
-        tombstone = read_tombstone(store, parent.prefix)
-        raise CheckpointNotFoundError(removed_message(parent.uri, tombstone) if tombstone else f"{parent.uri} is gone.")
+        raise CheckpointNotFoundError(removal_at(store, parent.prefix) or f"{parent.uri} is gone.")
     return fetch_checkpoint(parent, checkpoint_cache(parent.manifest.run_id), store=store)
 
 

@@ -65,6 +65,7 @@ class WorkerProcess:
         A listener that raises ends the worker, in order.
         """
         self.took_request = False
+        self._failures.clear()
         try:
             if line is not None and self._process.stdin is not None:
                 self._tail.clear()
