@@ -119,6 +119,10 @@ def test_a_view_knows_what_it_committed_and_reads_again_after_a_conditional_writ
     other.set_head(three)
     assert committed(view, tmp_path, "three", 4, two) == three  # adopted
     assert view.set_head(three) == three == view.latest()
+    view.refresh()
+    counted.count.clear()
+    assert len(view.list()) == 4 and view.head() == three
+    assert (counted.count["list"], counted.count["get_bytes"]) == (1, 1)  # the head; a manifest never changes
 
 
 def test_a_head_is_not_moved_to_what_a_prune_beside_the_flow_removed(memory: ObjectStore, tmp_path: Path):
