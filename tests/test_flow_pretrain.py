@@ -15,7 +15,6 @@ from typing import Any
 
 import pytest
 from prefect_server import running_prefect
-from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 from relora_train import events
@@ -223,10 +222,10 @@ def test_other_settings_of_a_run_are_refused_before_prefect_is_started(
 ):
     started: list[str] = []
     monkeypatch.setattr(run, "run_shown", lambda flow, parameters, *rest, **options: started.append(flow))
+    monkeypatch.setattr(run, "print_summary", lambda *shown, **options: None)
 
     def relora_run(*sets: str) -> None:
-        given = {"run_id": "first", "store_uri": str(local_store), "resume_from": None}
-        run.run_profile("smoke", ["launch.threads=1", *sets], **given, console=Console(), verbose=False)
+        run.run("smoke", ["launch.threads=1", *sets], run_id="first", store=str(local_store))
 
     with pytest.raises(RunSettingsChangedError, match=r"optimizer\.betas"):
         relora_run("optimizer.betas=[0.9, 0.95]")
