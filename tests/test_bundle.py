@@ -2,32 +2,21 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
-import signal
-import subprocess
-import sys
-import threading
-import time
-import uuid
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from bundles import FILES, checkpoint_manifest, dataset_manifest, write_files
 from fault_proxy import faulty_way_to, flip_a_bit_of_the_answer
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from relora_train.checkpoints.commit import commit_bundle, remove_leftovers
-from relora_train.checkpoints.fetch import check_local, fetch_bundle, keep_fetched, verify_bundle
-from relora_train.checkpoints.manifest import CheckpointManifest, describe_files, hash_file, read_manifest
+from relora_train.checkpoints.fetch import check_local, fetch_bundle, verify_bundle
+from relora_train.checkpoints.manifest import CheckpointManifest, read_manifest
 from relora_train.checkpoints.tombstone import Tombstone
 from relora_train.errors import (
     CheckpointCorruptError,
     CheckpointIncompleteError,
-    DiskFullError,
     PreconditionFailedError,
     RunInUseError,
     StorageError,
@@ -38,11 +27,6 @@ from relora_train.storage.memory import MemoryStore
 from relora_train.storage.opening import open_store
 
 PREFIX = "runs/run/checkpoints/step-00000400-abc"
-
-
-@pytest.fixture(params=("local", "s3"))
-def shared_store_uri(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    return request.getfixturevalue("s3_store_uri") if request.param == "s3" else str(tmp_path / "store")
 
 
 def committed(store: ObjectStore, directory: Path, seed: str = "a") -> CheckpointManifest:
@@ -128,57 +112,6 @@ def test_a_bundle_can_be_a_store_of_its_own(store, tmp_path):
 
 # --- crashes ---
 
-STOP_BEFORE = """
-import os, signal, sys
-from pathlib import Path
-from relora_train.checkpoints.commit import commit_bundle
-from relora_train.checkpoints.manifest import CheckpointManifest
-from relora_train.storage.opening import open_store
-uri, prefix, directory, manifest, writes_allowed = sys.argv[1:]
-store, left = open_store(uri), int(writes_allowed)
-def stop_before(write):
-    def counted(*args, **kwargs):
-        global left
-        if left == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-        left -= 1
-        return write(*args, **kwargs)
-    return counted
-store.put_bytes, store.put_file = stop_before(store.put_bytes), stop_before(store.put_file)
-commit_bundle(store, prefix, Path(directory), CheckpointManifest.model_validate_json(Path(manifest).read_bytes()))
-"""
-WRITES = 1 + len(FILES) + 1  # the claim, the files, the manifest
-
-
-def commit_and_be_killed(uri: str, directory: Path, manifest: CheckpointManifest, writes_allowed: int) -> int:
-    written = directory.parent / f"{manifest.attempt}.json"
-    written.write_bytes(manifest.to_bytes())
-    command = [sys.executable, "-c", STOP_BEFORE, uri, PREFIX, str(directory), str(written), str(writes_allowed)]
-    return subprocess.run(command).returncode
-
-
-@pytest.mark.parametrize("retry_seed", ["a", "b"])
-@pytest.mark.parametrize("writes", [1, 2, WRITES - 1])
-def test_a_writer_killed_before_its_manifest_is_invisible_and_a_retry_completes(
-    shared_store_uri, tmp_path, writes, retry_seed
-):
-    store = open_store(shared_store_uri)
-    manifest = checkpoint_manifest(write_files(tmp_path / "a", "a"))
-    assert commit_and_be_killed(shared_store_uri, tmp_path / "a", manifest, writes) == -signal.SIGKILL
-    assert len(list(store.list(PREFIX))) == writes
-    assert read_manifest(store, PREFIX, CheckpointManifest) is None
-    final = committed(store, tmp_path / "retry", retry_seed)
-    verify_bundle(store, PREFIX, final)
-    fetched = fetch_bundle(store, PREFIX, final, tmp_path / "cache")
-    assert contents(fetched) == contents(tmp_path / "retry")
-    assert (final.files_prefix == "") == (retry_seed == "a")
-
-
-def test_a_writer_killed_after_its_manifest_has_committed(shared_store_uri, tmp_path):
-    manifest = checkpoint_manifest(write_files(tmp_path / "a", "a"))
-    assert commit_and_be_killed(shared_store_uri, tmp_path / "a", manifest, WRITES) == 0
-    assert committed(open_store(shared_store_uri), tmp_path / "b", "b") == manifest
-
 
 def test_a_retry_with_the_same_bytes_uploads_nothing_twice(store, tmp_path):
     write_files(tmp_path / "a", "a")
@@ -222,19 +155,6 @@ class OnlySomeWrites:
         return getattr(self.store, name)
 
 
-def test_a_variant_is_a_whole_directory_and_nothing_uncommitted_stays_loadable(tmp_path):
-    store = open_store(tmp_path / "store")
-    manifest = checkpoint_manifest(write_files(tmp_path / "a", "a"))
-    assert commit_and_be_killed(store.uri, tmp_path / "a", manifest, WRITES - 1) == -signal.SIGKILL
-    final = committed(store, tmp_path / "b", "b")
-    in_place = fetch_bundle(store, PREFIX, final, tmp_path / "cache")
-    assert in_place == tmp_path / "store" / PREFIX / final.files_prefix
-    assert describe_files(in_place) == final.files
-    assert not (tmp_path / "store" / PREFIX / "model.safetensors").exists()
-    # The writer that was thought dead comes back and finds what happened.
-    assert commit_bundle(store, PREFIX, tmp_path / "a", manifest) == final
-
-
 def test_what_dropped_attempts_wrote_goes_and_nothing_else(store, tmp_path):
     committed(store, tmp_path / "a")
     manifest = read_manifest(store, PREFIX, CheckpointManifest)
@@ -250,149 +170,6 @@ def test_what_dropped_attempts_wrote_goes_and_nothing_else(store, tmp_path):
 
 
 # --- races ---
-
-
-def test_of_two_writers_with_different_bytes_one_wins_and_all_its_files_verify(store, tmp_path):
-    seeds = ("a", "b", "c")
-    for round_ in range(3):
-        prefix = f"{PREFIX}{round_}"
-        barrier = threading.Barrier(len(seeds))
-
-        def commit(seed: str, prefix: str = prefix, barrier: threading.Barrier = barrier) -> CheckpointManifest:
-            directory = write_files(tmp_path / prefix / seed, seed)
-            manifest = checkpoint_manifest(directory)
-            barrier.wait()
-            return commit_bundle(store, prefix, directory, manifest)
-
-        with ThreadPoolExecutor(len(seeds)) as pool:
-            results = list(pool.map(commit, seeds))
-        assert results[0] == results[1] == results[2] == read_manifest(store, prefix, CheckpointManifest)
-        verify_bundle(store, prefix, results[0])
-        files = {f"{prefix}/{results[0].files_prefix}/{name}".replace("//", "/") for name in FILES}
-        left = {info.key for info in store.list(f"{prefix}/")}
-        assert left == files | {f"{prefix}/manifest.json", f"{prefix}/claim.json"}
-
-
-class Killed(BaseException):
-    """Stands for SIGKILL: nothing catches it."""
-
-
-class TakingTurns:
-    """Lets threads do one store operation each when it is their turn, so that a test chooses the interleaving."""
-
-    def __init__(self) -> None:
-        self.changed = threading.Condition()
-        self.turn: int | None = None
-        self.alive: set[int] = set()
-        self.is_over = False
-
-    def wait(self, me: int) -> None:
-        with self.changed:
-            if self.turn == me:  # my operation is done
-                self.turn = None
-                self.changed.notify_all()
-            self.changed.wait_for(lambda: self.turn == me or self.is_over)
-            if self.is_over:
-                raise Killed
-
-    def leave(self, me: int) -> None:
-        with self.changed:
-            self.alive.discard(me)
-            if self.turn == me:
-                self.turn = None
-            self.changed.notify_all()
-
-    def end(self) -> None:
-        """Let nobody wait any longer, also when the test has failed."""
-        with self.changed:
-            self.is_over = True
-            self.changed.notify_all()
-
-    def let(self, who: int) -> None:
-        """One operation of one writer, from start to end."""
-        with self.changed:
-            if who in self.alive:
-                self.turn = who
-                self.changed.notify_all()
-                self.changed.wait_for(lambda: self.turn is None)
-
-
-class SteppedStore:
-    """One writer's view of a store: each operation waits for its turn, and one of them may be the writer's last."""
-
-    def __init__(self, store: MemoryStore, turns: TakingTurns, me: int, operations: int) -> None:
-        self.store, self.turns, self.me, self.left = store, turns, me, operations
-        self.uri = store.uri
-
-    def local_path(self, key: str) -> None:
-        return None
-
-    def __getattr__(self, name: str):
-        operation = getattr(self.store, name)
-
-        def stepped(*args, **kwargs):
-            self.turns.wait(self.me)
-            if self.left == 0:
-                raise Killed
-            self.left -= 1
-            return operation(*args, **kwargs)
-
-        return stepped
-
-
-@given(
-    seeds=st.lists(st.sampled_from("abc"), min_size=2, max_size=3),
-    lives=st.lists(st.integers(0, 30), min_size=3, max_size=3),
-    schedule=st.lists(st.integers(0, 2), max_size=60),
-)
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_in_any_interleaving_with_any_crashes_what_is_visible_is_whole_and_never_changes(
-    tmp_path, seeds, lives, schedule
-):
-    store, turns, results = MemoryStore(), TakingTurns(), {}
-    directories = [tmp_path / seed for seed in seeds]
-    for directory in directories:
-        if not directory.exists():
-            write_files(directory, directory.name)
-
-    def write(me: int) -> None:
-        try:
-            stepped = SteppedStore(store, turns, me, lives[me])
-            results[me] = commit_bundle(stepped, PREFIX, directories[me], checkpoint_manifest(directories[me]))
-        except Killed:
-            pass
-        finally:
-            turns.leave(me)
-
-    threads = [threading.Thread(target=write, args=(me,)) for me in range(len(seeds))]
-    turns.alive = set(range(len(seeds)))
-    for thread in threads:
-        thread.start()
-    first_seen = None
-    to_the_end = [me for me in range(len(seeds)) for _ in range(60)]
-    try:
-        for who in [*(who % len(seeds) for who in schedule), *to_the_end]:
-            turns.let(who)
-            visible = read_manifest(store, PREFIX, CheckpointManifest)
-            if visible is not None:
-                assert_whole(store, visible)
-                first_seen = first_seen or visible
-            assert visible == first_seen
-        assert not turns.alive
-    finally:
-        turns.end()
-        for thread in threads:
-            thread.join()
-    assert all(result == first_seen for result in results.values())
-    retried = commit_bundle(store, PREFIX, directories[0], checkpoint_manifest(directories[0]))
-    assert first_seen in (None, retried)
-    assert_whole(store, retried)
-
-
-def assert_whole(store: MemoryStore, manifest: CheckpointManifest) -> None:
-    for entry in manifest.files:
-        key = "/".join(part for part in (PREFIX, manifest.files_prefix, entry.path) if part)
-        assert hashlib.sha256(store.get_bytes(key)[0]).hexdigest() == entry.sha256, key
 
 
 # --- damage ---
@@ -526,80 +303,6 @@ def test_files_that_changed_after_their_manifest_are_not_committed(store, tmp_pa
 # --- the cache ---
 
 
-def test_intact_files_in_the_cache_are_reused_and_damaged_ones_fetched_again(tmp_path):
-    store = open_store(f"memory://{uuid.uuid4().hex}")
-    manifest = committed(store, tmp_path / "a")
-    cache = fetch_bundle(store, PREFIX, manifest, tmp_path / "cache")
-    store.delete(f"{PREFIX}/model.safetensors")
-    fetch_bundle(store, PREFIX, manifest, cache)
-    (cache / "config.json").write_bytes(b"y" * FILES["config.json"])
-    (cache / ".config.json.part").write_bytes(b"left by a kill")
-    fetch_bundle(store, PREFIX, manifest, cache)
-    assert contents(cache) == contents(tmp_path / "a")
-    assert not (cache / ".config.json.part").exists()
-
-
-class CountingStore(MemoryStore):
-    """Knows which objects were downloaded."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.downloaded: list[str] = []
-
-    def get_file(self, key: str, path: Path) -> None:
-        self.downloaded.append(key.removeprefix(f"{PREFIX}/"))
-        super().get_file(key, path)
-
-
-def test_what_was_committed_from_this_machine_is_not_downloaded_again(tmp_path):
-    store = CountingStore()
-    manifest = committed(store, tmp_path / "a")
-    keep_fetched(store, manifest, manifest, tmp_path / "a", tmp_path / "cache" / "a")
-    assert not (tmp_path / "a").exists()
-    fetched = fetch_bundle(store, PREFIX, manifest, tmp_path / "cache" / "a")
-    assert store.downloaded == []
-    (fetched / "config.json").write_bytes(b"x" * 40)
-    fetch_bundle(store, PREFIX, manifest, fetched)
-    assert store.downloaded == ["config.json"]  # what is kept is checked like any other copy
-
-
-def test_what_lost_against_another_attempt_is_not_taken_for_the_winner(tmp_path):
-    store = CountingStore()
-    winner = committed(store, tmp_path / "a", "a")
-    loser = checkpoint_manifest(write_files(tmp_path / "b", "b"))
-    assert commit_bundle(store, PREFIX, tmp_path / "b", loser) == winner
-    keep_fetched(store, loser, winner, tmp_path / "b", tmp_path / "cache")
-    assert contents(fetch_bundle(store, PREFIX, winner, tmp_path / "cache")) == contents(tmp_path / "a")
-    assert sorted(store.downloaded) == sorted(FILES)
-
-
-def test_two_that_fetch_into_one_directory_do_not_disturb_each_other(s3_store_uri, tmp_path):
-    store = open_store(s3_store_uri)
-    manifest = committed(store, tmp_path / "a")
-    with ThreadPoolExecutor(4) as pool:
-        fetched = list(pool.map(lambda _: fetch_bundle(store, PREFIX, manifest, tmp_path / "cache"), range(4)))
-    assert contents(fetched[0]) == contents(tmp_path / "a")
-
-
-def test_too_little_space_is_said_before_anything_is_downloaded(tmp_path):
-    store = MemoryStore("space")
-    manifest = committed(store, tmp_path / "a")
-    huge = [entry.model_copy(update={"size_bytes": 1 << 60}) for entry in manifest.files]
-    with pytest.raises(DiskFullError, match=f"{(1 << 60) * len(huge)} are needed"):
-        fetch_bundle(store, PREFIX, manifest.model_copy(update={"files": tuple(huge)}), tmp_path / "cache")
-
-
-def test_a_symbolic_link_in_the_cache_leads_nothing_outside(tmp_path):
-    store = MemoryStore("links")
-    manifest = committed(store, tmp_path / "a")
-    (tmp_path / "outside").mkdir()
-    (tmp_path / "cache").mkdir()
-    (tmp_path / "cache/adapter").symlink_to(tmp_path / "outside")
-    with pytest.raises(CheckpointCorruptError, match="symbolic link"):
-        fetch_bundle(store, PREFIX, manifest, tmp_path / "cache")
-    assert list((tmp_path / "outside").iterdir()) == []
-
-
 @pytest.mark.parametrize("name", ["claim.json", "variant-0123456789abcdef/x"])
 def test_names_that_the_protocol_uses_are_refused(tmp_path, name):
     path = write_files(tmp_path / "a", "a") / name
@@ -661,65 +364,3 @@ def test_leftovers_that_cannot_be_removed_are_no_failure_and_said(tmp_path, capl
     store.put_bytes(f"{PREFIX}/variant-{'0' * 16}/config.json", b"x")
     remove_leftovers(store, PREFIX, manifest)
     assert f"memory://keeps/{PREFIX}: leftovers" in caplog.text and "not now" in caplog.text
-
-
-@pytest.mark.parametrize("limit", [299, 300, 301])
-def test_each_file_is_downloaded_once_whatever_its_size(tmp_path, monkeypatch, limit):
-    monkeypatch.setattr("relora_train.checkpoints.fetch._SMALL_BYTES", limit)
-    store = CountingStore()
-    fetch_bundle(store, PREFIX, committed(store, tmp_path / "a"), tmp_path / "cache")
-    assert sorted(store.downloaded) == sorted(FILES)
-
-
-def test_a_file_that_was_checked_is_not_read_again_by_the_same_process(tmp_path, monkeypatch):
-    store, hashed = CountingStore(), []
-    manifest = committed(store, tmp_path / "a")
-    cache = fetch_bundle(store, PREFIX, manifest, tmp_path / "cache")
-    now = time.time() + 60  # what was written just now may still change within its time stamp
-    monkeypatch.setattr("relora_train.checkpoints.file_checks.time.time", lambda: now)
-    fetch_bundle(store, PREFIX, manifest, cache)
-    noted = lambda path: hashed.append(path) or hash_file(path)  # noqa: E731
-    monkeypatch.setattr("relora_train.checkpoints.file_checks.hash_file", noted)
-    fetch_bundle(store, PREFIX, manifest, cache)
-    assert hashed == []
-    verify_bundle(store, PREFIX, manifest)
-    assert len(hashed) == len(FILES), "and verify reads every byte"
-
-
-def test_two_bundles_are_kept_side_by_side(tmp_path):
-    store = CountingStore()
-    for name in ("a", "b"):
-        manifest = checkpoint_manifest(write_files(tmp_path / name, name), work=name)
-        placed = commit_bundle(store, name, tmp_path / name, manifest)
-        keep_fetched(store, manifest, placed, tmp_path / name, tmp_path / "cache" / name)
-        assert not (tmp_path / name).exists() and contents(tmp_path / "cache" / name)
-
-
-def test_the_first_failure_ends_the_downloads_that_wait(tmp_path):
-    class Fails(MemoryStore):
-        begun = 0
-
-        def get_file(self, key, path):
-            self.begun += 1
-            if key.endswith("0000"):
-                raise StoreUnavailableError(key)
-            time.sleep(1)  # long enough for the failure to be heard
-            super().get_file(key, path)
-
-    store, source = Fails(), tmp_path / "a"
-    source.mkdir()
-    for number in range(40):
-        (source / f"{number:04d}").write_bytes(b"x")
-    manifest = commit_bundle(store, PREFIX, source, checkpoint_manifest(source))
-    with pytest.raises(StoreUnavailableError, match="0000"):
-        fetch_bundle(store, PREFIX, manifest, tmp_path / "cache")
-    assert store.begun < 40
-
-
-def test_verifying_says_that_a_file_does_not_fit_before_it_is_downloaded(tmp_path):
-    store = CountingStore()
-    manifest = committed(store, tmp_path / "a")
-    huge = manifest.files[0].model_copy(update={"size_bytes": 1 << 60})
-    with pytest.raises(DiskFullError, match=f"{1 << 60} are needed"):
-        verify_bundle(store, PREFIX, manifest.model_copy(update={"files": (huge,)}))
-    assert store.downloaded == []

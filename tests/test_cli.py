@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-from prefect_server import server_errors
-from rich.console import Console
 from safetensors.numpy import load_file
 from synthetic_run import commit_run, evaluation_of, synthetic_profile
 
@@ -26,9 +21,6 @@ from relora_train.checkpoints.lineage import CheckpointRef
 from relora_train.cli.app import command_line, main
 from relora_train.cli.local_flow import TerminatedError, _termination_raises
 from relora_train.cli.output import describe_fault
-from relora_train.cli.progress import PLAIN_SECONDS, LiveDisplay, PlainDisplay, RunProgress
-from relora_train.cli.summary import print_summary, reused_text
-from relora_train.runs.summary import RunSummary, StageSummary
 from relora_train.storage.opening import open_store
 
 
@@ -320,282 +312,7 @@ def test_a_termination_that_a_library_makes_an_error_of_its_own_is_still_one() -
         raise ValueError("mine")
 
 
-def stage_events(stage: str, start: int, end: int) -> Iterator[tuple[float, dict[str, Any]]]:
-    """Events of a stage with the seconds since it began: two steps a second."""
-    place = {"stage": stage, "start_step": start, "end_step": end}
-    yield 0, {"event": "stage_started", **place, "device": "cpu", "parameters": 9, "trainable_parameters": 5}
-    yield 0, {"event": "evaluation", "stage": stage, "step": start, "when": "before", "val_perplexity": 120.0}
-    for step in range(start + 1, end + 1):
-        numbers = {"loss": 5.0, "learning_rate": 1e-3, "tokens_per_second": 1e4, "eta_seconds": 3.0}
-        yield (step - start) / 2, {"event": "progress", **place, "step": step, **numbers}
-    if stage != "warm-start":
-        report = {"max_relative_output_change": 3.1e-7, "relative_update_norm": 0.0521, "effective_rank": 6.6}
-        yield (
-            end / 2,
-            {"event": "merge", "stage": stage, "step": end, "cycle": 12, **report, "optimizer_state_zeroed": 0.99},
-        )
-    done = {"stage": stage, "step": end, "uri": "file:///x", "seconds": 61.0, "val_perplexity": 98.5}
-    yield end / 2, {"event": "stage_finished", **done}
-
-
-def test_plain_progress_is_lines_at_a_bounded_rate_without_control_codes() -> None:
-    written, now = io.StringIO(), 0.0
-    console = Console(file=written, width=100, force_terminal=False)
-    progress = RunProgress(PlainDisplay(console, clock=lambda: now), ["warm-start", "cycle-12"])
-    for stage, start, end in (("warm-start", 0, 200), ("cycle-12", 200, 400)):
-        begun = now
-        for seconds, event in stage_events(stage, start, end):
-            now = max(now, begun + seconds)
-            progress.show(event)
-    lines = written.getvalue().splitlines()
-    steps = [text for text in lines if "%" in text and "merged" not in text]
-    assert len(steps) == 2 * (100 / PLAIN_SECONDS - 1)  # 100 s a stage; the last step is told by the stage's end
-    assert sum("merged cycle 12" in text for text in lines) == 1
-    assert any("cycle-12: validation perplexity 120.00 → 98.50 in 1 min 01 s" in text for text in lines)
-    assert all(text.isprintable() and len(text) <= 100 for text in lines)
-
-
-@pytest.mark.parametrize("stored_first", [True, False])
-def test_a_checkpoint_stored_beside_the_next_stage_is_one_quiet_line_after_its_stage(stored_first: bool) -> None:
-    written = io.StringIO()
-    progress = RunProgress(PlainDisplay(Console(file=written, width=100, force_terminal=False)), ["one", "two"])
-    for stage in ("one", "two"):
-        finished = {"event": "stage_finished", "stage": stage, "uri": None, "seconds": 61.0, "val_perplexity": 98.5}
-        stored = {"event": "checkpoint_stored", "stage": stage, "uri": "s3://x", "seconds": 2.0}
-        for event in (stored, finished) if stored_first else (finished, stored):
-            progress.show(event)
-    said = [line.partition(":")[0] + line[-8:] * ("stored" in line) for line in written.getvalue().splitlines()]
-    assert said == ["✓ one", "↑ one: stored", "✓ two", "↑ two: stored"]
-
-
-def test_the_progress_of_an_experiment_says_which_run_it_is_and_each_thing_once() -> None:
-    written = io.StringIO()
-    progress = RunProgress(PlainDisplay(Console(file=written, width=100, force_terminal=False)), [])
-    dataset = {"event": "dataset_ready", "uri": "file:///d", "name": "d", "train_tokens": 9, "val_tokens": 1}
-    progress.show({"event": "arm_reused", "arm": "full", "seed": 0, "outcome": "trained", "val_perplexity": 98.3})
-    progress.show({"event": "arm_reused", "arm": "lora", "seed": 0, "outcome": "diverged", "val_perplexity": None})
-    for seed in (0, 1):
-        run = {"arm": "relora", "seed": seed, "run_id": f"tiny-relora-s{seed}-12345678", "stages": ["cycle-1"]}
-        progress.show({"event": "arm_started", **run})
-        progress.show({**dataset, "reused": seed == 1})
-    message = "The training loss is nan at step 83 of stage cycle-1 (learning rate 1): the run diverged and …"
-    progress.show({"event": "arm_diverged", "arm": "relora", "seed": 1, "message": message})
-    assert written.getvalue().splitlines() == [
-        "○ reused full, seed 0: validation perplexity 98.30",
-        "○ reused lora, seed 0: diverged",
-        "› relora, seed 0: run tiny-relora-s0-12345678",
-        "✓ dataset d: 9 tokens to train on, 1 to validate on",
-        "› relora, seed 1: run tiny-relora-s1-12345678",
-        "! relora, seed 1 diverged: The training loss is nan at step 83 of stage cycle-1 (learning rate 1)",
-    ]
-
-
-def test_the_live_display_keeps_what_is_done_and_removes_its_bar() -> None:
-    written = io.StringIO()
-    console = Console(file=written, width=100, force_terminal=True, force_interactive=True, color_system=None)
-    display = LiveDisplay(console)
-    progress = RunProgress(display, ["warm-start", "cycle-12"])
-    try:
-        for _, event in stage_events("cycle-12", 200, 210):
-            progress.show(event)
-            display.refresh()
-    finally:
-        display.close()
-    assert "205/210" in written.getvalue()
-    assert written.getvalue().rstrip().endswith("\x1b[2K"), "the last line was not erased"
-
-
-def test_a_display_never_stops_a_run() -> None:
-    import logging
-
-    progress = RunProgress(PlainDisplay(Console(file=io.StringIO())), [])
-    for event in ({"event": "progress"}, {"event": "unheard-of"}, {}):
-        record = logging.makeLogRecord({"event": event})
-        progress.handle(record)
-
-
-def summary(*, reused: bool) -> RunSummary:
-    place = "s3://a-bucket-with-a-long-name/and/a/long/prefix"
-    stages = tuple(
-        StageSummary(
-            stage=name,
-            start_step=start,
-            end_step=start + 5000,
-            tokens=768_000_000,
-            evaluation={
-                "val_perplexity_before": 1234.56,
-                "val_perplexity": 123.45,
-                "bits_per_byte_before": 2.34,
-                "bits_per_byte": 1.23,
-            },
-            seconds=12_345.0,
-            uri=f"{place}/runs/a-run/checkpoints/step-{start + 5000:08d}-0123456789ab",
-            reused=reused,
-        )
-        for name, start in (("warm-start", 0), ("cycle-1", 5000), ("cycle-2", 10_000))
-    )
-    record = {
-        "stage": "cycle-2",
-        "val_perplexity": 120.0,
-        "samples": [{"prompt": "def ", "text": "f(\x1b[2J):\n    x"}],
-    }
-    return RunSummary(
-        run_id="a-run",
-        store_uri=place,
-        dataset_uri=f"{place}/datasets/d/0",
-        dataset_reused=reused,
-        stages=stages,
-        evaluations=(record,),
-        evaluations_reused=int(reused),
-        report_uri=f"{place}/runs/a-run/report/report.html",
-        picture_uris=(f"{place}/runs/a-run/report/loss.png",),
-    )
-
-
-def test_the_final_table_fits_100_columns_and_says_where_everything_is() -> None:
-    written = io.StringIO()
-    print_summary(Console(file=written, width=100), summary(reused=True), seconds=7.0)
-    shown = written.getvalue()
-    assert all(len(text) <= 100 for text in shown.splitlines())
-    for words in (
-        "Checkpoints in s3://a-bucket-with-a-long-name/and/a/long/prefix/runs/a-run/checkpoints",
-        "step-00015000-0123456789ab",
-        "1,235 → 123.45",
-        "Reused: dataset, 3 stages, 1 evaluation",
-        "Report: s3://",
-        "finished in 7.0 s",
-    ):
-        assert words in shown
-    assert "\x1b" not in shown, "a model's text reached the terminal as a control code"
-    assert reused_text(summary(reused=False)) == ""
-
-
 # Processes. A flow of our own stands for a long training; the server is Prefect's real one.
-
-FLOWS = """
-import sys, time
-from prefect import flow, task
-from relora_train.errors import CorpusEmptyError, StoreUnavailableError
-
-@task(retries=1, retry_delay_seconds=0)
-def fragile():
-    raise CorpusEmptyError("There is no text. Add some.")
-
-@flow
-def failing():
-    fragile()
-
-@task
-def long_work():
-    print("working", flush=True)
-    time.sleep(600)
-
-@flow
-def sleepy():
-    long_work()
-"""
-DRIVER = """
-import sys
-from relora_train.errors import ReLoRAError
-from relora_train.cli.local_flow import TerminatedError, run_flow
-try:
-    run_flow(sys.argv[1], {}, on_notice=lambda text: print("notice:", text))
-except (ReLoRAError, KeyboardInterrupt, TerminatedError) as error:
-    print(type(error).__name__, error)
-"""
-
-
-@pytest.fixture(scope="module")
-def flows_environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """An environment in which two flows are installed, with a Prefect home of its own."""
-    root = tmp_path_factory.mktemp("flows")
-    (root / "flows_for_tests.py").write_text(FLOWS)
-    info = root / "flows_for_tests-1.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: flows-for-tests\nVersion: 1\n")
-    entries = "".join(f"{name} = flows_for_tests:{name}\n" for name in ("failing", "sleepy"))
-    (info / "entry_points.txt").write_text(f"[relora_train.flows]\n{entries}")
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
-    return {**kept, "PYTHONPATH": str(root), "PREFECT_HOME": str(root / "prefect"), "COLUMNS": "100"}
-
-
-@contextmanager
-def driver(flow: str, environment: dict[str, str]) -> Iterator[subprocess.Popen[str]]:
-    command = [sys.executable, "-c", DRIVER, flow]
-    with subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    ) as process:
-        try:
-            yield process
-        finally:
-            process.kill()
-
-
-def servers_of(owner: int) -> list[str]:
-    """Lines 'pid command' of the Prefect servers that a process started and that still run."""
-    listed = subprocess.run(
-        ["ps", "-ewwo", "pid=,args="], check=True, capture_output=True, text=True
-    ).stdout.splitlines()
-    return [text for text in listed if "relora_train.cli.local_server" in text and text.endswith(f" {owner}")]
-
-
-def wait_until_gone(owner: int, *, seconds: float = 30) -> None:
-    deadline = time.monotonic() + seconds
-    while servers_of(owner):
-        assert time.monotonic() < deadline, servers_of(owner)
-        time.sleep(0.2)
-
-
-def test_a_failed_task_is_its_own_error_without_a_traceback(flows_environment: dict[str, str]) -> None:
-    with driver("failing", flows_environment) as process:
-        out, err = process.communicate(timeout=240)
-        lines = out.splitlines()
-        assert lines[0].startswith("notice: fragile-") and lines[0].endswith(
-            "There is no text. Retry 1 of 1 immediately."
-        )
-        assert lines[1:] == ["CorpusEmptyError There is no text. Add some."]
-        assert err == ""
-        assert servers_of(process.pid) == []
-
-
-@pytest.mark.parametrize(
-    ("number", "said"),
-    [(signal.SIGTERM, "TerminatedError SIGTERM"), (signal.SIGINT, "KeyboardInterrupt "), (signal.SIGKILL, "")],
-    ids=["SIGTERM", "Ctrl-C", "SIGKILL"],
-)
-def test_the_prefect_server_ends_with_the_run(flows_environment: dict[str, str], number: int, said: str) -> None:
-    with driver("sleepy", flows_environment) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "working\n"
-        [server] = servers_of(process.pid)
-        assert server_errors(Path(f"/proc/{server.split()[0]}/fd/1")) == []  # a file without a name
-        os.killpg(process.pid, number) if number == signal.SIGINT else process.send_signal(number)
-        out, err = process.communicate(timeout=30)  # a server left behind would hold both pipes open
-        assert (out.strip(), err) == (said.strip(), "")
-        wait_until_gone(process.pid)
-
-
-def test_a_prefect_server_that_is_killed_is_started_again(flows_environment: dict[str, str]) -> None:
-    """Prefect's client would try for minutes to reach it, and could not be stopped meanwhile."""
-    with driver("sleepy", flows_environment) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "working\n"
-        [first] = servers_of(process.pid)
-        os.kill(int(first.split()[0]), signal.SIGKILL)
-        deadline = time.monotonic() + 30
-        while not (servers := [server for server in servers_of(process.pid) if server != first]):
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
-        process.send_signal(signal.SIGTERM)
-        out, err = process.communicate(timeout=60)
-        assert "TerminatedError SIGTERM" in out, (out, err, servers)
-        wait_until_gone(process.pid)
-
-
-def test_a_prefect_server_of_the_users_that_does_not_answer_is_named(flows_environment: dict[str, str]) -> None:
-    with driver("failing", {**flows_environment, "PREFECT_API_URL": "http://127.0.0.1:9/api"}) as process:
-        out, err = process.communicate(timeout=60)
-        assert out.startswith("ConfigError No Prefect server answers at http://127.0.0.1:9/api") and err == ""
 
 
 # --- prune, verify, pin ---

@@ -47,6 +47,11 @@ def test_what_a_docstring_points_to_is_there():
             assert (ROOT / mentioned).exists(), f"{path}: {mentioned}"
 
 
+def test_no_file_is_too_long_to_be_read_in_one_go():
+    limits = [(path, 300) for path in MODULES] + [(path, 450) for path in (ROOT / "tests").rglob("*.py")]
+    assert [path for path, limit in limits if path.read_text().count("\n") > limit] == []
+
+
 def test_the_files_that_begin_first_are_there():
     for name in LONGEST:
         assert (ROOT / "tests" / f"{name}.py").exists(), name
