@@ -13,12 +13,27 @@ from prefect.logging import get_run_logger
 from prefect.states import Completed
 
 from relora_train import events
+from relora_train.errors import ReLoRAError
 from relora_train.events import Event
 from relora_train.reports.event_text import event_line
 
 _LOG_SECONDS = 10.0
 
 T = TypeVar("T")
+
+
+class _OwnErrors(logging.Filter):
+    """Logs an error of this project as its message: a traceback tells nothing to the person who can mend it."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        error = record.exc_info[1] if record.exc_info else None
+        if isinstance(error, ReLoRAError):
+            record.msg, record.args, record.exc_info = "%s", (error,), None
+        return True
+
+
+for _name in ("prefect.flow_runs", "prefect.task_runs"):
+    logging.getLogger(_name).addFilter(_OwnErrors())
 
 
 def forward_events(*, clock: Callable[[], float] = time.monotonic) -> Callable[[Event], None]:

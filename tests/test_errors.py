@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import concurrent.futures
+import importlib
 import json
+import logging
 from collections.abc import Callable
 
 import pytest
@@ -88,3 +90,15 @@ def test_what_follows_from_code_and_settings_is_not_tried_again(error: BaseExcep
 )
 def test_what_the_system_a_device_or_another_process_reports_gets_another_chance(error: BaseException):
     assert may_pass(error)
+
+
+def test_prefect_logs_an_error_of_ours_without_a_traceback_and_any_other_with_one(caplog: pytest.LogCaptureFixture):
+    importlib.import_module("tasks.observe")
+    for error in (ConfigError("correct it"), ValueError("a fault")):
+        try:
+            raise error
+        except Exception:
+            logging.getLogger("prefect.flow_runs").exception("Encountered exception during execution: %r", error)
+    ours, other = caplog.records[-2:]
+    assert (ours.getMessage(), ours.exc_info) == ("correct it", None)
+    assert other.exc_info and "Encountered" in other.getMessage()

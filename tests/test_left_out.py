@@ -263,7 +263,7 @@ def test_a_run_tells_once_what_was_left_out(with_faults, tmp_path, caplog):
     for _ in range(2):
         prepare_or_reuse(run, on_event=lambda event: None)
     told = [record for record in caplog.records if "left out" in record.message]
-    assert [record.levelname for record in told] == ["INFO"]
+    assert [record.levelname for record in told] == ["WARNING"]
     assert told[0].message.endswith(
         f"left out 1 of 61 records (no text in 'text'; first: {with_faults}/c.jsonl, line 61)."
     )

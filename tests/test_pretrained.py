@@ -169,6 +169,14 @@ def test_a_file_in_the_place_of_a_model_is_refused_as_one_and_not_for_its_tokeni
         facts_of(causal(tmp_path / "model.gguf")).check_pretrained()
 
 
+def test_a_model_with_a_value_that_is_not_finite_is_refused_by_the_tensors_name(tmp_path: Path):
+    model = tiny_llama()
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight[0, 0] = float("nan")
+    with pytest.raises(ModelUnsuitableError, match=r"Not every value is finite in model\.layers\.0\.mlp\.up_proj"):
+        load_model(saved(model, tmp_path))
+
+
 def classifier() -> PreTrainedModel:
     return LlamaForSequenceClassification(tiny_llama().config)
 

@@ -121,6 +121,12 @@ def test_a_contradiction_is_to_be_corrected_in_what_was_set_in_its_section():
     assert "Correct --set data.source, --set data.paths and run again" in message
 
 
+def test_over_a_sound_file_of_ones_own_faults_are_of_what_was_set(tmp_path):
+    path = write(tmp_path, "[model]\nhidden_size = 64\nnum_attention_heads = 4\n")
+    for override in ("nosuch.key=1", "model.num_attention_heads=3", "objective=image_classification"):
+        assert f"Correct --set {override.partition('=')[0]} and run again" in refusal(path, override)
+
+
 def test_a_list_is_asked_for_by_the_name_that_toml_has_for_it():
     assert "data.paths: needs a list, such as paths = [\"…\"] (got 'a.txt')" in refusal("smoke", "data.paths=a.txt")
 

@@ -99,10 +99,32 @@ def test_links_multiply_no_corpus_and_leave_its_identity_alone(ten_files, tmp_pa
     for pattern, identity in zip(patterns, before, strict=True):
         assert resolve("text", pattern).identity == identity
     assert resolve("text", ten_files / "*" / "*.txt").identity["files"] == 10  # its own five by way of 0-loop
-    told = [record.message for record in caplog.records]
+    told = [record.message for record in caplog.records if "Links that lead to nothing" not in record.message]
     assert len(told) == 3, "once each, and the two patterns with ** leave out the same"
     assert "data.paths: 1 name left out, 10 files taken" in told[0] and "000.txt" in told[0]
     assert "data.paths: 4 names left out, 10 files taken" in told[1]
+
+
+def test_links_of_which_nothing_is_taken_are_named(ten_files, tmp_path, caplog):
+    folder = tmp_path / "linked"
+    folder.mkdir()
+    (folder / "own.txt").write_text("text")
+    (folder / "more").symlink_to(ten_files)
+    (folder / "gone.txt").symlink_to("nowhere.txt")
+    assert [file.name for file in list_files([str(folder)], "text")] == [str(folder / "own.txt")]
+    assert f"{folder / 'more'} is a link to a directory, and not followed" in caplog.text
+    assert f"lead to nothing are left out, 1 in all. The first: {folder / 'gone.txt'}" in caplog.text
+
+
+def test_what_is_held_out_is_not_trained_on_too(tmp_path, caplog):
+    for name in "abc":
+        (tmp_path / f"{name}.txt").write_text(f"text of {name}")
+    (tmp_path / "copy.txt").write_text("text of a")
+    source = resolve("text", tmp_path, validation_paths=(str(tmp_path / "a.txt"),))
+    assert list(read_documents(source)) == ["text of b", "text of c"]
+    assert "2 files of data.paths are held out by data.validation_paths" in caplog.text
+    with pytest.raises(SourceUnreadableError, match="Leave some to train on"):
+        resolve("text", tmp_path / "a.txt", validation_paths=(str(tmp_path / "copy.txt"),))
 
 
 def test_a_path_that_is_named_twice_counts_once(ten_files, tmp_path, monkeypatch, caplog):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -28,6 +29,7 @@ from relora_train.runs.summary import RunSummary
 from relora_train.settings import load as profiles
 
 _STARTING = "starting Prefect, which takes ten to twenty seconds"
+_ASKING = "starting the run on the Prefect server of PREFECT_API_URL"
 _CONTINUE = "Every committed stage is kept; the same command goes on from there."
 
 
@@ -94,7 +96,8 @@ def _display(console: Console, stages: Sequence[str], *, verbose: bool) -> Itera
     if verbose:
         yield None
         return
-    with shown_progress(console, stages, first=_STARTING) as progress, _interrupt_shown_by(progress):
+    first = _ASKING if os.environ.get("PREFECT_API_URL") else _STARTING
+    with shown_progress(console, stages, first=first) as progress, _interrupt_shown_by(progress):
         yield progress.notice
 
 

@@ -137,10 +137,12 @@ def _on_disk(path: str, kind: str, left_out: list[str]) -> list[FoundFile]:
         inside = [folder / name for folder, names in _folders(place) for name in names if _belongs(Path(name), kind)]
         files = sorted((file for file in inside if file.is_file()), key=Path.as_posix)
     elif place.is_file():
-        files = [place]
+        files = inside = [place]
     else:
-        matches = set(_matching(Path(place.anchor), place.relative_to(place.anchor).parts, left_out))
-        files = sorted(file for file in matches if file.is_file())
+        inside = [*set(_matching(Path(place.anchor), place.relative_to(place.anchor).parts, left_out))]
+        files = sorted(file for file in inside if file.is_file())
+    if broken := sorted(str(file) for file in inside if file.is_symlink() and not file.exists()):
+        _warn_once(f"Links that lead to nothing are left out, {len(broken)} in all. The first: {broken[0]}")
     if not files:
         raise _nothing_found(path, kind, exists=place.is_dir())
     real_folder = cache(os.path.realpath)
@@ -177,7 +179,7 @@ def _folders(place: Path, left_out: list[str] | None = None) -> Iterator[tuple[P
     last, so that a folder is known by its own name.
     """
     entered: set[str] = set()
-    waiting = [place]
+    waiting, links = [place], list[Path]()
     while waiting:
         start = waiting.pop(0)
         for path, inner, names in os.walk(start, onerror=_warn_unlisted):
@@ -189,9 +191,12 @@ def _folders(place: Path, left_out: list[str] | None = None) -> Iterator[tuple[P
                 continue
             entered.add(real)
             inner[:] = sorted(name for name in inner if not name.startswith("."))
+            links += [folder / name for name in inner if (folder / name).is_symlink()]
             if left_out is not None:
-                waiting += [folder / name for name in inner if (folder / name).is_symlink()]
+                waiting, links = waiting + links, []
             yield folder, [name for name in names if not name.startswith(".")]
+    for link in (link for link in links if os.path.realpath(link) not in entered):
+        _warn_once(f"{link} is a link to a directory, and not followed. To take it, name it, or {place}/**.")
 
 
 def _warn_unlisted(error: OSError) -> None:

@@ -11,6 +11,7 @@ import codecs
 import gzip
 import hashlib
 import json
+import logging
 import sysconfig
 import zlib
 from collections import deque
@@ -26,6 +27,8 @@ from relora_train.data.left_out import Fault, LeftOut, text_or_fault
 from relora_train.data.source_files import SourceFile, check_compression, find_files
 from relora_train.errors import SourceUnreadableError
 from relora_train.settings.data import DataConfig
+
+_log = logging.getLogger(__name__)
 
 Located = Iterator[tuple[str, str | Fault]]
 """Documents, each with its place, and what is found in place of one."""
@@ -82,7 +85,21 @@ def resolve_source(data: DataConfig, cache_directory: Path | None = None) -> Sou
             held_out = tuple(find(data.validation_paths))
         except SourceUnreadableError as error:
             raise SourceUnreadableError(str(error).replace("data.paths", "data.validation_paths")) from None
+        files = _without(held_out, files)
     return Source(data, identify(data.source, files), tuple(files), held_out=held_out)
+
+
+def _without(held_out: Sequence[SourceFile], files: Sequence[SourceFile]) -> list[SourceFile]:
+    """Return the files whose content is not held out: a score on text that was trained on says nothing."""
+    held = {file.sha256 for file in held_out}
+    both = [file.name for file in files if file.sha256 in held]
+    if both and len(both) == len(files):
+        raise SourceUnreadableError("data.validation_paths name every file of data.paths. Leave some to train on.")
+    if both:
+        _log.warning(
+            "%d files of data.paths are held out by data.validation_paths, not trained on: %s", len(both), both[0]
+        )
+    return [file for file in files if file.sha256 not in held]
 
 
 def identify(kind: str, files: Sequence[SourceFile]) -> dict[str, Any]:

@@ -82,7 +82,7 @@ def prepare_or_reuse(
         if note := prepared.manifest.statistics.get("split_note"):
             _log.warning("Dataset %r: %s.", name, note)
         if note := left_out_note(prepared.manifest.statistics.get("left_out", ())):
-            _log.info("Dataset %r: %s.", name, note)
+            _log.warning("Dataset %r: %s.", name, note)
         prefix = dataset_prefix(prepared.manifest.name, prepared.manifest.dataset_id)
         manifest = commit_bundle(store, prefix, prepared.directory, prepared.manifest)
         keep_fetched(store, prepared.manifest, manifest, prepared.directory, dataset_cache(manifest.dataset_id))

@@ -45,12 +45,13 @@ def load_profile(name_or_path: str | Path, overrides: Iterable[str] | Mapping[st
     except OSError as error:
         raise ProfileNotFoundError(f"{path} cannot be read: {error.strerror}. Make it readable.") from None
     sources: dict[str, str] = {}
+    settings.setdefault("name", path.stem)
+    alone = settings
     items = overrides.items() if isinstance(overrides, Mapping) else map(parse_override, overrides)
     for key, value in items:
         settings = _with_override(settings, key, value)
         sources[key] = f"overrides {key}" if isinstance(overrides, Mapping) else f"--set {key}"
-    settings.setdefault("name", path.stem)
-    return _validate(settings, path, sources)
+    return _validate(settings, path, sources, alone)
 
 
 def _find(name_or_path: str | Path) -> Path:
@@ -91,7 +92,7 @@ def _with_override(settings: dict[str, Any], key: str, value: Any) -> dict[str, 
     return layered(settings, {key: value})
 
 
-def _validate(settings: dict[str, Any], path: Path, sources: Mapping[str, str]) -> Profile:
+def _validate(settings: dict[str, Any], path: Path, sources: Mapping[str, str], alone: dict[str, Any]) -> Profile:
     try:
         return Profile.model_validate(settings)
     except ConfigError as error:
@@ -100,9 +101,9 @@ def _validate(settings: dict[str, Any], path: Path, sources: Mapping[str, str]) 
         errors = _one_a_setting(error.errors())
         faults = tuple(_describe(fault, sources) for fault in errors)
         shown = "\n".join(f"  - {fault}" for fault in faults)
-        shipped = path in list_profiles()
-        over = [maker for fault in errors for maker in _makers(fault, sources, shipped=shipped)]
-        in_file = not over or (not shipped and not all(_origin(fault, sources) for fault in errors))
+        sound = _is_sound(alone)
+        over = [maker for fault in errors for maker in _makers(fault, sources, sound=sound)]
+        in_file = not over or (not sound and not all(_origin(fault, sources) for fault in errors))
         places = [*dict.fromkeys(over), *([str(path)] if in_file else [])]
         refusal = ProfileInvalidError(
             f"{path} {'' if in_file else 'with what is set over it '}has {len(faults)} "
@@ -111,6 +112,14 @@ def _validate(settings: dict[str, Any], path: Path, sources: Mapping[str, str]) 
         )
         refusal.faults = faults
         raise refusal from None
+
+
+def _is_sound(settings: dict[str, Any]) -> bool:
+    try:
+        Profile.model_validate(settings)
+    except (ConfigError, ValidationError):
+        return False
+    return True
 
 
 def _one_a_setting(errors: Sequence[ErrorDetails]) -> list[ErrorDetails]:
@@ -146,17 +155,22 @@ def _describe(fault: ErrorDetails, sources: Mapping[str, str]) -> str:
 def _origin(fault: ErrorDetails, sources: Mapping[str, str]) -> str | None:
     """Return the override that set the faulty value; None where it stands in the file, or several values contradict."""
     field = ".".join(str(part) for part in fault["loc"])
-    setters = [source for key, source in sources.items() if f"{field}.".startswith(f"{key}.")]
+    unknown = fault["type"] == "extra_forbidden"  # of an unknown section it is the section that is faulty
+    setters = [
+        source
+        for key, source in sources.items()
+        if f"{field}.".startswith(f"{key}.") or (unknown and key.startswith(f"{field}."))
+    ]
     return setters[-1] if setters else None
 
 
-def _makers(fault: ErrorDetails, sources: Mapping[str, str], *, shipped: bool) -> list[str]:
-    """Return the overrides that may have made a fault. A shipped file is right by itself: they made contradictions."""
+def _makers(fault: ErrorDetails, sources: Mapping[str, str], *, sound: bool) -> list[str]:
+    """Return the overrides that may have made a fault. Over a sound file, they made each contradiction."""
     if origin := _origin(fault, sources):
         return [origin]
     section = ".".join(str(part) for part in fault["loc"])
     within = [source for key, source in sources.items() if key.startswith(f"{section}.")]
-    return (within or list(sources.values())) if shipped else []
+    return (within or list(sources.values())) if sound else []
 
 
 def _suggest(location: tuple[int | str, ...]) -> str:

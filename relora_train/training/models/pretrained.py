@@ -55,6 +55,11 @@ def load_model(path: str | Path, *, revision: str | None = None, kind: LoadedAs 
             )
     unexpected = [name for name in found["unexpected_keys"] if not _BUFFERS.search(name)]
     check_tensors(path, found["missing_keys"], [str(entry[0]) for entry in found["mismatched_keys"]], unexpected)
+    if wrong := [name for name, value in model.named_parameters() if not bool(value.isfinite().all())]:
+        raise ModelUnsuitableError(
+            f"Not every value is finite in {_listed(wrong)} of {str(path)!r}, so its loss is nan before any update. "
+            "Copy the model again, or give one that was saved whole."
+        )
     return cast(nn.Module, model)
 
 

@@ -35,7 +35,8 @@ def read_config(directory: Path, kind: LoadedAs, *, key: str) -> int:
         config = json.loads((directory / "config.json").read_bytes())
     except OSError:
         raise ModelNotFoundError(
-            f"{place} has no config.json, so it is no model of transformers. Correct the path."
+            f"{place} has no config.json, so it is no model of transformers. Give a directory that save_pretrained "
+            "wrote; GGUF and other formats are not read."
         ) from None
     except ValueError as error:
         raise ModelNotFoundError(f"{directory / 'config.json'} is not JSON: {error}. Copy the model again.") from None
