@@ -51,7 +51,7 @@ class DataConfig(FrozenConfig):
     """Files, directories, globs or s3:// prefixes, for text, jsonl, parquet and idx; a file counts once."""
 
     validation_paths: tuple[Address, ...] = ()
-    """Files to hold out, named like `paths` and read alike; then all of `paths` is trained on."""
+    """Files to hold out, named like `paths` and read alike; then the rest of `paths` is trained on."""
 
     hub_id: Address | None = None
     """Dataset on the hub, for source 'hub'."""
