@@ -39,6 +39,7 @@ settings.load_profile("any speed")
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in the same hook
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Keep a file's tests in one process, those of all files that look at `observed` too: it is made once."""
     places = {name: place for place, name in enumerate(LONGEST)}

@@ -212,7 +212,7 @@ def test_a_job_that_is_told_to_stop_goes_back_into_the_queue_and_continues_from_
     assert second.wait(timeout=300) == 0, stack.log("second").read_text()[-3000:]
     assert psql(stack, f"select state_name || run_count from flow_run where id = '{flow_run}'") == "Completed2"
     said = stack.log("second").read_text()
-    assert "stage warm-start: steps" not in said, "what was committed is not done again"
+    assert "warm-start: steps" not in said, "what was committed is not done again"
     resumed = re.search(r"cycle-1: going on from the snapshot of step (\d+)", said)
     assert resumed and int(resumed[1]) > 20, said[-3000:]
 

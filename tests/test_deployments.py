@@ -99,7 +99,7 @@ def flow_process(store: str, run_id: str) -> int:
 def wait_until_cycle_1(operator: Operator, flow_run_id: str) -> None:
     def started() -> bool:
         assert operator.state(flow_run_id) in ("SCHEDULED", "PENDING", "RUNNING"), operator.logs(flow_run_id)
-        return any(line.startswith("stage cycle-1") for line in operator.logs(flow_run_id))
+        return any(line.startswith("cycle-1: steps ") for line in operator.logs(flow_run_id))
 
     wait_for(started, 240, lambda: (operator.flow_run(flow_run_id)["state"], operator.last_words()))
 
@@ -110,7 +110,7 @@ def wait_until_gone(pids: list[int], seconds: float) -> None:
 
 def trained(operator: Operator, flow_run_id: str) -> list[str]:
     lines = operator.logs(flow_run_id)
-    return [line.split()[1].rstrip(":") for line in lines if line.startswith("stage ") and "steps" in line]
+    return [line.partition(":")[0] for line in lines if ": steps " in line]
 
 
 WRONG: list[tuple[dict[str, Any], str]] = [

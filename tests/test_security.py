@@ -39,8 +39,8 @@ from relora_train.checkpoints.tombstone import read_tombstone
 from relora_train.checkpoints.upkeep.pruning import prune_run
 from relora_train.checkpoints.upkeep.verify import verify_run
 from relora_train.cli.app import main
-from relora_train.cli.run import recorded_evaluations
 from relora_train.errors import CheckpointCorruptError, ConfigError, ModelNotFoundError
+from relora_train.runs.evaluations import recorded_evaluations
 from relora_train.runs.run import Run
 from relora_train.runs.workers import run_worker
 from relora_train.settings.profile import Profile

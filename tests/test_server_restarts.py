@@ -62,10 +62,10 @@ def flow_process(store: str, run_id: str) -> int:
     return int(json.loads(open_store(store).get_bytes(f"runs/{run_id}/lease.json")[0])["holder"]["pid"])
 
 
-def wait_for_line(operator: Operator, flow_run_id: str, start: str) -> None:
+def wait_for_line(operator: Operator, flow_run_id: str, words: str) -> None:
     def said() -> bool:
         assert operator.state(flow_run_id) in ("SCHEDULED", "PENDING", "RUNNING"), operator.logs(flow_run_id)
-        return any(line.startswith(start) for line in operator.logs(flow_run_id))
+        return any(words in line for line in operator.logs(flow_run_id))
 
     wait_for(said, 240, lambda: (operator.flow_run(flow_run_id)["state"], operator.last_words()))
 
@@ -111,7 +111,7 @@ def test_a_run_that_lives_says_so_and_one_that_waits_gets_the_slot_of_one_that_w
     operator: Operator, worker: subprocess.Popen[bytes], store: str
 ):
     holder = begin(operator, "holder", LONG, gpu_limit="gpu")
-    wait_for_line(operator, holder, "stage ")
+    wait_for_line(operator, holder, ": steps ")
     mistaken = {"state": {"type": "CRASHED", "message": "No sign of life"}, "force": True}
     operator.api("POST", f"/flow_runs/{holder}/set_state", mistaken)
     wait_for(lambda: operator.state(holder) == "RUNNING", 120, operator.last_words)
@@ -156,7 +156,7 @@ def test_a_server_that_is_away_for_six_minutes_ends_no_training(
     assert slots_taken(operator) == 0
 
     after = begin(operator, "after", LONG, gpu_limit="gpu")
-    wait_for_line(operator, after, "stage ")
+    wait_for_line(operator, after, ": steps ")
     operator.prefect("flow-run", "cancel", after)
     operator.wait_for_state(after, "CANCELLED", seconds=90)
     for run_id in ("done-meanwhile", "going-on"):
