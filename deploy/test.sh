@@ -6,5 +6,5 @@ ruff format --check .
 ruff check .
 mypy
 lint-imports
-# Four processes on two cores: most tests wait for processes of their own. tests/conftest.py says what goes together.
-exec python -m pytest --numprocesses 4 --dist loadgroup --no-loadscope-reorder "$@"
+# Four processes on two cores, a file of tests at a time: most tests wait for processes of their own.
+exec python -m pytest --numprocesses 4 --dist loadfile --no-loadscope-reorder "$@"

@@ -24,8 +24,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Files whose tests wait longest for processes of their own: begun first, so that none of them is left alone at the end.
 LONGEST = (
     "test_flow_pretrain", "test_deployments", "test_server_restarts", "test_flow_compare", "test_launch",
-    "test_run_snapshots", "test_flow_publishing", "test_ranks", "test_kill_storm", "test_artifacts",
-    "test_flow_retrain", "test_hostile_directory", "test_kept_worker",
+    "test_run_snapshots", "test_flow_publishing", "test_ranks", "test_kill_storm", "test_artifacts", "test_security",
+    "test_flow_retrain", "test_hostile_directory", "test_kept_worker", "test_sharding", "test_bench",
 )  # fmt: skip
 
 # A table is as wide whatever runs the tests: rich asks for the terminal, and there may be none.
@@ -39,14 +39,10 @@ settings.load_profile("any speed")
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in the same hook
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep a file's tests in one process, those of all files that look at `observed` too: it is made once."""
+    """Begin with the files that take longest."""
     places = {name: place for place, name in enumerate(LONGEST)}
-    for item in items:
-        together = "observed" in getattr(item, "fixturenames", ())
-        item.add_marker(pytest.mark.xdist_group("test_artifacts" if together else item.path.stem))
-    items.sort(key=lambda item: places.get(next(item.iter_markers("xdist_group")).args[0], len(places)))
+    items.sort(key=lambda item: places.get(item.path.stem, len(places)))
 
 
 @pytest.fixture(scope="session")
