@@ -164,6 +164,8 @@ def test_a_stage_that_another_process_trained_meanwhile_is_looked_up_again(
     assert find_stage(run, stage, dataset.dataset_id, None) is None
     settings, fingerprint = stage_identity(run, stage, dataset.dataset_id, None)
     work = WorkDirectory(*work_name(run, stage.name, fingerprint))
+    identities: list[object] = []
+    monkeypatch.setattr("relora_train.runs.find.pretrained_content", identities.append)
     with ThreadPoolExecutor() as pool:
         outcome = pool.submit(train_stage, run, stage, dataset, None, on_event=lambda event: None, provenance={})
         while "waiting for it" not in caplog.text and not outcome.done():
@@ -174,3 +176,4 @@ def test_a_stage_that_another_process_trained_meanwhile_is_looked_up_again(
         made = CheckpointStore(memory, "run").commit(files, manifest.model_copy(update=update))
         work.release(remove=True)
         assert outcome.result(60).checkpoint == made and outcome.result().reused
+    assert len(identities) == 1, "a local model.pretrained is read once, however often its stage is looked for"

@@ -25,7 +25,13 @@ def find_stage(run: Run, stage: Stage, dataset_id: str, parent: CheckpointRef | 
     While the store cannot be read and the parent has yet to be stored, the answer is None: training goes on.
     Raises RunSettingsChangedError if this run holds a checkpoint of the same stage made with other settings.
     """
-    settings, fingerprint = stage_identity(run, stage, dataset_id, parent)
+    return find_identified(run, stage, parent, *stage_identity(run, stage, dataset_id, parent))
+
+
+def find_identified(
+    run: Run, stage: Stage, parent: CheckpointRef | None, settings: dict[str, Any], fingerprint: str
+) -> CheckpointRef | None:
+    """Do what find_stage does, given the stage's identity: making one reads every byte of a local model.pretrained."""
     try:
         refs = run.checkpoints.history()
         present = [ref for ref in refs if not ref.is_removed]

@@ -13,7 +13,7 @@ from relora_train.checkpoints.snapshots import SnapshotStore
 from relora_train.errors import ObjectNotFoundError
 from relora_train.events import Event
 from relora_train.method.stages import Stage
-from relora_train.runs.find import find_stage, stage_identity
+from relora_train.runs.find import find_identified, stage_identity
 from relora_train.runs.run import DatasetRef, OnEvent, Run, StageOutcome, fetch_dataset, fetch_parent
 from relora_train.runs.snapshot_uploader import SnapshotUploader
 from relora_train.runs.stage_work import (
@@ -58,7 +58,7 @@ def train_stage(
         run.publisher.raise_if_superseded()
         if waiting := run.publisher.find(fingerprint):
             return StageOutcome(waiting.checkpoint, reused=False, stored=False)
-    found = find_stage(run, stage, dataset.dataset_id, parent)
+    found = find_identified(run, stage, parent, settings, fingerprint)
     if found is not None:
         remove_leftover_work(run, found)
         return _reuse(run, found)
@@ -66,7 +66,7 @@ def train_stage(
     try:
         if work.waited:  # for another process, which may have trained the stage
             run.checkpoints.refresh()
-            found = find_stage(run, stage, dataset.dataset_id, parent)
+            found = find_identified(run, stage, parent, settings, fingerprint)
         if found is not None:
             outcome = _reuse(run, found)
         else:
