@@ -4,7 +4,7 @@ A bundle is the files below `<prefix>/` that `<prefix>/manifest.json` lists. Gua
 crash at any point, and only conditional single puts to build on:
 1. A reader of a manifest finds exactly the files its writer had. Files of two writers never mix.
 2. The first manifest wins and never changes. Every other writer of the same work adopts it.
-3. What a dead writer left is invisible. A retry completes it and reuses what is uploaded.
+3. The leftovers of a dead writer are invisible. A retry completes it and reuses what is uploaded.
 README.md explains how claims, variants and tombstones keep these promises.
 """
 

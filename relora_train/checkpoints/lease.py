@@ -1,7 +1,7 @@
 """One writer a run: a lease in the store, by conditional writes.
 
 `runs/<run_id>/lease.json` names its holder, which renews it three times a TTL. Guarantees:
-1. Of any number of flows with one run id at most one holds the lease. The others stop with RunInUseError.
+1. At most one of any number of flows with one run id holds the lease. The others stop with RunInUseError.
 2. A lease outlives its holder by 1.25 TTL at most, and not at all if its death can be seen: same machine, same boot,
    same PID namespace, and that process (PID and start time, so a reused PID deceives nobody) is gone.
 3. Nobody compares two machines' clocks. A waiter takes over when it saw the same etag for 1.25 TTL on its own monotonic

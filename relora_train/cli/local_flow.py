@@ -84,7 +84,7 @@ def run_flow(
 
 
 def set_orchestrator_environment(*, verbose: bool) -> None:
-    """Settings Prefect reads when it is imported. What the user has set stays."""
+    """Settings Prefect reads when it is imported. Settings of the user stay."""
     for variable, value in _QUIET_AND_OFFLINE.items():
         os.environ.setdefault(variable, value)
     if "PREFECT_LOGGING_LEVEL" not in os.environ:  # who sets a level wants to see it

@@ -112,7 +112,7 @@ def list_files(paths: Iterable[str], kind: str, *, skip: bool = False) -> list[F
             else:
                 found[file.identity] = file
     if left_out:
-        _warn_once(
+        warn_once(
             f"data.paths: {len(left_out)} name{'s' if len(left_out) > 1 else ''} left out, {len(found)} files taken. "
             f"A file counts once, whatever links or further paths lead to it. The first left out: {left_out[0]}"
         )
@@ -142,7 +142,7 @@ def _on_disk(path: str, kind: str, left_out: list[str]) -> list[FoundFile]:
         inside = [*set(_matching(Path(place.anchor), place.relative_to(place.anchor).parts, left_out))]
         files = sorted(file for file in inside if file.is_file())
     if broken := sorted(str(file) for file in inside if file.is_symlink() and not file.exists()):
-        _warn_once(f"Links that lead to nothing are left out, {len(broken)} in all. The first: {broken[0]}")
+        warn_once(f"Links that lead to nothing are left out, {len(broken)} in all. The first: {broken[0]}")
     if not files:
         raise _nothing_found(path, kind, exists=place.is_dir())
     real_folder = cache(os.path.realpath)
@@ -196,15 +196,15 @@ def _folders(place: Path, left_out: list[str] | None = None) -> Iterator[tuple[P
                 waiting, links = waiting + links, []
             yield folder, [name for name in names if not name.startswith(".")]
     for link in (link for link in links if os.path.realpath(link) not in entered):
-        _warn_once(f"{link} is a link to a directory, and not followed. To take it, name it, or {place}/**.")
+        warn_once(f"{link} is a link to a directory, and not followed. To take it, name it, or {place}/**.")
 
 
 def _warn_unlisted(error: OSError) -> None:
-    _warn_once(f"{error.filename} cannot be listed ({error.strerror}): nothing in it is taken.")
+    warn_once(f"{error.filename} cannot be listed ({error.strerror}): nothing in it is taken.")
 
 
 @cache
-def _warn_once(message: str) -> None:
+def warn_once(message: str) -> None:
     """A run looks for its files up to three times."""
     _log.warning("%s", message)
 

@@ -11,7 +11,6 @@ import codecs
 import gzip
 import hashlib
 import json
-import logging
 import sysconfig
 import zlib
 from collections import deque
@@ -24,11 +23,9 @@ from typing import IO, Any
 
 from relora_train.data.hf_sources import hub_rows, parquet_rows, resolve_hub_revision
 from relora_train.data.left_out import Fault, LeftOut, text_or_fault
-from relora_train.data.source_files import SourceFile, check_compression, find_files
+from relora_train.data.source_files import SourceFile, check_compression, find_files, warn_once
 from relora_train.errors import SourceUnreadableError
 from relora_train.settings.data import DataConfig
-
-_log = logging.getLogger(__name__)
 
 Located = Iterator[tuple[str, str | Fault]]
 """Documents, each with its place, and what is found in place of one."""
@@ -96,9 +93,7 @@ def _without(held_out: Sequence[SourceFile], files: Sequence[SourceFile]) -> lis
     if both and len(both) == len(files):
         raise SourceUnreadableError("data.validation_paths name every file of data.paths. Leave some to train on.")
     if both:
-        _log.warning(
-            "%d files of data.paths are held out by data.validation_paths, not trained on: %s", len(both), both[0]
-        )
+        warn_once(f"{len(both)} files of data.paths are held out by data.validation_paths, not trained on: {both[0]}")
     return [file for file in files if file.sha256 not in held]
 
 

@@ -110,7 +110,7 @@ class Experiment:
     def waves(self, runs: Sequence[PlannedRun], *, together: bool) -> list[list[PlannedRun]]:
         """These runs and the warm starts that they branch from, in an order in which they can be trained.
 
-        together: as much as possible at a time: all warm starts, then all runs. Else one after another.
+        together: as much as possible at a time: all warm starts, then all runs. Otherwise they run one after another.
         """
         needed = {run.warm_start for run in runs}
         starts = [start for start in self.warm_starts if start.run_id in needed]

@@ -1,6 +1,6 @@
 """Check, before anything is tokenized, that a run's model can be loaded, wrapped and put on a device.
 
-What needs no torch is checked here. A worker process finds out the rest by loading the model.
+This module checks all that needs no torch. A worker process finds out the rest by loading the model.
 """
 
 from __future__ import annotations

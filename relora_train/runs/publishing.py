@@ -4,7 +4,8 @@ A publisher belongs to one flow, as its lease does. Guarantees:
 1. In order: a checkpoint is committed only when all that were handed over before it are. One that cannot be stored
    holds up the later ones, whatever they have come to.
 2. Files and lock of its work directory stay until it is stored and `release_files` says that nobody reads them any
-   more. What is not stored in the end stays on this machine; the next run here stores it without training it again.
+   more. A checkpoint that is not stored in the end stays on this machine; the next run here stores it without training
+   it again.
 3. If the store turns out to hold another result in a checkpoint's place, nothing handed over later is ever stored.
 4. After the block nothing becomes visible any more, not even by a transfer that could not be stopped.
 While the store is away or denies access, it is tried again now and then, and training goes on. A flow that waits for a
