@@ -119,7 +119,7 @@ def _as_ours(error: RuntimeError, rank: int, world_size: int) -> ReLoRAError | N
 
 
 @contextmanager
-def joined_ranks(device: Literal["auto", "cpu", "cuda"]) -> Iterator[Ranks]:
+def process_group(device: Literal["auto", "cpu", "cuda"]) -> Iterator[Ranks]:
     """Join the group that the launcher's environment names; leave it at a good end.
 
     After an error it is not left: that waits for ranks that may sit in a message and never come. The process is to

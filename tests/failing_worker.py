@@ -56,9 +56,9 @@ def fail(request: FailingRequest, emit: Emit) -> None:
         case "diverged":
             raise DivergedError("the loss is nan")
         case "rank out of memory" | "rank hangs":
-            from relora_train.distributed import joined_ranks
+            from relora_train.distributed import process_group
 
-            with joined_ranks("cpu") as ranks:
+            with process_group("cpu") as ranks:
                 fail_as_second(request, ranks)
     sys.exit(0)
 

@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from relora_train.checkpoints.snapshots import local_snapshots
-from relora_train.distributed import Ranks, joined_ranks, local_shard
+from relora_train.distributed import Ranks, local_shard, process_group
 from relora_train.errors import TrainerInterruptedError
 from relora_train.process import Emit, serve_request
 from relora_train.settings.base import FrozenConfig
@@ -69,9 +69,9 @@ def train_all(plan: ManyStages, emit: Emit) -> None:
     trainer.prepare_stage, trainer._train = recorded_prepare, recorded_train
     StageTraining.update = update_and_stop
     launch = plan.stages[0].request.profile.launch
-    with joined_ranks(launch.device) as ranks:
+    with process_group(launch.device) as ranks:
         # A trainer joins once in its life; FSDP does not outlive its process group.
-        trainer.joined_ranks = lambda *_, **__: nullcontext(ranks)
+        trainer.process_group = lambda *_, **__: nullcontext(ranks)
         for work in plan.stages:
             request = work.request
             if work.stop_after is not None:

@@ -8,7 +8,7 @@ import pytest
 
 from relora_train import devices
 from relora_train.devices import check_devices
-from relora_train.distributed import joined_ranks
+from relora_train.distributed import process_group
 from relora_train.errors import DeviceError
 from relora_train.runs.joining import join_run
 from relora_train.settings.running import LaunchConfig
@@ -50,7 +50,7 @@ def test_a_gpu_that_torch_cannot_use_is_told_of_before_the_cpu_is_taken(
     monkeypatch.setattr(devices, "usable_gpus", lambda: 0)
     for device in ("cpu", "auto", "auto"):
         devices.warn_of_unused_gpu.cache_clear() if device == "cpu" else None
-        with joined_ranks(device) as ranks:
+        with process_group(device) as ranks:
             assert ranks.device.type == "cpu"
     told = [record.message for record in caplog.records if record.levelname == "WARNING"]
     assert [sign in message for message in told] == ([True] if sign else []), told

@@ -19,11 +19,11 @@ from relora_train.checkpoints.all_runs import read_checkpoints
 from relora_train.checkpoints.lineage import (
     CheckpointRef,
     Line,
-    choose_result,
     descendants,
     draw_lineage,
     find_parents,
-    set_aside,
+    is_left_behind,
+    result_for,
 )
 from relora_train.checkpoints.manifest import CheckpointManifest, ParentRef
 from relora_train.checkpoints.run import CheckpointStore
@@ -156,19 +156,19 @@ def variants() -> tuple[list[CheckpointRef], list[CheckpointRef]]:
 def test_the_heads_line_says_which_of_two_results_counts():
     plain, other = variants()
     refs, stage = [*plain, *other[1:]], plain[1].fingerprint
-    assert choose_result(stage, refs, None) == plain[1]
-    assert choose_result(stage, refs, plain[2]) == plain[1]
-    assert choose_result(stage, refs, other[2]) == other[1]
-    assert choose_result(stage, [*other], None) == other[1]
-    assert choose_result("0" * 64, refs, other[2]) is None
+    assert result_for(stage, refs, None) == plain[1]
+    assert result_for(stage, refs, plain[2]) == plain[1]
+    assert result_for(stage, refs, other[2]) == other[1]
+    assert result_for(stage, [*other], None) == other[1]
+    assert result_for("0" * 64, refs, other[2]) is None
 
 
 def test_what_followed_a_replaced_stage_is_set_aside_and_nothing_else():
     plain, other = variants()
     refs = [*plain, *other[1:]]
-    assert set_aside(plain[2], other[1], refs) and set_aside(other[2], plain[1], refs)
-    assert not set_aside(plain[2], plain[1], refs) and not set_aside(plain[1], plain[0], refs)
-    assert not set_aside(plain[2], None, refs)
+    assert is_left_behind(plain[2], other[1], refs) and is_left_behind(other[2], plain[1], refs)
+    assert not is_left_behind(plain[2], plain[1], refs) and not is_left_behind(plain[1], plain[0], refs)
+    assert not is_left_behind(plain[2], None, refs)
 
 
 # --- shown ---

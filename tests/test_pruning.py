@@ -91,7 +91,7 @@ def histories(draw: st.DrawFn) -> tuple[list[CheckpointRef], dict[str, tuple[str
         )  # fmt: skip
         refs.append(make_ref(MemoryStore("m"), checkpoint_prefix("run", manifest.step, manifest.fingerprint), manifest))
     removed = draw(st.sets(st.integers(0, count - 1)))
-    history = [CheckpointRef(**{**vars(ref), "is_removed": index in removed}) for index, ref in enumerate(refs)]
+    history = [CheckpointRef(**{**vars(ref), "is_pruned": index in removed}) for index, ref in enumerate(refs)]
     protected = {history[index].prefix: ("pinned",) for index in draw(st.sets(st.integers(0, count - 1)))}
     last, every = draw(st.none() | st.integers(1, 4)), draw(st.none() | st.integers(1, 4))
     return history, protected, RetentionPolicy(last if last or every else 1, every)
@@ -104,7 +104,7 @@ EMPTY = Path("no such directory")
 def test_for_any_history_and_policy_what_is_needed_stays(drawn):
     history, protected, policy = drawn
     verdicts = plan_pruning(history, policy, protected)
-    present = [ref for ref in history if not ref.is_removed]
+    present = [ref for ref in history if not ref.is_pruned]
     kept = [verdict.checkpoint for verdict in verdicts if verdict.keep]
     assert [verdict.checkpoint for verdict in verdicts] == present
     assert bool(present) == bool(kept)
@@ -117,7 +117,7 @@ def test_for_any_history_and_policy_what_is_needed_stays(drawn):
             assert verdict.keep
         following = [end for end in present if ref in line_to(end, history)]
         between = [
-            sum(not one.is_removed for one in line_to(end, history)) - _position(ref, end, history)
+            sum(not one.is_pruned for one in line_to(end, history)) - _position(ref, end, history)
             for end in following
             if end.prefix not in ancestors
         ]
@@ -126,7 +126,7 @@ def test_for_any_history_and_policy_what_is_needed_stays(drawn):
 
 
 def _position(ref: CheckpointRef, end: CheckpointRef, history: list[CheckpointRef]) -> int:
-    line = [one.prefix for one in line_to(end, history) if not one.is_removed]
+    line = [one.prefix for one in line_to(end, history) if not one.is_pruned]
     return line.index(ref.prefix) + 1
 
 
@@ -134,7 +134,7 @@ def _position(ref: CheckpointRef, end: CheckpointRef, history: list[CheckpointRe
 def test_planning_after_pruning_removes_nothing_more(drawn):
     history, protected, policy = drawn
     gone = {verdict.checkpoint.prefix for verdict in plan_pruning(history, policy, protected) if not verdict.keep}
-    after = [CheckpointRef(**{**vars(ref), "is_removed": ref.is_removed or ref.prefix in gone}) for ref in history]
+    after = [CheckpointRef(**{**vars(ref), "is_pruned": ref.is_pruned or ref.prefix in gone}) for ref in history]
     assert all(verdict.keep for verdict in plan_pruning(after, policy, protected))
 
 
@@ -182,8 +182,8 @@ def test_a_line_with_removed_checkpoints_is_still_one_line(memory, files):
     assert list(run.ancestry(refs[5])) == [refs[0], refs[2], refs[4], refs[5]]
     assert run.set_head(refs[2]) == refs[5]  # repeating old work does not send the run back
     assert resolve_checkpoint("run@cycle-2", memory) == refs[2]
-    found = run.find_removed(refs[1].fingerprint)
-    assert found is not None and found.is_removed and found.prefix == refs[1].prefix
+    found = run.find_pruned(refs[1].fingerprint)
+    assert found is not None and found.is_pruned and found.prefix == refs[1].prefix
     for name in ("run@cycle-1", refs[1].uri):
         with pytest.raises(CheckpointNotFoundError, match="was removed by `relora prune`"):
             resolve_checkpoint(name, memory)
@@ -206,7 +206,7 @@ def test_a_removed_end_of_which_nothing_is_left_is_not_taken_for_done(memory, fi
     for info in list(memory.list(refs[2].prefix)):
         memory.delete(info.key)
     with pytest.raises(CheckpointNotFoundError, match="was removed by"):
-        CheckpointStore(memory, "run").find_removed(refs[1].fingerprint)
+        CheckpointStore(memory, "run").find_pruned(refs[1].fingerprint)
 
 
 def snapshot(store: ObjectStore, parent: CheckpointRef, stage: str = "ab" * 6) -> str:

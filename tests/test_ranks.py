@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from stage_runs import ignore, metrics_of, stage_request, tiny_profile
 
 from relora_train.checkpoints.snapshots import local_snapshots
-from relora_train.distributed import SLOW, STEP, Ranks, joined_ranks
+from relora_train.distributed import SLOW, STEP, Ranks, process_group
 from relora_train.errors import ConfigError, DeviceError, DeviceMemoryError, ReLoRAError, TrainerCrashedError
 from relora_train.events import Event
 from relora_train.process import is_out_of_memory
@@ -259,7 +259,7 @@ NCCL = (
 )
 def test_what_nccl_says_last_decides_and_is_told(what: str, kind: str, last: str, error: type[Exception], told: str):
     """Those that are raised as they are get their names from the process, as on a machine with one rank."""
-    with pytest.raises(error, match=told) as caught, joined_ranks("cpu"):
+    with pytest.raises(error, match=told) as caught, process_group("cpu"):
         raise dist.DistBackendError(NCCL.format(what=what, kind=kind, last=last))
     assert is_out_of_memory(caught.value) == ("out of memory" in last)
 

@@ -150,7 +150,7 @@ def test_a_checkpoint_that_is_pruned_while_the_run_is_read_stays_in_its_history(
             return listed
 
     for found in (CheckpointStore(Pruned(memory, remote=False), "run"), RunView(Pruned(memory, remote=False), "run")):
-        assert [(ref.uri, ref.is_removed) for ref in found.history()] == [(one.uri, True), (two.uri, False)]
+        assert [(ref.uri, ref.is_pruned) for ref in found.history()] == [(one.uri, True), (two.uri, False)]
 
 
 def test_a_stage_that_another_process_trained_meanwhile_is_looked_up_again(

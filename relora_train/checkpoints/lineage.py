@@ -24,7 +24,7 @@ class CheckpointRef:
     store_uri: str
     prefix: str
     manifest: CheckpointManifest
-    is_removed: bool = False
+    is_pruned: bool = False
     """Known from its tombstone only: it has a place in the lineage and no files."""
 
     @property
@@ -36,7 +36,7 @@ class CheckpointRef:
         return self.manifest.step
 
     @property
-    def stands_for(self) -> str:
+    def result_of(self) -> str:
         """The fingerprint of the stage whose result this is: its own, or that of the stage it replaced."""
         return self.manifest.variant_of or self.fingerprint
 
@@ -103,7 +103,7 @@ def find_parents(refs: Sequence[CheckpointRef]) -> Mapping[str, CheckpointRef]:
     return found
 
 
-def choose_result(fingerprint: str, refs: Sequence[CheckpointRef], head: CheckpointRef | None) -> CheckpointRef | None:
+def result_for(fingerprint: str, refs: Sequence[CheckpointRef], head: CheckpointRef | None) -> CheckpointRef | None:
     """Return the checkpoint of a run that is the result of the stage with this fingerprint, or None.
 
     Among several, the one on the head's line wins, then the stage's own, then the first one made.
@@ -116,12 +116,12 @@ def choose_result(fingerprint: str, refs: Sequence[CheckpointRef], head: Checkpo
     return candidates[0] if candidates else None
 
 
-def set_aside(ref: CheckpointRef, parent: CheckpointRef | None, refs: Sequence[CheckpointRef]) -> bool:
+def is_left_behind(ref: CheckpointRef, parent: CheckpointRef | None, refs: Sequence[CheckpointRef]) -> bool:
     """Return True if `ref` lies on a line that the one to `parent` left when a variant replaced a stage."""
     ours = line_to(parent, refs) if parent else ()
-    fingerprints, stages = {one.fingerprint for one in ours}, {one.stands_for for one in ours}
+    fingerprints, stages = {one.fingerprint for one in ours}, {one.result_of for one in ours}
     earlier = line_to(ref, refs)[:-1]
-    return any(one.stands_for in stages and one.fingerprint not in fingerprints for one in earlier)
+    return any(one.result_of in stages and one.fingerprint not in fingerprints for one in earlier)
 
 
 def descendants(ref: CheckpointRef, refs: Sequence[CheckpointRef]) -> Sequence[CheckpointRef]:
@@ -144,9 +144,9 @@ def line_to(ref: CheckpointRef, refs: Sequence[CheckpointRef]) -> Sequence[Check
     return line
 
 
-def without_removed_ends(refs: Sequence[CheckpointRef]) -> Sequence[CheckpointRef]:
+def without_pruned_ends(refs: Sequence[CheckpointRef]) -> Sequence[CheckpointRef]:
     """Leave out the removed checkpoints from which nothing came that is still there."""
-    needed = {known.prefix for ref in refs if not ref.is_removed for known in line_to(ref, refs)}
+    needed = {known.prefix for ref in refs if not ref.is_pruned for known in line_to(ref, refs)}
     return [ref for ref in refs if ref.prefix in needed]
 
 

@@ -20,7 +20,7 @@ from relora_train.checkpoints.layout import (
     parse_checkpoint_prefix,
     split_checkpoint_uri,
 )
-from relora_train.checkpoints.lineage import CheckpointRef, end_of_line, line_to, read_checkpoint, without_removed_ends
+from relora_train.checkpoints.lineage import CheckpointRef, end_of_line, line_to, read_checkpoint, without_pruned_ends
 from relora_train.checkpoints.run import CheckpointStore
 from relora_train.checkpoints.series import resolve_series
 from relora_train.checkpoints.series_record import SERIES_PATTERN
@@ -81,7 +81,7 @@ def _of_run(run: CheckpointStore, selector: str) -> CheckpointRef:
     candidates = [ref for ref in refs if (ref.step == int(step[1]) if step else ref.manifest.stage == selector)]
     if not candidates:
         for ref in run.history():
-            if ref.is_removed and ref.manifest.stage == selector:
+            if ref.is_pruned and ref.manifest.stage == selector:
                 raise _incomplete(run, ref.uri)
         if step:
             _refuse_incomplete_step(run, int(step[1]))
@@ -95,10 +95,10 @@ def _on_the_line(run: CheckpointStore, candidates: Sequence[CheckpointRef], sele
     """Return the candidate on the run's line. Nothing off the line is chosen, not even if it is the only one."""
     head, history = run.head(), run.history()
     try:
-        end = end_of_line(without_removed_ends(history), head, run_id=run.run_id)
+        end = end_of_line(without_pruned_ends(history), head, run_id=run.run_id)
         line = line_to(end, history) if end else ()
     except CheckpointAmbiguousError:
-        line = line_to(head, history) if head else _common_beginning(without_removed_ends(history))
+        line = line_to(head, history) if head else _common_beginning(without_pruned_ends(history))
     places = {ref.prefix for ref in line}
     on_line = [ref for ref in candidates if ref.prefix in places]
     if len(on_line) == 1:

@@ -27,7 +27,7 @@ from relora_train.checkpoints.lineage import (
     line_to,
     make_ref,
     read_checkpoint,
-    without_removed_ends,
+    without_pruned_ends,
 )
 from relora_train.checkpoints.manifest import MANIFEST_NAME, CheckpointManifest
 from relora_train.checkpoints.tombstone import TOMBSTONE_NAME, read_tombstone, removal_at
@@ -94,18 +94,18 @@ class CheckpointStore:
         for prefix in {*removed, *committed}:
             # A manifest that went since it was listed has left a tombstone.
             if refs.get(prefix) is None and (tombstone := read_tombstone(self.store, prefix)):
-                refs[prefix] = replace(make_ref(self.store, prefix, tombstone.manifest), is_removed=True)
+                refs[prefix] = replace(make_ref(self.store, prefix, tombstone.manifest), is_pruned=True)
         return in_order(ref for ref in refs.values() if ref is not None)
 
-    def find_removed(self, fingerprint: str) -> CheckpointRef | None:
+    def find_pruned(self, fingerprint: str) -> CheckpointRef | None:
         """Return the checkpoint of exactly this work that was pruned after others had been trained from it, or None.
 
         Raises CheckpointNotFoundError if nothing that came from it is left either.
         """
         history = self.history()
         for ref in history:
-            if ref.is_removed and ref.fingerprint == fingerprint:
-                if any(ref in line_to(other, history) for other in history if not other.is_removed):
+            if ref.is_pruned and ref.fingerprint == fingerprint:
+                if any(ref in line_to(other, history) for other in history if not other.is_pruned):
                     return ref
                 if removal := removal_at(self.store, ref.prefix):
                     raise CheckpointNotFoundError(removal)
@@ -168,11 +168,11 @@ class CheckpointStore:
         CheckpointAmbiguousError, which names them. The highest number in a listing never decides.
         """
         refs, head = self.history(), self.head()
-        return end_of_line(without_removed_ends(refs), head, run_id=self.run_id)
+        return end_of_line(without_pruned_ends(refs), head, run_id=self.run_id)
 
     def ancestry(self, ref: CheckpointRef) -> Sequence[CheckpointRef]:
         """Return the checkpoints of this run that led to `ref` and are still there, oldest first, itself last."""
-        return [known for known in line_to(ref, self.history()) if not known.is_removed]
+        return [known for known in line_to(ref, self.history()) if not known.is_pruned]
 
     def _listing(self) -> tuple[Sequence[str], Sequence[str]]:
         """Return the prefixes that hold a manifest, and those that hold a tombstone."""

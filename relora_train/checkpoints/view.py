@@ -44,7 +44,7 @@ class RunView(CheckpointStore):
 
     def list(self) -> Sequence[CheckpointRef]:
         """Return the committed checkpoints among them."""
-        return [ref for ref in self.history() if not ref.is_removed]
+        return [ref for ref in self.history() if not ref.is_pruned]
 
     def commit(
         self, directory: Path, manifest: CheckpointManifest, *, check_lease: Callable[[], None] = lambda: None

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from relora_train.checkpoints.manifest import DatasetManifest, describe_files
-from relora_train.distributed import joined_ranks
+from relora_train.distributed import process_group
 from relora_train.experiments.bench import RELORA, StepRequest
 from relora_train.method.stages import plan_stages
 from relora_train.training.build import prepare_stage
@@ -81,7 +81,7 @@ def prepare(request: StepRequest, directory: Path) -> StageTraining:
     stage = plan_stages(profile)[1 if request.arm == RELORA else 0]
     dataset = _random_dataset(request, directory / "dataset")
     configure_torch(profile)
-    with joined_ranks(profile.launch.device) as ranks:
+    with process_group(profile.launch.device) as ranks:
         training = prepare_stage(
             StageRequest(
                 run_id="bench",

@@ -20,7 +20,7 @@ def finished_text(stage: Stage, outcome: StageOutcome) -> str:
     headline = measures_in(manifest.evaluation).headline
     what = f"**{stage.name}**: steps {steps_text(stage.start_step, stage.end_step)}"
     if outcome.reused:
-        state = "was there and has been pruned" if outcome.checkpoint.is_removed else "is there already"
+        state = "was there and has been pruned" if outcome.checkpoint.is_pruned else "is there already"
         return f"{what} skipped, the checkpoint {state}: `{outcome.checkpoint.uri}`"
     scored = f"validation {headline.name} {headline.change(manifest.evaluation)}"
     waits = "" if outcome.stored else "; its checkpoint is being stored"

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from relora_train.checkpoints.lineage import CheckpointRef, choose_result, set_aside
+from relora_train.checkpoints.lineage import CheckpointRef, is_left_behind, result_for
 from relora_train.checkpoints.manifest import find_dataset, hash_file
 from relora_train.data.dataset_changes import dataset_changes
 from relora_train.errors import AccessDeniedError, RunSettingsChangedError, StoreUnavailableError
@@ -21,7 +21,7 @@ from relora_train.storage.opening import open_store
 def find_stage(run: Run, stage: Stage, dataset_id: str, parent: CheckpointRef | None) -> CheckpointRef | None:
     """Return the stage's committed checkpoint or the variant that took its place, or None if it has yet to be trained.
 
-    A pruned one counts as trained, with `is_removed`, as long as something that came from it is there.
+    A pruned one counts as trained, with `is_pruned`, as long as something that came from it is there.
     While the store cannot be read and the parent has yet to be stored, the answer is None: training goes on.
     Raises RunSettingsChangedError if this run holds a checkpoint of the same stage made with other settings.
     """
@@ -34,10 +34,10 @@ def find_identified(
     """Do what find_stage does, given the stage's identity: making one reads every byte of a local model.pretrained."""
     try:
         refs = run.checkpoints.history()
-        present = [ref for ref in refs if not ref.is_removed]
-        found = choose_result(fingerprint, present, run.checkpoints.head(missing_ok=True))
+        present = [ref for ref in refs if not ref.is_pruned]
+        found = result_for(fingerprint, present, run.checkpoints.head(missing_ok=True))
         if found is None:
-            found = run.checkpoints.find_removed(fingerprint)
+            found = run.checkpoints.find_pruned(fingerprint)
     except (AccessDeniedError, StoreUnavailableError):
         if run.is_unstored(parent):
             return None
@@ -47,7 +47,7 @@ def find_identified(
     elif found is None:
         for other in refs:
             same_place = other.step == stage.end_step or other.manifest.stage == stage.name
-            if same_place and not set_aside(other, parent, refs):
+            if same_place and not is_left_behind(other, parent, refs):
                 raise _settings_changed(run, stage, settings, other)
     return found
 

@@ -57,7 +57,7 @@ def join_run(
         joined.clear()
         nodes = Nodes(nnodes, rdzv_endpoint, node_rank, wait_seconds=max(1, round(left)))
         try:
-            _take_part_once(launch, nodes, on_event)
+            _join_once(launch, nodes, on_event)
             if joined and joined[0]["last"]:
                 return stages + 1
         except ReLoRAError as error:
@@ -91,7 +91,7 @@ def _checked(rdzv_endpoint: str, nnodes: int, node_rank: int, nproc_per_node: st
     return launch
 
 
-def _take_part_once(launch: LaunchConfig, nodes: Nodes, on_event: Callable[[Event], None]) -> None:
+def _join_once(launch: LaunchConfig, nodes: Nodes, on_event: Callable[[Event], None]) -> None:
     with tempfile.TemporaryDirectory(prefix="relora-join-") as directory:
         run_worker(
             "relora_train.training.joined_trainer",

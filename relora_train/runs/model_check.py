@@ -48,7 +48,7 @@ def check_run(run: Run, stages: Sequence[Stage], parent: CheckpointRef | None, *
     config: bytes | None = None
     if parent is None:
         known = check_settings(profile) or bool(run.checkpoints.history())
-    elif known := not low_rank or parent.is_removed:
+    elif known := not low_rank or parent.is_pruned:
         pass
     else:
         config, _ = open_store(parent.store_uri).get_bytes(f"{parent.prefix}/config.json")

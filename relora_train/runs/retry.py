@@ -149,7 +149,7 @@ def _as_variant(made: CheckpointManifest, checkpoint: CheckpointRef) -> Checkpoi
     update = {
         "fingerprint": fingerprint,
         "fingerprint_settings": settings,
-        "variant_of": checkpoint.stands_for,
+        "variant_of": checkpoint.result_of,
     }
     return made.model_copy(update=update)
 

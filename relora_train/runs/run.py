@@ -167,7 +167,7 @@ def fetch_dataset(dataset: DatasetRef) -> Path:
 def fetch_parent(parent: CheckpointRef) -> Path:
     """Return a local directory with a checkpoint's verified files. Raise CheckpointNotFoundError if it was pruned."""
     store = open_store(parent.store_uri)
-    if parent.is_removed:
+    if parent.is_pruned:
         raise CheckpointNotFoundError(removal_at(store, parent.prefix) or f"{parent.uri} is gone.")
     return fetch_checkpoint(parent, checkpoint_cache(parent.manifest.run_id), store=store)
 

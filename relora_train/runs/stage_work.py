@@ -102,14 +102,14 @@ def remove_leftover_work(run: Run, checkpoint: CheckpointRef) -> None:
     Its files on this machine are cached for the next reader, which spares a download. Best effort.
     """
     _remove_snapshots(run, checkpoint.fingerprint)
-    if not checkpoint.is_removed:
+    if not checkpoint.is_pruned:
         remove_leftovers(run.store, checkpoint.prefix, checkpoint.manifest)
     work = WorkDirectory.left_over(*work_name(run, checkpoint.manifest.stage, checkpoint.fingerprint))
     if work is None:
         return
     try:
         left = read_output(work.path / "checkpoint")
-        if left is not None and left.fingerprint == checkpoint.fingerprint and not checkpoint.is_removed:
+        if left is not None and left.fingerprint == checkpoint.fingerprint and not checkpoint.is_pruned:
             _cache_locally(run, left, work.path / "checkpoint", checkpoint)
     except CheckpointError as error:
         _LOGGER.debug("What was left in %s is of no use: %s", work.path, error)

@@ -114,7 +114,7 @@ def train_stage(
 
 
 def _reuse(run: Run, found: CheckpointRef) -> StageOutcome:
-    if not found.is_removed:
+    if not found.is_pruned:
         run.checkpoints.set_head(found)
     return StageOutcome(found, reused=True)
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from relora_train.data.dataset import ExampleDataset
-from relora_train.distributed import Ranks, joined_ranks
+from relora_train.distributed import Ranks, process_group
 from relora_train.process import Emit, serve_request
 from relora_train.settings.keys import settings_digest
 from relora_train.settings.running import PrecisionConfig
@@ -115,7 +115,7 @@ def evaluate_checkpoint(request: EvaluationRequest, emit: Emit) -> None:
     profile = request.profile
     objective = objective_of(profile)
     configure_torch(profile)
-    with joined_ranks(profile.launch.device) as ranks:
+    with process_group(profile.launch.device) as ranks:
         dataset = objective.open_data(request.dataset_directory, "val")
         model = objective.load_model(request.checkpoint_directory)
         loss_function = objective.loss_function(model, dataset.manifest)

@@ -4,16 +4,16 @@ rank, in the group that they join.
 
 from __future__ import annotations
 
-from relora_train.distributed import joined_ranks
+from relora_train.distributed import process_group
 from relora_train.method.stages import is_last
 from relora_train.process import Emit, StopRequest, serve_request
 from relora_train.training.requests import JoinRequest, StageRequest
 from relora_train.training.trainer import run_as_rank
 
 
-def take_part(joining: JoinRequest, emit: Emit) -> None:
+def join_stage(joining: JoinRequest, emit: Emit) -> None:
     """Train along until the stage is committed by the first rank, or fails."""
-    with StopRequest() as stop, joined_ranks(joining.device) as ranks:
+    with StopRequest() as stop, process_group(joining.device) as ranks:
         request = StageRequest.model_validate_json(ranks.share_text())
         emit(
             "joined",
@@ -27,4 +27,4 @@ def take_part(joining: JoinRequest, emit: Emit) -> None:
 
 
 if __name__ == "__main__":
-    serve_request(JoinRequest, take_part)
+    serve_request(JoinRequest, join_stage)

@@ -11,7 +11,7 @@ import time
 
 import torch
 
-from relora_train.distributed import SLOW, STEP, Ranks, joined_ranks
+from relora_train.distributed import SLOW, STEP, Ranks, process_group
 from relora_train.errors import TrainerInterruptedError
 from relora_train.method.stages import Stage
 from relora_train.method.update_size import UpdateMeter
@@ -45,7 +45,7 @@ def run_stage(request: StageRequest, emit: Emit) -> None:
     to stop, and the errors of loading model and data.
     """
     launch = request.profile.launch
-    with StopRequest() as stop, joined_ranks(launch.device) as ranks:
+    with StopRequest() as stop, process_group(launch.device) as ranks:
         if launch.nnodes > 1:
             ranks.share_text(request.model_dump_json())  # the ranks of other machines know it from here
         run_as_rank(request, ranks, stop, emit)

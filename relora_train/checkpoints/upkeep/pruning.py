@@ -106,7 +106,7 @@ class _Pruning:
         history = self._run.history()
         protected = self._protections.find()
         if policy is None:
-            verdicts = [Verdict(ref, ("no policy",)) for ref in history if not ref.is_removed]
+            verdicts = [Verdict(ref, ("no policy",)) for ref in history if not ref.is_pruned]
         else:
             planned = plan_pruning(history, policy, protected)
             verdicts = [verdict if verdict.keep else self._remove(verdict.checkpoint) for verdict in planned]

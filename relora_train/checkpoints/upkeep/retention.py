@@ -51,8 +51,8 @@ def plan_pruning(
     history: CheckpointStore.history(), removed ones included, since they hold the lines together.
     protected: checkpoint prefix -> why others need it.
     """
-    present = [ref for ref in history if not ref.is_removed]
-    lines = {ref.prefix: [known for known in line_to(ref, history) if not known.is_removed] for ref in present}
+    present = [ref for ref in history if not ref.is_pruned]
+    lines = {ref.prefix: [known for known in line_to(ref, history) if not known.is_pruned] for ref in present}
     inner = {ancestor.prefix for line in lines.values() for ancestor in line[:-1]}
     ends = [ref for ref in present if ref.prefix not in inner]
     last = {ref.prefix for end in ends for ref in lines[end.prefix][-(policy.keep_last or 1) :]}
