@@ -36,7 +36,6 @@ from relora_train.errors import (
 )
 from relora_train.storage.memory import MemoryStore
 from relora_train.storage.opening import open_store
-from relora_train.storage.preflight import probe_conditions
 from relora_train.storage.s3_client import make_client
 from relora_train.storage.s3_errors import storage_error
 
@@ -224,9 +223,9 @@ class ForgetfulStore(MemoryStore):
 def test_a_store_that_ignores_conditions_is_refused_and_left_clean(forgets):
     store = ForgetfulStore(*forgets)
     with pytest.raises(UnsafeStoreError, match="memory://forgetful"):
-        probe_conditions(store)
+        store.preflight()
     assert list(store.list()) == []
-    probe_conditions(ForgetfulStore())
+    ForgetfulStore().preflight()
 
 
 def test_a_server_that_stores_the_framing_of_checksums_is_refused_with_the_way_out(faults, s3_store_uri):
@@ -276,7 +275,7 @@ def test_a_store_that_refuses_every_if_match_is_refused_too():
             return super().put_bytes(key, data, if_absent=if_absent, if_match=if_match and "no etag")
 
     with pytest.raises(UnsafeStoreError, match="did match"):
-        probe_conditions(NeverMatches())
+        NeverMatches().preflight()
 
 
 # --- the network ---

@@ -23,9 +23,8 @@ from relora_train.errors import (
     ObjectNotFoundError,
 )
 from relora_train.storage.base import ObjectStore
-from relora_train.storage.durable import locked, replace_durably, write_durably
+from relora_train.storage.durable import disk_error, locked, replace_durably, write_durably
 from relora_train.storage.opening import open_store
-from relora_train.storage.os_errors import disk_error
 
 _DOWNLOADS = 8
 _SMALL_BYTES = 64 << 20  # one part of a transfer

@@ -40,8 +40,7 @@ from relora_train.errors import CorpusEmptyError, CorpusTooSmallError, TrainerIn
 from relora_train.process import PARENT_PIPE_VARIABLE, Emit, serve_request
 from relora_train.settings.base import FrozenConfig
 from relora_train.settings.data import DataConfig, TokenizerConfig
-from relora_train.storage.durable import write_durably
-from relora_train.storage.os_errors import disk_error
+from relora_train.storage.durable import disk_error, write_durably
 
 _log = logging.getLogger("relora_train.data.prepare")
 

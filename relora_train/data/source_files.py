@@ -17,8 +17,8 @@ from relora_train.checkpoints.manifest import hash_file
 from relora_train.data.left_out import Fault
 from relora_train.errors import SourceUnreadableError
 from relora_train.storage.base import ObjectInfo, ObjectStore
+from relora_train.storage.durable import disk_error
 from relora_train.storage.opening import open_store, uri_to_path
-from relora_train.storage.os_errors import disk_error
 from relora_train.storage.workspace import cache_root
 
 _log = logging.getLogger("relora_train.data.sources")

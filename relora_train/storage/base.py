@@ -8,17 +8,28 @@ from __future__ import annotations
 
 import json
 import re
+import secrets
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Protocol
 
-from relora_train.errors import BucketNotFoundError, CheckpointCorruptError, ObjectNotFoundError, StorageError
+from relora_train.errors import (
+    BucketNotFoundError,
+    CheckpointCorruptError,
+    ObjectNotFoundError,
+    PreconditionFailedError,
+    StorageError,
+    UnsafeStoreError,
+)
 
-_KEY = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*(/[A-Za-z0-9_-][A-Za-z0-9._-]*)*")
+KEY = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*(/[A-Za-z0-9_-][A-Za-z0-9._-]*)*")
 
-
+CHECKSUM_ADVICE = (
+    "Set AWS_REQUEST_CHECKSUM_CALCULATION=when_required, so that requests carry no checksum where S3 does not ask for "
+    "one (every file is still read by its SHA-256), or upgrade this server."
+)
 SMALL_OBJECT_BYTES = 64 << 20
 """Nothing that is read whole into memory has more: manifests, leases, refs, records."""
 
@@ -44,19 +55,17 @@ class ObjectStore(Protocol):
     @property
     def uri(self) -> str:
         """The root without trailing slash: 'file:///data/relora', 's3://bucket/prefix', 'memory://name'."""
-        ...
 
     @property
     def is_remote(self) -> bool:
         """True if writes go over a network, so that they are worth doing beside other work."""
-        ...
+        return False
 
     def get_bytes(self, key: str) -> tuple[bytes, str]:
         """Return content and etag of a small object. Raise ObjectNotFoundError if there is none.
 
         An object above SMALL_OBJECT_BYTES raises CheckpointCorruptError before anything of it is read.
         """
-        ...
 
     def put_bytes(self, key: str, data: bytes, *, if_absent: bool = False, if_match: str | None = None) -> str:
         """Write a small object atomically and return its etag.
@@ -64,59 +73,99 @@ class ObjectStore(Protocol):
         if_absent: only when no object has this key; if_match: only when its etag is this one. Exactly one of many
         racing writers succeeds; the others get PreconditionFailedError.
         """
-        ...
 
     def put_file(self, key: str, path: Path) -> None:
         """Upload a file with bounded memory. Readers see all of it or nothing. Replaces what was there."""
-        ...
 
     def cancel_uploads(self) -> None:
         """End what put_file of this very object is doing on other threads, with an error there and nothing visible.
 
-        For a process that is about to end: parts that are on their way are still waited for, the rest is not sent.
+        For a process that is about to end: parts that are on their way are still waited for, the rest is not sent. A
+        store whose writes are short does nothing.
         """
-        ...
+        return
 
     def get_file(self, key: str, path: Path) -> None:
         """Download to `path` with bounded memory. Not verified here: the caller compares size and SHA-256."""
-        ...
 
     def head(self, key: str) -> ObjectInfo | None:
         """Return the facts of one object, or None if it does not exist."""
-        ...
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
         """Yield the objects whose key starts with `prefix` (any string), by key: exactly those that get would find."""
-        ...
 
     def delete(self, key: str) -> None:
         """Remove an object; one that is not there is no error."""
-        ...
 
     def abort_stale_uploads(self, older_than: datetime, *, prefix: str = "", dry_run: bool = False) -> Sequence[str]:
         """Remove what killed writers left half uploaded below a prefix and began before a moment of the store's clock.
 
         Returns their names, sorted. No listing shows these, and no object is touched. dry_run: only names them.
         """
-        ...
 
     def local_path(self, key: str) -> Path | None:
         """Return the object's path on this machine if the store is a directory, else None."""
-        ...
+        check_key(key)
+        return None
 
     def preflight(self) -> None:
-        """Raise UnsafeStoreError if the store cannot be written or ignores conditions. Takes a few requests."""
-        ...
+        """Return only if what is written is read back and racing commits have one winner; else raise UnsafeStoreError.
 
+        Lists of "S3-compatible" stores are not to be trusted: of four servers tried two ignored If-None-Match silently,
+        one only If-Match, and some MinIO releases accept If-Match on an object that is not there. Others do not know
+        the checksums that are sent with a request, and store them with the object. Each step catches one.
+        Takes a few requests, and removes what it wrote also when it fails.
+        Not covered: whether conditions are atomic under a race (a single client cannot see that).
+        """
+        nonce = secrets.token_hex(8)
+        key, absent_key, first = f"preflight/{nonce}", f"preflight/{nonce}-absent", f"first {nonce}".encode()
 
-def is_key(key: str) -> bool:
-    """Return True if this project may have written, and can read, an object of this name."""
-    return _KEY.fullmatch(key) is not None
+        def accepts(written_key: str, *, if_absent: bool = False, if_match: str | None = None) -> bool:
+            data = f"second {secrets.token_hex(8)}".encode()
+            try:
+                self.put_bytes(written_key, data, if_absent=if_absent, if_match=if_match)
+            except PreconditionFailedError:
+                return False
+            return True
+
+        etag, fault = self.put_bytes(key, first, if_absent=True), ""
+        try:
+            found = self.get_bytes(key)[0]
+            if found != first and first in found:
+                raise UnsafeStoreError(
+                    f"{self.uri} stored {len(found)} bytes where {len(first)} were written: it keeps the framing of an "
+                    f"upload with a checksum (aws-chunked) as part of the object. {CHECKSUM_ADVICE}"
+                )
+            if found != first:
+                raise UnsafeStoreError(
+                    f"{self.uri} gave back other bytes than were written ({len(found)}, not {len(first)}), so no "
+                    "checkpoint would be whole there. Look for a proxy that changes what passes, or use another store."
+                )
+            if accepts(key, if_absent=True):
+                fault = "overwrote an object that had to be absent (If-None-Match is ignored)"
+            elif accepts(key, if_match='"0000000000000000000000000000000a"'):
+                fault = "overwrote an object whose etag did not match (If-Match is ignored)"
+            elif accepts(absent_key, if_match=etag):
+                fault = "created an object that had to exist with a given etag (If-Match is half ignored)"
+            elif not accepts(key, if_match=etag):
+                fault = "refused to replace an object whose etag did match (If-Match is not supported)"
+        finally:
+            self.delete(key)
+            self.delete(absent_key)
+        if fault:
+            raise UnsafeStoreError(
+                f"{self.uri} {fault}, so two writers of one checkpoint could mix their files unnoticed. "
+                "Use a store with conditional writes (AWS S3, Cloudflare R2, SeaweedFS >= 4.17, a local directory), "
+                "or upgrade this server."
+            )
+
+    def _uri_of(self, key: str) -> str:
+        return f"{self.uri}/{key}"
 
 
 def check_key(key: str) -> str:
     """Return the key, or refuse one that could leave the root or mean two things on two systems."""
-    if not is_key(key):
+    if not KEY.fullmatch(key):
         raise StorageError(
             f"{key!r} is not a valid object key: use segments of letters, digits, '.', '_' and '-' "
             "that do not start with a dot, separated by '/'."

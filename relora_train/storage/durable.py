@@ -1,12 +1,15 @@
-"""Files that are there completely or not at all, also after a kill or a power cut, and locks on them."""
+"""Files that are there completely or not at all, also after a kill or a power cut; locks on them, and their errors."""
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from relora_train.errors import AccessDeniedError, DiskFullError, StorageError
 
 
 def write_durably(path: Path, data: bytes) -> None:
@@ -49,3 +52,19 @@ def locked(path: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+def disk_error(error: OSError, action: str) -> StorageError:
+    """Return an error for each thing a user can do about it. `action` completes "Cannot ...", with the path."""
+    reason = error.strerror or str(error)
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return DiskFullError(f"Cannot {action}: {reason}. Free some space or use another directory, then run again.")
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return AccessDeniedError(
+            f"Cannot {action}: {reason}. Let this user (uid {os.getuid()}) write there or use another directory."
+        )
+    if error.errno in (errno.ENOTDIR, errno.EISDIR, errno.EEXIST):
+        return StorageError(
+            f"Cannot {action}: {reason}. In a directory no name can be a file and a folder; rename or remove one."
+        )
+    return StorageError(f"Cannot {action}: {reason}.")

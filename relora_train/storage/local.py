@@ -20,10 +20,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 from relora_train.errors import ObjectNotFoundError, PreconditionFailedError, StorageError
-from relora_train.storage.base import ObjectInfo, check_key, check_small
-from relora_train.storage.durable import locked, sync
-from relora_train.storage.os_errors import disk_error
-from relora_train.storage.preflight import probe_conditions
+from relora_train.storage.base import ObjectInfo, ObjectStore, check_key, check_small
+from relora_train.storage.durable import disk_error, locked, sync
 
 _HASHED_UP_TO_BYTES = 64 * 1024
 """Etags of small objects are digests; hashing a whole checkpoint for a listing would be absurd."""
@@ -32,7 +30,7 @@ _TEMPORARY_NAME = re.compile(r"\.tmp-[0-9a-f]{16}")
 _LISTED_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
 
 
-class LocalStore:
+class LocalStore(ObjectStore):
     """Keeps the contract of ObjectStore on a local file system with hard links."""
 
     def __init__(self, root: Path) -> None:
@@ -41,10 +39,6 @@ class LocalStore:
     @property
     def uri(self) -> str:
         return self._root.as_uri().rstrip("/")
-
-    @property
-    def is_remote(self) -> bool:
-        return False
 
     def get_bytes(self, key: str) -> tuple[bytes, str]:
         with self._translated("read", key), self._path(key).open("rb") as stream:
@@ -61,31 +55,30 @@ class LocalStore:
             etag = _etag(os.fstat(stream.fileno()), data)
             with self._locked():
                 if if_absent:
-                    self._link(temporary, path, key)
-                else:
-                    if if_match is not None and self._etag_of(path) != if_match:
+                    try:
+                        os.link(temporary, path)  # the one call that is atomic and refuses to overwrite
+                    except FileExistsError:
                         raise PreconditionFailedError(
-                            f"{self._uri_of(key)} was changed by another writer: read it again and decide anew."
-                        )
+                            f"{self._uri_of(key)} already exists: another writer was first. Read it and use what it "
+                            "holds."
+                        ) from None
+                elif if_match is not None and ((held := _info(key, path)) is None or held.etag != if_match):
+                    raise PreconditionFailedError(
+                        f"{self._uri_of(key)} was changed by another writer: read it again and decide anew."
+                    )
+                else:
                     temporary.replace(path)
                 sync(path.parent)
         return etag
 
     def put_file(self, key: str, path: Path) -> None:
         target = self._path(key)
-        with (
-            path.open("rb") as source,
-            self._translated("write", key),
-            self._spooled(target) as (temporary, stream),
-        ):
+        with path.open("rb") as source, self._translated("write", key), self._spooled(target) as (temporary, stream):
             shutil.copyfileobj(source, stream, _COPY_CHUNK_BYTES)
             _flush_to_disk(stream)
             with self._locked():
                 temporary.replace(target)
                 sync(target.parent)
-
-    def cancel_uploads(self) -> None:
-        """Do nothing: nothing here takes long enough."""
 
     def get_file(self, key: str, path: Path) -> None:
         with self._translated("read", key), self._path(key).open("rb") as source:
@@ -96,17 +89,17 @@ class LocalStore:
                 raise disk_error(error, f"write {path} from {self._uri_of(key)}") from error
 
     def head(self, key: str) -> ObjectInfo | None:
-        path = self._path(key)
         with self._translated("read", key):
-            try:
-                return _info(key, path)
-            except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
-                return None
+            return _info(key, self._path(key))
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
+        directory = prefix.rpartition("/")[0]  # of the store, only what is below is walked
+        keys = []
         with self._translated("list", prefix):
-            keys = sorted(key for key in self._keys_below(prefix.rpartition("/")[0]) if key.startswith(prefix))
-        for key in keys:
+            if not directory or all(_LISTED_NAME.fullmatch(part) for part in directory.split("/")):
+                for place, names in self._walk(directory):
+                    keys += [f"{place}{name}" for name in names if _LISTED_NAME.fullmatch(name)]
+        for key in sorted(key for key in keys if key.startswith(prefix)):
             if info := self.head(key):  # it may have been deleted since
                 yield info
 
@@ -123,52 +116,52 @@ class LocalStore:
     def abort_stale_uploads(self, older_than: datetime, *, prefix: str = "", dry_run: bool = False) -> Sequence[str]:
         found = []
         with self._translated("clean up", prefix):
-            for path in self._temporaries_below(prefix):
-                with suppress(FileNotFoundError):  # its writer has finished
-                    if path.stat().st_mtime < older_than.timestamp():
-                        found.append(path.relative_to(self._root).as_posix())
-                        if not dry_run:
-                            path.unlink()
-                            with self._locked():
-                                self._remove_empty_parents(path)
+            for place, names in self._walk(prefix.rpartition("/")[0]):
+                if not place.startswith(prefix):
+                    continue
+                for path in (self._root / place / name for name in names if _TEMPORARY_NAME.fullmatch(name)):
+                    with suppress(FileNotFoundError):  # its writer has finished
+                        if path.stat().st_mtime < older_than.timestamp():
+                            found.append(path.relative_to(self._root).as_posix())
+                            if not dry_run:
+                                path.unlink()
+                                with self._locked():
+                                    self._remove_empty_parents(path)
         return sorted(found)
 
     def local_path(self, key: str) -> Path | None:
         return self._path(key)
 
-    def preflight(self) -> None:
-        probe_conditions(self)
-
     def _path(self, key: str) -> Path:
         return self._root / check_key(key)
 
-    def _uri_of(self, key: str) -> str:
-        return f"{self.uri}/{key}"
+    def _walk(self, directory_key: str) -> Iterator[tuple[str, Sequence[str]]]:
+        """Yield each directory at and below one, as the beginning of its keys, with the names of its files."""
 
-    def _keys_below(self, directory_key: str) -> Iterator[str]:
-        """Yield the keys of all files below one directory, without walking the rest of the store."""
-        start = self._root / directory_key
-        if any(not _LISTED_NAME.fullmatch(part) for part in directory_key.split("/") if directory_key):
-            return
-        for directory, names, files in os.walk(start, onerror=_raise_unless_absent):
-            names[:] = [name for name in names if _LISTED_NAME.fullmatch(name)]
-            for name in files:
-                if _LISTED_NAME.fullmatch(name):
-                    yield (Path(directory) / name).relative_to(self._root).as_posix()
+        def raise_unless_absent(error: OSError) -> None:
+            if not isinstance(error, (FileNotFoundError, NotADirectoryError)):
+                raise error
 
-    def _temporaries_below(self, prefix: str) -> Iterator[Path]:
-        start = self._root / prefix.rpartition("/")[0]
-        for directory, names, files in os.walk(start, onerror=_raise_unless_absent):
+        for directory, names, files in os.walk(self._root / directory_key, onerror=raise_unless_absent):
             names[:] = [name for name in names if _LISTED_NAME.fullmatch(name)]
             place = Path(directory).relative_to(self._root).as_posix()
-            if f"{place}/".startswith(prefix) or not prefix:
-                yield from (Path(directory) / name for name in files if _TEMPORARY_NAME.fullmatch(name))
+            yield "" if place == "." else f"{place}/", files
 
     @contextmanager
     def _spooled(self, path: Path) -> Iterator[tuple[Path, BinaryIO]]:
         """Yield a new temporary file beside `path`, gone afterwards unless it was renamed."""
         temporary = path.with_name(f".tmp-{secrets.token_hex(8)}")
-        descriptor = _create(temporary)
+        for _ in range(100):
+            try:
+                _make_directory(path.parent)
+                descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)  # less the umask
+                break
+            except FileNotFoundError:
+                continue  # a delete has removed the directory in between
+        else:
+            raise StorageError(
+                f"Cannot create files in {path.parent}: something keeps removing it. Look for a clean-up job."
+            )
         try:
             with os.fdopen(descriptor, "wb") as stream:
                 yield temporary, stream
@@ -179,29 +172,13 @@ class LocalStore:
         """Let one writer of this store at a time through, for the moment in which a name changes hands."""
         return locked(self._root / ".lock")
 
-    def _link(self, temporary: Path, path: Path, key: str) -> None:
-        try:
-            os.link(temporary, path)  # the one call that is atomic and refuses to overwrite
-        except FileExistsError:
-            raise PreconditionFailedError(
-                f"{self._uri_of(key)} already exists: another writer was first. Read it and use what it holds."
-            ) from None
-
-    def _etag_of(self, path: Path) -> str | None:
-        try:
-            return _info("", path).etag
-        except (FileNotFoundError, NotADirectoryError):
-            return None
-
     def _remove_empty_parents(self, path: Path) -> None:
         """Remove the directories that a delete left empty. Under the lock; a writer that loses one makes it again."""
-        for parent in path.parents:
-            if parent == self._root:
-                return
-            try:
+        with suppress(OSError):
+            for parent in path.parents:
+                if parent == self._root:
+                    return
                 parent.rmdir()
-            except OSError:
-                return
 
     @contextmanager
     def _translated(self, verb: str, key: str) -> Iterator[None]:
@@ -215,17 +192,6 @@ class LocalStore:
             raise disk_error(error, f"{verb} {self._uri_of(key)}") from error
 
 
-def _create(path: Path) -> int:
-    """Create a file that was not there, and its directory, also if a delete removes that in between."""
-    for _ in range(100):
-        try:
-            _make_directory(path.parent)
-            return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)  # the umask decides, as for any file
-        except FileNotFoundError:
-            continue
-    raise StorageError(f"Cannot create files in {path.parent}: something keeps removing it. Look for a clean-up job.")
-
-
 def _make_directory(directory: Path) -> None:
     """Make a directory and those above it. Each new name is on disk before anything is written below it."""
     if directory.is_dir():
@@ -235,11 +201,14 @@ def _make_directory(directory: Path) -> None:
     sync(directory.parent)
 
 
-def _info(key: str, path: Path) -> ObjectInfo:
-    with path.open("rb") as stream:  # one open file: size, time and digest are of the same object
-        facts = os.fstat(stream.fileno())
-        small = facts.st_size <= _HASHED_UP_TO_BYTES
-        etag = _etag(facts, stream.read() if small else b"")
+def _info(key: str, path: Path) -> ObjectInfo | None:
+    try:
+        with path.open("rb") as stream:  # one open file: size, time and digest are of the same object
+            facts = os.fstat(stream.fileno())
+            small = facts.st_size <= _HASHED_UP_TO_BYTES
+            etag = _etag(facts, stream.read() if small else b"")
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        return None
     return ObjectInfo(key, facts.st_size, etag, datetime.fromtimestamp(facts.st_mtime, UTC))
 
 
@@ -252,8 +221,3 @@ def _etag(facts: os.stat_result, data: bytes) -> str:
 def _flush_to_disk(stream: BinaryIO) -> None:
     stream.flush()
     os.fsync(stream.fileno())
-
-
-def _raise_unless_absent(error: OSError) -> None:
-    if not isinstance(error, (FileNotFoundError, NotADirectoryError)):
-        raise error

@@ -9,14 +9,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from relora_train.errors import ObjectNotFoundError, PreconditionFailedError
-from relora_train.storage.base import ObjectInfo, check_key, check_small
-from relora_train.storage.preflight import probe_conditions
+from relora_train.storage.base import ObjectInfo, ObjectStore, check_key, check_small
 
 _shared_stores: dict[str, MemoryStore] = {}
-_shared_stores_lock = threading.Lock()
 
 
-class MemoryStore:
+class MemoryStore(ObjectStore):
     """Keeps the whole contract between the threads of one process, except bounded memory."""
 
     def __init__(self, name: str = "") -> None:
@@ -27,16 +25,11 @@ class MemoryStore:
     @classmethod
     def shared(cls, name: str) -> MemoryStore:
         """Return the process's one store of this name, made on first use."""
-        with _shared_stores_lock:
-            return _shared_stores.setdefault(name, cls(name))
+        return _shared_stores.setdefault(name, cls(name))  # one step also between threads
 
     @property
     def uri(self) -> str:
         return f"memory://{self._name}"
-
-    @property
-    def is_remote(self) -> bool:
-        return False
 
     def get_bytes(self, key: str) -> tuple[bytes, str]:
         data = self._content(key)
@@ -57,9 +50,6 @@ class MemoryStore:
     def put_file(self, key: str, path: Path) -> None:
         self.put_bytes(key, path.read_bytes())
 
-    def cancel_uploads(self) -> None:
-        """Do nothing: nothing here takes long enough."""
-
     def get_file(self, key: str, path: Path) -> None:
         path.write_bytes(self._content(key))
 
@@ -79,13 +69,6 @@ class MemoryStore:
 
     def abort_stale_uploads(self, older_than: datetime, *, prefix: str = "", dry_run: bool = False) -> Sequence[str]:
         return ()  # a write is one step
-
-    def local_path(self, key: str) -> Path | None:
-        check_key(key)
-        return None
-
-    def preflight(self) -> None:
-        probe_conditions(self)
 
     def _content(self, key: str) -> bytes:
         found = self._objects.get(check_key(key))

@@ -24,17 +24,10 @@ from relora_train.errors import (
     PreconditionFailedError,
     ReLoRAError,
 )
-from relora_train.storage.base import ObjectInfo, check_key, check_small, find_bytes, is_key
-from relora_train.storage.os_errors import disk_error
-from relora_train.storage.preflight import probe_conditions
+from relora_train.storage.base import KEY, ObjectInfo, ObjectStore, check_key, check_small, find_bytes
+from relora_train.storage.durable import disk_error
 from relora_train.storage.s3_client import download, keys_of, make_client, transfers
-from relora_train.storage.s3_errors import (
-    code_and_status,
-    innermost,
-    is_worth_repeating,
-    retries_made,
-    storage_error,
-)
+from relora_train.storage.s3_errors import code_and_status, is_worth_repeating, retries_made, storage_error
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -49,7 +42,7 @@ _REPEATS = 5
 T = TypeVar("T")
 
 
-class S3Store:
+class S3Store(ObjectStore):
     """Keeps the contract of ObjectStore on a bucket, or on a prefix of one. Safe to share between threads."""
 
     def __init__(self, bucket: str, prefix: str = "", *, page_size: int = 1000) -> None:
@@ -114,23 +107,19 @@ class S3Store:
             raise PreconditionFailedError(f"{self._uri_of(key)} is gone: another writer deleted it.") from error
 
     def put_file(self, key: str, path: Path) -> None:
-        full_key = self._root + check_key(key)
-        try:
-            self._call(key, lambda: self._upload(path, full_key))
-        except BucketNotFoundError:
-            raise
-        except ObjectNotFoundError:  # NoSuchUpload: some servers have forgotten an upload whose end they were told
-            self._call(key, lambda: self._upload(path, full_key))
+        def put() -> bool:
+            """Upload as boto3's upload_file does, in a way that cancel_uploads can end."""
+            with transfers(self._client) as manager:
+                upload = manager.upload(str(path), self._bucket, self._root + key)
+                self._uploads.add(upload)
+                try:
+                    upload.result()
+                finally:
+                    self._uploads.discard(upload)
+            return True
 
-    def _upload(self, path: Path, full_key: str) -> None:
-        """Upload as boto3's upload_file does, in a way that cancel_uploads can end."""
-        with transfers(self._client) as manager:
-            upload = manager.upload(str(path), self._bucket, full_key)
-            self._uploads.add(upload)
-            try:
-                upload.result()
-            finally:
-                self._uploads.discard(upload)
+        if not self._find(check_key(key), put):
+            self._call(key, put)  # NoSuchUpload: some servers have forgotten an upload whose end they were told
 
     def cancel_uploads(self) -> None:
         for upload in tuple(self._uploads):
@@ -148,15 +137,9 @@ class S3Store:
         self._call(check_key(key), get)
 
     def head(self, key: str) -> ObjectInfo | None:
-        try:
-            answer = self._call(
-                check_key(key), lambda: self._client.head_object(Bucket=self._bucket, Key=self._root + key)
-            )
-        except BucketNotFoundError:
-            raise
-        except ObjectNotFoundError:
-            return None
-        return ObjectInfo(key, answer["ContentLength"], answer["ETag"], answer["LastModified"])
+        full_key = self._root + check_key(key)
+        answer = self._find(key, lambda: self._client.head_object(Bucket=self._bucket, Key=full_key))
+        return answer and ObjectInfo(key, answer["ContentLength"], answer["ETag"], answer["LastModified"])
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
         def list_all() -> tuple[ObjectInfo, ...]:
@@ -171,15 +154,12 @@ class S3Store:
 
         # Sorted here: SeaweedFS lists 'a/b' before 'a-b'. Names that no call accepts ("folder/") are not ours.
         found = self._call(prefix, list_all)
-        yield from sorted((info for info in found if is_key(info.key)), key=lambda info: info.key)
+        yield from sorted((info for info in found if KEY.fullmatch(info.key)), key=lambda info: info.key)
 
     def delete(self, key: str) -> None:
-        try:
-            self._call(check_key(key), lambda: self._client.delete_object(Bucket=self._bucket, Key=self._root + key))
-        except BucketNotFoundError:
-            raise
-        except ObjectNotFoundError:  # S3 itself answers 204; others say 404, also to a retry of their own success
-            return
+        # S3 itself answers 204; others say 404, also to a retry of their own success.
+        full_key = self._root + check_key(key)
+        self._find(key, lambda: self._client.delete_object(Bucket=self._bucket, Key=full_key))
 
     def abort_stale_uploads(self, older_than: datetime, *, prefix: str = "", dry_run: bool = False) -> Sequence[str]:
         def list_stale() -> list[tuple[str, str]]:
@@ -193,27 +173,14 @@ class S3Store:
                 if upload["Initiated"] < older_than and upload["Key"].startswith(self._root + prefix)
             ]
 
+        def abort(full_key: str, upload_id: str) -> None:
+            self._client.abort_multipart_upload(Bucket=self._bucket, Key=full_key, UploadId=upload_id)
+
         stale = self._call(prefix, list_stale)
-        for full_key, upload_id in () if dry_run else stale:
-            self._abort_upload(full_key, upload_id)
-        return sorted(full_key.removeprefix(self._root) for full_key, _ in stale)
-
-    def _abort_upload(self, full_key: str, upload_id: str) -> None:
-        with suppress(ObjectNotFoundError):  # finished or aborted by now
-            self._call(
-                full_key.removeprefix(self._root),
-                lambda: self._client.abort_multipart_upload(Bucket=self._bucket, Key=full_key, UploadId=upload_id),
-            )
-
-    def local_path(self, key: str) -> Path | None:
-        check_key(key)
-        return None
-
-    def preflight(self) -> None:
-        probe_conditions(self)
-
-    def _uri_of(self, key: str) -> str:
-        return f"{self.uri}/{key}"
+        for key, upload_id in () if dry_run else stale:
+            with suppress(ObjectNotFoundError):  # finished or aborted by now
+                self._call(key.removeprefix(self._root), functools.partial(abort, key, upload_id))
+        return sorted(key.removeprefix(self._root) for key, _ in stale)
 
     def _call(self, key: str, request: Callable[[], T]) -> T:
         """Make a request; if it is denied and the credentials have changed since, make it again with the new ones."""
@@ -225,6 +192,15 @@ class S3Store:
                 raise
         return self._repeat(key, request)
 
+    def _find(self, key: str, request: Callable[[], T]) -> T | None:
+        """Make a request as `_call` does; None if its object is not there. A missing bucket raises."""
+        try:
+            return self._call(key, request)
+        except BucketNotFoundError:
+            raise
+        except ObjectNotFoundError:
+            return None
+
     def _repeat(self, key: str, request: Callable[[], T]) -> T:
         """Make a request, repeating it if that can help. Raise its failure as one of our errors."""
         for attempt in range(_REPEATS):
@@ -233,15 +209,14 @@ class S3Store:
             except ReLoRAError:
                 raise
             except Exception as error:
-                cause = innermost(error)
-                if attempt == _REPEATS - 1 or not is_worth_repeating(cause):
+                if attempt == _REPEATS - 1 or not is_worth_repeating(error):
                     # A HEAD says only 404, and some servers name the key even when the bucket is missing.
-                    missing = code_and_status(cause)[1] == 404 and not self._bucket_exists()
+                    missing = code_and_status(error)[1] == 404 and not self._bucket_exists()
                     endpoint = self._client.meta.endpoint_url
-                    ours = storage_error(cause, uri=self._uri_of(key), endpoint=endpoint, bucket_is_missing=missing)
+                    ours = storage_error(error, uri=self._uri_of(key), endpoint=endpoint, bucket_is_missing=missing)
                     if ours is None:
                         raise
-                    raise ours from cause
+                    raise ours from error
             time.sleep(0.1 * 2**attempt)
         raise AssertionError("the last attempt returns or raises")
 

@@ -20,7 +20,6 @@ from relora_train.storage.s3_errors import storage_error
 
 if TYPE_CHECKING:
     from boto3.s3.transfer import TransferConfig
-    from botocore.config import Config
     from mypy_boto3_s3 import S3Client
     from s3transfer.manager import TransferManager
 
@@ -34,22 +33,43 @@ _POOL_CONNECTIONS = 16
 def make_client() -> S3Client:
     """Return a client as the standard AWS environment describes it; the region is us-east-1 if none is set."""
     import boto3
+    from botocore.config import Config
     from botocore.exceptions import BotoCoreError
 
+    attempts = os.environ.get("RELORA_S3_MAX_ATTEMPTS", "8")
+    if not attempts.isdigit() or int(attempts) < 1:
+        raise ConfigError(f"RELORA_S3_MAX_ATTEMPTS={attempts!r} must be a whole number of at least 1; unset it for 8.")
+    settings = Config(
+        retries={"mode": "standard", "total_max_attempts": int(attempts)},
+        connect_timeout=5,
+        read_timeout=60,
+        max_pool_connections=_POOL_CONNECTIONS,
+        user_agent_extra="relora-train",
+    )
+    invalid = "The S3 settings of this environment are not valid"
+    check = "Check AWS_ENDPOINT_URL_S3 and ~/.aws/config."
     try:
         session = boto3.session.Session()
         region = session.region_name or "us-east-1"
-        client = session.client("s3", region_name=region, config=_client_settings())
+        client = session.client("s3", region_name=region, config=settings)
         endpoint = client.meta.endpoint_url
-        _refuse_secrets(endpoint)
-        if _is_custom(endpoint) and not _user_chose_addressing(client):
+        if holds_secrets(endpoint):  # S3 has no use for them, and botocore's errors repeat the endpoint
+            raise ConfigError(
+                f"The S3 endpoint {without_secrets(endpoint)} is given with a user name, a password or a query. "
+                "Requests are signed with AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY: set those, and "
+                "AWS_ENDPOINT_URL_S3 to scheme, host and port alone."
+            )
+        chosen = client.meta.config.s3  # type: ignore[attr-defined]  # the stubs leave out this option
+        is_aws = (urlsplit(endpoint).hostname or "").endswith((".amazonaws.com", ".amazonaws.com.cn"))
+        if not is_aws and "addressing_style" not in (chosen or {}):
             client.close()
-            client = session.client("s3", region_name=region, config=_client_settings(path_addressing=True))
+            by_path = settings.merge(Config(s3={"addressing_style": "path"}))
+            client = session.client("s3", region_name=region, config=by_path)
     except BotoCoreError as error:
         denied = storage_error(error, uri="s3://", endpoint="as configured")
-        raise denied or _invalid(f": {error}") from error
+        raise denied or ConfigError(f"{invalid}: {error}. {check}") from error
     except ValueError:  # its text is the endpoint as it was written, perhaps with a password
-        raise _invalid(", probably the endpoint") from None
+        raise ConfigError(f"{invalid}, probably the endpoint. {check}") from None
     _warn_if_readable_on_the_wire(endpoint)
     return client
 
@@ -74,47 +94,6 @@ def keys_of(client: S3Client) -> object:
     return (found.access_key, found.secret_key, found.token) if type(found).__name__ == "Credentials" else found
 
 
-def _invalid(why: str) -> ConfigError:
-    return ConfigError(
-        f"The S3 settings of this environment are not valid{why}. Check AWS_ENDPOINT_URL_S3 and ~/.aws/config."
-    )
-
-
-def _refuse_secrets(endpoint: str) -> None:
-    """Raise ConfigError for an endpoint with secrets: S3 has no use for them, and botocore's errors repeat it."""
-    if holds_secrets(endpoint):
-        raise ConfigError(
-            f"The S3 endpoint {without_secrets(endpoint)} is given with a user name, a password or a query. Requests "
-            "are signed with AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY: set those, and AWS_ENDPOINT_URL_S3 to "
-            "scheme, host and port alone."
-        )
-
-
-def _user_chose_addressing(client: S3Client) -> bool:
-    chosen = client.meta.config.s3  # type: ignore[attr-defined]  # the stubs leave out this option
-    return "addressing_style" in (chosen or {})
-
-
-def _client_settings(*, path_addressing: bool = False) -> Config:
-    from botocore.config import Config
-
-    settings = Config(
-        retries={"mode": "standard", "total_max_attempts": _max_attempts()},
-        connect_timeout=5,
-        read_timeout=60,
-        max_pool_connections=_POOL_CONNECTIONS,
-        user_agent_extra="relora-train",
-    )
-    return settings.merge(Config(s3={"addressing_style": "path"})) if path_addressing else settings
-
-
-def _max_attempts() -> int:
-    text = os.environ.get("RELORA_S3_MAX_ATTEMPTS", "8")
-    if not text.isdigit() or int(text) < 1:
-        raise ConfigError(f"RELORA_S3_MAX_ATTEMPTS={text!r} must be a whole number of at least 1; unset it for 8.")
-    return int(text)
-
-
 def _transfer_settings() -> TransferConfig:
     from boto3.s3.transfer import TransferConfig
 
@@ -124,11 +103,6 @@ def _transfer_settings() -> TransferConfig:
         max_concurrency=_TRANSFER_THREADS,
         preferred_transfer_client="classic",  # the other one ignores endpoint_url and talks to AWS
     )
-
-
-def _is_custom(endpoint: str) -> bool:
-    host = urlsplit(endpoint).hostname or ""
-    return not host.endswith((".amazonaws.com", ".amazonaws.com.cn"))
 
 
 @functools.cache

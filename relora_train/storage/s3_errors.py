@@ -18,7 +18,7 @@ from relora_train.errors import (
     StorageError,
     StoreUnavailableError,
 )
-from relora_train.storage.preflight import CHECKSUM_ADVICE
+from relora_train.storage.base import CHECKSUM_ADVICE
 
 _DENIED = {
     "AccessDenied": "this identity may not do that; ask for read, write, list and delete on the prefix",
@@ -76,13 +76,6 @@ def retries_made(error: BaseException) -> int:
     return int(response.get("ResponseMetadata", {}).get("RetryAttempts", 0))
 
 
-def innermost(error: BaseException) -> BaseException:
-    """Return the error behind boto3's wrappers, which keep only its text."""
-    if type(error).__name__ == "S3UploadFailedError" and error.__context__ is not None:
-        return error.__context__
-    return error
-
-
 def is_worth_repeating(error: BaseException) -> bool:
     """Return True for what botocore does not retry itself: damaged in flight, cut while read, lost to a rival."""
     code, status = code_and_status(error)
@@ -95,25 +88,20 @@ def storage_error(
     """Return the project's error, or None if the error is neither botocore's nor the network's."""
     where = f"{uri} (endpoint {endpoint})"
     names = _names(error)
-    for name, reason in _NO_CREDENTIALS.items():
-        if name in names:
-            return AccessDeniedError(
-                f"Access to {where} is denied: {reason}. Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, "
-                "AWS_PROFILE, or another standard AWS credential source, then run again."
-            )
-    if "ClientError" in names:
-        return _answer_error(error, uri, where, bucket_is_missing)
-    if not names.isdisjoint(_UNAVAILABLE):
+    if reason := next((reason for name, reason in _NO_CREDENTIALS.items() if name in names), None):
+        return AccessDeniedError(
+            f"Access to {where} is denied: {reason}. Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, "
+            "AWS_PROFILE, or another standard AWS credential source, then run again."
+        )
+    if "ClientError" not in names and not names.isdisjoint(_UNAVAILABLE):
         return StoreUnavailableError(
             f"{where} did not answer properly ({type(error).__name__}), after all retries. Nothing is half written. "
             "Check the endpoint (AWS_ENDPOINT_URL_S3) and the network, then run again: finished uploads are reused."
         )
-    if "BotoCoreError" in names or "Boto3Error" in names:
-        return StorageError(f"{where} cannot be used: {error}. Check the AWS settings of this environment.")
-    return None
+    if "ClientError" not in names:
+        cannot = StorageError(f"{where} cannot be used: {error}. Check the AWS settings of this environment.")
+        return None if names.isdisjoint({"BotoCoreError", "Boto3Error"}) else cannot
 
-
-def _answer_error(error: BaseException, uri: str, where: str, bucket_is_missing: bool) -> StorageError:
     code, status = code_and_status(error)
     if bucket_is_missing or code == "NoSuchBucket":
         bucket = uri.removeprefix("s3://").partition("/")[0]

@@ -11,11 +11,10 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Self
+from typing import Self
 
 from relora_train.errors import TrainerCrashedError
-from relora_train.storage.durable import write_durably
-from relora_train.storage.os_errors import disk_error
+from relora_train.storage.durable import disk_error, write_durably
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -52,15 +51,24 @@ class WorkDirectory:
     """
 
     def __init__(self, *names: str, wait: bool = True) -> None:
-        self.path = _work_path(*names)
+        self.path = cache_root().joinpath("work", *names)
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._lock = self.path.with_name(f"{self.path.name}.lock").open("a")
         except OSError as error:
             raise disk_error(error, f"use the scratch space {cache_root()} ({CACHE_VARIABLE})") from None
+        self.waited = False
+        """True: another process held it meanwhile, and may have done the work."""
         try:
-            self.waited = _lock(self._lock, "/".join(names), wait=wait)
-            """True: another process held it meanwhile, and may have done the work."""
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if not wait:
+                    raise
+                what = "/".join(names)
+                _LOGGER.warning("Another process on this machine is at work on %s; waiting for it.", what)
+                fcntl.flock(self._lock, fcntl.LOCK_EX)
+                self.waited = True
             self.path.mkdir(parents=True, exist_ok=True)
         except BaseException:
             self._lock.close()
@@ -70,7 +78,7 @@ class WorkDirectory:
     def left_over(cls, *names: str) -> Self | None:
         """Return the directory that another process left, if it exists and nobody holds it. Never waits."""
         try:
-            return cls(*names, wait=False) if _work_path(*names).is_dir() else None
+            return cls(*names, wait=False) if cache_root().joinpath("work", *names).is_dir() else None
         except BlockingIOError:
             return None
 
@@ -81,10 +89,6 @@ class WorkDirectory:
         if remove:
             shutil.rmtree(self.path, ignore_errors=True)  # the lock file stays: others may be waiting on it
         self._lock.close()
-
-
-def _work_path(*names: str) -> Path:
-    return cache_root().joinpath("work", *names)
 
 
 @contextmanager
@@ -119,19 +123,6 @@ def keep_work_from(directory: Path, origin: str) -> bool:
     return known is None
 
 
-def _lock(lock: IO[str], what: str, *, wait: bool) -> bool:
-    """Take a lock and return True if it had to be waited for."""
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return False
-    except BlockingIOError:
-        if not wait:
-            raise
-        _LOGGER.warning("Another process on this machine is at work on %s; waiting for it.", what)
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        return True
-
-
 def short_digest(text: str) -> str:
     """Return eight hex digits that stand for a store's URI in a directory name."""
     return hashlib.sha256(text.encode()).hexdigest()[:8]
@@ -139,36 +130,32 @@ def short_digest(text: str) -> str:
 
 @contextmanager
 def trainer_lock(path: Path | None) -> Iterator[None]:
-    """Hold a file as long as a trainer works in the directory around it; a killed one holds nothing. None: no file."""
+    """Hold a file as long as a trainer works in the directory around it; a killed one holds nothing. None: no file.
+
+    A trainer whose parent was killed first saves its state. TrainerCrashedError, which is retried, comes when that
+    takes more than half a minute.
+    """
     if path is None:
         yield
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as lock:
-        _take(lock.fileno(), path, seconds=_ORPHAN_SECONDS)
+        deadline = time.monotonic() + _ORPHAN_SECONDS
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() >= deadline:
+                    raise TrainerCrashedError(
+                        f"The trainer process of an earlier attempt is still at work after {_ORPHAN_SECONDS:.0f} s (it "
+                        f"holds {path}). Wait for it or end it, then run the same command again."
+                    ) from None
+                time.sleep(0.1)
         yield
 
 
 def wait_for_orphan(path: Path) -> None:
-    """Return when no trainer holds the file: one whose parent was killed first saves its state.
-
-    Raises TrainerCrashedError, which is retried, when that takes more than half a minute.
-    """
-    if path.exists():
-        with path.open("a") as lock:
-            _take(lock.fileno(), path, seconds=_ORPHAN_SECONDS)
-
-
-def _take(descriptor: int, path: Path, *, seconds: float) -> None:
-    deadline = time.monotonic() + seconds
-    while True:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
-        except BlockingIOError:
-            if time.monotonic() >= deadline:
-                raise TrainerCrashedError(
-                    f"The trainer process of an earlier attempt is still at work after {seconds:.0f} s (it holds "
-                    f"{path}). Wait for it or end it, then run the same command again."
-                ) from None
-            time.sleep(0.1)
+    """Return when no trainer holds the file, or raise as `trainer_lock` does."""
+    with trainer_lock(path if path.exists() else None):
+        pass
