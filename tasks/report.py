@@ -9,7 +9,7 @@ from prefect import task
 
 from relora_train import events
 from relora_train.checkpoints.lineage import CheckpointRef
-from relora_train.reports.store import StoredReport, report_run
+from relora_train.reports.report import StoredReport, report_run
 from relora_train.runs.run import Run
 from tasks.artifacts import publish_markdown
 from tasks.policies import STORE_IO

@@ -17,9 +17,8 @@ from relora_train.cli.tables import BLANK, View, add_row, facts, table
 from relora_train.reports.ranks.analysis import Layers, RankAnalysis
 from relora_train.reports.ranks.analysis import analyze as analyze_line
 from relora_train.reports.ranks.cycles import CycleHistory, successive_overlap
-from relora_train.reports.ranks.kinds import KindSpectrum, kind_means
 from relora_train.reports.ranks.layers import kind_of
-from relora_train.reports.ranks.measures import LayerSpectrum
+from relora_train.reports.ranks.measures import KindSpectrum, LayerSpectrum, kind_means
 from relora_train.reports.records import history_record, json_value, kind_record, spectrum_record
 from relora_train.runs.run import line_of
 from relora_train.storage.workspace import checkpoint_cache
@@ -92,18 +91,12 @@ def analysis_record(analysis: RankAnalysis) -> dict[str, Any]:
 def write_analysis(analysis: RankAnalysis, directory: Path) -> list[Path]:
     """Write analysis.json, spectra.png, and where there is a history growth.png and overlap.png; return their paths."""
     from relora_train.reports.plot_style import to_png
-    from relora_train.reports.rank_plots import growth_figure, overlap_figure, spectra_figure
+    from relora_train.reports.rank_plots import rank_figures
 
     history = analysis.history
     ranks = [] if history is None else [rank for rank in history.growth_ranks if rank is not None]
     cycle_rank, total_rank = (ranks[0], ranks[-1]) if ranks else (None, None)
-    figures = {
-        "spectra.png": spectra_figure(analysis.spectra, cycle_rank=cycle_rank, total_rank=total_rank)
-    }  # fmt: skip
-    if history is not None and len(history.growth_stages) > 1:
-        figures["growth.png"] = growth_figure(history)
-    if history is not None and history.overlaps:
-        figures["overlap.png"] = overlap_figure(history)
+    figures = rank_figures(analysis.spectra, history, cycle_rank=cycle_rank, total_rank=total_rank)
     directory.mkdir(parents=True, exist_ok=True)
     written = [directory / ANALYSIS_NAME]
     written[0].write_text(json.dumps(analysis_record(analysis), indent=1) + "\n", encoding="utf-8")

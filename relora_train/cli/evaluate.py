@@ -33,7 +33,7 @@ def report(run: RunName, store: Store = None, as_json: AsJson = False) -> None:
     """Write the report of a run again from its checkpoints and recorded evaluations."""
     ref = resolve(run, store)
     with console_for_people(to_stderr=as_json).status("reading checkpoints and drawing …"):
-        from relora_train.reports.store import report_run  # matplotlib
+        from relora_train.reports.report import report_run  # matplotlib
 
         opened, line = open_store(ref.store_uri), line_of(ref)
         written = report_run(line, recorded_evaluations(opened, line), opened, ref.manifest.run_id)

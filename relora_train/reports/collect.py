@@ -9,9 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from datetime import UTC
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,8 +20,6 @@ from relora_train.checkpoints.manifest import CheckpointManifest
 from relora_train.errors import CheckpointCorruptError, CheckpointNotFoundError
 from relora_train.reports.ranks.analysis import INITIAL, history_for_report, spectra_for_report
 from relora_train.reports.ranks.checkpoints import start_of_line
-from relora_train.reports.ranks.cycles import CycleHistory
-from relora_train.reports.ranks.measures import LayerSpectrum
 from relora_train.reports.run_data import (
     TRAIN_FIELDS,
     Evaluation,
@@ -55,46 +51,47 @@ def collect_run_data(
     last = line[-1].manifest
     records = [record for checkpoint in line for record in _metrics(checkpoint, fetch_files)]
     settings = json.loads((fetch_files(line[-1], ["profile.json"]) / "profile.json").read_bytes())
-    update = _total_update(line, fetch_files) if spectra else _TotalUpdate()
+    update = _total_update(line, fetch_files) if spectra else {}
     return RunData(
         run_id=last.run_id,
         profile=last.profile,
         method=str(settings.get("method", "")),
         stages=_stage_rows(line),
         train=train_curve(records),
-        merges=_merge_rows(line),
-        evaluations=tuple(_evaluation(item) for item in evaluations),
+        merges=tuple(_merge_row(ref.manifest) for ref in line if ref.manifest.merge_report),
+        evaluations=tuple(
+            Evaluation(
+                checkpoint_uri=str(item["checkpoint_uri"]),
+                stage=str(item["stage"]),
+                step=int(item["step"]),
+                scores=_scores(item),
+                val_tokens=item.get(measures_in(item).scored),
+            )
+            for item in evaluations
+        ),
         samples=tuple(
             Sample(str(item["stage"]), int(item["step"]), str(sample["prompt"]), str(sample["text"]))
             for item in evaluations
             for sample in item.get("samples", ())
         ),
-        spectra=update.spectra,
-        spectra_between=update.between,
         settings=settings,
         versions=last.versions,
         dataset_id=last.dataset_id,
         dataset_uri=last.dataset_uri,
         finished_at=last.created_at.astimezone(UTC),
-        history=update.history,
-        spectra_notes=update.notes,
+        **update,
     )
-
-
-def files_in_directories(directories: Mapping[str, Path]) -> FetchFiles:
-    """Files of checkpoints that lie in local directories already, given by checkpoint URI. Nothing is verified."""
-
-    def fetch(ref: CheckpointRef, names: Sequence[str]) -> Path:
-        return directories[ref.uri]
-
-    return fetch
 
 
 def train_curve(records: Sequence[Mapping[str, Any]]) -> TrainCurve:
     """Return the records of kind 'train' as arrays; those of other kinds are left out."""
     by_step = {int(record["step"]): record for record in records if record.get("kind") == "train"}
     steps = sorted(by_step)
-    values = {name: np.array([_number_or_nan(by_step[step].get(name)) for step in steps]) for name in TRAIN_FIELDS}
+
+    def number(value: Any) -> float:
+        return float(value) if isinstance(value, (int, float)) else math.nan
+
+    values = {name: np.array([number(by_step[step].get(name)) for step in steps]) for name in TRAIN_FIELDS}
     return TrainCurve(np.array(steps, dtype=np.int64), values)
 
 
@@ -126,7 +123,6 @@ def _stage_rows(line: Sequence[CheckpointRef]) -> tuple[StageRow, ...]:
         manifest = checkpoint.manifest
         parent = manifest.parent
         before = {key.removesuffix("_before"): v for key, v in manifest.evaluation.items() if key.endswith("_before")}
-        settings = manifest.fingerprint_settings
         rows.append(
             StageRow(
                 stage=manifest.stage,
@@ -140,7 +136,7 @@ def _stage_rows(line: Sequence[CheckpointRef]) -> tuple[StageRow, ...]:
                 seconds=manifest.stage_seconds,
                 before=_scores(before),
                 after=_scores(manifest.evaluation),
-                rank=settings.get("relora.rank"),
+                rank=manifest.fingerprint_settings.get("relora.rank"),
                 fingerprint=manifest.fingerprint,
                 size_bytes=manifest.size_bytes,
                 divergence=manifest.divergence,
@@ -161,28 +157,15 @@ def _stage_tokens(manifest: CheckpointManifest, parent: CheckpointManifest | Non
     return sequences * length * (manifest.step - manifest.parent.step)
 
 
-def _merge_rows(line: Sequence[CheckpointRef]) -> tuple[MergeRow, ...]:
+def _merge_row(manifest: CheckpointManifest) -> MergeRow:
     names = ("max_relative_output_change", "relative_update_norm", "effective_rank", "optimizer_state_zeroed")
-    return tuple(
-        MergeRow(
-            stage=manifest.stage,
-            step=manifest.step,
-            cycle=int(manifest.merge_report.get("cycle", manifest.cycle)),
-            layers=manifest.merge_report.get("layers", {}),
-            **{name: manifest.merge_report.get(name) for name in names},
-        )
-        for manifest in (checkpoint.manifest for checkpoint in line)
-        if manifest.merge_report
-    )
-
-
-def _evaluation(item: Mapping[str, Any]) -> Evaluation:
-    return Evaluation(
-        str(item["checkpoint_uri"]),
-        str(item["stage"]),
-        int(item["step"]),
-        _scores(item),
-        item.get(measures_in(item).scored),
+    report = manifest.merge_report
+    return MergeRow(
+        stage=manifest.stage,
+        step=manifest.step,
+        cycle=int(report.get("cycle", manifest.cycle)),
+        layers=report.get("layers", {}),
+        **{name: report.get(name) for name in names},
     )
 
 
@@ -190,26 +173,19 @@ def _scores(values: Mapping[str, Any]) -> Scores:
     return Scores(**{name: values.get(name) for name in SCORES})
 
 
-@dataclass(frozen=True)
-class _TotalUpdate:
-    between: tuple[str, str] | None = None
-    spectra: tuple[LayerSpectrum, ...] = ()
-    history: CycleHistory | None = None
-    notes: tuple[str, ...] = ()
-
-
-def _total_update(line: Sequence[CheckpointRef], fetch_files: FetchFiles) -> _TotalUpdate:
+def _total_update(line: Sequence[CheckpointRef], fetch_files: FetchFiles) -> dict[str, Any]:
+    """Return the fields of RunData that tell what the line has changed in the weights."""
     start, end = start_of_line(line), line[-1]
     if start is not None and start.uri == end.uri:
-        return _TotalUpdate()
+        return {}
     history, note = history_for_report(line, fetch_files)
     if start is None:
-        spectra = tuple(layer.spectra[-1] for layer in history.growth) if history else ()
-        return _TotalUpdate((INITIAL, end.manifest.stage), spectra, history, (note,) if note else ())
-    spectra, why = spectra_for_report(start, end, fetch_files)
-    notes = tuple(text for text in (why, note) if text)
-    return _TotalUpdate((start.manifest.stage, end.manifest.stage), spectra, history, notes)
-
-
-def _number_or_nan(value: Any) -> float:
-    return float(value) if isinstance(value, (int, float)) else math.nan
+        spectra, why = tuple(layer.spectra[-1] for layer in history.growth) if history else (), ""
+    else:
+        spectra, why = spectra_for_report(start, end, fetch_files)
+    return {
+        "spectra_between": (INITIAL if start is None else start.manifest.stage, end.manifest.stage),
+        "spectra": spectra,
+        "history": history,
+        "spectra_notes": tuple(text for text in (why, note) if text),
+    }

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from relora_train.events import Event
 from relora_train.settings.objectives import measures_in
 from relora_train.text import MISSING, count, duration
@@ -73,13 +71,10 @@ def event_line(event: Event, *, before: float | None = None, short: bool = False
         case "arm_diverged":
             return f"{event['arm']}, seed {event['seed']} diverged: {event['message'].partition(': ')[0]}"
         case name:
-            return f"{name}: " + ", ".join(f"{key}={_short(value)}" for key, value in event.items() if key != "event")
+            shown = {key: f"{v:.4g}" if isinstance(v, float) else v for key, v in event.items() if key != "event"}
+            return f"{name}: " + ", ".join(f"{key}={value}" for key, value in shown.items())
 
 
 def _number(event: Event, key: str, form: str) -> str:
     value = event.get(key)
     return MISSING if value is None else format(value, form)
-
-
-def _short(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -29,7 +29,6 @@ PALETTE = 256
 
 _LEFT, _RIGHT, _BOTTOM = 0.62, 0.10, 0.45  # inches, the same for all, so that steps lie one above another
 
-
 BACKGROUND, TEXT, MUTED, GRID, BAND = "#ffffff", "#1d2329", "#5f6b76", "#e3e7ea", "#f4f6f8"
 SERIES = ("#0072b2", "#d55e00", "#009e73")
 ACCENT = "#cc79a7"
@@ -49,7 +48,15 @@ def new_figure(
         bottom=_BOTTOM / height,
     )
     for axes in grid.flat:
-        _style(axes)
+        axes.set_facecolor(BACKGROUND)
+        axes.grid(visible=True, axis="y", color=GRID, linewidth=0.8)
+        axes.set_axisbelow(True)
+        axes.tick_params(which="both", colors=MUTED, labelsize=8.5, length=0)
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.label.set(color=MUTED, fontsize=9)
+        for side, spine in axes.spines.items():
+            spine.set_visible(side == "bottom")
+            spine.set_color(GRID)
     return figure, grid
 
 
@@ -90,7 +97,7 @@ def smoothed_curve(
 
 
 def downsample(x: NDArray[Any], y: Floats, limit: int = MAX_POINTS) -> tuple[NDArray[Any], Floats]:
-    """At most `limit` of the points, in order: of each bin the lowest, the highest and one gap if it has any.
+    """Return at most `limit` of the points, in order: of each bin the lowest, the highest and one gap if it has any.
 
     So no peak and no run of non-finite values disappears. Up to `limit` points nothing is left out.
     """
@@ -133,7 +140,7 @@ def legend(axes: Any, *, columns: int = 3, place: str = "upper right") -> None:
 
 
 def log_scale(axis: Any, axes: Any) -> None:
-    """Logarithmic y axis with plain numbers at 1, 2 and 5."""
+    """Make the y axis logarithmic, with plain numbers at 1, 2 and 5."""
     axes.set_yscale("log")
     axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=7))
     axis.set_minor_locator(NullLocator())
@@ -141,7 +148,7 @@ def log_scale(axis: Any, axes: Any) -> None:
 
 
 def compact_numbers(axis: Any) -> None:
-    """Tick labels as '24.5', '2,500', '15k' or '1.5M', all alike, by where the axis ends. Call it after the limits."""
+    """Write tick labels as '24.5', '2,500', '15k' or '1.5M', by where the axis ends. Call it after the limits."""
     end = max(axis.get_view_interval())
     if end < 1000:
         axis.set_major_formatter(ScalarFormatter(useOffset=False))
@@ -151,7 +158,7 @@ def compact_numbers(axis: Any) -> None:
 
 
 def plain(text: str) -> str:
-    """Text matplotlib draws as it stands: no mathtext, only glyphs its font has, at most 40 characters."""
+    """Return text that matplotlib draws as it stands: no mathtext, only glyphs its font has, at most 40 characters."""
     drawable = "".join(char if " " <= char <= "~" else "?" for char in text[:40])
     return drawable.replace("$", r"\$")
 
@@ -165,15 +172,3 @@ def to_png(figure: Figure, *, dpi: int) -> bytes:
     buffer = io.BytesIO()
     image.quantize(PALETTE, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE).save(buffer, "PNG")
     return buffer.getvalue()
-
-
-def _style(axes: Any) -> None:
-    axes.set_facecolor(BACKGROUND)
-    axes.grid(visible=True, axis="y", color=GRID, linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.tick_params(which="both", colors=MUTED, labelsize=8.5, length=0)
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.label.set(color=MUTED, fontsize=9)
-    for side, spine in axes.spines.items():
-        spine.set_visible(side == "bottom")
-        spine.set_color(GRID)

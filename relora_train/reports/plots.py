@@ -7,11 +7,10 @@ than MAX_POINTS records are thinned by `plot_style.downsample`, which keeps ever
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
 from relora_train.reports.plot_style import (
@@ -29,7 +28,7 @@ from relora_train.reports.plot_style import (
     smoothed_curve,
     to_png,
 )
-from relora_train.reports.rank_plots import growth_figure, overlap_figure, spectra_figure
+from relora_train.reports.rank_plots import rank_figures
 from relora_train.reports.run_data import RunData
 
 OVERVIEW_BYTES = 44_000  # below 60 kB as a data URL
@@ -37,18 +36,26 @@ _REPORT_DPI = 160
 
 
 def draw_plots(data: RunData) -> dict[str, bytes]:
-    """PNG bytes by file name, in the order of the report; a plot without data is left out."""
+    """Return PNG bytes by file name, in the order of the report; a plot without data is left out."""
     recorded = len(data.train) > 0
     low_rank = bool(np.isfinite(data.train["lora_A_grad_norm"]).any())
     scored = any(points.size for points in _scores(data))
-    plots: list[tuple[str, bool, Callable[[RunData], Figure]]] = [
-        ("loss.png", recorded, loss_figure),
-        ("learning_rate.png", recorded, learning_rate_figure),
-        (score_plot_name(data), scored, score_figure),
-        ("gradient_norm.png", recorded and low_rank, gradient_norm_figure),
-        ("throughput.png", recorded, throughput_figure),
-    ]
-    figures = {name: draw(data) for name, wanted, draw in plots if wanted} | _rank_figures(data)
+    by_step: tuple[tuple[str, bool, float, Callable[[Any, RunData], None]], ...] = (
+        ("loss.png", recorded, 3.7, _draw_loss),
+        ("learning_rate.png", recorded, 2.4, _draw_learning_rate),
+        (score_plot_name(data), scored, 3.0, _draw_scores),
+        ("gradient_norm.png", recorded and low_rank, 2.8, _draw_gradient_norm),
+        ("throughput.png", recorded, 2.3, _draw_throughput),
+    )
+    figures = {}
+    for name, wanted, height, draw in by_step:
+        if wanted:
+            figures[name], grid = new_figure(height, titled=draw is _draw_loss)
+            grid[0, 0].set_xlabel("step")
+            draw(grid[0, 0], data)
+    ranks = [row.rank for row in data.stages if row.rank is not None]
+    cycle_rank, total_rank = (ranks[-1], sum(ranks)) if ranks else (None, None)
+    figures |= rank_figures(data.spectra, data.history, cycle_rank=cycle_rank, total_rank=total_rank)
     return {name: to_png(figure, dpi=_REPORT_DPI) for name, figure in figures.items()}
 
 
@@ -57,21 +64,8 @@ def score_plot_name(data: RunData) -> str:
     return f"{data.measures.headline.name}.png"
 
 
-def _rank_figures(data: RunData) -> dict[str, Figure]:
-    figures, history = {}, data.history
-    if data.spectra:
-        ranks = [row.rank for row in data.stages if row.rank is not None]
-        cycle_rank, total_rank = (ranks[-1], sum(ranks)) if ranks else (None, None)
-        figures["spectra.png"] = spectra_figure(data.spectra, cycle_rank=cycle_rank, total_rank=total_rank)
-    if history is not None and len(history.growth_stages) > 1:
-        figures["growth.png"] = growth_figure(history)
-    if history is not None and history.overlaps:
-        figures["overlap.png"] = overlap_figure(history)
-    return figures
-
-
 def overview_png(data: RunData) -> bytes:
-    """Loss, learning rate and validation score in one small figure: at most OVERVIEW_BYTES, for a data URL."""
+    """Draw loss, learning rate and validation score in one small figure: at most OVERVIEW_BYTES, for a data URL."""
     figure, grid = new_figure(6.4, rows=3, titled=True, sharex=True, height_ratios=(3, 1.4, 2))
     figure.subplots_adjust(hspace=0.14)
     upper, middle, lower = grid.flat
@@ -90,42 +84,8 @@ def overview_png(data: RunData) -> bytes:
     return next(png for png in sizes if len(png) <= OVERVIEW_BYTES)
 
 
-def loss_figure(data: RunData) -> Figure:
-    """Training loss by step: the records faint, their running mean within each stage strong."""
-    return _figure_by_step(data, 3.7, _draw_loss, titled=True)
-
-
-def learning_rate_figure(data: RunData) -> Figure:
-    """Draw the jagged learning rate by step."""
-    return _figure_by_step(data, 2.4, _draw_learning_rate)
-
-
-def score_figure(data: RunData) -> Figure:
-    """Validation score of every checkpoint: by the trainer, and by the evaluation task where it ran."""
-    return _figure_by_step(data, 3.0, _draw_scores)
-
-
-def gradient_norm_figure(data: RunData) -> Figure:
-    """Gradient norms by step, on a log scale: of all parameters, of A and of B."""
-    return _figure_by_step(data, 2.8, _draw_gradient_norm)
-
-
-def throughput_figure(data: RunData) -> Figure:
-    """Tokens per second of the records by step."""
-    return _figure_by_step(data, 2.3, _draw_throughput)
-
-
-def _figure_by_step(
-    data: RunData, height: float, draw: Callable[[Any, RunData], None], *, titled: bool = False
-) -> Figure:
-    figure, grid = new_figure(height, titled=titled)
-    axes = grid[0, 0]
-    axes.set_xlabel("step")
-    draw(axes, data)
-    return figure
-
-
 def _draw_loss(axes: Any, data: RunData) -> None:
+    """Draw the records faint, and their running mean within each stage strong."""
     steps, loss = data.train.step, data.train["loss"]
     mark_stages(axes, data.stages, labels=True)
     smoothed_curve(axes, steps, loss, data.stages, SERIES[0])
@@ -183,7 +143,12 @@ def _scores(data: RunData) -> tuple[Floats, Floats, Floats]:
     before = [(row.start_step, row.before.of(measure)) for row in data.stages]
     after = [(row.end_step, row.after.of(measure)) for row in data.stages]
     task = [(item.step, item.scores.of(measure)) for item in data.evaluations]
-    return _finite_points(before), _finite_points(after), _finite_points(task)
+    finite = (
+        [(step, value) for step, value in points if value is not None and math.isfinite(value)]
+        for points in (before, after, task)
+    )
+    first, second, third = (np.array(points, dtype=np.float64).reshape(-1, 2) for points in finite)
+    return first, second, third
 
 
 def _draw_scores(axes: Any, data: RunData) -> None:
@@ -192,13 +157,12 @@ def _draw_scores(axes: Any, data: RunData) -> None:
     # The untrained model's perplexity, about the vocabulary's size, would flatten everything that is of interest.
     ceiling = 4 * float(np.max(after[:, 1], initial=0.0)) or math.inf
     before = before[before[:, 1] <= ceiling]
-    named = (("before the stage", before, "o"), ("after the stage", after, "o-"), ("evaluation task", task, "D"))
-    looks: tuple[dict[str, Any], ...] = (
-        {"color": SERIES[1], "markersize": 7.5, "markerfacecolor": "none"},
-        {"color": SERIES[0], "markersize": 4.5, "linewidth": 1.4},
-        {"color": SERIES[2], "markersize": 4.5},
+    drawn: tuple[tuple[str, Floats, str, dict[str, Any]], ...] = (
+        ("before the stage", before, "o", {"color": SERIES[1], "markersize": 7.5, "markerfacecolor": "none"}),
+        ("after the stage", after, "o-", {"color": SERIES[0], "markersize": 4.5, "linewidth": 1.4}),
+        ("evaluation task", task, "D", {"color": SERIES[2], "markersize": 4.5}),
     )
-    for (label, points, marker), look in zip(named, looks, strict=True):
+    for label, points, marker, look in drawn:
         if points.size:
             axes.plot(*points.T, marker, label=label, **look)
     digits = max(1, data.measures.headline.digits - 1)
@@ -209,8 +173,3 @@ def _draw_scores(axes: Any, data: RunData) -> None:
     axes.margins(y=0.25)
     compact_numbers(axes.yaxis)
     legend(axes)
-
-
-def _finite_points(points: Sequence[tuple[int, float | None]]) -> Floats:
-    finite = [(step, value) for step, value in points if value is not None and math.isfinite(value)]
-    return np.array(finite, dtype=np.float64).reshape(-1, 2)

@@ -24,9 +24,8 @@ from relora_train.reports.plot_style import (
     plain,
 )
 from relora_train.reports.ranks.cycles import CycleHistory, LayerGrowth
-from relora_train.reports.ranks.kinds import by_kind
 from relora_train.reports.ranks.layers import block_of, kind_of
-from relora_train.reports.ranks.measures import PAPER_THRESHOLD, LayerSpectrum, Matrix
+from relora_train.reports.ranks.measures import PAPER_THRESHOLD, LayerSpectrum, Matrix, by_kind
 
 MAX_PANELS = 8
 _MAX_NUMBERED = 8  # cycles whose overlaps are also written as numbers
@@ -35,8 +34,22 @@ _CHANCE_IS_PALE = 4.0  # times the overlap by chance has the full colour, so tha
 _BOUND_FITS = 2.5  # times the highest curve: what the rank can be at most is drawn in full up to there
 
 
+def rank_figures(
+    spectra: Sequence[LayerSpectrum], history: CycleHistory | None, *, cycle_rank: int | None, total_rank: int | None
+) -> dict[str, Figure]:
+    """Return the figures that there is something to draw in, by file name."""
+    figures = {}
+    if spectra:
+        figures["spectra.png"] = spectra_figure(spectra, cycle_rank=cycle_rank, total_rank=total_rank)
+    if history is not None and len(history.growth_stages) > 1:
+        figures["growth.png"] = growth_figure(history)
+    if history is not None and history.overlaps:
+        figures["overlap.png"] = overlap_figure(history)
+    return figures
+
+
 def spectra_figure(spectra: Sequence[LayerSpectrum], *, cycle_rank: int | None, total_rank: int | None) -> Figure:
-    """Singular values of the total update, one panel a kind of layer (at most MAX_PANELS).
+    """Draw the singular values of the total update, one panel a kind of layer (at most MAX_PANELS).
 
     One line a layer; of more than three all faint, and their mean strong. Vertical lines: the rank of one cycle, and
     the sum of the ranks merged. Values that rounding could have made are not drawn.
@@ -46,9 +59,14 @@ def spectra_figure(spectra: Sequence[LayerSpectrum], *, cycle_rank: int | None, 
     rows = math.ceil(len(shown) / columns)
     figure, grid = new_figure(2.6 * rows + 0.4, rows=rows, columns=columns, titled=True, sharey=True)
     figure.subplots_adjust(wspace=0.06, hspace=0.32)
+    several = total_rank is not None and total_rank != cycle_rank
+    marks = [(cycle_rank, "rank of one cycle" if several else "rank", "--")]
+    marks += [(total_rank, "sum of ranks", ":")] if several else []
     for axes, ((kind, _), layers) in zip(grid.flat, shown, strict=False):
         _draw_spectra(axes, layers)
-        _draw_ranks(axes, cycle_rank, total_rank, len(layers[0].values))
+        for rank, label, style in marks:
+            if rank is not None and rank <= len(layers[0].values):
+                axes.axvline(rank + 0.5, color=ACCENT, linestyle=style, linewidth=1.4, label=f"{label}, {rank:,}")
         axes.set_title(plain(kind), fontsize=9.5, color=TEXT, loc="left")
     for axes in grid.flat[len(shown) :]:
         axes.set_visible(False)
@@ -65,8 +83,12 @@ def _draw_spectra(axes: Any, layers: Sequence[LayerSpectrum]) -> None:
     few = len(layers) <= len(SERIES)
     for i, layer in enumerate(layers):
         values = np.where(layer.values > layer.tolerance, layer.values, np.nan)
-        look = {"color": SERIES[i], "linewidth": 1.5, "label": _block(layer.name)} if few else {}
-        axes.plot(index, values, **(look or {"color": SERIES[0], "linewidth": 0.6, "alpha": 0.35}))
+        if few:
+            block = block_of(layer.name)
+            label = f"block {block}" if block else plain(layer.name)
+            axes.plot(index, values, color=SERIES[i], linewidth=1.5, label=label)
+        else:
+            axes.plot(index, values, color=SERIES[0], linewidth=0.6, alpha=0.35)
     if not few:
         mean = np.mean([layer.values for layer in layers], axis=0)
         drawn = np.where(mean > max(layer.tolerance for layer in layers), mean, np.nan)
@@ -75,15 +97,6 @@ def _draw_spectra(axes: Any, layers: Sequence[LayerSpectrum]) -> None:
     log_scale(axes.yaxis, axes)
     axes.set_xlim(0, len(index) * 1.02)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
-
-
-def _draw_ranks(axes: Any, cycle_rank: int | None, total_rank: int | None, width: int) -> None:
-    several = total_rank is not None and total_rank != cycle_rank
-    marks = [(cycle_rank, "rank of one cycle" if several else "rank", "--")]
-    marks += [(total_rank, "sum of ranks", ":")] if several else []
-    for rank, label, style in marks:
-        if rank is not None and rank <= width:
-            axes.axvline(rank + 0.5, color=ACCENT, linestyle=style, linewidth=1.4, label=f"{label}, {rank:,}")
 
 
 def growth_figure(history: CycleHistory) -> Figure:
@@ -98,12 +111,18 @@ def growth_figure(history: CycleHistory) -> Figure:
         (grid[0, 0], "effective rank", lambda spectrum: spectrum.effective_rank),
         (grid[0, 1], "singular values of 0.1 or more", lambda spectrum: spectrum.at_threshold),
     )
+    groups: dict[str, list[LayerGrowth]] = {}
+    for layer in history.growth:
+        groups.setdefault(kind_of(layer.name), []).append(layer)
+    # Kinds are told apart by colour, then by line and marker.
+    looks = [(colour, *line) for line in (("-", "o"), ("--", "s")) for colour in (*SERIES, ACCENT)]
     for axes, title, value in measures:
         highest = 0.0
-        for number, (kind, layers) in enumerate(_growth_by_kind(history)):
+        for (kind, layers), (colour, line, marker) in zip(groups.items(), looks, strict=False):  # at most MAX_PANELS
             means = np.mean([[value(spectrum) for spectrum in layer.spectra] for layer in layers], axis=0)
             highest = max(highest, float(np.max(means)))
-            axes.plot(places, means, label=plain(kind), **_look(number))
+            look = {"color": colour, "linestyle": line, "marker": marker, "markersize": 4, "linewidth": 1.5}
+            axes.plot(places, means, label=plain(kind), **look)
         bound = [math.nan if rank is None else rank for rank in history.growth_ranks]
         axes.plot(places, bound, color=MUTED, linestyle=":", linewidth=1.4, label="sum of ranks")
         axes.set_ylim(0, max(1.0, *(1.06 * top for top in (highest, bound[-1]) if top <= _BOUND_FITS * highest)))
@@ -117,36 +136,22 @@ def growth_figure(history: CycleHistory) -> Figure:
     return figure
 
 
-def _growth_by_kind(history: CycleHistory) -> list[tuple[str, list[LayerGrowth]]]:
-    groups: dict[str, list[LayerGrowth]] = {}
-    for layer in history.growth:
-        groups.setdefault(kind_of(layer.name), []).append(layer)
-    return list(groups.items())[:MAX_PANELS]
-
-
-def _look(number: int) -> dict[str, Any]:
-    """Told apart by colour, then by line and marker."""
-    colours = (*SERIES, ACCENT)
-    style, marker = (("-", "o"), ("--", "s"))[number // len(colours) % 2]
-    colour = colours[number % len(colours)]
-    return {"color": colour, "linestyle": style, "marker": marker, "markersize": 4, "linewidth": 1.5}
-
-
 def overlap_figure(history: CycleHistory) -> Figure:
-    """Two maps of the cycles' overlaps, mean over layers: of what the updates write, and of what they read."""
+    """Draw two maps of the cycles' overlaps, mean over layers: of what the updates write, and of what they read."""
     count = len(history.stages)
     figure, grid = new_figure(3.8 if count > 4 else 2.8, columns=2, titled=True)
     figure.subplots_adjust(left=0.085, right=0.99, wspace=0.16, bottom=0.09)
-    overlaps = history.overlaps
-    columns, rows = mean_overlap([one.columns for one in overlaps]), mean_overlap([one.rows for one in overlaps])
-    chances = [float(np.mean([one.chance_columns for one in overlaps]))]
-    chances.append(float(np.mean([one.chance_rows for one in overlaps])))
-    for mean in (columns, rows):
+    sides = ("columns", "rows")
+    means = [mean_overlap([getattr(one, side) for one in history.overlaps]) for side in sides]
+    chances = [float(np.mean([getattr(one, f"chance_{side}") for one in history.overlaps])) for side in sides]
+    for mean in means:
         np.fill_diagonal(mean, np.nan)
-    full = max([_CHANCE_IS_PALE * max(chances), *(float(value) for value in np.append(columns, rows) if value > 0)])
-    for axes, title, mean, chance in zip(grid.flat, ("column", "row"), (columns, rows), chances, strict=True):
+    full = max([_CHANCE_IS_PALE * max(chances), *(float(value) for value in np.append(*means) if value > 0)])
+    for axes, side, mean, chance in zip(grid.flat, sides, means, chances, strict=True):
         _draw_map(axes, mean, min(1.0, full))
-        axes.set_title(f"{title} spaces: chance gives {chance:.3f}", fontsize=9.5, color=TEXT, loc="left")
+        axes.set_title(
+            f"{side.removesuffix('s')} spaces: chance gives {chance:.3f}", fontsize=9.5, color=TEXT, loc="left"
+        )
         for axis in (axes.xaxis, axes.yaxis):
             _name_stages(axis, history.stages, np.arange(count))
     return figure
@@ -162,7 +167,7 @@ def mean_overlap(maps: Sequence[Matrix]) -> Matrix:
 
 
 def _draw_map(axes: Any, values: Matrix, full: float) -> None:
-    """From the page's colour at 0 to the strong one at `full`; the diagonal, which is 1, is left empty."""
+    """Draw from the page's colour at 0 to the strong one at `full`; the diagonal, which is 1, is left empty."""
     between = LinearSegmentedColormap.from_list("overlap", [BACKGROUND, SERIES[0]])
     shades = between.with_extremes(bad=BAND)
     axes.imshow(np.ma.masked_invalid(values), cmap=shades, vmin=0.0, vmax=full, aspect="auto")
@@ -178,15 +183,5 @@ def _draw_map(axes: Any, values: Matrix, full: float) -> None:
 def _name_stages(axis: Any, stages: Sequence[str], places: Any) -> None:
     every = math.ceil(len(stages) / _MAX_NAMED)
     short = len(stages) > _MAX_NUMBERED
-    axis.set_ticks(places[::every], [plain(_short(name) if short else name) for name in stages[::every]])
-
-
-def _short(stage: str) -> str:
-    """Return '12' for 'cycle-12'."""
-    return stage.rpartition("-")[2]
-
-
-def _block(name: str) -> str:
-    """Return 'block 3' for 'model.layers.3.mlp.up_proj.weight'."""
-    block = block_of(name)
-    return f"block {block}" if block else plain(name)
+    shown = [name.rpartition("-")[2] if short else name for name in stages[::every]]  # '12' for 'cycle-12'
+    axis.set_ticks(places[::every], [plain(name) for name in shown])

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-from relora_train.reports.ranks.cycles import CycleHistory, LayerOverlap
-from relora_train.reports.ranks.kinds import KindSpectrum
-from relora_train.reports.ranks.measures import PAPER_THRESHOLD, LayerSpectrum, Matrix
+from relora_train.reports.ranks.cycles import CycleHistory
+from relora_train.reports.ranks.measures import PAPER_THRESHOLD, KindSpectrum, LayerSpectrum, Matrix
 
 
 def spectrum_record(spectrum: LayerSpectrum) -> dict[str, Any]:
@@ -18,26 +17,31 @@ def spectrum_record(spectrum: LayerSpectrum) -> dict[str, Any]:
 
 def kind_record(kind: KindSpectrum) -> dict[str, Any]:
     """Return the means over the layers of one kind."""
-    return {
-        "kind": kind.kind,
-        "layers": kind.layers,
-        "shape": kind.shape,
-        **_ranks(kind),
-        "singular_values": _rounded(kind.values),
-    }
+    about = {"kind": kind.kind, "layers": kind.layers, "shape": kind.shape}
+    return {**about, **_ranks(kind), "singular_values": _rounded(kind.values)}
 
 
 def history_record(history: CycleHistory) -> dict[str, Any]:
-    """Growth and overlaps by layer; singular values only of the whole update, elsewhere."""
+    """Return growth and overlaps by layer; singular values only of the whole update, elsewhere."""
+    sides = ("columns", "rows")
+    overlaps = [
+        {
+            "name": overlap.name,
+            **{side: [_rounded(row) for row in getattr(overlap, side)] for side in sides},
+            "chance": {side: getattr(overlap, f"chance_{side}") for side in sides},
+            "successive_cosines": {
+                "columns": [_rounded(cosines) for cosines in overlap.column_cosines],
+                "rows": [_rounded(cosines) for cosines in overlap.row_cosines],
+            },
+        }
+        for overlap in history.overlaps
+    ]
     return {
         "growth_stages": history.growth_stages,
         "growth_ranks": history.growth_ranks,
-        "growth": [
-            {"name": layer.name, "after": [_measures(spectrum) for spectrum in layer.spectra]}
-            for layer in history.growth
-        ],
+        "growth": [{"name": layer.name, "after": list(map(_measures, layer.spectra))} for layer in history.growth],
         "stages": history.stages,
-        "overlaps": [_overlap_record(overlap) for overlap in history.overlaps],
+        "overlaps": overlaps,
     }
 
 
@@ -51,12 +55,8 @@ def json_value(value: Any) -> Any:
 
 
 def _measures(spectrum: LayerSpectrum) -> dict[str, Any]:
-    return {
-        "shape": spectrum.shape,
-        "largest": float(spectrum.values[0]),
-        "tolerance": spectrum.tolerance,
-        **_ranks(spectrum),
-    }
+    largest = float(spectrum.values[0])
+    return {"shape": spectrum.shape, "largest": largest, "tolerance": spectrum.tolerance, **_ranks(spectrum)}
 
 
 def _ranks(measured: LayerSpectrum | KindSpectrum) -> dict[str, Any]:
@@ -65,17 +65,5 @@ def _ranks(measured: LayerSpectrum | KindSpectrum) -> dict[str, Any]:
     return {"below": below, **{name: getattr(measured, name) for name in names}}
 
 
-def _overlap_record(overlap: LayerOverlap) -> dict[str, Any]:
-    return {
-        "name": overlap.name,
-        **{side: [_rounded(row) for row in getattr(overlap, side)] for side in ("columns", "rows")},
-        "chance": {"columns": overlap.chance_columns, "rows": overlap.chance_rows},
-        "successive_cosines": {
-            "columns": [_rounded(cosines) for cosines in overlap.column_cosines],
-            "rows": [_rounded(cosines) for cosines in overlap.row_cosines],
-        },
-    }
-
-
-def _rounded(values: Matrix | Sequence[float]) -> list[float]:
+def _rounded(values: Matrix) -> list[float]:
     return [float(f"{value:.6g}") for value in values]

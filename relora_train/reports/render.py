@@ -17,6 +17,7 @@ from relora_train.reports import text as report_text
 from relora_train.runs.divergence import divergence_text
 
 TEMPLATES = Path(__file__).parent / "templates"
+# Controls, and marks that change the direction of text: a replacement character stands in their place.
 _UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
@@ -35,7 +36,7 @@ def _environment() -> Environment:
     environment = Environment(
         autoescape=True,
         undefined=StrictUndefined,
-        finalize=_printable,
+        finalize=lambda value: value if isinstance(value, Markup) else _UNPRINTABLE.sub("\ufffd", str(value)),
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
@@ -49,7 +50,7 @@ def _environment() -> Environment:
         "divergence_text": divergence_text,
         "duration": text.duration,
         "estimate": report_text.estimate_text,
-        "headline": report_text.headline,
+        "headline": report_text.headline_text,
         "percent": text.percent,
         "scientific": text.scientific,
         "score": report_text.score,
@@ -60,8 +61,3 @@ def _environment() -> Environment:
         "unique_text": dict.fromkeys,
     }
     return environment
-
-
-def _printable(value: object) -> object:
-    """Put a replacement character in the place of each control and each mark that changes the direction of text."""
-    return value if isinstance(value, Markup) else _UNPRINTABLE.sub("\ufffd", str(value))

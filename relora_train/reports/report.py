@@ -8,16 +8,23 @@ from __future__ import annotations
 
 import base64
 import json
+import tempfile
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from relora_train.checkpoints.fetch import files_in_stores
+from relora_train.checkpoints.layout import check_run_id
+from relora_train.checkpoints.lineage import CheckpointRef
+from relora_train.reports.collect import collect_run_data
 from relora_train.reports.page import render_page
 from relora_train.reports.plots import draw_plots, overview_png
 from relora_train.reports.records import history_record, json_value, spectrum_record
-from relora_train.reports.run_data import RunData, StageRow
-from relora_train.reports.text import headline, scores_change
-from relora_train.settings.measures import Measures
+from relora_train.reports.run_data import RunData
+from relora_train.reports.text import headline_text, scores_change
+from relora_train.storage.base import ObjectStore
+from relora_train.storage.workspace import checkpoint_cache
 from relora_train.text import count, decimal, duration, markdown_cell, steps_text
 
 HTML_NAME = "report.html"
@@ -26,27 +33,43 @@ OVERVIEW_NAME = "overview.png"
 
 
 @dataclass(frozen=True)
-class ReportFiles:
-    """The files of a report."""
+class StoredReport:
+    """The place of a report, and its content in short."""
 
-    html: Path
-    pngs: tuple[Path, ...]
-    summary_json: Path
+    html_uri: str
+    picture_uris: tuple[str, ...]
+    summary: dict[str, Any]
+    markdown: str
 
 
-def write_report(data: RunData, output_dir: Path) -> ReportFiles:
-    """Write report.html, summary.json, overview.png and the figures; files of an earlier report are replaced."""
+def report_run(
+    line: Sequence[CheckpointRef], evaluations: Sequence[dict[str, Any]], store: ObjectStore, run_id: str
+) -> StoredReport:
+    """Write the report of a line of checkpoints to runs/<run_id>/report/ of the store; one from before is replaced."""
+    prefix = f"runs/{check_run_id(run_id)}/report"
+    data = collect_run_data(line, files_in_stores(checkpoint_cache(run_id)), evaluations=evaluations)
+    with tempfile.TemporaryDirectory(prefix="relora-report-") as scratch:
+        written = write_report(data, Path(scratch))
+        for path in written:  # the page last
+            store.put_file(f"{prefix}/{path.name}", path)
+    return StoredReport(
+        html_uri=f"{store.uri}/{prefix}/{HTML_NAME}",
+        picture_uris=tuple(f"{store.uri}/{prefix}/{path.name}" for path in written if path.suffix == ".png"),
+        summary=summarize(data),
+        markdown=overview_markdown(data),
+    )
+
+
+def write_report(data: RunData, output_dir: Path) -> list[Path]:
+    """Write overview.png, the figures, summary.json and report.html; files of an earlier report are replaced."""
     output_dir.mkdir(parents=True, exist_ok=True)
     pictures = draw_plots(data)
-    pngs = []
-    for name, png in {OVERVIEW_NAME: overview_png(data), **pictures}.items():
-        pngs.append(output_dir / name)
-        pngs[-1].write_bytes(png)
-    summary_json, html = output_dir / SUMMARY_NAME, output_dir / HTML_NAME
-    text = json.dumps(summarize(data), indent=1, ensure_ascii=True, allow_nan=False)
-    summary_json.write_text(text + "\n", encoding="utf-8")
-    html.write_text(render_page(data, pictures), encoding="utf-8")
-    return ReportFiles(html, tuple(pngs), summary_json)
+    summary = json.dumps(summarize(data), indent=1, ensure_ascii=True, allow_nan=False) + "\n"
+    page = render_page(data, pictures)
+    contents = {OVERVIEW_NAME: overview_png(data), **pictures, SUMMARY_NAME: summary.encode(), HTML_NAME: page.encode()}
+    for name, content in contents.items():
+        (output_dir / name).write_bytes(content)
+    return [output_dir / name for name in contents]
 
 
 def summarize(data: RunData) -> dict[str, Any]:
@@ -85,10 +108,15 @@ def stage_table_markdown(data: RunData) -> str:
     for row in data.stages:
         name = row.uri.rstrip("/").rpartition("/")[2]  # in full it would not fit beside the numbers
         cells = (
-            *(markdown_cell(cell) for cell in _stage_cells(row, data.measures)),
-            f"`{markdown_cell(name, code=True)}`",
+            row.stage,
+            steps_text(row.start_step, row.end_step),
+            count(row.tokens),
+            scores_change(row, headline),
+            scores_change(row, second),
+            duration(row.seconds),
+            decimal(row.tokens_per_second, 0),
         )
-        lines.append(f"| {' | '.join(cells)} |")
+        lines.append(f"| {' | '.join(map(markdown_cell, cells))} | `{markdown_cell(name, code=True)}` |")
     places = [f"- {markdown_cell(row.stage)}: `{markdown_cell(row.uri, code=True)}`" for row in data.stages]
     return "\n".join([*lines, "", *places]) + "\n"
 
@@ -98,18 +126,6 @@ def overview_markdown(data: RunData) -> str:
     image = base64.b64encode(overview_png(data)).decode("ascii")
     alt = f"Training loss, learning rate and validation {data.measures.headline.name} by step"
     return (
-        f"# {markdown_cell(data.run_id)}\n\n{markdown_cell(headline(data))}\n\n"
+        f"# {markdown_cell(data.run_id)}\n\n{markdown_cell(headline_text(data))}\n\n"
         f"![{alt}](data:image/png;base64,{image})\n\n{stage_table_markdown(data)}"
-    )
-
-
-def _stage_cells(row: StageRow, measures: Measures) -> tuple[str, ...]:
-    return (
-        row.stage,
-        steps_text(row.start_step, row.end_step),
-        count(row.tokens),
-        scores_change(row, measures.headline),
-        scores_change(row, measures.second),
-        duration(row.seconds),
-        decimal(row.tokens_per_second, 0),
     )

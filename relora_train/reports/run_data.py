@@ -147,16 +147,15 @@ class RunData:
     merges: tuple[MergeRow, ...]
     evaluations: tuple[Evaluation, ...]
     samples: tuple[Sample, ...]
-    spectra: tuple[LayerSpectrum, ...]
-    """Spectra of the update between the two stages of `spectra_between`."""
-    spectra_between: tuple[str, str] | None
     settings: Mapping[str, Any]
     versions: Mapping[str, str]
     dataset_id: str
     dataset_uri: str
     finished_at: datetime
     """When the last checkpoint was made, in UTC."""
-
+    spectra: tuple[LayerSpectrum, ...] = ()
+    """Spectra of the update between the two stages of `spectra_between`."""
+    spectra_between: tuple[str, str] | None = None
     history: CycleHistory | None = None
     """The rank of that update from cycle to cycle, and how the cycles' subspaces overlap, from the adapters."""
     spectra_notes: tuple[str, ...] = ()
@@ -164,6 +163,5 @@ class RunData:
 
     @property
     def measures(self) -> Measures:
-        """The measures of the run."""
         recorded = {name: score for name, score in vars(self.stages[-1].after).items() if score is not None}
         return measures_in(recorded)

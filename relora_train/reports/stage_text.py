@@ -1,8 +1,10 @@
-"""A stage and its checkpoint as short Markdown, for the orchestrator's UI. Imports no torch."""
+"""A stage, its checkpoint and its merge as Markdown and tables, for the orchestrator's UI. Imports no torch."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from relora_train.runs.divergence import divergence_text
 from relora_train.settings.objectives import measures_in
@@ -12,6 +14,8 @@ if TYPE_CHECKING:
     from relora_train.checkpoints.lineage import CheckpointRef
     from relora_train.method.stages import Stage
     from relora_train.runs.run import StageOutcome
+
+Layers = Mapping[str, Mapping[str, float]]
 
 
 def finished_text(stage: Stage, outcome: StageOutcome) -> str:
@@ -58,3 +62,39 @@ def merge_text(ref: CheckpointRef) -> str:
         f"{scientific(report.get('max_relative_output_change'))} of the largest logit, "
         f"{percent(report.get('optimizer_state_zeroed'))} of the Adam state of A and B zeroed"
     )
+
+
+def merge_table(report: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the merge report of a manifest as rows: all layers together, each kind of layer, each layer.
+
+    The rows have the same keys, with '' where a number is known of all layers only. ∇A and ∇B are the largest gradient
+    norms of the cycle's first steps. Norms of several layers are of all their weights together; their effective rank
+    is the mean.
+    """
+    layers: Layers = report.get("layers", {})
+    shown = {name: name.removesuffix(".weight").removeprefix("model.") for name in layers}
+    kinds = {name: module.rpartition(".")[2] for name, module in shown.items()}  # 'q_proj'
+    rows = [_row("all layers", layers, report)]
+    if len(set(kinds.values())) > 1:
+        for kind in dict.fromkeys(kinds.values()):
+            of_kind = {name: layer for name, layer in layers.items() if kinds[name] == kind}
+            rows.append(_row(f"all {kind}", of_kind, {}))
+    return rows + [_row(shown[name], {name: layer}, {}) for name, layer in layers.items()]
+
+
+def _row(name: str, layers: Layers, whole: Mapping[str, Any]) -> dict[str, Any]:
+    update, weight = (
+        math.sqrt(sum(layer[key] ** 2 for layer in layers.values())) for key in ("update_norm", "weight_norm")
+    )
+    ranks = [layer["effective_rank"] for layer in layers.values()]
+    numbers: dict[str, float | None] = {
+        "‖ΔW‖ / ‖W‖": update / weight if weight else None,
+        "‖ΔW‖": update,
+        "effective rank": sum(ranks) / len(ranks) if ranks else None,
+        "output change": whole.get("max_relative_output_change"),
+        "Adam zeroed": whole.get("optimizer_state_zeroed"),
+        "∇A": whole.get("first_lora_A_grad_norm"),
+        "∇B": whole.get("first_lora_B_grad_norm"),
+    }
+    # As text, because a table of the UI shows floats with all their digits.
+    return {"layer": name, **{key: "" if value is None else f"{value:.4g}" for key, value in numbers.items()}}

@@ -29,7 +29,7 @@ def scores_change(row: StageRow, measure: Measure) -> str:
     return after if row.before.of(measure) is None else f"{score(row.before, measure)} → {after}"
 
 
-def headline(data: RunData) -> str:
+def headline_text(data: RunData) -> str:
     """Return the run's result in one sentence."""
     last = data.stages[-1]
     first = next((row for row in data.stages if row.stage == "warm-start"), data.stages[0])

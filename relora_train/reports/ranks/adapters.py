@@ -65,7 +65,8 @@ class AdapterDirectory:
     def shape(self, name: str) -> tuple[int, int]:
         """Return (out, in) of a weight, without reading its factors."""
         with self._open() as file:
-            return int(file.get_slice(self._tensor(name, "B")).get_shape()[0]), self._columns(file, name)
+            left, right = (file.get_slice(self._tensor(name, factor)).get_shape() for factor in ("B", "A"))
+            return int(left[0]), int(right[1])
 
     def factors(self, name: str) -> Factors:
         """Return the update of one weight. Raises ModelError if there is none or a value is not finite."""
@@ -75,9 +76,6 @@ class AdapterDirectory:
         if not (np.isfinite(A).all() and np.isfinite(B).all()):
             raise ModelError(f"The low-rank update of {name} in {self._path} holds values that are not finite.")
         return Factors(self._scaling * B, A)
-
-    def _columns(self, file: Any, name: str) -> int:
-        return int(file.get_slice(self._tensor(name, "A")).get_shape()[1])
 
     def _tensor(self, name: str, factor: str) -> str:
         tensor = f"{_PREFIX}{name.removesuffix('.weight')}.lora_{factor}.weight"
@@ -96,14 +94,14 @@ class AdapterDirectory:
 
 
 def singular_values_of_sums(updates: Sequence[Factors], ends: Sequence[int]) -> list[Matrix]:
-    """Singular values of the sum of the first k updates, for each k of `ends`; exact up to float64 rounding.
+    """Return the singular values of the sum of the first k updates, for each k of `ends`; exact up to float64 rounding.
 
     Each (min(out, in),), descending. The sum is P Q with P = [B_1 … B_k] and Q = [A_1; …; A_k], so its values are those
     of R_P R_Qᵀ, where P = O R_P and Qᵀ = O′ R_Q; the R of the first columns is the first columns of the whole R.
     """
     rows, columns = updates[0].shape
-    R_P = _triangle(np.hstack([update.B for update in updates]))  # (min(out, ranks), ranks)
-    R_Q = _triangle(np.vstack([update.A for update in updates]).T)
+    factors = np.hstack([update.B for update in updates]), np.vstack([update.A for update in updates]).T
+    R_P, R_Q = (np.asarray(np.linalg.qr(factor, mode="r")) for factor in factors)  # (min(out, ranks), ranks)
     widths = np.cumsum([update.rank for update in updates])
     found = []
     for width in (int(widths[end - 1]) for end in ends):
@@ -113,13 +111,8 @@ def singular_values_of_sums(updates: Sequence[Factors], ends: Sequence[int]) -> 
     return found
 
 
-def _triangle(matrix: Matrix) -> Matrix:
-    triangle: Matrix = np.linalg.qr(matrix, mode="r")  # type: ignore[assignment]  # numpy's stubs know no mode
-    return triangle
-
-
 def subspaces(update: Factors) -> tuple[Matrix, Matrix]:
-    """Orthonormal bases (out, d) of the update's column space and (in, d) of its row space, strongest first.
+    """Return orthonormal bases (out, d) of the update's column space and (in, d) of its row space, strongest first.
 
     d counts the singular values above float32 rounding of the factors: 0 for an update that is zero.
     """
@@ -132,7 +125,7 @@ def subspaces(update: Factors) -> tuple[Matrix, Matrix]:
 
 
 def principal_cosines(first: Matrix, second: Matrix) -> Matrix:
-    """Cosines of the principal angles of two subspaces, from orthonormal bases (n, d1) and (n, d2); descending.
+    """Return the cosines of the principal angles of subspaces with orthonormal bases (n, d1) and (n, d2), descending.
 
     (min(d1, d2),): all 1 where one contains the other, all 0 where they are orthogonal.
     """
@@ -142,5 +135,5 @@ def principal_cosines(first: Matrix, second: Matrix) -> Matrix:
 
 
 def overlap_by_chance(dimension: int, first: int, second: int) -> float:
-    """Expected mean cos² of the principal angles of random subspaces of these dimensions: max(d1, d2) / dimension."""
+    """Return the mean cos² of the principal angles that random subspaces have: max(d1, d2) / dimension."""
     return max(first, second) / dimension

@@ -32,8 +32,7 @@ from relora_train.reports.ranks.cycles import (
 )
 from relora_train.reports.ranks.layers import block_matrices, named_by, representative_layers
 from relora_train.reports.ranks.measures import LayerSpectrum
-from relora_train.reports.ranks.updates import update_spectra
-from relora_train.reports.ranks.weights import WeightDirectory
+from relora_train.reports.ranks.weights import WeightDirectory, update_spectra
 
 INITIAL = "initial weights"
 
@@ -108,15 +107,23 @@ def analyze(
         raise ConfigError(
             f"{end.uri} would be compared with itself. Name another checkpoint of the same model with --against."
         )
-    stages, gap = (
-        low_rank_stages(line, start) if start is None or any(start.uri == one.uri for one in line) else ((), None)
-    )
+    on_line = start is None or any(start.uri == one.uri for one in line)
+    stages, gap = low_rank_stages(line, start) if on_line else ((), None)
     if start is None:
         if gap:
             raise ConfigError(f"The initial weights are not stored, and {gap}. Name a checkpoint with --against.")
-        return _since_initial(stages, end, fetch_files, layers, on_layer)
+        cycles = fetch_cycles(stages, fetch_files)
+        grown = cycle_history(cycles, layers.choose(_shapes_in_all(cycles)), on_layer)
+        note = (
+            "From the adapters: the initial weights are not stored, and in these layers a low-rank stage changes "
+            f"nothing else.{_thinned(len(cycles))}"
+        )
+        total = tuple(layer.spectra[-1] for layer in grown.growth)
+        return RankAnalysis(INITIAL, name_of(end), None, end.uri, total, grown, note)
     before, after = (fetch_weights(ref, fetch_files, layers.named) for ref in (start, end))
-    names = layers.choose(_shared_matrices(before, after))
+    held, there = WeightDirectory(after), set(WeightDirectory(before).held)
+    shapes = {name: held.shape(name) for name in held.held if name in there}
+    names = layers.choose({name: (shape[0], shape[1]) for name, shape in shapes.items() if len(shape) == 2})
     spectra: list[LayerSpectrum] = []
     for name in names:
         on_layer(name)
@@ -125,9 +132,18 @@ def analyze(
     if not stages:
         note = f"{name_of(start)} is not on the line that led to {name_of(end)}: there are no cycles between them."
     elif with_history and gap is None:
-        history, note = _adapter_history(stages, fetch_files, names, on_layer)
+        cycles = fetch_cycles(stages, fetch_files)
+        updated = _shapes_in_all(cycles)
+        known = [name for name in names if name in updated]
+        if known:
+            history = cycle_history(cycles, known, on_layer)
+            few = f"Growth and overlaps are of the {len(known)} layers that every cycle updated, of {len(names)}."
+            note = ((few if len(known) < len(names) else "") + _thinned(len(cycles))).strip()
+        else:
+            note = "No cycle-to-cycle growth: none of these layers has a low-rank update in every cycle."
     elif with_history:
-        history = _weights_history(before, stages, fetch_files, layers, names, on_layer)
+        chosen = [stages[point - 1] for point in growth_points(len(stages))]
+        history = _weights_history(before, chosen, fetch_files, layers, names, on_layer)
         note = f"Growth is from the weights of each checkpoint, without overlaps: {gap}."
     return RankAnalysis(name_of(start), name_of(end), start.uri, end.uri, tuple(spectra), history, note)
 
@@ -138,7 +154,7 @@ def name_of(ref: CheckpointRef) -> str:
 
 
 def history_for_report(line: Sequence[CheckpointRef], fetch_files: FetchFiles) -> tuple[CycleHistory | None, str]:
-    """Growth and overlaps of representative layers, if that is cheap; else None and, where it matters, the reason."""
+    """Return growth and overlaps of representative layers, if that is cheap; else None and a reason."""
     start = start_of_line(line)
     stages, gap = low_rank_stages(line, start)
     if gap or not stages:
@@ -149,9 +165,9 @@ def history_for_report(line: Sequence[CheckpointRef], fetch_files: FetchFiles) -
     cycles = fetch_cycles(stages, fetch_files)
     shapes = _shapes_in_all(cycles)
     names = representative_layers(shapes)
-    ranks = [cycle.adapter.factors(names[0]).rank for cycle in cycles] if names else []
     if not names:
         return None, ""
+    ranks = [cycle.adapter.factors(names[0]).rank for cycle in cycles]
     if history_operations([shapes[name] for name in names], ranks) > REPORT_OPERATIONS:
         return None, f"Growth and overlaps of layers this large are not computed for every report. {advice}"
     return cycle_history(cycles, names), ""
@@ -160,38 +176,12 @@ def history_for_report(line: Sequence[CheckpointRef], fetch_files: FetchFiles) -
 def spectra_for_report(
     start: CheckpointRef, end: CheckpointRef, fetch_files: FetchFiles
 ) -> tuple[tuple[LayerSpectrum, ...], str]:
-    """Spectra of representative layers; none, and the reason, for weights above REPORT_WEIGHT_BYTES."""
+    """Return the spectra of representative layers; none, and the reason, for weights above REPORT_WEIGHT_BYTES."""
     if weights_bytes(start) + weights_bytes(end) > REPORT_WEIGHT_BYTES:
         advice = f"`relora analyze {end.manifest.run_id} --few` takes the time."
         return (), f"The weights are too large to be read for every report. {advice}"
     before, after = (fetch_weights(ref, fetch_files, block_matrices) for ref in (start, end))
     return tuple(update_spectra(before, after)), ""
-
-
-def _since_initial(
-    stages: Sequence[CheckpointRef], end: CheckpointRef, fetch_files: FetchFiles, layers: Layers, on_layer: OnLayer
-) -> RankAnalysis:
-    cycles = fetch_cycles(stages, fetch_files)
-    names = layers.choose(_shapes_in_all(cycles))
-    history = cycle_history(cycles, names, on_layer)
-    return RankAnalysis(
-        INITIAL, name_of(end), None, end.uri, tuple(layer.spectra[-1] for layer in history.growth), history,
-        "From the adapters: the initial weights are not stored, and in these layers a low-rank stage changes nothing "
-        f"else.{_thinned(cycles_count=len(cycles))}",
-    )  # fmt: skip
-
-
-def _adapter_history(
-    stages: Sequence[CheckpointRef], fetch_files: FetchFiles, names: Sequence[str], on_layer: OnLayer
-) -> tuple[CycleHistory | None, str]:
-    cycles = fetch_cycles(stages, fetch_files)
-    updated = _shapes_in_all(cycles)
-    known = [name for name in names if name in updated]
-    if not known:
-        return None, "No cycle-to-cycle growth: none of these layers has a low-rank update in every cycle."
-    few = f"Growth and overlaps are of the {len(known)} layers that every cycle updated, of {len(names)}."
-    note = few if len(known) < len(names) else ""
-    return cycle_history(cycles, known, on_layer), (note + _thinned(cycles_count=len(cycles))).strip()
 
 
 def _shapes_in_all(cycles: Sequence[MergedCycle]) -> Shapes:
@@ -204,20 +194,19 @@ def _shapes_in_all(cycles: Sequence[MergedCycle]) -> Shapes:
     }
 
 
-def _thinned(*, cycles_count: int) -> str:
-    points = len(growth_points(cycles_count))
-    return f" Growth is shown after {points} of {cycles_count} cycles." if points < cycles_count else ""
+def _thinned(cycles: int) -> str:
+    points = len(growth_points(cycles))
+    return f" Growth is shown after {points} of {cycles} cycles." if points < cycles else ""
 
 
 def _weights_history(
     before: Path,
-    stages: Sequence[CheckpointRef],
+    chosen: Sequence[CheckpointRef],
     fetch_files: FetchFiles,
     layers: Layers,
     names: Sequence[str],
     on_layer: OnLayer,
 ) -> CycleHistory:
-    chosen = [stages[point - 1] for point in growth_points(len(stages))]
     directories = [fetch_weights(ref, fetch_files, layers.named) for ref in chosen]
     growth = []
     for name in names:
@@ -225,14 +214,3 @@ def _weights_history(
         spectra = (next(update_spectra(before, directory, [name])) for directory in directories)
         growth.append(LayerGrowth(name, tuple(spectra)))
     return CycleHistory(tuple(ref.manifest.stage for ref in chosen), (None,) * len(chosen), tuple(growth))
-
-
-def _shared_matrices(before: Path, after: Path) -> Shapes:
-    start, end = WeightDirectory(before), WeightDirectory(after)
-    shared: Shapes = {}
-    for name in end.held:
-        if name in start.held:
-            shape = end.shape(name)
-            if len(shape) == 2:
-                shared[name] = (shape[0], shape[1])
-    return shared

@@ -20,7 +20,7 @@ from relora_train.reports.ranks.adapters import (
     singular_values_of_sums,
     subspaces,
 )
-from relora_train.reports.ranks.measures import LayerSpectrum, Matrix, rounding_tolerance
+from relora_train.reports.ranks.measures import LayerSpectrum, Matrix, spectrum_of_values
 
 MAX_GROWTH_POINTS = 12
 """If there are more cycles, this many are used, evenly spread, the first and the last among them."""
@@ -91,11 +91,11 @@ def cycle_history(
         on_layer(name)
         updates = [cycle.adapter.factors(name) for cycle in cycles]
         widths = [int(width) for width in np.cumsum([update.rank for update in updates])]
-        norm = cycles[0].weight_norms.get(name, math.nan)
-        spectra = tuple(
-            _spectrum(name, updates[0].shape, values, norm) for values in singular_values_of_sums(updates, ends)
-        )
-        growth.append(LayerGrowth(name, spectra))
+        shape, norm = updates[0].shape, cycles[0].weight_norms.get(name, math.nan)
+        rms = 0.0 if math.isnan(norm) else norm / math.sqrt(math.prod(shape))
+        sums = singular_values_of_sums(updates, ends)
+        spectra = (spectrum_of_values(name, shape, values, weight_rms=rms, start_norm=norm) for values in sums)
+        growth.append(LayerGrowth(name, tuple(spectra)))
         if len(cycles) > 1:
             overlaps.append(layer_overlap(name, updates))
     return CycleHistory(
@@ -132,13 +132,6 @@ def history_operations(shapes: Sequence[tuple[int, int]], ranks: Sequence[int]) 
             first, second = min(rows, int(widths[end - 1])), min(columns, int(widths[end - 1]))
             total += 6.0 * first * second * min(first, second)
     return total
-
-
-def _spectrum(name: str, shape: tuple[int, int], values: Matrix, norm: float) -> LayerSpectrum:
-    weight_rms = 0.0 if math.isnan(norm) else norm / math.sqrt(math.prod(shape))
-    update_rms = math.sqrt(float(np.sum(values**2)) / math.prod(shape))
-    tolerance = rounding_tolerance(shape, largest=float(values[0]), weight_rms=weight_rms, update_rms=update_rms)
-    return LayerSpectrum(name, shape, values, tolerance, norm)
 
 
 def _pairs(bases: Sequence[Matrix], dimension: int) -> tuple[Matrix, tuple[Matrix, ...], float]:

@@ -58,17 +58,14 @@ def representative_layers(shapes: Mapping[str, tuple[int, ...]]) -> tuple[str, .
     for _, blocks in sorted(stacks.items()):
         numbers = sorted(blocks)
         for number in sorted({numbers[0], numbers[len(numbers) // 2], numbers[-1]}):
-            chosen.extend(_representatives(blocks[number]))
+            roles = blocks[number]
+            attention = [role for role in roles if "att" in role.lower()]
+            mlp = [role for role in roles if role not in attention]
+            found = [_first_ending(attention, endings) for endings in _ATTENTION_ROLES]
+            found += [_first_ending(mlp, endings) for endings in _MLP_ROLES]
+            known = [roles[role] for role in found if role is not None]
+            chosen.extend(known or list(roles.values())[:4])
     return tuple(chosen)
-
-
-def _representatives(roles: dict[str, str]) -> list[str]:
-    attention = [role for role in roles if "att" in role.lower()]
-    mlp = [role for role in roles if role not in attention]
-    found = [_first_ending(attention, endings) for endings in _ATTENTION_ROLES]
-    found += [_first_ending(mlp, endings) for endings in _MLP_ROLES]
-    known = [roles[role] for role in found if role is not None]
-    return known or list(roles.values())[:4]
 
 
 def _first_ending(roles: list[str], endings: tuple[str, ...]) -> str | None:

@@ -6,12 +6,14 @@ Everything is computed in float64. Source of the measures: arXiv 2307.05695, fig
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from relora_train.errors import ModelError
+from relora_train.reports.ranks.layers import kind_of
 
 Matrix = NDArray[np.float64]
 
@@ -57,7 +59,7 @@ class LayerSpectrum:
     @property
     def below_threshold(self) -> int:
         """The paper's measure: the number of the min(shape) singular values that are below 0.1."""
-        return count_below(self.values)
+        return int(np.count_nonzero(self.values < PAPER_THRESHOLD))
 
     @property
     def at_threshold(self) -> int:
@@ -66,50 +68,68 @@ class LayerSpectrum:
 
     @property
     def effective_rank(self) -> float:
-        return effective_rank(self.values)
+        """exp(entropy of σ / Σσ): n for n equal values, 1 for a single one, 0 for none. Roy and Vetterli, 2007."""
+        total = float(np.sum(self.values))
+        if total == 0:
+            return 0.0
+        shares = self.values[self.values > 0] / total
+        return float(np.exp(-np.sum(shares * np.log(shares))))
 
     @property
     def stable_rank(self) -> float:
-        return stable_rank(self.values)
+        """‖ΔW‖_F² / ‖ΔW‖₂², between 1 and the rank; 0 for a zero matrix."""
+        total = float(np.sum(self.values**2))
+        return total / float(self.values[0]) ** 2 if total else 0.0
 
     @property
     def numerical_rank(self) -> int:
-        return numerical_rank(self.values, self.tolerance)
+        """The number of singular values above the tolerance."""
+        return int(np.count_nonzero(self.values > self.tolerance))
 
 
-def count_below(values: Matrix, threshold: float = PAPER_THRESHOLD) -> int:
-    """Return the number of singular values below `threshold`."""
-    return int(np.count_nonzero(values < threshold))
+@dataclass(frozen=True, eq=False)
+class KindSpectrum:
+    """Means over the layers of one kind and shape: the q_proj of every block, the up_proj of every block."""
+
+    kind: str
+    shape: tuple[int, int]
+    layers: int
+    values: Matrix
+    """(min(shape),): the mean of the layers' first values, of their second values, …"""
+    below_threshold: float
+    effective_rank: float
+    stable_rank: float
+    numerical_rank: float
+    relative_update_norm: float
 
 
-def effective_rank(values: Matrix) -> float:
-    """exp(entropy of σ / Σσ): n for n equal values, 1 for a single one, 0 for a zero matrix. Roy and Vetterli, 2007."""
-    total = float(np.sum(values))
-    if total == 0:
-        return 0.0
-    shares = values[values > 0] / total
-    return float(np.exp(-np.sum(shares * np.log(shares))))
+def by_kind(spectra: Iterable[LayerSpectrum]) -> dict[tuple[str, tuple[int, int]], list[LayerSpectrum]]:
+    """Return the layers of each kind and shape, in the order in which the kinds first appear."""
+    groups: dict[tuple[str, tuple[int, int]], list[LayerSpectrum]] = {}
+    for spectrum in spectra:
+        groups.setdefault((kind_of(spectrum.name), spectrum.shape), []).append(spectrum)
+    return groups
 
 
-def stable_rank(values: Matrix) -> float:
-    """‖W‖_F² / ‖W‖₂² of descending values, between 1 and the rank; 0 for a zero matrix."""
-    total = float(np.sum(values**2))
-    return total / float(values[0]) ** 2 if total else 0.0
-
-
-def numerical_rank(values: Matrix, tolerance: float) -> int:
-    """Return the number of singular values above `tolerance`."""
-    return int(np.count_nonzero(values > tolerance))
+def kind_means(spectra: Iterable[LayerSpectrum]) -> tuple[KindSpectrum, ...]:
+    """Return the averages of each kind of layer."""
+    averaged = ("below_threshold", "effective_rank", "stable_rank", "numerical_rank", "relative_update_norm")
+    means = []
+    for (kind, shape), layers in by_kind(spectra).items():
+        values = np.mean([layer.values for layer in layers], axis=0)
+        numbers = {name: float(np.mean([getattr(layer, name) for layer in layers])) for name in averaged}
+        means.append(KindSpectrum(kind, shape, len(layers), values, **numbers))
+    return tuple(means)
 
 
 def rounding_tolerance(shape: tuple[int, int], *, largest: float, weight_rms: float, update_rms: float = 0.0) -> float:
     """Return the size a singular value of W_end − W_start can have by rounding alone.
 
-    The larger of two parts. What was stored: a merge rounds an entry w to float32, an error of about 0.29 ε₃₂ |w|
-    (standard deviation), and taking 1 for 0.29 allows for a dozen merges; the product B A in it, summed in float32 over
-    the rank r, is off by up to 0.29 √(r/2) ε₃₂ rms(ΔW) over all merges together, and taking 4 allows for r = 380. Noise
-    of deviation d has the norm d (√m + √n). The computation: ε₆₄ · max(m, n) · σ_max by SVD, √(ε₆₄ · min(m, n)) · σ_max
-    by the Gram matrix. Not covered: weights stored in fewer bits than float32.
+    It is the larger of two parts, what was stored and the computation. A merge rounds an entry w to float32: an error
+    of about 0.29 ε₃₂ |w| (standard deviation). Taking 1 for 0.29 allows for a dozen merges. The product B A, summed in
+    float32 over the rank r, is off by up to 0.29 √(r/2) ε₃₂ rms(ΔW) over all merges. Taking 4 allows for r = 380.
+    Noise of deviation d has the norm d (√m + √n). The computation adds ε₆₄ · max(m, n) · σ_max by SVD, or
+    √(ε₆₄ · min(m, n)) · σ_max by the Gram matrix. Weights stored in fewer bits than float32 are not covered.
     """
     rows, columns = shape
     deviation = float(np.finfo(np.float32).eps) * (weight_rms + 4 * update_rms)
@@ -119,32 +139,37 @@ def rounding_tolerance(shape: tuple[int, int], *, largest: float, weight_rms: fl
     return max(stored, relative * largest)
 
 
-def singular_values(delta: NDArray[np.floating]) -> Matrix:
-    """Singular values of a (m, n) matrix, descending, in float64.
+def spectrum_of_values(
+    name: str, shape: tuple[int, int], values: Matrix, *, weight_rms: float, start_norm: float
+) -> LayerSpectrum:
+    """Return the spectrum with the tolerance that follows from its values and the weight's root mean square."""
+    update_rms = math.sqrt(float(np.sum(values**2)) / math.prod(shape))
+    tolerance = rounding_tolerance(shape, largest=float(values[0]), weight_rms=weight_rms, update_rms=update_rms)
+    return LayerSpectrum(name, shape, values, tolerance, start_norm)
 
-    By SVD up to a short side of GRAM_ABOVE, else as roots of the Gram matrix's eigenvalues: an eigenvalue is off by
-    about ε₆₄ σ_max², so σ by ε₆₄ σ_max² / 2σ; below √(ε₆₄ · min(m, n)) · σ_max (7e-7 σ_max at 2048) all is noise.
-    """
+
+def singular_values(delta: NDArray[np.floating]) -> Matrix:
+    """Return the singular values of a (m, n) matrix, descending, in float64."""
     if delta.ndim != 2:
         raise ModelError(f"Singular values need a matrix, not an array of shape {delta.shape}.")
     if not np.isfinite(delta).all():
         raise ModelError(f"A matrix of shape {delta.shape} holds values that are not finite; it has no spectrum.")
     tall = delta if delta.shape[0] >= delta.shape[1] else delta.T  # (long, short)
-    if tall.shape[1] <= GRAM_ABOVE:
-        values: Matrix = np.linalg.svd(tall.astype(np.float64), compute_uv=False)
-        return values
     blocks = (tall[i : i + BLOCK_ROWS].astype(np.float64) for i in range(0, tall.shape[0], BLOCK_ROWS))
-    gram = np.zeros((tall.shape[1], tall.shape[1]))
+    return singular_values_of_blocks(blocks, tall.shape[1])
+
+
+def singular_values_of_blocks(blocks: Iterable[Matrix], short: int) -> Matrix:
+    """Return the singular values of a (long, short) matrix that comes in blocks of rows.
+
+    By SVD up to a short side of GRAM_ABOVE, else as roots of the Gram matrix's eigenvalues: an eigenvalue is off by
+    about ε₆₄ σ_max², so σ by ε₆₄ σ_max² / 2σ; below √(ε₆₄ · min(m, n)) · σ_max (7e-7 σ_max at 2048) all is noise.
+    """
+    if short <= GRAM_ABOVE:
+        svd: Matrix = np.linalg.svd(np.concatenate(list(blocks)), compute_uv=False)
+        return svd
+    gram = np.zeros((short, short))
     for block in blocks:
-        gram += gram_matrix(block)
-    return gram_singular_values(gram)
-
-
-def gram_matrix(block: Matrix) -> Matrix:
-    product: Matrix = block.T @ block  # (short, short)
-    return product
-
-
-def gram_singular_values(gram: Matrix) -> Matrix:
-    values: Matrix = np.sqrt(np.clip(np.linalg.eigvalsh(gram)[::-1], 0.0, None))
-    return values
+        gram += block.T @ block
+    roots: Matrix = np.sqrt(np.clip(np.linalg.eigvalsh(gram)[::-1], 0.0, None))
+    return roots
