@@ -8,7 +8,7 @@ from prefect import task
 from prefect.logging import get_run_logger
 from prefect.runtime import deployment
 
-from relora_train.checkpoints.all_runs import list_runs
+from relora_train.checkpoints.names import list_runs
 from relora_train.checkpoints.upkeep.pruning import PruneReport, prune_run
 from relora_train.checkpoints.upkeep.retention import RetentionPolicy
 from relora_train.checkpoints.upkeep.retention_profile import policy_of_run

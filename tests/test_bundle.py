@@ -12,8 +12,8 @@ from fault_proxy import faulty_way_to, flip_a_bit_of_the_answer
 
 from relora_train.checkpoints.commit import commit_bundle, remove_leftovers
 from relora_train.checkpoints.fetch import check_local, fetch_bundle, verify_bundle
+from relora_train.checkpoints.lineage import Tombstone
 from relora_train.checkpoints.manifest import CheckpointManifest, read_manifest
-from relora_train.checkpoints.tombstone import Tombstone
 from relora_train.errors import (
     CheckpointCorruptError,
     CheckpointIncompleteError,

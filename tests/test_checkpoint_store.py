@@ -13,7 +13,6 @@ from bundles import checkpoint_manifest, dataset_manifest, fingerprint_of, write
 from hypothesis import given
 from hypothesis import strategies as st
 
-from relora_train.checkpoints.all_runs import list_runs
 from relora_train.checkpoints.commit import commit_bundle
 from relora_train.checkpoints.fetch import fetch_checkpoint, verify_bundle
 from relora_train.checkpoints.layout import (
@@ -25,7 +24,7 @@ from relora_train.checkpoints.layout import (
 )
 from relora_train.checkpoints.lineage import CheckpointRef, line_to
 from relora_train.checkpoints.manifest import find_dataset
-from relora_train.checkpoints.names import resolve_checkpoint
+from relora_train.checkpoints.names import list_runs, resolve_checkpoint
 from relora_train.checkpoints.run import CheckpointStore
 from relora_train.errors import (
     CheckpointAmbiguousError,

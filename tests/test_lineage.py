@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from stage_runs import tiny_profile
 from stored_runs import Workshop
 
-from relora_train.checkpoints.all_runs import read_checkpoints
 from relora_train.checkpoints.lineage import (
     CheckpointRef,
     Line,
@@ -26,6 +25,7 @@ from relora_train.checkpoints.lineage import (
     result_for,
 )
 from relora_train.checkpoints.manifest import CheckpointManifest, ParentRef
+from relora_train.checkpoints.names import read_checkpoints
 from relora_train.checkpoints.run import CheckpointStore
 from relora_train.cli.app import main
 from relora_train.cli.lineage_view import lineage_view

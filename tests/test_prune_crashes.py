@@ -17,9 +17,9 @@ from test_pruning import LAST, NOW, add, keys_at, litter, stages, straight_run, 
 
 from relora_train.checkpoints.fetch import verify_bundle
 from relora_train.checkpoints.holder import Holder
+from relora_train.checkpoints.lineage import Tombstone
 from relora_train.checkpoints.pins import pin, unpin
 from relora_train.checkpoints.run import CheckpointStore
-from relora_train.checkpoints.tombstone import Tombstone
 from relora_train.checkpoints.upkeep.pruning import prune_run
 from relora_train.checkpoints.upkeep.retention import RetentionPolicy, stage_number
 from relora_train.checkpoints.upkeep.verify import verify_run

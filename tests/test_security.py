@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from relora_train.checkpoints.commit import commit_bundle
 from relora_train.checkpoints.layout import checkpoint_prefix
 from relora_train.checkpoints.lease import hold_run
+from relora_train.checkpoints.lineage import read_tombstone
 from relora_train.checkpoints.manifest import (
     CheckpointManifest,
     DatasetManifest,
@@ -35,7 +36,6 @@ from relora_train.checkpoints.manifest import (
 from relora_train.checkpoints.pins import pin, pins_of
 from relora_train.checkpoints.run import CheckpointStore
 from relora_train.checkpoints.snapshots import SnapshotStore
-from relora_train.checkpoints.tombstone import read_tombstone
 from relora_train.checkpoints.upkeep.pruning import prune_run
 from relora_train.checkpoints.upkeep.verify import verify_run
 from relora_train.cli.app import main

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from relora_train.checkpoints.file_checks import check_file, is_intact
 from relora_train.checkpoints.layout import join_key
+from relora_train.checkpoints.lineage import TOMBSTONE_NAME, removal_at
 from relora_train.checkpoints.manifest import (
     MANIFEST_NAME,
     CheckpointManifest,
@@ -27,7 +28,6 @@ from relora_train.checkpoints.manifest import (
     content_digest,
     read_manifest,
 )
-from relora_train.checkpoints.tombstone import TOMBSTONE_NAME, removal_at
 from relora_train.errors import PreconditionFailedError, StorageError, StoreUnavailableError
 from relora_train.storage.base import ObjectStore
 

@@ -1,15 +1,15 @@
 """The names of objects in a store. Pure functions.
 
-runs/<run_id>/checkpoints/step-00000400-<12 hex of the fingerprint>/    one merge checkpoint (a bundle)
-runs/<run_id>/snapshots/<12 hex of the fingerprint>/step-00000400-<8 hex>/  one snapshot inside a stage (a bundle)
-runs/<run_id>/refs/head.json                                            the checkpoint that the run's line ends in
-runs/<run_id>/refs/<name>.json                                          a pin: the checkpoint it names is never pruned
-runs/<run_id>/lease.json, prune.json                                    the flow that writes, or prunes (lease.py)
-.../step-00000400-<12 hex>/deleted.json                                 a checkpoint that was pruned (tombstone.py)
-runs/<run_id>/diverged/<12 hex of the fingerprint>.json                 a stage that diverged with these settings
-series/<name>/…                                                         the promotions of a series (series_record.py)
-experiments/<name>/…                                                    reports of comparisons, runs that diverged
-datasets/<name>/<16 hex of dataset_id>/                                 one tokenized dataset (a bundle)
+- runs/<run_id>/checkpoints/step-00000400-<12 hex of the fingerprint>/    one merge checkpoint (a bundle)
+- runs/<run_id>/checkpoints/step-00000400-<12 hex>/deleted.json           a checkpoint that was pruned (lineage.py)
+- runs/<run_id>/snapshots/<12 hex of the fingerprint>/step-00000400-<8 hex>/  one snapshot inside a stage (a bundle)
+- runs/<run_id>/refs/head.json                     the checkpoint that the run's line ends in
+- runs/<run_id>/refs/<name>.json                   a pin: the checkpoint it names is never pruned
+- runs/<run_id>/lease.json, prune.json             the flow that writes, or prunes (lease.py)
+- runs/<run_id>/diverged/<12 hex of the fingerprint>.json   a stage that diverged with these settings
+- series/<name>/…                                  the promotions of a series (series_record.py)
+- experiments/<name>/…                             reports of comparisons, runs that diverged
+- datasets/<name>/<16 hex of dataset_id>/          one tokenized dataset (a bundle)
 """
 
 from __future__ import annotations
@@ -39,14 +39,19 @@ class CheckpointPlace:
     short_fingerprint: str
 
 
-def check_run_id(run_id: str) -> str:
-    """Return the run id, or refuse one that could not be a folder and a part of a URI."""
-    if not re.fullmatch(RUN_ID_PATTERN, run_id):
+def check_name(name: str, what: str, *, longest: int = 100) -> str:
+    """Return a name, or refuse one that could not be a folder and a part of a URI."""
+    if not re.fullmatch(rf"[A-Za-z0-9][A-Za-z0-9._-]{{0,{longest - 1}}}", name):
         raise ConfigError(
-            f"{run_id!r} is not a valid run id: use 1 to 100 letters, digits, '.', '_' and '-', "
+            f"{name!r} is not a valid {what}: use 1 to {longest} letters, digits, '.', '_' and '-', "
             "beginning with a letter or a digit."
         )
-    return run_id
+    return name
+
+
+def check_run_id(run_id: str) -> str:
+    """Return the run id, or refuse one that could not be a folder and a part of a URI."""
+    return check_name(run_id, "run id")
 
 
 def join_key(*parts: str) -> str:
@@ -114,9 +119,4 @@ def experiment_prefix(name: str) -> str:
 
 def dataset_prefix(name: str, dataset_id: str) -> str:
     """Return the prefix of a tokenized dataset, named by everything that decides its bytes."""
-    if not re.fullmatch(RUN_ID_PATTERN, name):
-        raise ConfigError(
-            f"{name!r} is not a valid dataset name: use 1 to 100 letters, digits, '.', '_' and '-', "
-            "beginning with a letter or a digit."
-        )
-    return f"datasets/{name}/{dataset_id[:16]}"
+    return f"datasets/{check_name(name, 'dataset name')}/{dataset_id[:16]}"

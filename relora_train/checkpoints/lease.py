@@ -26,9 +26,9 @@ from pydantic import ConfigDict, Field
 
 from relora_train.checkpoints.holder import Holder
 from relora_train.checkpoints.layout import check_run_id, split_checkpoint_uri
-from relora_train.checkpoints.record import StoredRecord
+from relora_train.checkpoints.lineage import removal_at
+from relora_train.checkpoints.manifest import StoredRecord
 from relora_train.checkpoints.series_record import series_key
-from relora_train.checkpoints.tombstone import removal_at
 from relora_train.errors import CheckpointNotFoundError, PreconditionFailedError, RunInUseError, StorageError
 from relora_train.storage.base import ObjectStore
 from relora_train.storage.opening import open_store

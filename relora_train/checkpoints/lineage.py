@@ -1,18 +1,28 @@
-"""The descent of checkpoints, across runs, from their manifests alone.
+"""The descent of checkpoints, across runs, from their manifests alone; and the tombstones of those that were pruned.
 
 A manifest names its parent by URI, fingerprint and step. The tree can thus be drawn when ancestors were deleted or lie
-in stores that cannot be reached: they are named, never opened. All functions but read_checkpoint are pure.
+in stores that cannot be reached: they are named, never opened. Functions without a store are pure.
+
+A tombstone is `<prefix>/deleted.json`, which retention writes before it deletes anything of a checkpoint. It holds the
+manifest. The lineage stays known, and a stage whose checkpoint was pruned is not trained again. While the tombstone
+exists, nothing can be committed under its prefix, so a delayed delete cannot remove new files. To train such a stage
+again, use another run id, or delete the tombstone by hand.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 
-from relora_train.checkpoints.layout import checkpoint_prefix
-from relora_train.checkpoints.manifest import CheckpointManifest, read_manifest
+from pydantic import Field
+
+from relora_train.checkpoints.layout import checkpoint_prefix, join_key
+from relora_train.checkpoints.manifest import CheckpointManifest, StoredRecord, read_manifest
 from relora_train.errors import CheckpointAmbiguousError, CheckpointCorruptError
 from relora_train.storage.base import ObjectStore
+
+TOMBSTONE_NAME = "deleted.json"
 
 
 @dataclass(frozen=True)
@@ -75,7 +85,12 @@ def draw_lineage(refs: Iterable[CheckpointRef], heads: Collection[str] = ()) -> 
     parents = find_parents(known)
     for ref in known:
         (children.setdefault(parents[ref.uri].uri, []) if ref.uri in parents else roots).append(ref)
-    on_line = _ways_to(heads, by_uri, parents)
+    on_line: set[str] = set()  # the heads, and every checkpoint that led to one
+    for uri in heads:
+        current = by_uri.get(uri)
+        while current is not None and current.uri not in on_line:
+            on_line.add(current.uri)
+            current = parents.get(current.uri)
     return tuple(_line_from(root, children, on_line) for root in roots)
 
 
@@ -90,14 +105,12 @@ def find_parents(refs: Sequence[CheckpointRef]) -> Mapping[str, CheckpointRef]:
         same_work.setdefault(ref.fingerprint, []).append(ref)
     found = {}
     for ref in refs:
-        named = ref.manifest.parent
-        if named is None:
+        if (named := ref.manifest.parent) is None:
             continue
         copies = same_work.get(named.fingerprint, [])  # a store that was moved, or a run that was copied
         own_run = [copy for copy in copies if copy.manifest.run_id == ref.manifest.run_id]
-        there = by_uri.get(named.uri)
-        for candidate in (*([there] if there else []), *own_run, *copies):
-            if candidate.fingerprint == named.fingerprint and candidate.step < ref.step:
+        for candidate in (by_uri.get(named.uri), *own_run, *copies):
+            if candidate and candidate.fingerprint == named.fingerprint and candidate.step < ref.step:
                 found[ref.uri] = candidate
                 break
     return found
@@ -110,10 +123,11 @@ def result_for(fingerprint: str, refs: Sequence[CheckpointRef], head: Checkpoint
     """
     line = {ref.fingerprint for ref in line_to(head, refs)} if head else set()
     candidates = [ref for ref in refs if fingerprint in (ref.fingerprint, ref.manifest.variant_of)]
-    candidates.sort(
-        key=lambda ref: (ref.fingerprint not in line, ref.fingerprint != fingerprint, ref.manifest.created_at, ref.uri)
+    return min(
+        candidates,
+        key=lambda ref: (ref.fingerprint not in line, ref.fingerprint != fingerprint, ref.manifest.created_at, ref.uri),
+        default=None,
     )
-    return candidates[0] if candidates else None
 
 
 def is_left_behind(ref: CheckpointRef, parent: CheckpointRef | None, refs: Sequence[CheckpointRef]) -> bool:
@@ -126,12 +140,13 @@ def is_left_behind(ref: CheckpointRef, parent: CheckpointRef | None, refs: Seque
 
 def descendants(ref: CheckpointRef, refs: Sequence[CheckpointRef]) -> Sequence[CheckpointRef]:
     """Return those of `refs` that were trained from `ref`, directly or not, by step."""
-    parents = find_parents([ref, *refs])
-    below: set[str] = {ref.uri}
+    parents, below = find_parents([ref, *refs]), {ref.uri}
+    found = []
     for one in sorted(refs, key=_order):  # a parent has done fewer steps, so it is met first
-        if one.uri in parents and parents[one.uri].uri in below:
+        if one.uri in parents and parents[one.uri].uri in below and one.uri != ref.uri:
             below.add(one.uri)
-    return [one for one in sorted(refs, key=_order) if one.uri in below and one.uri != ref.uri]
+            found.append(one)
+    return found
 
 
 def line_to(ref: CheckpointRef, refs: Sequence[CheckpointRef]) -> Sequence[CheckpointRef]:
@@ -152,17 +167,20 @@ def without_pruned_ends(refs: Sequence[CheckpointRef]) -> Sequence[CheckpointRef
 
 def end_of_line(refs: Sequence[CheckpointRef], head: CheckpointRef | None, *, run_id: str) -> CheckpointRef | None:
     """Return the end of a run's line; see CheckpointStore.latest."""
-
-    def children(parent: CheckpointRef) -> Sequence[CheckpointRef]:
-        return [ref for ref in refs if ref.manifest.parent and ref.manifest.parent.fingerprint == parent.fingerprint]
-
+    children: dict[str, list[CheckpointRef]] = {}
+    for ref in refs:
+        if ref.manifest.parent:
+            children.setdefault(ref.manifest.parent.fingerprint, []).append(ref)
     if head is None:
-        ends = [ref for ref in refs if not children(ref)]
-        if not ends:
-            return None
-        return _the_only(ends, f"Run {run_id!r} has no head and")
-    while following := children(head):
-        head = _the_only(following, f"Run {run_id!r} stands at {head.uri}, after which")
+        where, following = f"Run {run_id!r} has no head and", [ref for ref in refs if ref.fingerprint not in children]
+    else:
+        where, following = f"Run {run_id!r} stands at {head.uri}, after which", children.get(head.fingerprint, [])
+    while following:
+        if len(following) > 1:
+            names = "".join(f"\n  {ref.uri}" for ref in following)
+            raise CheckpointAmbiguousError(f"{where} there are {len(following)} lines. Name one by its URI:{names}")
+        head = following[0]
+        where, following = f"Run {run_id!r} stands at {head.uri}, after which", children.get(head.fingerprint, [])
     return head
 
 
@@ -193,19 +211,6 @@ def _order(ref: CheckpointRef) -> tuple[int, str, str]:
     return ref.step, ref.manifest.run_id, ref.uri
 
 
-def _ways_to(
-    heads: Collection[str], by_uri: Mapping[str, CheckpointRef], parents: Mapping[str, CheckpointRef]
-) -> set[str]:
-    """Return the URIs of the heads and of every checkpoint that led to one."""
-    found = set()
-    for uri in heads:
-        current = by_uri.get(uri)
-        while current is not None and current.uri not in found:
-            found.add(current.uri)
-            current = parents.get(current.uri)
-    return found
-
-
 def _line_from(root: CheckpointRef, children: Mapping[str, list[CheckpointRef]], on_line: set[str]) -> Line:
     checkpoints, leaving = [root], []
     while following := children.get(checkpoints[-1].uri, []):
@@ -219,8 +224,29 @@ def _line_from(root: CheckpointRef, children: Mapping[str, list[CheckpointRef]],
     return Line(tuple(checkpoints), tuple(_line_from(ref, children, on_line) for ref in leaving))
 
 
-def _the_only(candidates: Sequence[CheckpointRef], where: str) -> CheckpointRef:
-    if len(candidates) > 1:
-        names = "".join(f"\n  {ref.uri}" for ref in candidates)
-        raise CheckpointAmbiguousError(f"{where} there are {len(candidates)} lines. Name one by its URI:{names}")
-    return candidates[0]
+class Tombstone(StoredRecord):
+    """Which checkpoint was here, when it was removed and why."""
+
+    removed_at: datetime = Field(default_factory=lambda: datetime.now(UTC))
+    """By the clock of the machine that removed it, for people."""
+    reason: str
+    manifest: CheckpointManifest
+
+
+def read_tombstone(store: ObjectStore, prefix: str) -> Tombstone | None:
+    """Return the tombstone at a prefix, or None."""
+    advice = "It does not say which checkpoint was removed here. Delete it; the stage is then trained again on demand."
+    found = Tombstone.find(store, join_key(prefix, TOMBSTONE_NAME), advice=advice)
+    return found and found[0]
+
+
+def removal_at(store: ObjectStore, prefix: str) -> str | None:
+    """Return what to tell a reader of the checkpoint that was pruned at a prefix, or None if none was."""
+    tombstone, uri = read_tombstone(store, prefix), join_key(store.uri, prefix)
+    if tombstone is None:
+        return None
+    return (
+        f"{uri} was removed by `relora prune` at {tombstone.removed_at.isoformat(sep=' ', timespec='seconds')} "
+        f"({tombstone.reason}). Use another checkpoint of the run, train it again under another run id, or delete "
+        f"{uri}/{TOMBSTONE_NAME} so that the same run id may train it again."
+    )

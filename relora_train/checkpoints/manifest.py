@@ -1,6 +1,6 @@
-"""Manifests: the record of what a bundle (a checkpoint, a snapshot or a dataset) holds.
+"""Records that a store keeps, and manifests: the records of what a bundle holds.
 
-A bundle exists when its manifest does.
+A bundle is a checkpoint, a snapshot or a dataset. It exists when its manifest does.
 """
 
 from __future__ import annotations
@@ -8,32 +8,59 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Collection
 from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from relora_train.checkpoints.layout import RUN_ID_PATTERN, dataset_prefix, join_key
-from relora_train.checkpoints.record import StoredRecord
 from relora_train.errors import CheckpointCorruptError
-from relora_train.storage.base import ObjectStore
+from relora_train.storage.base import ObjectStore, find_bytes
 
 MANIFEST_NAME = "manifest.json"
 RECORD_FILES = ("metrics.jsonl", "profile.json")
 """Files of a checkpoint that hold its timings and its settings, not its result."""
-_HASH_CHUNK_BYTES = 1 << 20
 _NAME = rf"^{RUN_ID_PATTERN}$"  # names of directories are made from what a manifest says
-
+_ADVICE = "Use another checkpoint or delete this one."
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 
-class FileEntry(BaseModel):
-    """One file of a bundle, named relative to its prefix."""
-
+class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class StoredRecord(_Frozen):
+    """A record that a store keeps as one JSON object. A reader refuses unknown fields and versions."""
+
+    def to_bytes(self) -> bytes:
+        """Return readable JSON: the same bytes for the same record."""
+        return (self.model_dump_json(indent=1) + "\n").encode()
+
+    @classmethod
+    def parse(cls, data: bytes, *, uri: str, advice: str) -> Self:
+        """Return the record. Raise CheckpointCorruptError, with what is wrong and the advice, if it is damaged."""
+        try:
+            return cls.model_validate_json(data)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"]) or "document"
+            why = first["msg"].removeprefix("Value error, ")
+            raise CheckpointCorruptError(
+                f"{uri} is damaged or of another version: it is not a valid {cls.__name__}: {where}: {why}. {advice}"
+            ) from None
+
+    @classmethod
+    def find(cls, store: ObjectStore, key: str, *, advice: str) -> tuple[Self, str] | None:
+        """Return the record at a key and its etag, or None if there is none."""
+        found = find_bytes(store, key)
+        return found and (cls.parse(found[0], uri=f"{store.uri}/{key}", advice=advice), found[1])
+
+
+class FileEntry(_Frozen):
+    """One file of a bundle, named relative to its prefix."""
 
     path: str
     size_bytes: int = Field(ge=0)
@@ -43,20 +70,15 @@ class FileEntry(BaseModel):
     @classmethod
     def path_stays_inside_the_bundle(cls, value: str) -> str:
         parts = PurePosixPath(value).parts
-        allowed = (
-            re.fullmatch(r"[A-Za-z0-9._/-]+", value)
-            and parts
-            and not any(part.startswith((".", "/")) for part in parts)
-        )
-        if not allowed or PurePosixPath(value).as_posix() != value:  # 'a//b' and 'a/' are second names of one file
+        leaves = not parts or any(part.startswith((".", "/")) for part in parts)
+        is_second_name = PurePosixPath(value).as_posix() != value  # 'a//b' and 'a/'
+        if leaves or is_second_name or not re.fullmatch(r"[A-Za-z0-9._/-]+", value):
             raise ValueError(f"{value!r} could leave the bundle")
         return value
 
 
-class ParentRef(BaseModel):
+class ParentRef(_Frozen):
     """The checkpoint a stage started from."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     uri: str
     fingerprint: str
@@ -144,10 +166,8 @@ class SnapshotManifest(Manifest):
     """The checkpoint that holds the frozen weights: without it the snapshot is worth nothing."""
 
 
-class ImageFormat(BaseModel):
+class ImageFormat(_Frozen):
     """The rows of an image dataset."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     size: int = Field(ge=1)
     """Pixels of a side."""
@@ -205,9 +225,6 @@ class DatasetManifest(Manifest):
 M = TypeVar("M", bound=Manifest)
 
 
-_ADVICE = "Use another checkpoint or delete this one."
-
-
 def parse_manifest(kind: type[M], data: bytes, *, uri: str) -> M:
     """Return a manifest. Raise CheckpointCorruptError if it is damaged or of a version that is not known here."""
     return kind.parse(data, uri=uri, advice=_ADVICE)
@@ -221,16 +238,15 @@ def read_manifest(store: ObjectStore, prefix: str, kind: type[M]) -> M | None:
 
 def hash_file(path: Path) -> str:
     """Return the SHA-256 of a file's bytes, in hex, reading it in pieces."""
-    digest = hashlib.sha256()
     with path.open("rb") as stream:
-        while chunk := stream.read(_HASH_CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def content_digest(manifest: Manifest) -> str:
+def content_digest(manifest: Manifest, *, except_for: Collection[str] = ()) -> str:
     """Return the SHA-256 over names, sizes and digests of a bundle's files: equal exactly when all bytes are equal."""
-    return _listing_digest(manifest.files)
+    files = [entry for entry in manifest.files if entry.path not in except_for]
+    listing = sorted((entry.path, entry.size_bytes, entry.sha256) for entry in files)
+    return hashlib.sha256(json.dumps(listing).encode()).hexdigest()
 
 
 def result_digest(manifest: Manifest) -> str:
@@ -238,12 +254,7 @@ def result_digest(manifest: Manifest) -> str:
 
     It leaves out the records of how the checkpoint was made: times differ between attempts that gave the same bits.
     """
-    return _listing_digest(entry for entry in manifest.files if entry.path not in RECORD_FILES)
-
-
-def _listing_digest(files: Iterable[FileEntry]) -> str:
-    listing = sorted((entry.path, entry.size_bytes, entry.sha256) for entry in files)
-    return hashlib.sha256(json.dumps(listing).encode()).hexdigest()
+    return content_digest(manifest, except_for=RECORD_FILES)
 
 
 def describe_files(directory: Path) -> tuple[FileEntry, ...]:

@@ -1,30 +1,42 @@
-"""Find the one checkpoint that a person names. Ambiguous, incomplete and absent ones are errors, never guesses.
+"""Find the one checkpoint that a person names, and list what a store holds across its runs.
 
 RUN, RUN@latest               the end of the run's line
 RUN@cycle-2, RUN@warm-start   that stage on the run's line (full-2, lora: likewise)
 RUN@step-400                  that step on the run's line
 series:NAME, series:NAME@3    the champion of the series; the one that its change 3 made
 s3://.., file:///.., /path  a checkpoint's own URI or directory, in any store
+
+Ambiguous, incomplete and absent ones are errors, never guesses.
 """
 
 from __future__ import annotations
 
+import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 
-from relora_train.checkpoints.all_runs import list_runs
 from relora_train.checkpoints.layout import (
     RUN_ID_PATTERN,
+    CheckpointPlace,
     checkpoints_prefix,
     parse_checkpoint_prefix,
     split_checkpoint_uri,
 )
-from relora_train.checkpoints.lineage import CheckpointRef, end_of_line, line_to, read_checkpoint, without_pruned_ends
+from relora_train.checkpoints.lineage import (
+    CheckpointRef,
+    end_of_line,
+    line_to,
+    read_checkpoint,
+    removal_at,
+    without_pruned_ends,
+)
+from relora_train.checkpoints.manifest import MANIFEST_NAME
 from relora_train.checkpoints.run import CheckpointStore
 from relora_train.checkpoints.series import resolve_series
 from relora_train.checkpoints.series_record import SERIES_PATTERN
-from relora_train.checkpoints.tombstone import removal_at
 from relora_train.errors import (
     CheckpointAmbiguousError,
     CheckpointError,
@@ -36,6 +48,8 @@ from relora_train.storage.base import ObjectStore
 from relora_train.storage.opening import open_store
 from relora_train.storage.redaction import refuse_secrets
 
+_log = logging.getLogger("relora_train.checkpoints.names")
+
 _SERIES = "series:"
 _NAME = re.compile(rf"(?P<run_id>{RUN_ID_PATTERN})(@(?P<selector>[A-Za-z0-9-]+))?")
 
@@ -45,7 +59,12 @@ def resolve_checkpoint(spec: str, default_store: ObjectStore) -> CheckpointRef:
     if "://" in refuse_secrets(spec):
         return _at_uri(spec)
     if spec.startswith(_SERIES):
-        return _of_series(spec, default_store)
+        match = re.fullmatch(rf"{_SERIES}(?P<name>{SERIES_PATTERN})(@(?P<number>\d+))?", spec)
+        if match is None:
+            raise ConfigError(
+                f"{spec!r} names no promoted checkpoint: write series:NAME, or series:NAME@3 for change 3."
+            )
+        return resolve_series(default_store, match["name"], int(match["number"]) if match["number"] else None)
     if "/" in spec or spec in (".", ".."):
         return _at_directory(spec)
     match = _NAME.fullmatch(spec)
@@ -54,66 +73,61 @@ def resolve_checkpoint(spec: str, default_store: ObjectStore) -> CheckpointRef:
             f"{spec!r} names no checkpoint: write RUN, RUN@latest, RUN@cycle-2, RUN@warm-start, RUN@step-400, "
             "series:NAME, or a checkpoint's URI or directory."
         )
-    is_run = any(True for _ in default_store.list(checkpoints_prefix(match["run_id"])))
+    listed = default_store.list(checkpoints_prefix(match["run_id"]))
+    places = ["/".join(info.key.split("/")[:4]) for info in listed]
     if match["selector"] is None and Path(spec).is_dir():
-        if is_run:
+        if places:
             raise CheckpointAmbiguousError(f"{spec!r} is a run and a directory: write {spec}@latest or ./{spec}.")
         return _at_directory(spec)
-    return _of_run(CheckpointStore(default_store, match["run_id"]), match["selector"] or "latest")
+    return _of_run(CheckpointStore(default_store, match["run_id"]), match["selector"] or "latest", places)
 
 
-def _of_series(spec: str, store: ObjectStore) -> CheckpointRef:
-    match = re.fullmatch(rf"{_SERIES}(?P<name>{SERIES_PATTERN})(@(?P<number>\d+))?", spec)
-    if match is None:
-        raise ConfigError(f"{spec!r} names no promoted checkpoint: write series:NAME, or series:NAME@3 for change 3.")
-    return resolve_series(store, match["name"], int(match["number"]) if match["number"] else None)
-
-
-def _of_run(run: CheckpointStore, selector: str) -> CheckpointRef:
+def _of_run(run: CheckpointStore, selector: str, places: Sequence[str]) -> CheckpointRef:
+    """Return the checkpoint that a selector names. places: the prefixes at which the run has objects."""
     refs = run.list()
+    if not refs and places:
+        raise _incomplete(run, f"{run.store.uri}/{places[0]}")
     if not refs:
-        raise _absent_run(run)
-    if selector == "latest":
-        latest = run.latest()
-        if latest is not None:
-            return latest
+        known = ", ".join(found.run_id for found in list_runs(run.store)) or "none"
+        raise CheckpointNotFoundError(
+            f"{run.store.uri} has no run {run.run_id!r}. Runs there: {known}. Check the name and the store."
+        )
+    if selector == "latest" and (latest := run.latest()):
+        return latest
     step = re.fullmatch(r"step-(\d+)", selector)
     candidates = [ref for ref in refs if (ref.step == int(step[1]) if step else ref.manifest.stage == selector)]
+    history = run.history()
     if not candidates:
-        for ref in run.history():
+        for ref in history:
             if ref.is_pruned and ref.manifest.stage == selector:
                 raise _incomplete(run, ref.uri)
-        if step:
-            _refuse_incomplete_step(run, int(step[1]))
+        for prefix in places if step else ():
+            place = parse_checkpoint_prefix(prefix)
+            if step and place is not None and place.step == int(step[1]):
+                raise _incomplete(run, f"{run.store.uri}/{prefix}")
         raise CheckpointNotFoundError(
             f"Run {run.run_id!r} in {run.store.uri} has no checkpoint {selector!r}. It has:{_names(refs)}"
         )
-    return _on_the_line(run, candidates, selector)
 
-
-def _on_the_line(run: CheckpointStore, candidates: Sequence[CheckpointRef], selector: str) -> CheckpointRef:
-    """Return the candidate on the run's line. Nothing off the line is chosen, not even if it is the only one."""
-    head, history = run.head(), run.history()
+    # Nothing off the run's line is chosen, not even if it is the only one.
+    head, present = run.head(), without_pruned_ends(history)
     try:
-        end = end_of_line(without_pruned_ends(history), head, run_id=run.run_id)
+        end = end_of_line(present, head, run_id=run.run_id)
         line = line_to(end, history) if end else ()
     except CheckpointAmbiguousError:
-        line = line_to(head, history) if head else _common_beginning(without_pruned_ends(history))
-    places = {ref.prefix for ref in line}
-    on_line = [ref for ref in candidates if ref.prefix in places]
+        if head:
+            line = line_to(head, history)
+        else:  # what all lines share before they part
+            parents = {ref.manifest.parent.fingerprint for ref in present if ref.manifest.parent}
+            lines = [line_to(ref, present) for ref in present if ref.fingerprint not in parents]
+            line = [ref for ref in present if all(ref in line for line in lines)]
+    on_line = [ref for ref in candidates if ref.prefix in {known.prefix for known in line}]
     if len(on_line) == 1:
         return on_line[0]
     raise CheckpointAmbiguousError(
         f"{run.run_id}@{selector} is not on the one line of run {run.run_id!r} that is known to be meant. "
         f"Name the checkpoint by its URI:{_names(candidates)}"
     )
-
-
-def _common_beginning(refs: Sequence[CheckpointRef]) -> Sequence[CheckpointRef]:
-    """Return what all lines of a run share before they part."""
-    parents = {ref.manifest.parent.fingerprint for ref in refs if ref.manifest.parent}
-    lines = [line_to(ref, refs) for ref in refs if ref.fingerprint not in parents]
-    return [ref for ref in refs if all(ref in line for line in lines)]
 
 
 def _at_directory(spec: str) -> CheckpointRef:
@@ -143,13 +157,6 @@ def _at_uri(uri: str) -> CheckpointRef:
     )
 
 
-def _refuse_incomplete_step(run: CheckpointStore, step: int) -> None:
-    for info in run.store.list(checkpoints_prefix(run.run_id)):
-        place = parse_checkpoint_prefix("/".join(info.key.split("/")[:4]))
-        if place is not None and place.step == step:
-            raise _incomplete(run, f"{run.store.uri}/{place.prefix}")
-
-
 def _incomplete(run: CheckpointStore, uri: str) -> CheckpointError:
     if removal := removal_at(run.store, uri.removeprefix(f"{run.store.uri}/")):
         return CheckpointNotFoundError(removal)
@@ -167,14 +174,66 @@ def _incomplete(run: CheckpointStore, uri: str) -> CheckpointError:
     return CheckpointIncompleteError(f"{uri} has no manifest.json, so its upload never finished. {advice}")
 
 
-def _absent_run(run: CheckpointStore) -> CheckpointError:
-    for info in run.store.list(checkpoints_prefix(run.run_id)):
-        return _incomplete(run, f"{run.store.uri}/{'/'.join(info.key.split('/')[:4])}")
-    known = ", ".join(found.run_id for found in list_runs(run.store)) or "none"
-    return CheckpointNotFoundError(
-        f"{run.store.uri} has no run {run.run_id!r}. Runs there: {known}. Check the name and the store."
-    )
-
-
 def _names(refs: Sequence[CheckpointRef]) -> str:
     return "".join(f"\n  {ref.manifest.stage}, step {ref.step}: {ref.uri}" for ref in refs) or " nothing"
+
+
+@dataclass(frozen=True)
+class RunInfo:
+    """One run in a store."""
+
+    run_id: str
+    checkpoint_count: int
+    latest_step: int
+    profile: str | None
+    """The latest checkpoint's; None when its manifest is damaged."""
+    modified_at: datetime
+    """The time of the newest commit, by the store's clock."""
+
+
+def list_runs(store: ObjectStore) -> Sequence[RunInfo]:
+    """Return every run with at least one committed checkpoint, by run id."""
+    by_run: dict[str, list[tuple[CheckpointPlace, datetime]]] = {}
+    for place, modified_at in _committed(store):
+        by_run.setdefault(place.run_id, []).append((place, modified_at))
+    runs = []
+    for run_id, found in sorted(by_run.items()):
+        latest = max((place for place, _ in found), key=lambda place: place.step)
+        ref = _read_or_warn(store, latest.prefix)
+        profile = ref.manifest.profile if ref else None
+        runs.append(RunInfo(run_id, len(found), latest.step, profile, max(moment for _, moment in found)))
+    return runs
+
+
+def read_checkpoints(store: ObjectStore) -> list[CheckpointRef]:
+    """Return every committed checkpoint of every run. A damaged manifest is left out with a warning."""
+    refs = [_read_or_warn(store, place.prefix) for place, _ in _committed(store)]
+    return [ref for ref in refs if ref is not None]
+
+
+def read_heads(store: ObjectStore, refs: Iterable[CheckpointRef]) -> set[str]:
+    """Return the URIs of the heads of the runs that `refs` belong to; a run whose head is lost has none."""
+    heads = set()
+    for run_id in {ref.manifest.run_id for ref in refs if ref.store_uri == store.uri}:
+        try:
+            head = CheckpointStore(store, run_id).head(missing_ok=True)
+        except CheckpointError as error:
+            _log.warning("%s", error)
+            continue
+        heads |= {head.uri} if head else set()
+    return heads
+
+
+def _committed(store: ObjectStore) -> Iterable[tuple[CheckpointPlace, datetime]]:
+    for info in store.list("runs/"):
+        prefix, _, name = info.key.rpartition("/")
+        if name == MANIFEST_NAME and (place := parse_checkpoint_prefix(prefix)):
+            yield place, info.modified_at
+
+
+def _read_or_warn(store: ObjectStore, prefix: str) -> CheckpointRef | None:
+    try:
+        return read_checkpoint(store, prefix)
+    except CheckpointError as error:
+        _log.warning("%s", error)  # lists and trees are where an operator sees the damage, so they must still come
+        return None

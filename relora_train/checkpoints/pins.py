@@ -10,8 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from relora_train.checkpoints.layout import EXPORT_NAME, HEAD_NAME, parse_checkpoint_prefix
-from relora_train.checkpoints.lineage import CheckpointRef
-from relora_train.checkpoints.tombstone import removal_at
+from relora_train.checkpoints.lineage import CheckpointRef, removal_at
 from relora_train.errors import CheckpointNotFoundError, ConfigError, PreconditionFailedError
 from relora_train.storage.base import ObjectStore, find_json, put_json
 

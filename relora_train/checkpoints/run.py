@@ -6,13 +6,14 @@ name, such as RUN@cycle-2.
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 from relora_train.checkpoints.commit import commit_bundle
 from relora_train.checkpoints.fetch import fetched_directory, keep_fetched
-from relora_train.checkpoints.head import Head, read_head, write_head
 from relora_train.checkpoints.layout import (
     check_run_id,
     checkpoint_prefix,
@@ -21,25 +22,31 @@ from relora_train.checkpoints.layout import (
     parse_checkpoint_prefix,
 )
 from relora_train.checkpoints.lineage import (
+    TOMBSTONE_NAME,
     CheckpointRef,
     end_of_line,
     in_order,
     line_to,
     make_ref,
     read_checkpoint,
+    read_tombstone,
+    removal_at,
     without_pruned_ends,
 )
 from relora_train.checkpoints.manifest import MANIFEST_NAME, CheckpointManifest
-from relora_train.checkpoints.tombstone import TOMBSTONE_NAME, read_tombstone, removal_at
-from relora_train.errors import (
-    CheckpointCorruptError,
-    CheckpointNotFoundError,
-    ConfigError,
-    PreconditionFailedError,
-)
-from relora_train.storage.base import ObjectStore
+from relora_train.errors import CheckpointCorruptError, CheckpointNotFoundError, ConfigError, PreconditionFailedError
+from relora_train.storage.base import ObjectStore, find_bytes, parse_json, put_json
 
 _HEAD_ATTEMPTS = 5
+
+
+class Head(NamedTuple):
+    """The content of refs/head.json."""
+
+    prefix: str
+    """The checkpoint's."""
+    etag: str
+    """The record's own."""
 
 
 class CheckpointStore:
@@ -62,9 +69,8 @@ class CheckpointStore:
         if manifest.run_id != self.run_id:
             raise ConfigError(f"A checkpoint of run {manifest.run_id!r} cannot be committed to run {self.run_id!r}.")
         ref = self.place_of(manifest)
-        return replace(
-            ref, manifest=commit_bundle(self.store, ref.prefix, directory, manifest, check_lease=check_lease)
-        )
+        committed = commit_bundle(self.store, ref.prefix, directory, manifest, check_lease=check_lease)
+        return replace(ref, manifest=committed)
 
     def place_of(self, manifest: CheckpointManifest) -> CheckpointRef:
         """Return the checkpoint as it will be once it is committed. The store is not asked."""
@@ -188,8 +194,26 @@ class CheckpointStore:
 
     def _head(self) -> tuple[CheckpointRef | None, Head | None]:
         """Return the head's checkpoint, or None if there is none or it was deleted, and the head's record."""
-        found = read_head(self.store, self.run_id)
-        return found and self._read(found.prefix), found
+        key = head_key(self.run_id)
+        found = find_bytes(self.store, key)
+        if found is None:
+            return None, None
+        try:
+            place = parse_checkpoint_prefix(parse_json(found[0])["checkpoint"])
+        except (ValueError, KeyError, TypeError):
+            place = None
+        if place is None or place.run_id != self.run_id:
+            raise CheckpointCorruptError(
+                f"{self.store.uri}/{key} is damaged: it names no checkpoint of run {self.run_id!r}. "
+                "Delete it and name the checkpoint to go on from."
+            )
+        return self._read(place.prefix), Head(place.prefix, found[1])
 
     def _write_head(self, ref: CheckpointRef, etag: str | None) -> Head:
-        return write_head(self.store, self.run_id, ref, etag)
+        """Make a checkpoint the head if the record still has this etag; None: if there is no record."""
+        # The nonce tells our own write from a rival's after a lost answer.
+        record = {
+            "checkpoint": ref.prefix, "step": ref.step, "fingerprint": ref.fingerprint, "nonce": secrets.token_hex(8)
+        }  # fmt: skip
+        etag = put_json(self.store, head_key(self.run_id), record, if_absent=etag is None, if_match=etag)
+        return Head(ref.prefix, etag)

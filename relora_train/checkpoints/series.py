@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import Final
 
 from relora_train.checkpoints.layout import parse_checkpoint_prefix
-from relora_train.checkpoints.lineage import CheckpointRef, read_checkpoint
+from relora_train.checkpoints.lineage import CheckpointRef, read_checkpoint, removal_at
 from relora_train.checkpoints.pins import pin, unpin
 from relora_train.checkpoints.series_record import (
     PROMOTED_NAME,
@@ -29,7 +29,6 @@ from relora_train.checkpoints.series_record import (
     promotion_behind,
     series_key,
 )
-from relora_train.checkpoints.tombstone import removal_at
 from relora_train.errors import CheckpointNotFoundError, ConfigError, PreconditionFailedError
 from relora_train.storage.base import ObjectStore
 

@@ -19,7 +19,7 @@ from typing import Literal, Self
 from pydantic import ConfigDict, Field, model_validator
 
 from relora_train.checkpoints.layout import parse_checkpoint_prefix
-from relora_train.checkpoints.record import StoredRecord
+from relora_train.checkpoints.manifest import StoredRecord
 from relora_train.errors import CheckpointCorruptError, ConfigError
 from relora_train.storage.base import ObjectStore
 

@@ -6,10 +6,9 @@ import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from relora_train.checkpoints.head import Head
 from relora_train.checkpoints.lineage import CheckpointRef, in_order
 from relora_train.checkpoints.manifest import CheckpointManifest
-from relora_train.checkpoints.run import CheckpointStore
+from relora_train.checkpoints.run import CheckpointStore, Head
 from relora_train.errors import CheckpointNotFoundError, PreconditionFailedError, StorageError
 from relora_train.storage.base import ObjectStore
 
@@ -19,7 +18,7 @@ class RunView(CheckpointStore):
 
     For the flow that holds the run's lease: no other one commits or moves the head meanwhile. Every write stays
     conditional, and one that fails has the run read again. A prune beside the flow may remove what the view still
-    shows, but never the head, the end of a line, or what the lease says the flow started from.
+    shows. It never removes the head, the end of a line, or what the lease says the flow started from.
     """
 
     def __init__(self, store: ObjectStore, run_id: str) -> None:

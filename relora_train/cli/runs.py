@@ -7,8 +7,8 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
-from relora_train.checkpoints.all_runs import list_runs, read_checkpoints, read_heads
 from relora_train.checkpoints.lineage import draw_lineage
+from relora_train.checkpoints.names import list_runs, read_checkpoints, read_heads
 from relora_train.cli.lineage_view import lineage_record, lineage_view
 from relora_train.cli.options import AsJson, Store, answer, open_named
 from relora_train.cli.tables import View, rows_table

@@ -9,10 +9,9 @@ import typer
 from rich.console import RenderableType
 from rich.text import Text
 
-from relora_train.checkpoints.all_runs import read_checkpoints, read_heads
 from relora_train.checkpoints.fetch import verify_bundle
 from relora_train.checkpoints.lineage import CheckpointRef, draw_lineage, line_to
-from relora_train.checkpoints.names import resolve_checkpoint
+from relora_train.checkpoints.names import read_checkpoints, read_heads, resolve_checkpoint
 from relora_train.checkpoints.run import CheckpointStore
 from relora_train.cli.lineage_view import lineage_record, lineage_view
 from relora_train.cli.options import AsJson, CheckpointName, RunName, Store, answer, open_named, resolve

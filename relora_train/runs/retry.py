@@ -18,12 +18,12 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-from relora_train.checkpoints.all_runs import read_checkpoints
 from relora_train.checkpoints.fetch import fetch_bundle
 from relora_train.checkpoints.layout import split_checkpoint_uri
 from relora_train.checkpoints.lease import Lease, hold_run
 from relora_train.checkpoints.lineage import CheckpointRef, descendants, read_checkpoint
 from relora_train.checkpoints.manifest import RECORD_FILES, CheckpointManifest, parse_manifest
+from relora_train.checkpoints.names import read_checkpoints
 from relora_train.checkpoints.run import CheckpointStore
 from relora_train.errors import CheckpointIncompleteError, CheckpointNotFoundError, ConfigError, ObjectNotFoundError
 from relora_train.method.fingerprint import stage_fingerprint

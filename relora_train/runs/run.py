@@ -15,10 +15,9 @@ from pathlib import Path
 from relora_train.checkpoints.fetch import fetch_bundle, fetch_checkpoint
 from relora_train.checkpoints.layout import dataset_prefix, split_checkpoint_uri
 from relora_train.checkpoints.lease import Lease, hold_run
-from relora_train.checkpoints.lineage import CheckpointRef, read_checkpoint
+from relora_train.checkpoints.lineage import CheckpointRef, read_checkpoint, removal_at
 from relora_train.checkpoints.manifest import DatasetManifest, find_dataset
 from relora_train.checkpoints.run import CheckpointStore
-from relora_train.checkpoints.tombstone import removal_at
 from relora_train.checkpoints.view import RunView
 from relora_train.errors import CheckpointNotFoundError, ReLoRAError
 from relora_train.events import Event

@@ -18,9 +18,9 @@ from typing import Any
 
 from relora_train.checkpoints.layout import EXPORT_NAME, HEAD_NAME, parse_checkpoint_prefix, split_checkpoint_uri
 from relora_train.checkpoints.lease import LeaseRecord
+from relora_train.checkpoints.lineage import TOMBSTONE_NAME
 from relora_train.checkpoints.manifest import MANIFEST_NAME
 from relora_train.checkpoints.series_record import SeriesRecord, is_pointer, protected_by
-from relora_train.checkpoints.tombstone import TOMBSTONE_NAME
 from relora_train.errors import CheckpointCorruptError, ObjectNotFoundError
 from relora_train.storage.base import ObjectInfo, ObjectStore, parse_json
 

@@ -22,10 +22,9 @@ from datetime import datetime, timedelta
 from relora_train.checkpoints.commit import CLAIM_NAME, deletion_order
 from relora_train.checkpoints.layout import check_run_id, checkpoints_prefix, parse_checkpoint_prefix
 from relora_train.checkpoints.lease import Lease, lease_key, read_lease, take_lease, try_lease
-from relora_train.checkpoints.lineage import CheckpointRef
+from relora_train.checkpoints.lineage import TOMBSTONE_NAME, CheckpointRef, Tombstone
 from relora_train.checkpoints.manifest import MANIFEST_NAME
 from relora_train.checkpoints.run import CheckpointStore
-from relora_train.checkpoints.tombstone import TOMBSTONE_NAME, Tombstone
 from relora_train.checkpoints.upkeep.protections import Protections
 from relora_train.checkpoints.upkeep.retention import RetentionPolicy, Verdict, plan_pruning
 from relora_train.errors import CheckpointNotFoundError, ObjectNotFoundError, StorageError

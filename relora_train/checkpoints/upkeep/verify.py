@@ -19,9 +19,8 @@ from relora_train.checkpoints.commit import CLAIM_NAME
 from relora_train.checkpoints.fetch import verify_bundle
 from relora_train.checkpoints.layout import check_run_id, join_key, parse_checkpoint_prefix
 from relora_train.checkpoints.lease import lease_key, read_lease
-from relora_train.checkpoints.lineage import CheckpointRef, read_checkpoint
+from relora_train.checkpoints.lineage import TOMBSTONE_NAME, CheckpointRef, read_checkpoint, read_tombstone
 from relora_train.checkpoints.manifest import MANIFEST_NAME, DatasetManifest, Manifest, read_manifest
-from relora_train.checkpoints.tombstone import TOMBSTONE_NAME, read_tombstone
 from relora_train.errors import (
     CheckpointCorruptError,
     CheckpointIncompleteError,

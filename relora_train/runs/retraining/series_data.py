@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from relora_train.checkpoints.record import StoredRecord
+from relora_train.checkpoints.manifest import StoredRecord
 from relora_train.checkpoints.series_record import Scores, find_series, series_key
 from relora_train.errors import CheckpointCorruptError, PreconditionFailedError
 from relora_train.settings.base import FrozenConfig
