@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from tiny_images import tiny_digits, write_digits, write_idx
 
 from relora_train.checkpoints.manifest import hash_file
-from relora_train.data.image_dataset import ImageDataset
+from relora_train.data.dataset import ImageDataset
 from relora_train.data.prepare import describe_dataset, prepare_dataset
 from relora_train.errors import CorpusTooSmallError, DataError, SourceUnreadableError
 from relora_train.settings.data import DataConfig, TokenizerConfig

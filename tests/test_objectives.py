@@ -17,7 +17,7 @@ from tiny_images import tiny_digits, write_digits
 from torch import Tensor, nn
 from transformers import AutoModelForImageClassification, ViTConfig, ViTForImageClassification
 
-from relora_train.data.image_dataset import ImageDataset
+from relora_train.data.dataset import ImageDataset
 from relora_train.errors import ConfigError, NoTargetModulesError
 from relora_train.method.fast_path import share_inputs, stop_sharing
 from relora_train.method.fingerprint import fingerprint_settings, stage_fingerprint

@@ -1,9 +1,9 @@
 """Shards -> batches. A batch is a pure function of (dataset, seed, position): resuming costs nothing.
 
-ExampleDataset is what all objectives have in common, TokenDataset reads text.
+ExampleDataset is what all objectives have in common, TokenDataset reads text, ImageDataset images.
 
 Block i of a shard is its tokens [i*L : i*L + L + 1]: L inputs and, shifted by one, the L tokens to predict. Blocks
-start L apart, so every token of a shard but its first is predicted exactly once and the sequence length is chosen when
+start L apart, so every token of a shard but its first is predicted exactly once. The sequence length is chosen when
 reading, without tokenizing again. The rest after a shard's last block, fewer than L + 1 tokens, is not used.
 
 Any number of ranks reads the same global batch: rank r of w takes rows r, r + w, r + 2w, ... of it, so that shares
@@ -20,21 +20,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from relora_train.checkpoints.manifest import MANIFEST_NAME, DatasetManifest, parse_manifest
-from relora_train.errors import CheckpointCorruptError, CheckpointIncompleteError, CorpusTooSmallError
+from relora_train.errors import CheckpointCorruptError, CheckpointIncompleteError, CorpusTooSmallError, DataError
 
 Split = Literal["train", "val"]
-Tokens = NDArray[np.int64]
 Rows = NDArray[Any]
 """Examples, one a row of integers."""
 
 
 def sample_order(seed: int, epoch: int, blocks: int) -> NDArray[np.int64]:
-    """Each block exactly once, in the order of this epoch: PCG64([seed, epoch]).permutation(blocks)."""
+    """Return each block exactly once, in the order of this epoch: PCG64([seed, epoch]).permutation(blocks)."""
     return np.random.Generator(np.random.PCG64([seed, epoch])).permutation(blocks)
 
 
 def read_dataset_manifest(directory: Path) -> DatasetManifest:
-    """The manifest of a fetched dataset. Raises CheckpointIncompleteError when there is none."""
+    """Return the manifest of a fetched dataset. Raises CheckpointIncompleteError when there is none."""
     # In a store that is a directory, an attempt that came second lies one level below the manifest it shares.
     places = [directory, directory.parent] if directory.name.startswith("variant-") else [directory]
     for path in (place / MANIFEST_NAME for place in places):
@@ -53,25 +52,20 @@ class ExampleDataset(ABC):
     by whoever fetched them; here only sizes are.
     """
 
-    def __init__(self, directory: Path, split: Split, manifest: DatasetManifest, *, seed: int) -> None:
+    dtype: type[np.int64] | type[np.uint8]
+
+    def __init__(
+        self, directory: Path, split: Split, manifest: DatasetManifest, *, seed: int, stride: int, width: int
+    ) -> None:
+        """Examples begin `stride` numbers apart in a shard and are `width` numbers long."""
         self.manifest, self.directory, self.split, self.seed = manifest, directory, split, seed
+        self._stride, self._width = stride, width
         self._shards = map_shards(directory, split, manifest)
-        self._first_block = np.cumsum([0, *map(self._blocks_of, self._shards)])  # of each shard, then the total
+        sizes = (max(0, len(shard) - (width - stride)) // stride for shard in self._shards)
+        self._first_block = np.cumsum([0, *sizes])  # of each shard, then the total
         self.blocks = int(self._first_block[-1])
         """Examples in an epoch."""
         self._order: tuple[int, NDArray[np.int64]] | None = None
-
-    @abstractmethod
-    def _blocks_of(self, shard: Rows) -> int:
-        """Examples in a shard."""
-
-    @abstractmethod
-    def _read(self, shard: Rows, block: int, out: Rows) -> None:
-        """Copy one example of a shard."""
-
-    @abstractmethod
-    def _empty(self, count: int) -> Rows:
-        """Room for so many examples."""
 
     @abstractmethod
     def _too_small(self, needed: int) -> str:
@@ -83,7 +77,7 @@ class ExampleDataset(ABC):
             raise CorpusTooSmallError(self._too_small(count))
 
     def read_batch(self, position: int, count: int, *, rank: int = 0, world_size: int = 1) -> Rows:
-        """This rank's rows of the global batch at `position`, counted in examples since the start of training.
+        """Return this rank's rows of the global batch at `position`, counted in examples since the start of training.
 
         The global batch is the examples at positions [position, position + count) of the shuffled epochs laid end
         to end. Returns (count / world_size rounded up or down, row length). Raises CorpusTooSmallError when an epoch is
@@ -92,35 +86,35 @@ class ExampleDataset(ABC):
         if count < world_size:
             raise ValueError(f"a batch of {count} sequences cannot be shared by {world_size} ranks")
         self.require(count)
-        positions = range(position + rank, position + count, world_size)
-        return self._gather([self._block_at(p) for p in positions])
+        blocks = []
+        for place in range(position + rank, position + count, world_size):
+            epoch, index = divmod(place, self.blocks)
+            if self._order is None or self._order[0] != epoch:
+                self._order = (epoch, sample_order(self.seed, epoch, self.blocks))
+            blocks.append(int(self._order[1][index]))
+        return self._gather(blocks)
 
     def read_blocks(self, start: int, count: int) -> Rows:
-        """Examples start … start + count - 1 in the order of the split: (count, row length), for evaluation."""
+        """Return examples start … start + count - 1 in the order of the split: (count, row length), for evaluation."""
         self.require(start + count)
         return self._gather(list(range(start, start + count)))
 
     def read_spread(self, start: int, count: int, *, of: int) -> Rows:
-        """Samples start … start + count - 1 of `of` examples spread evenly over the split: (count, row length).
+        """Return samples start … start + count - 1 of `of` examples spread evenly over the split: (count, row length).
 
         None is among them twice, so a part of the split stands for all of it and nothing is scored twice.
         """
         self.require(of)
         return self._gather([sample * self.blocks // of for sample in range(start, start + count)])
 
-    def _block_at(self, position: int) -> int:
-        epoch, index = divmod(position, self.blocks)
-        if self._order is None or self._order[0] != epoch:
-            self._order = (epoch, sample_order(self.seed, epoch, self.blocks))
-        return int(self._order[1][index])
-
     def _gather(self, blocks: list[int]) -> Rows:
-        out = self._empty(len(blocks))
+        out: Rows = np.empty((len(blocks), self._width), dtype=self.dtype)
         shards = np.searchsorted(self._first_block, blocks, side="right") - 1
         inside = np.asarray(blocks) - self._first_block[shards]
         # One slice a row: faster than fancy indexing as soon as a batch touches many shards.
         for row, shard, block in zip(out, shards.tolist(), inside.tolist(), strict=True):
-            self._read(self._shards[shard], block, row)
+            start = block * self._stride
+            row[:] = self._shards[shard][start : start + self._width]
         return out
 
 
@@ -130,6 +124,8 @@ class TokenDataset(ExampleDataset):
     Blocks do not overlap in what they predict, so reading all of them scores every token at most once. `manifest` is
     read from the directory when absent.
     """
+
+    dtype = np.int64
 
     def __init__(
         self,
@@ -141,7 +137,8 @@ class TokenDataset(ExampleDataset):
         manifest: DatasetManifest | None = None,
     ) -> None:
         self.sequence_length = sequence_length
-        super().__init__(directory, split, manifest or read_dataset_manifest(directory), seed=seed)
+        manifest = manifest or read_dataset_manifest(directory)
+        super().__init__(directory, split, manifest, seed=seed, stride=sequence_length, width=sequence_length + 1)
 
     @property
     def tokens(self) -> int:
@@ -149,30 +146,10 @@ class TokenDataset(ExampleDataset):
         return self.manifest.train_tokens if self.split == "train" else self.manifest.val_tokens
 
     @property
-    def vocab_size(self) -> int:
-        """Rows an embedding needs: one more than the largest id."""
-        return self.manifest.vocab_size
-
-    @property
-    def eos_id(self) -> int:
-        """The token after every document."""
-        return self.manifest.eos_id
-
-    @property
     def bytes_per_token(self) -> float:
         """UTF-8 bytes of text behind one token of this split, end-of-text tokens counted as tokens of no bytes."""
         size = self.manifest.train_bytes if self.split == "train" else self.manifest.val_bytes
         return size / self.tokens
-
-    def _blocks_of(self, shard: Rows) -> int:
-        return max(0, len(shard) - 1) // self.sequence_length
-
-    def _read(self, shard: Rows, block: int, out: Rows) -> None:
-        start = block * self.sequence_length
-        out[:] = shard[start : start + self.sequence_length + 1]
-
-    def _empty(self, count: int) -> Tokens:
-        return np.empty((count, self.sequence_length + 1), dtype=np.int64)
 
     def _too_small(self, needed: int) -> str:
         length, largest = self.sequence_length, max((len(shard) for shard in self._shards), default=0)
@@ -190,8 +167,37 @@ class TokenDataset(ExampleDataset):
         )
 
 
+class ImageDataset(ExampleDataset):
+    """One split of a dataset of images: uint8 (examples, channels * size * size + 1).
+
+    An example is a row of bytes: the pixels by channel, row and column, and the class last.
+    """
+
+    dtype = np.uint8
+
+    def __init__(self, directory: Path, split: Split, *, seed: int = 0) -> None:
+        manifest = read_dataset_manifest(directory)
+        if manifest.images is None:
+            raise DataError(
+                f"Dataset {manifest.name!r} in {directory} holds text, no images. Set data.source to a source of "
+                "images, or objective to 'causal_lm'."
+            )
+        self.format = manifest.images
+        size = self.format.row_bytes
+        super().__init__(directory, split, manifest, seed=seed, stride=size, width=size)
+
+    def _too_small(self, needed: int) -> str:
+        remedies = "use more images"
+        if needed > 1:
+            remedies += ", or lower batch.sequences" if self.split == "train" else ", or score fewer of them"
+        return (
+            f"The {self.split} split of dataset {self.manifest.name!r} has {self.blocks:,} images; {needed:,} are "
+            f"needed. Remedies: {remedies}, or change data.validation_fraction."
+        )
+
+
 def map_shards(directory: Path, split: Split, manifest: DatasetManifest) -> list[Rows]:
-    """The shards of a split in order, memory-mapped, each as one row of numbers."""
+    """Return the shards of a split in order, memory-mapped, each as one row of numbers."""
     dtype = np.dtype(manifest.token_dtype).newbyteorder("<")
     entries = [e for e in manifest.files if e.path.startswith(f"{split}/") and e.path.endswith(".bin")]
     shards = []

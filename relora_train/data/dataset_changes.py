@@ -17,17 +17,17 @@ _SHOWN = 5
 
 
 def source_record(kind: str, files: Sequence[SourceFile]) -> dict[str, Any]:
-    """The part of a source that a manifest keeps beside its identity: names and digests of files, the Python."""
+    """Return the part of a source that a manifest keeps beside its identity: names and digests of files, the Python."""
     if kind == "python-stdlib":
         return {"python": platform.python_version()}
     return {"source_files": {file.name: file.sha256 for file in files}} if 0 < len(files) <= _MOST_FILES else {}
 
 
 def dataset_changes(theirs: DatasetManifest, ours: DatasetManifest) -> list[str]:
-    """Lines 'what: theirs -> ours' for what makes two datasets differ."""
+    """Return lines 'what: theirs -> ours' for what makes two datasets differ."""
     before, after = dict(theirs.inputs), dict(ours.inputs)
-    source_before, source_after = before.pop("source", {}), after.pop("source", {})
-    lines = [_source_change(theirs, ours)] if source_before != source_after else []
+    changed = before.pop("source", {}) != after.pop("source", {})
+    lines = [_source_change(theirs, ours)] if changed else []
     keys = sorted(key for key in {*before, *after} if before.get(key) != after.get(key))
     return lines + [f"{key}: {_shown(before.get(key))} -> {_shown(after.get(key))}" for key in keys]
 
@@ -39,24 +39,21 @@ def _source_change(theirs: DatasetManifest, ours: DatasetManifest) -> str:
         return f"the standard library: Python {versions[0]} -> {versions[1]}"
     if "content_sha256" not in before or "content_sha256" not in after:  # of a hub, or a series' selection
         return f"data: {_shown(before)} -> {_shown(after)}"
-    named = [manifest.statistics.get("source_files") for manifest in (theirs, ours)]
-    sizes = f" ({before['size_bytes']:,} bytes -> {after['size_bytes']:,})"
-    why = _files_changed(named[0], named[1]) if named[0] and named[1] else sizes
-    return f"data.paths: {before['files']} files -> {after['files']}{why}"
-
-
-def _files_changed(before: dict[str, str], after: dict[str, str]) -> str:
-    """By content where a name is new: a corpus may have been moved."""
-    changed = [name for name in after if name in before and after[name] != before[name]]
-    new = [name for name in after if name not in before and after[name] not in before.values()]
-    gone = [name for name in before if name not in after and before[name] not in after.values()]
+    old_files, files = (manifest.statistics.get("source_files") for manifest in (theirs, ours))
+    counts = f"data.paths: {before['files']} files -> {after['files']}"
+    if not old_files or not files:
+        return f"{counts} ({before['size_bytes']:,} bytes -> {after['size_bytes']:,})"
+    # Compared by content where a name is new: a corpus may have been moved.
+    changed = [name for name in files if name in old_files and files[name] != old_files[name]]
+    new = [name for name in files if name not in old_files and files[name] not in old_files.values()]
+    gone = [name for name in old_files if name not in files and old_files[name] not in files.values()]
     parts = [
         f"{what}: {', '.join(name.rpartition('/')[2] for name in names[:_SHOWN])}"
         + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
         for what, names in (("new", new), ("gone", gone), ("changed", changed))
         if names
     ]
-    return f" ({'; '.join(parts) or 'in another order, or one of them in two copies'})"
+    return f"{counts} ({'; '.join(parts) or 'in another order, or one of them in two copies'})"
 
 
 def _shown(value: Any) -> str:

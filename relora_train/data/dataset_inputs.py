@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from relora_train.data.selection import SelectedSource, Selection, contents_of, select_source
-from relora_train.data.sources import Advance, Source, identify, read_held_out, resolve_source
+from relora_train.data.sources import Source, identify, resolve_source
 from relora_train.data.splitting import PIECE_BYTES, SPLIT_RULE
 from relora_train.data.tokenizer import DEFAULT_EOS_TOKEN, DocumentTokenizer, load_tokenizer
 from relora_train.errors import TokenizerError
@@ -42,22 +41,10 @@ class DatasetInputs:
         """The ids that stand before each document."""
         return self.loaded.bos_ids if self.loaded else ()
 
-    def read_documents(self, advance: Advance = lambda size: None) -> Iterator[str]:
-        """The texts in order; see relora_train/data/sources.py."""
-        return self.source.read(self.data.validation_fraction, advance)
-
-    def read_held_out(self) -> Iterator[str]:
-        """The texts of data.validation_paths."""
-        return read_held_out(self.source.new)
-
     def hashed(self) -> dict[str, Any]:
-        """Everything that can change a byte of the dataset, and nothing else: no path, no number of workers."""
+        """Return all that can change a byte of the dataset, and nothing else: no path, no number of workers."""
         data, settings = self.data, self.settings
-        trained = {
-            "trained": "byte-level BPE",
-            "vocab_size": settings.vocab_size,
-            "training_bytes": settings.training_bytes,
-        }
+        trained = {"trained": "byte-level BPE", **settings.model_dump(include={"vocab_size", "training_bytes"})}
         later: dict[str, Any] = {"bos_ids": list(self.bos_ids)} if self.bos_ids else {}
         if data.unreadable == "skip":
             later["unreadable"] = "skip"
@@ -78,11 +65,7 @@ class DatasetInputs:
 
 
 def resolve_inputs(
-    data: DataConfig,
-    settings: TokenizerConfig,
-    cache_directory: Path | None = None,
-    *,
-    selection: Selection | None = None,
+    data: DataConfig, settings: TokenizerConfig, cache_directory: Path | None, selection: Selection | None
 ) -> DatasetInputs:
     """Look everything up. Raises SourceUnreadableError, TokenizerError and the errors of the source's store.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from relora_train.data.left_out import Fault, text_or_fault
@@ -22,7 +23,7 @@ _ROWS_AT_ONCE = 256
 def parquet_rows(
     file: SourceFile, text_field: str, advance: Callable[[int], None]
 ) -> Iterator[tuple[str, str | Fault]]:
-    """Each row's text, with the row's place. Only the text column is read. Raises Fault if the file is no such file."""
+    """Yield each row's text with its place, reading only the text column. Raises Fault if the file is no parquet."""
     import pyarrow.parquet as parquet
 
     try:
@@ -36,8 +37,8 @@ def parquet_rows(
         raise Fault(fault, "no parquet file", "files") from None
     if missing := _missing_field(file.name, fields, text_field):
         raise Fault(missing, f"no field {text_field!r}", "files")
-    columns = {"columns": [text_field]}
-    stream = _load("parquet", file.name, data_files=[str(file.path)], split="train", streaming=True, **columns)
+    options = {"data_files": [str(file.path)], "columns": [text_field]}
+    stream = _load("parquet", file.name, split="train", streaming=True, **options)
     for number, (where, text) in enumerate(
         _texts(stream, file.name, text_field, damaged=lambda said: Fault(said, "damaged", "files")), start=1
     ):
@@ -46,10 +47,13 @@ def parquet_rows(
 
 
 def hub_rows(data: DataConfig, revision: str, advance: Callable[[int], None]) -> Iterator[tuple[str, str | Fault]]:
-    """Each row's text of one revision of a hub dataset, streamed: nothing but the rows at hand is kept."""
+    """Yield each row's text of one revision of a hub dataset, streamed: only the rows at hand are kept."""
     name = f"{data.hub_id}@{revision[:12]}"
     stream = _load(data.hub_id, name, data.hub_config, split=data.hub_split, revision=revision, streaming=True)
-    fields = list(stream.features or _first_row(stream, name))
+    fields = list(stream.features or ())
+    if not fields:
+        with _hub_errors(name):
+            fields = list(next(iter(stream), {}))
     if missing := _missing_field(name, fields, data.text_field):
         raise SourceUnreadableError(missing)
     stream = stream.select_columns([data.text_field])
@@ -59,16 +63,14 @@ def hub_rows(data: DataConfig, revision: str, advance: Callable[[int], None]) ->
 
 
 def resolve_hub_revision(data: DataConfig) -> str:
-    """The commit that `hub_revision` (or the newest) means now. A full commit id needs no network."""
+    """Return the commit that `hub_revision` (or the newest) means now. A full commit id needs no network."""
     if data.hub_revision and _COMMIT.fullmatch(data.hub_revision):
         return data.hub_revision
     _set_environment()
     from huggingface_hub import HfApi
 
-    try:
+    with _hub_errors(str(data.hub_id)):
         found = HfApi().dataset_info(str(data.hub_id), revision=data.hub_revision, timeout=30).sha
-    except Exception as error:  # several libraries' errors meet here: hub, http, sockets
-        raise _hub_error(str(data.hub_id), error) from error
     if not found:
         raise SourceUnreadableError(f"The hub names no commit for dataset {data.hub_id!r}. Set data.hub_revision.")
     return str(found)
@@ -78,10 +80,8 @@ def _load(path: str | None, name: str, *args: Any, **kwargs: Any) -> IterableDat
     _set_environment()
     import datasets
 
-    try:
+    with _hub_errors(name):
         return datasets.load_dataset(path, *args, **kwargs)
-    except Exception as error:  # builders raise whatever their parser raises
-        raise _hub_error(name, error) from error
 
 
 def _texts(
@@ -110,13 +110,6 @@ def _is_of_this_machine(error: Exception) -> bool:
     return isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno is not None)
 
 
-def _first_row(stream: IterableDataset, name: str) -> dict[str, Any]:
-    try:
-        return dict(next(iter(stream), {}))
-    except Exception as error:  # as in _load
-        raise _hub_error(name, error) from error
-
-
 def _missing_field(name: str, fields: list[str], text_field: str) -> str | None:
     if not fields or text_field in fields:
         return None
@@ -124,21 +117,25 @@ def _missing_field(name: str, fields: list[str], text_field: str) -> str | None:
     return f"{name} has no field {text_field!r}. It has: {there}. Name the one that holds the text in data.text_field."
 
 
-def _hub_error(name: str, error: Exception) -> SourceUnreadableError:
-    return SourceUnreadableError(
-        f"{name} cannot be read: {type(error).__name__}: {str(error).strip() or 'no reason given'}. Without a network, "
-        "or where HF_HUB_OFFLINE is set, a hub dataset cannot be read: download its files elsewhere and use source "
-        "'parquet' or 'jsonl' with data.paths. A private one needs HF_TOKEN in the environment."
-    )
+@contextmanager
+def _hub_errors(name: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # hub, http, sockets, and builders that raise whatever their parser raises
+        why = f"{type(error).__name__}: {str(error).strip() or 'no reason given'}"
+        raise SourceUnreadableError(
+            f"{name} cannot be read: {why}. Without a network, or where HF_HUB_OFFLINE is set, a hub dataset cannot be "
+            "read: download its files elsewhere and use source 'parquet' or 'jsonl' with data.paths. A private one "
+            "needs HF_TOKEN in the environment."
+        ) from error
 
 
 def _set_environment() -> None:
-    """No telemetry, no download counts, no torch. These are read when the libraries are imported, so set before."""
-    switches = {
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "DO_NOT_TRACK": "1",
-        "HF_UPDATE_DOWNLOAD_COUNTS": "0",
-        "USE_TORCH": "0",
-    }
-    for variable, value in switches.items():
-        os.environ.setdefault(variable, value)
+    """Switch off telemetry, download counts and torch. The libraries read this when they are imported."""
+    for name, value in (
+        ("HF_HUB_DISABLE_TELEMETRY", "1"),
+        ("DO_NOT_TRACK", "1"),
+        ("HF_UPDATE_DOWNLOAD_COUNTS", "0"),
+        ("USE_TORCH", "0"),
+    ):
+        os.environ.setdefault(name, value)

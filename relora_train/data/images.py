@@ -1,8 +1,9 @@
 """Images and their classes -> an image dataset: rows of bytes, split and normalised by a stated rule. Imports no torch.
 
-Two sources: scikit-learn's digits (1,797 of 8 x 8, values 0 to 16, read from the file in its package), held out by a
-hash of the pixels, so that equal images stay on one side; and files in MNIST's IDX format, whose test files are what
-is held out. The training part's mean and deviation of each channel, of values scaled to [0, 1], go into the manifest.
+There are two sources. scikit-learn's digits are 1,797 of 8 x 8, values 0 to 16, read from the file in its package. They
+are held out by a hash of the pixels, so that equal images stay on one side. Files in MNIST's IDX format have test
+files, which are what is held out. The training part's mean and deviation of each channel, of values scaled to [0, 1],
+go into the manifest.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ import json
 import secrets
 import struct
 import zlib
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from relora_train.checkpoints.manifest import DatasetManifest, FileEntry, ImageFormat, hash_file
+from relora_train.checkpoints.manifest import DatasetManifest, ImageFormat, describe_files
 from relora_train.data.dataset_changes import source_record
 from relora_train.data.source_files import SourceFile, find_files
 from relora_train.data.sources import identify
@@ -33,13 +33,16 @@ from relora_train.settings.data import DataConfig
 from relora_train.settings.keys import settings_digest
 from relora_train.storage.durable import write_durably
 
+IMAGE_SOURCES = ("digits", "idx")
+"""Those of data.source that hold images."""
+
 IMAGES_FORMAT = 1
 """Raised whenever the same inputs would give other bytes."""
 
 PREPROCESSOR_FILE = "preprocessor_config.json"
 _HASHED_SPLIT = "blake2b-64 of the pixels below data.validation_fraction is held out"
 _PUBLISHED_SPLIT = "as published: the t10k files are held out"
-_IDX_FILES = {
+_IDX_FILES: dict[Split, tuple[str, str]] = {
     "train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
     "val": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
 }
@@ -52,10 +55,6 @@ class LabelledImages:
     pixels: NDArray[np.uint8]
     classes: NDArray[np.uint8]
     largest_value: int
-
-    def rows(self) -> NDArray[np.uint8]:
-        """(number, channels * size * size + 1), as an image dataset holds them."""
-        return np.column_stack([self.pixels.reshape(len(self.pixels), -1), self.classes])
 
     def taken(self, which: NDArray[Any] | slice) -> LabelledImages:
         return LabelledImages(self.pixels[which], self.classes[which], self.largest_value)
@@ -73,7 +72,7 @@ class ImageInputs:
         return settings_digest(self.hashed())
 
     def hashed(self) -> dict[str, Any]:
-        """Everything that can change a byte of the dataset, and nothing else."""
+        """Return all that can change a byte of the dataset, and nothing else."""
         published = self.data.source == "idx"
         split = {"rule": _PUBLISHED_SPLIT if published else _HASHED_SPLIT}
         return {
@@ -84,10 +83,10 @@ class ImageInputs:
         }
 
     def read(self) -> dict[Split, LabelledImages]:
-        """Both parts in the order of the source. Raises SourceUnreadableError, CorpusTooSmallError."""
+        """Return both parts in the order of the source. Raises SourceUnreadableError, CorpusTooSmallError."""
         for file in self.files:
             file.check_unchanged()
-        parts = IMAGE_READERS[self.data.source].read(self)
+        parts = _read_digits(self) if self.data.source == "digits" else _read_idx(self)
         if any(len(part.pixels) == 0 for part in parts.values()):
             sizes = ", ".join(f"{len(part.pixels)} in {split}" for split, part in parts.items())
             raise CorpusTooSmallError(
@@ -97,21 +96,13 @@ class ImageInputs:
         return parts
 
 
-@dataclass(frozen=True)
-class ImageReader:
-    """A source of images."""
-
-    find: Callable[[DataConfig, Path | None], list[SourceFile]]
-    read: Callable[[ImageInputs], dict[Split, LabelledImages]]
-
-
 def resolve_images(data: DataConfig, cache_directory: Path | None = None) -> ImageInputs:
     """Find and hash the source's files. Raises SourceUnreadableError."""
-    return ImageInputs(data, tuple(IMAGE_READERS[data.source].find(data, cache_directory)))
+    return ImageInputs(data, tuple(_find_digits() if data.source == "digits" else _find_idx(data, cache_directory)))
 
 
 def write_images(found: ImageInputs, directory: Path) -> DatasetManifest:
-    """Write the shards of both parts, and what transformers needs to treat images alike; the manifest to commit."""
+    """Write the shards of both parts and what transformers needs to treat images alike; return the manifest."""
     parts = found.read()
     train, val = parts["train"], parts["val"]
     scaled = train.pixels.reshape(*train.pixels.shape[:2], -1) / train.largest_value
@@ -125,11 +116,22 @@ def write_images(found: ImageInputs, directory: Path) -> DatasetManifest:
     )
     for split, part in parts.items():
         (directory / split).mkdir(parents=True, exist_ok=True)
-        write_durably(directory / split / "shard-00000.bin", part.rows().tobytes())
-    write_durably(directory / PREPROCESSOR_FILE, (json.dumps(_preprocessor(images), indent=1) + "\n").encode())
-    names = ("train/shard-00000.bin", "val/shard-00000.bin", PREPROCESSOR_FILE)
+        rows = np.column_stack([part.pixels.reshape(len(part.pixels), -1), part.classes])
+        write_durably(directory / split / "shard-00000.bin", rows.tobytes())
+    processor = {  # for transformers' image processors: the same scaling, for values up to largest_value
+        "image_processor_type": "ViTImageProcessor",
+        "do_convert_rgb": None,
+        "do_resize": False,
+        "size": {"height": images.size, "width": images.size},
+        "do_rescale": True,
+        "rescale_factor": 1 / images.largest_value,
+        "do_normalize": True,
+        "image_mean": list(images.mean),
+        "image_std": list(images.deviation),
+    }
+    write_durably(directory / PREPROCESSOR_FILE, (json.dumps(processor, indent=1) + "\n").encode())
     return DatasetManifest(
-        files=tuple(_entry(directory, name) for name in sorted(names)),
+        files=describe_files(directory),
         attempt=secrets.token_hex(8),
         versions={"numpy": version("numpy")},
         name=found.data.name,
@@ -153,27 +155,7 @@ def write_images(found: ImageInputs, directory: Path) -> DatasetManifest:
     )
 
 
-def _preprocessor(images: ImageFormat) -> dict[str, Any]:
-    """For transformers' image processors: the same scaling, for images whose values go up to largest_value."""
-    return {
-        "image_processor_type": "ViTImageProcessor",
-        "do_convert_rgb": None,
-        "do_resize": False,
-        "size": {"height": images.size, "width": images.size},
-        "do_rescale": True,
-        "rescale_factor": 1 / images.largest_value,
-        "do_normalize": True,
-        "image_mean": list(images.mean),
-        "image_std": list(images.deviation),
-    }
-
-
-def _entry(directory: Path, name: str) -> FileEntry:
-    path = directory / name
-    return FileEntry(path=name, size_bytes=path.stat().st_size, sha256=hash_file(path))
-
-
-def _find_digits(data: DataConfig, cache_directory: Path | None) -> list[SourceFile]:
+def _find_digits() -> list[SourceFile]:
     package = importlib.util.find_spec("sklearn")
     for place in (package.submodule_search_locations or ()) if package else ():
         path = Path(place) / "datasets" / "data" / "digits.csv.gz"
@@ -191,13 +173,10 @@ def _read_digits(found: ImageInputs) -> dict[Split, LabelledImages]:
     table = np.array([line.split(",") for line in lines], dtype=np.float64).astype(np.uint8)
     every = LabelledImages(table[:, :-1].reshape(-1, 1, 8, 8), table[:, -1], largest_value=16)
     every = every.taken(slice(found.data.max_documents))
-    held_out = np.array([_is_held_out(image, found.data.validation_fraction) for image in every.pixels], dtype=bool)
+    digests = (hashlib.blake2b(image.tobytes(), digest_size=8).digest() for image in every.pixels)
+    sides = [split_of(int.from_bytes(digest, "big"), found.data.validation_fraction) for digest in digests]
+    held_out = np.array(sides) == "val"
     return {"train": every.taken(~held_out), "val": every.taken(held_out)}
-
-
-def _is_held_out(image: NDArray[np.uint8], validation_fraction: float) -> bool:
-    digest = hashlib.blake2b(image.tobytes(), digest_size=8).digest()
-    return split_of(int.from_bytes(digest, "big"), validation_fraction) == "val"
 
 
 def _find_idx(data: DataConfig, cache_directory: Path | None) -> list[SourceFile]:
@@ -238,9 +217,8 @@ def _read_idx(found: ImageInputs) -> dict[Split, LabelledImages]:
                 f"{by_name[images].name} holds images of shape {pixels.shape}, {by_name[labels].name} {len(classes)} "
                 "classes: as many classes as images are needed, and square images."
             )
-        part = LabelledImages(pixels[:, None], classes, largest_value=255)
-        parts["train" if split == "train" else "val"] = part
-    return {"train": parts["train"].taken(slice(found.data.max_documents)), "val": parts["val"]}
+        parts[split] = LabelledImages(pixels[:, None], classes, largest_value=255)
+    return {**parts, "train": parts["train"].taken(slice(found.data.max_documents))}
 
 
 def _idx_array(file: SourceFile, *, dimensions: int) -> NDArray[np.uint8]:
@@ -266,10 +244,3 @@ def _content(file: SourceFile) -> bytes:
         raise SourceUnreadableError(
             f"{file.name} cannot be read: {error}. Repair it or let this user read it."
         ) from error
-
-
-IMAGE_READERS: Mapping[str, ImageReader] = {
-    "digits": ImageReader(_find_digits, _read_digits),
-    "idx": ImageReader(_find_idx, _read_idx),
-}
-"""By data.source."""

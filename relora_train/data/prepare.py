@@ -9,16 +9,13 @@ only to convert a tokenizer from older files, and needs the source's credentials
 
 from __future__ import annotations
 
-import fcntl
-import json
-import logging
 import os
 import secrets
 import shutil
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -27,11 +24,12 @@ from relora_train.checkpoints.manifest import DatasetManifest, FileEntry, hash_f
 from relora_train.data.dataset_changes import source_record
 from relora_train.data.dataset_inputs import DatasetInputs, resolve_inputs
 from relora_train.data.engines import choose_engine
-from relora_train.data.images import IMAGE_READERS, ImageInputs, resolve_images, write_images
+from relora_train.data.images import IMAGE_SOURCES, ImageInputs, resolve_images, write_images
 from relora_train.data.left_out import left_out_note
 from relora_train.data.meter import Meter, OnProgress
 from relora_train.data.selection import Selection
 from relora_train.data.shards import ShardPlan, ShardRecord, write_shards
+from relora_train.data.sources import read_held_out
 from relora_train.data.splitting import DOCUMENT_BYTES, Split
 from relora_train.data.staging import StagedCorpus, read_pieces, read_sample, stage_both_sides
 from relora_train.data.tokenizer import DocumentTokenizer, load_tokenizer, train_tokenizer
@@ -40,13 +38,10 @@ from relora_train.errors import CorpusEmptyError, CorpusTooSmallError, TrainerIn
 from relora_train.process import PARENT_PIPE_VARIABLE, Emit, serve_request
 from relora_train.settings.base import FrozenConfig
 from relora_train.settings.data import DataConfig, TokenizerConfig
-from relora_train.storage.durable import disk_error, write_durably
-
-_log = logging.getLogger("relora_train.data.prepare")
+from relora_train.storage.durable import disk_error, locked, write_durably
 
 
-@dataclass(frozen=True)
-class PreparedDataset:
+class PreparedDataset(FrozenConfig):
     """A complete dataset on this machine's disk, not yet committed anywhere."""
 
     directory: Path
@@ -62,7 +57,7 @@ class PrepareRequest(FrozenConfig):
     """The part of the source to take; all of it when absent."""
     work_directory: Path
     result_path: Path
-    """JSON: directory, manifest."""
+    """The PreparedDataset as JSON."""
 
 
 def describe_dataset(
@@ -72,7 +67,7 @@ def describe_dataset(
     cache_directory: Path | None = None,
     selection: Selection | None = None,
 ) -> tuple[str, dict[str, Any]]:
-    """The dataset's id and everything hashed into it, from hashing the source alone: 0.1 s for a dozen megabytes.
+    """Return the dataset's id and all that is hashed into it, from the source alone: 0.1 s for a dozen megabytes.
 
     Files in a store are fetched to the cache for it, once. selection: what to take of the source; all when absent.
     Raises SourceUnreadableError, TokenizerError, StorageError.
@@ -100,63 +95,58 @@ def prepare_dataset(
     home = work_directory / f"{data.name}-{found.dataset_id[:16]}"
     try:
         home.mkdir(parents=True, exist_ok=True)
-        with _one_process_at_a_time(home / "lock"):
-            prepared = _finished(home) or _prepare(found, home, on_progress or (lambda progress: None))
+        with locked(home / "lock"):
+            directory, done = home / "dataset", home / "prepared.json"
+            manifest = _finished_manifest(directory, done)
+            if manifest is None:
+                directory.mkdir(exist_ok=True)
+                if isinstance(found, ImageInputs):
+                    manifest = write_images(found, directory)
+                else:
+                    manifest = _prepare_text(found, home, on_progress or (lambda progress: None))
+                write_durably(done, manifest.to_bytes())
             for leftover in ("staged", "records"):
                 shutil.rmtree(home / leftover, ignore_errors=True)
-            return prepared
+            return PreparedDataset(directory=directory, manifest=manifest)
     except OSError as error:
         raise disk_error(error, f"prepare dataset {data.name!r} in {error.filename or home}") from error
 
 
 def read_result(path: Path) -> PreparedDataset:
     """Read what a preparing process left at its `result_path`."""
-    left = json.loads(path.read_bytes())
-    return PreparedDataset(Path(left["directory"]), DatasetManifest.model_validate(left["manifest"]))
+    return PreparedDataset.model_validate_json(path.read_bytes())
 
 
 def _resolve(
     data: DataConfig, tokenizer: TokenizerConfig, cache_directory: Path | None, selection: Selection | None
 ) -> DatasetInputs | ImageInputs:
-    if data.source in IMAGE_READERS:
+    if data.source in IMAGE_SOURCES:
         return resolve_images(data, cache_directory)
-    return resolve_inputs(data, tokenizer, cache_directory, selection=selection)
+    return resolve_inputs(data, tokenizer, cache_directory, selection)
 
 
-def _finished(home: Path) -> PreparedDataset | None:
-    path, directory = home / "prepared.json", home / "dataset"
-    if not path.is_file():
+def _finished_manifest(directory: Path, done: Path) -> DatasetManifest | None:
+    if not done.is_file():
         return None
-    manifest = parse_manifest(DatasetManifest, path.read_bytes(), uri=path.as_uri())
+    manifest = parse_manifest(DatasetManifest, done.read_bytes(), uri=done.as_uri())
     sizes = {file.relative_to(directory).as_posix(): file.stat().st_size for file in directory.rglob("*")}
     if all(sizes.get(entry.path) == entry.size_bytes for entry in manifest.files):
-        return PreparedDataset(directory, manifest)
-    path.unlink()
+        return manifest
+    done.unlink()
     return None
-
-
-def _prepare(found: DatasetInputs | ImageInputs, home: Path, on_progress: OnProgress) -> PreparedDataset:
-    directory = home / "dataset"
-    directory.mkdir(exist_ok=True)
-    if isinstance(found, ImageInputs):
-        manifest = write_images(found, directory)
-    else:
-        manifest = _prepare_text(found, home, on_progress)
-    write_durably(home / "prepared.json", manifest.to_bytes())
-    return PreparedDataset(directory, manifest)
 
 
 def _prepare_text(found: DatasetInputs, home: Path, on_progress: OnProgress) -> DatasetManifest:
     data, directory, staged_directory = found.data, home / "dataset", home / "staged"
     reading = Meter("read", found.source.size_bytes, on_progress)
     corpus = stage_both_sides(
-        found.read_documents(reading.advance),
-        found.read_documents,
+        found.source.read(data.validation_fraction, reading.advance),
+        partial(found.source.read, data.validation_fraction),
         staged_directory,
         validation_fraction=data.validation_fraction,
         range_bytes=data.shard_tokens,
         markers=1 + len(found.bos_ids),
-        held_out=found.read_held_out() if data.validation_paths else None,
+        held_out=read_held_out(found.source.new) if data.validation_paths else None,
         left_out=found.source.new.left_out.facts,
     )
     reading.tell()
@@ -211,9 +201,7 @@ def _training_texts(
     """Pieces of training text until there are `limit_bytes`; the one that reaches the limit is given whole."""
     given = 0
     for staged in corpus.ranges:
-        if staged.split != "train":
-            continue
-        for text, _ in read_pieces(staged_directory, staged):
+        for text, _ in read_pieces(staged_directory, staged) if staged.split == "train" else ():
             if given >= limit_bytes:
                 return
             yield text
@@ -225,20 +213,21 @@ def _training_texts(
 def _manifest(
     found: DatasetInputs, plan: ShardPlan, corpus: StagedCorpus, records: list[ShardRecord], megabytes_per_second: float
 ) -> DatasetManifest:
-    dtype, tokenizer = plan.dtype, plan.tokenizer
-    shard_files = [entry for record in records for entry in record.files]
     splits: tuple[Split, ...] = ("train", "val")
     tokens = {split: sum(r.tokens for r in records if r.split == split) for split in splits}
+    paths = [path for name in TOKENIZER_FILES if (path := plan.output_directory / name).is_file()]
+    files = [FileEntry(path=path.name, size_bytes=path.stat().st_size, sha256=hash_file(path)) for path in paths]
+    files += [entry for record in records for entry in record.files]
     return DatasetManifest(
-        files=tuple(sorted((*_tokenizer_entries(plan.output_directory), *shard_files), key=lambda entry: entry.path)),
+        files=tuple(sorted(files, key=lambda entry: entry.path)),
         attempt=secrets.token_hex(8),
         versions={name: version(name) for name in ("tokenizers", "tiktoken", "datasets", "numpy")},
         name=found.data.name,
         dataset_id=found.dataset_id,
         inputs=found.hashed(),
-        token_dtype="uint16" if dtype.itemsize == 2 else "uint32",
-        vocab_size=tokenizer.vocab_size,
-        eos_id=tokenizer.eos_id,
+        token_dtype="uint16" if plan.dtype.itemsize == 2 else "uint32",
+        vocab_size=plan.tokenizer.vocab_size,
+        eos_id=plan.tokenizer.eos_id,
         train_tokens=tokens["train"],
         train_documents=corpus.documents("train"),
         train_bytes=corpus.text_bytes("train"),
@@ -258,22 +247,6 @@ def _manifest(
     )
 
 
-def _tokenizer_entries(directory: Path) -> list[FileEntry]:
-    paths = [directory / name for name in TOKENIZER_FILES if (directory / name).is_file()]
-    return [FileEntry(path=path.name, size_bytes=path.stat().st_size, sha256=hash_file(path)) for path in paths]
-
-
-@contextmanager
-def _one_process_at_a_time(path: Path) -> Iterator[None]:
-    with path.open("a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            _log.warning("Another process prepares this dataset in %s; waiting for it.", path.parent)
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-
-
 def _serve(request: PrepareRequest, emit: Emit) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "true"  # training may use all cores: this process never forks
     if os.environ.get(PARENT_PIPE_VARIABLE):
@@ -285,8 +258,7 @@ def _serve(request: PrepareRequest, emit: Emit) -> None:
         selection=request.selection,
         on_progress=lambda progress: emit("tokenize_progress", **asdict(progress)),
     )
-    result = {"directory": str(prepared.directory), "manifest": prepared.manifest.model_dump(mode="json")}
-    write_durably(request.result_path, json.dumps(result).encode())
+    write_durably(request.result_path, prepared.model_dump_json().encode())
 
 
 def _leave_with_parent() -> None:

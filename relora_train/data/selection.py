@@ -1,11 +1,11 @@
 """The documents of a growing source that make the next dataset: what is new, and a share of what is old.
 
-Training part: every new document, and of the old ones so many that they make up `old_ratio` of the part's bytes.
-Held-out part: every new document that the split rule holds out, and of the old held-out ones as much as of the new, so
-that half of a score is about what is to be learned and half about what must not be forgotten.
-Which old documents: those whose hash, drawn anew for every selection, lies lowest; no list of them is needed, and over
-many selections all get their turn. The split rule (splitting.py) knows nothing of new and old: a document that is held
-out once is held out always.
+The training part has every new document, and so many old ones that they make up `old_ratio` of the part's bytes.
+The held-out part has every new document that the split rule holds out, and as much of the old held-out ones. So half of
+a score is about what is to be learned, and half about what must not be forgotten.
+The old documents taken are those whose hash, drawn anew for every selection, lies lowest. No list of them is needed,
+and over many selections all get their turn. The split rule (splitting.py) knows nothing of new and old: a document that
+is held out once is held out always.
 Files are told apart by content. The old documents of a hub dataset are those of the old revision.
 Sizes are those of the files; of a hub dataset, numbers of documents.
 """
@@ -20,7 +20,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from pydantic import Field
 
 from relora_train.data.source_files import SourceFile
@@ -81,7 +80,7 @@ class SelectedSource:
         return None if None in sizes else sum(size for size in sizes if size is not None)
 
     def read(self, validation_fraction: float, advance: Advance = lambda size: None) -> Iterator[str]:
-        """The texts: new ones in the order of the source, then the chosen old ones. Errors as of read_documents."""
+        """Yield the texts: new ones in the order of the source, then the chosen old ones. Raises as read_documents."""
         if self.old is None:
             yield from read_documents(self.new, advance)
         elif self.new.files:
@@ -91,18 +90,17 @@ class SelectedSource:
             chosen = self._chooser(validation_fraction, new_size=new_bytes, old_size=old_bytes)
             yield from (text for text in read_documents(old, advance) if chosen(split_digest(text)))
         else:
-            yield from self._read_revisions(self.old, validation_fraction, advance)
-
-    def _read_revisions(self, old: Source, validation_fraction: float, advance: Advance) -> Iterator[str]:
-        digests = array("Q", (split_digest(text) for text in read_documents(old, advance)))
-        known = np.unique(np.frombuffer(digests, dtype=np.uint64)) if digests else np.empty(0, np.uint64)
-        count = 0
-        for text in read_documents(self.new, advance):
-            if not _is_among(known, split_digest(text)):
-                count += 1
-                yield text
-        chosen = self._chooser(validation_fraction, new_size=count, old_size=len(digests))
-        yield from (text for text in read_documents(old, advance) if chosen(split_digest(text)))
+            digests = array("Q", (split_digest(text) for text in read_documents(self.old, advance)))
+            known = np.unique(np.frombuffer(digests, dtype=np.uint64)) if digests else np.empty(0, np.uint64)
+            count = 0
+            for text in read_documents(self.new, advance):
+                digest = split_digest(text)
+                place = int(np.searchsorted(known, np.uint64(digest)))
+                if place == len(known) or int(known[place]) != digest:
+                    count += 1
+                    yield text
+            chosen = self._chooser(validation_fraction, new_size=count, old_size=len(digests))
+            yield from (text for text in read_documents(self.old, advance) if chosen(split_digest(text)))
 
     def _chooser(self, validation_fraction: float, *, new_size: int, old_size: int) -> Callable[[int], bool]:
         """Return True if the old document with this split digest is taken. Pure."""
@@ -119,9 +117,17 @@ class SelectedSource:
 
 
 def select_source(source: Source, selection: Selection) -> SelectedSource:
-    """The parts of a source that the selection names. Raises SourceUnreadableError when a part is gone."""
+    """Return the parts of a source that the selection names. Raises SourceUnreadableError when a part is gone."""
     if source.data.source == "hub":
-        new, *old = (_at_revision(source, revision) for revision in (*selection.new, *selection.old))
+        new, *old = (
+            replace(
+                source,
+                data=source.data.model_copy(update={"hub_revision": revision}),
+                identity={**source.identity, "revision": revision},
+                revision=revision,
+            )
+            for revision in (*selection.new, *selection.old)
+        )
         return SelectedSource(new, old[0] if old else None, selection)
     found = _with_files(source, selection.new)
     if missing := set(selection.new) - {file.sha256 for file in found.files}:
@@ -142,13 +148,3 @@ def _with_files(source: Source, digests: tuple[str, ...]) -> Source:
     wanted = set(digests)
     files = tuple(file for file in source.files if file.sha256 in wanted)
     return replace(source, files=files, identity=identify(source.data.source, files))
-
-
-def _at_revision(source: Source, revision: str) -> Source:
-    data = source.data.model_copy(update={"hub_revision": revision})
-    return Source(data, {**source.identity, "revision": revision}, (), revision, left_out=source.left_out)
-
-
-def _is_among(known: NDArray[np.uint64], digest: int) -> bool:
-    place = int(np.searchsorted(known, np.uint64(digest)))
-    return place < len(known) and int(known[place]) == digest

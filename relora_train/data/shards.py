@@ -1,7 +1,8 @@
 """Staged ranges -> token shards, by any number of processes. Range i of a split becomes shard i of it.
 
-`shard-00000.bin` holds little-endian uint16 ids (uint32 for more than 65,536 entries), `shard-00000.len` the uint32
-length in tokens of each document in it, separator and BOS included; one cut by the end of a shard counts in both.
+`shard-00000.bin` holds little-endian uint16 ids (uint32 for more than 65,536 entries). `shard-00000.len` holds the
+uint32 length in tokens of each document in it, separator and BOS included. A document cut by a shard's end counts in
+both.
 A shard's bytes depend on its range, the tokenizer and nothing else. A shard is there completely or not at all, and a
 record beside the work tells that it is done: a killed preparation redoes only the shards it was making.
 """
@@ -9,7 +10,6 @@ record beside the work tells that it is done: a killed preparation redoes only t
 from __future__ import annotations
 
 import hashlib
-import json
 import multiprocessing
 import os
 import signal
@@ -18,29 +18,28 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 from numpy.typing import NDArray
 
 from relora_train.checkpoints.manifest import FileEntry
-from relora_train.data.engines import Encoder, Engine, make_encoder
+from relora_train.data.engines import Encode, Engine, make_encoder
 from relora_train.data.splitting import Split
 from relora_train.data.staging import StagedRange, delete_range, read_pieces
 from relora_train.data.tokenizer import DocumentTokenizer
 from relora_train.errors import DataError
 from relora_train.process import SAFE_PATH
+from relora_train.settings.base import FrozenConfig
 from relora_train.storage.durable import replace_durably, write_durably
 
 # An encoding of `tokenizers` takes half a kilobyte a token: 150 MB if every byte of a batch becomes one.
 _BATCH_BYTES = 1 << 18
 
 
-@dataclass(frozen=True)
-class ShardRecord:
+class ShardRecord(FrozenConfig):
     """A finished shard."""
 
     split: Split
@@ -82,8 +81,7 @@ def write_shards(
     done = {staged: record for staged in ranges if (record := _finished_record(plan, staged))}
     for record in done.values():
         on_shard(record.text_bytes, False)
-    pending = [staged for staged in ranges if staged not in done]
-    if pending:
+    if pending := [staged for staged in ranges if staged not in done]:
         for staged, record in _in_processes(plan, pending, min(workers, len(pending))):
             done[staged] = record
             on_shard(record.text_bytes, True)
@@ -147,18 +145,18 @@ def _work(staged: StagedRange) -> ShardRecord:
     return _write_in_worker(staged)
 
 
-def write_shard(plan: ShardPlan, encoder: Encoder, staged: StagedRange) -> ShardRecord:
+def write_shard(plan: ShardPlan, encode: Encode, staged: StagedRange) -> ShardRecord:
     """Make one shard in bounded memory, whatever its size."""
     name = f"{staged.split}/shard-{staged.index:05d}"
     part = plan.output_directory / staged.split / f".shard-{staged.index:05d}.part"
     lengths: list[int] = []
+    digest, size = hashlib.sha256(), 0
     bos = np.array(plan.tokenizer.bos_ids, dtype=np.uint32)
     begins = staged.begins_document
     unfinished = 0  # tokens so far of a document whose end has not come
     with part.open("wb") as stream:
-        tokens_file = _HashingWriter(stream)
         for batch in _batches(read_pieces(plan.staged_directory, staged)):
-            ids = encoder.encode([text for text, _ in batch])
+            ids = encode([text for text, _ in batch])
             arrays: list[NDArray[np.uint32]] = []
             for piece, (_, document_ends) in zip(ids, batch, strict=True):
                 if begins:
@@ -171,32 +169,30 @@ def write_shard(plan: ShardPlan, encoder: Encoder, staged: StagedRange) -> Shard
                     arrays.append(np.array([plan.tokenizer.eos_id], dtype=np.uint32))
                     lengths.append(unfinished + 1)
                     unfinished = 0
-            tokens_file.write(np.concatenate(arrays).astype(plan.dtype).tobytes())
+            raw_tokens = np.concatenate(arrays).astype(plan.dtype).tobytes()
+            stream.write(raw_tokens)
+            digest.update(raw_tokens)
+            size += len(raw_tokens)
     replace_durably(part, plan.output_directory / f"{name}.bin")
     if unfinished:
         lengths.append(unfinished)
     raw_lengths = np.array(lengths, dtype="<u4").tobytes()
     write_durably(plan.output_directory / f"{name}.len", raw_lengths)
     files = (
-        FileEntry(path=f"{name}.bin", size_bytes=tokens_file.size, sha256=tokens_file.digest.hexdigest()),
+        FileEntry(path=f"{name}.bin", size_bytes=size, sha256=digest.hexdigest()),
         FileEntry(path=f"{name}.len", size_bytes=len(raw_lengths), sha256=hashlib.sha256(raw_lengths).hexdigest()),
     )
-    tokens = tokens_file.size // plan.dtype.itemsize
-    record = ShardRecord(staged.split, staged.index, tokens, staged.documents, staged.text_bytes, files)
-    fields = {**asdict(record), "files": [entry.model_dump() for entry in files]}
-    write_durably(plan.record_path(staged), json.dumps(fields).encode())
+    record = ShardRecord(
+        split=staged.split,
+        index=staged.index,
+        tokens=size // plan.dtype.itemsize,
+        documents=staged.documents,
+        text_bytes=staged.text_bytes,
+        files=files,
+    )
+    write_durably(plan.record_path(staged), record.model_dump_json().encode())
     delete_range(plan.staged_directory, staged)
     return record
-
-
-class _HashingWriter:
-    def __init__(self, stream: IO[bytes]) -> None:
-        self._stream, self.digest, self.size = stream, hashlib.sha256(), 0
-
-    def write(self, data: bytes) -> None:
-        self._stream.write(data)
-        self.digest.update(data)
-        self.size += len(data)
 
 
 def _batches(pieces: Iterator[tuple[str, bool]]) -> Iterator[list[tuple[str, bool]]]:
@@ -217,10 +213,9 @@ def _finished_record(plan: ShardPlan, staged: StagedRange) -> ShardRecord | None
     path = plan.record_path(staged)
     if not path.is_file():
         return None
-    fields = json.loads(path.read_bytes())
-    files = tuple(FileEntry(**entry) for entry in fields["files"])
-    for entry in files:
+    record = ShardRecord.model_validate_json(path.read_bytes())
+    for entry in record.files:
         found = plan.output_directory / entry.path
         if not found.is_file() or found.stat().st_size != entry.size_bytes:
             return None
-    return ShardRecord(**{**fields, "files": files})
+    return record

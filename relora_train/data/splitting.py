@@ -29,13 +29,13 @@ Side = Callable[[int], Split]
 
 
 def split_digest(text: str) -> int:
-    """64 bits of the normalised text: the same for documents that differ only in case and white space."""
+    """Return 64 bits of the normalised text: the same for documents that differ only in case and white space."""
     normalised = text.lower().encode().translate(None, _ASCII_WHITE_SPACE)
     return int.from_bytes(hashlib.blake2b(normalised, digest_size=8).digest(), "big")
 
 
 def split_of(digest: int, validation_fraction: float) -> Split:
-    """The side a document's digest puts it on."""
+    """Return the side a document's digest puts it on."""
     return "val" if digest < validation_fraction * 2.0**64 else "train"
 
 
@@ -53,19 +53,18 @@ def side_for(digests: Iterable[int], validation_fraction: float) -> Side:
 
 
 def cut_long_documents(documents: Iterable[str]) -> Iterator[str]:
-    """The texts as documents of at most DOCUMENT_BYTES."""
+    """Yield the texts as documents of at most DOCUMENT_BYTES."""
     for text in documents:
         yield from (piece.decode() for piece in cut_into_pieces(text, DOCUMENT_BYTES))
 
 
 def cut_into_pieces(text: str, limit_bytes: int) -> Iterator[bytes]:
-    """The text as UTF-8 in pieces of at most `limit_bytes`; joined, they are the text."""
+    """Yield the text as UTF-8 in pieces of at most `limit_bytes`; joined, they are the text."""
     encoded = text.encode()
     start = 0
     while len(encoded) - start > limit_bytes:
-        window = encoded[start : start + limit_bytes].decode(
-            errors="ignore"
-        )  # less the character the limit cuts in two
+        # without the character that the limit cuts in two
+        window = encoded[start : start + limit_bytes].decode(errors="ignore")
         end = len(window[: _last_single_space(window)].encode())
         yield encoded[start : start + end]
         start += end

@@ -15,13 +15,14 @@ import json
 import shutil
 from array import array
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from contextlib import closing
 from functools import partial
-from itertools import chain
+from itertools import chain, pairwise
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
+from pydantic import Field
 
 from relora_train.data.splitting import (
     DOCUMENT_BYTES,
@@ -35,6 +36,7 @@ from relora_train.data.splitting import (
     split_of,
 )
 from relora_train.errors import DataError
+from relora_train.settings.base import FrozenConfig
 from relora_train.storage.durable import write_durably
 
 _INDEX_NAME = "index.json"
@@ -43,8 +45,7 @@ _SAMPLE_DOCUMENTS, _SAMPLE_CHARACTERS = 64, 4096
 _COUNTED_DIGESTS = 1 << 18
 
 
-@dataclass(frozen=True)
-class StagedRange:
+class StagedRange(FrozenConfig):
     """One range on disk: `<name>.text`, and in `<name>.pieces` 2 * bytes + (1 if its document ends) for each piece."""
 
     split: Split
@@ -64,8 +65,7 @@ class StagedRange:
         return f"{self.split}-{self.index:05d}"
 
 
-@dataclass(frozen=True)
-class StagedCorpus:
+class StagedCorpus(FrozenConfig):
     """The ranges that staging made, in the order of the source within each split."""
 
     ranges: tuple[StagedRange, ...]
@@ -76,7 +76,7 @@ class StagedCorpus:
     split_note: str = ""
     """The remedy for a side that the split rule left empty."""
 
-    left_out: list[dict[str, Any]] = field(default_factory=list)
+    left_out: list[dict[str, Any]] = Field(default_factory=list)
     """The faults that data.unreadable = "skip" left out; see left_out.py."""
 
     def documents(self, split: Split) -> int:
@@ -105,29 +105,33 @@ def stage_documents(
     A directory whose index is there is complete and used as it is. Staging that was interrupted begins anew.
     """
     if (directory / _INDEX_NAME).is_file():
-        return _read_index(directory / _INDEX_NAME)
+        return StagedCorpus.model_validate_json((directory / _INDEX_NAME).read_bytes())
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)
     train = _RangeWriter(directory, "train", range_bytes, markers)
     val = _RangeWriter(directory, "val", range_bytes, markers)
     duplicates, empty = _DuplicateCounter(), 0
     sample: list[str] = []
-    with train, val:
-        given = chain(((text, False) for text in documents), ((text, True) for text in held_out))
-        for text, is_held_out in given:
+    with closing(train), closing(val):
+        for text, is_held_out in chain(((text, False) for text in documents), ((text, True) for text in held_out)):
             if not text:
                 empty += 1
                 continue
             digest = split_digest(text)
             duplicates.add(digest)
             goes_to = "val" if is_held_out else side(digest) if side else split_of(digest, validation_fraction)
-            writer = train if goes_to == "train" else val
-            writer.add(text)
+            (train if goes_to == "train" else val).add(text)
             if len(sample) < _SAMPLE_DOCUMENTS:
                 sample.append(text[:_SAMPLE_CHARACTERS])
-    corpus = StagedCorpus((*train.ranges, *val.ranges), empty, duplicates.estimate, split_note, left_out())
+    corpus = StagedCorpus(
+        ranges=(*train.ranges, *val.ranges),
+        empty_documents=empty,
+        duplicate_documents=duplicates.estimate,
+        split_note=split_note,
+        left_out=left_out(),
+    )
     write_durably(directory / _SAMPLE_NAME, json.dumps(sample).encode())
-    write_durably(directory / _INDEX_NAME, json.dumps(asdict(corpus)).encode())
+    write_durably(directory / _INDEX_NAME, corpus.model_dump_json().encode())
     return corpus
 
 
@@ -174,7 +178,7 @@ def stage_both_sides(
 
 
 def read_pieces(directory: Path, staged: StagedRange) -> Iterator[tuple[str, bool]]:
-    """Pieces of a range with whether their document ends there, read in bounded memory.
+    """Yield the pieces of a range with whether their document ends there, read in bounded memory.
 
     Raises DataError after the last piece when the text is not what was staged.
     """
@@ -190,7 +194,7 @@ def read_pieces(directory: Path, staged: StagedRange) -> Iterator[tuple[str, boo
 
 
 def read_sample(directory: Path) -> list[str]:
-    """The beginnings of some documents, to compare engines on."""
+    """Return the beginnings of some documents, to compare engines on."""
     return [str(text) for text in json.loads((directory / _SAMPLE_NAME).read_bytes())]
 
 
@@ -210,18 +214,11 @@ class _RangeWriter:
         self._begin()
 
     def add(self, text: str) -> None:
-        piece: bytes | None = None
-        for following in cut_into_pieces(text, min(PIECE_BYTES, self._range_bytes - self._markers)):
-            if piece is not None:
-                self._append(piece, ends_document=False)
-            piece = following
-        if piece is not None:
-            self._append(piece, ends_document=True)
+        pieces = cut_into_pieces(text, min(PIECE_BYTES, self._range_bytes - self._markers))
+        for piece, following in pairwise(chain(pieces, [b""])):
+            self._append(piece, ends_document=not following)
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *error: object) -> None:
+    def close(self) -> None:
         if self._codes:
             self._close()
         else:
@@ -251,12 +248,12 @@ class _RangeWriter:
         self._path("pieces").write_bytes(np.asarray(self._codes, dtype="<u4").tobytes())
         self.ranges.append(
             StagedRange(
-                self._split,
-                len(self.ranges),
-                self._documents,
-                self._text_bytes,
-                self._digest.hexdigest(),
-                self._begins_document,
+                split=self._split,
+                index=len(self.ranges),
+                documents=self._documents,
+                text_bytes=self._text_bytes,
+                sha256=self._digest.hexdigest(),
+                begins_document=self._begins_document,
             )
         )
 
@@ -282,8 +279,3 @@ class _DuplicateCounter:
     @property
     def estimate(self) -> int:
         return sum(self._seen.values()) * (self._mask + 1)
-
-
-def _read_index(path: Path) -> StagedCorpus:
-    fields = json.loads(path.read_bytes())
-    return StagedCorpus(**{**fields, "ranges": tuple(StagedRange(**staged) for staged in fields["ranges"])})

@@ -10,7 +10,7 @@ from relora_train.checkpoints.commit import commit_bundle
 from relora_train.checkpoints.fetch import keep_fetched
 from relora_train.checkpoints.layout import dataset_prefix
 from relora_train.checkpoints.lineage import CheckpointRef
-from relora_train.data.images import IMAGE_READERS
+from relora_train.data.images import IMAGE_SOURCES
 from relora_train.data.left_out import left_out_note
 from relora_train.data.prepare import PrepareRequest, describe_dataset, read_result
 from relora_train.data.selection import Selection
@@ -54,7 +54,7 @@ def prepare_or_reuse(
     Safe to repeat and to race: the first commit wins, and what a killed attempt finished on this machine is used.
     """
     store, name, selection = run.store, run.profile.data.name, corpus.selection if corpus else None
-    if corpus is None and run.profile.data.source not in IMAGE_READERS:
+    if corpus is None and run.profile.data.source not in IMAGE_SOURCES:
         text, dataset_id = choose_tokenizer(run, parent)
     else:
         text = TextSettings(run.profile.data, corpus.tokenizer if corpus else run.profile.tokenizer)

@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from relora_train.checkpoints.manifest import DatasetManifest, ImageFormat
-from relora_train.data.dataset import ExampleDataset
-from relora_train.data.image_dataset import ImageDataset
+from relora_train.data.dataset import ExampleDataset, ImageDataset
 from relora_train.errors import DataError, ModelError
 from relora_train.settings.profile import Profile
 from relora_train.training.models.base import Evaluation
