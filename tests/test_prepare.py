@@ -21,7 +21,7 @@ from relora_train.checkpoints.commit import commit_bundle
 from relora_train.checkpoints.fetch import fetch_bundle
 from relora_train.checkpoints.manifest import hash_file
 from relora_train.data.dataset import TokenDataset
-from relora_train.data.prepare import PreparedDataset, PrepareRequest, describe_dataset, prepare_dataset, read_result
+from relora_train.data.prepare import PreparedDataset, PrepareRequest, describe_dataset, prepare_dataset
 from relora_train.data.splitting import cut_into_pieces, split_digest, split_of
 from relora_train.data.tokenizer import DEFAULT_EOS_TOKEN, train_tokenizer
 from relora_train.errors import CorpusEmptyError, CorpusTooSmallError, SourceUnreadableError
@@ -268,7 +268,7 @@ def test_the_process_reports_progress_and_leaves_the_same_dataset(corpus, prepar
     assert {event["event"] for event in progress} == {"tokenize_progress"}, errors
     finished = {event["phase"] for event in progress if event["done_bytes"] == event["total_bytes"]}
     assert finished == {"read", "train-tokenizer", "tokenize"}
-    assert contents(read_result(request.result_path)) == contents(prepared)
+    assert contents(PreparedDataset.model_validate_json(request.result_path.read_bytes())) == contents(prepared)
 
 
 def test_no_phase_is_more_than_done(corpus, tmp_path):
@@ -344,7 +344,7 @@ def test_a_killed_preparation_continues_and_ends_with_the_same_bytes(tmp_path):
     resumed = start(request, tmp_path)
     _, errors = resumed.communicate(timeout=60)
     assert resumed.returncode == 0, errors
-    assert contents(read_result(request.result_path)) == contents(undisturbed)
+    assert contents(PreparedDataset.model_validate_json(request.result_path.read_bytes())) == contents(undisturbed)
     assert {path: path.stat().st_mtime_ns for path in times} == times  # nothing finished was done again
 
 
@@ -377,7 +377,7 @@ def test_two_processes_make_one_dataset_and_both_return_it(corpus, prepared, tmp
         racing.append(start(request, tmp_path / str(number)))
     for process in racing:
         process.communicate(timeout=60)
-    first, second = (read_result(request.result_path) for request in requests)
+    first, second = (PreparedDataset.model_validate_json(request.result_path.read_bytes()) for request in requests)
     assert first == second
     assert contents(first) == contents(prepared)
 

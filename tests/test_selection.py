@@ -40,9 +40,7 @@ def digest_of(path: Path) -> str:
 
 def select(source: DataConfig, new: Path, old: Path, ratio: float, seed: int = 0) -> tuple[list[str], Selection]:
     selection = Selection(new=(digest_of(new),), old=(digest_of(old),), old_ratio=ratio, seed=seed)
-    return list(
-        resolve_inputs(source, TokenizerConfig(), None, selection).source.read(source.validation_fraction)
-    ), selection
+    return list(resolve_inputs(source, TokenizerConfig(), selection).source.read(source.validation_fraction)), selection
 
 
 def sides(texts: list[str]) -> dict[str, list[str]]:

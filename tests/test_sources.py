@@ -28,9 +28,14 @@ def read(source: str, *paths: Path | str, **settings) -> list[str]:
     return list(read_documents(resolve(source, *paths, **settings)))
 
 
-def resolve(source: str, *paths: Path | str, cache_directory: Path | None = None, **settings):
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("RELORA_CACHE", str(tmp_path / "cache"))
+
+
+def resolve(source: str, *paths: Path | str, **settings):
     data = DataConfig(source=source, paths=tuple(str(path) for path in paths), **settings)
-    return resolve_source(data, cache_directory)
+    return resolve_source(data)
 
 
 def write_jsonl(path: Path, texts=TEXTS, **extra) -> Path:
@@ -303,12 +308,12 @@ def test_a_store_gives_the_same_documents_and_identity_as_the_disk(tmp_path, cap
     store.put_bytes("corpus/readme.md", b"not a document")
     on_disk = resolve("jsonl", tmp_path / "a.jsonl", tmp_path / "b.jsonl")
     for path in ("corpus", "corpus/", "corpus/*.jsonl", "**/*.jsonl"):
-        in_store = resolve("jsonl", f"memory://sources-test/{path}", cache_directory=tmp_path / "cache")
+        in_store = resolve("jsonl", f"memory://sources-test/{path}")
         assert in_store.identity == on_disk.identity
         assert list(read_documents(in_store)) == [*TEXTS, "last"]
-    assert len(resolve("jsonl", "memory://sources-test/corpus/b.jsonl", cache_directory=tmp_path / "cache").files) == 1
+    assert len(resolve("jsonl", "memory://sources-test/corpus/b.jsonl").files) == 1
     overlapping = [f"memory://sources-test/{path}" for path in ("corpus", "corpus/", "", "corpus/a.jsonl", "*/b.jsonl")]
-    assert resolve("jsonl", *overlapping, cache_directory=tmp_path / "cache").identity == on_disk.identity
+    assert resolve("jsonl", *overlapping).identity == on_disk.identity
     assert "data.paths: 6 names left out, 2 files taken" in caplog.records[-1].message
 
 
@@ -327,21 +332,21 @@ def test_files_are_listed_before_any_is_read_or_fetched(tmp_path, monkeypatch):
 def test_an_object_is_fetched_once_and_again_when_it_changed(tmp_path):
     store = MemoryStore.shared("sources-cache-test")
     store.put_bytes("a.txt", b"one")
-    cached = resolve("text", "memory://sources-cache-test/a.txt", cache_directory=tmp_path).files[0]
+    cached = resolve("text", "memory://sources-cache-test/a.txt").files[0]
     fetched_at = cached.path.stat().st_mtime_ns
-    assert resolve("text", "memory://sources-cache-test/a.txt", cache_directory=tmp_path).files == (cached,)
+    assert resolve("text", "memory://sources-cache-test/a.txt").files == (cached,)
     assert cached.path.stat().st_mtime_ns == fetched_at
     cached.path.write_bytes(b"damaged")
-    assert read("text", "memory://sources-cache-test/a.txt", cache_directory=tmp_path) == ["one"]
+    assert read("text", "memory://sources-cache-test/a.txt") == ["one"]
     store.put_bytes("a.txt", b"two")
-    assert read("text", "memory://sources-cache-test/a.txt", cache_directory=tmp_path) == ["two"]
+    assert read("text", "memory://sources-cache-test/a.txt") == ["two"]
 
 
 def test_files_in_s3_are_documents(s3_store_uri, tmp_path):
     store = open_store(s3_store_uri)
     store.put_file("corpus/a.parquet", write_parquet(tmp_path / "a.parquet"))
-    assert read("parquet", f"{s3_store_uri}/corpus", cache_directory=tmp_path / "cache") == TEXTS
-    assert read("parquet", f"{s3_store_uri}/corpus/a.parquet", cache_directory=tmp_path / "cache") == TEXTS
+    assert read("parquet", f"{s3_store_uri}/corpus") == TEXTS
+    assert read("parquet", f"{s3_store_uri}/corpus/a.parquet") == TEXTS
 
 
 def test_the_hub_without_a_network_is_a_clear_error():

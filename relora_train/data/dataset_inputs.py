@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from relora_train.data.selection import SelectedSource, Selection, contents_of, select_source
@@ -64,14 +63,12 @@ class DatasetInputs:
         }
 
 
-def resolve_inputs(
-    data: DataConfig, settings: TokenizerConfig, cache_directory: Path | None, selection: Selection | None
-) -> DatasetInputs:
+def resolve_inputs(data: DataConfig, settings: TokenizerConfig, selection: Selection | None) -> DatasetInputs:
     """Look everything up. Raises SourceUnreadableError, TokenizerError and the errors of the source's store.
 
     selection: take only this of the source; all of it when absent.
     """
-    source = resolve_source(data, cache_directory)
+    source = resolve_source(data)
     return inputs_of(source, settings, selection or Selection(new=contents_of(source)))
 
 

@@ -21,11 +21,12 @@ _ROWS_AT_ONCE = 256
 
 
 def parquet_rows(
-    file: SourceFile, text_field: str, advance: Callable[[int], None]
+    file: SourceFile, data: DataConfig, advance: Callable[[int], None]
 ) -> Iterator[tuple[str, str | Fault]]:
     """Yield each row's text with its place, reading only the text column. Raises Fault if the file is no parquet."""
     import pyarrow.parquet as parquet
 
+    text_field = data.text_field
     try:
         with parquet.ParquetFile(file.path) as opened:
             fields = list(opened.schema_arrow.names)

@@ -96,9 +96,9 @@ class ImageInputs:
         return parts
 
 
-def resolve_images(data: DataConfig, cache_directory: Path | None = None) -> ImageInputs:
+def resolve_images(data: DataConfig) -> ImageInputs:
     """Find and hash the source's files. Raises SourceUnreadableError."""
-    return ImageInputs(data, tuple(_find_digits() if data.source == "digits" else _find_idx(data, cache_directory)))
+    return ImageInputs(data, tuple(_find_digits() if data.source == "digits" else _find_idx(data)))
 
 
 def write_images(found: ImageInputs, directory: Path) -> DatasetManifest:
@@ -179,10 +179,10 @@ def _read_digits(found: ImageInputs) -> dict[Split, LabelledImages]:
     return {"train": every.taken(~held_out), "val": every.taken(held_out)}
 
 
-def _find_idx(data: DataConfig, cache_directory: Path | None) -> list[SourceFile]:
+def _find_idx(data: DataConfig) -> list[SourceFile]:
     """The four files, in a fixed order."""
     try:
-        found = find_files(data.paths, "idx", cache_directory)
+        found = find_files(data.paths, "idx")
     except SourceUnreadableError as error:
         raise SourceUnreadableError(f"{error} Debian's dataset-fashion-mnist is a package of such files.") from None
     files: dict[str, SourceFile] = {}

@@ -49,7 +49,7 @@ class PreparedDataset(FrozenConfig):
 
 
 class PrepareRequest(FrozenConfig):
-    """Prepare one dataset in a process of its own; the result is read by `read_result`."""
+    """Prepare one dataset in a process of its own."""
 
     data: DataConfig
     tokenizer: TokenizerConfig
@@ -61,18 +61,14 @@ class PrepareRequest(FrozenConfig):
 
 
 def describe_dataset(
-    data: DataConfig,
-    tokenizer: TokenizerConfig,
-    *,
-    cache_directory: Path | None = None,
-    selection: Selection | None = None,
+    data: DataConfig, tokenizer: TokenizerConfig, *, selection: Selection | None = None
 ) -> tuple[str, dict[str, Any]]:
     """Return the dataset's id and all that is hashed into it, from the source alone: 0.1 s for a dozen megabytes.
 
     Files in a store are fetched to the cache for it, once. selection: what to take of the source; all when absent.
     Raises SourceUnreadableError, TokenizerError, StorageError.
     """
-    found = _resolve(data, tokenizer, cache_directory, selection)
+    found = _resolve(data, tokenizer, selection)
     return found.dataset_id, found.hashed()
 
 
@@ -82,7 +78,6 @@ def prepare_dataset(
     work_directory: Path,
     *,
     on_progress: OnProgress | None = None,
-    cache_directory: Path | None = None,
     selection: Selection | None = None,
 ) -> PreparedDataset:
     """Make the dataset below `work_directory`, or return at once the one that was finished there.
@@ -91,7 +86,7 @@ def prepare_dataset(
     at a time; another waits for it. Raises SourceUnreadableError, CorpusEmptyError, CorpusTooSmallError,
     TokenizerError, DataError and the errors of the source's store and of this disk.
     """
-    found = _resolve(data, tokenizer, cache_directory, selection)
+    found = _resolve(data, tokenizer, selection)
     home = work_directory / f"{data.name}-{found.dataset_id[:16]}"
     try:
         home.mkdir(parents=True, exist_ok=True)
@@ -112,17 +107,8 @@ def prepare_dataset(
         raise disk_error(error, f"prepare dataset {data.name!r} in {error.filename or home}") from error
 
 
-def read_result(path: Path) -> PreparedDataset:
-    """Read what a preparing process left at its `result_path`."""
-    return PreparedDataset.model_validate_json(path.read_bytes())
-
-
-def _resolve(
-    data: DataConfig, tokenizer: TokenizerConfig, cache_directory: Path | None, selection: Selection | None
-) -> DatasetInputs | ImageInputs:
-    if data.source in IMAGE_SOURCES:
-        return resolve_images(data, cache_directory)
-    return resolve_inputs(data, tokenizer, cache_directory, selection)
+def _resolve(data: DataConfig, tokenizer: TokenizerConfig, selection: Selection | None) -> DatasetInputs | ImageInputs:
+    return resolve_images(data) if data.source in IMAGE_SOURCES else resolve_inputs(data, tokenizer, selection)
 
 
 def _finished_manifest(directory: Path, done: Path) -> DatasetManifest | None:

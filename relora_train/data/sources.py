@@ -65,7 +65,7 @@ class Source:
         return sum(file.size_bytes for file in self.files) if self.files and self.data.max_documents is None else None
 
 
-def resolve_source(data: DataConfig, cache_directory: Path | None = None) -> Source:
+def resolve_source(data: DataConfig) -> Source:
     """Find and hash everything the settings name; files in a store are fetched to the cache first.
 
     Raises SourceUnreadableError for what is missing, and what the store raises.
@@ -74,7 +74,7 @@ def resolve_source(data: DataConfig, cache_directory: Path | None = None) -> Sou
         revision = resolve_hub_revision(data)
         names = {"hub_id": data.hub_id, "config": data.hub_config, "split": data.hub_split}
         return Source(data, {"format": "hub", **names, "revision": revision}, (), revision)
-    find = partial(find_files, kind=data.source, cache_directory=cache_directory, skip=data.unreadable == "skip")
+    find = partial(find_files, kind=data.source, skip=data.unreadable == "skip")
     files = _stdlib_files() if data.source == "python-stdlib" else find(data.paths)
     held_out: tuple[SourceFile, ...] = ()
     if data.validation_paths:
@@ -82,19 +82,15 @@ def resolve_source(data: DataConfig, cache_directory: Path | None = None) -> Sou
             held_out = tuple(find(data.validation_paths))
         except SourceUnreadableError as error:
             raise SourceUnreadableError(str(error).replace("data.paths", "data.validation_paths")) from None
-        files = _without(held_out, files)
+        held = {file.sha256 for file in held_out}  # a score on text that was trained on says nothing
+        both = [file.name for file in files if file.sha256 in held]
+        files = [file for file in files if file.sha256 not in held]
+        if both and not files:
+            raise SourceUnreadableError("data.validation_paths name every file of data.paths. Leave some to train on.")
+        if both:
+            say = f"{len(both)} files of data.paths are held out by data.validation_paths, not trained on: {both[0]}"
+            warn_once(say)
     return Source(data, identify(data.source, files), tuple(files), held_out=held_out)
-
-
-def _without(held_out: Sequence[SourceFile], files: Sequence[SourceFile]) -> list[SourceFile]:
-    """Return the files whose content is not held out: a score on text that was trained on says nothing."""
-    held = {file.sha256 for file in held_out}
-    both = [file.name for file in files if file.sha256 in held]
-    if both and len(both) == len(files):
-        raise SourceUnreadableError("data.validation_paths name every file of data.paths. Leave some to train on.")
-    if both:
-        warn_once(f"{len(both)} files of data.paths are held out by data.validation_paths, not trained on: {both[0]}")
-    return [file for file in files if file.sha256 not in held]
 
 
 def identify(kind: str, files: Sequence[SourceFile]) -> dict[str, Any]:
@@ -109,7 +105,7 @@ def identify(kind: str, files: Sequence[SourceFile]) -> dict[str, Any]:
 
 
 def read_documents(source: Source, advance: Advance = lambda size: None) -> Iterator[str]:
-    """The texts of the source in order, at most max_documents of them. A null text is ''.
+    """Yield the texts of the source in order, at most max_documents of them. A null text is ''.
 
     Every text can be encoded as UTF-8. A fault is counted in source.left_out where data.unreadable is 'skip'. Raises
     SourceUnreadableError, with the file and the line, row or byte.
@@ -131,7 +127,7 @@ def read_documents(source: Source, advance: Advance = lambda size: None) -> Iter
 
 
 def read_held_out(source: Source) -> Iterator[str]:
-    """The texts of data.validation_paths, all of them, as read_documents."""
+    """Return the texts of data.validation_paths, all of them, as read_documents."""
     data = source.data.model_copy(update={"max_documents": None})
     return read_documents(replace(source, data=data, files=source.held_out))
 
@@ -146,49 +142,38 @@ def _parts(source: Source, advance: Advance) -> Iterator[tuple[str, Located]]:
 
 def _documents_or_fault(file: SourceFile, data: DataConfig, advance: Advance) -> Located:
     """Yield the documents of a file; if it is no text, the one fault that says so, first or, to stop there, later."""
+    documents = {"jsonl": _json_lines, "parquet": parquet_rows}.get(data.source, _whole_text)
     try:
         check_compression(file.name)
         may_break_off = data.source == "parquet" or (data.source == "jsonl" and file.name.endswith(".gz"))
         if data.unreadable == "skip" and may_break_off:
             # What breaks off is left out whole: how much of it can be read depends on sizes of buffers.
-            deque(_documents(file, data, lambda size: None), maxlen=0)
-        yield from _documents(file, data, advance)
+            deque(documents(file, data, lambda size: None), maxlen=0)
+        yield from documents(file, data, advance)
     except Fault as fault:
         yield file.name, fault
-
-
-def _documents(file: SourceFile, data: DataConfig, advance: Advance) -> Located:
-    match data.source:
-        case "jsonl":
-            yield from _json_lines(file, data.text_field, advance)
-        case "parquet":
-            yield from parquet_rows(file, data.text_field, advance)
-        case _:
-            # Some modules of the standard library are in another encoding on purpose.
-            errors = "replace" if data.source == "python-stdlib" else "strict"
-            yield file.name, _whole_text(file, errors)
-            advance(file.size_bytes)
 
 
 def _stdlib_files() -> list[SourceFile]:
     """The standard library without tests and without what differs between builds of one Python version."""
     root = Path(sysconfig.get_paths()["stdlib"])
-    paths = []
-    for path in root.rglob("*.py"):
+
+    def is_training_text(path: Path) -> bool:
         folders = path.relative_to(root).parts[:-1]
         generated = path.name.startswith("_sysconfigdata") or any(folder.startswith("config-") for folder in folders)
-        if not generated and _NOT_TRAINING_TEXT.isdisjoint(folders):
-            paths.append(path)
-    return [
-        SourceFile.of(path, str(path)) for path in sorted(paths, key=lambda path: path.relative_to(root).as_posix())
-    ]
+        return not generated and _NOT_TRAINING_TEXT.isdisjoint(folders)
+
+    paths = sorted(filter(is_training_text, root.rglob("*.py")), key=lambda path: path.relative_to(root).as_posix())
+    return [SourceFile.of(path, str(path)) for path in paths]
 
 
-def _whole_text(file: SourceFile, errors: str) -> str:
+def _whole_text(file: SourceFile, data: DataConfig, advance: Advance) -> Located:
     with _opened(file) as (stream, _):
         raw = stream.read()
+    # Some modules of the standard library are in another encoding on purpose.
+    errors = "replace" if data.source == "python-stdlib" else "strict"
     try:
-        return raw.decode("utf-8", errors)
+        text = raw.decode("utf-8", errors)
     except UnicodeDecodeError as error:
         raise Fault(
             f"{file.name} is not UTF-8 text: byte {error.start} ({raw[error.start]:#04x}) cannot be decoded. "
@@ -196,10 +181,12 @@ def _whole_text(file: SourceFile, errors: str) -> str:
             "not UTF-8 text",
             "files",
         ) from None
+    yield file.name, text
+    advance(file.size_bytes)
 
 
-def _json_lines(file: SourceFile, text_field: str, advance: Advance) -> Located:
-    """One document a line, as `datasets` reads JSON lines, but with the line's number in every error."""
+def _json_lines(file: SourceFile, data: DataConfig, advance: Advance) -> Located:
+    """Yield one document a line, as `datasets` reads JSON lines, but with the line's number in every error."""
     told = 0
     with _opened(file) as (stream, disk):
         for number, line in enumerate(stream, start=1):
@@ -208,7 +195,7 @@ def _json_lines(file: SourceFile, text_field: str, advance: Advance) -> Located:
             content = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
             if content.strip():
                 where = f"{file.name}, line {number}"
-                yield where, _text_in(content, text_field, where)
+                yield where, _text_in(content, data.text_field, where)
 
 
 def _text_in(line: bytes, text_field: str, where: str) -> str | Fault:

@@ -12,7 +12,7 @@ from relora_train.checkpoints.layout import dataset_prefix
 from relora_train.checkpoints.lineage import CheckpointRef
 from relora_train.data.images import IMAGE_SOURCES
 from relora_train.data.left_out import left_out_note
-from relora_train.data.prepare import PrepareRequest, describe_dataset, read_result
+from relora_train.data.prepare import PreparedDataset, PrepareRequest, describe_dataset
 from relora_train.data.selection import Selection
 from relora_train.runs.run import DatasetRef, OnEvent, Run, dataset_ref, find_committed_dataset
 from relora_train.runs.tokenizer_choice import TextSettings, choose_tokenizer
@@ -78,7 +78,7 @@ def prepare_or_reuse(
         run_worker(
             "relora_train.data.prepare", request, work.path / "request.json", on_event=on_event, keep_secrets=True
         )
-        prepared = read_result(request.result_path)
+        prepared = PreparedDataset.model_validate_json(request.result_path.read_bytes())
         if note := prepared.manifest.statistics.get("split_note"):
             _log.warning("Dataset %r: %s.", name, note)
         if note := left_out_note(prepared.manifest.statistics.get("left_out", ())):
