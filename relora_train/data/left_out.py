@@ -28,8 +28,8 @@ class Fault(Exception):  # noqa: N818  # as often a value as raised
 def text_or_fault(value: Any, text_field: str, where: str) -> str | Fault:
     """Return a record's text, which UTF-8 can encode; '' for null."""
     if value is not None and not isinstance(value, str):
-        what = f"{where}: the field {text_field!r} holds a {type(value).__name__}, not text. "
-        return Fault(what + "Name another field in data.text_field.", f"no text in {text_field!r}")
+        what = f"{where}: the field {text_field!r} holds a {type(value).__name__}, not text."
+        return Fault(f"{what} Name another field in data.text_field.", f"no text in {text_field!r}")
     try:
         (value or "").encode()
     except UnicodeEncodeError as error:
@@ -78,6 +78,5 @@ class LeftOut:
 
 def left_out_note(facts: Iterable[Mapping[str, Any]]) -> str:
     """Say what was left out; '' if nothing was."""
-    parts = ("{count:,} of {of:,} {unit} ({reason}; first: {first})".format(**fact) for fact in facts)
-    said = " and ".join(parts)
+    said = " and ".join("{count:,} of {of:,} {unit} ({reason}; first: {first})".format(**fact) for fact in facts)
     return said and f"left out {said}"

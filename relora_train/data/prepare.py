@@ -13,8 +13,9 @@ import os
 import secrets
 import shutil
 import threading
+import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -26,7 +27,6 @@ from relora_train.data.dataset_inputs import DatasetInputs, resolve_inputs
 from relora_train.data.engines import choose_engine
 from relora_train.data.images import IMAGE_SOURCES, ImageInputs, resolve_images, write_images
 from relora_train.data.left_out import left_out_note
-from relora_train.data.meter import Meter, OnProgress
 from relora_train.data.selection import Selection
 from relora_train.data.shards import ShardPlan, ShardRecord, write_shards
 from relora_train.data.sources import read_held_out
@@ -39,6 +39,47 @@ from relora_train.process import PARENT_PIPE_VARIABLE, Emit, serve_request
 from relora_train.settings.base import FrozenConfig
 from relora_train.settings.data import DataConfig, TokenizerConfig
 from relora_train.storage.durable import disk_error, locked, write_durably
+
+_PROGRESS_SECONDS = 0.5  # between two reports of how far a phase is
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a phase is: 'read', 'train-tokenizer' or 'tokenize'."""
+
+    phase: str
+    done_bytes: int
+    total_bytes: int | None
+    megabytes_per_second: float
+
+
+OnProgress = Callable[[Progress], None]
+
+
+class Meter:
+    """Tells how far a phase is, twice a second at most, and at its end."""
+
+    def __init__(self, phase: str, total_bytes: int | None, on_progress: OnProgress) -> None:
+        self._phase, self._total, self._on_progress = phase, total_bytes, on_progress
+        self._done = self._worked = 0
+        self._started = self._told = time.monotonic()
+
+    def advance(self, size_bytes: int, worked: bool = True) -> None:
+        """Count bytes that are done; with worked=False by an earlier attempt, which says nothing of the speed."""
+        self._done += size_bytes
+        self._worked += size_bytes if worked else 0
+        if time.monotonic() - self._told >= _PROGRESS_SECONDS:
+            self.tell()
+
+    def tell(self) -> None:
+        """Report now."""
+        self._told = time.monotonic()
+        self._on_progress(Progress(self._phase, self._done, self._total, round(self.megabytes_per_second, 2)))
+
+    @property
+    def megabytes_per_second(self) -> float:
+        """Bytes done by this attempt over its time so far."""
+        return self._worked / 1e6 / max(1e-3, time.monotonic() - self._started)
 
 
 class PreparedDataset(FrozenConfig):

@@ -78,13 +78,10 @@ class FoundFile:
     """The address, if the file lies in a store."""
 
 
-def find_files(
-    paths: Iterable[str], kind: str, cache_directory: Path | None = None, *, skip: bool = False
-) -> list[SourceFile]:
+def find_files(paths: Iterable[str], kind: str, *, skip: bool = False) -> list[SourceFile]:
     """Return the files of list_files, fetched where they lie in a store, and hashed. Raises the same errors."""
-    cache = (cache_directory or cache_root()) / "sources"
     return [
-        _fetched(*file.stored, file.name, cache) if file.stored else SourceFile.of(Path(file.name), file.name)
+        _fetched(*file.stored, file.name) if file.stored else SourceFile.of(Path(file.name), file.name)
         for file in list_files(paths, kind, skip=skip)
     ]
 
@@ -131,7 +128,7 @@ def check_compression(name: str) -> None:
 
 
 def _on_disk(path: str, kind: str, left_out: list[str]) -> list[FoundFile]:
-    """Files of one path, sorted. Links among them come to `left_out` when their file is found without them."""
+    """Return the files of one path, sorted. Links come to `left_out` when their file is found without them."""
     place = uri_to_path(path) if path.startswith("file:") else Path(path).expanduser()
     if place.is_dir():
         inside = [folder / name for folder, names in _folders(place) for name in names if _belongs(Path(name), kind)]
@@ -178,11 +175,15 @@ def _folders(place: Path, left_out: list[str] | None = None) -> Iterator[tuple[P
     Links to folders are followed if there is a list for those that lead to one that was entered already. They come
     last, so that a folder is known by its own name.
     """
+
+    def unlisted(error: OSError) -> None:
+        warn_once(f"{error.filename} cannot be listed ({error.strerror}): nothing in it is taken.")
+
     entered: set[str] = set()
     waiting, links = [place], list[Path]()
     while waiting:
         start = waiting.pop(0)
-        for path, inner, names in os.walk(start, onerror=_warn_unlisted):
+        for path, inner, names in os.walk(start, onerror=unlisted):
             folder, real = Path(path), os.path.realpath(path)
             if real in entered:
                 inner.clear()
@@ -199,10 +200,6 @@ def _folders(place: Path, left_out: list[str] | None = None) -> Iterator[tuple[P
         warn_once(f"{link} is a link to a directory, and not followed. To take it, name it, or {place}/**.")
 
 
-def _warn_unlisted(error: OSError) -> None:
-    warn_once(f"{error.filename} cannot be listed ({error.strerror}): nothing in it is taken.")
-
-
 @cache
 def warn_once(message: str) -> None:
     """A run looks for its files up to three times."""
@@ -215,7 +212,9 @@ def _in_store(uri: str, kind: str) -> list[FoundFile]:
     store = open_store(f"{scheme}://{bucket}")
     if any(character in key for character in "*?["):
         literal = key[: min(key.index(character) for character in "*?[" if character in key)]
-        found = [info for info in store.list(literal) if _matches(info.key, key)]
+        found = [info for info in store.list(literal) if fnmatchcase(info.key, key)]
+        if "**" not in key:  # as on a disk, '*' stays within a folder
+            found = [info for info in found if info.key.count("/") == key.count("/")]
     elif key and not key.endswith("/") and (info := store.head(key)):
         found = [info]
     else:
@@ -230,19 +229,15 @@ def _belongs(name: PurePath, kind: str) -> bool:
     return name.name.endswith(_ENDINGS[kind]) and not any(part.startswith(".") for part in name.parts)
 
 
-def _matches(key: str, pattern: str) -> bool:
-    """Match as on a disk: '*' stays within a folder, '**' does not."""
-    return fnmatchcase(key, pattern) and ("**" in pattern or key.count("/") == pattern.count("/"))
-
-
 def _nothing_found(path: str, kind: str, *, exists: bool) -> SourceUnreadableError:
     endings = " or ".join(_ENDINGS[kind]) if _ENDINGS[kind] != ("",) else "any"
     why = f"holds no file for source {kind!r} ({endings})" if exists else "names no file, directory, glob or prefix"
     return SourceUnreadableError(f"{path} {why}. Correct data.paths, or put the files there.")
 
 
-def _fetched(store: ObjectStore, info: ObjectInfo, name: str, cache: Path) -> SourceFile:
-    """The object as a file of the cache, downloaded once for each etag."""
+def _fetched(store: ObjectStore, info: ObjectInfo, name: str) -> SourceFile:
+    """Return the object as a file of the cache, downloaded once for each etag."""
+    cache = cache_root() / "sources"
     place = cache / hashlib.sha256(f"{name}\n{info.etag}\n{info.size_bytes}".encode()).hexdigest()
     record = place.with_suffix(".json")
     if place.is_file() and record.is_file():

@@ -72,10 +72,10 @@ class DocumentTokenizer:
         write_durably(directory / TOKENIZER_FILE, self.json_text.encode())  # last: with it, both are there
 
     def encoder(self) -> Tokenizer:
-        """A `tokenizers.Tokenizer` that gives documents their ids, to be called with add_special_tokens=False.
+        """Return a `tokenizers.Tokenizer` that gives documents their ids; call it with add_special_tokens=False.
 
-        It neither truncates, pads nor draws at random, whatever the file says, and a special token's name in a text,
-        the separator's first of all, is encoded as the characters it is made of.
+        It neither truncates, pads nor draws at random, whatever the file says. A special token's name in a text, the
+        separator's first of all, is encoded as the characters it is made of.
         """
         return _document_encoder(json.loads(self.json_text), {self.eos_id, *self.bos_ids})
 
@@ -111,13 +111,22 @@ def load_tokenizer(
     Raises TokenizerError when there is none, no separator in it, or no BOS token where one is asked for.
     """
     json_text, config_text = find_tokenizer(path, revision)
-    eos = eos_token or _usual_eos_token(json_text, config_text, path)
+    eos = eos_token
+    if not eos:  # a chat model's own eos may end a turn instead of a document, so it is asked last
+        ids = _parsed(json_text, path).token_to_id
+        tokens = (*_USUAL_EOS_TOKENS, _named_token(config_text, "eos_token"))
+        eos = next((str(token) for token in tokens if token and ids(token) is not None), None)
+    if not eos:
+        raise TokenizerError(
+            f"{path} has none of the usual end-of-text tokens ({', '.join(_USUAL_EOS_TOKENS)}). "
+            "Name its own in tokenizer.eos_token."
+        )
     found = _described(json_text, config_text or _default_config(eos), eos, path, bos=bos)
     return replace(found, others=other_files(path, revision))
 
 
 def differing_ids(path: str, revision: str | None, other: DocumentTokenizer) -> str | None:
-    """How the ids of the tokenizer at `path` differ from those of another one; None where they are the same.
+    """Return how the ids of the tokenizer at `path` differ from those of another one; None where they are the same.
 
     Raises TokenizerError when there is none at `path`.
     """
@@ -126,13 +135,12 @@ def differing_ids(path: str, revision: str | None, other: DocumentTokenizer) -> 
         return None
     tokenizer = _parsed(json_text, path)
     entries, others = tokenizer.get_vocab(), _parsed(other.json_text, "the other tokenizer").get_vocab()
-    moved = sum(entries.get(token) != number for token, number in others.items())
-    if moved:
+    if moved := sum(entries.get(token) != number for token, number in others.items()):
         return f"{moved:,} of its {len(others):,} tokens have another id there, or none"
-    encoder = _document_encoder(json.loads(json_text), {other.eos_id, *other.bos_ids})
-    theirs = other.encoder()
+    encoders = (_document_encoder(json.loads(json_text), {other.eos_id, *other.bos_ids}), other.encoder())
     for text in TRICKY_TEXTS:
-        if encoder.encode(text, add_special_tokens=False).ids != theirs.encode(text, add_special_tokens=False).ids:
+        ours, theirs = (encoder.encode(text, add_special_tokens=False).ids for encoder in encoders)
+        if ours != theirs:
             return f"the tokens are the same, but a text such as {text[:24]!r} is cut into others"
     return None
 
@@ -175,8 +183,7 @@ def _bos_ids(
         return own
     if wanted == "auto":
         return ()
-    configured = _named_token(config_text, "bos_token")
-    for token in filter(None, (configured, *_USUAL_BOS_TOKENS)):
+    for token in filter(None, (_named_token(config_text, "bos_token"), *_USUAL_BOS_TOKENS)):
         if (number := tokenizer.token_to_id(token)) is not None:
             return (number,)
     raise TokenizerError(
@@ -186,7 +193,7 @@ def _bos_ids(
 
 
 def _document_encoder(description: dict[str, Any], markers: Collection[int]) -> Tokenizer:
-    """markers: ids that no text may be encoded as."""
+    """Return the encoder of a tokenizer.json; no text may be encoded as one of `markers`."""
     description["truncation"] = description["padding"] = None
     if description["model"].get("dropout"):
         description["model"]["dropout"] = None
@@ -206,28 +213,12 @@ def _parsed(json_text: str, name: str) -> Tokenizer:
         ) from None
 
 
-def _usual_eos_token(json_text: str, config_text: str | None, name: str) -> str:
-    """The separator of documents. A chat model's own eos may end a turn instead, so it is asked last."""
-    tokenizer = _parsed(json_text, name)
-    for token in (*_USUAL_EOS_TOKENS, _named_token(config_text, "eos_token")):
-        if token and tokenizer.token_to_id(token) is not None:
-            return str(token)
-    raise TokenizerError(
-        f"{name} has none of the usual end-of-text tokens ({', '.join(_USUAL_EOS_TOKENS)}). "
-        "Name its own in tokenizer.eos_token."
-    )
-
-
 def _named_token(config_text: str | None, role: str) -> str | None:
-    """The token that tokenizer_config.json names for a role."""
+    """Return the token that tokenizer_config.json names for a role."""
     named = json.loads(config_text or "{}").get(role)
     return named.get("content") if isinstance(named, dict) else named
 
 
 def _default_config(eos_token: str) -> str:
-    config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "eos_token": eos_token,
-        "clean_up_tokenization_spaces": False,
-    }
-    return json.dumps(config, indent=1) + "\n"
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": eos_token}
+    return json.dumps({**config, "clean_up_tokenization_spaces": False}, indent=1) + "\n"

@@ -25,14 +25,18 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
 def find_tokenizer(path: str, revision: str | None) -> tuple[str, str | None]:
-    """tokenizer.json and tokenizer_config.json."""
+    """Return the text of tokenizer.json, and of tokenizer_config.json if there is one."""
     place = Path(path).expanduser()
-    if place.is_file():
-        return _read(place), _read_json_if_there(place.with_name(TOKENIZER_CONFIG_FILE))
-    if (place / TOKENIZER_FILE).is_file():
-        return _read(place / TOKENIZER_FILE), _read_json_if_there(place / TOKENIZER_CONFIG_FILE)
-    if place.is_dir():
-        return _converted(path, None), _read_json_if_there(place / TOKENIZER_CONFIG_FILE)
+    if place.is_file() or place.is_dir():
+        found = place if place.is_file() else place / TOKENIZER_FILE
+        json_text = _read(found) if found.is_file() else _converted(path, None)
+        config = found.with_name(TOKENIZER_CONFIG_FILE)
+        config_text = _read(config) if config.is_file() else None
+        try:
+            json.loads("{}" if config_text is None else config_text)
+        except ValueError as error:
+            raise TokenizerError(f"{config} is not JSON: {error}. Repair or remove it.") from None
+        return json_text, config_text
     if _HUB_ID.fullmatch(path) and not path.endswith(".json"):
         return _from_hub(path, revision)
     raise TokenizerError(f"{path} is no file and no directory, so it holds no tokenizer. {ANOTHER}")
@@ -45,19 +49,8 @@ def _read(path: Path) -> str:
         raise TokenizerError(f"{path} cannot be read: {error}.") from None
 
 
-def _read_json_if_there(path: Path) -> str | None:
-    if not path.is_file():
-        return None
-    text = _read(path)
-    try:
-        json.loads(text)
-    except ValueError as error:
-        raise TokenizerError(f"{path} is not JSON: {error}. Repair or remove it.") from None
-    return text
-
-
 def other_files(path: str, revision: str | None) -> dict[str, bytes]:
-    """The files beside tokenizer.json that are there, of those that transformers looks for."""
+    """Return the files beside tokenizer.json that are there, of those that transformers looks for."""
     place = Path(path).expanduser()
     if not place.exists():
         from huggingface_hub import hf_hub_download
@@ -76,26 +69,26 @@ def _from_hub(hub_id: str, revision: str | None) -> tuple[str, str | None]:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
-    def fetched(file_name: str) -> str | None:
-        try:
-            return _read(Path(hf_hub_download(hub_id, file_name, revision=revision)))
-        except LocalEntryNotFoundError:
-            raise
-        except EntryNotFoundError:
-            return None
-
+    texts: dict[str, str | None] = {}
     try:
-        config_text, json_text = fetched(TOKENIZER_CONFIG_FILE), fetched(TOKENIZER_FILE)
+        for name in (TOKENIZER_CONFIG_FILE, TOKENIZER_FILE):
+            try:
+                texts[name] = _read(Path(hf_hub_download(hub_id, name, revision=revision)))
+            except LocalEntryNotFoundError:
+                raise
+            except EntryNotFoundError:
+                texts[name] = None
     except Exception as error:  # several libraries' errors meet here: hub, http, sockets
         raise TokenizerError(
             f"{hub_id} is no file or directory here, and not to be had from the hub: {type(error).__name__}: {error}. "
             "Without a network, set tokenizer.path to a directory that holds its tokenizer.json."
         ) from error
-    return json_text if json_text is not None else _converted(hub_id, revision), config_text
+    json_text = texts[TOKENIZER_FILE]
+    return _converted(hub_id, revision) if json_text is None else json_text, texts[TOKENIZER_CONFIG_FILE]
 
 
 def _converted(path: str, revision: str | None) -> str:
-    """tokenizer.json of a tokenizer that is kept in older files, converted by transformers."""
+    """Return tokenizer.json of a tokenizer that is kept in older files, converted by transformers."""
     from transformers import AutoTokenizer  # imports torch, hence only here
 
     try:
