@@ -10,8 +10,7 @@ from prefect.runtime import deployment
 
 from relora_train.checkpoints.names import list_runs
 from relora_train.checkpoints.upkeep.pruning import PruneReport, prune_run
-from relora_train.checkpoints.upkeep.retention import RetentionPolicy
-from relora_train.checkpoints.upkeep.retention_profile import policy_of_run
+from relora_train.checkpoints.upkeep.retention import RetentionPolicy, policy_of_run
 from relora_train.errors import RunInUseError
 from relora_train.storage.opening import open_store
 from tasks.observe import named

@@ -338,7 +338,9 @@ def test_prune_shows_what_would_go_and_then_removes_it(
         "warm-start",
         "cycle-3",
     ]
-    assert relora("unpin", "tale@warm-start").code == 0
+    other = relora("unpin", "tale@cycle-3", "--name", "best")
+    assert other.code == 2 and f"{line[0].uri} is pinned as 'best'" in other.err
+    assert relora("unpin", "tale", "--name", "best").code == 0
     assert json.loads(relora("prune", "tale", "--keep-last", "1", "--json").out)["removed_bytes"] > 0
     gone = relora("show", line[0].uri)
     assert gone.code == 6 and "was removed by `relora prune`" in gone.err

@@ -17,17 +17,16 @@ from test_pruning import LAST, NOW, add, keys_at, litter, stages, straight_run, 
 
 from relora_train.checkpoints.fetch import verify_bundle
 from relora_train.checkpoints.holder import Holder
+from relora_train.checkpoints.lease import read_lease
 from relora_train.checkpoints.lineage import Tombstone
 from relora_train.checkpoints.pins import pin, unpin
 from relora_train.checkpoints.run import CheckpointStore
 from relora_train.checkpoints.upkeep.pruning import prune_run
 from relora_train.checkpoints.upkeep.retention import RetentionPolicy, stage_number
 from relora_train.checkpoints.upkeep.verify import verify_run
-from relora_train.errors import (
-    PreconditionFailedError,
-    StoreUnavailableError,
-)
+from relora_train.errors import PreconditionFailedError, RunInUseError, StoreUnavailableError
 from relora_train.storage.base import ObjectStore
+from relora_train.storage.memory import MemoryStore
 from relora_train.storage.opening import open_store
 
 
@@ -260,6 +259,27 @@ def test_in_random_lives_of_runs_nothing_protected_is_lost_and_verify_finds_noth
     for run_id in ("a", "b"):
         if list(store.list(f"runs/{run_id}/")):
             assert verify_run(store, run_id).findings == []
+
+
+@pytest.mark.parametrize(("lease", "first", "next_one"), [("prune.json", 4, 5), ("lease.json", 1, 0)])
+def test_a_prune_that_lost_its_lease_stops_inside_a_group_of_leftovers(files, monkeypatch, lease, first, next_one):
+    now = [0.0]
+    monkeypatch.setattr("relora_train.checkpoints.lease._seconds", lambda: now[0])
+
+    class Overtaken(MemoryStore):
+        def delete(self, key: str) -> None:
+            super().delete(key)
+            if key == keys[first]:
+                now[0] += 3600
+                held, _ = read_lease(self, f"runs/run/{lease}")
+                rival = held.model_copy(update={"holder": held.holder.model_copy(update={"nonce": "a rival's"})})
+                self.put_bytes(f"runs/run/{lease}", rival.to_bytes())
+
+    store = Overtaken("overtaken")
+    keys = litter(store, straight_run(store, files, cycles=2))
+    with pytest.raises(RunInUseError, match="This process lost"):
+        prune_run(store, "run", None, grace=NOW)
+    assert not store.head(keys[first]) and store.head(keys[next_one])
 
 
 def test_an_outage_during_a_prune_is_an_error_that_may_be_retried(memory, files):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from relora_train.checkpoints.layout import checkpoint_prefix
 from relora_train.checkpoints.lease import hold_run, lease_key, take_lease
 from relora_train.checkpoints.lineage import CheckpointRef, line_to, make_ref
 from relora_train.checkpoints.names import resolve_checkpoint
-from relora_train.checkpoints.pins import pin, pins_of, record_export, unpin
+from relora_train.checkpoints.pins import find_pinned, pin, pins_of, record_export, unpin
 from relora_train.checkpoints.run import CheckpointStore
 from relora_train.checkpoints.upkeep.pruning import prune_run
 from relora_train.checkpoints.upkeep.retention import RetentionPolicy, plan_pruning, stage_number
@@ -253,6 +254,9 @@ def test_a_pin_goes_by_its_name_and_holds_one_checkpoint(memory, files):
         with pytest.raises(ConfigError) if bad else pytest.MonkeyPatch.context():
             pin(memory, refs[0], bad)
     assert len(pins_of(memory, refs[0])) == 2
+    assert find_pinned(memory, "run", "best") == refs[0] and find_pinned(memory, "run", "head") is None
+    with pytest.raises(ConfigError, match=f"{re.escape(refs[0].uri)} is pinned as 'best'"):
+        unpin(memory, refs[1], "best")
     unpin(memory, refs[0], "best")
     unpin(memory, refs[0])
     with pytest.raises(ConfigError, match="no pin"):

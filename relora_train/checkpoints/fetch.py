@@ -52,8 +52,8 @@ def fetch_bundle(store: ObjectStore, prefix: str, manifest: Manifest, directory:
             _check_free_space(directory, missing)
             # Small files side by side, so that a dataset of many shards is not bound by one connection. Large ones in
             # turn: the store reads their parts side by side, and Ctrl-C waits for what has begun.
+            small = [entry for entry in missing if entry.size_bytes <= _SMALL_BYTES]
             with ThreadPoolExecutor(_DOWNLOADS, thread_name_prefix="download") as pool:
-                small = [entry for entry in missing if entry.size_bytes <= _SMALL_BYTES]
                 begun = [pool.submit(_download, store, prefix, manifest, entry, directory) for entry in small]
                 try:
                     for download in begun:

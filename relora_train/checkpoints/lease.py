@@ -15,6 +15,7 @@ A released lease stays as an object that says so: deleting it could hit a succes
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -121,22 +122,16 @@ class Lease:
                     _log.info("%s is not renewed yet: %s", self._uri, error)
 
     def _renew(self) -> None:
-        if self._lost is not None:
-            raise RunInUseError(self._lost)
-        try:
-            self._put()
-        except PreconditionFailedError:
-            self._adopt_or_lose()
-
-    def _adopt_or_lose(self) -> None:
-        """Decide whose lease it is. After a lost answer the content is still ours; after a takeover it is not."""
-        found = read_lease(self._store, self._key)
-        if found is not None and found[0].holder.nonce == self._record.holder.nonce and not found[0].released:
-            self._etag = found[1]
+        self.raise_if_lost()
+        for _ in range(2):
             try:
                 return self._put()
             except PreconditionFailedError:
+                # After a lost answer the content is still ours; after a takeover it is not.
                 found = read_lease(self._store, self._key)
+                if found is None or found[0].holder.nonce != self._record.holder.nonce or found[0].released:
+                    break
+                self._etag = found[1]
         taker = f"{found[0].holder} holds it since {_when(found[0].since)}" if found else "it was deleted"
         self._lost = (
             f"This process lost {self._uri}: it was not renewed for {self._record.ttl_seconds:g} s, and {taker}. "
@@ -202,9 +197,8 @@ def take_lease(
     watched: tuple[str, float] | None = None  # an etag, and since when it has not changed
 
     def unchanged_for_long(held: LeaseRecord, etag: str) -> bool:
-        return bool(
-            watched and watched[0] == etag and time.monotonic() - watched[1] > held.ttl_seconds * _OBSERVED_TTLS
-        )
+        since = watched[1] if watched and watched[0] == etag else math.inf
+        return time.monotonic() - since > held.ttl_seconds * _OBSERVED_TTLS
 
     try:
         while True:
@@ -220,7 +214,12 @@ def take_lease(
                 continue
             was_renewed = watched is not None and watched[0] != etag
             if held.purpose == purpose and (was_renewed or held.holder.is_alive()):
-                raise _in_use(store, key, what, held)
+                other = "use another run id" if key.startswith("runs/") else "use another name"
+                raise RunInUseError(
+                    f"{what} is in use by {held.holder} since {_when(held.since)} ({store.uri}/{key}), renewed at "
+                    f"{_when(held.renewed)} by that machine's clock; without a renewal it is free after "
+                    f"{held.ttl_seconds * _OBSERVED_TTLS:.0f} s. Wait for it or stop it, then run again, or {other}."
+                )
             if watched is None:
                 _log.warning(
                     "%s is held by %s since %s; waiting up to %.0f s to see whether it is alive.",
@@ -279,15 +278,6 @@ def read_lease(store: ObjectStore, key: str) -> tuple[LeaseRecord, str] | None:
     """Return a lease's record and etag, or None. A damaged one is refused: nobody can say whose it is."""
     advice = "It does not say who holds it. Make sure that no flow of this run is running, delete it, and run again."
     return LeaseRecord.find(store, key, advice=advice)
-
-
-def _in_use(store: ObjectStore, key: str, what: str, record: LeaseRecord) -> RunInUseError:
-    other = "use another run id" if key.startswith("runs/") else "use another name"
-    return RunInUseError(
-        f"{what} is in use by {record.holder} since {_when(record.since)} ({store.uri}/{key}), renewed at "
-        f"{_when(record.renewed)} by that machine's clock; without a renewal it is free after "
-        f"{record.ttl_seconds * _OBSERVED_TTLS:.0f} s. Wait for it or stop it, then run again, or {other}."
-    )
 
 
 def _when(moment: datetime) -> str:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 import secrets
 import socket
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
 from relora_train.checkpoints.layout import EXPORT_NAME, HEAD_NAME, parse_checkpoint_prefix
-from relora_train.checkpoints.lineage import CheckpointRef, removal_at
+from relora_train.checkpoints.lineage import CheckpointRef, read_checkpoint, removal_at
 from relora_train.errors import CheckpointNotFoundError, ConfigError, PreconditionFailedError
 from relora_train.storage.base import ObjectStore, find_json, put_json
 
@@ -27,7 +27,7 @@ def pin(store: ObjectStore, ref: CheckpointRef, name: str | None = None, *, note
         raise ConfigError(
             f"{name!r} cannot be the name of a pin: use 1 to 80 of a-z, 0-9, '.', '_' and '-', and not 'head'."
         )
-    key = _key(ref, name)
+    key = f"runs/{_run_of(ref)}/refs/{name}.json"
     record = {
         "checkpoint": ref.prefix, "step": ref.step, "fingerprint": ref.fingerprint, "note": note,
         "pinned_at": datetime.now(UTC).isoformat(timespec="seconds"), "nonce": secrets.token_hex(8),
@@ -53,32 +53,42 @@ def record_export(store: ObjectStore, ref: CheckpointRef, directory: Path) -> st
 
 def unpin(store: ObjectStore, ref: CheckpointRef, name: str | None = None) -> Sequence[str]:
     """Remove the pin of this name, or every pin and export mark of a checkpoint; returns the names removed."""
-    found = [known for known in pins_of(store, ref) if name in (None, known)]
+    of_run = _pins_in(store, _run_of(ref))
+    its_own = [known for known, prefix in of_run.items() if prefix == ref.prefix]
+    found = [known for known in its_own if name in (None, known)]
     if not found:
         what = "no pin" if name is None else f"no pin {name!r}"
-        raise ConfigError(f"{ref.uri} has {what}. It has: {', '.join(pins_of(store, ref)) or 'none'}.")
+        other = of_run.get(name or "")
+        elsewhere = f" {store.uri}/{other} is pinned as {name!r}: unpin that one." if other else ""
+        raise ConfigError(f"{ref.uri} has {what}. It has: {', '.join(its_own) or 'none'}.{elsewhere}")
     for known in found:
-        store.delete(_key(ref, known))
+        store.delete(f"runs/{_run_of(ref)}/refs/{known}.json")
     return found
 
 
 def pins_of(store: ObjectStore, ref: CheckpointRef) -> Sequence[str]:
     """Return the names of a checkpoint's pins and export marks."""
-    found = []
-    for info in store.list(_key(ref, "")[: -len(".json")]):
-        name = info.key.rpartition("/")[2]
-        if name == HEAD_NAME:
-            continue
-        if (find_json(store, info.key) or {}).get("checkpoint") == ref.prefix:
-            found.append(name.removesuffix(".json"))
-    return found
+    return [name for name, prefix in _pins_in(store, _run_of(ref)).items() if prefix == ref.prefix]
 
 
-def _key(ref: CheckpointRef, name: str) -> str:
+def find_pinned(store: ObjectStore, run_id: str, name: str) -> CheckpointRef | None:
+    """Return the checkpoint of a run that is pinned by this name, or None."""
+    place = parse_checkpoint_prefix(str(_pins_in(store, run_id).get(name)))
+    return read_checkpoint(store, place.prefix) if place else None
+
+
+def _pins_in(store: ObjectStore, run_id: str) -> Mapping[str, object]:
+    """Return the names of a run's pins and export marks, with the prefix of the checkpoint that each keeps."""
+    refs = f"runs/{run_id}/refs/"
+    keys = [info.key for info in store.list(refs) if info.key != refs + HEAD_NAME]
+    return {key[len(refs) : -len(".json")]: (find_json(store, key) or {}).get("checkpoint") for key in keys}
+
+
+def _run_of(ref: CheckpointRef) -> str:
     place = parse_checkpoint_prefix(ref.prefix)
     if place is None:
         raise ConfigError(f"{ref.uri} lies outside a run, where nothing is pruned: there is no need to pin it.")
-    return f"runs/{place.run_id}/refs/{name}.json"
+    return place.run_id
 
 
 def _place(ref: CheckpointRef) -> str:

@@ -26,7 +26,6 @@ from relora_train.checkpoints.series_record import (
     check_series,
     find_series,
     is_pointer,
-    promotion_behind,
     series_key,
 )
 from relora_train.errors import CheckpointNotFoundError, ConfigError, PreconditionFailedError
@@ -63,13 +62,7 @@ def find_champion(store: ObjectStore, name: str) -> CheckpointRef | None:
 def resolve_series(store: ObjectStore, name: str, number: int | None = None) -> CheckpointRef:
     """Return the champion, or the checkpoint that the change of this number promoted or went back to."""
     record = read_series(store, name)
-    change = record.latest if number is None else record.numbered(number)
-    if change is None:
-        raise CheckpointNotFoundError(
-            f"Series {name!r} has changes 1 to {len(record.changes)}, and none numbered {number}. "
-            f"`relora series {name}` lists them."
-        )
-    return _checkpoint_of(store, name, change)
+    return _checkpoint_of(store, name, record.latest if number is None else record.numbered(number))
 
 
 def promote(
@@ -95,18 +88,15 @@ def promote(
             "from pruning. Train or copy the run there, or keep the series in that store."
         )
 
-    def change(record: SeriesRecord | None) -> Change:
+    def check(record: SeriesRecord | None) -> None:
         current = record.latest.checkpoint if record else None
-        if record and current == ref.prefix:
-            return record.latest
         if expected != ANYTHING and current != expected:
             raise PreconditionFailedError(
                 f"Series {name!r} was moved to {current} meanwhile, and {ref.uri} was not compared with that. "
                 f"Nothing was changed; promote it by hand if it is wanted: relora promote {name} {ref.uri}."
             )
-        return _change(record, ref, kind="promote", reason=reason, run_id=run_id, scores=scores)
 
-    return _append(store, name, ref, change)
+    return _append(store, name, ref, check, kind="promote", reason=reason, run_id=run_id, scores=scores)
 
 
 def roll_back(store: ObjectStore, name: str, to: int | None = None, *, reason: str) -> Change:
@@ -115,20 +105,31 @@ def roll_back(store: ObjectStore, name: str, to: int | None = None, *, reason: s
     Repeated without `to` it goes back further each time. Raises CheckpointNotFoundError where there is none, or where
     it was pruned.
     """
-    record = read_series(store, name)
-    target = _rollback_target(record, to)
+    seen = read_series(store, name)
+    if to is None:
+        line = champions_in_order(seen.changes)
+        if len(line) < 2:
+            raise CheckpointNotFoundError(
+                f"Series {name!r} has no champion before the present one to go back to. "
+                f"`relora series {name}` shows its history."
+            )
+        target = line[-2]
+    else:
+        target = seen.numbered(to)
+        while target.back_to is not None:
+            target = seen.numbered(target.back_to)
+        if target.checkpoint == seen.latest.checkpoint:
+            raise ConfigError(f"{target.checkpoint} (change {to}) is the champion of series {name!r} already.")
     ref = _checkpoint_of(store, name, target)
-    seen = record.latest.number
 
-    def change(record: SeriesRecord | None) -> Change:
-        if record is None or record.latest.number != seen:
+    def check(record: SeriesRecord | None) -> None:
+        if record is None or record.latest.number != seen.latest.number:
             raise PreconditionFailedError(
                 f"Another writer changed series {name!r} at the same moment. Nothing was rolled back: look at "
                 f"`relora series {name}`, then roll back again."
             )
-        return _change(record, ref, kind="rollback", reason=reason, back_to=target.number)
 
-    return _append(store, name, ref, change)
+    return _append(store, name, ref, check, kind="rollback", reason=reason, back_to=target.number)
 
 
 def who() -> str:
@@ -141,19 +142,35 @@ def who() -> str:
 
 
 def _append(
-    store: ObjectStore, name: str, ref: CheckpointRef, change: Callable[[SeriesRecord | None], Change]
+    store: ObjectStore, name: str, ref: CheckpointRef, check: Callable[[SeriesRecord | None], None], **fields: object
 ) -> Change:
-    """Add the change that `change` makes of the present record, again if another writer was faster. See its caller."""
+    """Add a change to `ref` if `check` allows it on the present record; check anew if another writer was faster.
+
+    A promotion of the present champion changes nothing.
+    """
     key = series_key(name, PROMOTED_NAME)
     mark = pin(store, ref, f"promoting-{secrets.token_hex(6)}", note=f"while series {name} is changed")
     try:
         for _ in range(_ATTEMPTS):
-            found = find_series(store, name)
-            record, etag = found or (None, None)
-            made = change(record)
-            if record is not None and made is record.latest:
-                return made
-            changed = SeriesRecord(series=name, changes=(*(record.changes if record else ()), made))
+            record, etag = find_series(store, name) or (None, None)
+            if record and fields["kind"] == "promote" and record.latest.checkpoint == ref.prefix:
+                return record.latest
+            check(record)
+            before = record.changes if record else ()
+            made = Change.model_validate(
+                {
+                    "number": len(before) + 1,
+                    "checkpoint": ref.prefix,
+                    "fingerprint": ref.fingerprint,
+                    "stage": ref.manifest.stage,
+                    "step": ref.step,
+                    "replaced": before[-1].checkpoint if before else None,
+                    "by": who(),
+                    "nonce": secrets.token_hex(8),
+                    **fields,
+                }
+            )
+            changed = SeriesRecord(series=name, changes=(*before, made))
             try:
                 store.put_bytes(key, changed.to_bytes(), if_absent=etag is None, if_match=etag)
                 return made
@@ -165,42 +182,6 @@ def _append(
         )
     finally:
         unpin(store, ref, mark)  # from here on the record itself protects the checkpoint
-
-
-def _change(record: SeriesRecord | None, ref: CheckpointRef, **fields: object) -> Change:
-    return Change.model_validate(
-        {
-            "number": len(record.changes) + 1 if record else 1,
-            "checkpoint": ref.prefix,
-            "fingerprint": ref.fingerprint,
-            "stage": ref.manifest.stage,
-            "step": ref.step,
-            "replaced": record.latest.checkpoint if record else None,
-            "by": who(),
-            "nonce": secrets.token_hex(8),
-            **fields,
-        }
-    )
-
-
-def _rollback_target(record: SeriesRecord, to: int | None) -> Change:
-    line = champions_in_order(record.changes)
-    if to is None:
-        if len(line) < 2:
-            raise CheckpointNotFoundError(
-                f"Series {record.series!r} has no champion before the present one to go back to. "
-                f"`relora series {record.series}` shows its history."
-            )
-        return line[-2]
-    if record.numbered(to) is None:
-        raise CheckpointNotFoundError(
-            f"Series {record.series!r} has changes 1 to {len(record.changes)}, and none numbered {to}. "
-            f"`relora series {record.series}` lists them."
-        )
-    target = promotion_behind(record.changes, to)
-    if target.checkpoint == record.latest.checkpoint:
-        raise ConfigError(f"{target.checkpoint} (change {to}) is the champion of series {record.series!r} already.")
-    return target
 
 
 def _checkpoint_of(store: ObjectStore, name: str, change: Change) -> CheckpointRef:

@@ -1,9 +1,9 @@
 """The records that a series of retrained models keeps in its store.
 
-series/<name>/promoted.json                every promotion and rollback, oldest first; the last one names the champion
-series/<name>/data.json                    the source files (or hub revision) that its models have been trained on
-series/<name>/decisions/<run_id>-<8 hex>.json   the decision about one candidate, with its scores
-series/<name>/lease.json                   the retrain that is under way (lease.py)
+- series/<name>/promoted.json: every promotion and rollback, oldest first; the last one names the champion
+- series/<name>/data.json: the source files (or hub revision) that its models have been trained on
+- series/<name>/decisions/<run_id>-<8 hex>.json: the decision about one candidate, with its scores
+- series/<name>/lease.json: the retrain that is under way (lease.py)
 
 Pointer and history are one object, changed by If-Match only and only by adding to its end. They cannot disagree,
 whatever is killed, and of two writers the second adds to what the first wrote.
@@ -18,9 +18,9 @@ from typing import Literal, Self
 
 from pydantic import ConfigDict, Field, model_validator
 
-from relora_train.checkpoints.layout import parse_checkpoint_prefix
+from relora_train.checkpoints.layout import check_name, parse_checkpoint_prefix
 from relora_train.checkpoints.manifest import StoredRecord
-from relora_train.errors import CheckpointCorruptError, ConfigError
+from relora_train.errors import CheckpointCorruptError, CheckpointNotFoundError
 from relora_train.storage.base import ObjectStore
 
 SERIES_PATTERN = r"[A-Za-z0-9][A-Za-z0-9._-]{0,79}"
@@ -99,18 +99,19 @@ class SeriesRecord(_Record):
         """Its checkpoint is the champion."""
         return self.changes[-1]
 
-    def numbered(self, number: int) -> Change | None:
-        return self.changes[number - 1] if 1 <= number <= len(self.changes) else None
+    def numbered(self, number: int) -> Change:
+        """Return the change of this number; CheckpointNotFoundError for none."""
+        if 1 <= number <= len(self.changes):
+            return self.changes[number - 1]
+        raise CheckpointNotFoundError(
+            f"Series {self.series!r} has changes 1 to {len(self.changes)}, and none numbered {number}. "
+            f"`relora series {self.series}` lists them."
+        )
 
 
 def check_series(name: str) -> str:
     """Return the name of a series, or refuse one that could not be a folder and the beginning of a run id."""
-    if not re.fullmatch(SERIES_PATTERN, name):
-        raise ConfigError(
-            f"{name!r} is not a valid name of a series: use 1 to 80 letters, digits, '.', '_' and '-', "
-            "beginning with a letter or a digit."
-        )
-    return name
+    return check_name(name, "name of a series", longest=80)
 
 
 def series_key(name: str, what: str) -> str:
@@ -148,12 +149,6 @@ def champions_in_order(changes: Sequence[Change]) -> Sequence[Change]:
         # A promotion that was taken back, and is wanted again after all, goes on top like a new one.
         line = line[: kept[0] + 1] if kept else [*line, target]
     return line
-
-
-def promotion_behind(changes: Sequence[Change], number: int) -> Change:
-    """Return the promotion that a change of this number made or went back to. Pure."""
-    change = changes[number - 1]
-    return change if change.back_to is None else promotion_behind(changes, change.back_to)
 
 
 def protected_by(record: SeriesRecord) -> Mapping[str, str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Iterator, Set
+from collections.abc import Iterable, Iterator, Set
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,11 +54,14 @@ class SnapshotStore:
         A damaged snapshot is passed over with a warning that names the next. A store that cannot be reached raises:
         older work is never taken for the newest. Call it only while nobody else works on this stage.
         """
-        self._remove_unfinished_local()
+        for path in self._local.glob("step-*"):  # of a killed trainer or download
+            if not (path / MANIFEST_NAME).is_file():
+                shutil.rmtree(path, ignore_errors=True)
         stored = set() if local_only else set(self._stored())
         local = set(local_snapshots(self._local))
         warning = ""
         for name in _newest_first(stored | local):
+            step = _step(name)
             try:
                 directory = self._fetched(name, stored=name in stored, local=name in local)
             except CheckpointError as error:
@@ -66,16 +69,15 @@ class SnapshotStore:
                 warning += f"{error} "
                 continue
             if warning:
-                _log.warning("%sGoing on from the snapshot before it, at step %d.", warning, _step(name))
-            return FoundSnapshot(_step(name), directory, name in stored)
+                _log.warning("%sGoing on from the snapshot before it, at step %d.", warning, step)
+            return FoundSnapshot(step, directory, name in stored)
         if warning:
             _log.warning("%sThere is no snapshot before it: the stage begins at its start.", warning)
         return None
 
     def upload(self, directory: Path) -> None:
         """Store a committed local snapshot, then remove all but the newest `keep` from the store. Safe to repeat."""
-        manifest = _read_local(directory)
-        commit_bundle(self._store, self._prefix + directory.name, directory, manifest)
+        commit_bundle(self._store, self._prefix + directory.name, directory, _read_local(directory))
         kept = [name for name in _newest_first(self._stored()) if name not in self._damaged][: self._keep]
         remove_snapshots(self._store, self._prefix, except_for={*kept, directory.name})
 
@@ -121,12 +123,6 @@ class SnapshotStore:
         (self._local / name / MANIFEST_NAME).unlink(missing_ok=True)
         shutil.rmtree(self._local / name, ignore_errors=True)
 
-    def _remove_unfinished_local(self) -> None:
-        """Remove what a killed trainer or download left: it has no manifest."""
-        for path in self._local.glob("step-*"):
-            if not (path / MANIFEST_NAME).is_file():
-                shutil.rmtree(path, ignore_errors=True)
-
 
 def remove_snapshots(store: ObjectStore, prefix: str, *, except_for: Set[str] = frozenset()) -> None:
     """Remove a stage's snapshots from a store, except the named ones. No half of one is ever visible."""
@@ -149,10 +145,9 @@ def _read_local(directory: Path) -> SnapshotManifest:
         raise CheckpointIncompleteError(f"{path.as_uri()} is not there: the snapshot was dropped.") from None
 
 
-def _newest_first(names: Iterator[str] | set[str] | list[str]) -> list[str]:
+def _newest_first(names: Iterable[str]) -> list[str]:
     return sorted(names, key=lambda name: (_step(name), name), reverse=True)
 
 
 def _step(name: str) -> int:
-    step = parse_snapshot_name(name)
-    return -1 if step is None else step
+    return parse_snapshot_name(name) or 0

@@ -13,8 +13,7 @@ from relora_train.checkpoints import pins
 from relora_train.checkpoints.layout import RUN_ID_PATTERN
 from relora_train.checkpoints.names import resolve_checkpoint
 from relora_train.checkpoints.upkeep.pruning import PruneReport, prune_run
-from relora_train.checkpoints.upkeep.retention import RetentionPolicy
-from relora_train.checkpoints.upkeep.retention_profile import policy_of_run
+from relora_train.checkpoints.upkeep.retention import RetentionPolicy, policy_of_run
 from relora_train.checkpoints.upkeep.verify import Verification, verify_checkpoint, verify_run
 from relora_train.cli.options import AsJson, CheckpointName, RunName, Store, answer, open_named, resolve
 from relora_train.cli.output import say
@@ -71,8 +70,10 @@ def unpin(
     name: Annotated[str | None, typer.Option(help="Only this pin; all of the checkpoint's when absent.")] = None,
     store: Store = None,
 ) -> None:
-    """Remove the pins and export marks of a checkpoint."""
-    ref = resolve(checkpoint, store)
+    """Remove the pins and export marks of a checkpoint; with a run's id and --name, of the one that has that pin."""
+    is_run = name is not None and re.fullmatch(RUN_ID_PATTERN, checkpoint)
+    found = pins.find_pinned(open_named(store), checkpoint, name) if is_run and name else None
+    ref = found or resolve(checkpoint, store)
     removed = pins.unpin(open_named(ref.store_uri), ref, name)
     say(f"{ref.uri} is no longer pinned as {', '.join(removed)}.")
 

@@ -56,7 +56,10 @@ MODULES: dict[str, tuple[list[str], list[str]]] = {
         ],
     ),
     "manifest": (["checkpoints/manifest.py"], ["test_manifest.py"]),
-    "bundle": (["checkpoints/commit.py", "checkpoints/fetch.py"], ["test_bundle.py", "test_file_checks.py"]),
+    "bundle": (
+        ["checkpoints/commit.py", "checkpoints/fetch.py"],
+        ["test_bundle.py", "test_file_checks.py", "test_bundle_races.py", "test_bundle_cache.py"],
+    ),
     "lease": (
         ["checkpoints/lease.py", "checkpoints/holder.py"],
         [
@@ -65,7 +68,10 @@ MODULES: dict[str, tuple[list[str], list[str]]] = {
         ],
     ),
     "view": (["checkpoints/view.py", "checkpoints/run.py"], ["test_requests.py", "test_checkpoint_store.py"]),
-    "pruning": (["checkpoints/upkeep/pruning.py", "checkpoints/upkeep/retention.py"], ["test_pruning.py"]),
+    "pruning": (
+        ["checkpoints/upkeep/pruning.py", "checkpoints/upkeep/retention.py"],
+        ["test_pruning.py", "test_prune_crashes.py"],
+    ),
     "training step": (
         ["training/step.py", "training/build.py", "training/masters.py"],
         ["test_training.py", "test_learning.py", "test_trainer.py", "test_sharding.py"],

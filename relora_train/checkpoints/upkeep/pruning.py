@@ -2,19 +2,18 @@
 
 The order for one checkpoint is tombstone, manifest, files, claim. If a prune is killed, the next one finishes it; a
 reader sees the whole checkpoint or none. Between tombstone and manifest all protections are read once more. A process
-that begins to depend on a checkpoint writes that down first (pin, lease) and then looks for a tombstone, so one of the
+that begins to depend on a checkpoint writes that down first (pin, lease). Then it looks for a tombstone, so one of the
 two sees the other. A lease allows one prune a run at a time.
-Leftovers (files that no manifest lists, snapshots of finished stages, half uploads) go when nothing of them was
-written for a grace period by the store's own clock; those a flow could still complete only while no flow of the run
-is under way, which a lease makes sure of.
+Leftovers are files that no manifest lists, snapshots of finished stages, and half uploads. They go when nothing of them
+was written for a grace period by the store's own clock. Those that a flow could still complete go only while no flow of
+the run is under way, which a lease makes sure of.
 """
 
 from __future__ import annotations
 
-import logging
 import secrets
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -32,7 +31,6 @@ from relora_train.storage.base import ObjectInfo, ObjectStore
 
 DEFAULT_GRACE = timedelta(hours=24)
 _LEASE_SECONDS = 60.0
-_log = logging.getLogger("relora_train.checkpoints.upkeep.pruning")
 
 
 @dataclass(frozen=True)
@@ -77,31 +75,38 @@ def prune_run(
     """Remove the checkpoints that neither policy nor anything else keeps, then leftovers. Safe to kill and to repeat.
 
     policy None: leftovers only. Nothing outside a local store is touched: StorageError where a symbolic link leads out.
-    Raises CheckpointNotFoundError for a run of which the store holds nothing,
-    RunInUseError while another prune of the run lives, CheckpointCorruptError if what may protect cannot be read.
+    Raises CheckpointNotFoundError for a run of which the store holds nothing, RunInUseError while another prune of the
+    run lives. If what may protect a checkpoint cannot be read, raises CheckpointCorruptError.
     """
     if not any(True for _ in store.list(f"runs/{check_run_id(run_id)}/")):
         raise CheckpointNotFoundError(f"{store.uri} has no run {run_id!r}. See `relora runs`.")
-    for part in ("checkpoints", "snapshots"):
-        _refuse_way_out(store, f"runs/{run_id}/{part}/x")
-    with _only_prune(store, run_id, dry_run=dry_run) as check:
-        return _Pruning(store, run_id, grace, dry_run, check).run(policy)
+    for part in ("checkpoints", "snapshots"):  # below these no listing follows a link
+        directory, root = store.local_path(f"runs/{run_id}/{part}"), store.local_path("runs")
+        if directory and root and not directory.resolve().is_relative_to(root.parent.resolve()):
+            raise StorageError(
+                f"{directory} lies outside the store {store.uri}: a symbolic link leads to {directory.resolve()}. "
+                "Nothing was pruned. Name the store that really holds the run, or move the run into this one."
+            )
+    if dry_run:
+        return _Pruning(store, run_id, grace, None).run(policy)
+    key, what = f"runs/{run_id}/prune.json", f"Pruning of run {run_id!r}"
+    with take_lease(store, key, what, ttl_seconds=_LEASE_SECONDS, purpose="prune") as lease:
+        return _Pruning(store, run_id, grace, lease).run(policy)
 
 
 class _Pruning:
-    """One call of prune_run."""
+    """One call of prune_run. Without a lease it is a dry run."""
 
-    def __init__(
-        self, store: ObjectStore, run_id: str, grace: timedelta, dry_run: bool, check: Callable[[], None]
-    ) -> None:
-        self._store, self._run_id, self._grace, self._dry_run = store, run_id, grace, dry_run
-        self._check = check
+    def __init__(self, store: ObjectStore, run_id: str, grace: timedelta, lease: Lease | None) -> None:
+        self._store, self._run_id, self._grace, self._dry_run = store, run_id, grace, lease is None
+        self._leases = [lease] if lease else []
         self._protections = Protections(store)
         self._run = CheckpointStore(store, run_id)
         self._now: datetime | None = None
 
     def run(self, policy: RetentionPolicy | None) -> PruneReport:
-        self._finish_removals()
+        if not self._dry_run:
+            self._finish_removals()
         history = self._run.history()
         protected = self._protections.find()
         if policy is None:
@@ -112,55 +117,63 @@ class _Pruning:
         leftovers, notes = self._remove_leftovers()
         return PruneReport(self._run_id, self._dry_run, tuple(verdicts), tuple(leftovers), tuple(notes))
 
+    def _delete(self, keys: Iterable[str]) -> None:
+        """Delete, while this prune may: manifests first, claims last."""
+        for key in () if self._dry_run else deletion_order(keys):
+            self._check()
+            self._store.delete(key)
+
+    def _check(self) -> None:
+        """Raise if another process has taken over a lease that this prune holds."""
+        for lease in self._leases:
+            lease.check()
+
     def _remove(self, ref: CheckpointRef) -> Verdict:
         """Remove one checkpoint, unless something has begun to depend on it since the plan was made."""
-        gone = Verdict(ref, ())
-        if self._dry_run:
-            return gone
-        tombstone = f"{ref.prefix}/{TOMBSTONE_NAME}"
-        self._check()
-        record = Tombstone(reason="the retention policy does not keep it", manifest=ref.manifest)
-        self._store.put_bytes(tombstone, record.to_bytes())
-        if late := self._protections.find().get(ref.prefix):
-            self._store.delete(tombstone)
-            return Verdict(ref, tuple(late))
-        self._sweep(ref.prefix)
-        return gone
+        if not self._dry_run:
+            tombstone = f"{ref.prefix}/{TOMBSTONE_NAME}"
+            self._check()
+            record = Tombstone(reason="the retention policy does not keep it", manifest=ref.manifest)
+            self._store.put_bytes(tombstone, record.to_bytes())
+            if late := self._protections.find().get(ref.prefix):
+                self._store.delete(tombstone)
+                return Verdict(ref, tuple(late))
+            self._sweep(ref.prefix)
+        return Verdict(ref, ())
 
     def _finish_removals(self) -> None:
         """Take up what a killed prune began: back if it is whole and something needs it now, else to its end."""
-        groups = self._groups(checkpoints_prefix(self._run_id))
-        for prefix, objects in groups.items():
+        for prefix, objects in self._groups(checkpoints_prefix(self._run_id)).items():
             names = {info.key.removeprefix(f"{prefix}/") for info in objects}
-            if self._dry_run or TOMBSTONE_NAME not in names or not parse_checkpoint_prefix(prefix):
+            if TOMBSTONE_NAME not in names or not parse_checkpoint_prefix(prefix):
                 continue
-            if MANIFEST_NAME in names and self._is_whole(prefix):
+            committed = [ref for ref in self._run.list() if ref.prefix == prefix] if MANIFEST_NAME in names else []
+            files = [(ref.manifest.key_of(entry, prefix), entry) for ref in committed for entry in ref.manifest.files]
+            heads = ((self._store.head(key), entry) for key, entry in files)
+            if committed and all(head is not None and head.size_bytes == entry.size_bytes for head, entry in heads):
                 self._store.delete(f"{prefix}/{TOMBSTONE_NAME}")  # the plan decides anew
             elif names != {TOMBSTONE_NAME}:
                 self._sweep(prefix)
 
-    def _is_whole(self, prefix: str) -> bool:
-        for ref in self._run.list():
-            if ref.prefix == prefix:
-                heads = ((entry, self._store.head(ref.manifest.key_of(entry, prefix))) for entry in ref.manifest.files)
-                return all(head is not None and head.size_bytes == entry.size_bytes for entry, head in heads)
-        return False
-
     def _sweep(self, prefix: str) -> None:
         """Delete all that lies at a tombstone but the tombstone itself: manifest first, claim last."""
-        for key in deletion_order(info.key for info in self._store.list(f"{prefix}/")):
-            if key != f"{prefix}/{TOMBSTONE_NAME}":
-                self._check()
-                self._store.delete(key)
+        keys = [info.key for info in self._store.list(f"{prefix}/")]
+        self._delete(key for key in keys if key != f"{prefix}/{TOMBSTONE_NAME}")
 
     def _remove_leftovers(self) -> tuple[list[Leftover], list[str]]:
         leftovers, notes = [], []
-        safe = [*self._orphans(), *self._finished_snapshots()]
-        leftovers += [self._delete(prefix, why, objects) for prefix, why, objects in safe]
+
+        def remove(found: Iterable[tuple[str, str, Sequence[ObjectInfo]]]) -> None:
+            for prefix, why, objects in found:
+                self._delete(info.key for info in objects)
+                size_bytes = sum(info.size_bytes for info in objects)
+                leftovers.append(Leftover(f"{self._store.uri}/{prefix}", why, size_bytes, len(objects)))
+
+        remove([*self._orphans(), *self._finished_snapshots()])
         if unfinished := list(self._unfinished()):
             with self._no_flow() as is_idle:
                 if is_idle:
-                    leftovers += [self._delete(prefix, why, objects) for prefix, why, objects in unfinished]
+                    remove(unfinished)
                 else:
                     notes.append(f"{len(unfinished)} unfinished uploads stay while a flow of the run is under way")
         prefix = f"runs/{self._run_id}/"
@@ -205,12 +218,6 @@ class _Pruning:
                 groups[parent + directory].append(info)
         return groups
 
-    def _delete(self, prefix: str, why: str, objects: Sequence[ObjectInfo]) -> Leftover:
-        for key in () if self._dry_run else deletion_order(info.key for info in objects):
-            self._check()
-            self._store.delete(key)
-        return Leftover(f"{self._store.uri}/{prefix}", why, sum(info.size_bytes for info in objects), len(objects))
-
     @contextmanager
     def _no_flow(self) -> Iterator[bool]:
         """Keep flows of this run from starting for the length of the block; False if one may be under way."""
@@ -226,65 +233,31 @@ class _Pruning:
             yield not (lives or (lives is None and not unheard_of()))
             return
         lease = try_lease(self._store, key, unheard_of=unheard_of, ttl_seconds=_LEASE_SECONDS)
-        before = self._check
+        if lease is None:
+            yield False
+            return
+        self._leases.append(lease)
         try:
-            if lease is not None:
-                self._check = _both(before, lease)
-            yield lease is not None
+            yield True
         finally:
-            self._check = before
-            if lease is not None:
-                lease.release()
+            self._leases.remove(lease)
+            lease.release()
 
     def _is_old(self, objects: Sequence[ObjectInfo]) -> bool:
         return all(info.modified_at < self._old_before() for info in objects)
 
     def _old_before(self) -> datetime:
+        """Return the moment before which a leftover was written, by the clock that dates the store's objects."""
         if self._now is None:
-            self._now = store_time(self._store)
+            key = f"preflight/{secrets.token_hex(8)}"
+            self._store.put_bytes(key, key.encode(), if_absent=True)
+            try:
+                info = self._store.head(key)
+            finally:
+                self._store.delete(key)
+            if info is None:
+                raise ObjectNotFoundError(
+                    f"{self._store.uri}/{key} is gone as soon as it is written. Look for a clean-up job."
+                )
+            self._now = info.modified_at
         return self._now - self._grace
-
-
-def _refuse_way_out(store: ObjectStore, key: str) -> None:
-    """Raise StorageError if a symbolic link leads out of the store. Below these places no listing follows a link."""
-    path = store.local_path(key)
-    if path is None:
-        return
-    root = path.parents[key.count("/")]
-    if not path.parent.resolve().is_relative_to(root.resolve()):
-        raise StorageError(
-            f"{path.parent} lies outside the store {store.uri}: a symbolic link leads to {path.parent.resolve()}. "
-            "Nothing was pruned. Name the store that really holds the run, or move the run into this one."
-        )
-
-
-def store_time(store: ObjectStore) -> datetime:
-    """Return the time by the clock that dates the store's objects: it writes one and removes it again."""
-    key = f"preflight/{secrets.token_hex(8)}"
-    store.put_bytes(key, key.encode(), if_absent=True)
-    try:
-        info = store.head(key)
-    finally:
-        store.delete(key)
-    if info is None:
-        raise ObjectNotFoundError(f"{store.uri}/{key} is gone as soon as it is written. Look for a clean-up job.")
-    return info.modified_at
-
-
-@contextmanager
-def _only_prune(store: ObjectStore, run_id: str, *, dry_run: bool) -> Iterator[Callable[[], None]]:
-    if dry_run:
-        yield lambda: None
-        return
-    key = f"runs/{run_id}/prune.json"
-    what = f"Pruning of run {run_id!r}"
-    with take_lease(store, key, what, ttl_seconds=_LEASE_SECONDS, purpose="prune") as lease:
-        yield lease.check
-
-
-def _both(check: Callable[[], None], lease: Lease) -> Callable[[], None]:
-    def check_both() -> None:
-        check()
-        lease.check()
-
-    return check_both

@@ -1,4 +1,4 @@
-"""Decide which checkpoints of a run may go: pure functions of the lineage. pruning.py has the effects.
+"""Decide which checkpoints of a run may go. pruning.py has the effects.
 
 A checkpoint goes only if nothing says that it stays. These stay whatever the policy: the end of every line, and what
 something outside the line depends on (protections.py). Every checkpoint is complete without its ancestors, so removing
@@ -11,8 +11,14 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from pydantic import ValidationError
+
+from relora_train.checkpoints.layout import join_key
 from relora_train.checkpoints.lineage import CheckpointRef, line_to
-from relora_train.errors import ConfigError
+from relora_train.checkpoints.run import CheckpointStore
+from relora_train.errors import CheckpointCorruptError, ConfigError
+from relora_train.settings.profile import profile_to_read
+from relora_train.storage.base import ObjectStore
 
 
 @dataclass(frozen=True)
@@ -73,3 +79,21 @@ def stage_number(stage: str) -> int:
     """Return 3 for 'cycle-3' and 'full-3', 0 for 'warm-start', 1 for 'lora'."""
     number = re.search(r"-(\d+)$", stage)
     return int(number[1]) if number else int(stage == "lora")
+
+
+def policy_of_run(store: ObjectStore, run_id: str) -> RetentionPolicy | None:
+    """Return the policy of the newest checkpoint's profile; None if the run has no checkpoint or no policy."""
+    refs = CheckpointStore(store, run_id).list()
+    if not refs:
+        return None
+    newest = max(refs, key=lambda ref: ref.manifest.created_at)
+    place = join_key(newest.prefix, newest.manifest.files_prefix, "profile.json")
+    try:
+        retention = profile_to_read(store.get_bytes(place)[0]).retention
+    except ValidationError as error:
+        raise CheckpointCorruptError(
+            f"{store.uri}/{place} is no valid profile: {error.errors()[0]['msg']}. Give --keep-last or --keep-every."
+        ) from None
+    if retention.keep_last is None and retention.keep_every is None:
+        return None
+    return RetentionPolicy(retention.keep_last, retention.keep_every)

@@ -8,7 +8,7 @@ Not covered: a manifest that was replaced by another valid one of the same work;
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import PurePosixPath
 from typing import Any, Literal
@@ -63,11 +63,12 @@ class Verification:
 
 def verify_checkpoint(ref: CheckpointRef) -> Verification:
     """Read every byte of one checkpoint and of the dataset it names, and look at what lies beside it."""
-    checked = _Verifier(open_store(ref.store_uri))
-    checked.checkpoint(ref)
+    store = open_store(ref.store_uri)
+    checked = _Verifier(store)
+    checked.bundle(store, ref.prefix, ref.manifest)
     checked.dataset(ref.manifest.dataset_uri, ref.uri)
     if parse_checkpoint_prefix(ref.prefix):
-        checked.checkpoint_neighbours(ref, checked.objects(f"{ref.prefix}/"))
+        checked.neighbours(ref, list(store.list(f"{ref.prefix}/")))
     return checked.result
 
 
@@ -77,7 +78,7 @@ def verify_run(store: ObjectStore, run_id: str) -> Verification:
     Uncommitted work of a flow that is under way is a note, not a fault.
     """
     checked = _Verifier(store)
-    objects = checked.objects(f"runs/{check_run_id(run_id)}/")
+    objects = list(store.list(f"runs/{check_run_id(run_id)}/"))
     if not objects:
         raise CheckpointNotFoundError(f"{store.uri} has no run {run_id!r}. See `relora runs`.")
     checked.run(run_id, objects)
@@ -95,19 +96,40 @@ class _Verifier:
         self._store = store
         self.result = Verification()
 
-    def objects(self, prefix: str) -> Sequence[ObjectInfo]:
-        return list(self._store.list(prefix))
-
     def run(self, run_id: str, objects: Sequence[ObjectInfo]) -> None:
         base = f"runs/{run_id}/"
-        is_live = self._is_live(run_id)
+        try:
+            lease = read_lease(self._store, lease_key(run_id))
+            is_live = lease is not None and not lease[0].released and lease[0].holder.is_alive() is not False
+        except CheckpointCorruptError as error:
+            self._find("damaged", lease_key(run_id), str(error))
+            is_live = False
+        places = [parse_checkpoint_prefix(info.key.rpartition("/")[0]) for info in objects]
+        done = {
+            place.short_fingerprint
+            for info, place in zip(objects, places, strict=True)
+            if place and info.key.endswith((f"/{MANIFEST_NAME}", f"/{TOMBSTONE_NAME}"))
+        }
+        parts: dict[tuple[str, str], list[ObjectInfo]] = {}  # by kind and directory: a checkpoint, a stage's snapshots
+        for info in objects:
+            kind, *rest = info.key.removeprefix(base).split("/")
+            if kind in ("checkpoints", "snapshots") and len(rest) > 1:
+                part = kind, f"{base}{kind}/{rest[0]}"
+            elif kind == "refs" and rest:
+                part = kind, f"{base}refs"
+            else:
+                part = "unknown" if kind in ("checkpoints", "snapshots", "refs") else kind, info.key
+            parts.setdefault(part, []).append(info)
         datasets: dict[str, str] = {}
-        for kind, directory, found in _by_directory(base, objects):
+        for (kind, directory), found in parts.items():
             if kind == "checkpoints":
-                if ref := self._checkpoint_at(directory, found, is_live=is_live):
+                if ref := self._checkpoint(directory, found, is_live=is_live):
                     datasets.setdefault(ref.manifest.dataset_uri, ref.uri)
             elif kind == "snapshots":
-                self._snapshots(base, directory, found, is_live=is_live)
+                if directory.rpartition("/")[2] in done:
+                    what = f"snapshots of a stage that is committed; {_amount(found)}"
+                    self._find("unreferenced", directory, what)
+                self._snapshots(directory, found, is_live=is_live)
             elif kind == "refs":
                 self._refs(found)
             elif kind not in (*_KNOWN_DIRECTORIES, "lease.json", "prune.json"):
@@ -115,8 +137,22 @@ class _Verifier:
         for uri, user in datasets.items():
             self.dataset(uri, user)
 
-    def checkpoint(self, ref: CheckpointRef) -> None:
-        self._bundle(open_store(ref.store_uri), ref.prefix, ref.manifest)
+    def bundle(self, store: ObjectStore, prefix: str, manifest: Manifest) -> None:
+        self.result.bundles += 1
+        before = len(self.result.findings)
+        for entry in manifest.files:
+            uri = f"{store.uri}/{manifest.key_of(entry, prefix)}"
+            try:
+                verify_bundle(store, prefix, manifest.model_copy(update={"files": (entry,)}))
+            except CheckpointIncompleteError as error:
+                self._find("missing", uri, str(error))
+            except CheckpointCorruptError as error:
+                self._find("damaged", uri, str(error))
+            self.result.files += 1
+            self.result.size_bytes += entry.size_bytes
+        if len(self.result.findings) > before and store.head(join_key(prefix, MANIFEST_NAME)) is None:
+            del self.result.findings[before:]
+            self.result.notes.append(f"{store.uri}/{prefix} was removed while it was read")
 
     def dataset(self, uri: str, user: str) -> None:
         root, separator, rest = uri.rpartition("/datasets/")
@@ -125,14 +161,14 @@ class _Verifier:
         try:
             manifest = read_manifest(store, prefix, DatasetManifest)
         except CheckpointCorruptError as error:
-            self._add("damaged", uri, str(error))
+            self._find("damaged", uri, str(error))
             return
         if manifest is None:
-            self._add("missing", uri, f"the dataset of {user} is not there")
+            self._find("missing", uri, f"the dataset of {user} is not there")
         else:
-            self._bundle(store, prefix, manifest)
+            self.bundle(store, prefix, manifest)
 
-    def checkpoint_neighbours(self, ref: CheckpointRef, objects: Sequence[ObjectInfo]) -> None:
+    def neighbours(self, ref: CheckpointRef, objects: Sequence[ObjectInfo]) -> None:
         """Report objects at a checkpoint's prefix that its manifest does not list."""
         listed = {ref.manifest.key_of(entry, ref.prefix) for entry in ref.manifest.files}
         listed |= {f"{ref.prefix}/{name}" for name in (MANIFEST_NAME, CLAIM_NAME)}
@@ -142,7 +178,7 @@ class _Verifier:
             elif info.key not in listed:
                 self._find("unreferenced", info.key, "not in the manifest beside it; `relora prune` removes it")
 
-    def _checkpoint_at(self, prefix: str, objects: Sequence[ObjectInfo], *, is_live: bool) -> CheckpointRef | None:
+    def _checkpoint(self, prefix: str, objects: Sequence[ObjectInfo], *, is_live: bool) -> CheckpointRef | None:
         names = {info.key.removeprefix(f"{prefix}/") for info in objects}
         if MANIFEST_NAME in names and parse_checkpoint_prefix(prefix):
             try:
@@ -151,24 +187,30 @@ class _Verifier:
                 self._find("damaged", f"{prefix}/{MANIFEST_NAME}", str(error))
                 return None
             if ref is not None:
-                self.checkpoint(ref)
-                self.checkpoint_neighbours(ref, objects)
+                self.bundle(self._store, ref.prefix, ref.manifest)
+                self.neighbours(ref, objects)
             return ref
-        if TOMBSTONE_NAME in names:
-            try:
-                read_tombstone(self._store, prefix)
-            except CheckpointCorruptError as error:
-                self._find("damaged", f"{prefix}/{TOMBSTONE_NAME}", str(error))
-            if names != {TOMBSTONE_NAME}:
-                self._find("unreferenced", prefix, "a removal that was begun; `relora prune` ends it")
+        if TOMBSTONE_NAME not in names:
+            self._unfinished(prefix, objects, is_live=is_live)
             return None
-        self._unfinished(prefix, objects, is_live=is_live)
+        try:
+            read_tombstone(self._store, prefix)
+        except CheckpointCorruptError as error:
+            self._find("damaged", f"{prefix}/{TOMBSTONE_NAME}", str(error))
+        if names != {TOMBSTONE_NAME}:
+            self._find("unreferenced", prefix, "a removal that was begun; `relora prune` ends it")
         return None
 
-    def _snapshots(self, base: str, stage: str, objects: Sequence[ObjectInfo], *, is_live: bool) -> None:
-        if self._is_done(base, stage.rpartition("/")[2]):
-            self._find("unreferenced", stage, f"snapshots of a stage that is committed; {_amount(objects)}")
-        for prefix, found in _by_manifest(stage, objects):
+    def _snapshots(self, stage: str, objects: Sequence[ObjectInfo], *, is_live: bool) -> None:
+        # An object belongs to the nearest directory above it with a manifest, else to the one that follows `stage`.
+        bundles = {info.key.rpartition("/")[0] for info in objects if info.key.endswith(f"/{MANIFEST_NAME}")}
+        groups: dict[str, list[ObjectInfo]] = {}
+        for info in objects:
+            first = f"{stage}/{info.key.removeprefix(f'{stage}/').partition('/')[0]}"
+            above = (str(path) for path in PurePosixPath(info.key).parents)
+            prefix = next((path for path in above if path in bundles), first if first != info.key else stage)
+            groups.setdefault(prefix, []).append(info)
+        for prefix, found in groups.items():
             try:
                 manifest = read_manifest(self._store, prefix, _AnyManifest)
             except CheckpointCorruptError as error:
@@ -177,15 +219,7 @@ class _Verifier:
             if manifest is None:
                 self._unfinished(prefix, found, is_live=is_live)
             else:
-                self._bundle(self._store, prefix, manifest)
-
-    def _is_done(self, base: str, short_fingerprint: str) -> bool:
-        for info in self._store.list(f"{base}checkpoints/"):
-            directory, _, name = info.key.rpartition("/")
-            place = parse_checkpoint_prefix(directory)
-            if place and name in (MANIFEST_NAME, TOMBSTONE_NAME) and place.short_fingerprint == short_fingerprint:
-                return True
-        return False
+                self.bundle(self._store, prefix, manifest)
 
     def _refs(self, objects: Sequence[ObjectInfo]) -> None:
         for info in objects:
@@ -200,73 +234,17 @@ class _Verifier:
             if there is None:
                 self._find("missing", f"{prefix}", f"{info.key} names it, and it is not committed")
 
-    def _bundle(self, store: ObjectStore, prefix: str, manifest: Manifest) -> None:
-        self.result.bundles += 1
-        before = len(self.result.findings)
-        for entry in manifest.files:
-            uri = f"{store.uri}/{manifest.key_of(entry, prefix)}"
-            try:
-                verify_bundle(store, prefix, manifest.model_copy(update={"files": (entry,)}))
-            except CheckpointIncompleteError as error:
-                self._add("missing", uri, str(error))
-            except CheckpointCorruptError as error:
-                self._add("damaged", uri, str(error))
-            self.result.files += 1
-            self.result.size_bytes += entry.size_bytes
-        if len(self.result.findings) > before and store.head(join_key(prefix, MANIFEST_NAME)) is None:
-            del self.result.findings[before:]
-            self.result.notes.append(f"{store.uri}/{prefix} was removed while it was read")
-
     def _unfinished(self, prefix: str, objects: Sequence[ObjectInfo], *, is_live: bool) -> None:
         if is_live:
             self.result.notes.append(f"{self._store.uri}/{prefix} has no manifest yet; a flow of the run is under way")
-        else:
-            what = (
-                f"an upload that was never finished, {_amount(objects)}; the run's next flow or `relora prune` ends it"
-            )
-            self._find("unreferenced", prefix, what)
+            return
+        what = f"an upload that was never finished, {_amount(objects)}; the run's next flow or `relora prune` ends it"
+        self._find("unreferenced", prefix, what)
 
-    def _is_live(self, run_id: str) -> bool:
-        try:
-            found = read_lease(self._store, lease_key(run_id))
-        except CheckpointCorruptError as error:
-            self._find("damaged", lease_key(run_id), str(error))
-            return False
-        return found is not None and not found[0].released and found[0].holder.is_alive() is not False
-
-    def _find(self, kind: Literal["missing", "damaged", "unreferenced"], key: str, message: str) -> None:
-        self._add(kind, f"{self._store.uri}/{key}", message)
-
-    def _add(self, kind: Literal["missing", "damaged", "unreferenced"], uri: str, message: str) -> None:
+    def _find(self, kind: Literal["missing", "damaged", "unreferenced"], place: str, message: str) -> None:
+        """Note a fault at a URI, or at a key of this store."""
+        uri = place if "://" in place else f"{self._store.uri}/{place}"
         self.result.findings.append(Finding(kind, uri, message))
-
-
-def _by_directory(base: str, objects: Sequence[ObjectInfo]) -> Iterator[tuple[str, str, Sequence[ObjectInfo]]]:
-    """Yield kind, directory and objects of each part of a run: a checkpoint, a stage's snapshots, all refs…"""
-    groups: dict[tuple[str, str], list[ObjectInfo]] = {}
-    for info in objects:
-        kind, *rest = info.key.removeprefix(base).split("/")
-        nested = kind in ("checkpoints", "snapshots") and len(rest) > 1
-        if kind in ("checkpoints", "snapshots", "refs") and not rest:
-            kind = "unknown"
-        directory = f"{base}{kind}/{rest[0]}" if nested else info.key
-        if kind in ("checkpoints", "snapshots") and not nested:
-            kind = "unknown"
-        groups.setdefault((kind, base + kind if kind == "refs" else directory), []).append(info)
-    for (kind, directory), found in groups.items():
-        yield kind, directory, found
-
-
-def _by_manifest(parent: str, objects: Sequence[ObjectInfo]) -> Iterator[tuple[str, Sequence[ObjectInfo]]]:
-    """Yield objects by the nearest directory above them with a manifest, else by the one that follows `parent`."""
-    with_manifest = {info.key.rpartition("/")[0] for info in objects if info.key.endswith(f"/{MANIFEST_NAME}")}
-    groups: dict[str, list[ObjectInfo]] = {}
-    for info in objects:
-        above = [str(path) for path in PurePosixPath(info.key).parents]
-        first = info.key.removeprefix(f"{parent}/").partition("/")[0]
-        fallback = f"{parent}/{first}" if f"{parent}/{first}" != info.key else parent
-        groups.setdefault(next((path for path in above if path in with_manifest), fallback), []).append(info)
-    yield from groups.items()
 
 
 def _amount(objects: Sequence[ObjectInfo]) -> str:
