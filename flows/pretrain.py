@@ -60,7 +60,7 @@ def pretrain(
     with present(), session(identity, depends_on=[parent.uri] if parent else ()) as run:
         check_model(run, planned, parent)
         prepared = done(tokenize(run, parent))
-        with device_slot(gpu_limit), closing(run):
+        with device_slot(gpu_limit), closing(run.worker):
             outcomes = train_stages(run, stages, prepared.dataset, parent)
             line = line_of(outcomes[-1].checkpoint if outcomes else parent, run=run)
             evaluations = [done(evaluate_checkpoint(run, ref, prepared.dataset)) for ref in first_and_last(line)]

@@ -103,7 +103,7 @@ def retrain(
             if prepared is None:
                 return tell_outcome(summarize_not_enough(plan))
             begin_training(plan)
-            with device_slot(gpu_limit), closing(run):
+            with device_slot(gpu_limit), closing(run.worker):
                 outcomes = train_stages(run, stages, prepared.dataset, parent)
                 candidate, champion = outcomes[-1].checkpoint, plan.champion
                 ours = done(evaluate_checkpoint(run, candidate, prepared.dataset)).record

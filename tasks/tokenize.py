@@ -15,7 +15,7 @@ from tasks.policies import STORE_IO
 @task(**STORE_IO, task_run_name="tokenize-{run.profile.data.name}")
 def tokenize(run: Run, parent: CheckpointRef | None) -> DatasetOutcome:
     """Return the DatasetOutcome of the profile's corpus; one that is committed already is shown as Skipped."""
-    outcome = prepare_or_reuse(run, parent=parent, on_event=forward_events(), meanwhile=run.start_worker)
+    outcome = prepare_or_reuse(run, parent=parent, on_event=forward_events())
     return tell_dataset(outcome)
 
 

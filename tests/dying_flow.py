@@ -273,9 +273,9 @@ def prune(order: Order) -> None:
 def live(order: Order) -> None:
     """In a process of its own, until the end or until death."""
     os.environ.update({**order.environment, "RELORA_CACHE": order.cache})
-    import relora_train.runs.train
+    import relora_train.runs.workers
 
-    relora_train.runs.train.run_worker = work  # type: ignore[assignment]
+    relora_train.runs.workers.run_worker = work  # type: ignore[assignment]
     Snapshotter.after_step = after_step  # type: ignore[method-assign]
     if order.verb == "trace":
         power = PowerCut(order.store)

@@ -41,8 +41,7 @@ class Workshop:
         self.disturbed = False
         """Whether a stage comes out with other weights than its settings give, as on a GPU that rounds otherwise."""
         patch.setenv("RELORA_CACHE", str(root.parent / "cache"))
-        patch.setattr("relora_train.runs.train.run_worker", self._work)
-        patch.setattr("relora_train.runs.retry.run_worker", self._work)
+        patch.setattr("relora_train.runs.workers.run_worker", self._work)
 
     def _work(self, module: str, request: StageRequest, path: Path, **options: Any) -> None:
         assert module == "relora_train.training.trainer"

@@ -99,16 +99,16 @@ def test_the_same_run_with_another_dataset_is_refused_with_the_files(corpus: Pat
 
     before = dataset_ref(store, committed())
     commit_checkpoint(run, before.uri, *stage_identity(run, stage, before.dataset_id, None))
-    assert find_stage(run, stage, before.dataset_id, None) is not None
+    assert find_stage(run, stage, None, stage_identity(run, stage, before.dataset_id, None)) is not None
     (corpus / "new_day.txt").write_text(made_up_text(50))
     now = dataset_ref(store, committed())
     with pytest.raises(RunSettingsChangedError) as refused:
-        find_stage(run, stage, now.dataset_id, None)
+        find_stage(run, stage, None, stage_identity(run, stage, now.dataset_id, None))
     assert "  - data.paths: 12 files -> 13 (new: new_day.txt)\n" in str(refused.value)
     assert now.dataset_id not in str(refused.value)
     store.delete(f"{before.prefix}/manifest.json")
     with pytest.raises(RunSettingsChangedError, match=rf"dataset_id: {before.dataset_id} -> {now.dataset_id}"):
-        find_stage(run, stage, now.dataset_id, None)
+        find_stage(run, stage, None, stage_identity(run, stage, now.dataset_id, None))
 
 
 def commit_checkpoint(run: Run, dataset_uri: str, settings: dict[str, object], fingerprint: str) -> CheckpointRef:

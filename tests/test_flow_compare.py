@@ -157,8 +157,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def prefect(root: Path) -> Iterator[None]:
     with running_prefect(root / "prefect"), pytest.MonkeyPatch.context() as patch:
         patch.setenv("RELORA_CACHE", str(root / "cache"))
-        patch.setattr("relora_train.runs.workers.KeptWorker.start", lambda worker, profile: None)
-        kept = "relora_train.runs.workers.KeptWorker"
+        patch.setattr("relora_train.runs.workers.Worker.start", lambda worker, profile: None)
+        kept = "relora_train.runs.workers.Worker"
         patch.setattr(f"{kept}.run", lambda worker, *work, **how: work_here(*work, **how))
         yield
 

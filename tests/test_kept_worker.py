@@ -7,6 +7,7 @@ import itertools
 import os
 import signal
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from tiny_data import write_tiny_dataset
 
 from relora_train.errors import CorpusTooSmallError, TrainerCrashedError
 from relora_train.events import Event
-from relora_train.runs.workers import KeptWorker, kept_worker, run_worker
+from relora_train.runs.workers import Worker, run_worker
 from relora_train.settings.profile import Profile
 from relora_train.training.requests import EvaluationRequest
 from relora_train.training.torch_settings import release_memory
@@ -27,8 +28,8 @@ STAGES = ("warm-start", "cycle-1", "cycle-2")
 
 
 @pytest.fixture
-def worker() -> Iterator[KeptWorker]:
-    with kept_worker() as worker:
+def worker() -> Iterator[Worker]:
+    with closing(Worker(keeps=True)) as worker:
         yield worker
 
 
@@ -43,7 +44,7 @@ class Course:
             self.pids.append(event["pid"])
 
 
-def train(worker: KeptWorker, profile: Profile, stage: str, dataset: Path, root: Path, course: Course) -> Path:
+def train(worker: Worker, profile: Profile, stage: str, dataset: Path, root: Path, course: Course) -> Path:
     """Train a stage from the one before it."""
     before = STAGES.index(stage) - 1
     request = stage_request(profile, stage, dataset, root / stage, root / STAGES[before] if before >= 0 else None)
@@ -57,7 +58,7 @@ def files_of(checkpoint: Path) -> dict[str, str]:
     return {file["path"]: file["sha256"] for file in files if file["path"] != "metrics.jsonl"}
 
 
-def test_stages_in_one_process_give_the_bits_of_a_process_each(worker: KeptWorker, dataset: Path, tmp_path: Path):
+def test_stages_in_one_process_give_the_bits_of_a_process_each(worker: Worker, dataset: Path, tmp_path: Path):
     """With dropout, whose draws would show any state that one stage leaves to the next."""
     profile, course = tiny_profile(relora={"dropout": 0.2}, batch={"micro_sequences": 4}), Course()
     worker.start(profile)
@@ -87,9 +88,7 @@ def test_stages_in_one_process_give_the_bits_of_a_process_each(worker: KeptWorke
     assert not is_running(pid)
 
 
-def test_no_request_follows_in_a_process_on_one_that_did_not_end_well(
-    worker: KeptWorker, dataset: Path, tmp_path: Path
-):
+def test_no_request_follows_in_a_process_on_one_that_did_not_end_well(worker: Worker, dataset: Path, tmp_path: Path):
     class Kills(Course):
         def __call__(self, event: Event) -> None:
             super().__call__(event)
@@ -109,7 +108,7 @@ def test_no_request_follows_in_a_process_on_one_that_did_not_end_well(
 
 
 def test_a_process_that_dies_idle_costs_nothing_and_other_settings_of_a_process_have_one_of_their_own(
-    worker: KeptWorker, dataset: Path, tmp_path: Path
+    worker: Worker, dataset: Path, tmp_path: Path
 ):
     class Interrupts(Course):
         def __call__(self, event: Event) -> None:

@@ -31,6 +31,7 @@ from relora_train.events import Event
 from relora_train.method.stages import plan_stages
 from relora_train.runs.model_check import check_run, check_settings
 from relora_train.runs.run import Run
+from relora_train.runs.workers import Worker
 from relora_train.settings.profile import Profile
 from relora_train.storage.opening import open_store
 from relora_train.training.model_check_worker import check_model
@@ -53,7 +54,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 class Here:
-    """As KeptWorker, without the seconds that a process takes to import; the tests of flows start real ones."""
+    """As Worker, without the seconds that a process takes to import; the tests of flows start real ones."""
 
     def run(self, module: str, request: ModelCheckRequest, path: Path, *, on_event: Any) -> None:
         assert module == "relora_train.training.model_check_worker" and path.parent.is_dir()
@@ -85,7 +86,7 @@ LATE: dict[str, tuple[dict[str, Any], type[ReLoRAError], str]] = {
 
 
 def run_of(profile: Profile, store: Path, worker: Any) -> Run:
-    return Run("checked", open_store(store).uri, profile, worker=worker)
+    return Run("checked", open_store(store).uri, profile, worker=worker or Worker())
 
 
 def check(profile: Profile, store: Path, worker: Any) -> None:
@@ -133,7 +134,7 @@ def test_of_a_model_of_ours_and_of_known_families_layers_are_known_without_a_pro
     dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """Also where the tokenizer lies on a hub."""
-    monkeypatch.setattr("relora_train.runs.model_check.run_worker", no_process)
+    monkeypatch.setattr("relora_train.runs.workers.run_worker", no_process)
     for tokenizer in ({}, {"path": "somebody/tokenizer"}):
         check(tiny_profile(tokenizer=tokenizer), tmp_path / "store", None)
         with pytest.raises(NoTargetModulesError, match="names 'embed_tokens'"):
@@ -150,7 +151,7 @@ def test_of_a_model_of_ours_and_of_known_families_layers_are_known_without_a_pro
 def test_a_run_that_has_trained_a_stage_does_not_load_its_first_model_again(
     warm_start: Path, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("relora_train.runs.model_check.run_worker", no_process)
+    monkeypatch.setattr("relora_train.runs.workers.run_worker", no_process)
     model = {"pretrained": str(saved(mistral(), tmp_path / "model"))}
     profile = tiny_profile(model=model, tokenizer={"path": str(dataset)}, relora=ATTENTION)
     run = run_of(profile, tmp_path / "store", None)

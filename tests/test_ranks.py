@@ -24,7 +24,7 @@ from relora_train.distributed import SLOW, STEP, Ranks, process_group
 from relora_train.errors import ConfigError, DeviceError, DeviceMemoryError, ReLoRAError, TrainerCrashedError
 from relora_train.events import Event
 from relora_train.process import is_out_of_memory
-from relora_train.runs.workers import nodes_of, run_worker
+from relora_train.runs.workers import Nodes, run_worker
 from relora_train.settings.profile import Profile
 from relora_train.settings.running import PrecisionConfig
 from relora_train.training.build import prepare_stage
@@ -293,7 +293,7 @@ def test_two_machines_give_the_bits_of_two_ranks_on_one_and_meet_again_for_the_n
                 profile = profile_of(launch=launch | {"sharding": sharding}, schedule=schedule, **batch)
                 request = stage_request(profile, "cycle-1", dataset, tmp_path / out)
                 seen: list[Event] = []
-                nodes = nodes_of(profile.launch)
+                nodes = Nodes(2, profile.launch.rdzv_endpoint)
                 path = tmp_path / "request.json"
                 run_worker("relora_train.training.trainer", request, path, on_event=seen.append, nodes=nodes)
                 assert seen[0]["ranks"] == 2 and seen[-1]["event"] == "stage_committed"

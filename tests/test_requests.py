@@ -161,8 +161,8 @@ def test_a_stage_that_another_process_trained_meanwhile_is_looked_up_again(
     profile = tiny_profile()
     (stage, *_) = plan_stages(profile)
     run = Run("run", memory.uri, profile, view=RunView(memory, "run"))
-    assert find_stage(run, stage, dataset.dataset_id, None) is None
-    settings, fingerprint = stage_identity(run, stage, dataset.dataset_id, None)
+    settings, fingerprint = identity = stage_identity(run, stage, dataset.dataset_id, None)
+    assert find_stage(run, stage, None, identity) is None
     work = WorkDirectory(*work_name(run, stage.name, fingerprint))
     identities: list[object] = []
     monkeypatch.setattr("relora_train.runs.find.pretrained_content", identities.append)

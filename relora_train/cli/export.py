@@ -33,7 +33,8 @@ from relora_train.errors import (
 )
 from relora_train.method.stages import stages_after
 from relora_train.reports.ranks.adapters import ADAPTER_FILES
-from relora_train.runs.retry import parent_of, profile_of
+from relora_train.runs.evaluations import profile_of
+from relora_train.runs.retry import parent_of
 from relora_train.runs.run import fetch_parent
 from relora_train.storage.durable import disk_error
 from relora_train.storage.opening import open_store

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from relora_train.checkpoints.commit import commit_bundle
 from relora_train.checkpoints.fetch import keep_fetched
 from relora_train.checkpoints.layout import dataset_prefix
 from relora_train.checkpoints.lineage import CheckpointRef
+from relora_train.checkpoints.manifest import find_dataset
 from relora_train.data.images import IMAGE_SOURCES
 from relora_train.data.left_out import left_out_note
 from relora_train.data.prepare import PreparedDataset, PrepareRequest, describe_dataset
 from relora_train.data.selection import Selection
-from relora_train.runs.run import DatasetRef, OnEvent, Run, dataset_ref, find_committed_dataset
+from relora_train.runs.run import DatasetRef, OnEvent, Run, dataset_ref
 from relora_train.runs.tokenizer_choice import TextSettings, choose_tokenizer
 from relora_train.runs.workers import run_worker
 from relora_train.settings.data import TokenizerConfig
@@ -45,12 +45,10 @@ def prepare_or_reuse(
     on_event: OnEvent,
     parent: CheckpointRef | None = None,
     corpus: Corpus | None = None,
-    meanwhile: Callable[[], None] = lambda: None,
 ) -> DatasetOutcome:
     """Return the committed dataset of the run's corpus and tokenizer, tokenizing only what no attempt has yet.
 
     parent: the checkpoint that the run goes on from; see choose_tokenizer.
-    meanwhile: called once there is something to tokenize, to begin what can go on beside it.
     Safe to repeat and to race: the first commit wins, and what a killed attempt finished on this machine is used.
     """
     store, name, selection = run.store, run.profile.data.name, corpus.selection if corpus else None
@@ -59,13 +57,11 @@ def prepare_or_reuse(
     else:
         text = TextSettings(run.profile.data, corpus.tokenizer if corpus else run.profile.tokenizer)
         dataset_id, _ = describe_dataset(text.data, text.tokenizer, selection=selection)
-    found = find_committed_dataset(store, name, dataset_id)
-    if found is not None:
-        return DatasetOutcome(found, reused=True)
+    if found := find_dataset(store, name, dataset_id):
+        return DatasetOutcome(dataset_ref(store, found), reused=True)
     with work_directory("datasets", f"{name}-{dataset_id[:16]}-{short_digest(store.uri)}") as work:
-        found = find_committed_dataset(store, name, dataset_id) if work.waited else None
-        if found is not None:  # by the process that was waited for
-            return DatasetOutcome(found, reused=True)
+        if work.waited and (found := find_dataset(store, name, dataset_id)):  # by the process that was waited for
+            return DatasetOutcome(dataset_ref(store, found), reused=True)
         request = PrepareRequest(
             data=text.data,
             tokenizer=text.tokenizer,
@@ -73,16 +69,16 @@ def prepare_or_reuse(
             work_directory=work.path,
             result_path=work.path / "result.json",
         )
-        meanwhile()
+        run.worker.start(run.profile)  # it gets ready meanwhile
         # The source may lie in a store or on a hub, so this worker keeps the credentials.
         run_worker(
             "relora_train.data.prepare", request, work.path / "request.json", on_event=on_event, keep_secrets=True
         )
         prepared = PreparedDataset.model_validate_json(request.result_path.read_bytes())
-        if note := prepared.manifest.statistics.get("split_note"):
-            _log.warning("Dataset %r: %s.", name, note)
-        if note := left_out_note(prepared.manifest.statistics.get("left_out", ())):
-            _log.warning("Dataset %r: %s.", name, note)
+        statistics = prepared.manifest.statistics
+        for note in (statistics.get("split_note"), left_out_note(statistics.get("left_out", ()))):
+            if note:
+                _log.warning("Dataset %r: %s.", name, note)
         prefix = dataset_prefix(prepared.manifest.name, prepared.manifest.dataset_id)
         manifest = commit_bundle(store, prefix, prepared.directory, prepared.manifest)
         keep_fetched(store, prepared.manifest, manifest, prepared.directory, dataset_cache(manifest.dataset_id))

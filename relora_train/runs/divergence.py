@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from relora_train.checkpoints.layout import diverged_key
@@ -22,7 +23,7 @@ from relora_train.runs.find import find_stage, stage_identity
 from relora_train.runs.run import DatasetRef, OnEvent, Run, StageOutcome
 from relora_train.runs.train import train_stage
 from relora_train.settings.profile import Profile
-from relora_train.storage.base import ObjectStore, find_json, put_json
+from relora_train.storage.base import find_json, put_json
 
 
 def train_by_policy(
@@ -39,43 +40,55 @@ def train_by_policy(
     Raises DivergedError at once under 'fail'; under 'lower_lr' when max_retries attempts at lower rates diverged too.
     An attempt that is known to have diverged is not made again. Safe to repeat.
     """
-    policy = run.profile.divergence
-    if policy.on_divergence == "fail" or find_stage(run, stage, dataset.dataset_id, parent) is not None:
-        return train_stage(run, stage, dataset, parent, on_event=on_event, provenance=provenance)
-    own = stage_identity(run, stage, dataset.dataset_id, parent)[1]
-    failures: list[dict[str, Any]] = []
+    policy, dataset_id, failures = run.profile.divergence, dataset.dataset_id, list[dict[str, Any]]()
+    own = stage_identity(run, stage, dataset_id, parent)
+    train = partial(train_stage, stage=stage, dataset=dataset, parent=parent, on_event=on_event, provenance=provenance)
+    if policy.on_divergence == "fail" or find_stage(run, stage, parent, own) is not None:
+        return train(run, identity=own)
+    rate = peak_learning_rate(run.profile, stage)
     for attempt in range(policy.max_retries + 1):
         lowered = replace(run, profile=lower_learning_rate(run.profile, stage, attempt))
-        key = diverged_key(run.run_id, stage_identity(lowered, stage, dataset.dataset_id, parent)[1])
-        failure = None if run.is_unstored(parent) else _known_failure(run.store, key)
-        if failure is None:
+        lowered_rate = peak_learning_rate(lowered.profile, stage)
+        identity = stage_identity(lowered, stage, dataset_id, parent, at_own_rate=own)
+        key = diverged_key(run.run_id, identity.fingerprint)
+        failure = None if run.is_unstored(parent) else find_json(run.store, key)
+        if failure is None or not {"learning_rate", "message"} <= failure.keys():  # a damaged record costs one attempt
             variant: dict[str, Any] = {}
             if attempt:
-                variant = {"variant_of": own, "divergence": _divergence(run.profile, lowered.profile, stage, failures)}
+                divergence = {
+                    "attempts": attempt,
+                    "learning_rate": lowered_rate,
+                    "learning_rate_factor": lowered_rate / rate,
+                    "profile_learning_rate": rate,
+                    "failures": [failure["message"] for failure in failures],
+                }
+                variant = {"variant_of": own.fingerprint, "divergence": divergence}
             try:
-                return train_stage(lowered, stage, dataset, parent, on_event=on_event, provenance=provenance, **variant)
+                return train(lowered, identity=identity, **variant)
             except DivergedError as error:
-                failure = _failure(stage, lowered.profile, error)
+                failure = {"stage": stage.name, "learning_rate": lowered_rate, "message": str(error)}
                 if parent is not None:
-                    run.wait_until_stored(parent)  # or it would be held against another result of the parent
+                    run.publisher.wait(parent)  # or it would be held against another result of the parent
                 put_json(run.store, key, failure)
                 on_event({"event": "diverged", **failure, "attempt": attempt + 1, "attempts": policy.max_retries + 1})
         failures.append(failure)
-    raise _exhausted(run, stage, failures)
+    rates = ", ".join(f"{failure['learning_rate']:.3g}" for failure in failures)
+    raise DivergedError(
+        f"Stage {stage.name} of run {run.run_id!r} diverged at every learning rate tried ({rates}); nothing of it was "
+        "committed. Raise divergence.max_retries or lower divergence.factor and run again, or branch from an earlier "
+        f"checkpoint with other settings. To try the same rates once more, delete "
+        f"{run.store.uri}/{diverged_key(run.run_id, '')[: -len('.json')]}.\n  First failure: {failures[0]['message']}"
+    )
 
 
 def lower_learning_rate(profile: Profile, stage: Stage, attempt: int) -> Profile:
     """Return the profile of attempt k of a stage, from 0: its peak learning rate times factor^k, nothing else."""
-    rates = {
-        "learning_rate": profile.optimizer.learning_rate,
-        "warm_start_learning_rate": profile.warm_start_learning_rate,
-    }
     if attempt == 0:
         return profile
-    rates["warm_start_learning_rate" if stage.kind == "warm_start" else "learning_rate"] *= (
-        profile.divergence.factor**attempt
-    )
-    return profile.model_copy(update={"optimizer": profile.optimizer.model_copy(update=rates)})
+    optimizer = profile.optimizer.model_copy(update={"warm_start_learning_rate": profile.warm_start_learning_rate})
+    key = "warm_start_learning_rate" if stage.kind == "warm_start" else "learning_rate"
+    rate = peak_learning_rate(profile, stage) * profile.divergence.factor**attempt
+    return profile.model_copy(update={"optimizer": optimizer.model_copy(update={key: rate})})
 
 
 def divergence_text(record: Mapping[str, Any]) -> str:
@@ -91,34 +104,3 @@ def divergence_text(record: Mapping[str, Any]) -> str:
 def peak_learning_rate(profile: Profile, stage: Stage) -> float:
     """Return the peak learning rate of the stage's phase."""
     return profile.warm_start_learning_rate if stage.kind == "warm_start" else profile.optimizer.learning_rate
-
-
-def _divergence(profile: Profile, lowered: Profile, stage: Stage, failures: list[dict[str, Any]]) -> dict[str, Any]:
-    own, used = peak_learning_rate(profile, stage), peak_learning_rate(lowered, stage)
-    return {
-        "attempts": len(failures),
-        "learning_rate": used,
-        "learning_rate_factor": used / own,
-        "profile_learning_rate": own,
-        "failures": [failure["message"] for failure in failures],
-    }
-
-
-def _failure(stage: Stage, profile: Profile, error: DivergedError) -> dict[str, Any]:
-    return {"stage": stage.name, "learning_rate": peak_learning_rate(profile, stage), "message": str(error)}
-
-
-def _known_failure(store: ObjectStore, key: str) -> dict[str, Any] | None:
-    """Return what an earlier attempt left. A damaged record counts as none and costs one attempt."""
-    record = find_json(store, key) or {}
-    return record if {"learning_rate", "message"} <= record.keys() else None
-
-
-def _exhausted(run: Run, stage: Stage, failures: list[dict[str, Any]]) -> DivergedError:
-    rates = ", ".join(f"{failure['learning_rate']:.3g}" for failure in failures)
-    return DivergedError(
-        f"Stage {stage.name} of run {run.run_id!r} diverged at every learning rate tried ({rates}); nothing of it was "
-        "committed. Raise divergence.max_retries or lower divergence.factor and run again, or branch from an earlier "
-        f"checkpoint with other settings. To try the same rates once more, delete "
-        f"{run.store.uri}/{diverged_key(run.run_id, '')[: -len('.json')]}.\n  First failure: {failures[0]['message']}"
-    )

@@ -8,12 +8,13 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
+from relora_train.checkpoints.fetch import files_in_stores
 from relora_train.checkpoints.layout import check_run_id
 from relora_train.checkpoints.lineage import CheckpointRef
 from relora_train.checkpoints.manifest import DatasetManifest, read_manifest
 from relora_train.errors import ObjectNotFoundError
 from relora_train.runs.run import DatasetRef, OnEvent, fetch_dataset, fetch_parent
-from relora_train.runs.workers import KeptWorker, run_worker
+from relora_train.runs.workers import Worker
 from relora_train.settings.keys import settings_digest
 from relora_train.settings.profile import Profile, profile_from_file
 from relora_train.storage.base import ObjectStore, find_json, parse_json, put_json
@@ -44,14 +45,16 @@ def dataset_of(checkpoint: CheckpointRef) -> DatasetRef:
     return DatasetRef(uri, store.uri, prefix, manifest)
 
 
+def profile_of(checkpoint: CheckpointRef) -> Profile:
+    """Return the resolved settings that a checkpoint was made with."""
+    fetch = files_in_stores(checkpoint_cache(checkpoint.manifest.run_id))
+    return profile_from_file(fetch(checkpoint, ["profile.json"]) / "profile.json")
+
+
 def score_checkpoint(checkpoint: CheckpointRef, *, on_event: OnEvent) -> EvaluationOutcome:
     """Score a checkpoint with its own profile on its own dataset; the record goes beside its run, and is reused."""
-    from relora_train.checkpoints.fetch import files_in_stores  # numpy
-
-    fetch = files_in_stores(checkpoint_cache(checkpoint.manifest.run_id))
-    profile = profile_from_file(fetch(checkpoint, ["profile.json"]) / "profile.json")
-    store, dataset = open_store(checkpoint.store_uri), dataset_of(checkpoint)
-    return evaluate_or_reuse(profile, checkpoint, dataset, store, on_event=on_event)
+    store = open_store(checkpoint.store_uri)
+    return evaluate_or_reuse(profile_of(checkpoint), checkpoint, dataset_of(checkpoint), store, on_event=on_event)
 
 
 def evaluate_or_reuse(
@@ -61,20 +64,20 @@ def evaluate_or_reuse(
     store: ObjectStore,
     *,
     on_event: OnEvent,
-    worker: KeptWorker | None = None,
+    worker: Worker | None = None,
 ) -> EvaluationOutcome:
     """Score a checkpoint on the validation split and sample from it, or return what was recorded for the same settings.
 
     Runs in a process of its own, or in the one that is kept; it loads the checkpoint with plain `from_pretrained`.
     """
     key = _key(profile, checkpoint, dataset)
-    recorded = _recorded(store, key, checkpoint)
-    if recorded is not None:
-        return recorded
+    if recorded := recorded_evaluation(profile, checkpoint, dataset, store):
+        return EvaluationOutcome(recorded, reused=True)
     name = f"{checkpoint.manifest.stage}-{checkpoint.fingerprint[:12]}-{short_digest(f'{store.uri}/{key}')}"
     with work_directory(checkpoint.manifest.run_id, f"evaluate-{name}") as work:
-        if work.waited and (recorded := _recorded(store, key, checkpoint)):  # by the process that was waited for
-            return recorded
+        # The process that was waited for may have scored it.
+        if work.waited and (recorded := recorded_evaluation(profile, checkpoint, dataset, store)):
+            return EvaluationOutcome(recorded, reused=True)
         request = EvaluationRequest(
             profile=profile,
             checkpoint_directory=fetch_parent(checkpoint),
@@ -82,8 +85,8 @@ def evaluate_or_reuse(
             result_path=work.path / "result.json",
             sequences=profile.evaluation.final_sequences,
         )
-        run_in_worker = worker.run if worker is not None else run_worker
-        run_in_worker("relora_train.training.evaluate", request, work.path / "request.json", on_event=on_event)
+        path, worker = work.path / "request.json", worker or Worker()
+        worker.run("relora_train.training.evaluate", request, path, on_event=on_event)
         record = {
             "checkpoint_uri": checkpoint.uri,
             "run_id": checkpoint.manifest.run_id,
@@ -100,8 +103,8 @@ def recorded_evaluation(
     profile: Profile, checkpoint: CheckpointRef, dataset: DatasetRef, store: ObjectStore
 ) -> dict[str, Any] | None:
     """Return what evaluate_or_reuse would reuse, or None if it would score."""
-    found = _recorded(store, _key(profile, checkpoint, dataset), checkpoint)
-    return None if found is None else found.record
+    record = find_json(store, _key(profile, checkpoint, dataset))  # a damaged one costs another evaluation
+    return None if record is None else {**record, "checkpoint_uri": checkpoint.uri}  # the store may have moved
 
 
 def recorded_evaluations(store: ObjectStore, line: Sequence[CheckpointRef]) -> list[dict[str, Any]]:
@@ -113,13 +116,6 @@ def recorded_evaluations(store: ObjectStore, line: Sequence[CheckpointRef]) -> l
                 record = parse_json(store.get_bytes(info.key)[0])
                 newest[record["checkpoint_uri"]] = record
     return [newest[ref.uri] for ref in line if ref.uri in newest]
-
-
-def _recorded(store: ObjectStore, key: str, checkpoint: CheckpointRef) -> EvaluationOutcome | None:
-    record = find_json(store, key)  # a damaged one costs another evaluation
-    if record is None:
-        return None
-    return EvaluationOutcome({**record, "checkpoint_uri": checkpoint.uri}, reused=True)  # the store may have moved
 
 
 def _key(profile: Profile, checkpoint: CheckpointRef, dataset: DatasetRef) -> str:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from relora_train.checkpoints.lineage import CheckpointRef, is_left_behind, result_for
 from relora_train.checkpoints.manifest import find_dataset, hash_file
@@ -18,66 +18,31 @@ from relora_train.settings.model import ModelConfig
 from relora_train.storage.opening import open_store
 
 
-def find_stage(run: Run, stage: Stage, dataset_id: str, parent: CheckpointRef | None) -> CheckpointRef | None:
-    """Return the stage's committed checkpoint or the variant that took its place, or None if it has yet to be trained.
+class StageIdentity(NamedTuple):
+    """All that a stage's result depends on."""
 
-    A pruned one counts as trained, with `is_pruned`, as long as something that came from it is there.
-    While the store cannot be read and the parent has yet to be stored, the answer is None: training goes on.
-    Raises RunSettingsChangedError if this run holds a checkpoint of the same stage made with other settings.
+    settings: dict[str, Any]
+    fingerprint: str
+
+
+def stage_identity(
+    run: Run,
+    stage: Stage,
+    dataset_id: str,
+    parent: CheckpointRef | None,
+    *,
+    at_own_rate: StageIdentity | None = None,
+) -> StageIdentity:
+    """Return the stage's settings and their fingerprint. Without a parent this reads a local model.pretrained whole.
+
+    at_own_rate: the identity of the same stage at another learning rate, so that nothing is read.
     """
-    return find_identified(run, stage, parent, *stage_identity(run, stage, dataset_id, parent))
-
-
-def find_identified(
-    run: Run, stage: Stage, parent: CheckpointRef | None, settings: dict[str, Any], fingerprint: str
-) -> CheckpointRef | None:
-    """Do what find_stage does, given the stage's identity: making one reads every byte of a local model.pretrained."""
-    try:
-        refs = run.checkpoints.history()
-        present = [ref for ref in refs if not ref.is_pruned]
-        found = result_for(fingerprint, present, run.checkpoints.head(missing_ok=True))
-        if found is None:
-            found = run.checkpoints.find_pruned(fingerprint)
-    except (AccessDeniedError, StoreUnavailableError):
-        if run.is_unstored(parent):
-            return None
-        raise
-    if found is None and run.branches:
-        _check_same_origin(run, parent, refs)
-    elif found is None:
-        for other in refs:
-            same_place = other.step == stage.end_step or other.manifest.stage == stage.name
-            if same_place and not is_left_behind(other, parent, refs):
-                raise _settings_changed(run, stage, settings, other)
-    return found
-
-
-def check_settings(run: Run, stages: Iterable[Stage]) -> None:
-    """Raise RunSettingsChangedError if the run's stages were made with other settings. The data are not compared.
-
-    For a run that does not branch, before anything starts: it takes seconds. The flow looks again, with its data.
-    """
-    parent, refs = None, run.checkpoints.history()
-    for stage in stages:
-        data = {ref.manifest.fingerprint_settings.get("dataset_id") for ref in refs if ref.manifest.stage == stage.name}
-        refusal, found = None, None
-        for dataset_id in filter(None, data):
-            try:
-                found = found or find_stage(run, stage, dataset_id, parent)
-            except RunSettingsChangedError as error:
-                refusal = error
-        if found is None and refusal is not None:
-            raise refusal
-        if found is None:
-            return
-        parent = found
-
-
-def stage_identity(run: Run, stage: Stage, dataset_id: str, parent: CheckpointRef | None) -> tuple[dict[str, Any], str]:
-    """Return the stage's settings and their fingerprint."""
-    content = None if parent else pretrained_content(run.profile.model)
+    if at_own_rate is not None:
+        content = at_own_rate.settings.get("model.pretrained_content")
+    else:
+        content = None if parent else pretrained_content(run.profile.model)
     settings = fingerprint_settings(run.profile, stage, dataset_id, pretrained_content=content)
-    return settings, stage_fingerprint(settings, parent.fingerprint if parent else None)
+    return StageIdentity(settings, stage_fingerprint(settings, parent.fingerprint if parent else None))
 
 
 def pretrained_content(model: ModelConfig) -> str | None:
@@ -92,21 +57,73 @@ def pretrained_content(model: ModelConfig) -> str | None:
     return settings_digest({path.name: hash_file(path) for path in files})
 
 
-def _check_same_origin(run: Run, parent: CheckpointRef | None, refs: Sequence[CheckpointRef]) -> None:
-    """Raise RunSettingsChangedError for a branch from another run into a run that it did not start."""
-    if parent is None or parent.manifest.run_id == run.run_id or not refs:
-        return
-    origins = {ref.manifest.parent.fingerprint for ref in refs if ref.manifest.parent}
-    if parent.fingerprint not in origins:
-        raise RunSettingsChangedError(
-            f"Run {run.run_id!r} in {run.store_uri} holds checkpoints, and they did not start from {parent.uri}. "
-            "Nothing was changed. Give the branch a run of its own: another --run-id, or none."
-        )
+def find_stage(run: Run, stage: Stage, parent: CheckpointRef | None, identity: StageIdentity) -> CheckpointRef | None:
+    """Return the stage's committed checkpoint or the variant that took its place, or None if it has yet to be trained.
+
+    A pruned one counts as trained, with `is_pruned`, as long as something that came from it is there.
+    While the store cannot be read and the parent has yet to be stored, the answer is None: training goes on.
+    Raises RunSettingsChangedError if this run holds a checkpoint of the same stage made with other settings, or if it
+    was not begun from the checkpoint that it is to branch from.
+    """
+    try:
+        refs = run.checkpoints.history()
+        present = [ref for ref in refs if not ref.is_pruned]
+        found = result_for(identity.fingerprint, present, run.checkpoints.head(missing_ok=True))
+        if found is None:
+            found = run.checkpoints.find_pruned(identity.fingerprint)
+    except (AccessDeniedError, StoreUnavailableError):
+        if run.is_unstored(parent):
+            return None
+        raise
+    if found is not None:
+        return found
+    if not run.branches:
+        for other in refs:
+            same_place = other.step == stage.end_step or other.manifest.stage == stage.name
+            if same_place and not is_left_behind(other, parent, refs):
+                raise _settings_changed(run, stage, identity.settings, other)
+    elif parent is not None and parent.manifest.run_id != run.run_id and refs:
+        origins = {ref.manifest.parent.fingerprint for ref in refs if ref.manifest.parent}
+        if parent.fingerprint not in origins:
+            raise RunSettingsChangedError(
+                f"Run {run.run_id!r} in {run.store_uri} holds checkpoints, and they did not start from {parent.uri}. "
+                "Nothing was changed. Give the branch a run of its own: another --run-id, or none."
+            )
+    return None
+
+
+def check_settings(run: Run, stages: Iterable[Stage]) -> None:
+    """Raise RunSettingsChangedError if the run's stages were made with other settings. The data are not compared.
+
+    For a run that does not branch, before anything starts: it takes seconds. The flow looks again, with its data.
+    """
+    parent, refs = None, run.checkpoints.history()
+    for stage in stages:
+        data = {ref.manifest.fingerprint_settings.get("dataset_id") for ref in refs if ref.manifest.stage == stage.name}
+        refusal, found = None, None
+        for dataset_id in filter(None, data):
+            try:
+                found = found or find_stage(run, stage, parent, stage_identity(run, stage, dataset_id, parent))
+            except RunSettingsChangedError as error:
+                refusal = error
+        if found is None and refusal is not None:
+            raise refusal
+        if found is None:
+            return
+        parent = found
 
 
 def _settings_changed(run: Run, stage: Stage, ours: dict[str, Any], other: CheckpointRef) -> RunSettingsChangedError:
-    lines = differing_settings(ours, other.manifest.fingerprint_settings) or ["the checkpoint it started from"]
-    lines = [text for line in lines for text in (_dataset_changes(run, other, line) or [line])]
+    lines = []
+    for line in differing_settings(ours, other.manifest.fingerprint_settings) or ["the checkpoint it started from"]:
+        changes: list[str] = []
+        if line.startswith("dataset_id: "):  # say how the two differ, if both are still there
+            theirs, now = line.removeprefix("dataset_id: ").split(" -> ")
+            root, _, place = other.manifest.dataset_uri.rpartition("/datasets/")
+            before = find_dataset(open_store(root), place.split("/")[0], theirs)
+            after = find_dataset(run.store, run.profile.data.name, now)
+            changes = dataset_changes(before, after) if before and after else []
+        lines += changes or [line]
     shown = "\n".join(f"  - {line}" for line in lines)
     return RunSettingsChangedError(
         f"Run {run.run_id!r} already holds stage {other.manifest.stage} made with other settings ({other.uri}).\n"
@@ -115,15 +132,3 @@ def _settings_changed(run: Run, stage: Stage, ours: dict[str, Any], other: Check
         f"checkpoint with --resume-from, e.g. --resume-from {run.run_id}@{other.manifest.stage}. "
         f"More cycles for this run: --run-id {run.run_id} --resume-from {run.run_id}@latest --set schedule.cycles=N."
     )
-
-
-def _dataset_changes(run: Run, other: CheckpointRef, line: str) -> list[str]:
-    """Say how two datasets differ, if the line is about their ids and both are still there."""
-    key, _, ids = line.partition(": ")
-    if key != "dataset_id":
-        return []
-    root, _, place = other.manifest.dataset_uri.rpartition("/datasets/")
-    theirs, ours = ids.split(" -> ")
-    found = find_dataset(open_store(root), place.split("/")[0], theirs)
-    now = find_dataset(run.store, run.profile.data.name, ours)
-    return dataset_changes(found, now) if found and now else []

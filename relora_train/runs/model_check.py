@@ -6,12 +6,11 @@ This module checks all that needs no torch. A worker process finds out the rest 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from relora_train.checkpoints.lineage import CheckpointRef
 from relora_train.method.stages import Stage
 from relora_train.runs.run import OnEvent, Run
-from relora_train.runs.workers import run_worker
 from relora_train.settings.profile import Profile
 from relora_train.storage.opening import open_store
 from relora_train.storage.workspace import short_digest, work_directory
@@ -30,11 +29,7 @@ def check_settings(profile: Profile) -> bool:
         return profile.model.pretrained is None
     if profile.model.pretrained is None:  # its layers are the same whatever the tokenizer, which may lie on a hub
         profile = profile.model_copy(update={"model": profile.model.model_copy(update={"vocab_size": 2})})
-    try:
-        _check_layers(profile, model_shape(profile))
-    except ShapeUnknownError:
-        return False
-    return profile.model.pretrained is None
+    return _knows_layers(profile, lambda: model_shape(profile)) and profile.model.pretrained is None
 
 
 def check_run(run: Run, stages: Sequence[Stage], parent: CheckpointRef | None, *, on_event: OnEvent) -> None:
@@ -52,7 +47,8 @@ def check_run(run: Run, stages: Sequence[Stage], parent: CheckpointRef | None, *
         pass
     else:
         config, _ = open_store(parent.store_uri).get_bytes(f"{parent.prefix}/config.json")
-        known = _knows_layers(profile, config, parent.uri)
+        content, uri = json.loads(config), parent.uri
+        known = _knows_layers(profile, lambda: shape_of_config(content, uri))
     asks_for_devices = launch.device == "cuda" or (launch.device == "auto" and launch.nproc_per_node != 1)
     if known and not asks_for_devices:
         return
@@ -61,17 +57,14 @@ def check_run(run: Run, stages: Sequence[Stage], parent: CheckpointRef | None, *
         if config is not None:
             (work.path / "config.json").write_bytes(config)
             request = request.model_copy(update={"config_directory": work.path})
-        path, run_in_worker = work.path / "request.json", run.worker.run if run.worker is not None else run_worker
-        run_in_worker("relora_train.training.model_check_worker", request, path, on_event=on_event)
+        path = work.path / "request.json"
+        run.worker.run("relora_train.training.model_check_worker", request, path, on_event=on_event)
 
 
-def _knows_layers(profile: Profile, config: bytes, where: str) -> bool:
+def _knows_layers(profile: Profile, shape: Callable[[], ModelShape]) -> bool:
+    """Check the layers that would be wrapped; return False if their shapes are not known without torch."""
     try:
-        _check_layers(profile, shape_of_config(json.loads(config), where))
+        wrapped_layers(shape(), target_modules=profile.relora.target_modules, rank=profile.relora.rank)
     except ShapeUnknownError:
         return False
     return True
-
-
-def _check_layers(profile: Profile, shape: ModelShape) -> None:
-    wrapped_layers(shape, target_modules=profile.relora.target_modules, rank=profile.relora.rank)

@@ -119,6 +119,11 @@ class Publisher(Background):
         with self._changed:
             return next((one for one in self._publications if one.checkpoint.fingerprint == fingerprint), None)
 
+    @property
+    def has_started(self) -> bool:
+        """True once the block has begun: the thread takes what is offered."""
+        return self._thread.ident is not None
+
     def is_stored(self, checkpoint: CheckpointRef) -> bool:
         """Return True if the store holds the checkpoint. One that was never offered came from there."""
         publication = self.find(checkpoint.fingerprint)
@@ -227,12 +232,10 @@ class Publisher(Background):
 
 
 @contextlib.contextmanager
-def publishing(store: ObjectStore) -> Iterator[Publisher | None]:
-    """Yield a publisher for the length of the block, or None for a store on this machine: nothing would be gained."""
-    if not store.is_remote:
-        yield None
-        return
-    with Publisher() as publisher:
+def publishing(store: ObjectStore) -> Iterator[Publisher]:
+    """Yield a publisher for the length of the block. For a store on this machine it never starts: nothing is gained."""
+    publisher = Publisher()
+    with publisher if store.is_remote else contextlib.nullcontext():
         yield publisher
 
 

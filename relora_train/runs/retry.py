@@ -13,30 +13,25 @@ complete and usable by its URI, but off the run's line; the run's own command tr
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
 
-from relora_train.checkpoints.fetch import fetch_bundle
 from relora_train.checkpoints.layout import split_checkpoint_uri
 from relora_train.checkpoints.lease import Lease, hold_run
 from relora_train.checkpoints.lineage import CheckpointRef, descendants, read_checkpoint
-from relora_train.checkpoints.manifest import RECORD_FILES, CheckpointManifest, parse_manifest
+from relora_train.checkpoints.manifest import RECORD_FILES, CheckpointManifest
 from relora_train.checkpoints.names import read_checkpoints
 from relora_train.checkpoints.run import CheckpointStore
-from relora_train.errors import CheckpointIncompleteError, CheckpointNotFoundError, ConfigError, ObjectNotFoundError
+from relora_train.errors import CheckpointNotFoundError, ConfigError, ObjectNotFoundError
 from relora_train.method.fingerprint import stage_fingerprint
 from relora_train.method.stages import Stage
-from relora_train.runs.evaluations import dataset_of
-from relora_train.runs.find import stage_identity
-from relora_train.runs.run import DatasetRef, OnEvent, Run, fetch_dataset, fetch_parent
-from relora_train.runs.workers import nodes_of, run_worker
+from relora_train.runs.evaluations import dataset_of, profile_of
+from relora_train.runs.find import StageIdentity, stage_identity
+from relora_train.runs.run import OnEvent, Run
+from relora_train.runs.train import run_trainer, stage_request
 from relora_train.settings.keys import differing_settings, settings_digest
-from relora_train.settings.profile import Profile, profile_from_file
 from relora_train.storage.opening import open_store
-from relora_train.storage.workspace import checkpoint_cache, work_directory
-from relora_train.training.requests import StageRequest
+from relora_train.storage.workspace import work_directory
 
 _RETRY = "retry"
 _DESCRIPTIONS = ("adapter/README.md", "adapter/adapter_config.json")
@@ -74,52 +69,48 @@ def retry_stage(checkpoint: CheckpointRef, *, on_event: OnEvent, replace: bool =
     before any work for a checkpoint off its run's line. Raises CheckpointNotFoundError or ObjectNotFoundError when its
     parent or dataset is gone.
     """
+    manifest, store = checkpoint.manifest, open_store(checkpoint.store_uri)
+    held = CheckpointStore(store, manifest.run_id)
     if replace:
-        _require_on_line(checkpoint)
-    profile, parent, dataset = profile_of(checkpoint), parent_of(checkpoint), dataset_of(checkpoint)
-    stage = stage_of(checkpoint.manifest)
-    run = Run(checkpoint.manifest.run_id, checkpoint.store_uri, profile)
-    _require_same_settings(run, stage, dataset, parent, checkpoint)
+        end = held.latest() if checkpoint.prefix else None
+        if end is None or checkpoint.uri not in {ref.uri for ref in held.ancestry(end)}:
+            raise ConfigError(
+                f"{checkpoint.uri} is not on the line of run {manifest.run_id!r}, so nothing of the run depends on it. "
+                "Retry it without --replace, or branch from its parent with --resume-from."
+            )
+    run = Run(manifest.run_id, checkpoint.store_uri, profile_of(checkpoint))
+    parent, dataset, stage = parent_of(checkpoint), dataset_of(checkpoint), stage_of(manifest)
+    ours = stage_identity(run, stage, dataset.dataset_id, parent).settings
+    theirs = {key: value for key, value in manifest.fingerprint_settings.items() if key != _RETRY}
+    if lines := differing_settings(ours, theirs):
+        shown = "".join(f"\n  - {line}" for line in lines)
+        raise ConfigError(
+            f"The settings of {checkpoint.uri} are not what its profile.json means to this version (there -> now):"
+            f"{shown}\nRetry it with the version that made it: {manifest.versions.get('relora-train', '?')}."
+        )
     writer: AbstractContextManager[Lease | None] = nullcontext()
     if replace:
-        writer = hold_run(run.store, run.run_id, depends_on=[checkpoint.uri])
+        writer = hold_run(store, run.run_id, depends_on=[checkpoint.uri])
     with writer as lease, work_directory(run.run_id, f"retry-{stage.name}-{checkpoint.fingerprint[:12]}") as work:
-        directory = work.path
-        shutil.rmtree(directory / "checkpoint", ignore_errors=True)  # of a retry that was stopped: it proves nothing
-        request = StageRequest(
-            run_id=run.run_id,
-            profile=profile,
-            stage=stage,
-            fingerprint=checkpoint.fingerprint,
-            fingerprint_settings=checkpoint.manifest.fingerprint_settings,
-            variant_of=checkpoint.manifest.variant_of,
-            divergence=checkpoint.manifest.divergence,
-            parent=checkpoint.manifest.parent,
-            parent_directory=fetch_parent(parent) if parent else None,
-            source_dtype=checkpoint.manifest.source_dtype,
-            dataset_uri=dataset.uri,
-            dataset_id=dataset.dataset_id,
-            dataset_directory=fetch_dataset(dataset),
-            output_directory=directory / "checkpoint",
-        )
-        run_worker(
-            "relora_train.training.trainer",
-            request,
-            directory / "request.json",
-            on_event=on_event,
-            nproc_per_node=profile.launch.nproc_per_node,
-            nodes=nodes_of(profile.launch),
-        )
-        path = request.output_directory / "manifest.json"
-        made = parse_manifest(CheckpointManifest, path.read_bytes(), uri=path.as_uri())
-        differing = differing_files(made, checkpoint.manifest)
-        replacement = None
+        shutil.rmtree(work.path / "checkpoint", ignore_errors=True)  # of a retry that was stopped: it proves nothing
+        identity = StageIdentity(manifest.fingerprint_settings, checkpoint.fingerprint)
+        variant = {"variant_of": manifest.variant_of, "divergence": manifest.divergence}
+        request = stage_request(run, stage, identity, dataset, parent, work.path, **variant)
+        made = run_trainer(run, request, work.path, on_event)
+        differing, replacement = differing_files(made, manifest), None
         if lease is not None and differing:
             lease.check()
-            held = CheckpointStore(open_store(checkpoint.store_uri), run.run_id)
-            replacement = held.commit(request.output_directory, _as_variant(made, checkpoint))
+            # The new attempt gets a fingerprint of its own, which follows from its bytes.
+            content = {entry.path: entry.sha256 for entry in made.files if entry.path not in RECORD_FILES}
+            settings = {**made.fingerprint_settings, _RETRY: settings_digest(content)[:16]}
+            update = {
+                "fingerprint": stage_fingerprint(settings, made.parent.fingerprint if made.parent else None),
+                "fingerprint_settings": settings,
+                "variant_of": checkpoint.result_of,
+            }
+            replacement = held.commit(request.output_directory, made.model_copy(update=update))
             held.set_head(replacement)
-    below = descendants(checkpoint, read_checkpoints(open_store(checkpoint.store_uri)))
+    below = descendants(checkpoint, read_checkpoints(store))
     return RetryOutcome(checkpoint, differing, made.evaluation, tuple(below), replacement)
 
 
@@ -138,56 +129,6 @@ def differing_files(ours: CheckpointManifest, theirs: CheckpointManifest) -> tup
     one, two = ({entry.path: entry.sha256 for entry in manifest.files} for manifest in (ours, theirs))
     return tuple(
         sorted(name for name in {*one, *two} - {*RECORD_FILES, *_DESCRIPTIONS} if one.get(name) != two.get(name))
-    )
-
-
-def _as_variant(made: CheckpointManifest, checkpoint: CheckpointRef) -> CheckpointManifest:
-    """Return the new attempt under a fingerprint of its own, which follows from its bytes."""
-    content = settings_digest({entry.path: entry.sha256 for entry in made.files if entry.path not in RECORD_FILES})
-    settings: dict[str, Any] = {**made.fingerprint_settings, _RETRY: content[:16]}
-    fingerprint = stage_fingerprint(settings, made.parent.fingerprint if made.parent else None)
-    update = {
-        "fingerprint": fingerprint,
-        "fingerprint_settings": settings,
-        "variant_of": checkpoint.result_of,
-    }
-    return made.model_copy(update=update)
-
-
-def _require_on_line(checkpoint: CheckpointRef) -> None:
-    held = CheckpointStore(open_store(checkpoint.store_uri), checkpoint.manifest.run_id)
-    end = held.latest() if checkpoint.prefix else None
-    line: Sequence[CheckpointRef] = held.ancestry(end) if end else ()
-    if checkpoint.uri not in {ref.uri for ref in line}:
-        raise ConfigError(
-            f"{checkpoint.uri} is not on the line of run {checkpoint.manifest.run_id!r}, so nothing of the run depends "
-            "on it. Retry it without --replace, or branch from its parent with --resume-from."
-        )
-
-
-def _require_same_settings(
-    run: Run, stage: Stage, dataset: DatasetRef, parent: CheckpointRef | None, checkpoint: CheckpointRef
-) -> None:
-    """Raise ConfigError if settings mean something else today: a retry would prove nothing."""
-    ours = stage_identity(run, stage, dataset.dataset_id, parent)[0]
-    theirs = {key: value for key, value in checkpoint.manifest.fingerprint_settings.items() if key != _RETRY}
-    if lines := differing_settings(ours, theirs):
-        shown = "".join(f"\n  - {line}" for line in lines)
-        raise ConfigError(
-            f"The settings of {checkpoint.uri} are not what its profile.json means to this version (there -> now):"
-            f"{shown}\nRetry it with the version that made it: {checkpoint.manifest.versions.get('relora-train', '?')}."
-        )
-
-
-def profile_of(checkpoint: CheckpointRef) -> Profile:
-    """Return the resolved settings that a checkpoint was made with."""
-    entries = tuple(entry for entry in checkpoint.manifest.files if entry.path == "profile.json")
-    if not entries:
-        raise CheckpointIncompleteError(f"{checkpoint.uri} holds no profile.json, so its stage cannot be retried.")
-    part = checkpoint.manifest.model_copy(update={"files": entries})
-    directory = checkpoint_cache(checkpoint.manifest.run_id) / f"profile-{checkpoint.fingerprint[:12]}"
-    return profile_from_file(
-        fetch_bundle(open_store(checkpoint.store_uri), checkpoint.prefix, part, directory) / "profile.json"
     )
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -16,13 +16,13 @@ from relora_train.checkpoints.fetch import fetch_bundle, fetch_checkpoint
 from relora_train.checkpoints.layout import dataset_prefix, split_checkpoint_uri
 from relora_train.checkpoints.lease import Lease, hold_run
 from relora_train.checkpoints.lineage import CheckpointRef, read_checkpoint, removal_at
-from relora_train.checkpoints.manifest import DatasetManifest, find_dataset
+from relora_train.checkpoints.manifest import DatasetManifest
 from relora_train.checkpoints.run import CheckpointStore
 from relora_train.checkpoints.view import RunView
 from relora_train.errors import CheckpointNotFoundError, ReLoRAError
 from relora_train.events import Event
 from relora_train.runs.publishing import Publisher, publishing
-from relora_train.runs.workers import KeptWorker, kept_worker
+from relora_train.runs.workers import Worker
 from relora_train.settings.keys import settings_digest
 from relora_train.settings.profile import Profile, default_run_id
 from relora_train.storage.base import ObjectStore
@@ -46,10 +46,10 @@ class Run:
     """True: started from a named checkpoint. Other settings are then meant, and live beside the run's own line."""
     lease: Lease | None = field(default=None, compare=False, repr=False)
     """Proof that this process is the run's one writer; None for a reader."""
-    worker: KeptWorker | None = field(default=None, compare=False, repr=False)
-    """The process that trains its stages; None for a process of its own each."""
-    publisher: Publisher | None = field(default=None, compare=False, repr=False)
-    """Stores checkpoints while later stages train; None to store each one before the next stage."""
+    worker: Worker = field(default_factory=Worker, compare=False, repr=False)
+    """Trains its stages."""
+    publisher: Publisher = field(default_factory=Publisher, compare=False, repr=False)
+    """Stores checkpoints while later stages train; one that never started leaves each to its own stage."""
     view: RunView | None = field(default=None, compare=False, repr=False)
     """The run as its flow knows it; None to ask the store at every question."""
 
@@ -61,16 +61,6 @@ class Run:
     def checkpoints(self) -> CheckpointStore:
         return self.view or CheckpointStore(self.store, self.run_id)
 
-    def start_worker(self) -> None:
-        """Start the reusable worker in the background, if there is one."""
-        if self.worker is not None:
-            self.worker.start(self.profile)
-
-    def close(self) -> None:
-        """End the reusable worker, if there is one: it holds memory of the device."""
-        if self.worker is not None:
-            self.worker.close()
-
     def check_lease(self) -> None:
         """Return only if no other flow writes this run by now; see Lease.check."""
         if self.lease is not None:
@@ -80,16 +70,11 @@ class Run:
         """Raise if the result of the current work can no longer be committed."""
         if self.lease is not None:
             self.lease.raise_if_lost()
-        if self.publisher is not None:
-            self.publisher.raise_if_superseded()
+        self.publisher.raise_if_superseded()
 
     def is_unstored(self, checkpoint: CheckpointRef | None) -> bool:
         """Return True if the checkpoint is still on its way into the store, where nothing made from it can be yet."""
-        return self.publisher is not None and checkpoint is not None and not self.publisher.is_stored(checkpoint)
-
-    def wait_until_stored(self, checkpoint: CheckpointRef) -> CheckpointRef:
-        """Return the checkpoint as the store holds it, once it does; see Publisher.wait."""
-        return checkpoint if self.publisher is None else self.publisher.wait(checkpoint)
+        return checkpoint is not None and not self.publisher.is_stored(checkpoint)
 
 
 @contextmanager
@@ -100,7 +85,7 @@ def session(run: Run, *, depends_on: Sequence[str] = ()) -> Iterator[Run]:
     """
     with (
         hold_run(run.store, run.run_id, depends_on=depends_on) as lease,
-        kept_worker() as worker,
+        closing(Worker(keeps=True)) as worker,
         publishing(run.store) as publisher,
     ):
         view = RunView(run.store, run.run_id)
@@ -146,12 +131,6 @@ def choose_run_id(profile: Profile, parent: CheckpointRef | None) -> str:
     return f"{profile.name}-{settings_digest({'run': own, 'parent': parent.fingerprint})[:8]}"
 
 
-def find_committed_dataset(store: ObjectStore, name: str, dataset_id: str) -> DatasetRef | None:
-    """Return the dataset of exactly this id, or None."""
-    manifest = find_dataset(store, name, dataset_id)
-    return None if manifest is None else dataset_ref(store, manifest)
-
-
 def dataset_ref(store: ObjectStore, manifest: DatasetManifest) -> DatasetRef:
     prefix = dataset_prefix(manifest.name, manifest.dataset_id)
     return DatasetRef(f"{store.uri}/{prefix}", store.uri, prefix, manifest)
@@ -180,9 +159,11 @@ def line_of(checkpoint: CheckpointRef | None, *, run: Run | None = None) -> list
     line: list[CheckpointRef] = []
     current = checkpoint
     while current is not None:
-        of_run = run is not None and (run.run_id, run.store.uri) == (current.manifest.run_id, current.store_uri)
-        known = run.checkpoints if run and of_run else None
-        known = known or CheckpointStore(open_store(current.store_uri), current.manifest.run_id)
+        run_id, store_uri = current.manifest.run_id, current.store_uri
+        if run is not None and (run.run_id, run.store.uri) == (run_id, store_uri):
+            known = run.checkpoints
+        else:
+            known = CheckpointStore(open_store(store_uri), run_id)
         line = [*known.ancestry(current), *line]
         parent, current = line[0].manifest.parent, None
         if parent is not None and parent.fingerprint not in {ref.fingerprint for ref in line}:

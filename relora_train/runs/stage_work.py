@@ -6,9 +6,7 @@ import logging
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from relora_train import events
 from relora_train.checkpoints.commit import remove_leftovers
@@ -19,7 +17,8 @@ from relora_train.checkpoints.manifest import MANIFEST_NAME, CheckpointManifest,
 from relora_train.checkpoints.snapshots import remove_snapshots
 from relora_train.errors import CheckpointError, ReLoRAError
 from relora_train.method.stages import Stage
-from relora_train.runs.publishing import Publication, Publisher
+from relora_train.runs.publishing import Publication
+from relora_train.runs.run import Run, StageOutcome
 from relora_train.storage.durable import sync_all
 from relora_train.storage.workspace import (
     WorkDirectory,
@@ -30,22 +29,12 @@ from relora_train.storage.workspace import (
 )
 from relora_train.training.requests import StageRequest
 
-if TYPE_CHECKING:
-    from relora_train.runs.run import Run
-
 _LOGGER = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class MadeStage:
-    """A stage whose trainer has committed its output on this machine's disk."""
-
-    manifest: CheckpointManifest
-    work: WorkDirectory
-
-    @property
-    def directory(self) -> Path:
-        return self.work.path / "checkpoint"
+def work_name(run: Run, stage: str, fingerprint: str) -> tuple[str, str]:
+    """Return the names of the work directory of a stage, or of the variant in its place."""
+    return run.run_id, f"{stage}-{fingerprint[:12]}-{short_digest(run.store.uri)}"
 
 
 def begin_work(directory: Path, stage: Stage, parent: CheckpointRef | None) -> None:
@@ -61,12 +50,6 @@ def begin_work(directory: Path, stage: Stage, parent: CheckpointRef | None) -> N
         )  # fmt: skip
 
 
-def committed_output(request: StageRequest) -> CheckpointManifest | None:
-    """Return the manifest that an attempt committed on this disk, or None."""
-    manifest = read_output(request.output_directory)
-    return manifest if manifest is not None and manifest.fingerprint == request.fingerprint else None
-
-
 def read_output(directory: Path) -> CheckpointManifest | None:
     """Return the manifest that a trainer committed in a directory on this disk, or None."""
     path = directory / MANIFEST_NAME
@@ -80,20 +63,16 @@ def left_output(request: StageRequest) -> CheckpointManifest | None:
     """
     directory = request.output_directory
     try:
-        manifest = committed_output(request)
-        if manifest is not None:
-            check_local(directory, manifest)
+        manifest = read_output(directory)
+        if manifest is None or manifest.fingerprint != request.fingerprint:
+            return None
+        check_local(directory, manifest)
     except CheckpointError as error:
         _LOGGER.warning("%s It was left on this machine by an earlier attempt; the stage is finished again.", error)
         (directory / MANIFEST_NAME).unlink()
         shutil.rmtree(directory)
         return None
     return manifest
-
-
-def work_name(run: Run, stage: str, fingerprint: str) -> tuple[str, str]:
-    """Return the names of the work directory of a stage, or of the variant in its place."""
-    return run.run_id, f"{stage}-{fingerprint[:12]}-{short_digest(run.store.uri)}"
 
 
 def remove_leftover_work(run: Run, checkpoint: CheckpointRef) -> None:
@@ -110,57 +89,53 @@ def remove_leftover_work(run: Run, checkpoint: CheckpointRef) -> None:
     try:
         left = read_output(work.path / "checkpoint")
         if left is not None and left.fingerprint == checkpoint.fingerprint and not checkpoint.is_pruned:
-            _cache_locally(run, left, work.path / "checkpoint", checkpoint)
+            run.checkpoints.keep(checkpoint, left, work.path / "checkpoint", checkpoint_cache(run.run_id))
     except CheckpointError as error:
         _LOGGER.debug("What was left in %s is of no use: %s", work.path, error)
     work.release(remove=True)
 
 
-def store_now(run: Run, made: MadeStage) -> CheckpointRef:
-    """Commit the checkpoint, or adopt another attempt's, and make it the run's head."""
-    checkpoint = _store(run, made)
-    _cache_locally(run, made.manifest, made.directory, checkpoint)
-    return checkpoint
+def store_output(run: Run, made: CheckpointManifest, work: WorkDirectory) -> StageOutcome:
+    """Commit a trainer's output, or adopt another attempt's, make it the run's head, and release the work directory.
 
-
-def _store(run: Run, made: MadeStage, still_wanted: Callable[[], None] = lambda: None) -> CheckpointRef:
-    def check() -> None:
-        still_wanted()
-        run.check_lease()
-
-    check()
-    checkpoint = run.checkpoints.commit(made.directory, made.manifest, check_lease=check)
-    check()
-    run.checkpoints.set_head(checkpoint)
-    _remove_snapshots(run, made.manifest.fingerprint)
-    return checkpoint
-
-
-def store_later(run: Run, publisher: Publisher, made: MadeStage) -> CheckpointRef:
-    """Hand the checkpoint over, once it is durable on this machine, and return it as it will be."""
-    sync_all(made.directory)
-    shutil.rmtree(made.work.path / "snapshots", ignore_errors=True)  # those in the store stay until it is stored
-    handed_over = time.monotonic()
+    If the run's publisher has started, hand it over once it is durable on this machine: it is not stored yet.
+    """
+    directory = work.path / "checkpoint"
 
     def store(still_wanted: Callable[[], None]) -> CheckpointRef:
-        checkpoint = _store(run, made, still_wanted)
+        def check() -> None:
+            still_wanted()
+            run.check_lease()
+
+        check()
+        checkpoint = run.checkpoints.commit(directory, made, check_lease=check)
+        check()
+        run.checkpoints.set_head(checkpoint)
+        _remove_snapshots(run, made.fingerprint)
+        return checkpoint
+
+    def finish(committed: CheckpointRef | None) -> None:
+        if committed is not None:  # its files in the cache spare the next reader on this machine a download
+            run.checkpoints.keep(committed, made, directory, checkpoint_cache(run.run_id))
+        work.release(remove=committed is not None)
+
+    if not run.publisher.has_started:
+        checkpoint = store(lambda: None)
+        finish(checkpoint)
+        return StageOutcome(checkpoint, reused=False)
+    sync_all(directory)
+    shutil.rmtree(work.path / "snapshots", ignore_errors=True)  # those in the store stay until it is stored
+    handed_over = time.monotonic()
+
+    def store_and_tell(still_wanted: Callable[[], None]) -> CheckpointRef:
+        checkpoint = store(still_wanted)
         seconds, stage = time.monotonic() - handed_over, checkpoint.manifest.stage
         events.emit("checkpoint_stored", stage=stage, step=checkpoint.step, uri=checkpoint.uri, seconds=seconds)
         return checkpoint
 
-    def finish(committed: CheckpointRef | None) -> None:
-        if committed is not None:
-            _cache_locally(run, made.manifest, made.directory, committed)
-        made.work.release(remove=committed is not None)
-
-    checkpoint = run.checkpoints.place_of(made.manifest)
-    publisher.offer(Publication(checkpoint, made.directory, store, run.store.cancel_uploads, finish))
-    return checkpoint
-
-
-def _cache_locally(run: Run, made: CheckpointManifest, directory: Path, checkpoint: CheckpointRef) -> None:
-    """Cache the files locally, which spares the next reader on this machine a download."""
-    run.checkpoints.keep(checkpoint, made, directory, checkpoint_cache(run.run_id))
+    checkpoint = run.checkpoints.place_of(made)
+    run.publisher.offer(Publication(checkpoint, directory, store_and_tell, run.store.cancel_uploads, finish))
+    return StageOutcome(checkpoint, reused=False, stored=False)
 
 
 def _remove_snapshots(run: Run, fingerprint: str) -> None:

@@ -6,10 +6,9 @@ diverged loss, a signal, a listener that fails, the end of this process: each en
 
 from __future__ import annotations
 
-import contextlib
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -23,10 +22,10 @@ from relora_train.settings.profile import Profile
 from relora_train.settings.running import LaunchConfig
 from relora_train.training.requests import EvaluationRequest, ModelCheckRequest, StageRequest
 
-WORKER = "relora_train.worker"
+_WORKER = "relora_train.worker"
 """The module as which every worker process starts, before that of its work."""
 
-_TRAINER = "relora_train.training.trainer"
+ONE_RANK = LaunchConfig()
 
 
 @dataclass(frozen=True)
@@ -40,13 +39,6 @@ class Nodes:
 
     wait_seconds: int = 600
     """The time for which this machine waits for the others."""
-
-
-def nodes_of(launch: LaunchConfig) -> Nodes | None:
-    """Return the machines that a profile asks for, seen from the flow's, or None for one machine."""
-    if launch.nnodes == 1 or launch.rdzv_endpoint is None:
-        return None
-    return Nodes(launch.nnodes, launch.rdzv_endpoint)
 
 
 def run_worker(
@@ -67,23 +59,39 @@ def run_worker(
 
     Raises the error the worker reported, else TrainerCrashedError with its exit status and last lines.
     """
-    _write_request(request, request_path)
-    worker = WorkerProcess(module, _command(module, request_path, nproc_per_node, nodes), keep_secrets=keep_secrets)
+    _write(request, request_path)
+    command = ["-m", _WORKER, module, "--request", str(request_path)]
+    if nproc_per_node != 1 or nodes is not None:
+        place = ["--standalone"]
+        if nodes is not None:
+            # Not the elastic backend: it would put the first rank, which speaks to the flow, on any of the machines.
+            place = [
+                "--rdzv-backend=static",
+                f"--rdzv-endpoint={nodes.rdzv_endpoint}",
+                f"--rdzv-conf=timeout={nodes.wait_seconds}",
+                f"--nnodes={nodes.nnodes}",
+                f"--node-rank={nodes.node_rank}",
+            ]
+        log_dir = request_path.parent / "torchrun"  # else each launch leaves a directory in the system's temporary one
+        ranks = [f"--nproc-per-node={nproc_per_node}", f"--log-dir={log_dir}"]
+        command = ["-m", _WORKER, "relora_train.runs.agent", *place, *ranks, *command]
+    worker = WorkerProcess(module, [sys.executable, *command], keep_secrets=keep_secrets)
     worker.listen(on_event)
     if not worker.ended_well:
         raise worker.error()
 
 
-class KeptWorker:
-    """Runs requests as run_worker does, and keeps the process from one to the next. For one thread at a time."""
+class Worker:
+    """Runs requests as run_worker does; if it `keeps` a process, each in that of the one before. For one thread."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, keeps: bool = False) -> None:
+        self._keeps = keeps
         self._worker: WorkerProcess | None = None
         self._kind: str | None = None
 
     def start(self, profile: Profile) -> None:
         """Start a process that imports what the profile's stages need, so that the first need not wait for it."""
-        if profile.launch.nproc_per_node == 1 and profile.launch.nnodes == 1:
+        if self._keeps and profile.launch.nproc_per_node == 1 and profile.launch.nnodes == 1:
             self._fit(profile)
 
     def run(
@@ -93,15 +101,16 @@ class KeptWorker:
         request_path: Path,
         *,
         on_event: Callable[[Event], None],
-        nproc_per_node: int | Literal["gpu"] = 1,
-        nodes: Nodes | None = None,
+        launch: LaunchConfig = ONE_RANK,
     ) -> None:
         """Run a request as run_worker does, with the same errors. Several ranks get processes of their own."""
-        if nproc_per_node != 1 or nodes is not None:
+        if not self._keeps or launch.nproc_per_node != 1 or launch.nnodes != 1:
             self.close()  # they need its memory
-            run_worker(module, request, request_path, on_event=on_event, nproc_per_node=nproc_per_node, nodes=nodes)
+            ranks = launch.nproc_per_node
+            nodes = Nodes(launch.nnodes, launch.rdzv_endpoint) if launch.nnodes > 1 and launch.rdzv_endpoint else None
+            run_worker(module, request, request_path, on_event=on_event, nproc_per_node=ranks, nodes=nodes)
             return
-        _write_request(request, request_path)
+        _write(request, request_path)
         line = json.dumps([type(request).__name__, str(request_path)])
         while True:
             was_kept = self._worker is not None
@@ -123,45 +132,16 @@ class KeptWorker:
     def _fit(self, profile: Profile) -> WorkerProcess:
         """Return a living process of the kind that the profile asks for."""
         # Device, threads and precision are set once a process.
-        sections = {"launch": profile.launch, "precision": profile.precision}
-        kind = settings_digest({name: section.model_dump(mode="json") for name, section in sections.items()})
+        kind = settings_digest(profile.model_dump(mode="json", include={"launch", "precision"}))
         if self._worker is not None and (self._kind != kind or not self._worker.is_alive):
             self.close()
         if self._worker is None:
-            self._worker = WorkerProcess(_TRAINER, [sys.executable, "-m", WORKER, _TRAINER, SERVE_OPTION])
+            trainer = "relora_train.training.trainer"
+            self._worker = WorkerProcess(trainer, [sys.executable, "-m", _WORKER, trainer, SERVE_OPTION])
             self._kind = kind
         return self._worker
 
 
-@contextlib.contextmanager
-def kept_worker() -> Iterator[KeptWorker]:
-    """Yield a worker that ends with the block."""
-    worker = KeptWorker()
-    try:
-        yield worker
-    finally:
-        worker.close()
-
-
-def _write_request(request: FrozenConfig, path: Path) -> None:
+def _write(request: FrozenConfig, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(request.model_dump_json())
-
-
-def _command(module: str, request_path: Path, nproc_per_node: int | Literal["gpu"], nodes: Nodes | None) -> list[str]:
-    worker = ["-m", WORKER, module, "--request", str(request_path)]
-    if nproc_per_node == 1 and nodes is None:
-        return [sys.executable, *worker]
-    place = ["--standalone"]
-    if nodes is not None:
-        # Not the elastic backend: it would put the first rank, which speaks to the flow, on any of the machines.
-        place = [
-            "--rdzv-backend=static",
-            f"--rdzv-endpoint={nodes.rdzv_endpoint}",
-            f"--rdzv-conf=timeout={nodes.wait_seconds}",
-            f"--nnodes={nodes.nnodes}",
-            f"--node-rank={nodes.node_rank}",
-        ]
-    log_dir = request_path.parent / "torchrun"  # else each launch leaves a directory in the system's temporary one
-    ranks = [f"--nproc-per-node={nproc_per_node}", f"--log-dir={log_dir}"]
-    return [sys.executable, "-m", WORKER, "relora_train.runs.agent", *place, *ranks, *worker]

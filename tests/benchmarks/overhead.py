@@ -36,7 +36,8 @@ from seaweed import running_seaweed
 from relora_train import events
 from relora_train.cli.local_flow import load_flow, set_orchestrator_environment
 from relora_train.cli.local_server import start_local_server
-from relora_train.runs.workers import KeptWorker, run_worker
+from relora_train.runs import run as runs
+from relora_train.runs.workers import Worker
 from relora_train.settings.load import load_profile
 from relora_train.settings.profile import Profile
 
@@ -216,8 +217,7 @@ def main() -> None:
     parser.add_argument("--s3", action="store_true", help="a real S3 server on loopback instead of a directory")
     arguments = parser.parse_args()
     if arguments.a_process_each:
-        KeptWorker.start = lambda worker, profile: None  # type: ignore[method-assign]
-        KeptWorker.run = lambda worker, *request, **options: run_worker(*request, **options)  # type: ignore[method-assign]
+        runs.Worker = lambda keeps: Worker()  # type: ignore[assignment]
     with fresh_store(arguments.s3) as store:
         name, overrides = arguments.profile, {}
         if arguments.cycle:
