@@ -20,8 +20,15 @@ from relora_train.cli.app import main
 from relora_train.errors import CheckpointCorruptError, ConfigError, ModelError
 from relora_train.method.stages import plan_stages
 from relora_train.reports.collect import collect_run_data
-from relora_train.reports.ranks.analysis import INITIAL, Layers, analyze, history_for_report, spectra_for_report
-from relora_train.reports.ranks.checkpoints import low_rank_stages, start_of_line
+from relora_train.reports.ranks.analysis import (
+    INITIAL,
+    Layers,
+    analyze,
+    history_for_report,
+    low_rank_stages,
+    spectra_for_report,
+    start_of_line,
+)
 from relora_train.reports.ranks.measures import kind_means
 from relora_train.runs.run import line_of
 from relora_train.settings.method import ReLoRAConfig

@@ -11,20 +11,18 @@ import pytest
 from safetensors.numpy import save_file
 
 from relora_train.errors import CheckpointCorruptError, ModelError
-from relora_train.reports.ranks.adapters import (
-    AdapterDirectory,
-    Factors,
-    overlap_by_chance,
-    principal_cosines,
-    singular_values_of_sums,
-    subspaces,
-)
 from relora_train.reports.ranks.cycles import (
     MAX_GROWTH_POINTS,
+    AdapterDirectory,
+    Factors,
     MergedCycle,
     cycle_history,
     growth_points,
     layer_overlap,
+    overlap_by_chance,
+    principal_cosines,
+    singular_values_of_sums,
+    subspaces,
 )
 
 Q = "model.layers.0.self_attn.q_proj.weight"

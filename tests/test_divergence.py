@@ -19,7 +19,7 @@ from relora_train.checkpoints.upkeep.verify import verify_run
 from relora_train.errors import DivergedError, RunSettingsChangedError, TrainerCrashedError
 from relora_train.method.stages import plan_stages
 from relora_train.reports.collect import collect_run_data
-from relora_train.reports.page import render_page
+from relora_train.reports.report import render_page
 from relora_train.runs.divergence import divergence_text, lower_learning_rate, train_by_policy
 from relora_train.runs.publishing import Publisher
 from relora_train.runs.run import Run, StageOutcome, fetch_parent

@@ -287,7 +287,7 @@ def test_a_run_of_nothing_but_non_finite_numbers_still_has_a_report(store, tmp_p
 def test_checkpoints_without_records_or_scores_still_have_a_report(data, tmp_path):
     empty = replace(
         data,
-        train=replace(data.train, step=data.train.step[:0], values={k: v[:0] for k, v in data.train.values.items()}),
+        train=data.train[:0],
         stages=tuple(replace(row, before=Scores(), after=Scores(), tokens=None) for row in data.stages),
         evaluations=(), samples=(), merges=(), spectra=(), history=None, versions={}, settings={},
     )  # fmt: skip

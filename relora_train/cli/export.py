@@ -32,7 +32,7 @@ from relora_train.errors import (
     StorageError,
 )
 from relora_train.method.stages import stages_after
-from relora_train.reports.ranks.adapters import ADAPTER_FILES
+from relora_train.reports.ranks.cycles import ADAPTER_FILES
 from relora_train.runs.evaluations import profile_of
 from relora_train.runs.retry import parent_of
 from relora_train.runs.run import fetch_parent

@@ -7,7 +7,6 @@ Imports no torch; only the files that are read are fetched, never an optimizer s
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC
 from typing import Any
@@ -18,10 +17,10 @@ from relora_train.checkpoints.fetch import FetchFiles
 from relora_train.checkpoints.lineage import CheckpointRef
 from relora_train.checkpoints.manifest import CheckpointManifest
 from relora_train.errors import CheckpointCorruptError, CheckpointNotFoundError
-from relora_train.reports.ranks.analysis import INITIAL, history_for_report, spectra_for_report
-from relora_train.reports.ranks.checkpoints import start_of_line
+from relora_train.reports.ranks.analysis import INITIAL, history_for_report, spectra_for_report, start_of_line
 from relora_train.reports.run_data import (
-    TRAIN_FIELDS,
+    TRAIN_NUMBERS,
+    TRAIN_RECORD,
     Evaluation,
     MergeRow,
     RunData,
@@ -84,15 +83,14 @@ def collect_run_data(
 
 
 def train_curve(records: Sequence[Mapping[str, Any]]) -> TrainCurve:
-    """Return the records of kind 'train' as arrays; those of other kinds are left out."""
+    """Return the records of kind 'train' by step, the last written of each; those of other kinds are left out."""
     by_step = {int(record["step"]): record for record in records if record.get("kind") == "train"}
-    steps = sorted(by_step)
-
-    def number(value: Any) -> float:
-        return float(value) if isinstance(value, (int, float)) else math.nan
-
-    values = {name: np.array([number(by_step[step].get(name)) for step in steps]) for name in TRAIN_FIELDS}
-    return TrainCurve(np.array(steps, dtype=np.int64), values)
+    train = np.zeros(len(by_step), dtype=TRAIN_RECORD).view(np.recarray)
+    train["step"] = sorted(by_step)
+    for name in TRAIN_NUMBERS:
+        values = (by_step[step].get(name) for step in sorted(by_step))
+        train[name] = [value if isinstance(value, (int, float)) else np.nan for value in values]
+    return train
 
 
 def stage_peak_bytes(checkpoint: CheckpointRef, fetch_files: FetchFiles) -> int | None:

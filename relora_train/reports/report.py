@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,16 @@ from relora_train.checkpoints.fetch import files_in_stores
 from relora_train.checkpoints.layout import check_run_id
 from relora_train.checkpoints.lineage import CheckpointRef
 from relora_train.reports.collect import collect_run_data
-from relora_train.reports.page import render_page
-from relora_train.reports.plots import draw_plots, overview_png
+from relora_train.reports.plot_style import MAX_POINTS
+from relora_train.reports.plots import draw_plots, loss_ceiling, overview_png, score_plot_name
+from relora_train.reports.ranks.cycles import successive_overlap
+from relora_train.reports.ranks.layers import natural_order
+from relora_train.reports.ranks.measures import PAPER_THRESHOLD
 from relora_train.reports.records import history_record, json_value, spectrum_record
+from relora_train.reports.render import TEMPLATES, render
 from relora_train.reports.run_data import RunData
-from relora_train.reports.text import headline_text, scores_change
+from relora_train.reports.text import change, headline_text, score, scores_change
+from relora_train.settings.measures import LOSS
 from relora_train.storage.base import ObjectStore
 from relora_train.storage.workspace import checkpoint_cache
 from relora_train.text import count, decimal, duration, markdown_cell, steps_text
@@ -92,7 +97,7 @@ def summarize(data: RunData) -> dict[str, Any]:
         "cycle_history": None if data.history is None else history_record(data.history),
         "spectra_notes": data.spectra_notes,
         "train_records": len(data.train),
-        "train_records_not_finite": data.train.not_finite,
+        "train_records_not_finite": data.records_not_finite,
         "settings": data.settings,
         "versions": data.versions,
     }
@@ -129,3 +134,73 @@ def overview_markdown(data: RunData) -> str:
         f"# {markdown_cell(data.run_id)}\n\n{markdown_cell(headline_text(data))}\n\n"
         f"![{alt}](data:image/png;base64,{image})\n\n{stage_table_markdown(data)}"
     )
+
+
+def render_page(data: RunData, pictures: Mapping[str, bytes]) -> str:
+    """Return the whole page. pictures: PNG bytes by name."""
+    ranks = [row.rank for row in data.stages if row.rank is not None]
+    moments = sorted({(sample.step, sample.stage) for sample in data.samples})
+    history, measures = data.history, data.measures
+    return render(
+        TEMPLATES / "run.html",
+        data=data,
+        pictures=pictures,
+        method={"relora": "ReLoRA", "lora": "LoRA", "full": "full rank"}.get(data.method, data.method),
+        tiles=_tiles(data),
+        captions=_captions(data),
+        scored=list(dict.fromkeys((LOSS, measures.headline, measures.second))),
+        merged_layers=sorted({name for row in data.merges for name in row.layers}, key=natural_order),
+        cycle_rank=ranks[-1] if ranks else None,
+        threshold=PAPER_THRESHOLD,
+        overlaps=[successive_overlap(history.overlaps, side) for side in ("columns", "rows")]
+        if history is not None and history.overlaps
+        else None,
+        moments=moments if len(moments) < 2 else [moments[0], moments[-1]],
+        sample_texts={(sample.step, sample.stage, sample.prompt): sample.text for sample in data.samples},
+        settings_json=json.dumps(data.settings, indent=2, ensure_ascii=False, default=str),
+    )
+
+
+def _tiles(data: RunData) -> list[tuple[str, str, str]]:
+    first, last = data.stages[0], data.stages[-1]
+    seconds = sum(row.seconds for row in data.stages)
+    tokens = None if any(row.tokens is None for row in data.stages) else sum(row.tokens or 0 for row in data.stages)
+    base = next((row for row in data.stages if row.stage == "warm-start"), first)
+    headline, second = data.measures.headline, data.measures.second
+    since = change(base.after.of(headline), last.after.of(headline)) if base is not last else ""
+    was = f"was {score(base.after, headline)}, {since}" if since else ""
+    rate = tokens / seconds if tokens is not None and seconds > 0 else None
+    shown = f"{len(data.stages)} stage{'s' if len(data.stages) > 1 else ''}"
+    return [
+        (f"Validation {headline.name}", score(last.after, headline), was),
+        (second.name.capitalize(), score(last.after, second), f"after {last.stage}"),
+        ("Steps", count(last.end_step - first.start_step), shown),
+        ("Tokens", count(tokens), f"{count(rate)} per second" if rate is not None else ""),
+        ("Merges", count(len(data.merges)), f"rank {count(last.rank)} each" if data.merges and last.rank else ""),
+        ("Time", duration(seconds), "sum of the stages"),
+    ]
+
+
+def _captions(data: RunData) -> dict[str, tuple[str, str]]:
+    """Return title and caption of each figure of the training, by file name."""
+    drawn, bad = len(data.train), data.records_not_finite
+    thinned = f" Of {count(drawn)} records at most {count(MAX_POINTS)} are drawn; each peak is kept."
+    above = loss_ceiling(data) if drawn else None
+    hidden = above is not None and bool((data.train["loss"] > above).any())
+    loss = (
+        "Faint: each record. Strong: running mean in a stage.",
+        " Dashed lines are merges." if data.merges else "",
+        f" The first steps lie above {decimal(above, 2)}, where the axis ends." if hidden else "",
+        f" Records that are not finite, marked ×: {count(bad)}." if bad else "",
+        thinned if drawn > MAX_POINTS else "",
+    )
+    return {
+        "loss.png": ("Training loss", "".join(loss)),
+        "learning_rate.png": ("Learning rate", "Warms up again after every merge." if data.merges else ""),
+        score_plot_name(data): (
+            f"Validation {data.measures.headline.name}",
+            "The score of each checkpoint; values far above the rest are left out.",
+        ),
+        "gradient_norm.png": ("Gradient norm", "All trained parameters, and A and B by themselves."),
+        "throughput.png": ("Tokens per second", "As recorded while training."),
+    }

@@ -8,25 +8,21 @@ from datetime import datetime
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from relora_train.reports.ranks.cycles import CycleHistory
 from relora_train.reports.ranks.measures import LayerSpectrum
 from relora_train.settings.measures import Measure, Measures
 from relora_train.settings.objectives import measures_in
 
-TRAIN_FIELDS = (
-    "loss",
-    "learning_rate",
-    "grad_norm",
-    "tokens_per_second",
-    "tokens_seen",
-    "lora_A_grad_norm",
-    "lora_B_grad_norm",
-    "lora_A_update_norm",
-    "lora_B_update_norm",
-    "relative_weight_change",
-)
+TRAIN_NUMBERS = (
+    "loss", "learning_rate", "grad_norm", "tokens_per_second", "tokens_seen", "lora_A_grad_norm", "lora_B_grad_norm",
+    "lora_A_update_norm", "lora_B_update_norm", "relative_weight_change",
+)  # fmt: skip
+TRAIN_RECORD = np.dtype([("step", np.int64), *((name, np.float64) for name in TRAIN_NUMBERS)])
+"""Of training records, sorted by step, one per step; a number that a record lacks is NaN."""
+
+TrainCurve = np.recarray[Any, np.dtype[Any]]
+"""The training records of all stages, as TRAIN_RECORD; steps are updates done, from 1."""
 
 
 @dataclass(frozen=True)
@@ -114,28 +110,6 @@ class Sample:
 
 
 @dataclass(frozen=True, eq=False)
-class TrainCurve:
-    """The training records of all stages, sorted by step, one per step (the last written wins)."""
-
-    step: NDArray[np.int64]
-    """(records,), updates done, from 1."""
-
-    values: Mapping[str, NDArray[np.float64]]
-    """One (records,) array for each of TRAIN_FIELDS; NaN where a record has none."""
-
-    def __getitem__(self, name: str) -> NDArray[np.float64]:
-        return self.values[name]
-
-    def __len__(self) -> int:
-        return len(self.step)
-
-    @property
-    def not_finite(self) -> int:
-        """Records whose loss is infinite or NaN."""
-        return int(np.count_nonzero(~np.isfinite(self.values["loss"])))
-
-
-@dataclass(frozen=True, eq=False)
 class RunData:
     """Everything a report shows. Rows are in the order of the line."""
 
@@ -160,6 +134,11 @@ class RunData:
     """The rank of that update from cycle to cycle, and how the cycles' subspaces overlap, from the adapters."""
     spectra_notes: tuple[str, ...] = ()
     """The parts that were left out, with reasons."""
+
+    @property
+    def records_not_finite(self) -> int:
+        """Training records whose loss is infinite or NaN."""
+        return int(np.count_nonzero(~np.isfinite(self.train["loss"])))
 
     @property
     def measures(self) -> Measures:
