@@ -10,12 +10,10 @@ from prefect import task
 from relora_train import events
 from relora_train.errors import TrainerCrashedError
 from relora_train.experiments import comparison, run_results
-from relora_train.experiments.comparison_page import store_comparison
-from relora_train.experiments.comparison_text import comparison_markdown
 from relora_train.experiments.experiment import Experiment, PlannedRun
 from relora_train.experiments.measured import MeasuredSummary, load_measured
-from relora_train.experiments.measured_report import measure, measured_markdown, store_measured
 from relora_train.experiments.records import ComparisonSummary, RunResult
+from relora_train.experiments.report import measure, measured_markdown, store_comparison, store_measured
 from relora_train.settings.objectives import measures_of
 from relora_train.storage.opening import open_store
 from tasks.artifacts import publish_markdown
@@ -66,7 +64,7 @@ def write_comparison(
     compared = comparison.compare_results(experiment, results)
     summary = store_comparison(compared, open_store(store_uri), reused=reused)
     key, what = f"experiment-{experiment.name}", f"Report of experiment {experiment.name}: {summary.html_uri}"
-    publish_markdown(key, comparison_markdown(compared), what)
+    publish_markdown(key, comparison.comparison_markdown(compared), what)
     events.emit("compared", experiment=experiment.name, html_uri=summary.html_uri)
     return summary
 

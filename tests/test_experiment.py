@@ -12,8 +12,14 @@ import pytest
 
 from relora_train.errors import ConfigError, ExperimentInvalidError, ProfileNotFoundError
 from relora_train.experiments.comparison import compare_results
-from relora_train.experiments.comparison_page import render_comparison
-from relora_train.experiments.config import ArmConfig, ExperimentConfig
+from relora_train.experiments.config import (
+    ArmConfig,
+    ExperimentConfig,
+    PaperThroughput,
+    ThroughputExperiment,
+    ThroughputSettings,
+    TutorialSettings,
+)
 from relora_train.experiments.experiment import (
     Experiment,
     PlannedRun,
@@ -22,13 +28,8 @@ from relora_train.experiments.experiment import (
     load_experiment,
     run_tokens,
 )
-from relora_train.experiments.measured import (
-    PaperThroughput,
-    ThroughputExperiment,
-    ThroughputSettings,
-    TutorialSettings,
-    is_measured,
-)
+from relora_train.experiments.measured import is_measured
+from relora_train.experiments.report import render_comparison
 from relora_train.experiments.run_results import record_divergence, recorded_divergence
 from relora_train.method.fingerprint import fingerprint_settings
 from relora_train.method.stages import plan_stages

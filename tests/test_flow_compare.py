@@ -27,11 +27,10 @@ from relora_train import events
 from relora_train.checkpoints.upkeep.verify import verify_run
 from relora_train.errors import ConfigError, RunSettingsChangedError
 from relora_train.events import Event
-from relora_train.experiments.comparison import compare_results
-from relora_train.experiments.comparison_page import render_comparison
-from relora_train.experiments.comparison_text import comparison_markdown
+from relora_train.experiments.comparison import compare_results, comparison_markdown
 from relora_train.experiments.experiment import load_experiment
 from relora_train.experiments.records import ComparisonSummary, RunResult
+from relora_train.experiments.report import render_comparison
 from relora_train.experiments.run_results import training_curve
 from relora_train.settings.overrides import ExperimentOverrides
 from relora_train.settings.profile import Profile
@@ -305,7 +304,7 @@ def test_the_tutorial_is_measured_and_reported_by_the_same_flow(root: Path):
     assert "ReLoRA ends below LoRA" in summary.measured.headline and summary.measured.headline in html
     assert "best with rank 4" in html and html.count("data:image/png;base64,") == 1 and 'src="http' not in html
     stored = json.loads(Path(summary.json_uri.removeprefix("file://")).read_text())
-    assert stored["numbers"]["seeds"] == [0, 1, 2] and len(stored["numbers"]["final_loss"]["lora"]) == 3
+    assert stored["settings"]["seeds"] == [0, 1, 2] and len(stored["numbers"]["final_loss"]["lora"]) == 3
     assert Path(summary.picture_uris[0].removeprefix("file://")).read_bytes().startswith(b"\x89PNG")
 
 

@@ -12,19 +12,13 @@ from rich.console import Console
 from relora_train.cli.compare import print_measured
 from relora_train.errors import ConfigError, ExperimentInvalidError, ProfileNotFoundError
 from relora_train.experiments.bench import FULL, RELORA, StepRequest, StepResult
-from relora_train.experiments.measured import (
-    Measured,
-    MeasuredSummary,
-    MeasuredTable,
-    PaperThroughput,
-    is_measured,
-    load_measured,
-    measured_json,
-)
-from relora_train.experiments.measured_report import measured_markdown, render_measured
+from relora_train.experiments.config import PaperThroughput
+from relora_train.experiments.measured import Measured, MeasuredSummary, MeasuredTable, is_measured, load_measured
+from relora_train.experiments.report import measured_markdown, store_measured
 from relora_train.experiments.throughput import adjusted_speed, measure_throughput, pair_record, summarize
 from relora_train.settings.data import BatchConfig
 from relora_train.settings.profile import Profile
+from relora_train.storage.opening import open_store, uri_to_path
 
 HUNDRED_TOKENS = Profile(batch=BatchConfig(sequences=10, sequence_length=10))
 
@@ -32,8 +26,8 @@ HUNDRED_TOKENS = Profile(batch=BatchConfig(sequences=10, sequence_length=10))
 def arm(name: str, *seconds: float, weights: int, rest: int) -> StepResult:
     memory = {"weights": weights, "above_weights": rest, "optimizer": rest // 2}
     return StepResult(
-        request=StepRequest(arm=name, profile=HUNDRED_TOKENS, vocab_size=64, flops_per_token=1.0), device="cpu",
-        threads=1, seconds=seconds, loss=1.0, matmul_flops=1.0, memory=memory, matmul_precision="highest",
+        request=StepRequest(arm=name, profile=HUNDRED_TOKENS, vocab_size=64, flops_per_token=1.0),
+        device="cpu, 1 threads", seconds=seconds, loss=1.0, matmul_flops=1.0, memory=memory, matmul_precision="highest",
     )  # fmt: skip
 
 
@@ -128,13 +122,17 @@ def test_what_has_no_meaning_is_refused():
         measure_throughput(experiment.config)
 
 
-def test_page_markdown_and_json_say_the_same():
+def test_page_markdown_and_json_say_the_same(tmp_path: Path):
     experiment = load_measured("table4")
     table = MeasuredTable(title="Speeds <1>", header=("a", "b"), rows=(("x", "1.5 ± 0.1"),), note="by hand")
     measured = Measured(headline="It is fast.", facts="cpu", tables=(table,), numbers={"x": [1.5]})
-    html, markdown = render_measured(experiment, measured, {}), measured_markdown(experiment, measured)
+    stored, markdown = (
+        store_measured(experiment, measured, {}, open_store(tmp_path)),
+        measured_markdown(experiment, measured),
+    )
+    html = uri_to_path(stored.html_uri).read_text()
     assert "Speeds &lt;1&gt;" in html and "1.5 ± 0.1" in html and "It is fast." in html
     assert "| x | 1.5 ± 0.1 |" in markdown and "It is fast." in markdown
-    record = json.loads(measured_json(experiment, measured))
+    record = json.loads(uri_to_path(stored.json_uri).read_text())
     assert record["numbers"] == {"x": [1.5]} and record["settings"]["throughput"]["rounds"] == 5
     assert PaperThroughput.model_validate(record["settings"]["paper"][0]).where == "8x A100"

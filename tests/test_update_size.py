@@ -14,9 +14,9 @@ from tiny_models import tiny_llama
 
 from relora_train.errors import DivergedError
 from relora_train.experiments.comparison import compare_results
-from relora_train.experiments.comparison_page import render_comparison
 from relora_train.experiments.experiment import load_experiment
 from relora_train.experiments.records import RunResult
+from relora_train.experiments.report import render_comparison
 from relora_train.experiments.run_results import reset_sizes
 from relora_train.method.layer import relora_layers
 from relora_train.method.update_size import UpdateMeter, product_norm

@@ -32,7 +32,7 @@ def bench(
     record: dict[str, Any] = {**about_this_machine(), "profiles": {}}
     for name, arms in requests.items():
         with console.status(f"measuring {name}"):
-            record["profiles"][name] = record_of(measure(arms, rounds=rounds, steps=steps))
+            record["profiles"][name] = record_of(measure(arms, rounds=rounds, steps=steps, what=name))
     answer(as_json, record=lambda: record, view=lambda: bench_view(record))
 
 
@@ -47,7 +47,7 @@ def record_of(results: Mapping[str, StepResult]) -> dict[str, Any]:
     first = next(iter(results.values()))
     profile = first.request.profile
     return {
-        "device": first.device if first.device != "cpu" else f"cpu, {first.threads} threads",
+        "device": first.device,
         "precision": profile.precision.dtype,
         "sequences": profile.batch.sequences,
         "sequence_length": profile.batch.sequence_length,
@@ -57,7 +57,7 @@ def record_of(results: Mapping[str, StepResult]) -> dict[str, Any]:
             arm: {
                 "tokens_per_second": result.tokens_per_second,
                 "step_seconds": list(result.seconds),
-                "speed_over_first": speed_ratio(result, first).model_dump(),
+                "speed_over_first": speed_ratio(result, first),
                 "flops_per_token": result.request.flops_per_token,
                 "matmul_flops_per_second": result.matmul_flops,
                 "share_of_peak": result.utilisation,

@@ -140,7 +140,7 @@ def notices(planned: Experiment) -> list[str]:
 
 def print_comparison(console: Console, summary: ComparisonSummary, *, seconds: float) -> None:
     """Print the table, the differences, and the places of everything."""
-    from relora_train.experiments.comparison_text import arm_cells, arm_header
+    from relora_train.experiments.comparison import arm_cells, arm_header
     from relora_train.reports.text import signed_estimate_text
 
     data = summary.comparison

@@ -8,12 +8,13 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import IO, Any, cast
 
-from relora_train.errors import ConfigError, ReLoRAError, TrainerCrashedError
+from relora_train import events
+from relora_train.errors import ConfigError, TrainerCrashedError
 from relora_train.process import SAFE_PATH
 from relora_train.runs.plan import plan
 from relora_train.settings.base import FrozenConfig
@@ -44,7 +45,8 @@ class StepResult:
 
     request: StepRequest
     device: str
-    threads: int
+    """Of a CPU with the number of threads."""
+
     seconds: tuple[float, ...]
     """Seconds a step, the median of each round."""
 
@@ -67,24 +69,14 @@ class StepResult:
         """Share of the measured peak."""
         return self.tokens_per_second * self.request.flops_per_token / self.matmul_flops
 
-    @property
-    def peak_bytes(self) -> int:
-        """The most memory held during a step, weights included."""
-        return self.memory["weights"] + self.memory["above_weights"]
 
+def speed_ratio(ours: StepResult, theirs: StepResult) -> dict[str, float]:
+    """Return the ratio of tokens a second: median, lowest, highest.
 
-class Ratio(FrozenConfig):
-    """The speed of one arm over that of another, over the rounds."""
-
-    median: float
-    lowest: float
-    highest: float
-
-
-def speed_ratio(ours: StepResult, theirs: StepResult) -> Ratio:
-    """Return the ratio of tokens a second. Each round is divided by itself, so that other load meets both sides."""
+    Each round is divided by itself, so that other load meets both sides.
+    """
     values = [other / own for own, other in zip(ours.seconds, theirs.seconds, strict=True)]
-    return Ratio(median=statistics.median(values), lowest=min(values), highest=max(values))
+    return {"median": statistics.median(values), "lowest": min(values), "highest": max(values)}
 
 
 def one_pass(profile: Profile, *, updates: int) -> Profile:
@@ -118,97 +110,64 @@ def step_requests(profile: Profile, *, updates: int) -> dict[str, StepRequest]:
 
 
 def measure(
-    requests: Mapping[str, StepRequest],
-    *,
-    rounds: int,
-    steps: int,
-    on_round: Callable[[int], None] = lambda number: None,
-    worker: Sequence[str] = OWN_STEPS,
+    requests: Mapping[str, StepRequest], *, rounds: int, steps: int, what: str, worker: Sequence[str] = OWN_STEPS
 ) -> dict[str, StepResult]:
     """Return each arm's result by its label. In each round every arm does `steps` steps, one arm after the other.
 
+    what: name of the work in the events that tell how far it is.
     worker: arguments for Python that start a process which serves rounds, see bench_worker.py.
     """
+    answers: dict[str, list[dict[str, Any]]] = {label: [] for label in requests}
     with ExitStack() as stack:
-        workers = {label: stack.enter_context(_Worker(label, each, worker)) for label, each in requests.items()}
-        answers: dict[str, list[dict[str, Any]]] = {label: [] for label in workers}
+        arms = {label: stack.enter_context(_arm(label, request, worker)) for label, request in requests.items()}
         for number in range(1, rounds + 1):
-            for label, process in workers.items():
-                answers[label].append(process.exchange(str(steps)))
-            on_round(number)
+            for label, exchange in arms.items():
+                answers[label].append(exchange(str(steps)))
+            events.emit("measuring", what=what, done=number, total=rounds)
     return {
         label: StepResult(
             request=requests[label],
-            device=process.about["device"],
-            threads=process.about["threads"],
-            seconds=tuple(statistics.median(answer["seconds"]) for answer in answers[label]),
-            loss=answers[label][-1]["loss"],
-            matmul_flops=max(answer["matmul_flops"] for answer in answers[label]),
-            memory=answers[label][-1]["memory"],
-            matmul_precision=process.about["matmul_precision"],
+            seconds=tuple(statistics.median(answer["seconds"]) for answer in found),
+            matmul_flops=max(answer["matmul_flops"] for answer in found),
+            **{name: found[-1][name] for name in ("device", "loss", "memory", "matmul_precision")},
         )
-        for label, process in workers.items()
+        for label, found in answers.items()
     }
 
 
-class _Worker:
-    """A process that holds an arm and waits for its turn."""
+@contextmanager
+def _arm(label: str, request: StepRequest, program: Sequence[str]) -> Iterator[Callable[[str], dict[str, Any]]]:
+    """Start a process that holds an arm; yield a function that sends it a line and returns the answer.
 
-    def __init__(self, label: str, request: StepRequest, program: Sequence[str]) -> None:
-        self.label, self.request, self._program = label, request, program
-        self.about: dict[str, Any] = {}
+    The function raises TrainerCrashedError if the process ended.
+    """
+    environment = {**os.environ, **SAFE_PATH}
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "env": environment}
+    with (
+        tempfile.TemporaryFile("w+") as errors,  # a pipe that nobody reads could fill up
+        subprocess.Popen([sys.executable, *program], stderr=errors, **pipes) as process,  # noqa: S603
+    ):
 
-    def __enter__(self) -> Self:
-        self._errors = tempfile.TemporaryFile("w+")  # a pipe that nobody reads could fill up
-        self._process = subprocess.Popen(  # noqa: S603  # Python itself, with arguments of this repository
-            [sys.executable, *self._program],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._errors,
-            env={**os.environ, **SAFE_PATH},
-            text=True,
-        )
-        try:
-            self.about = self.exchange(self.request.model_dump_json())
-        except BaseException:
-            self.__exit__()
-            raise
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        if self._process.stdin is not None:
+        def exchange(line: str) -> dict[str, Any]:
+            stdin, stdout = cast(IO[str], process.stdin), cast(IO[str], process.stdout)
             with suppress(BrokenPipeError):
-                self._process.stdin.close()
-        try:
-            self._process.wait(timeout=10)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-        if self._process.stdout is not None:
-            self._process.stdout.close()
-        self._errors.close()
+                stdin.write(line + "\n")
+                stdin.flush()
+            if answer := stdout.readline():
+                return cast(dict[str, Any], json.loads(answer))
+            process.wait(timeout=10)
+            errors.seek(0)
+            last = errors.read().strip().splitlines()[-1:] or ["it said nothing."]
+            raise TrainerCrashedError(
+                f"The benchmark's arm {label!r} ended early: {last[0]} Take a smaller profile, or set "
+                "batch.micro_sequences lower."
+            )
 
-    def exchange(self, line: str) -> dict[str, Any]:
-        """Send a line and return the answer. Raises TrainerCrashedError if the process ended."""
-        process = self._process
-        if process.stdin is None or process.stdout is None:
-            raise TypeError("the worker was started without pipes")
         try:
-            process.stdin.write(line + "\n")
-            process.stdin.flush()
-            answer = process.stdout.readline()
-        except BrokenPipeError:
-            answer = ""
-        if not answer:
-            raise self._fault()
-        found: dict[str, Any] = json.loads(answer)
-        return found
-
-    def _fault(self) -> ReLoRAError:
-        self._process.wait(timeout=10)
-        self._errors.seek(0)
-        last = self._errors.read().strip().splitlines()[-1:] or ["it said nothing."]
-        return TrainerCrashedError(
-            f"The benchmark's arm {self.label!r} ended early: {last[0]} Take a smaller profile, or set "
-            "batch.micro_sequences lower."
-        )
+            exchange(request.model_dump_json())
+            yield exchange
+        finally:
+            try:
+                process.communicate(timeout=10)  # closes its standard input, which ends it in order
+            except subprocess.TimeoutExpired:
+                process.kill()

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -30,8 +30,6 @@ from relora_train.training.precision import current_precision, settle_matmul_pre
 from relora_train.training.requests import StageRequest
 from relora_train.training.step import StageTraining
 from relora_train.training.torch_settings import configure_torch
-
-_PEAK_SIDE = 2048
 
 
 @dataclass
@@ -50,16 +48,12 @@ def main(build: Callable[[StepRequest, StageTraining], BuiltStep] | None = None)
     with tempfile.TemporaryDirectory() as directory:
         training = prepare(request, Path(directory))
         device = training.ranks.device
-        held = torch.cuda.memory_allocated(device) if device.type == "cuda" else process_bytes("VmRSS") or 0
+        is_gpu = device.type == "cuda"
+        held = torch.cuda.memory_allocated(device) if is_gpu else process_bytes("VmRSS") or 0
         built = (build or own_step)(request, training)
-        first = float(built.update())  # allocates the optimizer's state and what is kept between steps
+        built.update()  # allocates the optimizer's state and what is kept between steps
         reset_peak(device)
-        _answer(
-            device=torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
-            threads=torch.get_num_threads(),
-            matmul_precision=current_precision(),
-            first_loss=first,
-        )
+        _answer()
         for line in sys.stdin:
             loss, seconds = torch.zeros(()), []
             for _ in range(int(line)):
@@ -68,25 +62,40 @@ def main(build: Callable[[StepRequest, StageTraining], BuiltStep] | None = None)
                 loss = built.update()
                 _wait(device)
                 seconds.append(time.perf_counter() - started)
-            memory = _memory(
-                built, (peak_bytes(device) or 0) - held
-            )  # before the product below, which is larger than a small model
-            _answer(seconds=seconds, loss=float(loss), memory=memory, matmul_flops=_matmul_flops(request, device))
+            above = (peak_bytes(device) or 0) - held  # before the product below, which is larger than a small model
+            _answer(
+                seconds=seconds,
+                loss=float(loss),
+                memory={**_memory(built), "above_weights": above},
+                matmul_flops=_matmul_flops(request, device),
+                device=torch.cuda.get_device_name() if is_gpu else f"cpu, {torch.get_num_threads()} threads",
+                matmul_precision=current_precision(),
+            )
             reset_peak(device)
 
 
 def prepare(request: StepRequest, directory: Path) -> StageTraining:
-    """Return a stage on random tokens, ready for its first update: ReLoRA's first cycle, or else the warm start."""
-    profile = request.profile
-    stage = plan_stages(profile)[1 if request.arm == RELORA else 0]
-    dataset = _random_dataset(request, directory / "dataset")
+    """Return a stage on one batch of random tokens, ready for its first update: the first cycle, or the warm start."""
+    profile, dataset = request.profile, directory / "dataset"
+    count = profile.batch.tokens + 1
+    token_dtype: Literal["uint16", "uint32"] = "uint16" if request.vocab_size <= 1 << 16 else "uint32"
+    for split in ("train", "val"):
+        (dataset / split).mkdir(parents=True)
+        tokens = np.random.default_rng(0).integers(0, request.vocab_size, count).astype(token_dtype)
+        tokens.tofile(dataset / split / "shard-00000.bin")
+    sizes = {f"{split}_{unit}": count for split in ("train", "val") for unit in ("tokens", "documents", "bytes")}
+    manifest = DatasetManifest(
+        files=describe_files(dataset), attempt=new_attempt(), name="bench", dataset_id="0" * 64, inputs={},
+        token_dtype=token_dtype, vocab_size=request.vocab_size, eos_id=0, **sizes,
+    )  # fmt: skip
+    write_manifest(manifest, dataset)
     configure_torch(profile)
     with process_group(profile.launch.device) as ranks:
         training = prepare_stage(
             StageRequest(
                 run_id="bench",
                 profile=profile,
-                stage=stage,
+                stage=plan_stages(profile)[1 if request.arm == RELORA else 0],
                 fingerprint="",
                 fingerprint_settings={},
                 dataset_uri=dataset.as_uri(),
@@ -106,25 +115,6 @@ def own_step(request: StepRequest, training: StageTraining) -> BuiltStep:
     return BuiltStep(training.model, training.optimizer, lambda: training.update(next(steps))[0])
 
 
-def _random_dataset(request: StepRequest, directory: Path) -> Path:
-    """Write one batch of random tokens for each split."""
-    batch = request.profile.batch
-    count = batch.sequences * batch.sequence_length + 1
-    dtype = np.dtype("<u2") if request.vocab_size <= 1 << 16 else np.dtype("<u4")
-    for split in ("train", "val"):
-        (directory / split).mkdir(parents=True)
-        tokens = np.random.default_rng(0).integers(0, request.vocab_size, count).astype(dtype)
-        tokens.tofile(directory / split / "shard-00000.bin")
-    sizes = dict.fromkeys(("train_tokens", "train_documents", "train_bytes"), count)
-    sizes |= dict.fromkeys(("val_tokens", "val_documents", "val_bytes"), count)
-    manifest = DatasetManifest(
-        files=describe_files(directory), attempt=new_attempt(), name="bench", dataset_id="0" * 64, inputs={},
-        token_dtype="uint16" if dtype.itemsize == 2 else "uint32", vocab_size=request.vocab_size, eos_id=0, **sizes,
-    )  # fmt: skip
-    write_manifest(manifest, directory)
-    return directory
-
-
 def _answer(**values: Any) -> None:
     sys.stdout.write(json.dumps(values) + "\n")
     sys.stdout.flush()
@@ -138,7 +128,7 @@ def _wait(device: torch.device) -> None:
 def _matmul_flops(request: StepRequest, device: torch.device) -> float:
     """Return the FLOPs a second of a large square product in the profile's precision."""
     dtype = torch.float32 if request.profile.precision.dtype == "float32" else torch.bfloat16
-    side = _PEAK_SIDE * (4 if device.type == "cuda" else 1)
+    side = 8192 if device.type == "cuda" else 2048
     matrix = torch.ones(side, side, dtype=dtype, device=device)
     taken = []
     for _ in range(3):
@@ -150,8 +140,8 @@ def _matmul_flops(request: StepRequest, device: torch.device) -> float:
     return float(2 * side**3 / min(taken))
 
 
-def _memory(built: BuiltStep, above_weights: int) -> dict[str, int]:
-    """Return the bytes of weights, gradients and optimizer beside those of everything but the weights."""
+def _memory(built: BuiltStep) -> dict[str, int]:
+    """Return the bytes of weights, gradients and optimizer."""
     parameters = list(built.model.parameters())
     weights = sum(p.numel() * p.element_size() for p in parameters)
     state = sum(
@@ -161,7 +151,7 @@ def _memory(built: BuiltStep, above_weights: int) -> dict[str, int]:
         if isinstance(value, Tensor)
     )
     trained = sum(p.numel() * p.element_size() for p in parameters if p.requires_grad)
-    return {"weights": weights, "gradients": trained, "optimizer": state, "above_weights": above_weights}
+    return {"weights": weights, "gradients": trained, "optimizer": state}
 
 
 if __name__ == "__main__":

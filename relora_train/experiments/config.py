@@ -1,4 +1,8 @@
-"""An experiment as its file has it: arms over a base profile, seeds, a budget, the paper's numbers. Light."""
+"""The files of experiments. Light.
+
+One kind compares arms over a base profile at one budget; the others train no runs and say so by `kind`.
+profiles/experiments/README.md explains every key.
+"""
 
 from __future__ import annotations
 
@@ -29,69 +33,105 @@ class ArmConfig(FrozenConfig):
     """One arm: what it changes in the base, and what the paper has for it."""
 
     label: str = Field(min_length=1)
-    """The arm's name in tables."""
-
     about: str = ""
-    """The purpose of the arm, in a sentence."""
-
     paper: float | Literal["diverged"] | None = None
-    """The paper's number for it, in the experiment's paper_measure."""
-
     set: dict[str, Any] = Field(default_factory=dict)
-    """Settings over the base."""
 
 
 class ExperimentConfig(FrozenConfig):
     """An experiment as its file has it."""
 
     title: str
-    """The question, in a line."""
-
     profile: str
-    """The base: a shipped profile's name, or a path seen from the experiment's file."""
-
     budget_tokens: int = Field(ge=1)
-    """Tokens that every arm trains on, its warm start included; of images, patches."""
-
     seeds: Seeds = Field((0, 1, 2), min_length=1)
-    """Every arm is trained once with each."""
-
     reference: str
-    """The arm that the others are compared with, seed by seed."""
-
     paper_source: str = ""
-    """The place of the paper's numbers."""
-
     paper_measure: str = ""
-    """The measure of the paper's numbers."""
-
     search: dict[str, str] = Field(default_factory=dict)
-    """The search for the arms' settings: each try and its result, as text for the report."""
-
     base: dict[str, Any] = Field(default_factory=dict)
-    """Settings over the profile, for every arm."""
-
     arms: dict[ArmName, ArmConfig] = Field(min_length=1)
-    """The arms by name, in the order of the tables."""
 
     @model_validator(mode="after")
-    def labels_differ(self) -> Self:
+    def arms_fit(self) -> Self:
         labels = [arm.label for arm in self.arms.values()]
         if twice := sorted({label for label in labels if labels.count(label) > 1}):
             raise ValueError(f"several arms are called {twice[0]!r}: tables could not tell them apart")
-        return self
-
-    @model_validator(mode="after")
-    def reference_is_an_arm(self) -> Self:
         if self.reference not in self.arms:
             raise ValueError(f"reference {self.reference!r} is none of the arms {', '.join(self.arms)}")
-        return self
-
-    @model_validator(mode="after")
-    def papers_numbers_have_a_source(self) -> Self:
         if any(arm.paper is not None for arm in self.arms.values()) and not (self.paper_source and self.paper_measure):
             raise ValueError("arms have the paper's numbers: say paper_source and paper_measure")
         return self
+
+
+class TutorialSettings(FrozenConfig):
+    """The regression y = x Wᵀ + noise and its training; the same for all arms but for the learning rate's shape."""
+
+    samples: int = Field(200, ge=1)
+    inputs: int = Field(10, ge=1)
+    outputs: int = Field(5, ge=1)
+    noise: float = Field(0.1, ge=0)
+    rank: int = Field(4, ge=1)
+    alpha: float = Field(4.0, gt=0)
+    steps: int = Field(300, ge=1)
+    cycle_length: int = Field(50, ge=2)
+    warmup_steps: int = Field(10, ge=0)
+    restart_warmup_steps: int = Field(5, ge=0)
+    min_lr_ratio: float = Field(0.1, ge=0, le=1)
+    learning_rate: float = Field(0.1, gt=0)
+    reset_ratio: float = Field(0.99, ge=0, le=1)
+
+    @model_validator(mode="after")
+    def rank_and_steps_fit(self) -> Self:
+        if self.rank > min(self.inputs, self.outputs):
+            raise ValueError(f"rank {self.rank} is more than {min(self.inputs, self.outputs)}, the smaller side of W")
+        if self.steps % self.cycle_length:
+            raise ValueError(f"steps {self.steps} are no multiple of cycle_length {self.cycle_length}")
+        if self.warmup_steps > self.cycle_length or self.restart_warmup_steps >= self.cycle_length:
+            raise ValueError(
+                f"warmup_steps {self.warmup_steps} must not exceed cycle_length {self.cycle_length}, and "
+                f"restart_warmup_steps {self.restart_warmup_steps} must be below it"
+            )
+        return self
+
+
+class TutorialExperiment(FrozenConfig):
+    """The file of an experiment of kind 'tutorial'."""
+
+    title: str
+    kind: Literal["tutorial"]
+    seeds: Seeds = Field(tuple(range(10)), min_length=2)
+    tutorial: TutorialSettings = TutorialSettings()
+
+
+class ThroughputSettings(FrozenConfig):
+    """The training steps to measure, and the number of rounds."""
+
+    profiles: tuple[str, ...] = Field(("llama_60m",), min_length=1)
+    set: dict[str, Any] = Field(default_factory=dict)
+    warm_start_share: float = Field(1 / 3, ge=0, le=1)
+    rounds: int = Field(5, ge=2)
+    steps: int = Field(2, ge=1)
+
+
+class PaperThroughput(FrozenConfig):
+    """A column of the paper's table 4, in examples a second."""
+
+    where: str
+    full: float
+    relora: float
+    adjusted: float
+    total_percent: float
+
+
+class ThroughputExperiment(FrozenConfig):
+    """The file of an experiment of kind 'throughput'."""
+
+    title: str
+    kind: Literal["throughput"]
+    throughput: ThroughputSettings = ThroughputSettings()
+    paper_source: str = ""
+    paper: tuple[PaperThroughput, ...] = ()
 
 
 def faults_of(error: ValidationError, *, below: int = 0) -> list[str]:

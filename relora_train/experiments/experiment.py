@@ -1,16 +1,17 @@
 """Experiments as data: arms over one base profile, seeds, and one budget in tokens. Light.
 
 An experiment is sparse TOML (profiles/experiments/README.md). Each of its arms at each seed is an ordinary run whose id
-follows from its settings, so it resumes, retries and is reused like any other, by this experiment and by others. Arms
-that begin with the same warm start branch from one run that makes nothing else.
+follows from its settings. It resumes, retries and is reused like any other, by this experiment and by others. Arms that
+begin with the same warm start branch from one run that makes nothing else.
 """
 
 from __future__ import annotations
 
 import difflib
+import itertools
 import re
 import tomllib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -154,27 +155,54 @@ def load_experiment(
     budget than the file's, all to the same.
     Raises ExperimentInvalidError with all faults at once, ProfileNotFoundError, ConfigError.
     """
-    path = find_experiment(name_or_path)
-    config = _read(path, seeds)
+    path, place = find_experiment(name_or_path), "there or in what goes over it"
+    instead = {"seeds": list(seeds)} if seeds else {}
+    try:
+        config = ExperimentConfig.model_validate(tomllib.loads(path.read_text(encoding="utf-8")) | instead)
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ExperimentInvalidError(f"{path} is not valid TOML: {error}. Correct the file and run again.") from None
+    except ValidationError as error:
+        raise invalid_experiment(path, faults_of(error), where=place if instead else "there") from None
+    profile = config.profile
+    if profile.endswith(".toml"):
+        beside = path.parent / profile
+        if not beside.is_file():
+            raise ProfileNotFoundError(f"{path}: its profile {beside} is not there. Correct `profile` or put it there.")
+        profile = str(beside.resolve())
     given = layered(overrides or {})
-    faults = _misplaced(given, config)
-    profile = _base_profile(config, path)
+    arms = {f"arms.{name}.set.": layered(arm.set) for name, arm in config.arms.items()}
+    faults = [
+        f"{prefix}{key} cannot be set in an experiment: seeds are given by `seeds` or --seeds, names follow"
+        for prefix, settings in {"": given, "base.": layered(config.base), **arms}.items()
+        for key in ("seed", "name")
+        if key in settings
+    ]
     runs: list[PlannedRun] = []
-    for seed in config.seeds:
-        for name, arm in config.arms.items():
-            try:
-                runs.append(_planned(name, seed, profile, layered(config.base, given, arm.set)))
-            except ProfileInvalidError as error:
-                if seed == config.seeds[0]:
-                    faults += [f"arms.{name}: {fault}" for fault in error.faults or (str(error),)]
-    budget = config.budget_tokens
+    for seed, (name, arm) in itertools.product(config.seeds, config.arms.items()):
+        try:
+            runs.append(_planned(name, seed, profile, layered(config.base, given, arm.set)))
+        except ProfileInvalidError as error:
+            if seed == config.seeds[0]:
+                faults += [f"arms.{name}: {fault}" for fault in error.faults or (str(error),)]
+    budget = run_tokens(runs[0].profile) if given and runs else config.budget_tokens
     if not faults:
-        faults, budget = _faults_of_budget(runs, budget, may_differ=bool(given))
+        faults = [
+            f"arms.{run.arm}: {run.profile.schedule.total_steps:,} steps of {run.profile.batch.tokens:,} tokens are "
+            f"{run_tokens(run.profile):,}, not the common budget of {budget:,}"
+            for run in runs
+            if run.seed == runs[0].seed and run_tokens(run.profile) != budget
+        ]
     if faults:
-        raise invalid_experiment(path, faults, where="there or in what goes over it")
-    return Experiment(
-        path.stem, config, profile, budget, _warm_starts(runs), tuple(runs), given, path in list_experiments()
-    )
+        raise invalid_experiment(path, faults, where=place)
+    starts: dict[str, PlannedRun] = {}
+    for run in runs:
+        if run.warm_start is not None and run.warm_start not in starts:
+            name = run.warm_start.rpartition("-")[0]
+            settings, named = layered(run.settings, {"name": name}), run.profile.model_copy(update={"name": name})
+            start = PlannedRun(WARM_START, run.seed, run.warm_start, named, settings, None, is_warm_start=True)
+            starts[run.warm_start] = start
+    shipped = path in list_experiments()
+    return Experiment(path.stem, config, profile, budget, tuple(starts.values()), tuple(runs), given, shipped)
 
 
 def run_tokens(profile: Profile) -> int:
@@ -202,39 +230,15 @@ def find_experiment(name_or_path: str | Path) -> Path:
     )
 
 
-def _read(path: Path, seeds: Sequence[int] | None) -> ExperimentConfig:
-    given = {"seeds": list(seeds)} if seeds else {}
-    try:
-        return ExperimentConfig.model_validate(tomllib.loads(path.read_text(encoding="utf-8")) | given)
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ExperimentInvalidError(f"{path} is not valid TOML: {error}. Correct the file and run again.") from None
-    except ValidationError as error:
-        where = "there or in what goes over it" if given else "there"
-        raise invalid_experiment(path, faults_of(error), where=where) from None
-
-
-def _base_profile(config: ExperimentConfig, path: Path) -> str:
-    if not config.profile.endswith(".toml"):
-        return config.profile
-    beside = path.parent / config.profile
-    if not beside.is_file():
-        raise ProfileNotFoundError(f"{path}: its profile {beside} is not there. Correct `profile`, or put it there.")
-    return str(beside.resolve())
-
-
 def _planned(arm: str, seed: int, profile: str, settings: Mapping[str, Any]) -> PlannedRun:
-    name = f"{Path(profile).stem}-{arm}-s{seed}"
+    base = Path(profile).stem
+    name = f"{base}-{arm}-s{seed}"
     own = layered(settings, {"seed": seed, "name": name})
     resolved = load_profile(profile, own)
-    return PlannedRun(arm, seed, f"{name}-{_digest(resolved)}", resolved, own, _warm_start_id(resolved, profile))
-
-
-def _warm_start_id(profile: Profile, base: str) -> str | None:
-    """Name of the run that makes a profile's warm start: the same for all whose warm start is the same."""
-    first = plan_stages(profile)[0]
-    if first.kind != "warm_start":
-        return None
-    return f"{Path(base).stem}-{WARM_START}-s{profile.seed}-{_digest(profile, [first])}"
+    first = plan_stages(resolved)[0]
+    # Runs whose warm start is the same branch from the same run.
+    start = f"{base}-{WARM_START}-s{seed}-{_digest(resolved, [first])}" if first.kind == "warm_start" else None
+    return PlannedRun(arm, seed, f"{name}-{_digest(resolved)}", resolved, own, start)
 
 
 def _digest(profile: Profile, stages: Sequence[Stage] | None = None) -> str:
@@ -246,39 +250,3 @@ def _digest(profile: Profile, stages: Sequence[Stage] | None = None) -> str:
         "data": profile.data.model_dump(mode="json", exclude=unnamed["data"]),
     }
     return settings_digest(settings)[:8]
-
-
-def _warm_starts(runs: Iterable[PlannedRun]) -> tuple[PlannedRun, ...]:
-    made: dict[str, PlannedRun] = {}
-    for run in runs:
-        if run.warm_start is not None and run.warm_start not in made:
-            name = run.warm_start.rpartition("-")[0]
-            own = layered(run.settings, {"name": name})
-            profile = run.profile.model_copy(update={"name": name})
-            made[run.warm_start] = PlannedRun(
-                WARM_START, run.seed, run.warm_start, profile, own, None, is_warm_start=True
-            )
-    return tuple(made.values())
-
-
-def _misplaced(given: Mapping[str, Any], config: ExperimentConfig) -> list[str]:
-    arms = {f"arms.{name}.set.": layered(arm.set) for name, arm in config.arms.items()}
-    places: dict[str, Mapping[str, Any]] = {"": given, "base.": layered(config.base), **arms}
-    return [
-        f"{place}{key} cannot be set in an experiment: seeds are given by `seeds` or --seeds, names follow"
-        for place, settings in places.items()
-        for key in ("seed", "name")
-        if key in settings
-    ]
-
-
-def _faults_of_budget(runs: Sequence[PlannedRun], budget: int, *, may_differ: bool) -> tuple[list[str], int]:
-    """Return the faults of arms that do not come to the common budget, and that budget. Overrides may change it."""
-    common = run_tokens(runs[0].profile) if may_differ else budget
-    faults = [
-        f"arms.{run.arm}: {run.profile.schedule.total_steps:,} steps of {run.profile.batch.tokens:,} tokens are "
-        f"{run_tokens(run.profile):,}, not the common budget of {common:,}"
-        for run in runs
-        if run.seed == runs[0].seed and run_tokens(run.profile) != common
-    ]
-    return faults, common

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from pydantic import Field
 
@@ -98,7 +98,12 @@ class RunResult(FrozenConfig):
     """The objective's first measure there."""
 
 
-class ArmResult(FrozenConfig):
+class _Estimates(FrozenConfig):
+    def score(self, measure: Measure) -> Estimate | None:
+        return cast(Estimate | None, getattr(self, measure.key))
+
+
+class ArmResult(_Estimates):
     """A row of the table: an arm over its seeds."""
 
     arm: str
@@ -124,13 +129,8 @@ class ArmResult(FrozenConfig):
     trainable_parameters: int | None
     parameters: int | None
 
-    def score(self, measure: Measure) -> Estimate | None:
-        """Over seeds."""
-        value: Estimate | None = getattr(self, measure.key)
-        return value
 
-
-class Difference(FrozenConfig):
+class Difference(_Estimates):
     """An arm less the reference, over the seeds that both finished."""
 
     arm: str
@@ -138,19 +138,12 @@ class Difference(FrozenConfig):
     val_perplexity: Estimate | None
     val_accuracy: Estimate | None = None
 
-    def score(self, measure: Measure) -> Estimate | None:
-        """Over the pairs."""
-        value: Estimate | None = getattr(self, measure.key)
-        return value
-
 
 class Comparison(FrozenConfig):
     """A finished experiment."""
 
     experiment: str
     command_name: str = ""
-    """The argument of `relora compare`: a shipped name, or the file's."""
-
     title: str
     objective: ObjectiveName = DEFAULT_OBJECTIVE
     profile: str
@@ -165,24 +158,17 @@ class Comparison(FrozenConfig):
     paper_measure: str
     overrides: dict[str, Any]
     unreached: dict[str, tuple[str, ...]]
-    """Overridden keys that some arms set themselves, and these arms."""
-
     base: dict[str, Any] = Field(default_factory=dict)
-    """Settings over the profile, for every arm."""
-
     changes: dict[str, dict[str, Any]]
     """Settings of each arm."""
 
     search: dict[str, str] = Field(default_factory=dict)
-    """The search for the arms' settings: each try and its result."""
-
     arms: tuple[ArmResult, ...]
     differences: tuple[Difference, ...]
     runs: tuple[RunResult, ...]
 
     @property
     def measures(self) -> Measures:
-        """The measures of the arms."""
         return OBJECTIVES[self.objective].measures
 
     def label(self, arm: str) -> str:

@@ -9,6 +9,7 @@ import itertools
 import json
 import math
 from collections.abc import Mapping
+from contextlib import suppress
 from datetime import UTC
 from typing import Any
 
@@ -21,12 +22,7 @@ from relora_train.checkpoints.lineage import CheckpointRef
 from relora_train.checkpoints.run import CheckpointStore
 from relora_train.errors import CheckpointError, ObjectNotFoundError, ReLoRAError
 from relora_train.experiments.experiment import PlannedRun
-from relora_train.experiments.records import (
-    CurvePoint,
-    ResetSize,
-    RunResult,
-    ScorePoint,
-)
+from relora_train.experiments.records import CurvePoint, ResetSize, RunResult, ScorePoint
 from relora_train.reports.collect import collect_run_data, stage_peak_bytes
 from relora_train.reports.run_data import RunData
 from relora_train.runs.divergence import divergence_text
@@ -57,17 +53,13 @@ def find_result(store: ObjectStore, run: PlannedRun) -> RunResult | None:
 
 def diverged_result(store: ObjectStore, run: PlannedRun, message: str) -> RunResult:
     """Return a run that diverged, with the curve of the stages that it committed before."""
-    latest = _latest(store, run)
-    counted = _counted(run)
-    if latest is None:
-        return RunResult(arm=run.arm, seed=run.seed, run_id=run.run_id, outcome="diverged", message=message, **counted)
-    return _result(run, latest, {}).model_copy(update={"outcome": "diverged", "message": message})
+    return _result(run, _latest(store, run), {}).model_copy(update={"outcome": "diverged", "message": message})
 
 
 def record_divergence(store: ObjectStore, experiment: str, run: PlannedRun, message: str) -> None:
     """Keep in the store that a run diverged with these settings, so that it is not made a second time.
 
-    What is to be done about divergence is one of them, though it is in no run's name.
+    The policy for divergence is one of them, though it is in no run's name.
     """
     asked = run.profile.divergence.model_dump(mode="json")
     record = {"run_id": run.run_id, "arm": run.arm, "seed": run.seed, "message": message, "divergence": asked}
@@ -110,36 +102,43 @@ def _divergence_key(experiment: str, run: PlannedRun) -> str:
     return f"{experiment_prefix(experiment)}diverged/{run.run_id}.json"
 
 
-def _result(run: PlannedRun, latest: CheckpointRef, scores: Mapping[str, Any]) -> RunResult:
-    line = line_of(latest)
-    fetch = files_in_stores(checkpoint_cache(run.run_id))
+def _result(run: PlannedRun, latest: CheckpointRef | None, scores: Mapping[str, Any]) -> RunResult:
+    about: dict[str, Any] = {"arm": run.arm, "seed": run.seed, "run_id": run.run_id, "outcome": "trained"}
+    with suppress(ReLoRAError, ShapeUnknownError):  # a shape that is not known on this machine
+        planned = plan(run.profile)
+        cost = planned.low_rank or planned.full
+        about |= {"parameters": planned.parameters, "trainable_parameters": cost.trainable_parameters if cost else None}
+    if latest is None:
+        return RunResult(**about)
+    line, fetch = line_of(latest), files_in_stores(checkpoint_cache(run.run_id))
     data = collect_run_data(line, fetch, spectra=False)
     own = [ref for ref in line if ref.manifest.run_id == run.run_id]
     peaks = [peak for ref in own if (peak := stage_peak_bytes(ref, fetch)) is not None]
-    own_start = own[0].manifest.parent.step if own[0].manifest.parent else 0
-    manifest = latest.manifest
-    step_tokens, headline = run.profile.batch.tokens, data.measures.headline
+    step_tokens = run.profile.batch.tokens
     budget = run.profile.schedule.total_steps * step_tokens
+
+    def by_stage(measure: Measure) -> list[tuple[int, float]]:
+        """Tokens and score at the start and after every stage, where it is finite."""
+        points = [(data.stages[0].start_step, data.stages[0].before.of(measure))]
+        points += [(row.end_step, row.after.of(measure)) for row in data.stages]
+        return [(step * step_tokens, it) for step, it in points if it is not None and math.isfinite(it)]
+
     return RunResult(
-        arm=run.arm,
-        seed=run.seed,
-        run_id=run.run_id,
-        outcome="trained",
+        **about,
         checkpoint_uri=latest.uri,
-        dataset_id=manifest.dataset_id,
+        dataset_id=latest.manifest.dataset_id,
         **{name: scores.get(name) for name in SCORES},
-        tokens_per_second=_speed(data, after=own_start),
+        tokens_per_second=_speed(data, after=own[0].manifest.parent.step if own[0].manifest.parent else 0),
         tokens_per_second_in_all=_speed(data, after=0),
         peak_memory_bytes=max(peaks, default=None),
         seconds=sum(row.seconds for row in data.stages),
         resets=reset_sizes(data),
         lowered=tuple(f"{row.stage} {divergence_text(row.divergence)}" for row in data.stages if row.divergence),
-        finished_at=manifest.created_at.astimezone(UTC),
-        versions=manifest.versions,
+        finished_at=latest.manifest.created_at.astimezone(UTC),
+        versions=latest.manifest.versions,
         training=training_curve(data.train["tokens_seen"], data.train["loss"], budget),
-        validation=tuple(CurvePoint(tokens=at, loss=loss) for at, loss in _by_stage(data, LOSS, step_tokens)),
-        scored=tuple(ScorePoint(tokens=at, score=score) for at, score in _by_stage(data, headline, step_tokens)),
-        **_counted(run),
+        validation=tuple(CurvePoint(tokens=at, loss=loss) for at, loss in by_stage(LOSS)),
+        scored=tuple(ScorePoint(tokens=at, score=score) for at, score in by_stage(data.measures.headline)),
     )
 
 
@@ -171,20 +170,3 @@ def reset_sizes(data: RunData) -> tuple[ResetSize, ...]:
             )
         )
     return tuple(found)
-
-
-def _by_stage(data: RunData, measure: Measure, step_tokens: int) -> list[tuple[int, float]]:
-    """Tokens and score at the start and after every stage, where it is finite."""
-    points = [(row.end_step * step_tokens, row.after.of(measure)) for row in data.stages]
-    points.insert(0, (data.stages[0].start_step * step_tokens, data.stages[0].before.of(measure)))
-    return [(at, score) for at, score in points if score is not None and math.isfinite(score)]
-
-
-def _counted(run: PlannedRun) -> dict[str, int | None]:
-    """Parameters, counted from the shape; None where it is not known on this machine."""
-    try:
-        planned = plan(run.profile)
-    except (ReLoRAError, ShapeUnknownError):
-        return {}
-    cost = planned.low_rank or planned.full
-    return {"parameters": planned.parameters, "trainable_parameters": cost.trainable_parameters if cost else None}

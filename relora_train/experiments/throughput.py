@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from functools import partial
 from typing import Any, cast
 
-from relora_train import events
 from relora_train.experiments.bench import FULL, RELORA, StepResult, measure, step_requests
-from relora_train.experiments.measured import Measured, MeasuredTable, PaperThroughput, ThroughputExperiment
+from relora_train.experiments.config import PaperThroughput, ThroughputExperiment
+from relora_train.experiments.measured import Measured, MeasuredTable
 from relora_train.reports.statistics import Estimate, estimate
 from relora_train.reports.text import estimate_text
 from relora_train.settings.load import load_profile
@@ -22,84 +21,71 @@ from relora_train.text import decimal, size
 
 def measure_throughput(config: ThroughputExperiment) -> Measured:
     """Measure every profile. Raises ProfileNotFoundError for an unknown one, TrainerCrashedError for one too large."""
-    settings = config.throughput
-    updates = 1 + settings.rounds * settings.steps
-    sets = settings.set
-    requests = {name: step_requests(load_profile(name, sets), updates=updates) for name in settings.profiles}
+    settings, rounds = config.throughput, config.throughput.rounds
+    requests = {
+        name: step_requests(load_profile(name, settings.set), updates=1 + rounds * settings.steps)
+        for name in settings.profiles
+    }
     numbers: dict[str, Any] = {"measured_at": datetime.now(UTC).isoformat(timespec="seconds"), "profiles": {}}
     for name, arms in requests.items():
-        on_round = partial(_show_round, name, settings.rounds)
-        results = measure(arms, rounds=settings.rounds, steps=settings.steps, on_round=on_round)
+        results = measure(arms, rounds=rounds, steps=settings.steps, what=name)
         full = results[FULL]
-        numbers["device"] = f"cpu, {full.threads} threads" if full.device == "cpu" else full.device
+        numbers["device"] = full.device
         numbers["profiles"][name] = pair_record(full, results[RELORA], settings.warm_start_share)
     return summarize(config, numbers)
 
 
-def _show_round(name: str, rounds: int, done: int) -> None:
-    events.emit("measuring", what=name, done=done, total=rounds)
-
-
 def pair_record(full: StepResult, relora: StepResult, share: float) -> dict[str, Any]:
     """Return tokens a second, ratios round by round, and peak memory of full rank and ReLoRA."""
-    tokens = full.request.profile.batch.tokens
+    tokens, pair = full.request.profile.batch.tokens, {"full": full, "relora": relora}
     adjusted = [share * slow + (1 - share) * fast for slow, fast in zip(full.seconds, relora.seconds, strict=True)]
+
+    def over_rounds(values: list[float]) -> dict[str, Any]:
+        return cast(Estimate, estimate(values)).model_dump()
+
     seconds = {"full": full.seconds, "relora": relora.seconds, "adjusted": adjusted}
     return {
         "step_seconds": {name: list(values) for name, values in seconds.items()},
-        "tokens_per_second": {name: _estimate([tokens / t for t in values]) for name, values in seconds.items()},
+        "tokens_per_second": {name: over_rounds([tokens / t for t in values]) for name, values in seconds.items()},
         "speed_over_full": {
-            name: _estimate([slow / t for slow, t in zip(full.seconds, seconds[name], strict=True)])
+            name: over_rounds([slow / t for slow, t in zip(full.seconds, seconds[name], strict=True)])
             for name in ("relora", "adjusted")
         },
-        "peak_bytes": {"full": full.peak_bytes, "relora": relora.peak_bytes},
-        "optimizer_bytes": {"full": full.memory["optimizer"], "relora": relora.memory["optimizer"]},
+        "peak_bytes": {arm: one.memory["weights"] + one.memory["above_weights"] for arm, one in pair.items()},
+        "optimizer_bytes": {arm: one.memory["optimizer"] for arm, one in pair.items()},
     }
-
-
-def _estimate(values: list[float]) -> dict[str, Any]:
-    return cast(Estimate, estimate(values)).model_dump()
 
 
 def summarize(config: ThroughputExperiment, numbers: dict[str, Any]) -> Measured:
     """Tables and headline from what was measured. Pure."""
     settings = config.throughput
-    records, last = numbers["profiles"], settings.profiles[-1]
-    gain = Estimate.model_validate(records[last]["speed_over_full"]["adjusted"])
-    at_once = Estimate.model_validate(records[last]["speed_over_full"]["relora"])
     share = decimal(100 * settings.warm_start_share, 0)
-    headline = (
-        f"At {last} a ReLoRA step is {estimate_text(at_once)} times as fast as a full-rank one; a run whose first "
-        f"{share} % of steps are full rank {estimate_text(gain)} times."
-    )
     note = (
         f"Mean ± standard error over {settings.rounds} rounds in which both took turns; ratios are taken within a "
         f"round. Adjusted: a run whose first {share} % of steps are full rank, by time."
     )
-    speeds, peaks = [], []
-    for name, record in records.items():
+    speeds, peaks, headline = [], [], ""
+    for name, record in numbers["profiles"].items():
         rate, over = (
             {key: estimate_text(Estimate.model_validate(value)) for key, value in record[measured].items()}
             for measured in ("tokens_per_second", "speed_over_full")
         )
+        headline = (
+            f"At {name} a ReLoRA step is {over['relora']} times as fast as a full-rank one; a run whose first {share} "
+            f"% of steps are full rank {over['adjusted']} times."
+        )
         speeds.append((name, rate["full"], rate["relora"], over["relora"], rate["adjusted"], over["adjusted"]))
         full, relora = record["peak_bytes"]["full"], record["peak_bytes"]["relora"]
         peaks.append((name, size(full), size(relora), decimal(relora / full, 2)))
-    speed = MeasuredTable(
-        title="Speed, tokens a second",
-        header=("Step", "Full", "ReLoRA", "x full", "adjusted", "x full"),
-        rows=tuple(speeds),
-        note=note,
-    )
-    memory = MeasuredTable(
-        title="Memory",
-        header=("Step", "Full", "ReLoRA", "x full"),
-        rows=tuple(peaks),
-        note="The most held during a step, weights included.",
-    )
+    heads, most = ("Step", "Full", "ReLoRA", "x full"), "The most held during a step, weights included."
+    speed_heads = (*heads, "adjusted", "x full")
+    tables = [
+        MeasuredTable(title="Speed, tokens a second", header=speed_heads, rows=tuple(speeds), note=note),
+        MeasuredTable(title="Memory", header=heads, rows=tuple(peaks), note=most),
+        *([_paper_table(config, numbers)] if config.paper else []),
+    ]
     facts = f"{numbers['device']} · measured {numbers['measured_at'].replace('T', ' ').partition('+')[0]} UTC"
-    tables = (speed, memory, _paper_table(config, numbers)) if config.paper else (speed, memory)
-    return Measured(headline=headline, facts=facts, tables=tables, numbers=numbers)
+    return Measured(headline=headline, facts=facts, tables=tuple(tables), numbers=numbers)
 
 
 def _paper_table(config: ThroughputExperiment, numbers: Mapping[str, Any]) -> MeasuredTable:

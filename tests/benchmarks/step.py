@@ -35,7 +35,8 @@ def main() -> None:
     options = parser.parse_args()
     profile = load_profile(options.profile, options.set)
     requests = arms(step_requests(profile, updates=1 + options.rounds * options.steps))
-    results = measure(requests, rounds=options.rounds, steps=options.steps, worker=(__file__, "--worker"))
+    worker = (__file__, "--worker")
+    results = measure(requests, rounds=options.rounds, steps=options.steps, what=options.profile, worker=worker)
     record = {**about_this_machine(), "profiles": {options.profile: record_of(results)}}
     show(console_for_people(), bench_view(record))
 
