@@ -11,14 +11,20 @@ from prefect import Task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, TaskRun
 
+from relora_train import events
 from relora_train.errors import may_pass
 
 
 async def worth_retrying(task: Task[..., Any], task_run: TaskRun, state: State[Any]) -> bool:
     """Return True if the same call may succeed later, and was not yet tried as often as its error allows."""
-    error = await state.aresult(raise_on_failure=False)
-    limit = getattr(error, "max_retries", None)
-    return may_pass(error) and (limit is None or task_run.run_count <= limit)
+    error, retry = await state.aresult(raise_on_failure=False), task_run.run_count
+    limit, pauses = getattr(error, "max_retries", None), task.retry_delay_seconds
+    if not may_pass(error) or (limit is not None and retry > limit):
+        return False
+    seconds = pauses[min(retry, len(pauses)) - 1] if isinstance(pauses, list) else pauses
+    about = {"retry": retry, "retries": task.retries, "seconds": seconds or 0}
+    events.emit("retrying", task=task_run.name, message=str(error), **about)
+    return True
 
 
 _NOTHING_KEPT: dict[str, Any] = {"cache_policy": NO_CACHE, "persist_result": False}

@@ -17,7 +17,7 @@ from hanging_api import hanging_way_to
 
 from relora_train import events
 from relora_train.checkpoints.names import resolve_checkpoint
-from relora_train.cli.local_flow import load_flow, set_orchestrator_environment
+from relora_train.cli.local_flow import load_installed, set_orchestrator_environment
 from relora_train.events import Event
 from relora_train.method.stages import Stage, stages_after
 from relora_train.runs.evaluations import dataset_of
@@ -159,7 +159,7 @@ def chatter(directory: Path) -> None:
 def main() -> None:
     store_uri, directory = sys.argv[1], Path(sys.argv[2])
     set_orchestrator_environment(verbose=True)
-    pretrain = load_flow("pretrain")
+    pretrain = load_installed("pretrain")
     from tasks.store import open_run_store
 
     open_run_store.retry_delay_seconds = [0, 0, 0]

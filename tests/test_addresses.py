@@ -12,7 +12,7 @@ import pytest
 
 from relora_train.checkpoints.names import resolve_checkpoint
 from relora_train.cli.app import main
-from relora_train.cli.local_flow import load_flow
+from relora_train.cli.local_flow import load_installed
 from relora_train.cli.local_server import check_server
 from relora_train.errors import ConfigError
 from relora_train.experiments.experiment import load_experiment
@@ -75,7 +75,7 @@ def test_every_parameter_that_names_a_place_is_refused_with_credentials_and_not_
     """By the JSON Schema, with which Prefect's server checks parameters before it records them, and by its own type."""
     from prefect.utilities.schema_tools.validation import ValidationError, validate
 
-    flow = load_flow(name)
+    flow = load_installed(name)
     schema = flow.parameters.model_dump_for_openapi()
     places = sorted(set(strings_of(schema, schema["definitions"])), key=str)
     assert ("store",) in places and (("overrides", "data", "paths", 0) in places) == (
@@ -111,7 +111,6 @@ def test_addresses_without_credentials_are_taken():
 def test_commands_refuse_credentials_in_an_address_before_prefect_starts(
     command: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ):
-    monkeypatch.setattr("relora_train.cli.local_flow.run_flow", None)
     monkeypatch.setattr("relora_train.cli.run.run_flow", None)
     monkeypatch.chdir(tmp_path)
     for address in WITH_CREDENTIALS[:5]:

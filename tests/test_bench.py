@@ -12,7 +12,7 @@ from rich.console import Console
 
 from relora_train.cli.app import main
 from relora_train.cli.bench import bench_view
-from relora_train.cli.tables import show
+from relora_train.cli.output import show
 from relora_train.errors import ConfigError, TrainerCrashedError
 from relora_train.experiments.bench import (
     FULL,

@@ -15,13 +15,14 @@ import pytest
 from prefect_server import server_errors
 
 FLOWS = """
-import sys, time
+import time
 from prefect import flow, task
-from relora_train.errors import CorpusEmptyError, StoreUnavailableError
+from relora_train.errors import StoreUnavailableError
+from tasks.policies import STORE_IO
 
-@task(retries=1, retry_delay_seconds=0)
+@task(**{**STORE_IO, "retries": 1, "retry_delay_seconds": 0})
 def fragile():
-    raise CorpusEmptyError("There is no text. Add some.")
+    raise StoreUnavailableError("It is away. Wait.")
 
 @flow
 def failing():
@@ -39,11 +40,19 @@ def sleepy():
 
 
 DRIVER = """
-import sys
+import logging, sys
+from relora_train import events
 from relora_train.errors import ReLoRAError
 from relora_train.cli.local_flow import TerminatedError, run_flow
+from relora_train.reports.event_text import event_line
+
+class Notices(logging.Handler):
+    def emit(self, record):
+        print("notice:", event_line(record.event))
+
+events.listen(Notices())
 try:
-    run_flow(sys.argv[1], {}, on_notice=lambda text: print("notice:", text))
+    run_flow(sys.argv[1], {})
 except (ReLoRAError, KeyboardInterrupt, TerminatedError) as error:
     print(type(error).__name__, error)
 """
@@ -94,10 +103,9 @@ def test_a_failed_task_is_its_own_error_without_a_traceback(flows_environment: d
     with driver("failing", flows_environment) as process:
         out, err = process.communicate(timeout=240)
         lines = out.splitlines()
-        assert lines[0].startswith("notice: fragile-") and lines[0].endswith(
-            "There is no text. Retry 1 of 1 immediately."
-        )
-        assert lines[1:] == ["CorpusEmptyError There is no text. Add some."]
+        assert lines[0].startswith("notice: fragile-")
+        assert lines[0].endswith(" failed: It is away. Retry 1 of 1 immediately.")
+        assert lines[1:] == ["StoreUnavailableError It is away. Wait."]
         assert err == ""
         assert servers_of(process.pid) == []
 

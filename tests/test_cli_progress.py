@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from relora_train.cli.output import show
 from relora_train.cli.progress import PLAIN_SECONDS, LiveDisplay, PlainDisplay, RunProgress
-from relora_train.cli.summary import print_summary, reused_text
+from relora_train.cli.run import closing_lines, summary_view
 from relora_train.runs.summary import RunSummary, StageSummary
 
 
@@ -148,7 +149,7 @@ def summary(*, reused: bool) -> RunSummary:
 
 def test_the_final_table_fits_100_columns_and_says_where_everything_is() -> None:
     written = io.StringIO()
-    print_summary(Console(file=written, width=100), summary(reused=True), seconds=7.0)
+    show(Console(file=written, width=100), summary_view(summary(reused=True), 7.0))
     shown = written.getvalue()
     assert all(len(text) <= 100 for text in shown.splitlines())
     for words in (
@@ -161,4 +162,4 @@ def test_the_final_table_fits_100_columns_and_says_where_everything_is() -> None
     ):
         assert words in shown
     assert "\x1b" not in shown, "a model's text reached the terminal as a control code"
-    assert reused_text(summary(reused=False)) == ""
+    assert not any("Reused" in line for line in closing_lines(summary(reused=False), seconds=7.0))

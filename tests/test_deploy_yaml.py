@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from relora_train.cli.deployments import choose_deployments, deployments_file, read_deployments
+from relora_train.cli.serve import choose_deployments, deployments_file
 from relora_train.errors import ConfigError
 from relora_train.settings.load import list_profiles
 
@@ -22,7 +22,7 @@ pytestmark = [
 ]
 
 DEPLOY = Path(__file__).resolve().parent.parent / "deploy"
-DEPLOYMENTS = {each["full_name"]: each for each in read_deployments()}
+DEPLOYMENTS = {each["full_name"]: each for each in choose_deployments()}
 RETRAIN = "retrain/nightly"
 
 

@@ -235,7 +235,7 @@ def test_serving_that_is_told_to_stop_before_it_began_gives_back_what_is_still_i
     program = """
 import os, signal, sys, urllib.request
 from flows.serving import serve_deployments
-from relora_train.cli.deployments import choose_deployments
+from relora_train.cli.serve import choose_deployments
 
 def deploy_again(pool_and_queue):
     url = f"{os.environ['PREFECT_API_URL']}/deployments/{sys.argv[1]}"

@@ -143,7 +143,7 @@ def test_an_export_says_which_stage_it_is_and_what_its_run_still_plans(tmp_path,
             main(["export", name, str(tmp_path / name), *place])
         said = capsys.readouterr().out
         assert (
-            f"step {step}: 1 files" in said and f"The run is not finished: its settings plan {rest} after this." in said
+            f"step {step}: 1 file," in said and f"The run is not finished: its settings plan {rest} after this." in said
         )
     assert unfinished_stages(one) == unfinished_stages(two) == ["cycle-2", "cycle-3"]
     whole = commit_run(store, "whole", profile, tmp_path / "scratch-2")

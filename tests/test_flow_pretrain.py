@@ -21,7 +21,7 @@ from relora_train import events
 from relora_train.checkpoints.names import resolve_checkpoint
 from relora_train.checkpoints.upkeep.verify import verify_run
 from relora_train.cli import run
-from relora_train.cli.summary import closing_lines
+from relora_train.cli.run import closing_lines
 from relora_train.errors import (
     CheckpointCorruptError,
     CheckpointNotFoundError,
@@ -222,7 +222,6 @@ def test_other_settings_of_a_run_are_refused_before_prefect_is_started(
 ):
     started: list[str] = []
     monkeypatch.setattr(run, "run_shown", lambda flow, parameters, *rest, **options: started.append(flow))
-    monkeypatch.setattr(run, "print_summary", lambda *shown, **options: None)
 
     def relora_run(*sets: str) -> None:
         run.run("smoke", ["launch.threads=1", *sets], run_id="first", store=str(local_store))

@@ -28,7 +28,7 @@ from relora_train.checkpoints.manifest import CheckpointManifest, ParentRef
 from relora_train.checkpoints.names import read_checkpoints
 from relora_train.checkpoints.run import CheckpointStore
 from relora_train.cli.app import main
-from relora_train.cli.lineage_view import lineage_view
+from relora_train.cli.runs import lineage_view
 
 
 def checkpoint(

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from relora_train.cli.compare import print_measured
+from relora_train.cli.compare import summary_view
+from relora_train.cli.output import show
 from relora_train.errors import ConfigError, ExperimentInvalidError, ProfileNotFoundError
 from relora_train.experiments.bench import FULL, RELORA, StepRequest, StepResult
 from relora_train.experiments.config import PaperThroughput
@@ -55,7 +56,7 @@ def test_its_tables_fit_a_hundred_columns_without_breaking_a_name():
     measured = summarize(config, numbers)
     console = Console(width=100, file=io.StringIO())
     uris = {"html_uri": "file:///r.html", "json_uri": "file:///r.json", "picture_uris": ()}
-    print_measured(console, MeasuredSummary(experiment="table4", title="x", measured=measured, **uris), seconds=1.0)
+    show(console, summary_view(MeasuredSummary(experiment="table4", title="x", measured=measured, **uris), 1.0))
     shown = console.file.getvalue()
     for name in names:
         assert shown.count(f"{name}  ") == 2, shown

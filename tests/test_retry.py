@@ -17,7 +17,7 @@ from relora_train.checkpoints.manifest import CheckpointManifest
 from relora_train.checkpoints.names import resolve_checkpoint
 from relora_train.checkpoints.run import CheckpointStore
 from relora_train.cli.app import main
-from relora_train.cli.retry import retry_view
+from relora_train.cli.evaluate import retry_view
 from relora_train.errors import CheckpointNotFoundError, ConfigError, RunInUseError
 from relora_train.events import Event
 from relora_train.method.stages import plan_stages, stages_after

@@ -23,7 +23,7 @@ from relora_train.checkpoints.commit import commit_bundle
 from relora_train.checkpoints.layout import dataset_prefix
 from relora_train.checkpoints.lineage import CheckpointRef
 from relora_train.checkpoints.run import CheckpointStore
-from relora_train.cli.precheck import check_inputs
+from relora_train.cli.run import check_inputs
 from relora_train.data.prepare import PreparedDataset, describe_dataset, prepare_dataset
 from relora_train.data.tokenizer import load_tokenizer, train_tokenizer
 from relora_train.errors import ProfileInvalidError, RunSettingsChangedError, TokenizerError, VocabularyMismatchError

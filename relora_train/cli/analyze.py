@@ -12,8 +12,7 @@ from rich.text import Text
 
 from relora_train.checkpoints.fetch import files_in_stores
 from relora_train.cli.options import AsJson, CheckpointName, Store, answer, resolve
-from relora_train.cli.output import console_for_people, require_writable, tell
-from relora_train.cli.tables import BLANK, View, add_row, facts, table
+from relora_train.cli.output import BLANK, View, console_for_people, facts, require_writable, table, tell
 from relora_train.reports.ranks.analysis import Layers, RankAnalysis
 from relora_train.reports.ranks.analysis import analyze as analyze_line
 from relora_train.reports.ranks.cycles import CycleHistory, successive_overlap
@@ -108,23 +107,10 @@ def write_analysis(analysis: RankAnalysis, directory: Path) -> list[Path]:
 
 def analysis_view(analysis: RankAnalysis, *, every_layer: bool) -> View:
     """Return the means of each kind of layer, or every layer; then growth and overlaps."""
-    parts: View = [facts({"from": analysis.start, "to": analysis.end}), BLANK]
-    parts.append(_spectra_table(analysis, every_layer=every_layer))
-    parts.append(Text("below 0.1: singular values of the update, of as many as the shorter side.", style="dim"))
-    if analysis.history is not None:
-        parts += [BLANK, *_growth(analysis.history), *_overlaps(analysis.history)]
-    return [*parts, *([BLANK, Text(analysis.note)] if analysis.note else [])]
-
-
-def _spectra_table(analysis: RankAnalysis, *, every_layer: bool) -> Any:
-    first = ("layer",) if every_layer else ("kind", "layers")
-    made = table(*first, "shape", "below 0.1", "effective rank", "stable rank", "rank", "‖ΔW‖/‖W‖")
     measured = analysis.spectra if every_layer else kind_means(analysis.spectra)
-    for each in measured:
-        named = [each.kind, str(each.layers)] if isinstance(each, KindSpectrum) else [each.name.removesuffix(".weight")]
-        add_row(
-            made,
-            *named,
+    rows = [
+        (
+            *([each.kind, str(each.layers)] if isinstance(each, KindSpectrum) else [each.name.removesuffix(".weight")]),
             f"{each.shape[0]} × {each.shape[1]}",
             f"{each.below_threshold:,.4g} of {min(each.shape):,}",
             decimal(each.effective_rank, 1),
@@ -132,27 +118,31 @@ def _spectra_table(analysis: RankAnalysis, *, every_layer: bool) -> Any:
             decimal(each.numerical_rank, 0 if every_layer else 1),
             decimal(each.relative_update_norm, 4),
         )
-    return made
+        for each in measured
+    ]
+    first = ("layer",) if every_layer else ("kind", "layers")
+    spectra = table((*first, "shape", "below 0.1", "effective rank", "stable rank", "rank", "‖ΔW‖/‖W‖"), rows)
+    about = Text("below 0.1: singular values of the update, of as many as the shorter side.", style="dim")
+    parts: View = [facts({"from": analysis.start, "to": analysis.end}), BLANK, spectra, about]
+    if analysis.history is not None:
+        parts += [BLANK, *_history(analysis.history)]
+    return [*parts, BLANK, Text(analysis.note)] if analysis.note else parts
 
 
-def _growth(history: CycleHistory) -> View:
+def _history(history: CycleHistory) -> View:
     kinds: dict[str, list[tuple[LayerSpectrum, ...]]] = {}
     for layer in history.growth:
         kinds.setdefault(kind_of(layer.name), []).append(layer.spectra)
-    made = table("effective rank of all so far", *history.growth_stages)
+    growth = []
     for kind, layers in kinds.items():
         means = np.mean([[spectrum.effective_rank for spectrum in spectra] for spectra in layers], axis=0)
-        add_row(made, kind, *(decimal(float(mean), 1) for mean in means))
+        growth.append((kind, *(decimal(float(mean), 1) for mean in means)))
     if all(rank is not None for rank in history.growth_ranks):
-        add_row(made, "at most", *(str(rank) for rank in history.growth_ranks))
-    return [made]
-
-
-def _overlaps(history: CycleHistory) -> View:
-    if not history.overlaps:
-        return []
-    made = table("overlap of successive cycles", "mean cos²", "by chance")
-    for title, side in (("column spaces (what is written)", "columns"), ("row spaces (what is read)", "rows")):
-        found, chance = successive_overlap(history.overlaps, side)
-        add_row(made, title, decimal(found, 4), decimal(chance, 4))
-    return [BLANK, made]
+        growth.append(("at most", *map(str, history.growth_ranks)))
+    parts: View = [table(("effective rank of all so far", *history.growth_stages), growth)]
+    if history.overlaps:
+        sides = {"column spaces (what is written)": "columns", "row spaces (what is read)": "rows"}
+        found = {title: successive_overlap(history.overlaps, side) for title, side in sides.items()}
+        rows = [(title, decimal(cosine, 4), decimal(chance, 4)) for title, (cosine, chance) in found.items()]
+        parts += [BLANK, table(("overlap of successive cycles", "mean cos²", "by chance"), rows)]
+    return parts

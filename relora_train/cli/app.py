@@ -27,31 +27,14 @@ With --json standard output is JSON alone; progress and messages go to standard 
 """
 
 _COMMANDS = {
-    "run": "run",
-    "retrain": "retrain",
-    "compare": "compare",
-    "experiments": "compare",
-    "join": "join",
-    "plan": "plan",
-    "profiles": "plan",
-    "runs": "runs",
-    "checkpoints": "show",
-    "show": "show",
-    "retry": "retry",
-    "evaluate": "evaluate",
-    "bench": "bench",
-    "export": "export",
-    "report": "evaluate",
-    "analyze": "analyze",
-    "serve": "serve",
-    "prune": "upkeep",
-    "verify": "upkeep",
-    "pin": "upkeep",
-    "unpin": "upkeep",
-    "series": "series",
-    "promote": "series",
-    "rollback": "series",
-}
+    "run": "run", "retrain": "series", "compare": "compare", "experiments": "compare", "join": "run",
+    "plan": "plan", "profiles": "plan",
+    "runs": "runs", "checkpoints": "show", "show": "show",
+    "retry": "evaluate", "evaluate": "evaluate", "bench": "bench", "export": "export", "report": "evaluate",
+    "analyze": "analyze", "serve": "serve",
+    "prune": "upkeep", "verify": "upkeep", "pin": "upkeep", "unpin": "upkeep",
+    "series": "series", "promote": "series", "rollback": "series",
+}  # fmt: skip
 """The module of each command, in the order of `relora --help`."""
 
 

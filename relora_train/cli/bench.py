@@ -11,8 +11,7 @@ import typer
 from rich.text import Text
 
 from relora_train.cli.options import AsJson, Sets, answer
-from relora_train.cli.output import console_for_people
-from relora_train.cli.tables import BLANK, View, add_row, table
+from relora_train.cli.output import BLANK, View, console_for_people, table
 from relora_train.experiments.bench import StepResult, measure, speed_ratio, step_requests
 from relora_train.settings.load import load_profile
 from relora_train.text import size
@@ -79,22 +78,18 @@ def bench_view(record: Mapping[str, Any]) -> View:
             f"{name}: rank {measured['rank']}, dropout {measured['dropout']:g}, {measured['sequences']} x "
             f"{measured['sequence_length']} tokens, {measured['precision']}, {measured['device']}"
         )
-        speed = table("step", "tokens/s", f"x {next(iter(arms))}", "MFLOPs/token", "of peak", title=title)
-        memory = table("memory", "weights", "gradients", "optimizer", "rest of the peak")
+        speed, memory = [], []
         for arm, found in arms.items():
             ratio, sizes = found["speed_over_first"], found["memory_bytes"]
-            add_row(
-                speed,
-                arm,
-                f"{found['tokens_per_second']:,.0f}",
-                f"{ratio['median']:.2f} ({ratio['lowest']:.2f}–{ratio['highest']:.2f})",
-                f"{found['flops_per_token'] / 1e6:,.1f}",
-                f"{found['share_of_peak']:.0%}",
-            )
+            over = f"{ratio['median']:.2f} ({ratio['lowest']:.2f}–{ratio['highest']:.2f})"
+            flops, share = f"{found['flops_per_token'] / 1e6:,.1f}", f"{found['share_of_peak']:.0%}"
+            speed.append((arm, f"{found['tokens_per_second']:,.0f}", over, flops, share))
             rest = max(0, sizes["above_weights"] - sizes["gradients"] - sizes["optimizer"])
-            held = [sizes["weights"], sizes["gradients"], sizes["optimizer"], rest]
-            add_row(memory, arm, *map(size, held))
-        products = {found["matmul_precision"] for found in arms.values()}
-        parts += [BLANK, speed, BLANK, memory, Text(f"products: {', '.join(sorted(products))}", style="dim")]
+            memory.append((arm, *map(size, (sizes["weights"], sizes["gradients"], sizes["optimizer"], rest))))
+        speed_columns = ("step", "tokens/s", f"x {next(iter(arms))}", "MFLOPs/token", "of peak")
+        memory_columns = ("memory", "weights", "gradients", "optimizer", "rest of the peak")
+        products = ", ".join(sorted({found["matmul_precision"] for found in arms.values()}))
+        parts += [BLANK, table(speed_columns, speed, title=title), BLANK, table(memory_columns, memory)]
+        parts.append(Text(f"products: {products}", style="dim"))
     versions = ", ".join(f"{package} {number}" for package, number in record["versions"].items())
     return [*parts, BLANK, Text(f"Ratios: median of the rounds (lowest–highest). {versions}.", style="dim")]

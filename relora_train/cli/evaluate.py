@@ -1,16 +1,18 @@
-"""`relora evaluate` and `relora report`."""
+"""`relora evaluate`, `report` and `retry`: what one checkpoint, or one run, comes to when it is looked at again."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated
 
+import typer
 from rich.text import Text
 
+from relora_train import events
 from relora_train.cli.options import AsJson, CheckpointName, RunName, Store, answer, resolve
-from relora_train.cli.output import console_for_people
-from relora_train.cli.summary import place
-from relora_train.cli.tables import BLANK, View, facts, samples_lines
+from relora_train.cli.output import BLANK, View, console_for_people, facts, place, samples_lines
+from relora_train.cli.progress import shown_progress
 from relora_train.runs.evaluations import recorded_evaluations, score_checkpoint
+from relora_train.runs.retry import RetryOutcome, parent_of, retry_stage
 from relora_train.runs.run import line_of
 from relora_train.settings.measures import LOSS
 from relora_train.settings.objectives import measures_in
@@ -22,10 +24,17 @@ def evaluate(checkpoint: CheckpointName, store: Store = None, as_json: AsJson = 
     ref = resolve(checkpoint, store)
     with console_for_people(to_stderr=as_json).status(f"evaluating {ref.manifest.run_id}@{ref.manifest.stage} …"):
         outcome = score_checkpoint(ref, on_event=lambda event: None)
+    record, measures = outcome.record, measures_in(outcome.record)
+    before = " (recorded before)" if outcome.reused else ""
+    about = {
+        "checkpoint": str(record["checkpoint_uri"]),
+        **{m.name: m.text(record[m.key]) for m in (measures.headline, measures.second, LOSS)},
+        f"{measures.unit}s scored": f"{record[measures.scored]:,}{before}",
+    }
     answer(
         as_json,
-        record=lambda: {**outcome.record, "reused": outcome.reused},
-        view=lambda: evaluation_view(outcome.record, reused=outcome.reused),
+        record=lambda: {**record, "reused": outcome.reused},
+        view=lambda: [facts(about), BLANK, *samples_lines(record)],
     )
 
 
@@ -37,25 +46,56 @@ def report(run: RunName, store: Store = None, as_json: AsJson = False) -> None:
 
         opened, line = open_store(ref.store_uri), line_of(ref)
         written = report_run(line, recorded_evaluations(opened, line), opened, ref.manifest.run_id)
-    answer(
-        as_json,
-        record=lambda: {
-            "report_uri": written.html_uri,
-            "picture_uris": written.picture_uris,
-            "summary": written.summary,
-        },
-        view=lambda: [Text(f"Report: {place(written.html_uri)}")],
-    )
+    record = {"report_uri": written.html_uri, "picture_uris": written.picture_uris, "summary": written.summary}
+    answer(as_json, record=lambda: record, view=lambda: [Text(f"Report: {place(written.html_uri)}")])
 
 
-def evaluation_view(record: dict[str, Any], *, reused: bool) -> View:
-    """Scores and samples of one checkpoint."""
-    measures = measures_in(record)
-    about = facts(
-        {
-            "checkpoint": str(record["checkpoint_uri"]),
-            **{m.name: m.text(record[m.key]) for m in (measures.headline, measures.second, LOSS)},
-            f"{measures.unit}s scored": f"{record[measures.scored]:,}" + (" (recorded before)" if reused else ""),
-        }
-    )
-    return [about, BLANK, *samples_lines(record)]
+def retry(
+    checkpoint: CheckpointName,
+    replace: Annotated[
+        bool, typer.Option("--replace", help="If it comes out otherwise, let the run go on from the new attempt.")
+    ] = False,
+    store: Store = None,
+    as_json: AsJson = False,
+) -> None:
+    """Make a checkpoint's stage again from its parent, compare the bytes, and say what becomes of its descendants."""
+    ref = resolve(checkpoint, store)
+    parent_of(ref)  # refuses before anything is said to be trained
+    stage, console = ref.manifest.stage, console_for_people(to_stderr=as_json)
+    with shown_progress(console, [stage], first=f"training {stage} of {ref.manifest.run_id} once more"):
+        outcome = retry_stage(ref, on_event=lambda event: events.emit(**event), replace=replace)
+    record = {
+        "checkpoint_uri": ref.uri,
+        "identical": outcome.identical,
+        "differing_files": list(outcome.differing_files),
+        "evaluation": outcome.evaluation,
+        "descendant_uris": [below.uri for below in outcome.descendants],
+        "replacement_uri": outcome.replacement.uri if outcome.replacement else None,
+    }
+    answer(as_json, record=lambda: record, view=lambda: retry_view(outcome))
+
+
+def retry_view(outcome: RetryOutcome) -> View:
+    """Return the verdict, and what follows from it."""
+    ref, manifest = outcome.checkpoint, outcome.checkpoint.manifest
+    name, below = f"{manifest.run_id}@{manifest.stage}", outcome.descendants
+    if outcome.identical:
+        kept = f" What was trained from it ({len(below)}) stays valid." if below else ""
+        return [Text(f"{name} came out identical, byte for byte: nothing changes.{kept}")]
+    headline = measures_in(manifest.evaluation).headline
+    scores = headline.arrow(manifest.evaluation.get(headline.key), outcome.evaluation.get(headline.key))
+    lines = [
+        f"{name} came out otherwise: {', '.join(outcome.differing_files)}.",
+        f"Validation {headline.name}, committed → new: {scores}.",
+    ]
+    if outcome.replacement is None:
+        again = "; --replace makes the run go on from a new attempt"
+        lines.append(f"The committed checkpoint stays the run's, and the new attempt was dropped{again}.")
+        resting = "Still resting on it:"
+    else:
+        lines.append(f"The run goes on from {outcome.replacement.uri}.")
+        lines.append(f"The checkpoint it replaces is kept off the run's line: {ref.uri}")
+        resting = "So is what was trained from that one; the run's own command makes its stages again:"
+    if below:
+        lines += [resting, *(f"  {one.manifest.run_id}@{one.manifest.stage}: {one.uri}" for one in below)]
+    return [Text("\n".join(lines))]

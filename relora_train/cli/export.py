@@ -9,6 +9,8 @@ import json
 import re
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, cast, get_args
@@ -38,7 +40,7 @@ from relora_train.runs.retry import parent_of
 from relora_train.runs.run import fetch_parent
 from relora_train.storage.durable import disk_error
 from relora_train.storage.opening import open_store
-from relora_train.text import size
+from relora_train.text import counted, size
 
 _HEADER_BYTES = 100_000_000  # safetensors itself reads no larger one
 _TOKENIZER = re.compile("|".join(["tokenizer.*", "chat_template.*", *map(re.escape, TOKENIZER_FILES)]))
@@ -75,15 +77,20 @@ def export(
         written = export_model(ref, directory, force=force, dtype=cast(Dtype | None, dtype))
     unfinished = unfinished_stages(ref)
     for kept in filter(None, (ref, parent)):
-        _record_export(kept, written.directory)
+        try:
+            if kept.prefix:
+                record_export(open_named(kept.store_uri), kept, written.directory)
+        except StorageError as error:  # a store that can only be read still exports
+            tell(f"The export is not recorded, so a prune may remove its checkpoint: {error}")
     if as_json:
         names = [entry.path for entry in written.files]
         about = {"stage": ref.manifest.stage, "step": ref.step, "unfinished_stages": unfinished}
         origin = {"directory": str(written.directory), "checkpoint_uri": written.checkpoint_uri}
         echo_json({**origin, **about, "dtype": written.dtype, "files": names})
         return
-    what = f"{ref.manifest.run_id}@{ref.manifest.stage}, step {ref.step}"
-    say(f"{what}: {len(written.files)} files, {size(written.size_bytes)}, in {written.directory}")
+    what, size_bytes = f"{ref.manifest.run_id}@{ref.manifest.stage}", sum(entry.size_bytes for entry in written.files)
+    files = f"{counted(len(written.files), 'file')}, {size(size_bytes)}"
+    say(f"{what}, step {ref.step}: {files}, in {written.directory}")
     if dtype is None and not as_adapter:
         why = "those were that the run began from" if ref.manifest.source_dtype else "the checkpoint holds them"
         hint = "" if written.dtype == "float32" else "; --dtype float32 rounds nothing"
@@ -97,16 +104,6 @@ def export(
         say(f'Load it with AutoModelForCausalLM.from_pretrained("{written.directory}").')
 
 
-def _record_export(ref: CheckpointRef, directory: Path) -> None:
-    """Best effort: a store that can only be read still exports."""
-    if not ref.prefix:
-        return
-    try:
-        record_export(open_named(ref.store_uri), ref, directory)
-    except StorageError as error:
-        tell(f"The export is not recorded, so a prune may remove its checkpoint: {error}")
-
-
 @dataclass(frozen=True)
 class ExportedModel:
     """An exported model."""
@@ -115,10 +112,6 @@ class ExportedModel:
     checkpoint_uri: str
     files: tuple[FileEntry, ...]
     dtype: Dtype = "float32"
-
-    @property
-    def size_bytes(self) -> int:
-        return sum(entry.size_bytes for entry in self.files)
 
 
 def export_model(
@@ -137,21 +130,48 @@ def export_model(
     directory = directory.expanduser().absolute()
     dtype = dtype or checkpoint.manifest.source_dtype or "float32"
     _refuse_what_is_there(directory, checkpoint, force=force)
+    part = checkpoint.manifest.model_copy(update={"files": entries})
+    with _replacing(directory, "model") as model:
+        scratch = model.parent
+        fetched = fetch_bundle(open_store(checkpoint.store_uri), checkpoint.prefix, part, scratch / "fetched")
+        for entry in entries:
+            copy = model / entry.path
+            if fetched.is_relative_to(scratch):
+                (fetched / entry.path).rename(copy)
+                continue
+            shutil.copyfile(fetched / entry.path, copy)  # the store's own file
+            if hash_file(copy) != entry.sha256:
+                raise CheckpointCorruptError(f"{entry.path} changed while it was copied to {copy}. Export once more.")
+        _name_origin(checkpoint, model)
+        if dtype != "float32":
+            from relora_train.training.rounding import round_model  # torch
+
+            round_model(model, dtype)
+        written = describe_files(model)
+    return ExportedModel(directory, checkpoint.uri, written, dtype)
+
+
+@contextmanager
+def _replacing(directory: Path, what: str) -> Iterator[Path]:
+    """Yield an empty directory; at the end of the block it becomes `directory`, or replaces the model in it."""
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{directory.name}-", dir=directory.parent) as scratch:
-            model = Path(scratch) / "model"
-            _collect(checkpoint, entries, Path(scratch))
-            _name_origin(checkpoint, model)
-            if dtype != "float32":
-                from relora_train.training.rounding import round_model  # torch
-
-                round_model(model, dtype)
-            written = describe_files(model)
-            _move(written, model, directory)
+            made = Path(scratch) / what
+            made.mkdir()
+            yield made
+            if not directory.exists() or not any(directory.iterdir()):
+                directory.unlink() if directory.is_symlink() else None
+                made.chmod(0o755)
+                made.replace(directory)
+                return
+            for old in directory.iterdir():
+                if _WEIGHTS.fullmatch(old.name):
+                    old.unlink()  # a shard of another model, left beside the new ones, would be loaded with them
+            for path in made.iterdir():
+                path.replace(directory / path.name)
     except OSError as error:
-        raise disk_error(error, f"write the model to {directory}") from error
-    return ExportedModel(directory, checkpoint.uri, written, dtype)
+        raise disk_error(error, f"write the {what} to {directory}") from error
 
 
 def unfinished_stages(checkpoint: CheckpointRef) -> list[str]:
@@ -165,15 +185,6 @@ def unfinished_stages(checkpoint: CheckpointRef) -> list[str]:
     except (ReLoRAError, ValueError):  # settings of another version: the model is there all the same
         return []
     return [stage.name for stage in following if stage.name not in made]
-
-
-def _model_it_began_from(checkpoint: CheckpointRef) -> Path | None:
-    """Return the model.pretrained of its settings, as far as this version can read them."""
-    try:
-        pretrained = profile_of(checkpoint).model.pretrained
-    except (ReLoRAError, ValueError):
-        return None
-    return Path(pretrained).expanduser().resolve() if pretrained else None
 
 
 def _name_origin(checkpoint: CheckpointRef, model: Path) -> None:
@@ -213,39 +224,29 @@ def export_adapter(checkpoint: CheckpointRef, directory: Path) -> tuple[Exported
     directory = directory.expanduser().absolute()
     _refuse_what_is_there(directory, checkpoint, force=False)
     parent = parent_of(checkpoint)
-    files = fetch_parent(checkpoint)
-    base, name = (fetch_parent(parent), parent.uri) if parent else _pretrained(checkpoint)
-    if parent and parent.store_uri.startswith("file:"):
+    if parent:
+        base = fetch_parent(parent)
+        name = str(base) if parent.store_uri.startswith("file:") else parent.uri
+    else:
+        pretrained = profile_of(checkpoint).model.pretrained
+        base = Path(pretrained or "").expanduser()
         name = str(base)
+        if pretrained is None or not base.is_dir():
+            began = "random weights" if pretrained is None else f"{pretrained!r}, which is no directory of this machine"
+            raise ConfigError(
+                f"{checkpoint.uri} has no parent checkpoint: it began from {began}. An adapter needs a model it "
+                "belongs on. Name a later checkpoint, or export this one whole, without --as-adapter."
+            )
+    files = fetch_parent(checkpoint)
     from relora_train.training.peft_export import write_adapter  # torch
 
-    try:
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{directory.name}-", dir=directory.parent) as scratch:
-            made = Path(scratch) / "adapter"
-            made.mkdir()
-            write_adapter(files, base, made, base_name=name, checkpoint_name=checkpoint.uri)
-            for entry in checkpoint.manifest.files:
-                if _TOKENIZER.fullmatch(entry.path):
-                    shutil.copyfile(files / entry.path, made / entry.path)
-            written = describe_files(made)
-            _move(written, made, directory)
-    except OSError as error:
-        raise disk_error(error, f"write the adapter to {directory}") from error
+    with _replacing(directory, "adapter") as made:
+        write_adapter(files, base, made, base_name=name, checkpoint_name=checkpoint.uri)
+        for entry in checkpoint.manifest.files:
+            if _TOKENIZER.fullmatch(entry.path):
+                shutil.copyfile(files / entry.path, made / entry.path)
+        written = describe_files(made)
     return ExportedModel(directory, checkpoint.uri, written), parent
-
-
-def _pretrained(checkpoint: CheckpointRef) -> tuple[Path, str]:
-    """Return the local model that a checkpoint without a parent began from."""
-    pretrained = profile_of(checkpoint).model.pretrained
-    directory = Path(pretrained).expanduser() if pretrained else None
-    if directory is None or not directory.is_dir():
-        began = "random weights" if pretrained is None else f"{pretrained!r}, which is no directory of this machine"
-        raise ConfigError(
-            f"{checkpoint.uri} has no parent checkpoint: it began from {began}. An adapter needs a model it belongs "
-            "on. Name a later checkpoint, or export this one whole, without --as-adapter."
-        )
-    return directory, str(directory)
 
 
 def _refuse_what_is_there(directory: Path, checkpoint: CheckpointRef, *, force: bool) -> None:
@@ -262,36 +263,13 @@ def _refuse_what_is_there(directory: Path, checkpoint: CheckpointRef, *, force: 
             f"{directory} is not empty, and nothing in it was changed. Give a directory that is new or empty, or "
             "--force to replace the model in it."
         )
-    if force and _model_it_began_from(checkpoint) == directory.resolve():
-        raise ConfigError(
-            f"{directory} is the model that the run began from (model.pretrained), and the run needs it as it is. Give "
-            "another directory."
-        )
-
-
-def _collect(checkpoint: CheckpointRef, entries: tuple[FileEntry, ...], scratch: Path) -> None:
-    """Put verified copies into scratch/model."""
-    part = checkpoint.manifest.model_copy(update={"files": entries})
-    fetched = fetch_bundle(open_store(checkpoint.store_uri), checkpoint.prefix, part, scratch / "fetched")
-    (scratch / "model").mkdir()
-    for entry in entries:
-        copy = scratch / "model" / entry.path
-        if fetched.is_relative_to(scratch):
-            (fetched / entry.path).rename(copy)
-            continue
-        shutil.copyfile(fetched / entry.path, copy)  # the store's own file
-        if hash_file(copy) != entry.sha256:
-            raise CheckpointCorruptError(f"{entry.path} changed while it was copied to {copy}. Export once more.")
-
-
-def _move(entries: tuple[FileEntry, ...], source: Path, directory: Path) -> None:
-    if not directory.exists() or not any(directory.iterdir()):
-        directory.unlink() if directory.is_symlink() else None
-        source.chmod(0o755)
-        source.replace(directory)
-        return
-    for old in directory.iterdir():
-        if _WEIGHTS.fullmatch(old.name):
-            old.unlink()  # a shard of another model, left beside the new ones, would be loaded with them
-    for entry in entries:
-        (source / entry.path).replace(directory / entry.path)
+    if force:
+        try:
+            pretrained = profile_of(checkpoint).model.pretrained
+        except (ReLoRAError, ValueError):  # settings of another version
+            pretrained = None
+        if pretrained and Path(pretrained).expanduser().resolve() == directory.resolve():
+            raise ConfigError(
+                f"{directory} is the model that the run began from (model.pretrained), and the run needs it as it is. "
+                "Give another directory."
+            )

@@ -20,6 +20,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import IO
 
@@ -27,7 +28,7 @@ from relora_train.errors import ConfigError, OrchestratorError, ReLoRAError
 from relora_train.process import SAFE_PATH
 from relora_train.storage.redaction import without_secrets
 
-_APP = "prefect.server.api.server:create_app"
+API_URL = "PREFECT_API_URL"
 _HOST = "127.0.0.1"
 _SERVER_SETTINGS = {
     "PREFECT_UI_ENABLED": "0",
@@ -38,8 +39,6 @@ _SERVER_SETTINGS = {
 _TIMEOUT_VARIABLE = "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS"
 _STOP_SECONDS = 10.0
 _WATCH_SECONDS = 1.0
-_RESTARTS = 5
-_OUTPUT_TAIL_BYTES = 2000
 
 
 @dataclass
@@ -68,7 +67,7 @@ class LocalServer:
 
     def _keep_alive(self) -> None:
         """Without a server Prefect's client tries for minutes, and cannot even be stopped meanwhile."""
-        for _ in range(_RESTARTS):
+        for _ in range(5):
             while self.process.poll() is None:
                 if self._ending.wait(_WATCH_SECONDS):
                     return
@@ -80,7 +79,10 @@ class LocalServer:
         """Return when it answers. Raises ReLoRAError with its last words if it ends or takes too long."""
         seconds = float(os.environ.get(_TIMEOUT_VARIABLE, "120"))
         deadline = time.monotonic() + seconds
-        while not _answers(f"{self.api_url}/health"):
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        while True:
+            with suppress(OSError), opener.open(f"{self.api_url}/health", timeout=5):
+                return
             if self.process.poll() is not None:
                 raise ReLoRAError(f"Prefect's server ended with status {self.process.returncode}.{self._last_words()}")
             if time.monotonic() > deadline:
@@ -101,7 +103,7 @@ class LocalServer:
             self.process.wait()
 
     def _last_words(self) -> str:
-        self.output.seek(max(0, self.output.seek(0, os.SEEK_END) - _OUTPUT_TAIL_BYTES))
+        self.output.seek(max(0, self.output.seek(0, os.SEEK_END) - 2000))
         lines = self.output.read().decode(errors="replace").strip().splitlines()[-10:]
         return "".join(f"\n    {line}" for line in lines)
 
@@ -112,12 +114,19 @@ def start_local_server() -> LocalServer:
     It stops last of all at exit, so that what Prefect still wants to record then arrives: to be called before Prefect
     is imported.
     """
-    port = _free_port()
+    with socket.socket() as probe:
+        probe.bind((_HOST, 0))
+        port = probe.getsockname()[1]
     output = tempfile.TemporaryFile()  # noqa: SIM115 (lives as long as the server)
     command = [sys.executable, "-m", "relora_train.cli.local_server", str(port), str(os.getpid())]
     server = LocalServer(f"http://{_HOST}:{port}/api", command, output)
     atexit.register(server.stop)
     return server
+
+
+def users_server() -> str | None:
+    """Return the address of the Prefect server that the user named."""
+    return os.environ.get(API_URL)
 
 
 def check_server(api_url: str) -> None:
@@ -146,35 +155,20 @@ def check_server(api_url: str) -> None:
         ) from None
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind((_HOST, 0))
-        return int(probe.getsockname()[1])
-
-
-def _answers(url: str) -> bool:
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    try:
-        with opener.open(url, timeout=5) as response:
-            return bool(response.status == 200)
-    except OSError:
-        return False
-
-
 def _serve(port: int, owner: int) -> None:
-    threading.Thread(target=_leave_with, args=(owner,), daemon=True).start()
+    def leave_with_owner() -> None:
+        while os.getppid() == owner:
+            time.sleep(_WATCH_SECONDS)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(_STOP_SECONDS)
+        os._exit(1)
+
+    threading.Thread(target=leave_with_owner, daemon=True).start()
     import uvicorn
 
     # Not its command, which imports from the current directory first.
-    uvicorn.run(_APP, factory=True, host=_HOST, port=port, log_level="error", lifespan="on")
-
-
-def _leave_with(owner: int) -> None:
-    while os.getppid() == owner:
-        time.sleep(_WATCH_SECONDS)
-    os.kill(os.getpid(), signal.SIGTERM)
-    time.sleep(_STOP_SECONDS)
-    os._exit(1)
+    app = "prefect.server.api.server:create_app"
+    uvicorn.run(app, factory=True, host=_HOST, port=port, log_level="error", lifespan="on")
 
 
 if __name__ == "__main__":

@@ -7,12 +7,13 @@ from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
+from pydantic import BaseModel
 
 from relora_train.checkpoints.lineage import CheckpointRef
 from relora_train.checkpoints.names import resolve_checkpoint
-from relora_train.cli.output import console_for_people
-from relora_train.cli.tables import View, show
+from relora_train.cli.output import View, console_for_people, show
 from relora_train.runs.run import default_store_uri
+from relora_train.settings.load import parse_override
 from relora_train.storage.base import ObjectStore
 from relora_train.storage.opening import open_store
 
@@ -52,6 +53,11 @@ def resolve(name: str, store: str | None) -> CheckpointRef:
     return resolve_checkpoint(name, open_named(store))
 
 
+def overrides_of(sets: list[str] | None) -> dict[str, Any]:
+    """Return what --set says, as a flow's parameter. Raises ConfigError."""
+    return dict(map(parse_override, sets or ()))
+
+
 def answer(as_json: bool, *, record: Callable[[], Any], view: Callable[[], View]) -> None:
     """Print a command's result on standard output, as JSON or for people."""
     if as_json:
@@ -61,4 +67,6 @@ def answer(as_json: bool, *, record: Callable[[], Any], view: Callable[[], View]
 
 
 def echo_json(value: Any) -> None:
-    typer.echo(json.dumps(value, indent=1, ensure_ascii=False))
+    """Print a record, or the JSON of a model, on standard output."""
+    is_model = isinstance(value, BaseModel)
+    typer.echo(value.model_dump_json(indent=1) if is_model else json.dumps(value, indent=1, ensure_ascii=False))

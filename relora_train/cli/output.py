@@ -1,27 +1,39 @@
-"""Consoles for people, and the one message of a command that fails. Light."""
+"""Consoles, tables and facts for people, and the one message of a command that fails. Light."""
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import re
 import traceback
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import typer
+from rich import box
 from rich.console import Console, ConsoleOptions, RenderableType
+from rich.padding import Padding
 from rich.segment import Segment
+from rich.table import Table
 from rich.text import Text
 
 from relora_train.errors import ConfigError
+from relora_train.storage.opening import uri_to_path
 from relora_train.storage.redaction import masked
 from relora_train.storage.workspace import cache_root
 
 _COLUMNS_WITHOUT_TERMINAL = 100
+_SAMPLE_CHARACTERS = 240
 _STEERING = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 """Controls, of which escapes are made, and marks that reorder what is shown."""
+
+BLANK = Text("")
+
+View = list[RenderableType]
+"""Parts to print one after the other."""
 
 
 def harmless(text: str) -> str:
@@ -42,9 +54,15 @@ class _HarmlessConsole(Console):
 def console_for_people(*, to_stderr: bool = False) -> Console:
     """Standard output or error. Without a terminal, lines are 100 columns wide unless $COLUMNS says otherwise."""
     console = _HarmlessConsole(stderr=to_stderr, highlight=False)
-    if console.is_terminal or "COLUMNS" in os.environ:
-        return console
-    return _HarmlessConsole(stderr=to_stderr, highlight=False, width=_COLUMNS_WITHOUT_TERMINAL)
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = _COLUMNS_WITHOUT_TERMINAL
+    return console
+
+
+def show(console: Console, view: Sequence[RenderableType]) -> None:
+    """Print the parts of a view. Lines of text are wrapped by nobody but the terminal: a URI can be copied."""
+    for part in view:
+        console.print(part, soft_wrap=isinstance(part, Text), highlight=False)
 
 
 def say(message: str) -> None:
@@ -52,14 +70,15 @@ def say(message: str) -> None:
     typer.echo(harmless(message))
 
 
-def tell(message: str) -> None:
+def tell(message: str | Text) -> None:
     """Print one message on standard error. Its text is shown as it is, brackets included, but for credentials."""
-    _print(Text(masked(message)))
+    console = _HarmlessConsole(stderr=True, highlight=False)
+    console.print(message if isinstance(message, Text) else Text(masked(message)), soft_wrap=not console.is_terminal)
 
 
 def complain(message: str) -> None:
     """Print the message of a command that fails, without the credentials of an address given in a wrong place."""
-    _print(Text.assemble(("Error: ", "bold red"), masked(message)))
+    tell(Text.assemble(("Error: ", "bold red"), masked(message)))
 
 
 class Warnings(logging.Handler):
@@ -84,9 +103,14 @@ def describe_fault(error: Exception, *, verbose: bool) -> str:
     return f"{what}. That is a fault of relora or of its machine, not of your input. Traceback: {path}"
 
 
-def _print(message: Text) -> None:
-    console = _HarmlessConsole(stderr=True, highlight=False)
-    console.print(message, soft_wrap=not console.is_terminal)
+def was_interrupted(error: BaseException) -> bool:
+    """Return True if Ctrl-C caused an error. Libraries that are being imported turn it into an error of their own."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, KeyboardInterrupt) or KeyboardInterrupt.__name__ in str(seen):
+            return True
+        seen = seen.__cause__ or seen.__context__
+    return False
 
 
 def require_writable(directory: Path, option: str) -> None:
@@ -99,11 +123,52 @@ def require_writable(directory: Path, option: str) -> None:
         raise ConfigError(f"{option} {directory} cannot be written to. Choose another place.")
 
 
-def was_interrupted(error: BaseException) -> bool:
-    """Return True if Ctrl-C caused an error. Libraries that are being imported turn it into an error of their own."""
-    seen: BaseException | None = error
-    while seen is not None:
-        if isinstance(seen, KeyboardInterrupt) or KeyboardInterrupt.__name__ in str(seen):
-            return True
-        seen = seen.__cause__ or seen.__context__
-    return False
+def place(uri: str) -> str:
+    """Return a path for what lies on this machine, else the URI."""
+    return str(uri_to_path(uri)) if uri.startswith("file://") else uri
+
+
+def table(
+    columns: Sequence[str], rows: Iterable[Sequence[str]], *, title: str | None = None, left: Sequence[str] = ()
+) -> Table:
+    """Return a plain table; all columns but the first and those named in `left` are numbers.
+
+    Text is shown as it is: a '[' in a name is no markup.
+    """
+    made = Table(box=box.SIMPLE_HEAD, show_edge=False, collapse_padding=True, pad_edge=False)
+    made.title, made.title_justify, made.title_style = title, "left", "bold"
+    for index, column in enumerate(columns):
+        is_text = index == 0 or column in left
+        made.add_column(Text(column), justify="left" if is_text else "right", no_wrap=not is_text, overflow="fold")
+    for row in rows:
+        made.add_row(*map(Text, row))
+    return made
+
+
+def facts(values: Mapping[str, str]) -> Text:
+    """Return names and values, one a line; long values are left whole, to be copied."""
+    width = max(map(len, values))
+    return Text("\n").join(Text.assemble((f"{name:<{width}}", "bold"), f"  {value}") for name, value in values.items())
+
+
+def common_place(uris: Sequence[str]) -> str:
+    """Return the common beginning of these URIs, up to a '/'; '' if there is none."""
+    parts = [uri.split("/")[:-1] for uri in uris]
+    shared = list(itertools.takewhile(lambda column: len(set(column)) == 1, zip(*parts, strict=False)))
+    return "".join(f"{column[0]}/" for column in shared)
+
+
+def samples_lines(record: dict[str, Any]) -> View:
+    """Return a record's samples, each shortened to a few lines; the prompt is underlined."""
+    lines: View = []
+    for sample in record.get("samples", ()):
+        text = str(sample["text"])
+        shown = text if len(text) <= _SAMPLE_CHARACTERS else f"{text[:_SAMPLE_CHARACTERS]}…"
+        line = Text.assemble((_printable(str(sample["prompt"])), "underline"), _printable(shown.rstrip()))
+        lines.append(Padding(line, (0, 0, 0, 4)))
+    return lines
+
+
+def _printable(text: str) -> str:
+    """Return text that a model wrote, without what would move a terminal's cursor."""
+    return "".join(c if c.isprintable() or c == "\n" else " " if c == "\t" else "�" for c in text)

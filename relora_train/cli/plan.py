@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 from functools import partial
-from pathlib import Path
-
-import typer
 
 from relora_train.cli.options import AsJson, ProfileName, Sets, answer
-from relora_train.cli.output import console_for_people
-from relora_train.cli.tables import BLANK, View, facts, rows_table, show
+from relora_train.cli.output import BLANK, View, facts, table
 from relora_train.runs.plan import PhaseCost, Plan, PlannedStage
 from relora_train.runs.plan import plan as plan_profile
 from relora_train.settings.load import list_profiles, load_profile
@@ -22,26 +18,18 @@ size = partial(size_text, form=".3g")
 def plan(profile: ProfileName, sets: Sets = None, as_json: AsJson = False) -> None:
     """Show what a profile comes to before anything starts: stages, tokens, parameters, memory, FLOPs."""
     planned = plan_profile(load_profile(profile, sets or ()))
-    if as_json:
-        typer.echo(planned.model_dump_json(indent=1))
-    else:
-        show(console_for_people(), plan_view(planned))
+    answer(as_json, record=lambda: planned, view=lambda: plan_view(planned))
 
 
 def profiles(as_json: AsJson = False) -> None:
     """List the shipped profiles."""
-    described = [{"name": path.stem, "about": _first_comment(path), "path": str(path)} for path in list_profiles()]
+    described = []
+    for path in list_profiles():
+        first = path.read_text(encoding="utf-8").partition("\n")[0]
+        about = first.removeprefix("#").strip() if first.startswith("#") else ""
+        described.append({"name": path.stem, "about": about, "path": str(path)})
     rows = ((each["name"], each["about"]) for each in described)
-    answer(
-        as_json,
-        record=lambda: described,
-        view=lambda: [rows_table(("profile", "about"), rows, left=("about",))],
-    )
-
-
-def _first_comment(path: Path) -> str:
-    first = path.read_text(encoding="utf-8").partition("\n")[0]
-    return first.removeprefix("#").strip() if first.startswith("#") else ""
+    answer(as_json, record=lambda: described, view=lambda: [table(("profile", "about"), rows, left=("about",))])
 
 
 def plan_view(plan: Plan) -> View:
@@ -60,20 +48,20 @@ def plan_view(plan: Plan) -> View:
         run["disk"] = f"{size(plan.disk_bytes)} for all checkpoints and the snapshots beside them"
     columns = ("stage", "steps", "tokens", "learning rate", "FLOPs", "model", "optimizer", "adapter")
     title = "Stages, and the files of each checkpoint"
-    stages = rows_table(columns, map(_stage_row, plan.stages), title=title, left=("learning rate",))
+    stages = table(columns, map(_stage_row, plan.stages), title=title, left=("learning rate",))
     parts: View = [facts(run), BLANK, stages]
     phases = {name: cost for name, cost in (("full rank", plan.full), ("low rank", plan.low_rank)) if cost}
     if phases:
         costs = [_cost_rows(cost, plan.parameters or 1) for cost in phases.values()]
         rows = [(label, *(cost[label] for cost in costs)) for label in costs[0]]
-        parts += [BLANK, rows_table(("", *phases), rows, title="Cost")]
+        parts += [BLANK, table(("", *phases), rows, title="Cost")]
     if plan.low_rank and plan.low_rank.orders:
         orders = [
             (", ".join(name.rpartition(".")[2] for name in each.layers), each.order, f"{each.flops_per_token:.3g}")
             for each in plan.low_rank.orders
         ]
         heads = ("low-rank layers of a block", "order of products", "FLOPs a token")
-        parts += [BLANK, rows_table(heads, orders, title="Products", left=("order of products",))]
+        parts += [BLANK, table(heads, orders, title="Products", left=("order of products",))]
     return parts
 
 

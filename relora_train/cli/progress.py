@@ -1,6 +1,6 @@
 """Show a run while it goes: one live bar on a terminal, plain lines at a bounded rate anywhere else.
 
-A display hears the events of this process (events.py) and changes nothing about the work: what goes wrong in it is
+A display hears the events and warnings of this process and changes nothing about the work: what goes wrong in it is
 dropped. Light.
 """
 
@@ -27,10 +27,11 @@ from relora_train.settings.objectives import measures_in
 PLAIN_SECONDS = 10.0
 """Between two plain lines of the same work."""
 
-_SHORT_BELOW_COLUMNS = 100
 _ROOM_FOR_CTRL_C = 4  # a terminal writes ^C where the cursor stands; on the next line it would stay there
 _DONE, _STORED, _REUSED, _MERGED, _NOTICE, _ARM = "✓", "↑", "○", "+", "!", "›"
 _STYLES = {_ARM: "bold", _DONE: "green", _STORED: "dim", _REUSED: "dim", _MERGED: "cyan", _NOTICE: "yellow"}
+_TOLD = {"arm_reused": _REUSED, "arm_diverged": _NOTICE, "resumed": _REUSED, "merge": _MERGED}
+"""Events that are one line and nothing else."""
 
 
 class LiveDisplay:
@@ -38,17 +39,15 @@ class LiveDisplay:
 
     def __init__(self, console: Console) -> None:
         self._console = console
+        self.short = console.width < 100
+        """True if there is room for little."""
         self._spinner = Spinner("dots", style="cyan")
         self._row: tuple[RenderableType, ...] = ()
         self._live = Live(
             console=console, get_renderable=self._render, refresh_per_second=5, transient=True, redirect_stdout=False
         )
         self._live.start()
-
-    @property
-    def short(self) -> bool:
-        """Return True if there is room for little."""
-        return self._console.width < _SHORT_BELOW_COLUMNS
+        self.refresh, self.close = self._live.refresh, self._live.stop
 
     def line(self, mark: str, text: str) -> None:
         """Print something that stays."""
@@ -66,13 +65,6 @@ class LiveDisplay:
         bar = ProgressBar(total=total, completed=done, pulse=total is None)
         self._row = (Text(name), bar, *([f"{100 * done / total:3.0f}%"] if total else []), Text(text, no_wrap=True))
 
-    def refresh(self) -> None:
-        """Draw now, rather than within a fifth of a second."""
-        self._live.refresh()
-
-    def close(self) -> None:
-        self._live.stop()
-
     def _render(self) -> RenderableType:
         grid = Table.grid(padding=(0, 1), expand=len(self._row) > 1)
         for cell in ("", *self._row):
@@ -84,43 +76,34 @@ class LiveDisplay:
 class PlainDisplay:
     """Lines without control codes, the same work at most every PLAIN_SECONDS."""
 
-    def __init__(self, console: Console, *, clock: Callable[[], float] = time.monotonic) -> None:
-        self._console = console
-        self._clock = clock
-        self._last = clock()
+    short = False
 
-    @property
-    def short(self) -> bool:
-        return False
+    def __init__(self, console: Console, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._console, self._clock, self._last = console, clock, clock()
 
     def line(self, mark: str, text: str) -> None:
         self._console.print(Text(f"{mark} {text}"), highlight=False, soft_wrap=True)
 
-    def waiting(self, text: str) -> None:
-        """Nothing: the next line will tell."""
-
-    def counted(self, name: str, done: float, total: float | None, text: str) -> None:
-        now = self._clock()
-        if now - self._last >= PLAIN_SECONDS:
-            self._last = now
-            percent = f"{100 * done / total:.0f}%  " if total else ""
-            self._console.print(Text(f"  {name}  {percent}{text}"), highlight=False, soft_wrap=True)
-
     def started(self, text: str) -> None:
         self._last = self._clock()
-        self._console.print(Text(f"  {text}"), highlight=False, soft_wrap=True)
+        self.line(" ", text)
+
+    def waiting(self, text: str) -> None:
+        """Print nothing: the next line will tell."""
+
+    def counted(self, name: str, done: float, total: float | None, text: str) -> None:
+        if self._clock() - self._last >= PLAIN_SECONDS:
+            percent = f"{100 * done / total:.0f}%  " if total else ""
+            self.started(f"{name}  {percent}{text}")
 
     def close(self) -> None:
         """Nothing to undo."""
 
 
-Display = LiveDisplay | PlainDisplay
-
-
 class RunProgress(logging.Handler):
-    """Turns the events of a run into what its display shows. `stages` are the names of the plan, in order."""
+    """Turns the events and warnings of a run into what its display shows. `stages` are the plan's, in order."""
 
-    def __init__(self, display: Display, stages: Sequence[str]) -> None:
+    def __init__(self, display: LiveDisplay | PlainDisplay, stages: Sequence[str]) -> None:
         super().__init__()
         self._display = display
         self._stages = tuple(stages)
@@ -133,15 +116,17 @@ class RunProgress(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
-            self.show(getattr(record, "event", {}))
+            if event := getattr(record, "event", None):
+                self.show(event)
+            elif record.levelno >= logging.WARNING:
+                self._notice(record.getMessage().strip().partition("\n")[0])
         except Exception:
             self.handleError(record)
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 (logging's name)
         """Leave out an event that cannot be shown: a display never stops a training."""
 
-    def notice(self, text: str) -> None:
-        """Show a warning, or the announcement of a retry."""
+    def _notice(self, text: str) -> None:
         self._display.line(_NOTICE, text)
         self._display.waiting("going on")
 
@@ -154,7 +139,7 @@ class RunProgress(logging.Handler):
         """Show one event; unknown ones are left out."""
         if self._stopping:
             return
-        display = self._display
+        display, stage = self._display, event.get("stage", "")
         match event.get("event"):
             case "tokenize_progress":
                 total = event.get("total_bytes")
@@ -166,58 +151,44 @@ class RunProgress(logging.Handler):
                 self._half_stored.clear()
                 display.line(_ARM, event_line(event))
                 display.waiting("starting")
-            case "arm_reused":
-                display.line(_REUSED, event_line(event))
-            case "arm_diverged":
-                display.line(_NOTICE, event_line(event))
-            case "dataset_ready" if event["reused"] and event.get("uri") in self._datasets:
-                display.waiting(f"starting {self._after(None)}")
+            case str(name) if name in _TOLD:
+                display.line(_TOLD[name], event_line(event))
             case "dataset_ready":
+                if not event["reused"] or event.get("uri") not in self._datasets:
+                    display.line(_REUSED if event["reused"] else _DONE, event_line(event))
                 self._datasets.add(event.get("uri"))
-                display.line(_REUSED if event["reused"] else _DONE, event_line(event))
-                display.waiting(f"starting {self._after(None)}")
+                display.waiting(f"starting {next(iter(self._stages), None)}")
             case "stage_started":
                 display.started(event_line(event))
-            case "resumed":
-                display.line(_REUSED, event_line(event))
             case "progress":
-                self._show_step(event)
+                done, steps = event["step"] - event["start_step"], event["end_step"] - event["start_step"]
+                if done < steps:
+                    display.counted(stage, done, steps, event_line(event, short=display.short))
+                else:
+                    display.waiting(f"{stage}: step {event['step']:,} is done, evaluating")
             case "evaluation" if event.get("when") == "before":
-                self._before[event["stage"]] = event[measures_in(event).headline.key]
-            case "merge":
-                display.line(_MERGED, event_line(event))
+                self._before[stage] = event[measures_in(event).headline.key]
             case "stage_committed":
-                display.waiting(f"{event['stage']}: storing the checkpoint")
+                display.waiting(f"{stage}: storing the checkpoint")
             case "stage_finished":
-                self._show_finished(event)
+                display.line(_DONE, event_line(event, before=self._before.get(stage)))
+                display.waiting(self._next(stage))
+                if event.get("uri") is None:
+                    self._show_half_stored(stage)
             case "checkpoint_stored":
-                self._show_half_stored(event["stage"])
-            case "diverged":
-                self.notice(event_line(event))
+                self._show_half_stored(stage)
+            case "diverged" | "retrying":
+                self._notice(event_line(event))
             case "stage_skipped":
                 display.line(_REUSED, event_line(event))
-                display.waiting(self._next(event["stage"]))
+                display.waiting(self._next(stage))
             case "evaluated":
                 display.line(_REUSED if event["reused"] else _DONE, event_line(event))
                 display.waiting("evaluating and writing the report")
 
-    def _show_step(self, event: Event) -> None:
-        done, total = event["step"] - event["start_step"], event["end_step"] - event["start_step"]
-        if done < total:
-            self._display.counted(event["stage"], done, total, event_line(event, short=self._display.short))
-        else:
-            self._display.waiting(f"{event['stage']}: step {event['step']:,} is done, evaluating")
-
-    def _show_finished(self, event: Event) -> None:
-        stage = event["stage"]
-        self._display.line(_DONE, event_line(event, before=self._before.get(stage)))
-        self._display.waiting(self._next(stage))
-        if event.get("uri") is None:
-            self._show_half_stored(stage)
-
     def _show_half_stored(self, stage: str) -> None:
         """Called when a stage is trained and when it is stored, in either order: the second call shows it as stored."""
-        is_last = stage in self._stages and not self._after(stage)
+        is_last = self._stages[-1:] == (stage,)
         if stage not in self._half_stored:
             self._half_stored.add(stage)
             if is_last:
@@ -228,19 +199,15 @@ class RunProgress(logging.Handler):
         if is_last:
             self._display.waiting(self._next(stage))
 
-    def _after(self, stage: str | None) -> str | None:
-        rest = self._stages if stage is None else self._stages[self._stages.index(stage) + 1 :]
-        return rest[0] if rest else None
-
     def _next(self, stage: str) -> str:
-        following = self._after(stage) if stage in self._stages else None
-        return f"starting {following}" if following else "evaluating and writing the report"
+        later = self._stages[self._stages.index(stage) + 1 :] if stage in self._stages else ()
+        return f"starting {later[0]}" if later else "evaluating and writing the report"
 
 
 @contextmanager
 def shown_progress(console: Console, stages: Sequence[str], *, first: str) -> Iterator[RunProgress]:
     """Show the events of this process on a console while the block runs, beginning with the line `first`."""
-    display: Display = LiveDisplay(console) if console.is_terminal else PlainDisplay(console)
+    display = LiveDisplay(console) if console.is_terminal else PlainDisplay(console)
     progress = RunProgress(display, stages)
     events.listen(progress)
     try:

@@ -1,36 +1,56 @@
-"""`relora run`: a profile from wherever its run stands. `run_shown` serves the other commands that run a flow."""
+"""`relora run`: a profile from wherever its run stands; `relora join`. `run_shown` serves all that run a flow."""
 
 from __future__ import annotations
 
-import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
 from types import FrameType
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
+from rich.text import Text
 
 from relora_train.checkpoints.layout import check_run_id
 from relora_train.checkpoints.names import resolve_checkpoint
 from relora_train.cli.local_flow import TerminatedError, run_flow
-from relora_train.cli.options import AsJson, ProfileName, Sets, Store, Verbose, open_named
-from relora_train.cli.output import console_for_people, tell
-from relora_train.cli.precheck import check_inputs
+from relora_train.cli.local_server import users_server
+from relora_train.cli.options import AsJson, ProfileName, Sets, Store, Verbose, echo_json, open_named, overrides_of
+from relora_train.cli.output import (
+    BLANK,
+    View,
+    common_place,
+    console_for_people,
+    place,
+    samples_lines,
+    show,
+    table,
+    tell,
+)
 from relora_train.cli.progress import RunProgress, shown_progress
-from relora_train.cli.summary import print_summary
 from relora_train.errors import TrainerInterruptedError
 from relora_train.method.stages import stages_after
-from relora_train.runs.find import check_settings
+from relora_train.runs import find
+from relora_train.runs.divergence import divergence_text
+from relora_train.runs.joining import join_run
+from relora_train.runs.model_check import check_settings
 from relora_train.runs.run import Run, choose_run_id
-from relora_train.runs.summary import RunSummary
-from relora_train.settings import load as profiles
+from relora_train.runs.summary import RunSummary, StageSummary
+from relora_train.settings.load import load_profile
+from relora_train.settings.objectives import measures_in
+from relora_train.settings.profile import Profile
+from relora_train.text import counted, duration, short_count, short_duration
+from relora_train.training.models.registry import facts_of
 
 _STARTING = "starting Prefect, which takes ten to twenty seconds"
 _ASKING = "starting the run on the Prefect server of PREFECT_API_URL"
 _CONTINUE = "Every committed stage is kept; the same command goes on from there."
+_NOTHING_LEFT = (
+    "The checkpoint this run started from has all of the profile's cycles: nothing was left to train. "
+    "More cycles: --set schedule.cycles=N, with N the number in all."
+)
 
 
 def run(
@@ -49,8 +69,7 @@ def run(
     verbose: Verbose = False,
 ) -> None:
     """Train a profile from wherever its run stands: tokenize, warm start, cycles, evaluation, report."""
-    started = time.monotonic()
-    settings = profiles.load_profile(profile, sets or ())
+    settings = load_profile(profile, sets or ())
     if run_id is not None:
         check_run_id(run_id)
     opened = open_named(store)
@@ -59,46 +78,95 @@ def run(
     parent = resolve_checkpoint(resume_from, opened).manifest if resume_from else None
     stages = stages_after(settings, parent)
     if parent is None:
-        check_settings(Run(run_id or choose_run_id(settings, None), opened.uri, settings), stages)
+        find.check_settings(Run(run_id or choose_run_id(settings, None), opened.uri, settings), stages)
     parameters = {
         "profile": profile,
-        "overrides": dict(profiles.parse_override(text) for text in sets or ()),
+        "overrides": overrides_of(sets),
         "run_id": run_id,
         "store": opened.uri,
         "resume_from": resume_from,
     }
-    console = console_for_people(to_stderr=as_json)
-    summary: RunSummary = run_shown("pretrain", parameters, [stage.name for stage in stages], console, verbose=verbose)
-    if as_json:
-        typer.echo(summary.model_dump_json(indent=1))
-    else:
-        print_summary(console, summary, seconds=time.monotonic() - started)
+    names = [stage.name for stage in stages]
+    run_shown("pretrain", parameters, names, view=summary_view, as_json=as_json, verbose=verbose)
 
 
-def run_shown(flow: str, parameters: dict[str, Any], stages: Sequence[str], console: Console, *, verbose: bool) -> Any:
-    """Run a flow with its progress shown and return its result; `stages` are announced in this order.
+def join(
+    rdzv_endpoint: Annotated[str, typer.Option(metavar="HOST:PORT", help="The profile's launch.rdzv_endpoint.")],
+    nnodes: Annotated[int, typer.Option(min=2, help="Its launch.nnodes.")],
+    node_rank: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            envvar=["NODE_RANK", "SLURM_NODEID", "JOB_COMPLETION_INDEX"],
+            help="This machine's number; the flow's has 0.",
+        ),
+    ],
+    nproc_per_node: Annotated[str, typer.Option(help="Its launch.nproc_per_node: a number, or gpu.")] = "1",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    wait_seconds: Annotated[int, typer.Option(min=1, help="Leave when no stage has begun for so long.")] = 600,
+) -> None:
+    """Train along on another machine, stage after stage, with a run that was started with launch.nnodes above 1."""
+    nodes: dict[str, Any] = {"nnodes": nnodes, "node_rank": node_rank, "nproc_per_node": nproc_per_node}
+    joined = join_run(rdzv_endpoint=rdzv_endpoint, device=device, wait_seconds=wait_seconds, tell=tell, **nodes)
+    tell(f"This machine took part in {joined} of the run's stages.")
 
+
+def check_inputs(profile: Profile, *, resumed: bool = False) -> str | None:
+    """Refuse sources, tokenizers and models on this machine that cannot work; return the dataset's id if it is known.
+
+    Takes seconds and no network. All of it is checked again where it matters; this only spares the wait. Imports torch
+    only to be asked for a GPU that the profile wants.
+    None for sources that lie on a hub or in a store: asking them takes time that belongs to the run.
+    resumed: the run starts from a checkpoint, so that the profile's own model is not loaded.
+    Raises SourceUnreadableError, TokenizerError, DeviceError, and what check_settings does.
+    """
+    from relora_train.data.prepare import describe_dataset
+    from relora_train.devices import check_devices
+
+    check_devices(profile.launch)
+    if not resumed:
+        check_settings(profile)
+    paths = (*profile.data.paths, *profile.data.validation_paths)
+    if profile.data.source == "hub" or any("://" in path for path in paths):
+        return None
+    tokenizer = profile.tokenizer if resumed else facts_of(profile).tokenizer()  # a checkpoint brings its own
+    if tokenizer.path and not Path(tokenizer.path).expanduser().exists():
+        return None  # perhaps on a hub
+    dataset_id, _ = describe_dataset(profile.data, tokenizer)
+    return None if resumed else dataset_id
+
+
+def run_shown(
+    flow: str,
+    parameters: dict[str, Any],
+    stages: Sequence[str] = (),
+    *,
+    view: Callable[[Any, float], View],
+    as_json: bool,
+    verbose: bool,
+) -> None:
+    """Run a flow with its progress shown, and print its result as JSON or by `view`, which gets the seconds it took.
+
+    `stages` are announced in this order; with `verbose` nothing is, because Prefect's log tells all.
     Raises what the flow raised, TrainerInterruptedError after Ctrl-C; exits with 143 after SIGTERM.
     """
+    started, console = time.monotonic(), console_for_people(to_stderr=as_json)
     try:
-        with _display(console, stages, verbose=verbose) as on_notice:
-            return run_flow(flow, parameters, on_notice=on_notice, verbose=verbose)
+        if verbose:
+            result = run_flow(flow, parameters, verbose=True)
+        else:
+            first = _ASKING if users_server() else _STARTING
+            with shown_progress(console, stages, first=first) as progress, _interrupt_shown_by(progress):
+                result = run_flow(flow, parameters, warnings=progress)
     except KeyboardInterrupt:
         raise TrainerInterruptedError(f"Stopped by Ctrl-C. {_CONTINUE}") from None
     except TerminatedError as error:
         tell(f"Stopped by {error}. {_CONTINUE}")
         raise SystemExit(error.exit_code) from None
-
-
-@contextmanager
-def _display(console: Console, stages: Sequence[str], *, verbose: bool) -> Iterator[Callable[[str], None] | None]:
-    """Progress, and where notices go; with `verbose` nothing, because Prefect's log tells all."""
-    if verbose:
-        yield None
-        return
-    first = _ASKING if os.environ.get("PREFECT_API_URL") else _STARTING
-    with shown_progress(console, stages, first=first) as progress, _interrupt_shown_by(progress):
-        yield progress.notice
+    if as_json:
+        echo_json(result)
+    else:
+        show(console, view(result, time.monotonic() - started))
 
 
 @contextmanager
@@ -114,3 +182,53 @@ def _interrupt_shown_by(progress: RunProgress) -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, previous)
+
+
+def summary_view(summary: RunSummary, seconds: float) -> View:
+    """Return the end of a run: one table, 100 columns wide at most, then samples and places."""
+    parts: View = [BLANK]
+    prefix = common_place([stage.uri for stage in summary.stages])
+    if summary.stages:
+        measures = measures_in(summary.stages[-1].evaluation)
+        scores = (measures.headline, measures.second)
+
+        def row(stage: StageSummary) -> tuple[str, ...]:
+            return (
+                stage.stage,
+                f"{stage.start_step + 1}–{stage.end_step}",
+                short_count(stage.tokens),
+                *(score.change(stage.evaluation, digits=score.short_digits) for score in scores),
+                "reused" if stage.reused else short_duration(stage.seconds),
+                stage.uri.removeprefix(prefix),
+            )
+
+        columns = ("stage", "steps", "tokens", *(score.short for score in scores), "time", "checkpoint")
+        parts.append(Text(f"Checkpoints in {place(prefix)}"))
+        parts.append(table(columns, map(row, summary.stages), left=("checkpoint",)))
+    else:
+        parts.append(Text(_NOTHING_LEFT))
+    for record in summary.evaluations:
+        if record.get("samples"):
+            headline = measures_in(record).headline
+            scored = f"{headline.name} {headline.text(record[headline.key])}"
+            parts.append(Text(f"\nAfter {record['stage']} ({scored}) the model writes:", style="bold"))
+            parts += samples_lines(record)
+    return [*parts, BLANK, *map(Text, closing_lines(summary, seconds=seconds))]
+
+
+def closing_lines(summary: RunSummary, *, seconds: float) -> list[str]:
+    """Return the lines with places, what was reused, and the time."""
+    lines = [f"{stage.stage} {divergence_text(stage.divergence)}." for stage in summary.stages if stage.divergence]
+    if summary.later_stages:
+        lines.append(
+            f"Not of this command: {', '.join(summary.later_stages)}, which another one added to the run. The report "
+            f"shows all; go on from there with --resume-from {summary.run_id}@latest."
+        )
+    lines.append(f"Report: {place(summary.report_uri)}")
+    if pictures := [PurePosixPath(uri) for uri in summary.picture_uris]:
+        lines.append(f"Plots:  {', '.join(picture.stem for picture in pictures)} ({pictures[0].suffix[1:]})")
+    counts = {"stage": sum(stage.reused for stage in summary.stages), "evaluation": summary.evaluations_reused}
+    reused = ["dataset"] * summary.dataset_reused + [counted(number, noun) for noun, number in counts.items() if number]
+    if reused:
+        lines.append(f"Reused: {', '.join(reused)}")
+    return [*lines, f"Run {summary.run_id} finished in {duration(seconds)}."]

@@ -1,8 +1,7 @@
-"""`relora series`, `promote` and `rollback`: the champions of retrained models."""
+"""`relora retrain`, `series`, `promote` and `rollback`: models that are retrained as their data grows."""
 
 from __future__ import annotations
 
-import json
 from contextlib import nullcontext
 from typing import Annotated, Any
 
@@ -12,13 +11,79 @@ from rich.text import Text
 from relora_train.checkpoints.lease import hold_series
 from relora_train.checkpoints.series import list_series, read_series, roll_back
 from relora_train.checkpoints.series import promote as promote_checkpoint
-from relora_train.checkpoints.series_record import Change, SeriesRecord, champions_in_order
-from relora_train.cli.options import AsJson, CheckpointName, SeriesName, Store, answer, open_named, resolve
-from relora_train.cli.output import say
-from relora_train.cli.tables import BLANK, View, add_row, facts, table
+from relora_train.checkpoints.series_record import Change, SeriesRecord, champions_in_order, check_series
+from relora_train.cli.options import (
+    AsJson,
+    CheckpointName,
+    ProfileName,
+    SeriesName,
+    Sets,
+    Store,
+    Verbose,
+    answer,
+    open_named,
+    overrides_of,
+    resolve,
+)
+from relora_train.cli.output import BLANK, View, facts, place, say, table
+from relora_train.cli.run import run_shown
+from relora_train.runs.retraining.options import retrain_options
 from relora_train.runs.retraining.series_data import forget, read_data, read_decisions
+from relora_train.runs.retraining.summary import RetrainSummary
+from relora_train.settings.load import load_profile
 from relora_train.storage.base import ObjectStore
 from relora_train.text import decimal, moment
+
+
+def retrain(
+    series: SeriesName,
+    profile: ProfileName,
+    sets: Sets = None,
+    cycles: Annotated[int, typer.Option(min=1, help="Cycles added to the champion's.")] = 1,
+    margin: Annotated[float, typer.Option(min=0, help="By how much the validation loss must fall.")] = 0.0,
+    absolute: Annotated[
+        bool, typer.Option("--absolute", help="The margin is in nats per token, not a share of the champion's loss.")
+    ] = False,
+    old_data_ratio: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of the training text that is old data mixed in; below 1.")
+    ] = 0.25,
+    fresh_warm_start: Annotated[
+        bool, typer.Option("--fresh-warm-start", help="Train the whole plan anew on all data.")
+    ] = False,
+    retry_refused: Annotated[
+        bool, typer.Option("--retry-refused", help="A refused candidate's data stays new for the next retrain.")
+    ] = False,
+    store: Store = None,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+) -> None:
+    """Train a series on what its source holds more than last time; promote the result if it is better."""
+    options: dict[str, Any] = {
+        "cycles": cycles,
+        "margin": margin,
+        "margin_kind": "absolute" if absolute else "relative",
+        "old_data_ratio": old_data_ratio,
+        "fresh_warm_start": fresh_warm_start,
+        "retry_refused": retry_refused,
+    }
+    check_series(series)
+    load_profile(profile, sets or ())
+    retrain_options(**options)
+    opened = open_named(store)
+    opened.preflight()
+    where = {"series": series, "profile": profile, "overrides": overrides_of(sets), "store": opened.uri}
+    run_shown("retrain", where | options, view=_outcome_view, as_json=as_json, verbose=verbose)
+
+
+def _outcome_view(summary: RetrainSummary, seconds: float) -> View:
+    told = {
+        "series": summary.series,
+        "outcome": f"{summary.outcome}: {summary.reason}",
+        "champion": summary.champion_uri,
+        "candidate": summary.candidate_uri,
+        "report": place(summary.report_uri) if summary.report_uri else None,
+    }
+    return [BLANK, facts({name: value for name, value in told.items() if value})]
 
 
 def series(
@@ -28,10 +93,24 @@ def series(
 ) -> None:
     """List the series of a store with what they have promoted, or show the history of one."""
     opened = open_named(store)
+    if name:
+        answer(as_json, record=lambda: _history_record(opened, name), view=lambda: _history_view(opened, name))
+        return
+    records = {each: read_series(opened, each) for each in list_series(opened)}
+    champions = {each: record.latest for each, record in records.items()}
+    columns = ("series", "change", "promoted", "loss", "since")
+    rows = (
+        (each, str(change.number), _short(change), _loss(records[each], change), moment(change.at))
+        for each, change in champions.items()
+    )
+    listed: View = [Text(f"In {opened.uri}"), table(columns, rows, left=("promoted",))]
     answer(
         as_json,
-        record=lambda: series_record(opened, name) if name else all_series_record(opened),
-        view=lambda: series_view(opened, name) if name else all_series_view(opened),
+        record=lambda: [
+            {"series": each, "champion": f"{opened.uri}/{change.checkpoint}", **change.model_dump(mode="json")}
+            for each, change in champions.items()
+        ],
+        view=lambda: listed if records else [Text(f"No series has promoted a checkpoint in {opened.uri} yet.")],
     )
 
 
@@ -43,8 +122,7 @@ def promote(
 ) -> None:
     """Make a checkpoint the champion of a series; the next retrain goes on from it."""
     opened = open_named(store)
-    made = promote_checkpoint(opened, series, resolve(checkpoint, opened.uri), reason=reason)
-    say(change_line(opened, series, made))
+    _say_change(opened, series, promote_checkpoint(opened, series, resolve(checkpoint, opened.uri), reason=reason))
 
 
 def rollback(
@@ -62,39 +140,31 @@ def rollback(
     opened = open_named(store)
     with hold_series(opened, series) if data_again else nullcontext():  # refuses while a retrain is under way
         before = champions_in_order(read_series(opened, series).changes)
-        say(change_line(opened, series, roll_back(opened, series, to, reason=reason)))
+        _say_change(opened, series, roll_back(opened, series, to, reason=reason))
         if data_again:
             after = {change.number for change in champions_in_order(read_series(opened, series).changes)}
             taken_back = [change.run_id for change in before if change.run_id and change.number not in after]
             say(f"{forget(opened, series, taken_back)} parts of the source are new again.")
 
 
-def all_series_view(store: ObjectStore) -> View:
-    """Return every series with its champion."""
-    names = list_series(store)
-    if not names:
-        return [Text(f"No series has promoted a checkpoint in {store.uri} yet.")]
-    made = table("series", "change", "promoted", "loss", "since", left=("promoted",))
-    for name in names:
-        record = read_series(store, name)
-        latest = record.latest
-        add_row(made, name, str(latest.number), _short(latest), _loss(record, latest), moment(latest.at))
-    return [Text(f"In {store.uri}"), made]
-
-
-def series_view(store: ObjectStore, name: str) -> View:
+def _history_view(store: ObjectStore, name: str) -> View:
     """Return the history of a series, the decisions about its candidates, and what it has seen."""
     record, (data, _) = read_series(store, name), read_data(store, name)
     going_back = {change.number for change in champions_in_order(record.changes)}
-    changes = table("", "change", "what", "to", "loss", "when", "by", "why", left=("what", "to", "by", "why"))
-    for change in record.changes:
-        mark = "●" if change.number == record.latest.number else "○" if change.number in going_back else " "
-        what = change.kind if change.back_to is None else f"rollback to {change.back_to}"
-        cells = (what, _short(change), _loss(record, change), moment(change.at), change.by, change.reason)
-        add_row(changes, mark, str(change.number), *cells)
-    decisions = table("run", "outcome", "when", "why", left=("outcome", "why"))
-    for decision in read_decisions(store, name):
-        add_row(decisions, decision.run_id, decision.outcome, moment(decision.at), decision.reason)
+    changes = [
+        (
+            "●" if change.number == record.latest.number else "○" if change.number in going_back else " ",
+            str(change.number),
+            change.kind if change.back_to is None else f"rollback to {change.back_to}",
+            _short(change),
+            _loss(record, change),
+            moment(change.at),
+            change.by,
+            change.reason,
+        )
+        for change in record.changes
+    ]
+    columns = ("", "change", "what", "to", "loss", "when", "by", "why")
     state = {
         "series": name,
         "champion": f"{store.uri}/{record.latest.checkpoint}",
@@ -102,42 +172,31 @@ def series_view(store: ObjectStore, name: str) -> View:
     }
     if data.pending is not None:
         state["under way"] = f"run {data.pending.run_id}; the next retrain goes on with it"
-    parts: View = [facts(state), BLANK, changes, Text("● champion   ○ `relora rollback` goes back to it", style="dim")]
-    return [*parts, BLANK, decisions] if decisions.row_count else parts
+    parts: View = [facts(state), BLANK, table(columns, changes, left=("what", "to", "by", "why"))]
+    parts.append(Text("● champion   ○ `relora rollback` goes back to it", style="dim"))
+    if decisions := [(it.run_id, it.outcome, moment(it.at), it.reason) for it in read_decisions(store, name)]:
+        parts += [BLANK, table(("run", "outcome", "when", "why"), decisions, left=("outcome", "why"))]
+    return parts
 
 
-def all_series_record(store: ObjectStore) -> list[dict[str, Any]]:
-    latest = [(name, read_series(store, name).latest) for name in list_series(store)]
-    return [
-        {"series": name, "champion": f"{store.uri}/{change.checkpoint}", **_plain(change)} for name, change in latest
-    ]
-
-
-def series_record(store: ObjectStore, name: str) -> dict[str, Any]:
+def _history_record(store: ObjectStore, name: str) -> dict[str, Any]:
     record, (data, _) = read_series(store, name), read_data(store, name)
     return {
         "series": name,
         "champion": f"{store.uri}/{record.latest.checkpoint}",
-        "changes": [_plain(change) for change in record.changes],
+        "changes": [change.model_dump(mode="json") for change in record.changes],
         "decisions": [decision.model_dump(mode="json") for decision in read_decisions(store, name)],
         "data": data.model_dump(mode="json"),
     }
 
 
-def change_line(store: ObjectStore, name: str, change: Change) -> str:
-    """Return the result of a change in one line."""
+def _say_change(store: ObjectStore, name: str, change: Change) -> None:
     done = "has" if change.back_to is None else f"is rolled back to change {change.back_to}: it has"
-    return f"Series {name} {done} promoted {store.uri}/{change.checkpoint} (change {change.number})."
-
-
-def _plain(change: Change) -> dict[str, Any]:
-    plain: dict[str, Any] = json.loads(change.model_dump_json())
-    return plain
+    say(f"Series {name} {done} promoted {store.uri}/{change.checkpoint} (change {change.number}).")
 
 
 def _short(change: Change) -> str:
-    run_id = change.checkpoint.split("/")[1]
-    return f"{run_id}@{change.stage}"
+    return f"{change.checkpoint.split('/')[1]}@{change.stage}"
 
 
 def _loss(record: SeriesRecord, change: Change) -> str:

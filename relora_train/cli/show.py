@@ -6,23 +6,20 @@ from collections.abc import Sequence
 from typing import Annotated, Any
 
 import typer
-from rich.console import RenderableType
 from rich.text import Text
 
 from relora_train.checkpoints.fetch import verify_bundle
 from relora_train.checkpoints.lineage import CheckpointRef, draw_lineage, line_to
 from relora_train.checkpoints.names import read_checkpoints, read_heads, resolve_checkpoint
 from relora_train.checkpoints.run import CheckpointStore
-from relora_train.cli.lineage_view import lineage_record, lineage_view
 from relora_train.cli.options import AsJson, CheckpointName, RunName, Store, answer, open_named, resolve
-from relora_train.cli.output import complain
-from relora_train.cli.tables import BLANK, View, add_row, common_place, facts, table
+from relora_train.cli.output import BLANK, View, common_place, complain, facts, table
+from relora_train.cli.runs import lineage_record, lineage_view
 from relora_train.errors import CheckpointAmbiguousError, CheckpointCorruptError, CheckpointError
 from relora_train.runs.divergence import divergence_text
 from relora_train.runs.run import line_of
-from relora_train.settings.measures import Measure
 from relora_train.settings.objectives import measures_in
-from relora_train.text import decimal, duration, moment, size
+from relora_train.text import counted, decimal, duration, moment, size
 
 _MERGE_NUMBERS = (("relative_update_norm", 4), ("effective_rank", 1))
 
@@ -85,26 +82,24 @@ def _record(ref: CheckpointRef) -> dict[str, Any]:
 def checkpoints_view(refs: Sequence[CheckpointRef], line: Sequence[CheckpointRef]) -> View:
     """Return the checkpoints of a run; those on its line are marked."""
     place, on_line = common_place([ref.uri for ref in refs]), {ref.uri for ref in line}
-    headline = _headline(refs)
-    made = table(
-        "", "stage", "step", "tokens", headline.short, "size", "committed", "checkpoint", left=("stage", "checkpoint")
-    )
-    for ref in refs:
-        manifest = ref.manifest
-        add_row(
-            made,
+    headline = measures_in(refs[-1].manifest.evaluation if refs else {}).headline
+    columns = ("", "stage", "step", "tokens", headline.short, "size", "committed", "checkpoint")
+    rows = [
+        (
             "●" if ref.uri in on_line else " ",
-            manifest.stage,
+            ref.manifest.stage,
             f"{ref.step:,}",
-            f"{manifest.tokens_seen:,}",
-            headline.text(manifest.evaluation.get(headline.key)),
-            size(manifest.size_bytes),
-            moment(manifest.created_at),
+            f"{ref.manifest.tokens_seen:,}",
+            headline.text(ref.manifest.evaluation.get(headline.key)),
+            size(ref.manifest.size_bytes),
+            moment(ref.manifest.created_at),
             ref.uri.removeprefix(place),
         )
-    where = Text(f"Below {place}" if place else "")
+        for ref in refs
+    ]
     legend = "● the run's line" if line else "No one line is the run's: name a checkpoint by its URI."
-    return [where, made, Text(legend, style="dim")]
+    made = table(columns, rows, left=("stage", "checkpoint"))
+    return [Text(f"Below {place}" if place else ""), made, Text(legend, style="dim")]
 
 
 def checkpoint_view(ref: CheckpointRef, line: Sequence[CheckpointRef]) -> View:
@@ -115,7 +110,7 @@ def checkpoint_view(ref: CheckpointRef, line: Sequence[CheckpointRef]) -> View:
         {
             "checkpoint": ref.uri,
             "run, stage": f"{manifest.run_id}, {manifest.stage} of profile {manifest.profile}",
-            "step": f"{ref.step:,} ({manifest.cycle} merges, {manifest.tokens_seen:,} tokens)",
+            "step": f"{ref.step:,} ({counted(manifest.cycle, 'merge')}, {manifest.tokens_seen:,} tokens)",
             **{m.name: m.change(manifest.evaluation) for m in (measures.headline, measures.second)},
             "committed": f"{moment(manifest.created_at)}, after {duration(manifest.stage_seconds)} of work",
             "fingerprint": manifest.fingerprint,
@@ -126,50 +121,38 @@ def checkpoint_view(ref: CheckpointRef, line: Sequence[CheckpointRef]) -> View:
             **{name.replace("_", " "): value for name, value in sorted(manifest.provenance.items())},
         }
     )
-    merge = [BLANK, *_merge(manifest.merge_report)] if manifest.merge_report else []
-    return [about, BLANK, _lineage(ref, line), BLANK, _files(ref), *merge]
-
-
-def _headline(refs: Sequence[CheckpointRef]) -> Measure:
-    """Return the score that a table of one run's checkpoints shows."""
-    return measures_in(refs[-1].manifest.evaluation if refs else {}).headline
-
-
-def _lineage(ref: CheckpointRef, line: Sequence[CheckpointRef]) -> RenderableType:
-    headline = _headline(line)
-    made = table("stage", "step", headline.short, "checkpoint", title="Line that led here", left=("checkpoint",))
-    parent = line[0].manifest.parent
-    if parent is not None:
-        add_row(made, "(gone)", f"{parent.step:,}", "–", parent.uri)
+    headline, parent = measures_in(line[-1].manifest.evaluation).headline, line[0].manifest.parent
+    led_here = [("(gone)", f"{parent.step:,}", "–", parent.uri)] if parent else []
     for one in line:
         score = headline.text(one.manifest.evaluation.get(headline.key))
-        add_row(made, one.manifest.stage, f"{one.step:,}", score, one.uri.removeprefix(f"{ref.store_uri}/"))
-    return made
-
-
-def _files(ref: CheckpointRef) -> RenderableType:
-    made = table("file", "size", "SHA-256", title=f"Files, {size(ref.manifest.size_bytes)}", left=("SHA-256",))
-    for entry in ref.manifest.files:
-        add_row(made, entry.path, size(entry.size_bytes), entry.sha256[:16])
-    return made
+        led_here.append((one.manifest.stage, f"{one.step:,}", score, one.uri.removeprefix(f"{ref.store_uri}/")))
+    columns = ("stage", "step", headline.short, "checkpoint")
+    files = [(entry.path, size(entry.size_bytes), entry.sha256[:16]) for entry in manifest.files]
+    parts: View = [about, BLANK, table(columns, led_here, title="Line that led here", left=("checkpoint",)), BLANK]
+    parts.append(
+        table(("file", "size", "SHA-256"), files, title=f"Files, {size(manifest.size_bytes)}", left=("SHA-256",))
+    )
+    return [*parts, BLANK, *_merge(manifest.merge_report)] if manifest.merge_report else parts
 
 
 def _merge(report: dict[str, Any]) -> View:
     kinds: dict[str, list[dict[str, Any]]] = {}
     for name, layer in report.get("layers", {}).items():
         kinds.setdefault(name.removesuffix(".weight").rpartition(".")[2], []).append(layer)
-    made = table("merge", "layers", "mean ‖ΔW‖/‖W‖", "mean effective rank")
-    for kind, layers in kinds.items():
-        add_row(made, kind, str(len(layers)), *(_mean(layers, key, digits) for key, digits in _MERGE_NUMBERS))
+
+    def mean(layers: Sequence[dict[str, Any]], key: str, digits: int) -> str:
+        values = [layer[key] for layer in layers if layer.get(key) is not None]
+        return decimal(sum(values) / len(values) if values else None, digits)
+
+    rows = [
+        (kind, str(len(layers)), *(mean(layers, key, digits) for key, digits in _MERGE_NUMBERS))
+        for kind, layers in kinds.items()
+    ]
     overall = ", ".join(f"{key.replace('_', ' ')} {decimal(report.get(key), digits)}" for key, digits in _MERGE_NUMBERS)
     change, zeroed = report.get("max_relative_output_change"), report.get("optimizer_state_zeroed")
     changed = (
         f"The model's output changed by {'–' if change is None else f'{change:.1e}'} at most, relative to its size"
     )
     forgot = f"{'–' if zeroed is None else f'{zeroed:.1%}'} of the optimizer state of A and B was zeroed"
-    return [made, Text(f"Over all layers: {overall}."), Text(f"{changed}; {forgot}.")]
-
-
-def _mean(layers: Sequence[dict[str, Any]], key: str, digits: int) -> str:
-    values = [layer[key] for layer in layers if layer.get(key) is not None]
-    return decimal(sum(values) / len(values) if values else None, digits)
+    columns = ("merge", "layers", "mean ‖ΔW‖/‖W‖", "mean effective rank")
+    return [table(columns, rows), Text(f"Over all layers: {overall}."), Text(f"{changed}; {forgot}.")]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from datetime import timedelta
 from typing import Annotated, Any
 
@@ -16,10 +17,9 @@ from relora_train.checkpoints.upkeep.pruning import PruneReport, prune_run
 from relora_train.checkpoints.upkeep.retention import RetentionPolicy, policy_of_run
 from relora_train.checkpoints.upkeep.verify import Verification, verify_checkpoint, verify_run
 from relora_train.cli.options import AsJson, CheckpointName, RunName, Store, answer, open_named, resolve
-from relora_train.cli.output import say
-from relora_train.cli.tables import BLANK, View, add_row, table
+from relora_train.cli.output import BLANK, View, say, table
 from relora_train.errors import CheckpointError
-from relora_train.text import size
+from relora_train.text import counted, size
 
 
 def prune(
@@ -80,21 +80,21 @@ def unpin(
 
 def prune_view(report: PruneReport) -> View:
     """Return the checkpoints that go, those that stay, and the reasons."""
-    word = "would go" if report.dry_run else "gone"
-    made = table("checkpoint", "step", "bytes", "", "why", left=("", "why"))
+    word, verb = ("would go", "would be removed") if report.dry_run else ("gone", "removed")
+    rows = []
     for verdict in report.verdicts:
         manifest = verdict.checkpoint.manifest
-        fate, why = ("stays", "; ".join(verdict.reasons)) if verdict.keep else (word, "")
-        add_row(made, manifest.stage, f"{manifest.step:,}", size(manifest.size_bytes), fate, why)
-    parts: View = [Text(f"Run {report.run_id}"), made, BLANK]
-    parts += [
-        Text(f"{word}: {left.uri}, {left.why}, {left.object_count} objects, {size(left.size_bytes)}")
+        fate = ("stays", "; ".join(verdict.reasons)) if verdict.keep else (word, "")
+        rows.append((manifest.stage, f"{manifest.step:,}", size(manifest.size_bytes), *fate))
+    made = table(("checkpoint", "step", "bytes", "", "why"), rows, left=("", "why"))
+    lines = [
+        f"{word}: {left.uri}, {left.why}, {counted(left.object_count, 'object')}, {size(left.size_bytes)}"
         for left in report.leftovers
     ]
-    parts += [Text(f"Later: {note}.") for note in report.notes]
-    verb = "would be removed" if report.dry_run else "removed"
-    total = f"{len(report.removed)} checkpoints {verb}, with leftovers {size(report.removed_bytes)}"
-    return [*parts, Text(f"{total} ({report.removed_bytes:,} bytes).")]
+    lines += [f"Later: {note}." for note in report.notes]
+    total = f"{counted(len(report.removed), 'checkpoint')} {verb}, with leftovers {size(report.removed_bytes)}"
+    lines.append(f"{total} ({report.removed_bytes:,} bytes).")
+    return [Text(f"Run {report.run_id}"), made, BLANK, *map(Text, lines)]
 
 
 def prune_record(report: PruneReport) -> dict[str, Any]:
@@ -121,10 +121,8 @@ def prune_record(report: PruneReport) -> dict[str, Any]:
 def verify_view(found: Verification) -> View:
     parts: View = [Text.assemble((each.kind, "bold red"), f"  {each.uri}: {each.message}") for each in found.findings]
     parts += [Text(f"Note: {note}.") for note in found.notes]
-    counts = {
-        kind: sum(each.kind == kind for each in found.findings) for kind in ("missing", "damaged", "unreferenced")
-    }
-    told = ", ".join(f"{count} {kind}" for kind, count in counts.items() if count)
+    counts = Counter(each.kind for each in found.findings)
+    told = ", ".join(f"{counts[kind]} {kind}" for kind in ("missing", "damaged", "unreferenced") if counts[kind])
     verdict = "all as committed, nothing missing, nothing left over" if found.is_clean else told
-    read = f"{found.files} files in {found.bundles} bundles, {size(found.size_bytes)}, read again"
-    return [*parts, Text(f"{read}: {verdict}.")]
+    files, bundles = counted(found.files, "file"), counted(found.bundles, "bundle")
+    return [*parts, Text(f"{files} in {bundles}, {size(found.size_bytes)}, read again: {verdict}.")]

@@ -61,6 +61,10 @@ def event_line(event: Event, *, before: float | None = None, short: bool = False
         case "diverged":
             attempt = f"attempt {event['attempt']} of {event['attempts']}"
             return f"{stage} diverged at learning rate {event['learning_rate']:.3g} ({attempt})"
+        case "retrying":
+            why = event["message"].strip().partition("\n")[0].partition(". ")[0].removesuffix(".")
+            pause = f"in about {event['seconds']:.0f} s" if event["seconds"] else "immediately"
+            return f"{event['task']} failed: {why}. Retry {event['retry']} of {event['retries']} {pause}."
         case "stopping":
             return f"asked the worker to finish its step, save its state and end within {event['seconds']:.0f} s"
         case "arm_started":

@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from seaweed import running_seaweed
 
 from relora_train import events
-from relora_train.cli.local_flow import load_flow, set_orchestrator_environment
+from relora_train.cli.local_flow import load_installed, set_orchestrator_environment
 from relora_train.cli.local_server import start_local_server
 from relora_train.runs import run as runs
 from relora_train.runs.workers import Worker
@@ -63,7 +63,7 @@ def run(profile: str, overrides: dict[str, Any], store: str) -> tuple[float, flo
     set_orchestrator_environment(verbose=False)
     server = start_local_server()
     os.environ["PREFECT_API_URL"] = server.api_url
-    flow = load_flow("pretrain")
+    flow = load_installed("pretrain")
     course = Course()
     events.listen(course)
     started = time.monotonic()

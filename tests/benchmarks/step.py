@@ -18,8 +18,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from relora_train.cli.bench import about_this_machine, bench_view, record_of
-from relora_train.cli.output import console_for_people
-from relora_train.cli.tables import show
+from relora_train.cli.output import console_for_people, show
 from relora_train.experiments.bench import FULL, RELORA, StepRequest, measure, step_requests
 from relora_train.settings.load import load_profile
 
