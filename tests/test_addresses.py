@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 
 from relora_train.checkpoints.names import resolve_checkpoint
-from relora_train.cli.app import main
 from relora_train.cli.local_flow import load_installed
 from relora_train.cli.local_server import check_server
 from relora_train.errors import ConfigError
@@ -109,15 +108,13 @@ def test_addresses_without_credentials_are_taken():
     ["prune", "run", "--store", "{}"], ["verify", "{}"], ["retry", "{}"], ["promote", "news", "{}"],
 ])  # fmt: skip
 def test_commands_refuse_credentials_in_an_address_before_prefect_starts(
-    command: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    command: list[str], relora, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ):
     monkeypatch.setattr("relora_train.cli.run.run_flow", None)
     monkeypatch.chdir(tmp_path)
     for address in WITH_CREDENTIALS[:5]:
-        with pytest.raises(SystemExit) as ended:
-            main([part.format(address.format("hunter2")) for part in command])
-        said = capsys.readouterr()
-        assert ended.value.code == 2 and "is given with credentials" in " ".join(said.err.split()), said.err
+        said = relora(*(part.format(address.format("hunter2")) for part in command))
+        assert said.code == 2 and "is given with credentials" in " ".join(said.err.split()), said.err
         assert "hunter2" not in said.err + said.out
 
 
@@ -128,11 +125,9 @@ def test_commands_refuse_credentials_in_an_address_before_prefect_starts(
     ["run", "smoke", "--set", "https://b/x?X-Amz-Signature={}&a=b"],
 ])  # fmt: skip
 def test_an_address_in_a_wrong_place_is_shown_without_its_credentials(
-    command: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    command: list[str], relora, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as ended:
-        main([part.format("hunter2") for part in command])
-    said = capsys.readouterr()
-    assert ended.value.code == 2 and "://b/x" in said.err
+    said = relora(*(part.format("hunter2") for part in command))
+    assert said.code == 2 and "://b/x" in said.err
     assert "hunter2" not in said.err + said.out

@@ -16,7 +16,6 @@ from relora_train.checkpoints.fetch import files_in_stores
 from relora_train.checkpoints.lineage import CheckpointRef
 from relora_train.checkpoints.manifest import CheckpointManifest, describe_files
 from relora_train.checkpoints.run import CheckpointStore
-from relora_train.cli.app import main
 from relora_train.errors import CheckpointCorruptError, ConfigError, ModelError
 from relora_train.method.stages import plan_stages
 from relora_train.reports.collect import collect_run_data
@@ -218,16 +217,9 @@ def trained(tmp_path):
         yield workshop.train(tiny_profile())
 
 
-def call(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
-    with pytest.raises(SystemExit) as ended:
-        main(arguments)
-    captured = capsys.readouterr()
-    return int(ended.value.code or 0), captured.out, captured.err
-
-
-def test_the_command_shows_a_real_run(trained, tmp_path, capsys):
+def test_the_command_shows_a_real_run(trained, tmp_path, relora):
     rank = trained[-1].manifest.fingerprint_settings["relora.rank"]
-    code, out, err = call(capsys, "analyze", "tiny", "--json", "--output", str(tmp_path / "out"))
+    code, out, err = relora("analyze", "tiny", "--json", "--output", str(tmp_path / "out"))
     record = json.loads(out)
     assert code == 0 and record["start"] == "tiny@warm-start"
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
@@ -245,12 +237,12 @@ def test_the_command_shows_a_real_run(trained, tmp_path, capsys):
         assert growth["after"][0]["relative_update_norm"] == pytest.approx(first["relative_update_norm"], rel=1e-4)
 
 
-def test_the_command_names_kinds_layers_and_two_checkpoints(trained, capsys):
-    code, out, _ = call(capsys, "analyze", "tiny")
+def test_the_command_names_kinds_layers_and_two_checkpoints(trained, relora):
+    code, out, _ = relora("analyze", "tiny")
     assert code == 0 and "self_attn.q_proj" in out and "by chance" in out and "at most" in out
-    code, out, _ = call(capsys, "analyze", "tiny@cycle-2", "--against", "tiny@cycle-1", "--layers", "--no-history")
+    code, out, _ = relora("analyze", "tiny@cycle-2", "--against", "tiny@cycle-1", "--layers", "--no-history")
     assert code == 0 and "model.layers.0.self_attn.q_proj" in out and "by chance" not in out
-    code, _, err = call(capsys, "analyze", "tiny@warm-start")
+    code, _, err = relora("analyze", "tiny@warm-start")
     assert code == 2 and "compared with itself" in err
 
 

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from relora_train.cli.app import main
 from relora_train.cli.bench import bench_view
 from relora_train.cli.output import show
 from relora_train.errors import ConfigError, TrainerCrashedError
@@ -91,23 +90,19 @@ def test_an_arm_that_cannot_be_built_is_one_error():
         measure({FULL: broken}, rounds=1, steps=1, what="")
 
 
-def test_what_cannot_be_measured_is_refused_before_anything_is(monkeypatch, capsys):
+def test_what_cannot_be_measured_is_refused_before_anything_is(monkeypatch, relora):
     monkeypatch.setattr("relora_train.experiments.bench.measure", None)  # calling it would fail
-    with pytest.raises(SystemExit) as ended:
-        main(["bench", "smoke", "huge"])
-    assert ended.value.code == 2 and "huge" in capsys.readouterr().err
+    refused = relora("bench", "smoke", "huge")
+    assert refused.code == 2 and "huge" in refused.err
     with pytest.raises(ConfigError, match="measures language models"):
         step_requests(load_profile("digits"), updates=3)
     with pytest.raises(ConfigError, match=r"set model\.vocab_size"):
         step_requests(load_profile("quickstart", {"tokenizer.path": "t5-base"}), updates=3)
 
 
-def test_the_command_prints_what_was_measured(capsys: pytest.CaptureFixture[str]):
+def test_the_command_prints_what_was_measured(relora):
     sets = [f"--set={key}={value}" for key, value in TINY.items()]
-    with pytest.raises(SystemExit) as ended:
-        main(["bench", "quickstart", *sets, "--rounds", "1", "--steps", "1", "--json"])
-    assert ended.value.code == 0
-    record = json.loads(capsys.readouterr().out)
+    record = json.loads(relora("bench", "quickstart", *sets, "--rounds", "1", "--steps", "1", "--json").out)
     arms = record["profiles"]["quickstart"]["arms"]
     assert list(arms) == [FULL, RELORA] and arms[FULL]["speed_over_first"]["median"] == 1
     assert arms[RELORA]["memory_bytes"]["above_weights"] > 0

@@ -9,8 +9,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,36 +18,19 @@ from safetensors.numpy import load_file
 from synthetic_run import commit_run, evaluation_of, synthetic_profile
 
 from relora_train.checkpoints.lineage import CheckpointRef
-from relora_train.cli.app import command_line, main
+from relora_train.cli.app import command_line
 from relora_train.cli.local_flow import TerminatedError, _termination_raises
 from relora_train.cli.output import describe_fault
 from relora_train.storage.opening import open_store
 
-
-@dataclass
-class Outcome:
-    code: int
-    out: str
-    err: str
+Relora = Callable[..., Any]
 
 
-Relora = Callable[..., Outcome]
-
-
-@pytest.fixture
-def relora(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Relora:
-    """Run the command in this process, in a directory, store and cache of its own."""
+@pytest.fixture(autouse=True)
+def place_of_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("RELORA_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("RELORA_STORE", str(tmp_path / "store"))
-
-    def call(*arguments: str) -> Outcome:
-        with pytest.raises(SystemExit) as ended:
-            main(arguments)
-        captured = capsys.readouterr()
-        return Outcome(ended.value.code if isinstance(ended.value.code, int) else 0, captured.out, captured.err)
-
-    return call
 
 
 @pytest.fixture
@@ -189,36 +172,13 @@ def test_an_unexpected_fault_is_one_line_that_says_where_its_traceback_is(
 def test_every_command_has_one_line_of_help_and_the_exit_codes_are_documented(relora: Relora) -> None:
     shown = relora("--help")
     assert shown.code == 0
-    for code in (
-        "0 done",
-        "1 an unexpected",
-        "2 a command line",
-        "3 a corpus",
-        "5 a store",
-        "6 a checkpoint",
-        "130",
-        "143",
-    ):
-        assert code in shown.out
+    codes = ("0 done", "1 an unexpected", "2 a command line", "3 a corpus", "5 a store", "6 a checkpoint", "130", "143")
+    assert all(code in shown.out for code in codes)
     commands = command_line().commands
-    expected = {"run", "plan", "runs", "checkpoints", "show", "evaluate", "export", "report", "profiles", "retry"}
-    expected |= {
-        "prune",
-        "verify",
-        "pin",
-        "unpin",
-        "serve",
-        "retrain",
-        "series",
-        "promote",
-        "rollback",
-        "join",
-        "bench",
-        "analyze",
-        "compare",
-        "experiments",
-    }
-    assert set(commands) == expected
+    assert " ".join(commands) == (
+        "run retrain compare experiments join plan profiles runs checkpoints show retry evaluate bench export report "
+        "analyze serve prune verify pin unpin series promote rollback"
+    )
     for name, command in commands.items():
         assert command.help and "\n" not in command.help.strip() and command.help.endswith("."), name
         assert relora(name, "--help").code == 0
@@ -299,9 +259,6 @@ def test_an_export_is_the_checkpoints_own_model_and_force_replaces_an_older_one(
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".model")]
 
 
-# What is shown while a run goes.
-
-
 def test_a_termination_that_a_library_makes_an_error_of_its_own_is_still_one() -> None:
     with pytest.raises(TerminatedError, match="SIGTERM"), _termination_raises():
         try:
@@ -310,9 +267,6 @@ def test_a_termination_that_a_library_makes_an_error_of_its_own_is_still_one() -
             raise ValueError("Invalid bounding box") from None  # as matplotlib does
     with pytest.raises(ValueError, match="mine"), _termination_raises():
         raise ValueError("mine")
-
-
-# Processes. A flow of our own stands for a long training; the server is Prefect's real one.
 
 
 # --- prune, verify, pin ---
@@ -328,16 +282,10 @@ def test_prune_shows_what_would_go_and_then_removes_it(
     assert f"({sizes:,} bytes)" in planned.out
     assert len(json.loads(relora("checkpoints", "tale", "--json").out)) == 4
     done = json.loads(relora("prune", "tale", "--keep-last", "1", "--json").out)
-    assert done["removed_bytes"] == sizes and [each["keep"] for each in done["checkpoints"]] == [
-        True,
-        False,
-        False,
-        True,
-    ]
-    assert [each["stage"] for each in json.loads(relora("checkpoints", "tale", "--json").out)] == [
-        "warm-start",
-        "cycle-3",
-    ]
+    kept = [each["keep"] for each in done["checkpoints"]]
+    assert done["removed_bytes"] == sizes and kept == [True, False, False, True]
+    left = json.loads(relora("checkpoints", "tale", "--json").out)
+    assert [each["stage"] for each in left] == ["warm-start", "cycle-3"]
     other = relora("unpin", "tale@cycle-3", "--name", "best")
     assert other.code == 2 and f"{line[0].uri} is pinned as 'best'" in other.err
     assert relora("unpin", "tale", "--name", "best").code == 0

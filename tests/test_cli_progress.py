@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 from collections.abc import Iterator
 from typing import Any
 
@@ -100,9 +101,19 @@ def test_the_live_display_keeps_what_is_done_and_removes_its_bar() -> None:
     assert written.getvalue().rstrip().endswith("\x1b[2K"), "the last line was not erased"
 
 
-def test_a_display_never_stops_a_run() -> None:
-    import logging
+def test_warnings_and_announced_retries_are_shown_and_what_is_told_otherwise_is_not() -> None:
+    written = io.StringIO()
+    progress = RunProgress(PlainDisplay(Console(file=written, width=100)), [])
+    for level in (logging.INFO, logging.WARNING):
+        progress.handle(logging.makeLogRecord({"msg": "%s left out\nand more", "args": (level,), "levelno": level}))
+    failed = {"event": "retrying", "task": "read", "message": "Away. Wait.", "retry": 1, "retries": 3, "seconds": 15}
+    progress.show(failed)
+    assert written.getvalue().splitlines() == [
+        "! 30 left out", "! read failed: Away. Retry 1 of 3 in about 15 s.",
+    ]  # fmt: skip
 
+
+def test_a_display_never_stops_a_run() -> None:
     progress = RunProgress(PlainDisplay(Console(file=io.StringIO())), [])
     for event in ({"event": "progress"}, {"event": "unheard-of"}, {}):
         record = logging.makeLogRecord({"event": event})
@@ -111,40 +122,22 @@ def test_a_display_never_stops_a_run() -> None:
 
 def summary(*, reused: bool) -> RunSummary:
     place = "s3://a-bucket-with-a-long-name/and/a/long/prefix"
+    scores = {"val_perplexity": 123.45, "bits_per_byte": 1.23}
+    before = {"val_perplexity_before": 1234.56, "bits_per_byte_before": 2.34}
     stages = tuple(
         StageSummary(
-            stage=name,
-            start_step=start,
-            end_step=start + 5000,
-            tokens=768_000_000,
-            evaluation={
-                "val_perplexity_before": 1234.56,
-                "val_perplexity": 123.45,
-                "bits_per_byte_before": 2.34,
-                "bits_per_byte": 1.23,
-            },
-            seconds=12_345.0,
-            uri=f"{place}/runs/a-run/checkpoints/step-{start + 5000:08d}-0123456789ab",
-            reused=reused,
+            stage=name, start_step=start, end_step=start + 5000, tokens=768_000_000, evaluation=scores | before,
+            seconds=12_345.0, uri=f"{place}/runs/a-run/checkpoints/step-{start + 5000:08d}-0123456789ab", reused=reused,
         )
         for name, start in (("warm-start", 0), ("cycle-1", 5000), ("cycle-2", 10_000))
-    )
-    record = {
-        "stage": "cycle-2",
-        "val_perplexity": 120.0,
-        "samples": [{"prompt": "def ", "text": "f(\x1b[2J):\n    x"}],
-    }
+    )  # fmt: skip
+    samples = [{"prompt": "def ", "text": "f(\x1b[2J):\n    x"}]
     return RunSummary(
-        run_id="a-run",
-        store_uri=place,
-        dataset_uri=f"{place}/datasets/d/0",
-        dataset_reused=reused,
-        stages=stages,
-        evaluations=(record,),
-        evaluations_reused=int(reused),
-        report_uri=f"{place}/runs/a-run/report/report.html",
+        run_id="a-run", store_uri=place, dataset_uri=f"{place}/datasets/d/0", dataset_reused=reused, stages=stages,
+        evaluations=({"stage": "cycle-2", "val_perplexity": 120.0, "samples": samples},),
+        evaluations_reused=int(reused), report_uri=f"{place}/runs/a-run/report/report.html",
         picture_uris=(f"{place}/runs/a-run/report/loss.png",),
-    )
+    )  # fmt: skip
 
 
 def test_the_final_table_fits_100_columns_and_says_where_everything_is() -> None:

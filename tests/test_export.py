@@ -21,7 +21,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from relora_train.checkpoints.lineage import CheckpointRef
 from relora_train.checkpoints.manifest import CheckpointManifest, parse_manifest
-from relora_train.cli.app import main
 from relora_train.cli.export import export_model, unfinished_stages
 from relora_train.data.prepare import prepare_dataset
 from relora_train.data.tokenizer import load_tokenizer
@@ -133,33 +132,27 @@ def test_a_file_without_a_header_is_refused(checkpoint, tmp_path, monkeypatch):
     assert not (tmp_path / "out").exists()
 
 
-def test_an_export_says_which_stage_it_is_and_what_its_run_still_plans(tmp_path, monkeypatch, capsys):
+def test_an_export_says_which_stage_it_is_and_what_its_run_still_plans(tmp_path, monkeypatch, relora):
     monkeypatch.setenv("RELORA_CACHE", str(tmp_path / "cache"))
     store, profile = open_store(tmp_path / "store"), synthetic_profile()
     one, two = commit_run(store, "tale", profile, tmp_path / "scratch", stages=plan_stages(profile)[:2])
     place = ["--store", str(tmp_path / "store")]
     for name, step, rest in (("tale@latest", 80, "cycle-2, cycle-3"), ("tale@warm-start", 40, "cycle-2, cycle-3")):
-        with pytest.raises(SystemExit):
-            main(["export", name, str(tmp_path / name), *place])
-        said = capsys.readouterr().out
-        assert (
-            f"step {step}: 1 file," in said and f"The run is not finished: its settings plan {rest} after this." in said
-        )
+        said = relora("export", name, str(tmp_path / name), *place).out
+        assert f"step {step}: 1 file," in said
+        assert f"The run is not finished: its settings plan {rest} after this." in said
     assert unfinished_stages(one) == unfinished_stages(two) == ["cycle-2", "cycle-3"]
     whole = commit_run(store, "whole", profile, tmp_path / "scratch-2")
     assert unfinished_stages(whole[0]) == unfinished_stages(whole[-1]) == []
-    with pytest.raises(SystemExit) as ended:
-        main(["export", "whole", str(tmp_path / "json"), "--json", *place])
-    made = json.loads(capsys.readouterr().out)
-    assert not ended.value.code and (made["stage"], made["step"], made["unfinished_stages"]) == ("cycle-3", 160, [])
+    made = json.loads(relora("export", "whole", str(tmp_path / "json"), "--json", *place).out)
+    assert (made["stage"], made["step"], made["unfinished_stages"]) == ("cycle-3", 160, [])
 
 
-def test_only_known_dtypes_are_taken(tmp_path, monkeypatch, capsys):
+def test_only_known_dtypes_are_taken(tmp_path, relora):
     commit_run(open_store(tmp_path / "store"), "tale", synthetic_profile(), tmp_path / "scratch")
     for extra in (["--dtype", "int8"], ["--dtype", "float16", "--as-adapter"]):
-        with pytest.raises(SystemExit) as ended:
-            main(["export", "tale", str(tmp_path / "out"), *extra, "--store", str(tmp_path / "store")])
-        assert ended.value.code == ConfigError.exit_code
+        refused = relora("export", "tale", str(tmp_path / "out"), *extra, "--store", str(tmp_path / "store"))
+        assert refused.code == ConfigError.exit_code
 
 
 SCHEDULE = {"warm_start_steps": 2, "cycles": 1, "cycle_length": 3}
@@ -182,7 +175,7 @@ def round_source(source: Path, dtype: str) -> Path:
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_an_export_is_by_default_as_the_weights_were_that_its_line_began_from(
-    workshop, source, tmp_path, capsys, dtype
+    workshop, source, tmp_path, relora, dtype
 ):
     pretrained = {"pretrained": str(round_source(source, dtype))}
     line = workshop.train(tiny_profile(schedule=SCHEDULE, model=pretrained), "continued")
@@ -193,12 +186,9 @@ def test_an_export_is_by_default_as_the_weights_were_that_its_line_began_from(
     workshop.disturbed = True
     instead = retry_stage(line[-1], on_event=lambda event: None, replace=True).replacement
     assert instead is not None and instead.manifest.source_dtype == dtype
-    place = ["branch", str(tmp_path / "out"), "--store", workshop.store_uri]
-    with pytest.raises(SystemExit) as ended:
-        main(["export", *place])
-    assert not ended.value.code
+    done = relora("export", "branch", str(tmp_path / "out"), "--store", workshop.store_uri)
     said = f"The weights are {dtype}, as those were that the run began from; --dtype float32 rounds nothing."
-    assert said in " ".join(capsys.readouterr().out.split())
+    assert done.code == 0 and said in " ".join(done.out.split())
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == dtype
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").dtype == getattr(torch, dtype)
     whole = export_model(line[-1], tmp_path / "whole", dtype="float32")
@@ -208,7 +198,7 @@ def test_an_export_is_by_default_as_the_weights_were_that_its_line_began_from(
 
 
 def test_a_float32_source_or_none_or_one_of_which_nothing_is_recorded_gives_float32(
-    workshop, checkpoint, source, tmp_path, capsys
+    workshop, checkpoint, source, tmp_path, relora
 ):
     assert checkpoint.manifest.source_dtype is None
     line = workshop.train(tiny_profile(schedule=SCHEDULE, model={"pretrained": str(source)}), "continued")
@@ -221,9 +211,8 @@ def test_a_float32_source_or_none_or_one_of_which_nothing_is_recorded_gives_floa
         assert export_model(ref, tmp_path / str(number)).dtype == "float32"
         assert load_file(tmp_path / str(number) / "model.safetensors")["lm_head.weight"].dtype == torch.float32
     for run, why in (("tiny", "the checkpoint holds them"), ("continued", "those were that the run began from")):
-        with pytest.raises(SystemExit):
-            main(["export", run, str(tmp_path / run), "--store", workshop.store_uri])
-        assert f"The weights are float32, as {why}." in " ".join(capsys.readouterr().out.split())
+        said = relora("export", run, str(tmp_path / run), "--store", workshop.store_uri).out
+        assert f"The weights are float32, as {why}." in " ".join(said.split())
 
 
 def test_the_dtype_of_files_is_that_of_most_values_and_no_failure_where_it_cannot_be_told(tmp_path):

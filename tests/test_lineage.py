@@ -27,7 +27,6 @@ from relora_train.checkpoints.lineage import (
 from relora_train.checkpoints.manifest import CheckpointManifest, ParentRef
 from relora_train.checkpoints.names import read_checkpoints
 from relora_train.checkpoints.run import CheckpointStore
-from relora_train.cli.app import main
 from relora_train.cli.runs import lineage_view
 
 
@@ -209,38 +208,28 @@ def test_nothing_is_left_of_an_extended_run(family: Workshop):
     assert family.train(tiny_profile(schedule={"cycles": 3}), "base", end) == []
 
 
-def relora(*arguments: str) -> int:
-    with pytest.raises(SystemExit) as ended:
-        main(arguments)
-    return int(ended.value.code or 0)
-
-
-def test_the_commands_draw_the_tree(family: Workshop, capsys: pytest.CaptureFixture[str]):
-    assert relora("runs", "--tree", "--store", family.store_uri) == 0
-    text = capsys.readouterr().out
+def test_the_commands_draw_the_tree(family: Workshop, relora):
+    text = relora("runs", "--tree", "--store", family.store_uri).out
     assert "●cycle-3" in text and "└─ after cycle-1: small" in text
-    assert relora("runs", "--tree", "--json", "--store", family.store_uri) == 0
-    (root,) = json.loads(capsys.readouterr().out)
+    (root,) = json.loads(relora("runs", "--tree", "--json", "--store", family.store_uri).out)
     assert [branch["run_id"] for branch in root["branches"]] == ["small"]
-    assert relora("show", "small@cycle-2", "--store", family.store_uri) == 0
-    text = capsys.readouterr().out
+    text = relora("show", "small@cycle-2", "--store", family.store_uri).out
     assert "▶cycle-2" in text and "base  warm-start" in text
 
 
-def test_ancestors_that_are_gone_are_named(family: Workshop, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    copy = tmp_path / "store"
-    shutil.copytree(family.store_uri.removeprefix("file://"), copy)
+@pytest.fixture
+def copy(family: Workshop, tmp_path: Path) -> Path:
+    return shutil.copytree(family.store_uri.removeprefix("file://"), tmp_path / "store")
+
+
+def test_ancestors_that_are_gone_are_named(family: Workshop, copy: Path, relora):
     shutil.rmtree(copy / "runs" / "base")
-    assert relora("runs", "--tree", "--store", str(copy)) == 0
-    text = capsys.readouterr().out
+    text = relora("runs", "--tree", "--store", str(copy)).out
     assert "small  ●cycle-2" in text and "which is not here" in text
     assert f"from {family.store_uri}/runs/base/checkpoints/step-00000014-" in text
 
 
-def test_a_damaged_manifest_hides_no_other(family: Workshop, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    copy = tmp_path / "store"
-    shutil.copytree(family.store_uri.removeprefix("file://"), copy)
+def test_a_damaged_manifest_hides_no_other(copy: Path, relora):
     next((copy / "runs" / "base" / "checkpoints").glob("step-00000014-*/manifest.json")).write_text("{")
-    assert relora("runs", "--tree", "--store", str(copy)) == 0
-    text = capsys.readouterr().out
+    text = relora("runs", "--tree", "--store", str(copy)).out
     assert "base  cycle-2 → ●cycle-3" in text and "small  ●cycle-2" in text and "base  warm-start" in text

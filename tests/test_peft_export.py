@@ -18,7 +18,6 @@ from tiny_models import relative_error, token_batch
 from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig, PreTrainedModel, Qwen3MoeConfig
 
 from relora_train.checkpoints.lineage import CheckpointRef
-from relora_train.cli.app import main
 from relora_train.cli.export import export_adapter
 from relora_train.errors import CheckpointNotFoundError, ConfigError
 from relora_train.runs.retry import differing_files, retry_stage
@@ -135,30 +134,26 @@ def test_the_scaling_is_the_stages(train, tmp_path):
     assert relative_error(logits(adapted), logits(load(fetch_parent(line[2])))) < 1e-5
 
 
-def test_the_command_writes_names_and_keeps_both_checkpoints(train, tmp_path, capsys):
+def test_the_command_writes_names_and_keeps_both_checkpoints(train, tmp_path, relora, monkeypatch):
     _, parent, checkpoint = train()
-    store = ["--store", str(tmp_path / "store")]
-
-    def relora(*arguments: str) -> int:
-        with pytest.raises(SystemExit) as ended:
-            main([*arguments, *store])
-        return ended.value.code or 0
-
+    monkeypatch.setenv("RELORA_STORE", str(tmp_path / "store"))
     out = tmp_path / "out"
-    assert relora("export", "tiny@cycle-2", str(out), "--as-adapter") == 0
-    assert f'PeftModel.from_pretrained(model, "{out}"), model being {parent.uri}' in capsys.readouterr().out
+    done = relora("export", "tiny@cycle-2", str(out), "--as-adapter")
+    assert done.code == 0 and f'PeftModel.from_pretrained(model, "{out}"), model being {parent.uri}' in done.out
     assert json.loads((out / "adapter_config.json").read_text())["base_model_name_or_path"] == str(fetch_parent(parent))
     assert checkpoint.uri in (out / "README.md").read_text()
     assert {path.name for path in out.iterdir()} == {
         "README.md", "adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "tokenizer_config.json"
     }  # fmt: skip
-    assert relora("export", "tiny@cycle-2", str(out), "--as-adapter") == 2
-    assert "is not empty" in capsys.readouterr().err
-    assert relora("export", "tiny@cycle-2", str(out), "--as-adapter", "--force") == 2
-    assert relora("export", "tiny@warm-start", str(tmp_path / "no"), "--as-adapter") == 2
-    assert "full-rank stage warm-start, which has no low-rank update" in capsys.readouterr().err
-    assert relora("prune", "tiny", "--keep-last", "1", "--dry-run", "--json") == 0
-    reasons = {one["uri"]: one["reasons"] for one in json.loads(capsys.readouterr().out)["checkpoints"]}
+    for name, place, more, words in (
+        ("cycle-2", out, [], "is not empty"),
+        ("cycle-2", out, ["--force"], "writes float32 to a new directory"),
+        ("warm-start", tmp_path / "no", [], "full-rank stage warm-start, which has no low-rank update"),
+    ):
+        refused = relora("export", f"tiny@{name}", str(place), "--as-adapter", *more)
+        assert refused.code == 2 and words in refused.err
+    kept = json.loads(relora("prune", "tiny", "--keep-last", "1", "--dry-run", "--json").out)["checkpoints"]
+    reasons = {one["uri"]: one["reasons"] for one in kept}
     assert "exported" in reasons[parent.uri] and "exported" in reasons[checkpoint.uri]
     assert not (tmp_path / "no").exists()
 

@@ -17,7 +17,6 @@ from stage_runs import CPU, ignore, manifest_of
 from relora_train.checkpoints.lineage import CheckpointRef
 from relora_train.checkpoints.manifest import ParentRef
 from relora_train.checkpoints.run import CheckpointStore
-from relora_train.cli.app import main
 from relora_train.errors import ConfigError, ProfileInvalidError
 from relora_train.method.fingerprint import fingerprint_settings, stage_fingerprint
 from relora_train.method.stages import stages_after
@@ -80,12 +79,10 @@ def test_the_sample_has_every_removed_key(line: list[CheckpointRef], store: Path
     ],
 )
 def test_a_checkpoint_that_was_trained_by_removed_keys_is_read(
-    store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str, words: str
+    store: Path, tmp_path: Path, relora, command: str, words: str
 ):
-    with pytest.raises(SystemExit) as ended:
-        main([argument.replace("OUT", str(tmp_path / "out")) for argument in command.split()])
-    printed = capsys.readouterr()
-    assert (ended.value.code or 0, words in printed.out + printed.err) == (0, True), printed
+    said = relora(*(argument.replace("OUT", str(tmp_path / "out")) for argument in command.split()))
+    assert said.code == 0 and words in said.out + said.err, said
 
 
 def test_it_is_evaluated_to_the_scores_that_it_was_committed_with(line: list[CheckpointRef], store: Path):
@@ -102,10 +99,9 @@ def test_it_is_evaluated_to_the_scores_that_it_was_committed_with(line: list[Che
     assert scores["val_loss"] == pytest.approx(line[-1].manifest.evaluation["val_loss"], rel=1e-5)
 
 
-def test_a_merge_that_was_rounded_is_no_adapter_of_its_base(store: Path, tmp_path: Path, capsys):
-    with pytest.raises(SystemExit) as ended:
-        main(["export", "removed", str(tmp_path / "out"), "--as-adapter"])
-    assert (ended.value.code, "rounded (relora.merge_dtype)" in capsys.readouterr().err) == (4, True)
+def test_a_merge_that_was_rounded_is_no_adapter_of_its_base(store: Path, tmp_path: Path, relora):
+    said = relora("export", "removed", str(tmp_path / "out"), "--as-adapter")
+    assert said.code == 4 and "rounded (relora.merge_dtype)" in said.err
     assert not (tmp_path / "out").exists()
 
 

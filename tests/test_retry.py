@@ -16,7 +16,6 @@ from relora_train.checkpoints.lineage import CheckpointRef
 from relora_train.checkpoints.manifest import CheckpointManifest
 from relora_train.checkpoints.names import resolve_checkpoint
 from relora_train.checkpoints.run import CheckpointStore
-from relora_train.cli.app import main
 from relora_train.cli.evaluate import retry_view
 from relora_train.errors import CheckpointNotFoundError, ConfigError, RunInUseError
 from relora_train.events import Event
@@ -171,17 +170,13 @@ def test_a_retry_that_was_stopped_proves_nothing_to_the_next(workshop: Workshop,
     assert not retry_stage(line[1], on_event=ignore).identical
 
 
-def test_the_command_runs_a_process_and_says_what_came_of_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_the_command_runs_a_process_and_says_what_came_of_it(tmp_path: Path, monkeypatch, relora):
     with pytest.MonkeyPatch.context() as patch:
         workshop = Workshop(tmp_path / "store", patch)
         workshop.train(tiny_profile(schedule={"cycles": 1}))
-    patch = pytest.MonkeyPatch()
-    patch.setenv("RELORA_CACHE", str(tmp_path / "cache"))
-    try:
-        with pytest.raises(SystemExit) as ended:
-            main(["retry", "tiny@cycle-1", "--store", workshop.store_uri, "--json"])
-    finally:
-        patch.undo()
-    assert ended.value.code == 0
-    record = json.loads(capsys.readouterr().out)
-    assert record["identical"] and record["descendant_uris"] == [] and record["replacement_uri"] is None
+    monkeypatch.setenv("RELORA_CACHE", str(tmp_path / "cache"))
+    done = relora("retry", "tiny@cycle-1", "--store", workshop.store_uri, "--json")
+    record = json.loads(done.out)
+    assert (
+        done.code == 0 and record["identical"] and record["descendant_uris"] == [] and record["replacement_uri"] is None
+    )

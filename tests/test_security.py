@@ -38,7 +38,6 @@ from relora_train.checkpoints.run import CheckpointStore
 from relora_train.checkpoints.snapshots import SnapshotStore
 from relora_train.checkpoints.upkeep.pruning import prune_run
 from relora_train.checkpoints.upkeep.verify import verify_run
-from relora_train.cli.app import main
 from relora_train.errors import CheckpointCorruptError, ConfigError, ModelNotFoundError
 from relora_train.runs.evaluations import recorded_evaluations
 from relora_train.runs.run import Run
@@ -178,7 +177,7 @@ def test_no_manifest_names_anything_outside_its_bundle(kind: type[Manifest], tmp
 
 
 def test_no_command_writes_outside_its_directory_for_a_hostile_checkpoint(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, relora
 ):
     """Fetched for export, evaluation and report, from a store that is no local directory."""
     monkeypatch.setenv("RELORA_CACHE", str(tmp_path / "a/b/cache"))
@@ -195,10 +194,8 @@ def test_no_command_writes_outside_its_directory_for_a_hostile_checkpoint(
         put_manifest(root, place, {**committed, **hostile})
         uri = f"{root.uri}/{place}".rstrip("/")
         for command in (["export", uri, "out"], ["evaluate", uri], ["report", uri], ["show", uri, "--verify"]):
-            with pytest.raises(SystemExit) as ended:
-                main(command)
-            assert ended.value.code == 6, command
-            assert "is not a valid CheckpointManifest" in capsys.readouterr().err
+            said = relora(*command)
+            assert said.code == 6 and "is not a valid CheckpointManifest" in said.err, command
     assert sorted(tmp_path.rglob("*")) == before
 
 

@@ -24,7 +24,6 @@ from relora_train.checkpoints.series_record import Change, Scores, champions_in_
 from relora_train.checkpoints.upkeep.pruning import prune_run
 from relora_train.checkpoints.upkeep.retention import RetentionPolicy
 from relora_train.checkpoints.upkeep.verify import verify_run
-from relora_train.cli.app import main
 from relora_train.errors import (
     CheckpointCorruptError,
     CheckpointNotFoundError,
@@ -138,17 +137,14 @@ def test_there_must_be_something_to_go_back_to(memory: ObjectStore, files: Path)
         resolve_checkpoint("series:../s", memory)
 
 
-def test_after_a_rollback_the_loss_of_the_champion_is_shown_again(
-    tmp_path: Path, files: Path, capsys: pytest.CaptureFixture[str]
-):
+def test_after_a_rollback_the_loss_of_the_champion_is_shown_again(tmp_path: Path, files: Path, relora):
     store = open_store(tmp_path)
     for ref, loss in zip(line_of_run(store, files, 2), (3.25, 3.5), strict=True):
         promote(store, "s", ref, reason="", scores=Scores(candidate_loss=loss, champion_loss=None, dataset_uri="d"))
     roll_back(store, "s", reason="")
     for arguments in (["series"], ["series", "s"]):
-        with pytest.raises(SystemExit):
-            main([*arguments, "--store", str(tmp_path)])
-        (line,) = [line for line in capsys.readouterr().out.splitlines() if " 3 " in line and "run@cycle-1" in line]
+        shown = relora(*arguments, "--store", str(tmp_path)).out
+        (line,) = [line for line in shown.splitlines() if " 3 " in line and "run@cycle-1" in line]
         assert "3.2500" in line and "–" not in line
 
 
@@ -312,29 +308,26 @@ def test_a_hub_revision_is_seen_as_a_whole(memory: ObjectStore):
 # --- what people see ---
 
 
-def test_the_commands_promote_show_and_roll_back(
-    files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-):
+def test_the_commands_promote_show_and_roll_back(files: Path, tmp_path: Path, relora, monkeypatch: pytest.MonkeyPatch):
     store = open_store(tmp_path / "store")
     one, two = line_of_run(store, files, 2)
     monkeypatch.setenv("RELORA_STORE", str(tmp_path / "store"))
     monkeypatch.setenv("COLUMNS", "400")
 
-    def relora(*arguments: str) -> str:
-        with pytest.raises(SystemExit) as ended:
-            main(arguments)
-        assert not ended.value.code, capsys.readouterr().err
-        return capsys.readouterr().out
+    def said(*arguments: str) -> str:
+        done = relora(*arguments)
+        assert done.code == 0, done.err
+        return done.out
 
-    assert "No series has promoted" in relora("series")
-    assert one.uri in relora("promote", "s", "run@cycle-1", "--reason", "it is the first")
-    relora("promote", "s", two.uri)
-    assert "run@cycle-2" in relora("series")
-    history = relora("series", "s")
+    assert "No series has promoted" in said("series")
+    assert one.uri in said("promote", "s", "run@cycle-1", "--reason", "it is the first")
+    said("promote", "s", two.uri)
+    assert "run@cycle-2" in said("series")
+    history = said("series", "s")
     assert "it is the first" in history and two.uri in history
-    assert one.uri in relora("rollback", "s", "--reason", "it wrote nonsense")
-    assert "run@cycle-1" in relora("series")
-    shown = json.loads(relora("series", "s", "--json"))
+    assert one.uri in said("rollback", "s", "--reason", "it wrote nonsense")
+    assert "run@cycle-1" in said("series")
+    shown = json.loads(said("series", "s", "--json"))
     assert shown["champion"] == one.uri and shown["changes"][2]["reason"] == "it wrote nonsense"
-    assert json.loads(relora("series", "--json"))[0]["series"] == "s"
-    assert one.uri in relora("show", "series:s")
+    assert json.loads(said("series", "--json"))[0]["series"] == "s"
+    assert one.uri in said("show", "series:s")

@@ -14,7 +14,6 @@ from relora_train.checkpoints.lease import hold_series
 from relora_train.checkpoints.lineage import CheckpointRef
 from relora_train.checkpoints.manifest import DatasetManifest
 from relora_train.checkpoints.series import find_champion, promote, read_series
-from relora_train.cli.app import main
 from relora_train.data.selection import Selection
 from relora_train.runs.datasets import Corpus
 from relora_train.runs.retraining import decide as decide_module
@@ -60,21 +59,18 @@ def test_data_counts_as_seen_when_its_candidate_is_decided_and_not_before(memory
     assert [d.scores["candidate_loss"] for d in read_decisions(memory, "s")] == [3.0, 3.5, "inf"]
 
 
-def test_the_data_of_a_promotion_taken_back_can_be_trained_on_again(
-    files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-):
+def test_the_data_of_a_promotion_taken_back_can_be_trained_on_again(files: Path, tmp_path: Path, relora):
     store = open_store(tmp_path)
     one, two = line_of_run(store, files, 2)
     decide(plan_for(store, None, ("a" * 64,)), one, 3.0, None)
     plan = dataclasses.replace(plan_for(store, one, ("b" * 64, "c" * 64)), run_id="second")
     decide(plan, two, 2.0, 3.0)
-    with pytest.raises(SystemExit):
-        main(["rollback", "s", "--data-again", "--store", str(tmp_path)])
-    assert "2 parts of the source are new again" in capsys.readouterr().out
+    again = relora("rollback", "s", "--data-again", "--store", str(tmp_path))
+    assert "2 parts of the source are new again" in again.out
     assert read_data(store, "s")[0].seen == ("a" * 64,) and promoted(store) == "cycle-1"
-    with hold_series(store, "s"), pytest.raises(SystemExit) as ended:  # a retrain is under way
-        main(["rollback", "s", "--to", "2", "--data-again", "--store", str(tmp_path)])
-    assert ended.value.code == 2 and promoted(store) == "cycle-1"
+    with hold_series(store, "s"):  # a retrain is under way
+        refused = relora("rollback", "s", "--to", "2", "--data-again", "--store", str(tmp_path))
+    assert refused.code == 2 and promoted(store) == "cycle-1"
 
 
 def test_a_champion_that_moved_meanwhile_leaves_candidate_and_data_for_later(memory: ObjectStore, files: Path):

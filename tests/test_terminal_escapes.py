@@ -19,7 +19,6 @@ from relora_train.checkpoints.manifest import (
 from relora_train.checkpoints.pins import pin
 from relora_train.checkpoints.run import CheckpointStore
 from relora_train.checkpoints.series import promote as promote_checkpoint
-from relora_train.cli.app import main
 from relora_train.cli.output import Warnings, harmless, say
 from relora_train.storage.base import ObjectStore
 from relora_train.storage.opening import open_store
@@ -72,21 +71,15 @@ def steering_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ObjectSto
 
 
 @pytest.mark.parametrize("command", SHOWN, ids=" ".join)
-def test_nothing_in_a_store_steers_the_terminal(
-    command: list[str], steering_store: ObjectStore, capsys: pytest.CaptureFixture[str]
-):
-    with pytest.raises(SystemExit):
-        main(command)
-    said = capsys.readouterr()
+def test_nothing_in_a_store_steers_the_terminal(command: list[str], steering_store: ObjectStore, relora):
+    said = relora(*command)
     assert said.out + said.err
     assert steering_characters(said.out + said.err) == []
 
 
 @pytest.mark.parametrize("command", [["runs"], ["checkpoints", "run"], ["show", "run@latest"]], ids=" ".join)
-def test_json_is_printed_as_it_is(command: list[str], steering_store: ObjectStore, capsys: pytest.CaptureFixture[str]):
-    with pytest.raises(SystemExit):
-        main([*command, "--json"])
-    out = capsys.readouterr().out
+def test_json_is_printed_as_it_is(command: list[str], steering_store: ObjectStore, relora):
+    out = relora(*command, "--json").out
     assert "\x1b" not in out and STEERING in _texts(json.loads(out))
 
 

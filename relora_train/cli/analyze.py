@@ -23,8 +23,6 @@ from relora_train.runs.run import line_of
 from relora_train.storage.workspace import checkpoint_cache
 from relora_train.text import decimal
 
-ANALYSIS_NAME = "analysis.json"
-
 
 def analyze(
     checkpoint: CheckpointName,
@@ -63,8 +61,7 @@ def analyze(
             on_layer=lambda name: status.update(Text(name)),
         )
     if output is not None:
-        for path in write_analysis(analysis, output):
-            tell(f"Wrote {path}")
+        _write_analysis(analysis, output)
     answer(
         as_json,
         record=lambda: analysis_record(analysis),
@@ -87,8 +84,8 @@ def analysis_record(analysis: RankAnalysis) -> dict[str, Any]:
     return {key: json_value(value) for key, value in record.items()}
 
 
-def write_analysis(analysis: RankAnalysis, directory: Path) -> list[Path]:
-    """Write analysis.json, spectra.png, and where there is a history growth.png and overlap.png; return their paths."""
+def _write_analysis(analysis: RankAnalysis, directory: Path) -> None:
+    """Write analysis.json, spectra.png, and where there is a history growth.png and overlap.png."""
     from relora_train.reports.plot_style import to_png
     from relora_train.reports.rank_plots import rank_figures
 
@@ -96,13 +93,10 @@ def write_analysis(analysis: RankAnalysis, directory: Path) -> list[Path]:
     ranks = [] if history is None else [rank for rank in history.growth_ranks if rank is not None]
     cycle_rank, total_rank = (ranks[0], ranks[-1]) if ranks else (None, None)
     figures = rank_figures(analysis.spectra, history, cycle_rank=cycle_rank, total_rank=total_rank)
-    directory.mkdir(parents=True, exist_ok=True)
-    written = [directory / ANALYSIS_NAME]
-    written[0].write_text(json.dumps(analysis_record(analysis), indent=1) + "\n", encoding="utf-8")
-    for name, figure in figures.items():
-        written.append(directory / name)
-        written[-1].write_bytes(to_png(figure, dpi=160))
-    return written
+    contents = {"analysis.json": (json.dumps(analysis_record(analysis), indent=1) + "\n").encode()}
+    for name, content in (contents | {name: to_png(figure, dpi=160) for name, figure in figures.items()}).items():
+        (directory / name).write_bytes(content)
+        tell(f"Wrote {directory / name}")
 
 
 def analysis_view(analysis: RankAnalysis, *, every_layer: bool) -> View:

@@ -73,11 +73,9 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     logging.lastResort = Warnings(logging.WARNING)
     try:
         command_line(given[:1] if given[:1] and given[0] in _COMMANDS else _COMMANDS)(given, prog_name="relora")
-    except TrainerInterruptedError as error:
-        tell(str(error))
-        sys.exit(error.exit_code)
     except ReLoRAError as error:
-        complain(str(error))
+        show = tell if isinstance(error, TrainerInterruptedError) else complain
+        show(str(error))
         sys.exit(error.exit_code)
     except Exception as error:
         if was_interrupted(error):

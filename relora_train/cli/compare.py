@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.text import Text
@@ -14,12 +14,10 @@ from relora_train.cli.run import check_inputs, run_shown
 from relora_train.errors import ConfigError
 from relora_train.experiments.experiment import Experiment, list_experiments, load_experiment
 from relora_train.experiments.measured import MeasuredSummary, is_measured, load_measured
+from relora_train.experiments.records import ComparisonSummary
 from relora_train.runs.model_check import check_settings
 from relora_train.settings.measures import LOSS
 from relora_train.text import counted, duration
-
-if TYPE_CHECKING:
-    from relora_train.experiments.records import ComparisonSummary
 
 
 def compare(

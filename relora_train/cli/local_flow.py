@@ -16,7 +16,7 @@ from importlib.metadata import entry_points
 from types import FrameType
 from typing import Any, cast
 
-from relora_train.cli.local_server import API_URL, check_server, start_local_server, users_server
+from relora_train.cli.local_server import API_URL, LocalServer, check_server, users_server
 from relora_train.errors import ConfigError, OrchestratorError
 from relora_train.storage.redaction import without_secrets
 
@@ -57,7 +57,7 @@ def run_flow(
             os.environ.setdefault("PREFECT_CLIENT_MAX_RETRIES", "9")  # it may be away for ten minutes
             flow = load_installed(name)
         else:
-            server = start_local_server()
+            server = LocalServer()
             os.environ[API_URL] = server.api_url
             flow = load_installed(name)  # imports Prefect: a few seconds in which the server starts
             server.wait_until_ready()

@@ -21,8 +21,6 @@ import time
 import urllib.error
 import urllib.request
 from contextlib import suppress
-from dataclasses import dataclass, field
-from typing import IO
 
 from relora_train.errors import ConfigError, OrchestratorError, ReLoRAError
 from relora_train.process import SAFE_PATH
@@ -41,26 +39,31 @@ _STOP_SECONDS = 10.0
 _WATCH_SECONDS = 1.0
 
 
-@dataclass
 class LocalServer:
-    """A server that was started and may not answer yet. One that is killed is started again, on the same records."""
+    """A server on a free port of this machine, which may not answer yet; it ends with this process, however that ends.
 
-    api_url: str
-    command: list[str]
-    output: IO[bytes]
-    process: subprocess.Popen[bytes] = field(init=False)
-    _ending: threading.Event = field(default_factory=threading.Event)
+    One that is killed is started again, on the same records. It stops last of all at exit, so that what Prefect still
+    wants to record then arrives: to be made before Prefect is imported.
+    """
 
-    def __post_init__(self) -> None:
+    def __init__(self) -> None:
+        with socket.socket() as probe:
+            probe.bind((_HOST, 0))
+            port = probe.getsockname()[1]
+        self.api_url = f"http://{_HOST}:{port}/api"
+        self._command = [sys.executable, "-m", "relora_train.cli.local_server", str(port), str(os.getpid())]
+        self._output = tempfile.TemporaryFile()  # noqa: SIM115 (lives as long as the server)
+        self._ending = threading.Event()
         self._start()
         threading.Thread(target=self._keep_alive, daemon=True).start()
+        atexit.register(self.stop)
 
     def _start(self) -> None:
-        self.process = subprocess.Popen(  # noqa: S603 (our own module and interpreter)
-            self.command,
+        self.process: subprocess.Popen[bytes] = subprocess.Popen(  # noqa: S603 (our own module and interpreter)
+            self._command,
             env={**os.environ, **SAFE_PATH, **_SERVER_SETTINGS},
             stdin=subprocess.DEVNULL,
-            stdout=self.output,
+            stdout=self._output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
@@ -103,25 +106,9 @@ class LocalServer:
             self.process.wait()
 
     def _last_words(self) -> str:
-        self.output.seek(max(0, self.output.seek(0, os.SEEK_END) - 2000))
-        lines = self.output.read().decode(errors="replace").strip().splitlines()[-10:]
+        self._output.seek(max(0, self._output.seek(0, os.SEEK_END) - 2000))
+        lines = self._output.read().decode(errors="replace").strip().splitlines()[-10:]
         return "".join(f"\n    {line}" for line in lines)
-
-
-def start_local_server() -> LocalServer:
-    """Start a server on a free port of this machine; it ends with this process, however this process ends.
-
-    It stops last of all at exit, so that what Prefect still wants to record then arrives: to be called before Prefect
-    is imported.
-    """
-    with socket.socket() as probe:
-        probe.bind((_HOST, 0))
-        port = probe.getsockname()[1]
-    output = tempfile.TemporaryFile()  # noqa: SIM115 (lives as long as the server)
-    command = [sys.executable, "-m", "relora_train.cli.local_server", str(port), str(os.getpid())]
-    server = LocalServer(f"http://{_HOST}:{port}/api", command, output)
-    atexit.register(server.stop)
-    return server
 
 
 def users_server() -> str | None:

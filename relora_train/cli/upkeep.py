@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from datetime import timedelta
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.text import Text
@@ -38,7 +38,25 @@ def prune(
     given = keep_last is not None or keep_every is not None
     policy = RetentionPolicy(keep_last, keep_every) if given else policy_of_run(opened, run)
     report = prune_run(opened, run, policy, grace=timedelta(hours=grace_hours), dry_run=dry_run)
-    answer(as_json, record=lambda: prune_record(report), view=lambda: prune_view(report))
+    record = {
+        "run_id": report.run_id,
+        "dry_run": report.dry_run,
+        "removed_bytes": report.removed_bytes,
+        "checkpoints": [
+            {
+                "uri": verdict.checkpoint.uri,
+                "stage": verdict.checkpoint.manifest.stage,
+                "step": verdict.checkpoint.step,
+                "size_bytes": verdict.checkpoint.manifest.size_bytes,
+                "keep": verdict.keep,
+                "reasons": verdict.reasons,
+            }
+            for verdict in report.verdicts
+        ],
+        "leftovers": [vars(left) for left in report.leftovers],
+        "notes": report.notes,
+    }
+    answer(as_json, record=lambda: record, view=lambda: prune_view(report))
 
 
 def verify(
@@ -95,27 +113,6 @@ def prune_view(report: PruneReport) -> View:
     total = f"{counted(len(report.removed), 'checkpoint')} {verb}, with leftovers {size(report.removed_bytes)}"
     lines.append(f"{total} ({report.removed_bytes:,} bytes).")
     return [Text(f"Run {report.run_id}"), made, BLANK, *map(Text, lines)]
-
-
-def prune_record(report: PruneReport) -> dict[str, Any]:
-    return {
-        "run_id": report.run_id,
-        "dry_run": report.dry_run,
-        "removed_bytes": report.removed_bytes,
-        "checkpoints": [
-            {
-                "uri": verdict.checkpoint.uri,
-                "stage": verdict.checkpoint.manifest.stage,
-                "step": verdict.checkpoint.step,
-                "size_bytes": verdict.checkpoint.manifest.size_bytes,
-                "keep": verdict.keep,
-                "reasons": verdict.reasons,
-            }
-            for verdict in report.verdicts
-        ],
-        "leftovers": [vars(left) for left in report.leftovers],
-        "notes": report.notes,
-    }
 
 
 def verify_view(found: Verification) -> View:

@@ -35,7 +35,7 @@ from seaweed import running_seaweed
 
 from relora_train import events
 from relora_train.cli.local_flow import load_installed, set_orchestrator_environment
-from relora_train.cli.local_server import start_local_server
+from relora_train.cli.local_server import LocalServer
 from relora_train.runs import run as runs
 from relora_train.runs.workers import Worker
 from relora_train.settings.load import load_profile
@@ -61,7 +61,7 @@ class Course(logging.Handler):
 def run(profile: str, overrides: dict[str, Any], store: str) -> tuple[float, float, float, Course]:
     """Run the flow; the moments at which its clock started, its flow started and all was over, and what it told."""
     set_orchestrator_environment(verbose=False)
-    server = start_local_server()
+    server = LocalServer()
     os.environ["PREFECT_API_URL"] = server.api_url
     flow = load_installed("pretrain")
     course = Course()
