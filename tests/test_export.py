@@ -33,7 +33,7 @@ from relora_train.runs.tokenizer_choice import tokenizer_directory
 from relora_train.settings.data import TokenizerConfig
 from relora_train.storage.opening import open_store
 from relora_train.training.models.pretrained import dtype_of_files
-from relora_train.training.rounding import round_model
+from relora_train.training.tensor_stream import round_model
 
 TEMPLATE = "{% for message in messages %}<{{ message.content }}>{% endfor %}"
 

@@ -20,7 +20,7 @@ from relora_train.runs.workers import run_worker
 from relora_train.settings.profile import Profile
 from relora_train.training import trainer
 from relora_train.training.build import prepare_stage
-from relora_train.training.learning import CHECKED_UPDATE, check_learning
+from relora_train.training.progress import CHECKED_UPDATE, check_learning
 from relora_train.training.step import StageTraining
 from relora_train.training.trainer import run_stage
 

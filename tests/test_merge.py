@@ -85,7 +85,7 @@ def test_the_report_agrees_with_the_full_matrices():
     close = {"rel": 1e-10}  # float64 through a QR
     assert report["0"].update_norm == pytest.approx(update.norm().item(), **close)
     assert report["0"].weight_norm == pytest.approx(weight.norm().item(), **close)
-    assert report["0"].relative_norm == pytest.approx((update.norm() / weight.norm()).item(), **close)
+    assert report["0"].relative_update_norm == pytest.approx((update.norm() / weight.norm()).item(), **close)
     assert report["0"].effective_rank == pytest.approx(math.exp(-(share * share.log()).sum()), **close)
 
 
@@ -103,9 +103,9 @@ def test_the_effective_rank_counts_equal_directions():
 def test_a_merge_into_a_zero_weight_has_a_finite_report():
     model = one_layer()
     nn.init.zeros_(model[0].weight)
-    assert merge(model)["0"].relative_norm == 1
+    assert merge(model)["0"].relative_update_norm == 1
     nn.init.zeros_(model[0].weight)
-    assert merge(model)["0"].relative_norm == 0
+    assert merge(model)["0"].relative_update_norm == 0
 
 
 def test_merging_twice_adds_the_update_once():

@@ -66,7 +66,7 @@ def test_a_cycle_ends_in_the_merge_and_the_reset_of_its_profile_and_says_so(trai
     assert report["layers"] == {
         f"{name}.weight": {
             "update_norm": each.update_norm, "weight_norm": each.weight_norm,
-            "relative_update_norm": each.relative_norm, "effective_rank": each.effective_rank,
+            "relative_update_norm": each.relative_update_norm, "effective_rank": each.effective_rank,
         }
         for name, each in layers.items()
     }  # fmt: skip

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from relora_train.method.bfloat16_adamw import BFloat16AdamW, _Noise, round_at_random, round_trained_matrices
 from relora_train.training.build import prepare_stage
-from relora_train.training.files import load_optimizer_state, read_tensor
+from relora_train.training.files import SavedOptimizerState, read_tensor
 from relora_train.training.trainer import run_stage
 
 SETTINGS = {"lr": 1e-3, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1}
@@ -109,7 +109,7 @@ def test_checkpoints_are_float32_and_open_anywhere(checkpoints: dict[str, Path])
         assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
         opened = AutoModelForCausalLM.from_pretrained(checkpoint).state_dict()
         assert all(torch.equal(opened[name], tensor) for name, tensor in tensors.items())
-        for entries in load_optimizer_state(checkpoint / "optimizer.safetensors").values():
+        for entries in SavedOptimizerState(checkpoint / "optimizer.safetensors").values():
             assert {tensor.dtype for tensor in entries.values()} == {torch.float32}
 
 

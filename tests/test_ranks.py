@@ -28,7 +28,7 @@ from relora_train.runs.workers import Nodes, run_worker
 from relora_train.settings.profile import Profile
 from relora_train.settings.running import PrecisionConfig
 from relora_train.training.build import prepare_stage
-from relora_train.training.files import load_optimizer_state, read_training_state
+from relora_train.training.files import SavedOptimizerState, read_training_state
 from relora_train.training.requests import StageRequest
 from relora_train.training.trainer import run_stage
 
@@ -82,7 +82,7 @@ def assert_same_up_to_rounding(one: Path, other: Path, *, rounding: float = 1e-5
     assert weights.keys() == expected.keys()
     for name in expected:  # Adam's steps are as long for a tiny gradient as for a large one
         torch.testing.assert_close(weights[name], expected[name], rtol=100 * rounding, atol=10 * rounding)
-    states = [load_optimizer_state(checkpoint / "optimizer.safetensors") for checkpoint in (one, other)]
+    states = [SavedOptimizerState(checkpoint / "optimizer.safetensors") for checkpoint in (one, other)]
     assert states[0].keys() == states[1].keys()
     for name, expected_state in states[1].items():
         for key, value in expected_state.items():

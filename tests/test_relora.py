@@ -15,11 +15,11 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
 from relora_train.errors import ConfigError, ModelError, NoTargetModulesError
-from relora_train.method.adapter import adapter_config, adapter_state
 from relora_train.method.layer import ReLoRALinear, lora_parameters, relora_layers
 from relora_train.method.merge import merge, merge_and_reinit
 from relora_train.method.wrap import apply_relora, check_targets, unwrap
 from relora_train.training.optimizer import build_optimizer
+from relora_train.training.peft_export import adapter_config, adapter_state
 
 TINY_MODELS = pytest.mark.parametrize("build", [tiny_llama, tiny_gpt_neox])
 LLAMA_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from tiny_data import VOCABULARY
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
 from relora_train.training.evaluate import evaluate_checkpoint
-from relora_train.training.models.causal_lm import sample_texts
+from relora_train.training.models.registry import objective_of
 from relora_train.training.requests import EvaluationRequest
 
 CPU = torch.device("cpu")
@@ -49,7 +50,6 @@ def test_a_prompt_beyond_the_models_positions_is_no_end_of_a_run(dataset: Path, 
     torch.manual_seed(0)
     config = GPT2Config(vocab_size=VOCABULARY, n_positions=16, n_embd=16, n_layer=1, n_head=2, eos_token_id=None)
     model = GPT2LMHeadModel(config).eval()
-    (sample,) = sample_texts(
-        model, dataset / "tokenizer.json", [prompt], tokens=tokens, seed=0, device=CPU, eos_id=VOCABULARY - 1
-    )
+    objective = objective_of(tiny_profile(evaluation={"sample_prompts": (prompt,), "sample_tokens": tokens}))
+    (sample,) = objective.sample(model, dataset, SimpleNamespace(bos_ids=(), eos_id=VOCABULARY - 1), CPU)
     assert sample["prompt"] == prompt

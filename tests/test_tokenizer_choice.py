@@ -7,6 +7,7 @@ import json
 import logging
 import uuid
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -32,8 +33,7 @@ from relora_train.runs.tokenizer_choice import TextSettings, as_checkpoint, choo
 from relora_train.settings.data import DataConfig, TokenizerConfig
 from relora_train.settings.load import load_profile
 from relora_train.settings.profile import Profile, default_run_id
-from relora_train.training.models.causal_lm import sample_texts
-from relora_train.training.models.registry import facts_of
+from relora_train.training.models.registry import facts_of, objective_of
 
 TEXTS = [made_up_text(seed) for seed in range(50)]
 BOS, EOS = "<s>", "<|endoftext|>"
@@ -170,16 +170,17 @@ def test_only_datasets_that_begin_with_bos_have_another_id_than_before(tmp_path,
 
 
 def test_a_prompt_begins_as_documents_do(tmp_path):
-    path = write_tokenizer(tmp_path) / "tokenizer.json"
+    path = write_tokenizer(tmp_path)
+    evaluation = {"sample_prompts": ("the", ""), "sample_tokens": 3}
+    objective = objective_of(Profile.model_validate({"name": "p", "evaluation": evaluation}))
     model = tiny_llama()
     model.resize_token_embeddings(302)
     seen: list[list[int]] = []
     generate = model.generate
     model.generate = lambda ids, **options: (seen.append(ids[0].tolist()), generate(ids, **options))[1]
     for bos_ids in ((), (300,)):
-        options = {"tokens": 3, "seed": 0, "device": torch.device("cpu"), "bos_ids": bos_ids, "eos_id": 299}
-        sample_texts(model, path, ["the", ""], **options)
-    the = Tokenizer.from_file(str(path)).encode("the", add_special_tokens=False).ids
+        objective.sample(model, path, SimpleNamespace(bos_ids=bos_ids, eos_id=299), torch.device("cpu"))
+    the = Tokenizer.from_file(str(path / "tokenizer.json")).encode("the", add_special_tokens=False).ids
     assert seen == [the, [299], [300, *the], [300]]
 
 

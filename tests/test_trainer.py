@@ -29,9 +29,9 @@ from relora_train.method.stages import plan_stages
 from relora_train.settings.running import PrecisionConfig
 from relora_train.training import evaluate
 from relora_train.training.build import prepare_stage
-from relora_train.training.end_of_cycle import _relative_change
+from relora_train.training.end_of_cycle import relative_change
 from relora_train.training.evaluate import evaluate_model, hold_as_computed
-from relora_train.training.files import load_optimizer_state, read_tensor
+from relora_train.training.files import SavedOptimizerState, read_tensor
 from relora_train.training.models.model import next_token_loss
 from relora_train.training.models.pretrained import load_model
 from relora_train.training.models.registry import objective_of
@@ -203,7 +203,7 @@ def test_the_total_update_has_a_higher_rank_than_one_cycle(checkpoints: dict[str
 def test_the_optimizer_state_is_pruned_and_small(checkpoints: dict[str, Path]):
     zeroed = manifest_of(checkpoints["cycle-1"])["merge_report"]["optimizer_state_zeroed"]
     assert 0.96 < zeroed < 0.99  # 0.99 of tensors of 128 and 192 entries, rounded down
-    state = load_optimizer_state(checkpoints["cycle-1"] / "optimizer.safetensors")
+    state = SavedOptimizerState(checkpoints["cycle-1"] / "optimizer.safetensors")
     moments = state["model.layers.0.self_attn.q_proj.lora_B"]
     assert torch.equal(moments["exp_avg"] != 0, moments["exp_avg_sq"] != 0)  # fault B2: one mask for both
     assert state["model.embed_tokens.weight"]["exp_avg"].count_nonzero() > 0
@@ -216,7 +216,7 @@ def test_a_random_reset_keeps_what_is_drawn_from_seed_cycle_and_name(
     profile = tiny_profile(seed=3, optimizer_reset={"mode": "random", "ratio": 0.5})
     for cycle, parent in ((1, "warm-start"), (2, "cycle-1")):
         run_stage(stage_request(profile, f"cycle-{cycle}", dataset, tmp_path / str(cycle), checkpoints[parent]), ignore)
-        state = load_optimizer_state(tmp_path / str(cycle) / "optimizer.safetensors")
+        state = SavedOptimizerState(tmp_path / str(cycle) / "optimizer.safetensors")
         for name in ("model.layers.0.self_attn.q_proj.lora_B", "model.layers.1.mlp.up_proj.lora_A"):
             generator = torch.Generator().manual_seed(seed_of(3, cycle, name))
             kept = torch.rand(state[name]["exp_avg"].shape, generator=generator) > 0.5
@@ -245,7 +245,7 @@ def test_the_change_of_an_output_is_that_of_the_logit_that_changed_most():
     before = torch.linspace(-4, 2, 1000)
     after = before.clone()
     after[7] += 2
-    assert _relative_change(before, after) == 0.5
+    assert relative_change(before, after) == 0.5
 
 
 def test_on_another_dataset_the_data_begin_at_their_beginning_and_tokens_are_counted_on(
@@ -263,9 +263,9 @@ def test_dropout_is_drawn_from_seed_step_micro_step_and_rank():
 
 def test_a_warm_start_ends_with_its_optimizer_and_full_rank_stages_hand_theirs_on(dataset: Path, tmp_path: Path):
     warm = run_all(tiny_profile(), dataset, tmp_path / "relora")["warm-start"]
-    assert load_optimizer_state(warm / "optimizer.safetensors") == {}
+    assert SavedOptimizerState(warm / "optimizer.safetensors") == {}
     full = run_all(tiny_profile(method="full"), dataset, tmp_path / "full")
-    state = load_optimizer_state(full["full-3"] / "optimizer.safetensors")
+    state = SavedOptimizerState(full["full-3"] / "optimizer.safetensors")
     assert {float(entries["step"]) for entries in state.values()} == {22.0}
 
 

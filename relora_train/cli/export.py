@@ -144,7 +144,7 @@ def export_model(
                 raise CheckpointCorruptError(f"{entry.path} changed while it was copied to {copy}. Export once more.")
         _name_origin(checkpoint, model)
         if dtype != "float32":
-            from relora_train.training.rounding import round_model  # torch
+            from relora_train.training.tensor_stream import round_model  # torch
 
             round_model(model, dtype)
         written = describe_files(model)

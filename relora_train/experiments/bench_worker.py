@@ -25,11 +25,10 @@ from relora_train.experiments.bench import RELORA, StepRequest
 from relora_train.method.stages import plan_stages
 from relora_train.training.build import prepare_stage
 from relora_train.training.files import new_attempt, write_manifest
-from relora_train.training.peak_memory import peak_bytes, process_bytes, reset_peak
 from relora_train.training.precision import current_precision, settle_matmul_precision
 from relora_train.training.requests import StageRequest
 from relora_train.training.step import StageTraining
-from relora_train.training.torch_settings import configure_torch
+from relora_train.training.torch_settings import configure_torch, peak_bytes, process_bytes, reset_peak
 
 
 @dataclass

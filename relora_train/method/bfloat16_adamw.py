@@ -1,8 +1,8 @@
 """AdamW for parameters held in bfloat16: gradients and both moments too, 8 bytes a parameter where float32 takes 16.
 
-Rounded to the nearest, bfloat16 would lose every update below 1/256 of its weight, and a second moment that decays by
-0.1 % a step would never decay. Rounded at random, up as often as the remainder asks, each is right on average. What is
-left is noise: 8 bits of precision in weights and moments, and gradients summed over micro-steps in bfloat16.
+Rounded to the nearest, bfloat16 would lose every update below 1/256 of its weight. A second moment that decays by 0.1 %
+a step would never decay. Rounded at random, up as often as the remainder asks, each is right on average. Noise is left:
+8 bits of precision in weights and moments, and gradients summed over micro-steps in bfloat16.
 """
 
 from __future__ import annotations
@@ -60,12 +60,7 @@ class BFloat16AdamW(torch.optim.AdamW):
         beta1, beta2 = group["betas"]
         step = state["step"].double()
         first_correction, second_correction = 1 - beta1**step, (1 - beta2**step).sqrt()
-        tensors = (
-            parameter.view(-1),
-            gradient.reshape(-1),
-            state["exp_avg"].view(-1),
-            state["exp_avg_sq"].view(-1),
-        )
+        tensors = (parameter.view(-1), gradient.reshape(-1), state["exp_avg"].view(-1), state["exp_avg_sq"].view(-1))
         for weight, grad, exp_avg, exp_avg_sq in zip(*(torch.split(t, _PIECE) for t in tensors), strict=True):
             g = grad.float()
             m = exp_avg.float().lerp_(g, 1 - beta1)

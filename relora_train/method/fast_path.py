@@ -6,7 +6,6 @@ Without this the layers follow the reference in layer.py, one by one: the same f
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,60 +16,42 @@ from relora_train.method.low_rank import Factors, low_rank_linears
 from relora_train.method.products import Products, choose_products, sibling_groups
 
 
-@dataclass
-class _Waiting:
-    """Outputs that were made with the first of the siblings and that the others have yet to ask for."""
-
-    x: Tensor
-    key: tuple[Any, ...]
-    outputs: dict[int, Tensor]
-
-
 class SharedInput:
     """ReLoRA layers that are called with the same tensor; the first call computes all of them."""
 
     def __init__(self, layers: Sequence[ReLoRALinear], products: Products) -> None:
         self.layers, self.products = tuple(layers), products
-        self._waiting: _Waiting | None = None
+        self._x: Tensor | None = None
+        self._key: tuple[Any, ...] = ()
+        self._waiting: dict[int, Tensor] = {}  # outputs that the other siblings have yet to ask for
         self._merged: dict[int, tuple[tuple[int, ...], Tensor]] = {}
 
     def __call__(self, layer: ReLoRALinear, x: Tensor) -> Tensor:
         """Return the layer's output for x (..., in). Any tensor and order of calls is right, the same is fast."""
+        # The same tensor is the same input only as long as nobody wrote into it: _version counts the writes.
         key = (x._version, torch.is_grad_enabled(), torch.is_autocast_enabled(x.device.type), layer.training)
-        waiting = self._waiting
-        if waiting is None or waiting.x is not x or waiting.key != key or id(layer) not in waiting.outputs:
-            waiting = self._waiting = _Waiting(x, key, self._compute(x, layer))
-        output = waiting.outputs.pop(id(layer))
-        if not waiting.outputs:
-            self._waiting = None
+        if self._x is not x or self._key != key or id(layer) not in self._waiting:
+            merges = self.products != "split"
+            factors = [
+                Factors(each.weight, each.bias, each.lora_A, each.lora_B, self._merge(each) if merges else None)
+                for each in self.layers
+            ]
+            made = low_rank_linears(x, factors, self.products, layer.scaling, layer.dropout if layer.training else 0.0)
+            self._x, self._key, self._waiting = x, key, dict(zip(map(id, self.layers), made, strict=True))
+        output = self._waiting.pop(id(layer))
+        if not self._waiting:
+            self._x = None  # else it would stay in memory until the next forward pass
         return output
-
-    def _compute(self, x: Tensor, asked: ReLoRALinear) -> dict[int, Tensor]:
-        factors = [
-            Factors(
-                layer.weight,
-                layer.bias,
-                layer.lora_A,
-                layer.lora_B,
-                None if self.products == "split" else self._merge(layer),
-            )
-            for layer in self.layers
-        ]
-        dropout = asked.dropout if asked.training else 0.0
-        made = low_rank_linears(x, factors, self.products, asked.scaling, dropout)
-        return {id(layer): output for layer, output in zip(self.layers, made, strict=True)}
 
     @torch.no_grad()
     def _merge(self, layer: ReLoRALinear) -> Tensor:
-        """W + s BA, once an update however many forward passes, and again after any other change of the three."""
+        """Return W + s BA, made once an update however many forward passes, and again after a change of the three."""
         tensors = (layer.weight, layer.lora_A, layer.lora_B)
         state = tuple(number for tensor in tensors for number in (tensor._version, tensor.data_ptr()))
-        kept = self._merged.get(id(layer))
-        if kept is not None and kept[0] == state:
-            return kept[1]
-        merged = torch.addmm(layer.weight, layer.lora_B, layer.lora_A, alpha=layer.scaling)
-        self._merged[id(layer)] = state, merged
-        return merged
+        if self._merged.get(id(layer), (None,))[0] != state:
+            merged = torch.addmm(layer.weight, layer.lora_B, layer.lora_A, alpha=layer.scaling)
+            self._merged[id(layer)] = state, merged
+        return self._merged[id(layer)][1]
 
     def forget_after_step(self, optimizer: torch.optim.Optimizer, *arguments: Any) -> None:
         """Drop the merged weights: a hook for after an optimizer's step."""
@@ -84,12 +65,20 @@ class SharedInput:
 def share_inputs(model: nn.Module, *, optimizer: torch.optim.Optimizer | None = None) -> dict[str, Products]:
     """Put every ReLoRA layer of the model on the fast path; return how each multiplies, by module name.
 
+    Only layers that differ in nothing but `out` share an input.
+
     optimizer: the one that updates the layers. Given it, merged weights may be kept, which takes as much memory again
-    as the wrapped weights. Without it nobody could tell that they are out of date: fused optimizers change parameters
-    without a trace.
+    as the wrapped weights.
     """
+    named = dict(relora_layers(model))
+    facts = {n: (o.in_features, o.rank, o.scaling, o.dropout, o.weight.dtype) for n, o in named.items()}
+    groups: list[tuple[str, ...]] = []
+    for siblings in sibling_groups(list(named)):
+        alike = len({facts[name] for name in siblings}) == 1
+        groups += [siblings] if alike else [(name,) for name in siblings]
     chosen: dict[str, Products] = {}
-    for names, layers in _groups(model):
+    for names in groups:
+        layers = [named[name] for name in names]
         first = layers[0]
         exact = first.dropout == 0 and first.weight.dtype in (torch.float32, torch.float64)
         products = choose_products(
@@ -101,6 +90,7 @@ def share_inputs(model: nn.Module, *, optimizer: torch.optim.Optimizer | None = 
         )
         shared = SharedInput(layers, products)
         if optimizer is not None and products != "split":
+            # Fused optimizers change parameters without a trace in _version: only this tells that W + s BA is old.
             optimizer.register_step_post_hook(shared.forget_after_step)
         for name, layer in zip(names, layers, strict=True):
             layer.shared = shared
@@ -112,23 +102,3 @@ def stop_sharing(model: nn.Module) -> None:
     """Put every layer back on the reference."""
     for _, layer in relora_layers(model):
         layer.shared = None
-
-
-def _groups(model: nn.Module) -> list[tuple[tuple[str, ...], list[ReLoRALinear]]]:
-    """Return the layers with their names, siblings together, in the model's order."""
-    layers = dict(relora_layers(model))
-    groups: list[tuple[tuple[str, ...], list[ReLoRALinear]]] = []
-    for names in sibling_groups(list(layers)):
-        together = [layers[name] for name in names]
-        if all(_alike(together[0], other) for other in together):
-            groups.append((names, together))
-        else:
-            groups += [((name,), [layers[name]]) for name in names]
-    return groups
-
-
-def _alike(one: ReLoRALinear, other: ReLoRALinear) -> bool:
-    def facts(layer: ReLoRALinear) -> tuple[object, ...]:
-        return layer.in_features, layer.rank, layer.scaling, layer.dropout, layer.weight.dtype
-
-    return facts(one) == facts(other)

@@ -20,8 +20,8 @@ def fingerprint_settings(
 
     Left out because they cannot: names, paths, logging, evaluation, number of ranks (data order and re-initialisation
     do not depend on it; sums may round differently), and whatever belongs to later stages or other methods only.
-    Of a low-rank stage, schedule.warm_start_steps and total_steps are where its phase began and will end, counted in
-    its own steps, which on a branch can differ from the profile's: one curve has one fingerprint.
+    A low-rank stage's schedule.warm_start_steps and total_steps say where its phase began and will end, in its own
+    steps. On a branch these can differ from the profile's: one curve has one fingerprint.
     pretrained_content: digest of the files of model.pretrained, when the stage starts from them.
     """
     optimizer = profile.optimizer.model_dump(mode="json", exclude={"learning_rate", "warm_start_learning_rate"})

@@ -1,8 +1,8 @@
 """y_k = W_k x + b_k + s B_k A_k dropout(x) for layers k that share an input, as one autograd function.
 
-Against writing the formula down, it reads x once for all the layers, adds in place, multiplies as products.py chose,
-keeps neither A x nor a dropout mask (both are made again for the backward pass: the mask from a seed)
-and forms a merged weight at most once an update. `relora_linear` in layer.py is the readable reference.
+It reads x once for all the layers, adds in place and multiplies as products.py chose, with a merged weight that is made
+once an update. It keeps neither A x nor a dropout mask: the backward pass makes both again, the mask from a seed.
+`relora_linear` in layer.py is the readable reference.
 """
 
 from __future__ import annotations
@@ -47,11 +47,11 @@ def low_rank_linears(
     seed = int(torch.randint(2**62, (), device="cpu").numpy()) if dropout > 0 else 0
     tensors = [t for layer in layers for t in (layer.weight, layer.bias, layer.A, layer.B, layer.merged)]
     device = x.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else layers[0].weight.dtype
+    autocast = torch.is_autocast_enabled(device)
+    dtype = torch.get_autocast_dtype(device) if autocast else layers[0].weight.dtype
     with torch.autocast(device, enabled=False):
         made = _LowRankLinears.apply(x, dtype, products, scaling, dropout, seed, *tensors)  # type: ignore[no-untyped-call]
-    out_dtype = dtype if torch.is_autocast_enabled(device) else x.dtype
-    return tuple(y.to(out_dtype) for y in made)
+    return tuple(y.to(dtype if autocast else x.dtype) for y in made)
 
 
 class _LowRankLinears(torch.autograd.Function):
@@ -72,8 +72,8 @@ class _LowRankLinears(torch.autograd.Function):
         if products != "split":
             outputs = [F.linear(rows, _of(layer.merged), _cast(layer.bias, dtype)) for layer in layers]
         else:
-            thin = _joint([layer.A for layer in layers], dtype)
-            low = _read(rows, _kept(rows, dropout, seed)) @ thin.T  # (tokens, layers * rank)
+            # All A in one product: its short side r costs as much as r + 16 on a CPU, r + 360 on an H100 (products.py).
+            low = _read(rows, _kept(rows, dropout, seed)) @ _stacked(layers, dtype).T  # (tokens, layers * rank)
             for layer, part in zip(layers, torch.split(low, [len(layer.A) for layer in layers], dim=1), strict=True):
                 y = F.linear(rows, layer.weight.to(dtype), _cast(layer.bias, dtype))
                 outputs.append(y.addmm_(part, layer.B.to(dtype).T, alpha=_low_rank_scale(scaling, dropout)))
@@ -89,60 +89,41 @@ class _LowRankLinears(torch.autograd.Function):
         rows = x.reshape(-1, x.shape[-1]).to(dtype)
         grads = [gradient.reshape(-1, gradient.shape[-1]).to(dtype) for gradient in gradients]
         ranks = [len(layer.A) for layer in layers]
-        needs_x, thin = ctx.needs_input_grad[0], _joint([layer.A for layer in layers], dtype)
-        through_A = None
+        thin = _stacked(layers, dtype)
+        through_A = rows.new_empty(
+            len(rows), 0 if products == "dense" else sum(ranks)
+        )  # s g B, all layers side by side
         if products != "dense":
-            through_A = rows.new_empty(len(rows), sum(ranks))  # s g B, all layers side by side
             for layer, gradient, part in zip(layers, grads, torch.split(through_A, ranks, dim=1), strict=True):
                 torch.mm(gradient, layer.B.to(dtype), out=part)
             through_A *= scale
         kept = _kept(rows, dropout, seed)
-        grad_x = _input_gradient(layers, grads, products, through_A, thin, kept) if needs_x else None
-        if products != "dense":
-            read = _read(rows, kept)
-            grad_thin, low = _of(through_A).T @ read, read @ thin.T
-            del read, kept
-            factor_grads = [
-                (grad_A, (gradient.T @ part).mul_(scale))
-                for grad_A, gradient, part in zip(
-                    torch.split(grad_thin, ranks), grads, torch.split(low, ranks, dim=1), strict=True
-                )
-            ]
+        grad_x: Tensor | None = None  # summed over the layers as it is made
+        if ctx.needs_input_grad[0]:
+            for layer, gradient in zip(layers, grads, strict=True):
+                weight = layer.weight.to(dtype) if products == "split" else _of(layer.merged)
+                grad_x = gradient @ weight if grad_x is None else grad_x.addmm_(gradient, weight)
+            if products == "split" and kept is None:
+                grad_x = _of(grad_x).addmm_(through_A, thin)
+            elif products == "split":
+                grad_x = _of(grad_x).addcmul_(through_A @ thin, _of(kept))
+            grad_x = _of(grad_x).to(x.dtype).view(x.shape)
+        factor_grads = []
+        if products == "dense":
+            for layer, gradient in zip(layers, grads, strict=True):
+                dense = (gradient.T @ rows).mul_(scale)  # of the merged weight, (out, in)
+                factor_grads.append((layer.B.to(dtype).T @ dense, dense @ layer.A.to(dtype).T))
         else:
-            factor_grads = [
-                _through_dense(layer, gradient, rows, scale) for layer, gradient in zip(layers, grads, strict=True)
-            ]
+            read = _read(rows, kept)
+            grad_thin, low = through_A.T @ read, read @ thin.T
+            del read, kept  # as large as x: freed before the products below are made
+            parts = zip(torch.split(grad_thin, ranks), grads, torch.split(low, ranks, dim=1), strict=True)
+            factor_grads = [(grad_A, (gradient.T @ part).mul_(scale)) for grad_A, gradient, part in parts]
         found: list[Tensor | None] = []
         for layer, gradient, (grad_A, grad_B) in zip(layers, grads, factor_grads, strict=True):
             grad_bias = None if layer.bias is None else gradient.sum(0, dtype=layer.bias.dtype)
             found += [None, grad_bias, grad_A.to(layer.A.dtype), grad_B.to(layer.B.dtype), None]
-        shaped = None if grad_x is None else grad_x.to(x.dtype).view(x.shape)
-        return shaped, None, None, None, None, None, *found
-
-
-def _input_gradient(
-    layers: Sequence[Factors],
-    grads: Sequence[Tensor],
-    products: Products,
-    through_A: Tensor | None,
-    thin: Tensor,
-    kept: Tensor | None,
-) -> Tensor:
-    """Return the gradient of x, summed over the layers as it is made."""
-    total: Tensor | None = None
-    for layer, gradient in zip(layers, grads, strict=True):
-        weight = layer.weight.to(gradient.dtype) if products == "split" else _of(layer.merged)
-        total = gradient @ weight if total is None else total.addmm_(gradient, weight)
-    if products != "split":
-        return _of(total)
-    if kept is None:
-        return _of(total).addmm_(_of(through_A), thin)
-    return _of(total).addcmul_(_of(through_A) @ thin, kept)
-
-
-def _through_dense(layer: Factors, gradient: Tensor, rows: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    dense = (gradient.T @ rows).mul_(scale)
-    return layer.B.to(dense.dtype).T @ dense, dense @ layer.A.to(dense.dtype).T
+        return grad_x, None, None, None, None, None, *found
 
 
 def _read(rows: Tensor, kept: Tensor | None) -> Tensor:
@@ -193,8 +174,8 @@ def _layers(tensors: Sequence[Tensor | None]) -> list[Factors]:
     return [Factors(*tensors[i : i + 5]) for i in range(0, len(tensors), 5)]  # type: ignore[arg-type]
 
 
-def _joint(factors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    return factors[0].to(dtype) if len(factors) == 1 else torch.cat([factor.to(dtype) for factor in factors])
+def _stacked(layers: Sequence[Factors], dtype: torch.dtype) -> Tensor:
+    return layers[0].A.to(dtype) if len(layers) == 1 else torch.cat([layer.A.to(dtype) for layer in layers])
 
 
 def _cast(bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:

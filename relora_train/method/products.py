@@ -37,8 +37,8 @@ def sibling_groups(names: Sequence[str]) -> list[tuple[str, ...]]:
 def choose_products(in_features: int, out_features: Sequence[int], rank: int, *, merges: bool, device: str) -> Products:
     """Return the fastest way for layers that share an input; a function of shapes, so a resumed run has the same bits.
 
-    merges: a merged weight is right and there is room for it. Dropout acts on the low-rank path alone, so with it the
-    paths share no input, and a merged weight in bfloat16 would lose the update to rounding.
+    merges: a merged weight is right and there is room for it. With dropout, which acts on the low-rank path alone, the
+    paths share no input. A merged weight in bfloat16 would lose the update to rounding.
     """
     if not merges:
         return "split"

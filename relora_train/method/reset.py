@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal, get_args
@@ -56,7 +56,7 @@ def reset_optimizer_state(
     without state, one that was never updated, is left alone. A sharded moment is pruned by the mask that it would have
     whole: it is gathered, one tensor at a time.
 
-    Adam's step is kept except by zero, as in the paper's code: bias correction counts an emptied entry's moments as
+    Adam's step is kept except by zero, as in the paper's code. So bias correction counts an emptied entry's moments as
     full ones, and its first updates are (1 - beta1) / sqrt(1 - beta2) = 3.2 times the rate. With `restart_clock` each
     parameter's step begins anew, and they are 1.0 times the rate.
     """
@@ -65,7 +65,8 @@ def reset_optimizer_state(
     if not 0 <= ratio <= 1:
         raise ValueError(f"ratio = {ratio} is not between 0 and 1")
     entries = zeroed = 0
-    for name, parameter in _named(parameters):
+    for index, item in enumerate(parameters):
+        name, parameter = (str(index), item) if isinstance(item, Tensor) else item
         state = optimizer.state.get(parameter)
         if not state:
             continue
@@ -81,18 +82,10 @@ def reset_optimizer_state(
     return ResetReport(entries=entries, zeroed=zeroed)
 
 
-def _named(parameters: Iterable[tuple[str, Tensor] | Tensor]) -> Iterator[tuple[str, Tensor]]:
-    for index, item in enumerate(parameters):
-        if isinstance(item, Tensor):
-            yield str(index), item
-        else:
-            yield item
-
-
 def _masks(
     moments: list[Tensor], mode: ResetMode, ratio: float, independent: bool, generator: torch.Generator
 ) -> list[Tensor]:
-    """For each moment, True where it is kept."""
+    """Return, for each moment, True where it is kept."""
 
     def mask(moment: Tensor) -> Tensor:
         if ratio == 0 and mode != "zero":  # the least entry is not above itself
@@ -109,19 +102,15 @@ def _masks(
 def above_quantile(values: Tensor, ratio: float) -> Tensor:
     """Return True where a value is strictly above the linearly interpolated quantile; exact, at any tensor size.
 
-    The quantile lies between two neighbours in sorted order, the lower one included and the upper one not, so a value
-    is above it exactly when it is above the lower neighbour: nothing is interpolated and nothing rounded. The ratio
-    counts as the decimal it was written as (0.29 of 101 values is rank 29, not 28.999...). torch.quantile refuses
-    tensors above 2**24 elements, and in float32 its rank is a rounded one.
+    The quantile lies between two neighbours in sorted order, the lower one included and the upper one not. So a value
+    is above it exactly when it is above the lower neighbour: nothing is interpolated and nothing rounded.
+    torch.quantile refuses tensors above 2**24 elements, and in float32 its rank is a rounded one.
     """
     if values.numel() == 0:
         return torch.zeros_like(values, dtype=torch.bool)
-    rank = math.floor(Fraction(str(ratio)) * (values.numel() - 1))
-    return values > _smallest(values.flatten(), rank)
-
-
-def _smallest(values: Tensor, rank: int) -> Tensor:
-    """Return the entry that would stand at this place, from 0, if the values were sorted; it stays on their device."""
-    if values.device.type == "cpu":
-        return values.kthvalue(rank + 1).values
-    return values.sort().values[rank]  # torch has no deterministic kthvalue on CUDA
+    flat = values.flatten()
+    # The ratio counts as the decimal that was written: 0.29 of 101 values is rank 29, not 28.999...
+    rank = math.floor(Fraction(str(ratio)) * (len(flat) - 1))
+    if flat.device.type == "cpu":
+        return values > flat.kthvalue(rank + 1).values
+    return values > flat.sort().values[rank]  # torch has no deterministic kthvalue on CUDA

@@ -1,8 +1,8 @@
 """The stages of a run: each is a function from one checkpoint to the next.
 
-The low-rank phase is counted in cycles, not in steps: what follows a checkpoint with k merges is cycle k + 1, at the
-point where the jagged cosine of the settings in force has its k-th merge, wherever the checkpoint's step lies. So a run
-can be continued, extended or branched with any schedule from any of its checkpoints; growing cycles are the exception.
+The low-rank phase is counted in cycles, not in steps. Cycle k + 1 follows a checkpoint with k merges, wherever its step
+lies: at the point where the jagged cosine of the settings in force has its k-th merge. So a run can be continued,
+extended or branched with any schedule from any of its checkpoints; growing cycles are the exception.
 """
 
 from __future__ import annotations
@@ -77,15 +77,15 @@ def stages_after(profile: Profile, parent: CheckpointManifest | None) -> tuple[S
 
     - relora goes on with cycle parent.cycle + 1 and ends after schedule.cycles in all. A checkpoint without a merge
       (a warm start, or full rank) counts as the warm start, whatever its step; a merged LoRA counts as one cycle.
-    - More cycles than before lengthen the cosine: its horizon is the new total, so the first added cycle climbs to
-      the point that belongs to it on the longer curve, above where the shorter one ended (without schedule.jagged it
-      begins there, in one step). With schedule.horizon the curve stays what it was.
+    - More cycles than before lengthen the cosine: its horizon is the new total. So the first added cycle climbs to
+      its point on the longer curve, above where the shorter one ended (without schedule.jagged in one step). With
+      schedule.horizon the curve stays what it was.
     - Cycles that grow can only be gone on with as they are: their lengths follow from their number.
     - lora is one update, merged once: it starts from a checkpoint without a merge, and nothing follows it.
     - full goes on along the one cosine of the whole run, at the checkpoint's step.
 
-    Raises ConfigError for a LoRA from a checkpoint with merged cycles, for cycles that grow and would not have ended
-    where the checkpoint's did, and for another model than the checkpoint's.
+    Raises ConfigError for another model than the checkpoint's, for a LoRA from a checkpoint with merged cycles, and for
+    cycles that grow and would not have ended where the checkpoint's did.
     """
     if parent is None:
         return plan_stages(profile)
@@ -99,8 +99,18 @@ def stages_after(profile: Profile, parent: CheckpointManifest | None) -> tuple[S
             f"{parent.stage} of run {parent.run_id!r} has {parent.cycle} merged cycles, and a LoRA is one update that "
             f"is merged once. Begin before any merge, such as at {parent.run_id}@warm-start, or use method = 'relora'."
         )
-    _refuse_other_growth(profile, parent)
-    return _low_rank_stages(profile, after=parent.step, merges=parent.cycle)
+    schedule, merges = profile.schedule, parent.cycle
+    if schedule.cycle_growth != 1 and profile.method == "relora" and 0 < merges < schedule.cycles:
+        done = parent.step - int(parent.fingerprint_settings.get("schedule.warm_start_steps", 0))
+        if done != (expected := schedule.cycle_bounds[merges]):
+            raise ConfigError(
+                f"{parent.stage} of run {parent.run_id!r} ended after {done} steps of its cycles, where "
+                f"schedule.cycle_growth {schedule.cycle_growth:g} with {schedule.cycles} cycles of "
+                f"{schedule.cycle_length} steps on average has cycle {merges} end after {expected}: cycles that grow "
+                "share their steps among all, so none can be added later. Set schedule.cycles, cycle_length and "
+                "cycle_growth as they were there, or cycle_growth = 1 for further cycles of cycle_length steps each."
+            )
+    return _low_rank_stages(profile, after=parent.step, merges=merges)
 
 
 def until(name: str | None, stages: Sequence[Stage]) -> tuple[Stage, ...]:
@@ -135,23 +145,6 @@ def _low_rank_stages(profile: Profile, *, after: int, merges: int) -> tuple[Stag
         Stage(f"cycle-{cycle}", "relora", after + start - bounds[0], after + end - bounds[0], cycle, phase_step=start)
         for cycle, (start, end) in enumerate(itertools.pairwise(bounds), start=merges + 1)
     )
-
-
-def _refuse_other_growth(profile: Profile, parent: CheckpointManifest) -> None:
-    """Raise unless all cycles before had their lengths: only then is the next one's right, if cycles grow."""
-    schedule = profile.schedule
-    if schedule.cycle_growth == 1 or profile.method != "relora" or not 0 < parent.cycle < schedule.cycles:
-        return
-    done = parent.step - int(parent.fingerprint_settings.get("schedule.warm_start_steps", 0))
-    expected = schedule.cycle_bounds[parent.cycle]
-    if done != expected:
-        raise ConfigError(
-            f"{parent.stage} of run {parent.run_id!r} ended after {done} steps of its cycles, where "
-            f"schedule.cycle_growth {schedule.cycle_growth:g} with {schedule.cycles} cycles of {schedule.cycle_length} "
-            f"steps on average has cycle {parent.cycle} end after {expected}: cycles that grow share their steps among "
-            "all, so none can be added later. Set schedule.cycles, cycle_length and cycle_growth as they were there, "
-            "or cycle_growth = 1 for further cycles of cycle_length steps each."
-        )
 
 
 def _refuse_another_model(profile: Profile, parent: CheckpointManifest) -> None:

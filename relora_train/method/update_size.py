@@ -6,6 +6,7 @@ Measuring an update costs one copy of A and B and a few device reads. Other upda
 from __future__ import annotations
 
 import math
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -20,18 +21,20 @@ class UpdateMeter:
     def __init__(self, model: nn.Module) -> None:
         self._layers = [layer for _, layer in relora_layers(model)]
         self._before: list[tuple[Tensor, Tensor]] = []
-        self._weight_norm: float | None = None
 
     def begin(self) -> None:
         """Remember A and B as they are."""
         self._before = [_factors(layer) for layer in self._layers]
 
     def end(self) -> dict[str, float]:
-        """Over all layers, since begin(): Frobenius norms of what A and B moved by, and of what scaling * B A did,
-        relative to the frozen weights'."""
+        """Return Frobenius norms, over all layers, of the changes since begin() of A, of B, and of scaling * B A.
+
+        The last is relative to the frozen weights' norm.
+        """
         squares = [0.0, 0.0, 0.0]
         for layer, (A, B) in zip(self._layers, self._before, strict=True):
             new_A, new_B = _factors(layer)
+            # B'A' - BA = (B' - B) A' + B (A' - A): a product of 2r columns and rows, so no matrix (out, in) is made.
             change = layer.scaling * product_norm(torch.hstack([new_B - B, B]), torch.vstack([new_A, new_A - A]))
             for i, size in enumerate((float((new_A - A).norm()), float((new_B - B).norm()), change)):
                 squares[i] += size**2
@@ -40,15 +43,13 @@ class UpdateMeter:
         return {
             "lora_A_update_norm": a,
             "lora_B_update_norm": b,
-            "relative_weight_change": weight / self._norm_of_weights(),
+            "relative_weight_change": weight / self._weight_norm,
         }
 
-    def _norm_of_weights(self) -> float:
-        """Computed once: they are frozen."""
-        if self._weight_norm is None:
-            weights = [layer.weight for layer in self._layers]
-            self._weight_norm = math.sqrt(sum(norm(local_shard(weight).float(), weight) ** 2 for weight in weights))
-        return self._weight_norm
+    @cached_property  # they are frozen
+    def _weight_norm(self) -> float:
+        weights = [layer.weight for layer in self._layers]
+        return math.sqrt(sum(norm(local_shard(weight).float(), weight) ** 2 for weight in weights))
 
 
 def product_norm(left: Tensor, right: Tensor) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import cast
 
 from torch import nn
@@ -17,6 +17,8 @@ DEFAULT_TARGET_MODULES = {
     "vit": ("q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2"),
 }
 """The linear layers of attention and MLP, by the model_type of a transformers config."""
+
+_HEADS = ("lm_head", "embed_out", "classifier")
 
 
 def apply_relora(
@@ -56,68 +58,58 @@ def check_targets(model: nn.Module, target_modules: Sequence[str] | None, *, ran
     Raises NoTargetModulesError for a name without a layer, ModelError for a shared weight, and ConfigError for a rank
     above a side.
     """
-    targets = _target_layers(model, target_modules)
-    for name, linear in targets.items():
-        _check_wrappable(model, name, linear, rank)
-    return list(targets)
-
-
-def _target_layers(model: nn.Module, target_modules: Sequence[str] | None) -> dict[str, nn.Linear]:
-    linears = dict(_wrappable_layers(model))
-    kinds = ", ".join(sorted({name.rpartition(".")[2] for name in linears})) or "(there are none)"
+    get_head = getattr(model, "get_output_embeddings", None)
+    head = get_head() if callable(get_head) else None
+    linears = {
+        name: module
+        for name, module in model.named_modules()
+        # Not isinstance: a subclass of nn.Linear may hold its weight in another form (4-bit, 8-bit).
+        if name and type(module) is nn.Linear and module is not head and name.rpartition(".")[2] not in _HEADS
+    }
     family = getattr(getattr(model, "config", None), "model_type", None)
-    if target_modules is None:
-        suffixes: Sequence[str] = DEFAULT_TARGET_MODULES.get(str(family), ())
-    else:
-        suffixes = [target_modules] if isinstance(target_modules, str) else target_modules
+    given = [target_modules] if isinstance(target_modules, str) else target_modules
+    suffixes = DEFAULT_TARGET_MODULES.get(str(family), ()) if given is None else given
     found = {suffix: [name for name in linears if f".{name}".endswith(f".{suffix}")] for suffix in suffixes}
-    if not any(found.values()) or (target_modules is not None and not all(found.values())):
+    if not any(found.values()) or (given is not None and not all(found.values())):
         wanted = f"No target modules are known for the model type {family!r}"
-        if target_modules is not None:
+        if given is not None:
             unfit = [f"{suffix!r} ({_why_not(model, suffix)})" for suffix in suffixes if not found[suffix]]
             wanted = f"relora.target_modules names {', '.join(unfit) or 'nothing'}"
+        kinds = ", ".join(sorted({name.rpartition(".")[2] for name in linears})) or "(there are none)"
         raise NoTargetModulesError(
             f"{wanted}. The linear layers that can be wrapped are called {kinds}: set relora.target_modules to some of "
             "these."
         )
-    return {name: linear for name, linear in linears.items() if any(name in names for names in found.values())}
+    targets = [name for name in linears if any(name in names for names in found.values())]
+    for name in targets:
+        linear = linears[name]
+        smaller = min(linear.in_features, linear.out_features)
+        if rank > smaller:
+            raise ConfigError(
+                f"relora.rank {rank} exceeds {smaller}, the smaller side of {name}. Lower relora.rank, or leave the "
+                "layer out of relora.target_modules."
+            )
+        holders = [n for n, p in model.named_parameters(remove_duplicate=False) if p is linear.weight]
+        if len(holders) > 1:
+            raise ModelError(
+                f"The weight of {name} is shared ({', '.join(holders)}), so merging an update into it would change the "
+                "other place too: leave it out of target_modules."
+            )
+    return targets
 
 
 def _why_not(model: nn.Module, suffix: str) -> str:
-    """Return the reason why what the name stands for cannot be wrapped."""
-    for name, module in model.named_modules():
-        if name and f".{name}".endswith(f".{suffix}"):
-            if isinstance(module, nn.Embedding):
-                return "an embedding, which is trained in full"
-            if type(module) is nn.Linear:
-                return "the output head, which is trained in full"
-            return f"no nn.Linear but a {type(module).__name__}"
-    return "no module is called so"
-
-
-def _wrappable_layers(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
-    get_head = getattr(model, "get_output_embeddings", None)
-    head = get_head() if callable(get_head) else None
-    for name, module in model.named_modules():
-        is_head = module is head or name.rpartition(".")[2] in ("lm_head", "embed_out", "classifier")
-        # A subclass of nn.Linear may hold its weight in another form (4-bit, 8-bit).
-        if name and type(module) is nn.Linear and not is_head:
-            yield name, module
-
-
-def _check_wrappable(model: nn.Module, name: str, linear: nn.Linear, rank: int) -> None:
-    smaller = min(linear.in_features, linear.out_features)
-    if rank > smaller:
-        raise ConfigError(
-            f"relora.rank {rank} exceeds {smaller}, the smaller side of {name}. Lower relora.rank, or leave the layer "
-            "out of relora.target_modules."
-        )
-    holders = [n for n, p in model.named_parameters(remove_duplicate=False) if p is linear.weight]
-    if len(holders) > 1:
-        raise ModelError(
-            f"The weight of {name} is shared ({', '.join(holders)}), so merging an update into it would change the "
-            "other place too: leave it out of target_modules."
-        )
+    """Return the reason why the module of this name cannot be wrapped."""
+    module = next(
+        (module for name, module in model.named_modules() if name and f".{name}".endswith(f".{suffix}")), None
+    )
+    if module is None:
+        return "no module is called so"
+    if isinstance(module, nn.Embedding):
+        return "an embedding, which is trained in full"
+    if type(module) is nn.Linear:
+        return "the output head, which is trained in full"
+    return f"no nn.Linear but a {type(module).__name__}"
 
 
 def unwrap(model: nn.Module) -> list[str]:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from relora_train.checkpoints.manifest import DatasetManifest
 from relora_train.distributed import Ranks
@@ -15,7 +13,6 @@ from relora_train.method.fast_path import share_inputs
 from relora_train.method.layer import relora_layers
 from relora_train.method.merge import reinit
 from relora_train.method.products import Products
-from relora_train.method.stages import Stage
 from relora_train.method.wrap import apply_relora
 from relora_train.training.files import (
     OPTIMIZER_FILE,
@@ -33,13 +30,13 @@ from relora_train.training.models.registry import objective_of
 from relora_train.training.optimizer import build_optimizer, load_optimizer_state_by_name
 from relora_train.training.prefetch import Prefetcher
 from relora_train.training.requests import StageRequest
-from relora_train.training.sharding import RowsOf, rows_of_checkpoint, rows_of_first_rank, shard_model
+from relora_train.training.sharding import rows_of_checkpoint, rows_of_first_rank, shard_model
 from relora_train.training.step import StageTraining
 
 
 def prepare_stage(request: StageRequest, ranks: Ranks) -> StageTraining:
     """Load the parent, or build the model, and wrap it as the stage asks. Every rank holds the same, or its rows."""
-    profile, stage = request.profile, request.stage
+    profile, stage, parent = request.profile, request.stage, request.parent_directory
     objective = objective_of(profile)
     if fault := profile.fault_of_ranks(ranks.world_size):
         raise ConfigError(f"{fault}.")
@@ -47,7 +44,14 @@ def prepare_stage(request: StageRequest, ranks: Ranks) -> StageTraining:
     val_data = objective.open_data(request.dataset_directory, "val")
     train_data.require(profile.batch.sequences)
     val_data.require(1)
-    start = _start(request)
+    schedule = profile.schedule.model_dump(mode="json")
+    facts = {"dataset_id": request.dataset_id, "seed": profile.seed, "schedule": schedule}
+    if parent is None:
+        start = TrainingState(step=0, cycle=0, stage_kind="", tokens_seen=0, samples_seen=0, **facts)
+    else:
+        start = read_training_state(parent)
+        facts["samples_seen"] = start.samples_seen if start.dataset_id == request.dataset_id else 0
+        start = start.model_copy(update=facts)
     build = _sharded_model if ranks.sharded else _whole_model
     model, masters = build(request, objective, train_data.manifest, ranks)
     objective.prepare_for_training(model)
@@ -57,7 +61,20 @@ def prepare_stage(request: StageRequest, ranks: Ranks) -> StageTraining:
     model.to(ranks.device).train()
     if profile.launch.gradient_checkpointing:
         checkpoint_activations(model)
-    optimizer = _optimizer(request, stage, model)
+    settings = profile.optimizer
+    optimizer = build_optimizer(
+        model,
+        learning_rate=settings.learning_rate,
+        betas=settings.betas,
+        eps=settings.eps,
+        weight_decay=settings.weight_decay,
+    )
+    # The first cycle after a warm start begins with a fresh optimizer and its own warm-up, as in the paper's code.
+    if parent is not None and start.stage_kind == stage.kind:
+        shapes = {name: parameter.shape for name, parameter in model.named_parameters() if parameter.requires_grad}
+        state = SavedOptimizerState(parent / OPTIMIZER_FILE)
+        usable = [name for name in state if shapes.get(name) == state.shape_of(name)]
+        load_optimizer_state_by_name(optimizer, model, LazyMapping(usable, state.__getitem__))
     products: dict[str, Products] = {}
     if profile.launch.compile:
         compile_blocks(model)
@@ -65,7 +82,7 @@ def prepare_stage(request: StageRequest, ranks: Ranks) -> StageTraining:
         # A block's weights are whole on a rank only while it computes: kept merged ones would be all the model again.
         products = share_inputs(model, optimizer=None if ranks.sharded else optimizer)
     source_dtype = request.source_dtype
-    if request.parent_directory is None and profile.model.pretrained is not None:
+    if parent is None and profile.model.pretrained is not None:
         source_dtype = dtype_of_files(profile.model.pretrained, revision=profile.model.revision)
     return StageTraining(
         request=request,
@@ -88,7 +105,7 @@ def prepare_stage(request: StageRequest, ranks: Ranks) -> StageTraining:
 def _whole_model(
     request: StageRequest, objective: Objective, manifest: DatasetManifest, ranks: Ranks
 ) -> tuple[nn.Module, MasterWeights | None]:
-    """On the CPU, and the exact weights of those held rounded."""
+    """Return the model, on the CPU, and the exact weights of those held rounded."""
     parent, masters = request.parent_directory, None
     model = objective.load_model(parent) if parent is not None else objective.build_model(manifest)
     objective.check_fits(model, manifest)
@@ -121,15 +138,14 @@ def _sharded_model(
     exact = shard_model(model, rows_of, ranks, keep=() if parent is not None else rounded)
     if request.stage.low_rank:
         reinit(model, seed=profile.seed, cycle=request.stage.cycle)
-    scratch = request.output_directory.parent
-    return model, _sharded_masters(model, rounded, exact, rows_of, scratch) if rounded else None
-
-
-def _sharded_masters(
-    model: nn.Module, rounded: list[str], exact: dict[str, Tensor], rows_of: RowsOf, scratch: Path
-) -> MasterWeights:
+    if not rounded:
+        return model, None
     parameters = dict(model.named_parameters())
-    return MasterWeights(rounded, lambda name: exact[name] if exact else rows_of((name,), parameters[name]), scratch)
+    return model, MasterWeights(
+        rounded,
+        lambda name: exact[name] if exact else rows_of((name,), parameters[name]),
+        request.output_directory.parent,
+    )
 
 
 def _wrap(model: nn.Module, request: StageRequest) -> None:
@@ -144,38 +160,3 @@ def _wrap(model: nn.Module, request: StageRequest) -> None:
         seed=request.profile.seed,
         cycle=request.stage.cycle,
     )
-
-
-def _start(request: StageRequest) -> TrainingState:
-    """Return the parent's state; on another dataset the data position starts again."""
-    profile, dataset_id = request.profile, request.dataset_id
-    schedule = profile.schedule.model_dump(mode="json")
-    update = {"dataset_id": dataset_id, "seed": profile.seed, "schedule": schedule}
-    if request.parent_directory is None:
-        return TrainingState(step=0, cycle=0, stage_kind="", tokens_seen=0, samples_seen=0, **update)
-    parent = read_training_state(request.parent_directory)
-    if parent.dataset_id != dataset_id:
-        update["samples_seen"] = 0
-    return parent.model_copy(update=update)
-
-
-def _optimizer(request: StageRequest, stage: Stage, model: nn.Module) -> torch.optim.AdamW:
-    """AdamW, with the parent's state where the parent is an earlier stage of the same phase.
-
-    The first cycle after a warm start begins with a fresh optimizer and its own warm-up, as in the paper's code.
-    """
-    settings = request.profile.optimizer
-    optimizer = build_optimizer(
-        model,
-        learning_rate=settings.learning_rate,
-        betas=settings.betas,
-        eps=settings.eps,
-        weight_decay=settings.weight_decay,
-    )
-    if request.parent_directory is None or read_training_state(request.parent_directory).stage_kind != stage.kind:
-        return optimizer
-    shapes = {name: parameter.shape for name, parameter in model.named_parameters() if parameter.requires_grad}
-    state = SavedOptimizerState(request.parent_directory / OPTIMIZER_FILE)
-    usable = [name for name in state if shapes.get(name) == state.shape_of(name)]
-    load_optimizer_state_by_name(optimizer, model, LazyMapping(usable, state.__getitem__))
-    return optimizer

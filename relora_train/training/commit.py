@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from relora_train.checkpoints.manifest import CheckpointManifest, describe_files
+from relora_train.data.tokenizer_files import TOKENIZER_FILES
 from relora_train.training.evaluate import evaluation_key
 from relora_train.training.files import (
     ADAPTER_DIRECTORY,
@@ -18,10 +18,8 @@ from relora_train.training.files import (
     OPTIMIZER_FILE,
     PROFILE_FILE,
     STATE_FILE,
-    copy_companions,
     new_attempt,
     package_versions,
-    save_adapter,
     save_model,
     save_optimizer_state,
     write_manifest,
@@ -29,9 +27,13 @@ from relora_train.training.files import (
 )
 from relora_train.training.models.base import Evaluation
 from relora_train.training.optimizer import optimizer_state_by_name
+from relora_train.training.peft_export import save_adapter
 from relora_train.training.read_back import check_written
 from relora_train.training.sharded_saving import save_sharded
 from relora_train.training.step import StageTraining
+
+_COMPANION_FILES = (*TOKENIZER_FILES, "preprocessor_config.json")
+"""Files of a dataset that whoever uses the model needs beside the weights: a tokenizer, or how pixels are scaled."""
 
 Adapter = tuple[dict[str, Tensor], dict[str, Any]]
 """The A and B that the stage's merge consumed, and their PEFT configuration."""
@@ -46,38 +48,50 @@ def commit_stage(
     before: Evaluation,
     after: Evaluation,
     stage_seconds: float,
-) -> CheckpointManifest:
+) -> None:
     """Write every file of the checkpoint, the manifest last. Leftovers of a failed attempt are removed.
 
-    For the first rank; the others of a sharded training call lend_rows(training) meanwhile.
+    The first rank writes. The others of a sharded training call this too, and lend their rows.
     Raises CheckpointCorruptError where the files do not hold what was trained.
     """
     request, stage, profile = training.request, training.stage, training.profile
+    if not training.ranks.is_first:
+        save_sharded(training, None)
+        check_written(training, None)
+        return
     directory = request.output_directory
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)
-    (save_sharded if training.ranks.sharded else _save_whole)(training, directory)
+    if training.ranks.sharded:
+        save_sharded(training, directory)
+    else:
+        save_model(training.model, directory, weights=merged_weights(training))
+        # The moments of a warm start and of a LoRA end with them: the next stage trains other parameters.
+        state = optimizer_state_by_name(training.optimizer, training.model) if stage.keeps_optimizer else {}
+        save_optimizer_state(state, directory / OPTIMIZER_FILE)
     check_written(training, directory)
-    copy_companions(request.dataset_directory, directory)
+    for name in _COMPANION_FILES:
+        if (request.dataset_directory / name).is_file():
+            shutil.copyfile(request.dataset_directory / name, directory / name)
     if adapter is not None:
         tensors, config = adapter
         save_adapter(tensors, config, directory / ADAPTER_DIRECTORY)
-    state = training.start.model_copy(
+    end = training.start.model_copy(
         update={
             "step": stage.end_step,
             "cycle": stage.cycle,
             "stage_kind": stage.kind,
             "tokens_seen": training.tokens_seen(stage.end_step),
             "samples_seen": training.samples_seen(stage.end_step),
-            "evaluation": after.as_record(),
+            "evaluation": after.model_dump(),
             "evaluation_key": evaluation_key(request),
             "matmul_precision": training.matmul,
         }
     )
-    (directory / STATE_FILE).write_text(state.model_dump_json(indent=1) + "\n")
+    (directory / STATE_FILE).write_text(end.model_dump_json(indent=1) + "\n")
     (directory / PROFILE_FILE).write_text(profile.model_dump_json(indent=1) + "\n")
     write_metrics(metrics, directory / METRICS_FILE)
-    evaluation = after.as_record() | {f"{key}_before": value for key, value in before.as_record().items()}
+    evaluation = after.model_dump() | {f"{key}_before": value for key, value in before.model_dump().items()}
     manifest = CheckpointManifest(
         files=describe_files(directory),
         attempt=new_attempt(),
@@ -87,7 +101,7 @@ def commit_stage(
         stage=stage.name,
         step=stage.end_step,
         cycle=stage.cycle,
-        tokens_seen=state.tokens_seen,
+        tokens_seen=end.tokens_seen,
         fingerprint=request.fingerprint,
         fingerprint_settings=request.fingerprint_settings,
         variant_of=request.variant_of,
@@ -102,20 +116,6 @@ def commit_stage(
         provenance=request.provenance,
     )
     write_manifest(manifest, directory)
-    return manifest
-
-
-def lend_rows(training: StageTraining) -> None:
-    """Do the part of the other ranks of a sharded training in commit_stage."""
-    save_sharded(training, None)
-    check_written(training, None)
-
-
-def _save_whole(training: StageTraining, directory: Path) -> None:
-    save_model(training.model, directory, weights=merged_weights(training))
-    handed_on = training.stage.keeps_optimizer
-    state = optimizer_state_by_name(training.optimizer, training.model) if handed_on else {}
-    save_optimizer_state(state, directory / OPTIMIZER_FILE)
 
 
 def merged_weights(training: StageTraining) -> dict[str, Tensor]:

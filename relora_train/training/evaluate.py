@@ -15,6 +15,7 @@ from relora_train.settings.keys import settings_digest
 from relora_train.settings.running import PrecisionConfig
 from relora_train.training.models.base import Evaluation, LossFunction, Objective
 from relora_train.training.models.compiling import without_compiling
+from relora_train.training.models.model import evaluating
 from relora_train.training.models.registry import objective_of
 from relora_train.training.requests import EvaluationRequest, StageRequest
 from relora_train.training.step import StageTraining
@@ -37,23 +38,21 @@ def evaluate_model(
 
     Sums in float64, so batches of unequal size weigh by their terms. Leaves the model's mode as it was.
     """
-    was_training = model.training
-    model.eval()
     sums = torch.zeros(objective.sums, dtype=torch.float64, device=ranks.device)
     count = min(sequences, dataset.blocks)
-    for first in range(0, count, ranks.world_size * batch_sequences):
-        start = first + ranks.rank * batch_sequences
-        idle = start >= count
-        if idle and not ranks.sharded:
-            break
-        rows = dataset.read_spread(0 if idle else start, 1 if idle else min(batch_sequences, count - start), of=count)
-        examples = torch.from_numpy(rows).to(ranks.device)
-        with autocast(precision, ranks.device), without_compiling():
-            found = loss_function.sums(examples)
-        if not idle:  # else it only lent its rows to the others
-            sums += found
+    with evaluating(model), without_compiling():
+        for first in range(0, count, ranks.world_size * batch_sequences):
+            start = first + ranks.rank * batch_sequences
+            idle = start >= count
+            if idle and not ranks.sharded:
+                break
+            size = 1 if idle else min(batch_sequences, count - start)
+            rows = dataset.read_spread(0 if idle else start, size, of=count)
+            with autocast(precision, ranks.device):
+                found = loss_function.sums(torch.from_numpy(rows).to(ranks.device))
+            if not idle:  # else it only lent its rows to the others
+                sums += found
     ranks.sum(sums)
-    model.train(was_training)
     return objective.summarize(sums.tolist(), dataset)
 
 
@@ -77,9 +76,9 @@ def evaluate_stage(training: StageTraining, metrics: list[dict[str, Any]], emit:
     objective, start, profile = training.objective, training.start, training.profile
     known = [record for record in metrics if record["kind"] == "evaluation" and record["when"] == when]
     if known:
-        return objective.evaluation.from_record(known[0])
+        return objective.evaluation.model_validate(known[0])
     if when == "before" and start.evaluation and start.evaluation_key == evaluation_key(training.request):
-        result = objective.evaluation.from_record(start.evaluation)
+        result = objective.evaluation.model_validate(start.evaluation)
     else:
         result = evaluate_model(
             training.model,
@@ -92,8 +91,8 @@ def evaluate_stage(training: StageTraining, metrics: list[dict[str, Any]], emit:
             ranks=training.ranks,
         )
     step = training.stage.start_step if when == "before" else training.stage.end_step
-    metrics.append({"kind": "evaluation", "step": step, "when": when, **result.as_record()})
-    emit("evaluation", stage=training.stage.name, step=step, when=when, **result.as_record())
+    metrics.append({"kind": "evaluation", "step": step, "when": when, **result.model_dump()})
+    emit("evaluation", stage=training.stage.name, step=step, when=when, **result.model_dump())
     return result
 
 
@@ -134,8 +133,8 @@ def evaluate_checkpoint(request: EvaluationRequest, emit: Emit) -> None:
         with autocast(profile.precision, ranks.device):
             samples = objective.sample(model, request.checkpoint_directory, dataset.manifest, ranks.device)
         if ranks.is_first:
-            request.result_path.write_text(json.dumps({**evaluation.as_record(), "samples": samples}))
-            emit("evaluation", **evaluation.as_record())
+            request.result_path.write_text(json.dumps({**evaluation.model_dump(), "samples": samples}))
+            emit("evaluation", **evaluation.model_dump())
 
 
 if __name__ == "__main__":

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import secrets
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
@@ -18,7 +18,6 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from relora_train.checkpoints.manifest import MANIFEST_NAME, Manifest
-from relora_train.data.tokenizer_files import TOKENIZER_FILES
 from relora_train.errors import CheckpointCorruptError, CheckpointIncompleteError
 from relora_train.settings.base import FrozenConfig
 
@@ -28,21 +27,8 @@ STATE_FILE = "training_state.json"
 METRICS_FILE = "metrics.jsonl"
 PROFILE_FILE = "profile.json"
 ADAPTER_DIRECTORY = "adapter"
-COMPANION_FILES = (*TOKENIZER_FILES, "preprocessor_config.json")
 MAX_SHARD_BYTES = 5 * 10**9
 
-_ADAPTER_README = """\
-# The low-rank update that this stage merged
-
-A record of what the stage learned, for `relora analyze`: A and B of each wrapped layer, in PEFT's format. Do not load
-it into a model to use it:
-
-- The checkpoint in the directory above has the update in its weights already; there it would count twice.
-- The checkpoint that the stage began from lacks what was trained beside A and B: embeddings, norms, biases and head.
-  `base_model_name_or_path` in adapter_config.json, and `parent` in manifest.json, name that checkpoint.
-
-`relora export CHECKPOINT DIR --as-adapter` writes an adapter that is right on the checkpoint the stage began from.
-"""
 _DENSE_ABOVE = 0.5  # share of kept entries from which index and value cost more than the dense tensor
 _PACKAGES = ("relora-train", "torch", "transformers", "tokenizers", "safetensors", "numpy", "prefect")
 
@@ -109,31 +95,21 @@ def save_model(model: nn.Module, directory: Path, *, weights: Mapping[str, Tenso
     """
     from transformers.utils.logging import disable_progress_bar
 
-    unexpected = [
-        name for name, tensor in weights.items() if tensor.is_floating_point() and tensor.dtype != torch.float32
-    ]
-    if unexpected:
-        raise CheckpointCorruptError(
-            f"{unexpected[0]} is {weights[unexpected[0]].dtype}; checkpoints hold float32 only."
-        )
+    for name, tensor in weights.items():
+        if tensor.is_floating_point() and tensor.dtype != torch.float32:
+            raise CheckpointCorruptError(f"{name} is {tensor.dtype}; checkpoints hold float32 only.")
     disable_progress_bar()
     cast(Any, model).save_pretrained(directory, state_dict=dict(weights), max_shard_size=MAX_SHARD_BYTES)
-    _name_float32(directory / "config.json")
-
-
-def _name_float32(path: Path) -> None:
-    """save_pretrained writes the dtype of the model in memory, and from_pretrained would round to it."""
+    path = directory / "config.json"
     config = json.loads(path.read_text())
-    if config.get("dtype") != "float32":
+    if config.get("dtype") != "float32":  # the dtype of the model in memory, to which from_pretrained would round
         path.write_text(json.dumps(config | {"dtype": "float32"}, indent=2, sort_keys=True) + "\n")
 
 
 def read_tensor(directory: Path, name: str, *, rows: slice | None = None) -> Tensor | None:
     """Return one tensor of a checkpoint's model, or these rows of it; None if it holds none of that name."""
     index = directory / f"{MODEL_FILE}.index.json"
-    file = MODEL_FILE
-    if index.is_file():
-        file = json.loads(index.read_text())["weight_map"].get(name, "")
+    file = json.loads(index.read_text())["weight_map"].get(name, "") if index.is_file() else MODEL_FILE
     if not (directory / file).is_file():
         return None
     with safe_open(directory / file, framework="pt") as tensors:
@@ -189,34 +165,26 @@ def sparse_shapes(shapes: Mapping[str, list[int]]) -> dict[str, str]:
     return {"sparse_shapes": json.dumps(shapes, sort_keys=True)}
 
 
-class SavedOptimizerState(Mapping[str, dict[str, Tensor]]):
+class SavedOptimizerState(LazyMapping[dict[str, Tensor]]):
     """The state that `save_optimizer_state` wrote, read from the disk on demand, one parameter at a time."""
 
     def __init__(self, path: Path) -> None:
-        self._file: Any = safe_open(path, framework="pt")
-        file: Any = self._file
+        file: Any = safe_open(path, framework="pt")
+        self._file = file
         self._sparse: dict[str, list[int]] = json.loads((file.metadata() or {}).get("sparse_shapes", "{}"))
         dense = [key for key in file.keys() if not key.endswith((".idx", ".val"))]  # noqa: SIM118 (not a dict)
-        self._keys: dict[str, list[str]] = {}
+        keys: dict[str, list[str]] = {}
         for name in (*dense, *self._sparse):
             parameter, _, key = name.rpartition(".")
-            self._keys.setdefault(parameter, []).append(key)
+            keys.setdefault(parameter, []).append(key)
+        super().__init__(keys, lambda name: {key: self._tensor(f"{name}.{key}") for key in keys[name]})
 
     def shape_of(self, parameter: str) -> torch.Size:
         """Return the shape of its moments, without reading them."""
         name = f"{parameter}.exp_avg"
         return torch.Size(self._sparse[name] if name in self._sparse else self._file.get_slice(name).get_shape())
 
-    def __getitem__(self, parameter: str) -> dict[str, Tensor]:
-        return {key: self._read(f"{parameter}.{key}") for key in self._keys[parameter]}
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._keys)
-
-    def __len__(self) -> int:
-        return len(self._keys)
-
-    def _read(self, name: str) -> Tensor:
+    def _tensor(self, name: str) -> Tensor:
         if name not in self._sparse:
             return cast(Tensor, self._file.get_tensor(name))
         values = self._file.get_tensor(f"{name}.val")
@@ -225,34 +193,13 @@ class SavedOptimizerState(Mapping[str, dict[str, Tensor]]):
         return tensor
 
 
-def load_optimizer_state(path: Path) -> OptimizerState:
-    """Return all that `save_optimizer_state` wrote."""
-    return dict(SavedOptimizerState(path))
-
-
-def save_adapter(tensors: Mapping[str, Tensor], config: Mapping[str, Any], directory: Path) -> None:
-    """Write A and B as a PEFT adapter in a directory of its own, with a README that says what it is not for."""
-    directory.mkdir(parents=True, exist_ok=True)
-    contiguous = {name: tensor.detach().float().cpu().contiguous() for name, tensor in tensors.items()}
-    save_file(contiguous, directory / "adapter_model.safetensors", metadata={"format": "pt"})
-    (directory / "adapter_config.json").write_text(json.dumps(config, indent=1, sort_keys=True) + "\n")
-    (directory / "README.md").write_text(_ADAPTER_README)
-
-
-def copy_companions(source: Path, directory: Path) -> None:
-    """Put what the dataset has for whoever uses the model beside the weights: a tokenizer, or how pixels are scaled."""
-    for name in COMPANION_FILES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, directory / name)
-
-
 def write_metrics(records: list[dict[str, Any]], path: Path) -> None:
     """Write one JSON object a line."""
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
 
 
 def read_training_state(directory: Path) -> TrainingState:
-    """Step and data position of a checkpoint."""
+    """Return step and data position of a checkpoint."""
     path = directory / STATE_FILE
     try:
         return TrainingState.model_validate_json(path.read_bytes())
@@ -275,11 +222,9 @@ def new_attempt() -> str:
 
 
 def package_versions() -> dict[str, str]:
-    """Versions of the packages that decide a result."""
+    """Return the versions of the packages that decide a result."""
     found: dict[str, str] = {}
     for name in _PACKAGES:
-        try:
+        with suppress(PackageNotFoundError):
             found[name] = version(name)
-        except PackageNotFoundError:
-            continue
     return found

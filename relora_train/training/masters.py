@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterator, MutableMapping
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -58,16 +59,11 @@ def round_frozen_weights(model: nn.Module, parent: Path | None, scratch: Path) -
     for module, layer in relora_layers(model):
         name = f"{module}.weight"
         names.append(name)
-        if parent is None or read_tensor(parent, name, rows=slice(0, 0)) is None:  # asks only whether it is there
+        if parent is None or read_tensor(parent, name, rows=slice(0, 0)) is None:  # asks only if it is there
             in_memory[name] = layer.weight.detach().clone()
         layer.weight.data = layer.weight.data.to(torch.bfloat16)
 
     def read(name: str) -> Tensor:
-        if name in in_memory:
-            return in_memory[name]
-        tensor = read_tensor(parent, name) if parent is not None else None
-        if tensor is None:
-            raise KeyError(name)
-        return tensor
+        return in_memory[name] if name in in_memory else cast(Tensor, read_tensor(cast(Path, parent), name))
 
     return MasterWeights(names, read, scratch)

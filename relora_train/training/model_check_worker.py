@@ -21,6 +21,7 @@ def check_model(request: ModelCheckRequest, emit: Emit) -> None:
         model = objective.load_skeleton(request.config_directory)
     elif profile.model.pretrained is not None:
         model = objective.load_pretrained()
+        objective.check_fits(model, None)
     else:
         return  # a model of ours, of which all is known without torch
     if request.low_rank:

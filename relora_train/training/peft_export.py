@@ -1,14 +1,15 @@
-"""Write what one low-rank stage learned as a PEFT adapter that is right on the model the stage began from.
+"""The low-rank update of a stage in PEFT's form: as a checkpoint records it, and as an adapter for use.
 
-The adapter/ of a checkpoint holds A and B alone. Here everything else that the stage trained goes with them: PEFT's
-`modules_to_save` are whole modules (embeddings, norms, head), `bias` the biases of wrapped layers.
+The adapter/ of a checkpoint holds A and B alone. An exported adapter is right on the model that the stage began from,
+because everything else that the stage trained goes with it: PEFT's `modules_to_save` are whole modules (embeddings,
+norms, head), `bias` the biases of wrapped layers.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,7 +17,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from relora_train.distributed import full_tensor
 from relora_train.errors import ModelError
+from relora_train.method.layer import lora_parameters, relora_layers
 from relora_train.settings.profile import profile_from_file
 from relora_train.training.files import ADAPTER_DIRECTORY
 from relora_train.training.models.registry import objective_of
@@ -24,6 +27,18 @@ from relora_train.training.models.registry import objective_of
 _PREFIX = "base_model.model."
 _ROUNDING = 1e-4  # of the largest weight: float32 summed in another order; bfloat16 rounds by 4e-3
 _EXPERT_NAMES = frozenset({"gate", "w1", "w2", "w3", "gate_proj", "up_proj", "down_proj"})
+_RECORD_README = """\
+# The low-rank update that this stage merged
+
+A record of what the stage learned, for `relora analyze`: A and B of each wrapped layer, in PEFT's format. Do not load
+it into a model to use it:
+
+- The checkpoint in the directory above has the update in its weights already; there it would count twice.
+- The checkpoint that the stage began from lacks what was trained beside A and B: embeddings, norms, biases and head.
+  `base_model_name_or_path` in adapter_config.json, and `parent` in manifest.json, name that checkpoint.
+
+`relora export CHECKPOINT DIR --as-adapter` writes an adapter that is right on the checkpoint the stage began from.
+"""
 _README = """\
 # A PEFT adapter of one low-rank stage
 
@@ -33,6 +48,49 @@ It belongs on {base} and on no other model: there its logits are those of {check
 
 It holds the stage's low-rank updates, and as `modules_to_save` and biases what the stage trained beside them.
 """
+
+
+def adapter_state(model: nn.Module) -> dict[str, Tensor]:
+    """Return a copy of every A and B on the CPU, under the names that peft's adapter_model.safetensors uses."""
+    return {
+        f"base_model.model.{name}.weight": full_tensor(factor.detach()).to("cpu", copy=True)
+        for name, factor in lora_parameters(model)
+    }
+
+
+def adapter_config(
+    model: nn.Module, *, base_model_name_or_path: str | None = None, task_type: str | None = "CAUSAL_LM"
+) -> dict[str, Any]:
+    """Return the content of peft's adapter_config.json for adapter_state(model).
+
+    It describes the low-rank updates alone: embeddings, norms, head and biases trained beside them are the base's.
+    """
+    layers = dict(relora_layers(model))
+    if not layers:
+        raise ModelError("The model has no ReLoRA layers, so it has no adapter.")
+    first = next(iter(layers.values()))
+    return {
+        "peft_type": "LORA",
+        "task_type": task_type,
+        "base_model_name_or_path": base_model_name_or_path,
+        "r": first.rank,
+        "lora_alpha": first.alpha,
+        "lora_dropout": first.dropout,
+        "use_rslora": first.rank_stabilized,
+        "target_modules": list(layers),
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+    }
+
+
+def save_adapter(tensors: Mapping[str, Tensor], config: Mapping[str, Any], directory: Path) -> None:
+    """Write A and B as a PEFT adapter in a directory of its own, with a README that says what it is not for."""
+    directory.mkdir(parents=True, exist_ok=True)
+    contiguous = {name: tensor.detach().float().cpu().contiguous() for name, tensor in tensors.items()}
+    save_file(contiguous, directory / "adapter_model.safetensors", metadata={"format": "pt"})
+    (directory / "adapter_config.json").write_text(json.dumps(config, indent=1, sort_keys=True) + "\n")
+    (directory / "README.md").write_text(_RECORD_README)
 
 
 def write_adapter(checkpoint: Path, base: Path, directory: Path, *, base_name: str, checkpoint_name: str) -> None:
@@ -62,28 +120,40 @@ def adapter_on_base(
     base's plus the update, are given whole.
     """
     ours, theirs = model.state_dict(), base.state_dict()
-    end = ".lora_A.weight"
-    layers = [name[len(_PREFIX) : -len(end)] for name in updates if name.endswith(end)]
-    added = {name for name in layers if _is_sum(name, ours, theirs, updates, config)}
+    ends = (".lora_A.weight", ".lora_B.weight")
+    layers = [name.removeprefix(_PREFIX).removesuffix(ends[0]) for name in updates if name.endswith(ends[0])]
+    added = set()
+    for name in layers:
+        A, B = (updates[f"{_PREFIX}{name}{end}"] for end in ends)
+        alpha = config.get("alpha_pattern", {}).get(name, config["lora_alpha"])
+        scaling = alpha / (math.sqrt(len(A)) if config.get("use_rslora") else len(A))
+        weight, before = ours[f"{name}.weight"], theirs.get(f"{name}.weight")
+        if before is not None and before.shape == weight.shape:
+            error = torch.addmm(before, B, A, alpha=scaling).sub_(weight).abs_().max()
+            if error <= _ROUNDING * weight.abs().max():
+                added.add(name)
     if not added:
         raise ModelError(
             "The weights of this checkpoint are not those it began from plus its low-rank update: they were rounded "
             "(relora.merge_dtype), or the model it began from has changed. Export it whole, without --as-adapter."
         )
-    experts = _has_experts(model)
+    # In a mixture of experts, PEFT 0.21 takes names such as up_proj for parameters of its experts.
+    experts = any("expert" in key and value for key, value in cast(Any, model).config.to_dict().items())
     low_rank = {name for name in added if not (experts and name.rpartition(".")[2] in _EXPERT_NAMES)}
-    whole = _saved_modules(model, _changed(ours, theirs, low_rank) | (set(layers) - low_rank))
+    changed = {
+        module
+        for module, name in ((key.rpartition(".")[0], key) for key in ours)
+        if module not in low_rank and not (name in theirs and torch.equal(ours[name], theirs[name]))
+    }
+    whole = _saved_modules(model, changed | (set(layers) - low_rank))
     low_rank = {name for name in low_rank if not _is_inside(name, whole)}
     if not low_rank:
         raise ModelError(
             "PEFT 0.21 takes every layer with an update here for a part of experts, so none can be a low-rank one. "
             "Export the checkpoint whole, without --as-adapter."
         )
-    tensors = {
-        f"{_PREFIX}{name}.lora_{factor}.weight": updates[f"{_PREFIX}{name}.lora_{factor}.weight"]
-        for name in low_rank
-        for factor in "AB"
-    }
+    factors = [f"{_PREFIX}{name}{end}" for name in low_rank for end in ends]
+    tensors = {name: updates[name] for name in factors}
     biases = {f"{name}.base_layer.bias": ours[f"{name}.bias"] for name in low_rank if f"{name}.bias" in ours}
     saved = {f"{name}.{key}": v for name in whole for key, v in model.get_submodule(name).state_dict().items()}
     tensors |= {f"{_PREFIX}{name}": tensor.contiguous().clone() for name, tensor in {**biases, **saved}.items()}
@@ -101,29 +171,6 @@ def adapter_on_base(
     return tensors, changes
 
 
-def _is_sum(
-    name: str, ours: dict[str, Tensor], theirs: dict[str, Tensor], updates: dict[str, Tensor], config: dict[str, Any]
-) -> bool:
-    """Return True if the checkpoint's weight is the base's plus the update, up to rounding."""
-    A, B = (updates[f"{_PREFIX}{name}.lora_{factor}.weight"] for factor in "AB")
-    alpha = config.get("alpha_pattern", {}).get(name, config["lora_alpha"])
-    scaling = alpha / (math.sqrt(len(A)) if config.get("use_rslora") else len(A))
-    weight, before = ours[f"{name}.weight"], theirs.get(f"{name}.weight")
-    if before is None or before.shape != weight.shape:
-        return False
-    error = torch.addmm(before, B, A, alpha=scaling).sub_(weight).abs_().max()
-    return bool(error <= _ROUNDING * weight.abs().max())
-
-
-def _changed(ours: dict[str, Tensor], theirs: dict[str, Tensor], low_rank: set[str]) -> set[str]:
-    """Return the names of the modules with a tensor that is not the base's, low-rank layers' own left out."""
-    return {
-        module
-        for module, name in ((key.rpartition(".")[0], key) for key in ours)
-        if module not in low_rank and not (name in theirs and torch.equal(ours[name], theirs[name]))
-    }
-
-
 def _saved_modules(model: nn.Module, names: set[str]) -> set[str]:
     """Return the modules that PEFT saves if told these names, which it takes for ends of names; none in another."""
     if "" in names:
@@ -137,16 +184,5 @@ def _saved_modules(model: nn.Module, names: set[str]) -> set[str]:
 
 
 def _is_inside(name: str, modules: Iterable[str]) -> bool:
-    return not set(_and_ancestors(name)).isdisjoint(modules)
-
-
-def _and_ancestors(name: str) -> Iterator[str]:
-    while name:
-        yield name
-        name = name.rpartition(".")[0]
-
-
-def _has_experts(model: nn.Module) -> bool:
-    """Return True for a mixture of experts: PEFT 0.21 makes names such as up_proj parameters of its experts."""
-    settings = cast(Any, model).config.to_dict()
-    return any("expert" in key and value for key, value in settings.items())
+    """Return True if it is one of the modules or a part of one."""
+    return any(f"{name}.".startswith(f"{module}.") for module in modules)

@@ -7,14 +7,14 @@ fast. So the error of the model's own products is measured, and what rounds more
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import Literal, NamedTuple, cast
 
 import torch
 from torch import nn
 
 from relora_train.distributed import Ranks
+from relora_train.method.merge import matmul_precision
 from relora_train.settings.profile import Profile
 from relora_train.training.models.registry import facts_of
 
@@ -101,7 +101,7 @@ def product_error(products: Iterable[Product], device: torch.device, precision: 
     """Return the largest relative error, against float64, of the products; each as a norm over its entries."""
     rows, columns = _CHECKED
     errors = []
-    with _matmul_precision(precision):
+    with matmul_precision(precision):
         for product in products:
             affordable = int(_FLOPS / (2 * product.in_features * product.out_features))
             generator = torch.Generator().manual_seed(0)
@@ -117,13 +117,3 @@ def product_error(products: Iterable[Product], device: torch.device, precision: 
 def current_precision() -> MatmulPrecision:
     """Return what this process multiplies with."""
     return cast(MatmulPrecision, torch.get_float32_matmul_precision())
-
-
-@contextmanager
-def _matmul_precision(precision: MatmulPrecision) -> Iterator[None]:
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(precision)
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)

@@ -1,18 +1,29 @@
-"""A stage's own account of itself: how long its parts took, how far it is, and that it diverged."""
+"""A stage's own account of itself: how long its parts took, and whether every layer learns or the run diverged."""
 
 from __future__ import annotations
 
+import logging
 import math
 import os
+import re
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from relora_train.distributed import full_tensor
-from relora_train.errors import DivergedError
-from relora_train.method.layer import lora_parameters
+import torch
+
+from relora_train.distributed import full_tensor, local_shard
+from relora_train.errors import DivergedError, UntrainedLayerError
+from relora_train.method.layer import lora_parameters, relora_layers
 from relora_train.training.step import StageTraining
+
+CHECKED_UPDATE = 10
+"""The update after which every layer is to have learned: a stage's first has no rate, and a head of zeros passes no
+gradient on at once."""
+
+_EXPERT = re.compile(r"(?<=\.experts\.)\d+(?=\.)")
+_LOGGER = logging.getLogger(__name__)
 
 
 class Timer:
@@ -50,22 +61,6 @@ def described(training: StageTraining) -> dict[str, Any]:
     }
 
 
-def progress_fields(training: StageTraining, step: int, record: dict[str, Any], *, eta: float) -> dict[str, Any]:
-    """Return the fields of the event progress."""
-    stage = training.stage
-    return {
-        "stage": stage.name,
-        "step": step,
-        "start_step": stage.start_step,
-        "end_step": stage.end_step,
-        "loss": record["loss"],
-        "learning_rate": training.learning_rate(step),
-        "tokens_per_second": record["tokens_per_second"],
-        "data_wait_share": record.get("data_wait_share", 0.0),  # a snapshot may be older than the field
-        "eta_seconds": eta,
-    }
-
-
 def low_rank_gradient_norms(training: StageTraining) -> dict[str, float]:
     """Return norms over all layers, after clipping; both zero would mean a dead low-rank update."""
     squares = {"lora_A": 0.0, "lora_B": 0.0}
@@ -75,11 +70,40 @@ def low_rank_gradient_norms(training: StageTraining) -> dict[str, float]:
     return {f"{factor}_grad_norm": math.sqrt(square) for factor, square in squares.items()}
 
 
-def check_loss(training: StageTraining, step: int, loss: float, metrics: Sequence[Mapping[str, Any]] = ()) -> None:
-    """Refuse a loss that is not finite, or above twice that of guessing."""
-    limit = 2 * training.objective.guessing_loss(training.train_data.manifest)
-    if not loss <= limit:  # also true for NaN
-        raise diverged(training, step, loss, "training loss", metrics)
+def check_learning(training: StageTraining, step: int) -> None:
+    """Raise UntrainedLayerError if a layer's B has had no gradient up to its stage's tenth update.
+
+    Called after every update, acts once: after the tenth, the last of a shorter stage, or the first after a snapshot
+    beyond it. Adam's first moment is zero only as long as every gradient was, so it also tells of updates before a
+    snapshot and of earlier cycles. An expert that no token has reached yet, beside others that learn, is a warning.
+    """
+    stage = training.stage
+    if not stage.low_rank or training.checked_learning or step < min(stage.start_step + CHECKED_UPDATE, stage.end_step):
+        return
+    training.checked_learning = True
+    layers = dict(relora_layers(training.model))
+    states = [training.optimizer.state.get(layer.lora_B, {}).get("exp_avg") for layer in layers.values()]
+    none = torch.zeros((), dtype=torch.bool, device=training.ranks.device)
+    moved = torch.stack([none if state is None else local_shard(state).any() for state in states]).float()
+    learned = training.ranks.sum(moved).tolist()  # the one time that the host waits for the device
+    idle = [name for name, moved in zip(layers, learned, strict=True) if not moved]
+    kinds = {_EXPERT.sub("*", name) for name in layers if name not in idle}
+    unreached = [name for name in idle if _EXPERT.search(name) and _EXPERT.sub("*", name) in kinds]
+    if unreached and training.ranks.is_first:
+        _LOGGER.warning(
+            "No token of the first %d updates of %s reached %s: these experts have not learned yet.",
+            step - stage.start_step, stage.name, _listed(unreached),
+        )  # fmt: skip
+    if dead := [name for name in idle if name not in unreached]:
+        raise UntrainedLayerError(
+            f"{_listed(dead)} learned nothing in the first {step - stage.start_step} updates of stage {stage.name}: no "
+            "gradient reached its low-rank update, so the model does not use the layer, or reads its weight past it. "
+            "Nothing of this stage was committed. Leave it out of relora.target_modules, under a new run id."
+        )
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more layers" if len(names) > 5 else "")
 
 
 def diverged(

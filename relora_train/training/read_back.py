@@ -1,4 +1,4 @@
-"""Before a checkpoint counts: do its files hold what was trained? Every tensor, value by value, one at a time."""
+"""Compare a checkpoint's files with what was trained before it counts: every tensor, value by value, one at a time."""
 
 from __future__ import annotations
 

@@ -27,8 +27,17 @@ RowsOf = Callable[[Sequence[str], Tensor], Tensor]
 
 
 def rows_of_checkpoint(directory: Path, model: nn.Module) -> RowsOf:
-    """Reads from the files of such a model nothing but this rank's rows. ModelUnsuitableError where they do not fit."""
-    _check_files(directory, model)
+    """Read from the files of such a model nothing but this rank's rows. ModelUnsuitableError where they do not fit."""
+    stored = stored_shapes(directory)
+    missing, mismatched, unexpected = [], [], {*stored} - {name for name, _ in model.named_buffers()}
+    for name, aliases in _names_of_parameters(model).items():
+        found = [file for file in (file_name(model, alias) for alias in aliases) if file in stored]
+        if not found:
+            missing.append(name)
+        elif stored[found[0]] != tuple(model.get_parameter(name).shape):
+            mismatched.append(name)
+        unexpected -= {*found[:1]}  # files must hold one of tied tensors
+    check_tensors(directory, missing, mismatched, [*unexpected])
 
     def rows(names: Sequence[str], like: Tensor) -> Tensor:
         for name in names:  # of tied tensors, files hold one
@@ -40,22 +49,8 @@ def rows_of_checkpoint(directory: Path, model: nn.Module) -> RowsOf:
     return rows
 
 
-def _check_files(directory: Path, model: nn.Module) -> None:
-    """Check the files as those of a whole model; they must hold one of tied tensors."""
-    stored = stored_shapes(directory)
-    missing, mismatched, unexpected = [], [], {*stored} - {name for name, _ in model.named_buffers()}
-    for name, aliases in _names_of_parameters(model).items():
-        found = [file for file in (file_name(model, alias) for alias in aliases) if file in stored]
-        if not found:
-            missing.append(name)
-        elif stored[found[0]] != tuple(model.get_parameter(name).shape):
-            mismatched.append(name)
-        unexpected -= {*found[:1]}
-    check_tensors(directory, missing, mismatched, [*unexpected])
-
-
 def rows_of_first_rank(model: nn.Module | None, ranks: Ranks) -> RowsOf:
-    """Sends each tensor of the model that the first rank holds on its CPU to all, one at a time. Others give None."""
+    """Send each tensor of the model that the first rank holds on its CPU to all, one at a time. Others give None."""
     tensors = {} if model is None else model.state_dict(keep_vars=True)
 
     def rows(names: Sequence[str], like: Tensor) -> Tensor:
@@ -80,7 +75,20 @@ def shard_model(model: nn.Module, rows_of: RowsOf, ranks: Ranks, *, keep: Iterab
     cast(Any, model).file_names = files  # transformers finds them by the class, and FSDP makes another class
     _fully_shard(model, ranks)
     model.to_empty(device=ranks.device)
-    _restore_buffers(model)
+    for module in model.modules():  # rotary frequencies and the like, which no file holds, as transformers makes them
+        buffers = dict(module.named_buffers(recurse=False))
+        for buffer in buffers.values():
+            if buffer.is_floating_point():
+                buffer.fill_(float("nan"))
+        if buffers:
+            cast(Any, model)._init_weights(module)
+        for name, buffer in buffers.items():
+            in_files = name not in module._non_persistent_buffers_set
+            if in_files or not buffer.is_floating_point() or buffer.isnan().any():
+                raise ModelError(
+                    f"{type(module).__name__}.{name} cannot be made anew from the configuration of a "
+                    f"{type(model).__name__}. Use launch.sharding = 'none'."
+                )
     kept, wanted = {}, set(keep)
     parameters = dict(model.named_parameters())
     for name, aliases in names.items():
@@ -119,21 +127,3 @@ def _fully_shard(model: nn.Module, ranks: Ranks) -> None:
         sharded.set_force_sum_reduction_for_comms(True)
     cast(Any, model).fused_loss = MethodType(fused_loss, model)
     register_fsdp_forward_method(model, "fused_loss")
-
-
-def _restore_buffers(model: nn.Module) -> None:
-    """Rotary frequencies and the like, which no file holds, as transformers makes them after its own empty start."""
-    for module in model.modules():
-        buffers = dict(module.named_buffers(recurse=False))
-        for buffer in buffers.values():
-            if buffer.is_floating_point():
-                buffer.fill_(float("nan"))
-        if buffers:
-            cast(Any, model)._init_weights(module)
-        for name, buffer in buffers.items():
-            in_files = name not in module._non_persistent_buffers_set
-            if in_files or not buffer.is_floating_point() or buffer.isnan().any():
-                raise ModelError(
-                    f"{type(module).__name__}.{name} cannot be made anew from the configuration of a "
-                    f"{type(model).__name__}. Use launch.sharding = 'none'."
-                )

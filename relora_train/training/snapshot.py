@@ -72,11 +72,7 @@ class SnapshotState(FrozenConfig):
 
 def moving_tensors(training: StageTraining) -> dict[str, Tensor]:
     """Return the trainable parameters and their Adam state, by name; the training's own tensors, not copies."""
-    weights = {
-        f"{_WEIGHT}{name}": parameter.detach()
-        for name, parameter in training.model.named_parameters()
-        if parameter.requires_grad
-    }
+    weights = {f"{_WEIGHT}{name}": p.detach() for name, p in training.model.named_parameters() if p.requires_grad}
     state = optimizer_state_by_name(training.optimizer, training.model)
     moments = {f"{_OPTIMIZER}{name}.{key}": value for name, entries in state.items() for key, value in entries.items()}
     return weights | moments
@@ -96,21 +92,8 @@ class HostBuffers:
                 self._kept[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=on_gpu)
             self._kept[name].copy_(tensor, non_blocking=True)
         if any(tensor.is_cuda for tensor in tensors.values()):
-            torch.cuda.synchronize()
+            torch.cuda.synchronize()  # else the thread would write memory that the copies have yet to fill
         return {name: self._kept[name] for name in tensors}
-
-
-def describe_progress(training: StageTraining, progress: Progress) -> SnapshotState:
-    """Return the small part of a snapshot, as it is now."""
-    return SnapshotState(
-        fingerprint=training.request.fingerprint,
-        step=progress.step,
-        samples_seen=training.samples_seen(progress.step),
-        loss_sum=float(progress.losses),
-        summed=progress.summed,
-        seconds=progress.seconds,
-        matmul_precision=training.matmul,
-    )
 
 
 def write_snapshot(
@@ -177,10 +160,11 @@ def restore_snapshot(training: StageTraining, directory: Path) -> Progress:
     with torch.no_grad():
         for name, parameter in trained.items():
             local_shard(parameter).copy_(shard_of(saved.get_tensor(f"{_WEIGHT}{name}"), parameter))
-    moments = [name.removeprefix(_OPTIMIZER).rpartition(".") for name in shapes if name.startswith(_OPTIMIZER)]
     keys: dict[str, list[str]] = {}
-    for name, _, key in moments:
-        keys.setdefault(name, []).append(key)
+    for entry in shapes:
+        if entry.startswith(_OPTIMIZER):
+            name, _, key = entry.removeprefix(_OPTIMIZER).rpartition(".")
+            keys.setdefault(name, []).append(key)
     state_of = LazyMapping(
         keys, lambda name: {key: saved.get_tensor(f"{_OPTIMIZER}{name}.{key}") for key in keys[name]}
     )

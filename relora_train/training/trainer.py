@@ -13,24 +13,20 @@ import torch
 
 from relora_train.distributed import SLOW, STEP, Ranks, process_group
 from relora_train.errors import TrainerInterruptedError
-from relora_train.method.stages import Stage
 from relora_train.method.update_size import UpdateMeter
 from relora_train.process import Emit, StopRequest, Works, is_asked_to_serve, serve_request, serve_requests
 from relora_train.storage.workspace import trainer_lock
 from relora_train.training.build import prepare_stage
 from relora_train.training.end_of_cycle import finish_stage
 from relora_train.training.evaluate import evaluate_checkpoint, evaluate_stage
-from relora_train.training.learning import check_learning
 from relora_train.training.model_check_worker import check_model
-from relora_train.training.peak_memory import peak_bytes, reset_peak
-from relora_train.training.precision import MatmulPrecision, settle_matmul_precision
-from relora_train.training.progress import Timer, check_loss, described, low_rank_gradient_norms, progress_fields
+from relora_train.training.precision import settle_matmul_precision
+from relora_train.training.progress import Timer, check_learning, described, diverged, low_rank_gradient_norms
 from relora_train.training.requests import EvaluationRequest, ModelCheckRequest, StageRequest
-from relora_train.training.sharded_saving import ShardedSnapshotter
 from relora_train.training.snapshot import Progress, read_snapshot_state, restore_snapshot
 from relora_train.training.snapshotter import Snapshotter
 from relora_train.training.step import StageTraining
-from relora_train.training.torch_settings import configure_torch, release_memory
+from relora_train.training.torch_settings import configure_torch, peak_bytes, release_memory, reset_peak
 
 _PROGRESS_SECONDS = 0.5
 _FIRST_STEPS = 5
@@ -41,8 +37,8 @@ def run_stage(request: StageRequest, emit: Emit) -> None:
     """Train the stage and leave a committed checkpoint in request.output_directory, or raise and leave none.
 
     With request.snapshot_directory it goes on from there, on a CPU to the same bits as without the stop.
-    Raises DivergedError on a loss that is not finite or worse than twice guessing, TrainerInterruptedError when told
-    to stop, and the errors of loading model and data.
+    Raises DivergedError on a loss that is not finite or above twice that of guessing, TrainerInterruptedError when told
+    to stop, and the errors of loading.
     """
     launch = request.profile.launch
     with StopRequest() as stop, process_group(launch.device) as ranks:
@@ -58,54 +54,41 @@ def run_as_rank(request: StageRequest, ranks: Ranks, stop: StopRequest, emit: Em
     sharded = request.profile.launch.sharding == "full" and ranks.world_size > 1
     ranks = dataclasses.replace(ranks, sharded=sharded)
     with trainer_lock(request.lock_path if ranks.is_first else None):
-        emit = stop.on_lost_listener(emit) if ranks.is_first else _silent
+        # Ranks other than the first report nothing but failures.
+        emit = stop.on_lost_listener(emit) if ranks.is_first else (lambda event, **fields: None)
         training = prepare_stage(request, ranks)
-        training.matmul = _settle_matmul_precision(training)
+        stage, snapshot = training.stage, request.snapshot_directory
+        # Measured in a run's first stage alone: a later one, or a resumed one, computes to the same bits as its parent.
+        recorded = training.start.matmul_precision
+        if snapshot is not None:
+            recorded = read_snapshot_state(snapshot).matmul_precision
+        training.matmul = settle_matmul_precision(training.profile, training.model, ranks, recorded=recorded)
         timer.end("load")
         emit("stage_started", **described(training))
-        progress = _beginning(training, emit)
+        if snapshot is not None:
+            progress = restore_snapshot(training, snapshot)
+            emit("resumed", stage=stage.name, step=progress.step, snapshot=str(snapshot))
+        else:
+            losses = torch.zeros((), dtype=torch.float64, device=ranks.device)
+            progress = Progress(step=stage.start_step, metrics=[], losses=losses, summed=0, seconds=0.0)
         timer.began -= progress.seconds
         metrics = progress.metrics
         before = evaluate_stage(training, metrics, emit, when="before")
         timer.end("evaluate_before")
-        reset_peak(training.ranks.device)
+        reset_peak(ranks.device)
         _train(training, progress, emit, stop, timer)
         timer.end("steps")
-        peak = peak_bytes(training.ranks.device)
-        metrics.append({"kind": "memory", "step": training.stage.end_step, "peak_bytes": peak})
+        metrics.append({"kind": "memory", "step": stage.end_step, "peak_bytes": peak_bytes(ranks.device)})
         finish_stage(training, metrics, emit, before=before, timer=timer)
-
-
-def _silent(event: str, **fields: object) -> None:
-    """Ranks other than the first report nothing but failures."""
-
-
-def _settle_matmul_precision(training: StageTraining) -> MatmulPrecision | None:
-    """Return what the snapshot says, or the parent; it is measured in a run's first stage."""
-    directory, recorded = training.request.snapshot_directory, training.start.matmul_precision
-    if directory is not None:
-        recorded = read_snapshot_state(directory).matmul_precision
-    return settle_matmul_precision(training.profile, training.model, training.ranks, recorded=recorded)
-
-
-def _beginning(training: StageTraining, emit: Emit) -> Progress:
-    """Return where the stage starts, or where the snapshot was taken."""
-    directory, stage = training.request.snapshot_directory, training.stage
-    if directory is None:
-        losses = torch.zeros((), dtype=torch.float64, device=training.ranks.device)
-        return Progress(step=stage.start_step, metrics=[], losses=losses, summed=0, seconds=0.0)
-    progress = restore_snapshot(training, directory)
-    emit("resumed", stage=stage.name, step=progress.step, snapshot=str(directory))
-    return progress
 
 
 def _train(training: StageTraining, progress: Progress, emit: Emit, stop: StopRequest, timer: Timer) -> None:
     """Update by update from progress.step to the end of the stage, or until asked to stop."""
     stage, every = training.stage, training.profile.logging.every_steps
     metrics, losses, first_step = progress.metrics, progress.losses, progress.step
-    timed, last_record, last_progress = 0, time.monotonic(), 0.0
-    first_step_at = time.monotonic()
-    snapshotter = (ShardedSnapshotter if training.ranks.sharded else Snapshotter)(training, emit)
+    first_step_at = last_record = time.monotonic()
+    timed, last_progress = 0, 0.0
+    snapshotter = Snapshotter(training, emit)
     meter = UpdateMeter(training.model)
     for step in range(first_step + 1, stage.end_step + 1):
         first_steps = step <= stage.start_step + _FIRST_STEPS
@@ -120,7 +103,7 @@ def _train(training: StageTraining, progress: Progress, emit: Emit, stop: StopRe
         timed += 1
         now = time.monotonic()
         if step % every == 0 or step == stage.end_step or first_steps:
-            mean = float(losses) / progress.summed
+            mean = float(losses) / progress.summed  # the host waits for the device here, and in no other update
             record = {
                 "kind": "train",
                 "step": step,
@@ -137,14 +120,25 @@ def _train(training: StageTraining, progress: Progress, emit: Emit, stop: StopRe
             if measured:
                 record |= meter.end()
             metrics.append(record)
-            check_loss(training, step, mean, metrics)
+            if not mean <= 2 * training.objective.guessing_loss(training.train_data.manifest):  # so also for NaN
+                raise diverged(training, step, mean, "training loss", metrics)
             losses.zero_()
             progress.summed, timed, last_record = 0, 0, now
         training.optimizer.zero_grad(set_to_none=True)
         if metrics[-1]["kind"] == "train" and (now - last_progress >= _PROGRESS_SECONDS or step == stage.end_step):
-            last_progress = now
-            eta = (now - first_step_at) / (step - first_step) * (stage.end_step - step)
-            emit("progress", **progress_fields(training, step, metrics[-1], eta=eta))
+            last_progress, latest = now, metrics[-1]
+            emit(
+                "progress",
+                stage=stage.name,
+                step=step,
+                start_step=stage.start_step,
+                end_step=stage.end_step,
+                loss=latest["loss"],
+                learning_rate=training.learning_rate(step),
+                tokens_per_second=latest["tokens_per_second"],
+                data_wait_share=latest.get("data_wait_share", 0.0),  # a snapshot may be older than the field
+                eta_seconds=(now - first_step_at) / (step - first_step) * (stage.end_step - step),
+            )
         progress.seconds = timer.stage_seconds()
         stopping = training.ranks.any(stop.is_set())
         if step == first_step + 1:  # on all ranks
@@ -152,30 +146,24 @@ def _train(training: StageTraining, progress: Progress, emit: Emit, stop: StopRe
         if stopping:
             # Also a barrier: the first rank to leave would end the others, perhaps while one still writes.
             saved = training.ranks.any(snapshotter.at_stop(progress))
-            raise _interrupted(stage, step, stop.reason or "another rank", saved=saved)
+            kept = (
+                "its state there was saved; the same command goes on from it" if saved else "run the same command again"
+            )
+            raise TrainerInterruptedError(
+                f"Stage {stage.name} was stopped by {stop.reason or 'another rank'} at step {step} of "
+                f"{stage.end_step}: {kept}."
+            )
         if step < stage.end_step:
             snapshotter.after_step(progress)
     training.ranks.expect_answers_within(SLOW)
     snapshotter.wait()
 
 
-def _interrupted(stage: Stage, step: int, cause: str, *, saved: bool) -> TrainerInterruptedError:
-    kept = "its state there was saved; the same command goes on from it" if saved else "run the same command again"
-    return TrainerInterruptedError(
-        f"Stage {stage.name} was stopped by {cause} at step {step} of {stage.end_step}: {kept}."
-    )
-
-
-def _serve_all() -> None:
-    """Stages, evaluations of what they made, and a look at the model before, for as long as the parent has any."""
-    from transformers import AutoModelForCausalLM, LlamaForCausalLM  # noqa: F401 (seconds, while nobody waits yet)
-
-    works: Works = {StageRequest: run_stage, EvaluationRequest: evaluate_checkpoint, ModelCheckRequest: check_model}
-    serve_requests(works, afterwards=release_memory)
-
-
 if __name__ == "__main__":
-    if is_asked_to_serve():
-        _serve_all()
+    if is_asked_to_serve():  # for as long as the parent has any
+        from transformers import AutoModelForCausalLM, LlamaForCausalLM  # noqa: F401 (seconds, while nobody waits yet)
+
+        works: Works = {StageRequest: run_stage, EvaluationRequest: evaluate_checkpoint, ModelCheckRequest: check_model}
+        serve_requests(works, afterwards=release_memory)
     else:
         serve_request(StageRequest, run_stage)

@@ -30,7 +30,7 @@ from relora_train.method.wrap import apply_relora
 from relora_train.settings.load import load_profile
 from relora_train.settings.profile import Profile
 from relora_train.training.optimizer import build_optimizer
-from relora_train.training.peak_memory import peak_bytes, process_bytes, reset_peak
+from relora_train.training.torch_settings import peak_bytes, process_bytes, reset_peak
 
 
 def main() -> None:

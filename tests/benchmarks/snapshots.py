@@ -33,7 +33,6 @@ from seaweed import Seaweed, running_seaweed
 from relora_train.checkpoints.commit import commit_bundle
 from relora_train.checkpoints.fetch import fetch_bundle
 from relora_train.checkpoints.manifest import FileEntry, Manifest, SnapshotManifest, describe_files, parse_manifest
-from relora_train.method.adapter import adapter_config, adapter_state
 from relora_train.method.layer import lora_parameters
 from relora_train.method.merge import merge_and_reinit
 from relora_train.method.reset import reset_optimizer_state
@@ -43,9 +42,10 @@ from relora_train.settings.profile import Profile
 from relora_train.storage.base import ObjectStore
 from relora_train.storage.local import LocalStore
 from relora_train.storage.s3 import S3Store
-from relora_train.training.files import save_adapter, save_model, save_optimizer_state
-from relora_train.training.models.model import build_model
+from relora_train.training.files import save_model, save_optimizer_state
+from relora_train.training.models.registry import objective_of
 from relora_train.training.optimizer import build_optimizer, optimizer_state_by_name
+from relora_train.training.peft_export import adapter_config, adapter_state, save_adapter
 from relora_train.training.snapshot import HostBuffers, SnapshotState, moving_tensors, write_snapshot
 
 FINGERPRINT = "f" * 64
@@ -65,7 +65,7 @@ def show(what: str, seconds: list[float], size_bytes: int | None = None) -> None
 
 def make_training(profile: Profile, *, low_rank: bool) -> Any:
     """A model and its optimizer with a full Adam state: what a snapshot needs of a StageTraining."""
-    model = build_model(profile.model, vocab_size=32_000, eos_id=0, sequence_length=256, seed=0)
+    model = objective_of(profile).build_model(SimpleNamespace(vocab_size=32_000, eos_id=0))
     if low_rank:
         relora = profile.relora
         apply_relora(model, rank=relora.rank, alpha=relora.alpha, dropout=0.0, target_modules=None, seed=0, cycle=1)

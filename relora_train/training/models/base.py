@@ -6,33 +6,27 @@ its class. So data order, shares of ranks, micro-batches and resuming are the sa
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, Protocol, Self
+from typing import ClassVar, Literal, Protocol, cast
 
 import torch
+from pydantic import BaseModel
 from torch import Tensor, nn
 
 from relora_train.checkpoints.manifest import DatasetManifest
 from relora_train.data.dataset import ExampleDataset
+from relora_train.settings.profile import Profile
+from relora_train.training.models.pretrained import load_model, load_skeleton
+from relora_train.training.models.pretrained_config import LoadedAs
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """Scores of a model on held-out examples; an objective's own adds what it measures."""
+class Evaluation(BaseModel):
+    """Scores of a model on held-out examples; an objective's own adds what it measures. Other keys are passed over."""
 
     val_loss: float
     """Nats a term."""
-
-    def as_record(self) -> dict[str, float]:
-        return asdict(self)
-
-    @classmethod
-    def from_record(cls, record: dict[str, Any]) -> Self:
-        """Return the scores in a record of as_record(), perhaps by way of JSON and among other keys."""
-        kinds = {field.name: int if field.type == "int" else float for field in fields(cls)}
-        return cls(**{name: kind(record[name]) for name, kind in kinds.items()})
 
 
 class LossFunction(Protocol):
@@ -48,49 +42,77 @@ class LossFunction(Protocol):
         """Return a float64 vector that is added up over batches and ranks for `Objective.summarize`."""
 
 
-class Objective(Protocol):
+class Objective(ABC):
     """The code that makes, trains and scores the models of one profile."""
 
-    adapter_task: str | None
+    kind: ClassVar[LoadedAs]
+    adapter_task: ClassVar[str | None]
     """peft's task_type."""
 
-    evaluation: type[Evaluation]
-    sums: int
+    evaluation: ClassVar[type[Evaluation]]
+    sums: ClassVar[int]
     """Length of LossFunction.sums."""
 
+    def __init__(self, profile: Profile) -> None:
+        self.profile = profile
+
+    @abstractmethod
     def open_data(self, directory: Path, split: Literal["train", "val"]) -> ExampleDataset:
         """Open one split of a fetched dataset. Raises DataError for a dataset of another kind."""
 
+    @abstractmethod
+    def new_model(self, manifest: DatasetManifest) -> nn.Module:
+        """Return a model as the profile describes it, with random weights."""
+
     def build_model(self, manifest: DatasetManifest) -> nn.Module:
         """Return the model of a run without a parent, in float32: random by the profile's seed, or pretrained."""
+        if self.profile.model.pretrained is not None:
+            return self.load_pretrained()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.profile.seed)
+            return self.new_model(manifest).float()
 
     def model_skeleton(self, manifest: DatasetManifest) -> nn.Module:
         """Return the same model without values: all its tensors are on torch's meta device."""
+        model = self.profile.model
+        if model.pretrained is not None:
+            return load_skeleton(model.pretrained, revision=model.revision, kind=self.kind)
+        with torch.device("meta"):
+            return self.new_model(manifest).float()
 
     def load_pretrained(self) -> nn.Module:
-        """Return the model that model.pretrained names, if it can be trained so; no tokenizer is looked at."""
+        """Return the model that model.pretrained names."""
+        model = self.profile.model
+        return load_model(cast(str, model.pretrained), revision=model.revision, kind=self.kind)
 
     def load_model(self, directory: Path) -> nn.Module:
         """Return the model of a checkpoint, as any user of it would load it."""
+        return load_model(directory, kind=self.kind)
 
     def load_skeleton(self, directory: Path) -> nn.Module:
         """Return the same model without values."""
+        return load_skeleton(directory, kind=self.kind)
 
-    def check_fits(self, model: nn.Module, manifest: DatasetManifest) -> None:
-        """Refuse a model that cannot take the dataset's examples."""
+    @abstractmethod
+    def check_fits(self, model: nn.Module, manifest: DatasetManifest | None) -> None:
+        """Refuse a model that cannot take the dataset's examples, or, before there is one, that cannot be trained."""
 
-    def prepare_for_training(self, model: nn.Module) -> None:
+    def prepare_for_training(self, model: nn.Module) -> None:  # noqa: B027 (most models need nothing)
         """Make the model faster without changing a bit."""
 
+    @abstractmethod
     def loss_function(self, model: nn.Module, manifest: DatasetManifest) -> LossFunction:
         """Return the model put to use; it may be wrapped, moved, rounded or sharded before or after."""
 
+    @abstractmethod
     def terms(self, examples: int) -> int:
         """Return the cross-entropies in the loss of so many training examples: the terms of its mean."""
 
+    @abstractmethod
     def guessing_loss(self, manifest: DatasetManifest) -> float:
         """Return the mean loss in nats of holding every answer equally likely."""
 
+    @abstractmethod
     def summarize(self, sums: Sequence[float], data: ExampleDataset) -> Evaluation:
         """Return the scores behind the sums over all scored examples of a split."""
 
@@ -98,3 +120,4 @@ class Objective(Protocol):
         self, model: nn.Module, checkpoint_directory: Path, manifest: DatasetManifest, device: torch.device
     ) -> list[dict[str, str]]:
         """Return prompt and text of samples of a checkpoint's model; [] if it makes nothing to look at."""
+        return []

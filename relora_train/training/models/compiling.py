@@ -18,20 +18,8 @@ def compile_blocks(model: nn.Module) -> None:
     A graph is made at the first update of a stage, and again only for a micro-batch of another shape; weights may
     change in place. Dropout draws other masks than without. Raises DeviceError where torch cannot compile.
     """
-    _check_compiler(next(model.parameters()).device)
-    for block in blocks(model) or [cast(Any, model).base_model]:
-        block.compile(dynamic=False)
-
-
-def without_compiling() -> AbstractContextManager[Any]:
-    """Compiled modules run as they are written: for batches of ever other shapes, which would each take a graph."""
-    return cast(AbstractContextManager[Any], torch.compiler.set_stance("force_eager"))
-
-
-def _check_compiler(device: torch.device) -> None:
-    """Before the stage begins: what compiling needs (a compiler, headers, a writable cache) is not torch's to bring."""
-    try:
-        torch.compile(_probe)(torch.ones(8, device=device))
+    try:  # now, before the stage begins: torch does not bring the compiler, headers and writable cache that it needs
+        torch.compile(lambda x: torch.sin(x) + 1)(torch.ones(8, device=next(model.parameters()).device))
     except Exception as error:  # whatever the tool chain raises
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise DeviceError(
@@ -39,7 +27,10 @@ def _check_compiler(device: torch.device) -> None:
             "compiler such as g++ on a CPU, Triton and a C compiler on a GPU. Install them, or set launch.compile to "
             "false: results differ by rounding only."
         ) from error
+    for block in blocks(model) or [cast(Any, model).base_model]:
+        block.compile(dynamic=False)
 
 
-def _probe(x: torch.Tensor) -> torch.Tensor:
-    return torch.sin(x) + 1
+def without_compiling() -> AbstractContextManager[Any]:
+    """Compiled modules run as they are written: for batches of ever other shapes, which would each take a graph."""
+    return cast(AbstractContextManager[Any], torch.compiler.set_stance("force_eager"))

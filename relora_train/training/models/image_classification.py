@@ -1,14 +1,13 @@
 """Image classification by transformers' ViT: pixels in, cross-entropy of the class, accuracy out.
 
-Pixels are scaled to [0, 1] by the source's largest value, then brought to mean 0 and deviation 1 by the channel's
-statistics over the training part, which the dataset's manifest holds. Images are not augmented.
+Pixels are scaled to [0, 1] by the source's largest value. The channel's statistics over the training part, which the
+dataset's manifest holds, then bring them to mean 0 and deviation 1. Images are not augmented.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -19,13 +18,10 @@ from torch.nn import functional as F
 from relora_train.checkpoints.manifest import DatasetManifest, ImageFormat
 from relora_train.data.dataset import ExampleDataset, ImageDataset
 from relora_train.errors import DataError, ModelError
-from relora_train.settings.profile import Profile
-from relora_train.training.models.base import Evaluation
-from relora_train.training.models.pretrained import load_model, load_skeleton
+from relora_train.training.models.base import Evaluation, Objective
 from relora_train.training.models.pretrained_config import IMAGE_CLASSIFIER
 
 
-@dataclass(frozen=True)
 class ImageEvaluation(Evaluation):
     """Mean loss over val_images images, and the share of them whose class has the highest logit."""
 
@@ -67,18 +63,16 @@ def _classes(examples: Tensor) -> Tensor:
     return examples[:, -1].long()
 
 
-class ImageClassification:
+class ImageClassification(Objective):
     """The Objective of images."""
 
-    adapter_task: str | None = None  # peft has no name for it and wraps any model without one
-    evaluation: type[Evaluation] = ImageEvaluation
+    kind = IMAGE_CLASSIFIER
+    adapter_task = None  # peft has no name for it and wraps any model without one
+    evaluation = ImageEvaluation
     sums = 3
 
-    def __init__(self, profile: Profile) -> None:
-        self._profile = profile
-
     def open_data(self, directory: Path, split: Literal["train", "val"]) -> ExampleDataset:
-        data, wanted = ImageDataset(directory, split, seed=self._profile.seed), self._profile.images
+        data, wanted = ImageDataset(directory, split, seed=self.profile.seed), self.profile.images
         found = data.format
         if (found.size, found.channels, found.classes) != (wanted.size, wanted.channels, wanted.classes):
             raise DataError(
@@ -89,35 +83,11 @@ class ImageClassification:
             )
         return data
 
-    def load_pretrained(self) -> nn.Module:
-        path, revision = cast(str, self._profile.model.pretrained), self._profile.model.revision
-        model = load_model(path, revision=revision, kind=IMAGE_CLASSIFIER)
-        self._check_images(model)
-        return model
+    def new_model(self, manifest: DatasetManifest) -> nn.Module:
+        from transformers import ViTConfig, ViTForImageClassification
 
-    def build_model(self, manifest: DatasetManifest) -> nn.Module:
-        if self._profile.model.pretrained is not None:
-            return self.load_pretrained()
-        from transformers import ViTForImageClassification
-
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self._profile.seed)
-            return cast(nn.Module, ViTForImageClassification(self._vit_config()).float())
-
-    def model_skeleton(self, manifest: DatasetManifest) -> nn.Module:
-        model = self._profile.model
-        if model.pretrained is not None:
-            return load_skeleton(model.pretrained, revision=model.revision, kind=IMAGE_CLASSIFIER)
-        from transformers import ViTForImageClassification
-
-        with torch.device("meta"):
-            return cast(nn.Module, ViTForImageClassification(self._vit_config()).float())
-
-    def _vit_config(self) -> Any:
-        from transformers import ViTConfig
-
-        model, images = self._profile.model, self._profile.images
-        return ViTConfig(
+        model, images = self.profile.model, self.profile.images
+        config = ViTConfig(
             hidden_size=model.hidden_size,
             intermediate_size=model.intermediate_size,
             num_hidden_layers=model.num_hidden_layers,
@@ -129,18 +99,10 @@ class ImageClassification:
             num_labels=images.classes,
             attn_implementation="sdpa",
         )
+        return cast(nn.Module, ViTForImageClassification(config))
 
-    def load_model(self, directory: Path) -> nn.Module:
-        return load_model(directory, kind=IMAGE_CLASSIFIER)
-
-    def load_skeleton(self, directory: Path) -> nn.Module:
-        return load_skeleton(directory, kind=IMAGE_CLASSIFIER)
-
-    def check_fits(self, model: nn.Module, manifest: DatasetManifest) -> None:
-        self._check_images(model)
-
-    def _check_images(self, model: nn.Module) -> None:
-        config, images = cast(Any, model).config, self._profile.images
+    def check_fits(self, model: nn.Module, manifest: DatasetManifest | None) -> None:
+        config, images = cast(Any, model).config, self.profile.images
         ours = {
             "image_size": images.size,
             "patch_size": images.patch_size,
@@ -154,9 +116,6 @@ class ImageClassification:
                 "[images] to what the model takes, and give it such images."
             )
 
-    def prepare_for_training(self, model: nn.Module) -> None:
-        """Nothing to do: a ViT makes no mask."""
-
     def loss_function(self, model: nn.Module, manifest: DatasetManifest) -> ClassLoss:
         if manifest.images is None:
             raise DataError(f"Dataset {manifest.name!r} holds no images.")
@@ -166,13 +125,8 @@ class ImageClassification:
         return examples
 
     def guessing_loss(self, manifest: DatasetManifest) -> float:
-        return math.log(self._profile.images.classes)
+        return math.log(self.profile.images.classes)
 
     def summarize(self, sums: Sequence[float], data: ExampleDataset) -> ImageEvaluation:
         nats, images, right = sums
         return ImageEvaluation(val_loss=nats / images, val_accuracy=right / images, val_images=int(images))
-
-    def sample(
-        self, model: nn.Module, checkpoint_directory: Path, manifest: DatasetManifest, device: torch.device
-    ) -> list[dict[str, str]]:
-        return []

@@ -1,72 +1,20 @@
-"""Build or load a causal language model, and its training loss without a matrix of all logits."""
+"""A causal language model in use: its training loss without a matrix of all logits, its blocks, head and files."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol, cast, runtime_checkable
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from relora_train.errors import ModelError, ModelUnsuitableError, SequenceTooLongError, VocabularyMismatchError
-from relora_train.settings.model import ModelConfig
+from relora_train.errors import ModelError, ModelUnsuitableError
 from relora_train.training.models.chunked_loss import chunked_cross_entropy
-from relora_train.training.models.pretrained import load_model, load_skeleton
 
 _UNMASKED = "sdpa_without_mask"
 _EVALUATION_ROWS = 1024  # logits of so many tokens exist at once during evaluation
-
-
-def build_model(config: ModelConfig, *, vocab_size: int, eos_id: int, sequence_length: int, seed: int) -> nn.Module:
-    """Return a transformers causal LM in float32: random weights drawn from `seed` alone, or the pretrained ones.
-
-    vocab_size: entries of the tokenizer; the embedding has at least as many rows.
-    Raises ModelNotFoundError, ModelUnsuitableError, VocabularyMismatchError, SequenceTooLongError.
-    """
-    if config.pretrained is not None:
-        model = load_model(config.pretrained, revision=config.revision)
-    else:
-        model = _random_llama(config, vocab_size=vocab_size, eos_id=eos_id, seed=seed)
-    check_fits(model, vocab_size=vocab_size, sequence_length=sequence_length)
-    return model
-
-
-def model_skeleton(config: ModelConfig, *, vocab_size: int, eos_id: int) -> nn.Module:
-    """Return the model that build_model would return, without values: all its tensors are on torch's meta device."""
-    from transformers import LlamaForCausalLM
-    from transformers.utils.logging import disable_progress_bar
-
-    disable_progress_bar()
-    if config.pretrained is not None:
-        return load_skeleton(config.pretrained, revision=config.revision)
-    with torch.device("meta"):
-        return cast(nn.Module, LlamaForCausalLM(_llama_config(config, vocab_size=vocab_size, eos_id=eos_id)).float())
-
-
-def _random_llama(config: ModelConfig, *, vocab_size: int, eos_id: int, seed: int) -> nn.Module:
-    from transformers import LlamaForCausalLM
-
-    llama = _llama_config(config, vocab_size=vocab_size, eos_id=eos_id)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return cast(nn.Module, LlamaForCausalLM(llama).float())
-
-
-def _llama_config(config: ModelConfig, *, vocab_size: int, eos_id: int) -> Any:
-    from transformers import LlamaConfig
-
-    shape = config.model_dump(exclude={"pretrained", "revision", "vocab_size", "rope_theta"})
-    return LlamaConfig(
-        **shape,
-        vocab_size=config.vocab_size or vocab_size,
-        rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
-        bos_token_id=eos_id,
-        eos_token_id=eos_id,
-        pad_token_id=None,
-        attn_implementation="sdpa",
-    )
 
 
 def file_name(model: nn.Module, name: str) -> str:
@@ -87,23 +35,6 @@ def file_name(model: nn.Module, name: str) -> str:
             "launch.sharding = 'full' reads and writes tensors one by one. Use launch.sharding = 'none'."
         )
     return str(next(iter(written)))
-
-
-def check_fits(model: nn.Module, *, vocab_size: int, sequence_length: int) -> None:
-    """Refuse a tokenizer with ids the embedding lacks, and sequences longer than the model's positions."""
-    rows = embedding(model).num_embeddings
-    if vocab_size > rows:
-        raise VocabularyMismatchError(
-            f"The tokenizer has {vocab_size} entries, the model's embedding only {rows} rows. "
-            "Continue a model with its own tokenizer: leave tokenizer.path and tokenizer.train out. For a new model, "
-            "set model.vocab_size to at least that many."
-        )
-    longest = getattr(cast(Any, model).config, "max_position_embeddings", None)
-    if longest is not None and sequence_length > longest:
-        raise SequenceTooLongError(
-            f"batch.sequence_length {sequence_length} is longer than the model's {longest} positions. "
-            f"Set batch.sequence_length to {longest} or less."
-        )
 
 
 def embedding(model: nn.Module) -> nn.Embedding:
@@ -164,16 +95,8 @@ def next_token_loss(model: nn.Module, tokens: Tensor, *, fused: bool = True) -> 
     if not fused:
         scores = logits(model, inputs)
         return F.cross_entropy(scores.flatten(0, 1).float(), targets, reduction="sum")
-    if isinstance(model, HasFusedLoss):  # a sharded model gathers its weights around its own methods only
-        return model.fused_loss(inputs, targets)
-    return fused_loss(model, inputs, targets)
-
-
-@runtime_checkable
-class HasFusedLoss(Protocol):
-    """A model with the function below as a method."""
-
-    def fused_loss(self, inputs: Tensor, targets: Tensor) -> Tensor: ...
+    own = getattr(model, "fused_loss", None)  # a sharded model gathers its weights around its own methods only
+    return cast(Tensor, own(inputs, targets)) if own is not None else fused_loss(model, inputs, targets)
 
 
 def fused_loss(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
@@ -186,17 +109,10 @@ def fused_loss(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
-    if not torch.is_grad_enabled():
-        return _chunked_loss(hidden, weight, bias, targets)
-    return chunked_cross_entropy(hidden, weight, bias, targets)
-
-
-def _chunked_loss(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
-    """Return the same sum without gradients, accumulated in float32."""
-    total = torch.zeros((), device=hidden.device)
-    for rows, answers in zip(
-        torch.split(hidden, _EVALUATION_ROWS), torch.split(targets, _EVALUATION_ROWS), strict=True
-    ):
+    if torch.is_grad_enabled():
+        return chunked_cross_entropy(hidden, weight, bias, targets)
+    total = torch.zeros((), device=hidden.device)  # in float32, also under autocast
+    for rows, answers in zip(*(torch.split(t, _EVALUATION_ROWS) for t in (hidden, targets)), strict=True):
         total += F.cross_entropy(F.linear(rows, weight, bias).float(), answers, reduction="sum")
     return total
 
@@ -207,7 +123,7 @@ def head_is_plain(model: nn.Module) -> bool:
     if not isinstance(head(model), nn.Linear):
         return False
     probe = _probe(model, rows=2)
-    with _evaluating(model):
+    with evaluating(model):
         ours = next_token_loss(model, probe, fused=True)
         theirs = next_token_loss(model, probe, fused=False)
     return bool(torch.isclose(ours, theirs, rtol=1e-4))
@@ -222,7 +138,7 @@ def check_causal(model: nn.Module) -> None:
     tokens = _probe(model, rows=1)
     half = tokens.shape[1] // 2
     changed = torch.cat([tokens[:, :half], (tokens[:, half:] + 1) % embedding(model).num_embeddings], dim=1)
-    with _evaluating(model):
+    with evaluating(model):
         before, after = logits(model, tokens)[:, :half].float(), logits(model, changed)[:, :half].float()
     if not bool(before.isfinite().all() & after.isfinite().all()):
         raise ModelUnsuitableError(
@@ -246,7 +162,8 @@ def _probe(model: nn.Module, *, rows: int) -> Tensor:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Hold the model in evaluation mode, then put it back into its own."""
     was_training = model.training
     model.eval()
     try:

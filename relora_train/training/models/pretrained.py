@@ -30,11 +30,11 @@ _DTYPES: dict[str, Dtype] = {"F64": "float32", "F32": "float32", "BF16": "bfloat
 
 
 def load_model(path: str | Path, *, revision: str | None = None, kind: LoadedAs = CAUSAL_LM) -> nn.Module:
-    """Any model that this class of transformers knows, from a directory or the hub, in float32.
+    """Return any model that this class of transformers knows, from a directory or the hub, in float32.
 
-    Every value comes from the files: a model of which they lack a tensor, or hold one more, is a ModelUnsuitableError,
-    as is one that is quantised or was made for another task. No pickle is ever loaded and no code of a checkpoint is
-    ever run: such a one is a ModelNotFoundError.
+    Every value comes from the files. If they lack a tensor or hold one more, if it is quantised or was made for another
+    task, that is a ModelUnsuitableError. No pickle is ever loaded and no code of a checkpoint is ever run: such a one
+    is a ModelNotFoundError.
     """
     with _reading(path):
         loader, _ = _loader(path, revision, kind)
@@ -97,11 +97,7 @@ def check_tensors(
     path: str | Path, missing: Sequence[str], mismatched: Sequence[str], unexpected: Sequence[str]
 ) -> None:
     """Raise ModelUnsuitableError unless files hold the tensors of the model that their config.json describes."""
-    faults = {
-        "lack": missing,
-        "hold in another shape": mismatched,
-        "hold beside it": unexpected,
-    }
+    faults = {"lack": missing, "hold in another shape": mismatched, "hold beside it": unexpected}
     said = "; ".join(f"{verb} {_listed(names)}" for verb, names in faults.items() if names)
     if said:
         raise ModelUnsuitableError(

@@ -16,7 +16,7 @@ from relora_train.errors import VocabularyMismatchError
 from relora_train.settings.data import TokenizerConfig
 from relora_train.settings.profile import Profile
 from relora_train.training.models.pretrained_config import CAUSAL_LM, IMAGE_CLASSIFIER, read_config
-from relora_train.training.models.shape import ModelShape, ShapeUnknownError, llama, read_json, shape_of_config, vit
+from relora_train.training.models.shape import ModelShape, ShapeUnknownError, read_json, shape_of_config
 
 if TYPE_CHECKING:
     from relora_train.training.models.base import Objective
@@ -61,16 +61,9 @@ class CausalLMFacts(ObjectiveFacts):
         return self.profile.batch.sequence_length
 
     def new_model_shape(self) -> ModelShape:
-        model = self.profile.model
-        return llama(
-            vocab_size=_vocabulary(self.profile),
-            hidden=model.hidden_size,
-            intermediate=model.intermediate_size,
-            layers=model.num_hidden_layers,
-            attention=model.hidden_size,
-            key_value=model.key_value_size,
-            tied=model.tie_word_embeddings,
-        )
+        # The names of our [model] are those of a Llama's config.json.
+        config = {"model_type": "llama", **self.profile.model.model_dump(), "vocab_size": _vocabulary(self.profile)}
+        return shape_of_config(config, "the profile's [model]")
 
     def tokenizer(self) -> TokenizerConfig:
         """Return the model's own, unless the profile names one or wants one trained: embeddings belong to ids."""
@@ -114,15 +107,10 @@ class ImageFacts(ObjectiveFacts):
         return self.profile.batch.sequence_length + 1  # the class token
 
     def new_model_shape(self) -> ModelShape:
-        model, images = self.profile.model, self.profile.images
-        return vit(
-            classes=images.classes,
-            hidden=model.hidden_size,
-            intermediate=model.intermediate_size,
-            layers=model.num_hidden_layers,
-            patch_values=images.patch_values,
-            patches=images.patches,
-        )
+        images = self.profile.images
+        config = {"model_type": "vit", **self.profile.model.model_dump(), "id2label": range(images.classes)}
+        config |= {"image_size": images.size, "patch_size": images.patch_size, "num_channels": images.channels}
+        return shape_of_config(config, "the profile's [model] and [images]")
 
     def check_pretrained(self) -> None:
         """Raise unless a local model has a configuration; the model's images are checked when it is loaded."""

@@ -178,44 +178,22 @@ def read_json(path: Path, until: str) -> dict[str, Any]:
 
 
 def _llama_of_config(config: Mapping[str, Any]) -> ModelShape:
-    hidden, heads = config["hidden_size"], config["num_attention_heads"]
-    head_size = config.get("head_dim") or hidden // heads
-    return llama(
-        vocab_size=config["vocab_size"],
-        hidden=hidden,
-        intermediate=config["intermediate_size"],
-        layers=config["num_hidden_layers"],
-        attention=heads * head_size,
-        key_value=(config.get("num_key_value_heads") or heads) * head_size,
-        tied=config.get("tie_word_embeddings", False),
-        attention_bias=config.get("attention_bias", False),
-        mlp_bias=config.get("mlp_bias", False),
-    )
-
-
-def llama(
-    *,
-    vocab_size: int,
-    hidden: int,
-    intermediate: int,
-    layers: int,
-    attention: int,
-    key_value: int,
-    tied: bool,
-    attention_bias: bool = False,
-    mlp_bias: bool = False,
-) -> ModelShape:
+    hidden, intermediate, layers = config["hidden_size"], config["intermediate_size"], config["num_hidden_layers"]
+    heads, bias = config["num_attention_heads"], config.get("attention_bias", False)
+    head_size, mlp_bias = config.get("head_dim") or hidden // heads, config.get("mlp_bias", False)
+    attention, key_value = heads * head_size, (config.get("num_key_value_heads") or heads) * head_size
     linears = (
-        LinearShape("self_attn.q_proj", hidden, attention, attention_bias),
-        LinearShape("self_attn.k_proj", hidden, key_value, attention_bias),
-        LinearShape("self_attn.v_proj", hidden, key_value, attention_bias),
-        LinearShape("self_attn.o_proj", attention, hidden, attention_bias),
+        LinearShape("self_attn.q_proj", hidden, attention, bias),
+        LinearShape("self_attn.k_proj", hidden, key_value, bias),
+        LinearShape("self_attn.v_proj", hidden, key_value, bias),
+        LinearShape("self_attn.o_proj", attention, hidden, bias),
         LinearShape("mlp.gate_proj", hidden, intermediate, mlp_bias),
         LinearShape("mlp.up_proj", hidden, intermediate, mlp_bias),
         LinearShape("mlp.down_proj", intermediate, hidden, mlp_bias),
     )
     norms = (2 * layers + 1) * hidden  # RMSNorm has no bias
-    return ModelShape(vocab_size, hidden, layers, linears, norms, attention, tied)
+    tied = config.get("tie_word_embeddings", False)
+    return ModelShape(config["vocab_size"], hidden, layers, linears, norms, attention, tied)
 
 
 def _neox_of_config(config: Mapping[str, Any]) -> ModelShape:
@@ -233,22 +211,12 @@ def _neox_of_config(config: Mapping[str, Any]) -> ModelShape:
 
 
 def _vit_of_config(config: Mapping[str, Any]) -> ModelShape:
-    size, patch = config["image_size"], config["patch_size"]
-    return vit(
-        classes=len(config["id2label"]) if "id2label" in config else 2,  # transformers leaves its default of 2 out
-        hidden=config["hidden_size"],
-        intermediate=config["intermediate_size"],
-        layers=config["num_hidden_layers"],
-        patch_values=config["num_channels"] * patch**2,
-        patches=(size // patch) ** 2,
-        bias=config.get("qkv_bias", True),
-    )
-
-
-def vit(
-    *, classes: int, hidden: int, intermediate: int, layers: int, patch_values: int, patches: int, bias: bool = True
-) -> ModelShape:
     """Return a vision transformer that classifies by its class token."""
+    hidden, intermediate, layers = config["hidden_size"], config["intermediate_size"], config["num_hidden_layers"]
+    patch_values = config["num_channels"] * config["patch_size"] ** 2
+    patches = (config["image_size"] // config["patch_size"]) ** 2
+    classes = len(config["id2label"]) if "id2label" in config else 2  # transformers leaves its default of 2 out
+    bias = config.get("qkv_bias", True)
     linears = (
         *(LinearShape(f"attention.{name}_proj", hidden, hidden, bias) for name in "qkv"),
         LinearShape("attention.o_proj", hidden, hidden, True),
