@@ -42,7 +42,7 @@ from relora_train.runs.run import Run, StageOutcome, dataset_ref
 from relora_train.runs.train import store_trained
 from relora_train.storage.opening import open_store
 from relora_train.training.requests import StageRequest
-from relora_train.training.snapshotter import Snapshotter
+from relora_train.training.snapshot import Snapshotter
 from relora_train.training.trainer import run_stage
 
 RUN = "run"

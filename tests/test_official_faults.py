@@ -20,6 +20,7 @@ from relora_train.method.reset import reset_optimizer_state
 from relora_train.method.schedule import learning_rate
 from relora_train.method.stages import plan_stages
 from relora_train.method.wrap import apply_relora, unwrap
+from relora_train.settings.method import OptimizerConfig
 from relora_train.settings.profile import Profile
 from relora_train.training.optimizer import build_optimizer
 
@@ -60,7 +61,7 @@ def give_update(model, *, rms, seed=0):
 
 
 def adamw(model, learning_rate=1e-3):
-    return build_optimizer(model, learning_rate=learning_rate, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
+    return build_optimizer(model, OptimizerConfig(learning_rate=learning_rate))
 
 
 def test_b1_the_low_rank_update_learns_from_the_first_cycle_on():

@@ -13,6 +13,7 @@ from relora_train.errors import ModelError
 from relora_train.method.layer import lora_parameters, relora_layers
 from relora_train.method.reset import above_quantile, reset_optimizer_state
 from relora_train.method.wrap import apply_relora
+from relora_train.settings.method import OptimizerConfig
 from relora_train.training.optimizer import (
     FUSED_DEVICES,
     build_optimizer,
@@ -25,9 +26,8 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def adamw(model, *, learning_rate=1e-3, weight_decay=0.0, fused=None):
-    return build_optimizer(
-        model, learning_rate=learning_rate, betas=(0.9, 0.99), eps=1e-8, weight_decay=weight_decay, fused=fused
-    )
+    adam = OptimizerConfig(learning_rate=learning_rate, betas=(0.9, 0.99), weight_decay=weight_decay)
+    return build_optimizer(model, adam, fused=fused)
 
 
 def wrapped_llama():
@@ -101,7 +101,7 @@ def test_an_update_is_adamw_as_published(fused):
     layer = nn.Linear(30, 20, bias=False)
     start = layer.weight.detach().clone()
     settings = {"learning_rate": 0.01, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1}
-    optimizer = build_optimizer(layer, **settings, fused=fused)
+    optimizer = build_optimizer(layer, OptimizerConfig(**settings), fused=fused)
     gradients = [torch.randn(20, 30, generator=torch.Generator().manual_seed(i)) for i in range(10)]
     for gradient in gradients:
         layer.weight.grad = gradient.clone()

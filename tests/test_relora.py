@@ -18,6 +18,7 @@ from relora_train.errors import ConfigError, ModelError, NoTargetModulesError
 from relora_train.method.layer import ReLoRALinear, lora_parameters, relora_layers
 from relora_train.method.merge import merge, merge_and_reinit
 from relora_train.method.wrap import apply_relora, check_targets, unwrap
+from relora_train.settings.method import OptimizerConfig
 from relora_train.training.optimizer import build_optimizer
 from relora_train.training.peft_export import adapter_config, adapter_state
 
@@ -49,7 +50,7 @@ def fill_updates(model, *, std=0.1, seed=1):
 
 
 def adamw(model, learning_rate=1e-2):
-    return build_optimizer(model, learning_rate=learning_rate, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
+    return build_optimizer(model, OptimizerConfig(learning_rate=learning_rate))
 
 
 # --- the layer

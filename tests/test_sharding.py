@@ -22,7 +22,7 @@ from relora_train.checkpoints.snapshots import local_snapshots
 from relora_train.distributed import Ranks
 from relora_train.runs.workers import run_worker
 from relora_train.settings.profile import Profile
-from relora_train.training import sharded_saving
+from relora_train.training import commit
 from relora_train.training.build import prepare_stage
 from relora_train.training.files import read_tensor
 from relora_train.training.requests import StageRequest
@@ -269,10 +269,10 @@ def test_a_stream_that_could_not_be_written_is_still_gone_through_to_its_end(tmp
 def test_a_model_above_the_size_of_a_file_is_split_as_save_pretrained_does(
     dataset: Path, whole: dict[str, dict[str, Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(sharded_saving, "MAX_SHARD_BYTES", 30_000)
+    monkeypatch.setattr(commit, "MAX_SHARD_BYTES", 30_000)
     profile, ranks = KINDS["relora"][0], Ranks(rank=0, world_size=1, device=torch.device("cpu"))
     request = stage_request(profile, "cycle-1", dataset, tmp_path / "x", whole["relora"]["warm-start"])
-    sharded_saving.save_sharded(prepare_stage(request, ranks), tmp_path)
+    commit.save_sharded(prepare_stage(request, ranks), tmp_path)
     files = sorted(tmp_path.glob("model-*.safetensors"))
     assert len(files) > 2 and not (tmp_path / "model.safetensors").exists()
     assert sum(file.stat().st_size > 40_000 for file in files) <= 2  # embedding and head: one tensor each

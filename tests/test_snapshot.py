@@ -6,6 +6,7 @@ import errno
 import os
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,9 +22,9 @@ from relora_train.checkpoints.snapshots import local_snapshots
 from relora_train.errors import CheckpointCorruptError, TrainerInterruptedError
 from relora_train.settings.profile import Profile
 from relora_train.settings.running import SnapshotConfig
-from relora_train.training import snapshot, snapshotter
+from relora_train.training import snapshot
 from relora_train.training.requests import StageRequest
-from relora_train.training.snapshotter import is_due
+from relora_train.training.snapshot import is_due
 from relora_train.training.step import StageTraining
 from relora_train.training.tensor_stream import TensorStream
 from relora_train.training.trainer import run_stage
@@ -253,7 +254,7 @@ def test_a_diverged_state_is_never_saved(
     monkeypatch.setattr(
         StageTraining, "update", lambda self, step: (update(self, step)[0] * float("nan"), torch.tensor(0.0))
     )
-    monkeypatch.setattr(snapshotter, "is_due", lambda *_, **__: True)
+    monkeypatch.setattr(snapshot, "is_due", lambda *_, **__: True)
     profile = tiny_profile(logging={"every_steps": 100})
     request = stage_request(profile, "warm-start", dataset, tmp_path / "out")
     monkeypatch.setattr("relora_train.training.trainer._FIRST_STEPS", 0)
@@ -267,9 +268,8 @@ def test_sharded_ranks_write_the_same_files_from_a_stream(tmp_path: Path):
     layout = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
     state = snapshot.SnapshotState(fingerprint="f" * 64, step=1, samples_seen=8, loss_sum=0.0, summed=0, seconds=0.0)
     for each in (tensors, TensorStream(layout, iter(tensors.values()), {})):
-        directory, manifest = snapshot.write_snapshot(
-            tmp_path, run_id="run", stage="cycle-1", state=state, tensors=each, metrics=[]
-        )
+        stage = SimpleNamespace(run_id="run", stage=SimpleNamespace(name="cycle-1"), parent=None)
+        directory, manifest = snapshot.write_snapshot(tmp_path, stage, state, each, [])
         read = load_file(directory / "state.safetensors")
         assert {entry.path for entry in manifest.files} == {"state.safetensors", "snapshot.json", "metrics.jsonl"}
         assert read.keys() == tensors.keys() and all(torch.equal(read[name], tensors[name]) for name in tensors)

@@ -26,13 +26,13 @@ from relora_train.method.layer import lora_parameters
 from relora_train.method.merge import merge_and_reinit
 from relora_train.method.reset import above_quantile, reset_optimizer_state
 from relora_train.method.wrap import apply_relora
-from relora_train.training import prefetch
+from relora_train.settings.method import OptimizerConfig
+from relora_train.training import step as step_module
 from relora_train.training.build import prepare_stage
 from relora_train.training.models import compiling
 from relora_train.training.models.model import attend_without_mask
 from relora_train.training.optimizer import build_optimizer
-from relora_train.training.prefetch import Prefetcher
-from relora_train.training.step import StageTraining
+from relora_train.training.step import Prefetcher, StageTraining
 from relora_train.training.trainer import run_stage
 
 FILES = ("model.safetensors", "optimizer.safetensors", "training_state.json")
@@ -93,7 +93,7 @@ def test_merge_reinit_and_reset_take_no_more_than_one_layers_memory(rounded: boo
     torch.manual_seed(0)
     model = nn.Sequential(*[nn.Linear(256, 256, bias=False) for _ in range(6)])
     names = apply_relora(model, rank=16, alpha=16, dropout=0.0, target_modules=[str(i) for i in range(6)], seed=0)
-    optimizer = build_optimizer(model, learning_rate=1e-2, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
+    optimizer = build_optimizer(model, OptimizerConfig(learning_rate=1e-2))
     for _ in range(2):
         model(torch.randn(32, 256)).square().sum().backward()
         optimizer.step()
@@ -228,7 +228,7 @@ def test_the_next_batch_is_read_on_another_thread_while_this_one_is_used(
         return real(position, *arguments, **options)
 
     monkeypatch.setattr(data, "read_batch", slow)
-    monkeypatch.setattr(prefetch.time, "perf_counter", lambda: float(len(readers)))
+    monkeypatch.setattr(step_module.time, "perf_counter", lambda: float(len(readers)))
     batches = Prefetcher(data, sequences=4, ranks=CPU)
     batches.batch(0, last=True)
     assert batches.take_seconds_waited() == 1

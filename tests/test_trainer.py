@@ -61,20 +61,11 @@ def test_the_manifest_lists_every_file_with_its_true_digest(checkpoints: dict[st
 
 def test_plain_from_pretrained_gives_the_loss_the_trainer_measured(checkpoints: dict[str, Path], dataset: Path):
     """Fault B9: the official code's checkpoints lose the low-rank update here."""
-    profile = tiny_profile()
-    objective = objective_of(profile)
+    objective = objective_of(tiny_profile(evaluation={"batch_sequences": 5}))
     model = AutoModelForCausalLM.from_pretrained(checkpoints["cycle-2"])
     val_data = objective.open_data(dataset, "val")
-    evaluation = evaluate_model(
-        model,
-        objective.loss_function(model, val_data.manifest),
-        val_data,
-        objective,
-        sequences=16,
-        batch_sequences=5,
-        precision=profile.precision,
-        ranks=CPU,
-    )
+    loss_function = objective.loss_function(model, val_data.manifest)
+    evaluation = evaluate_model(model, loss_function, val_data, objective, CPU, sequences=16)
     expected = manifest_of(checkpoints["cycle-2"])["evaluation"]["val_loss"]
     assert math.isclose(evaluation.val_loss, expected, rel_tol=1e-6)  # float32 sums in another order
     assert AutoTokenizer.from_pretrained(checkpoints["cycle-2"]).decode([65, 66])
@@ -109,16 +100,8 @@ def test_an_evaluation_in_bfloat16_holds_half_the_bytes_and_scores_the_same(
     objective = objective_of(profile)
     model = AutoModelForCausalLM.from_pretrained(checkpoints["cycle-2"])
     val_data = objective.open_data(dataset, "val")
-    exact = evaluate_model(
-        model,
-        objective.loss_function(model, val_data.manifest),
-        val_data,
-        objective,
-        sequences=16,
-        batch_sequences=8,
-        precision=profile.precision,
-        ranks=CPU,
-    )
+    loss_function = objective.loss_function(model, val_data.manifest)
+    exact = evaluate_model(model, loss_function, val_data, objective, CPU, sequences=16)
     assert record["val_loss"] == exact.val_loss and record["samples"][0]["prompt"] == "ab"
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -85,10 +85,6 @@ class LayerMerge:
     def relative_update_norm(self) -> float:
         """update_norm / weight_norm; 1 if the weight was zero and all of it is now the update."""
         return self.update_norm / self.weight_norm if self.weight_norm else float(self.update_norm > 0)
-
-    def as_record(self) -> dict[str, float]:
-        """Return the numbers as the merge report holds them."""
-        return {**asdict(self), "relative_update_norm": self.relative_update_norm}
 
 
 def _measure(weight_norm: float, A: Tensor, B: Tensor, scaling: float) -> LayerMerge:

@@ -28,10 +28,9 @@ from relora_train.training.models.model import checkpoint_activations
 from relora_train.training.models.pretrained import dtype_of_files
 from relora_train.training.models.registry import objective_of
 from relora_train.training.optimizer import build_optimizer, load_optimizer_state_by_name
-from relora_train.training.prefetch import Prefetcher
 from relora_train.training.requests import StageRequest
 from relora_train.training.sharding import rows_of_checkpoint, rows_of_first_rank, shard_model
-from relora_train.training.step import StageTraining
+from relora_train.training.step import Prefetcher, StageTraining
 
 
 def prepare_stage(request: StageRequest, ranks: Ranks) -> StageTraining:
@@ -61,14 +60,7 @@ def prepare_stage(request: StageRequest, ranks: Ranks) -> StageTraining:
     model.to(ranks.device).train()
     if profile.launch.gradient_checkpointing:
         checkpoint_activations(model)
-    settings = profile.optimizer
-    optimizer = build_optimizer(
-        model,
-        learning_rate=settings.learning_rate,
-        betas=settings.betas,
-        eps=settings.eps,
-        weight_decay=settings.weight_decay,
-    )
+    optimizer = build_optimizer(model, profile.optimizer)
     # The first cycle after a warm start begins with a fresh optimizer and its own warm-up, as in the paper's code.
     if parent is not None and start.stage_kind == stage.kind:
         shapes = {name: parameter.shape for name, parameter in model.named_parameters() if parameter.requires_grad}

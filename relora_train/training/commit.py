@@ -2,35 +2,44 @@
 
 from __future__ import annotations
 
+import json
 import shutil
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from relora_train.checkpoints.manifest import CheckpointManifest, describe_files
 from relora_train.data.tokenizer_files import TOKENIZER_FILES
+from relora_train.distributed import full_tensor, gather, local_shard
 from relora_train.training.evaluate import evaluation_key
 from relora_train.training.files import (
     ADAPTER_DIRECTORY,
+    MAX_SHARD_BYTES,
     METRICS_FILE,
+    MODEL_FILE,
     OPTIMIZER_FILE,
     PROFILE_FILE,
     STATE_FILE,
+    index_and_values,
+    is_written_sparse,
     new_attempt,
     package_versions,
     save_model,
     save_optimizer_state,
+    sparse_shapes,
     write_manifest,
     write_metrics,
 )
 from relora_train.training.models.base import Evaluation
+from relora_train.training.models.model import file_name
 from relora_train.training.optimizer import optimizer_state_by_name
 from relora_train.training.peft_export import save_adapter
 from relora_train.training.read_back import check_written
-from relora_train.training.sharded_saving import save_sharded
 from relora_train.training.step import StageTraining
+from relora_train.training.tensor_stream import Layout, TensorStream
 
 _COMPANION_FILES = (*TOKENIZER_FILES, "preprocessor_config.json")
 """Files of a dataset that whoever uses the model needs beside the weights: a tokenizer, or how pixels are scaled."""
@@ -133,3 +142,78 @@ def merged_weights(training: StageTraining) -> dict[str, Tensor]:
         else:
             weights[name] = tensor.detach()
     return weights
+
+
+def save_sharded(training: StageTraining, directory: Path | None) -> None:
+    """Write model and optimizer as for a whole model, so that any number of ranks goes on from them, sharded or not.
+
+    Every rank gathers one tensor at a time. Those without a directory lend their rows, and the first writes.
+    """
+    from huggingface_hub import split_torch_state_dict_into_shards
+
+    parameters = dict(training.model.named_parameters())
+    kept = [name for name in parameters if name.rpartition(".")[2] not in ("lora_A", "lora_B")]
+    names = dict(sorted((file_name(training.model, name), name) for name in kept))  # the model's by the files'
+    empty = {file: torch.empty(parameters[name].shape, device="meta") for file, name in names.items()}
+    parts = split_torch_state_dict_into_shards(
+        empty, filename_pattern=MODEL_FILE.replace(".", "{suffix}."), max_shard_size=MAX_SHARD_BYTES
+    )
+    if directory is not None:
+        cast(Any, training.model).save_pretrained(directory, state_dict={})  # configuration and no weights
+        (directory / MODEL_FILE).unlink(missing_ok=True)
+        if parts.is_sharded:
+            index = {"metadata": parts.metadata, "weight_map": parts.tensor_to_filename}
+            (directory / f"{MODEL_FILE}.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+    def exact(name: str) -> Tensor:
+        if training.masters is not None and name in training.masters:
+            return gather(training.masters[name], parameters[name])
+        return full_tensor(parameters[name])
+
+    streams = {
+        file: TensorStream(
+            {saved: (torch.float32, tuple(empty[saved].shape)) for saved in held},
+            (exact(names[saved]) for saved in held),
+            {"format": "pt"},
+        )
+        for file, held in parts.filename_to_tensors.items()
+    }
+    handed_on = training.stage.keeps_optimizer
+    streams[OPTIMIZER_FILE] = (
+        _optimizer_stream(training) if handed_on else TensorStream({}, iter(()), sparse_shapes({}))
+    )
+    for file, stream in streams.items():
+        if directory is None:
+            stream.finish()
+        else:
+            stream.write(directory / file)
+
+
+def _optimizer_stream(training: StageTraining) -> TensorStream:
+    """Return Adam's state in the form of save_optimizer_state; entries are counted, then gathered and encoded."""
+    state = optimizer_state_by_name(training.optimizer, training.model)
+    tensors = {f"{name}.{key}": value for name, entries in state.items() for key, value in entries.items()}
+    counts = torch.zeros(len(tensors), dtype=torch.int64, device=training.ranks.device)
+    for i, value in enumerate(tensors.values()):
+        own = local_shard(value)
+        if own is not value or training.ranks.is_first:  # a tensor that every rank holds (Adam's step) counts once
+            counts[i] = own.count_nonzero()
+    training.ranks.sum(counts)
+    layout: Layout = {}
+    shapes: dict[str, list[int]] = {}
+    for (name, value), count in zip(tensors.items(), counts.tolist(), strict=True):
+        if is_written_sparse(value.shape, count):
+            layout[f"{name}.idx"], layout[f"{name}.val"] = (torch.int32, (count,)), (value.dtype, (count,))
+            shapes[name] = list(value.shape)
+        else:
+            layout[name] = (value.dtype, tuple(value.shape))
+
+    def encoded() -> Iterator[Tensor]:
+        for name, value in tensors.items():
+            full = full_tensor(value).cpu()
+            if name in shapes:
+                yield from index_and_values(full)
+            else:
+                yield full
+
+    return TensorStream(layout, encoded(), sparse_shapes(shapes))

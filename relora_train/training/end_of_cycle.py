@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from dataclasses import asdict
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ from relora_train.training.models.compiling import without_compiling
 from relora_train.training.models.model import evaluating
 from relora_train.training.models.registry import facts_of
 from relora_train.training.peft_export import adapter_config, adapter_state
-from relora_train.training.precision import current_precision, keeps_accuracy, products_of
+from relora_train.training.precision import MatmulPrecision, keeps_accuracy, products_of
 from relora_train.training.progress import Timer, diverged
 from relora_train.training.step import StageTraining
 from relora_train.training.torch_settings import autocast
@@ -131,7 +132,7 @@ def finish_cycle(training: StageTraining, metrics: list[dict[str, Any]], emit: E
         # some, whatever the setting says. So that is measured.
         products = products_of(training.model, rows=_PROBE_SEQUENCES * facts_of(profile).rows_per_sequence())
         exact = profile.precision.dtype == "float32" and keeps_accuracy(
-            products, training.ranks.device, current_precision()
+            products, training.ranks.device, cast(MatmulPrecision, torch.get_float32_matmul_precision())
         )
         limit = _ROUNDING["float32" if exact else "bfloat16"]
     if not change <= limit:  # so also for NaN
@@ -140,7 +141,11 @@ def finish_cycle(training: StageTraining, metrics: list[dict[str, Any]], emit: E
             f"rounding can ({limit:g}). Nothing was committed. This is a fault of the merge: please report it with the "
             "profile; precision.dtype = 'float32' may avoid it."
         )
-    return {**summary, "layers": {f"{name}.weight": layer.as_record() for name, layer in layers.items()}}
+    records = {
+        f"{name}.weight": {**asdict(layer), "relative_update_norm": layer.relative_update_norm}
+        for name, layer in layers.items()
+    }
+    return {**summary, "layers": records}
 
 
 @torch.no_grad()

@@ -28,18 +28,16 @@ def evaluate_model(
     loss_function: LossFunction,
     dataset: ExampleDataset,
     objective: Objective,
+    ranks: Ranks,
     *,
     sequences: int,
-    batch_sequences: int,
-    precision: PrecisionConfig,
-    ranks: Ranks,
 ) -> Evaluation:
     """Score `sequences` examples spread evenly over the validation split, or all; the same for any batch size.
 
     Sums in float64, so batches of unequal size weigh by their terms. Leaves the model's mode as it was.
     """
     sums = torch.zeros(objective.sums, dtype=torch.float64, device=ranks.device)
-    count = min(sequences, dataset.blocks)
+    count, batch_sequences = min(sequences, dataset.blocks), objective.profile.evaluation.batch_sequences
     with evaluating(model), without_compiling():
         for first in range(0, count, ranks.world_size * batch_sequences):
             start = first + ranks.rank * batch_sequences
@@ -48,7 +46,7 @@ def evaluate_model(
                 break
             size = 1 if idle else min(batch_sequences, count - start)
             rows = dataset.read_spread(0 if idle else start, size, of=count)
-            with autocast(precision, ranks.device):
+            with autocast(objective.profile.precision, ranks.device):
                 found = loss_function.sums(torch.from_numpy(rows).to(ranks.device))
             if not idle:  # else it only lent its rows to the others
                 sums += found
@@ -73,23 +71,16 @@ def evaluate_stage(training: StageTraining, metrics: list[dict[str, Any]], emit:
 
     The start's scores are taken from a resumed stage's records, or from the parent if it was scored alike.
     """
-    objective, start, profile = training.objective, training.start, training.profile
+    objective, start = training.objective, training.start
     known = [record for record in metrics if record["kind"] == "evaluation" and record["when"] == when]
     if known:
         return objective.evaluation.model_validate(known[0])
     if when == "before" and start.evaluation and start.evaluation_key == evaluation_key(training.request):
         result = objective.evaluation.model_validate(start.evaluation)
     else:
-        result = evaluate_model(
-            training.model,
-            training.loss_function,
-            training.val_data,
-            objective,
-            sequences=profile.evaluation.sequences,
-            batch_sequences=profile.evaluation.batch_sequences,
-            precision=profile.precision,
-            ranks=training.ranks,
-        )
+        model, loss_function, ranks = training.model, training.loss_function, training.ranks
+        sequences = objective.profile.evaluation.sequences
+        result = evaluate_model(model, loss_function, training.val_data, objective, ranks, sequences=sequences)
     step = training.stage.start_step if when == "before" else training.stage.end_step
     metrics.append({"kind": "evaluation", "step": step, "when": when, **result.model_dump()})
     emit("evaluation", stage=training.stage.name, step=step, when=when, **result.model_dump())
@@ -120,16 +111,7 @@ def evaluate_checkpoint(request: EvaluationRequest, emit: Emit) -> None:
         loss_function = objective.loss_function(model, dataset.manifest)
         hold_as_computed(model, profile.precision)
         model.to(ranks.device)
-        evaluation = evaluate_model(
-            model,
-            loss_function,
-            dataset,
-            objective,
-            sequences=request.sequences,
-            batch_sequences=profile.evaluation.batch_sequences,
-            precision=profile.precision,
-            ranks=ranks,
-        )
+        evaluation = evaluate_model(model, loss_function, dataset, objective, ranks, sequences=request.sequences)
         with autocast(profile.precision, ranks.device):
             samples = objective.sample(model, request.checkpoint_directory, dataset.manifest, ranks.device)
         if ranks.is_first:

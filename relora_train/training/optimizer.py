@@ -12,6 +12,7 @@ from relora_train.distributed import like_sharded
 from relora_train.errors import ModelError
 from relora_train.method.bfloat16_adamw import BFloat16AdamW
 from relora_train.method.reset import MOMENTS
+from relora_train.settings.method import OptimizerConfig
 
 FUSED_DEVICES = ("cpu", "cuda", "mps", "xpu")
 
@@ -30,30 +31,22 @@ def parameter_groups(model: nn.Module, *, weight_decay: float) -> list[dict[str,
     return [group for group in groups if group["params"]]
 
 
-def build_optimizer(
-    model: nn.Module,
-    *,
-    learning_rate: float,
-    betas: tuple[float, float],
-    eps: float,
-    weight_decay: float,
-    fused: bool | None = None,
-) -> torch.optim.AdamW:
+def build_optimizer(model: nn.Module, settings: OptimizerConfig, *, fused: bool | None = None) -> torch.optim.AdamW:
     """Return AdamW over every trainable parameter; fused = None takes the fused kernel where the device has one.
 
     With parameters in bfloat16 it is a BFloat16AdamW.
     """
-    groups = parameter_groups(model, weight_decay=weight_decay)
-    if not groups:
+    groups = parameter_groups(model, weight_decay=settings.weight_decay)
+    parameters = [p for group in groups for _, p in group["params"]]
+    if not parameters:
         raise ModelError("The model has no trainable parameters, so there is nothing to optimize.")
-    if any(p.dtype == torch.bfloat16 for group in groups for _, p in group["params"]):
-        return BFloat16AdamW(groups, lr=learning_rate, betas=betas, eps=eps, weight_decay=weight_decay)
+    numbers = settings.model_dump(include={"betas", "eps", "weight_decay"}) | {"lr": settings.learning_rate}
+    if any(p.dtype == torch.bfloat16 for p in parameters):
+        return BFloat16AdamW(groups, **numbers)
     if fused is None:
-        fused = all(p.device.type in FUSED_DEVICES for group in groups for _, p in group["params"])
+        fused = all(p.device.type in FUSED_DEVICES for p in parameters)
     # foreach is the default only where fused is refused: it needs as much memory again as the gradients.
-    return torch.optim.AdamW(
-        groups, lr=learning_rate, betas=betas, eps=eps, weight_decay=weight_decay, fused=fused, foreach=False
-    )
+    return torch.optim.AdamW(groups, **numbers, fused=fused, foreach=False)
 
 
 def optimizer_state_by_name(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, dict[str, Tensor]]:

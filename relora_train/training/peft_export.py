@@ -145,7 +145,14 @@ def adapter_on_base(
         for module, name in ((key.rpartition(".")[0], key) for key in ours)
         if module not in low_rank and not (name in theirs and torch.equal(ours[name], theirs[name]))
     }
-    whole = _saved_modules(model, changed | (set(layers) - low_rank))
+    if "" in (names := changed | (set(layers) - low_rank)):
+        raise ModelError(
+            f"A {type(model).__name__} has trained values of its own, outside its modules, which PEFT cannot hold. "
+            "Export the checkpoint whole, without --as-adapter."
+        )
+    # PEFT takes names for ends of names, and saves every module that matches; none inside another is needed.
+    matched = {n for n, _ in model.named_modules(remove_duplicate=False) if names and n.endswith(tuple(names))}
+    whole = {name for name in matched if not _is_inside(name, matched - {name})}
     low_rank = {name for name in low_rank if not _is_inside(name, whole)}
     if not low_rank:
         raise ModelError(
@@ -169,18 +176,6 @@ def adapter_on_base(
         "bias": "lora_only" if biases else "none",
     }
     return tensors, changes
-
-
-def _saved_modules(model: nn.Module, names: set[str]) -> set[str]:
-    """Return the modules that PEFT saves if told these names, which it takes for ends of names; none in another."""
-    if "" in names:
-        raise ModelError(
-            f"A {type(model).__name__} has trained values of its own, outside its modules, which PEFT cannot hold. "
-            "Export the checkpoint whole, without --as-adapter."
-        )
-    ends = tuple(names)
-    matched = {name for name, _ in model.named_modules(remove_duplicate=False) if names and name.endswith(ends)}
-    return {name for name in matched if not _is_inside(name, matched - {name})}
 
 
 def _is_inside(name: str, modules: Iterable[str]) -> bool:

@@ -112,8 +112,3 @@ def product_error(products: Iterable[Product], device: torch.device, precision: 
             found = (x @ weight.T)[:rows, :columns].double()
             errors.append(float((found - exact).norm() / exact.norm()))
     return max(errors, default=0.0)
-
-
-def current_precision() -> MatmulPrecision:
-    """Return what this process multiplies with."""
-    return cast(MatmulPrecision, torch.get_float32_matmul_precision())

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import re
 import time
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -41,24 +39,6 @@ class Timer:
     def stage_seconds(self) -> float:
         """Return the seconds since the stage began, earlier attempts included once `began` is set back by them."""
         return time.monotonic() - self.began
-
-
-def described(training: StageTraining) -> dict[str, Any]:
-    """Return the fields of the event stage_started."""
-    stage, parameters = training.stage, list(training.model.parameters())
-    return {
-        "stage": stage.name,
-        "kind": stage.kind,
-        "start_step": stage.start_step,
-        "end_step": stage.end_step,
-        "pid": os.getpid(),
-        "device": str(training.ranks.device),
-        "ranks": training.ranks.world_size,
-        "parameters": sum(p.numel() for p in parameters),
-        "trainable_parameters": sum(p.numel() for p in parameters if p.requires_grad),
-        "products": dict(Counter(training.products.values())),
-        **({"matmul": training.matmul} if training.matmul else {}),
-    }
 
 
 def low_rank_gradient_norms(training: StageTraining) -> dict[str, float]:

@@ -7,7 +7,9 @@ it were alone. No orchestrator, no network beyond the ranks', no credentials. Ev
 from __future__ import annotations
 
 import dataclasses
+import os
 import time
+from collections import Counter
 
 import torch
 
@@ -21,10 +23,9 @@ from relora_train.training.end_of_cycle import finish_stage
 from relora_train.training.evaluate import evaluate_checkpoint, evaluate_stage
 from relora_train.training.model_check_worker import check_model
 from relora_train.training.precision import settle_matmul_precision
-from relora_train.training.progress import Timer, check_learning, described, diverged, low_rank_gradient_norms
+from relora_train.training.progress import Timer, check_learning, diverged, low_rank_gradient_norms
 from relora_train.training.requests import EvaluationRequest, ModelCheckRequest, StageRequest
-from relora_train.training.snapshot import Progress, read_snapshot_state, restore_snapshot
-from relora_train.training.snapshotter import Snapshotter
+from relora_train.training.snapshot import Progress, Snapshotter, read_snapshot_state, restore_snapshot
 from relora_train.training.step import StageTraining
 from relora_train.training.torch_settings import configure_torch, peak_bytes, release_memory, reset_peak
 
@@ -64,7 +65,21 @@ def run_as_rank(request: StageRequest, ranks: Ranks, stop: StopRequest, emit: Em
             recorded = read_snapshot_state(snapshot).matmul_precision
         training.matmul = settle_matmul_precision(training.profile, training.model, ranks, recorded=recorded)
         timer.end("load")
-        emit("stage_started", **described(training))
+        parameters = list(training.model.parameters())
+        emit(
+            "stage_started",
+            stage=stage.name,
+            kind=stage.kind,
+            start_step=stage.start_step,
+            end_step=stage.end_step,
+            pid=os.getpid(),
+            device=str(ranks.device),
+            ranks=ranks.world_size,
+            parameters=sum(p.numel() for p in parameters),
+            trainable_parameters=sum(p.numel() for p in parameters if p.requires_grad),
+            products=dict(Counter(training.products.values())),
+            **({"matmul": training.matmul} if training.matmul else {}),
+        )
         if snapshot is not None:
             progress = restore_snapshot(training, snapshot)
             emit("resumed", stage=stage.name, step=progress.step, snapshot=str(snapshot))

@@ -28,6 +28,7 @@ from relora_train.method.merge import merge_and_reinit
 from relora_train.method.reset import reset_optimizer_state
 from relora_train.method.wrap import apply_relora
 from relora_train.settings.load import load_profile
+from relora_train.settings.method import OptimizerConfig
 from relora_train.settings.profile import Profile
 from relora_train.training.optimizer import build_optimizer
 from relora_train.training.torch_settings import peak_bytes, process_bytes, reset_peak
@@ -86,7 +87,7 @@ def built(profile: Profile, blocks: int, device: torch.device, *, rounded: bool)
         masters = {f"{name}.weight": layer.weight.detach().clone() for name, layer in relora_layers(model)}
         for _, layer in relora_layers(model):
             layer.weight.data = layer.weight.data.bfloat16()
-    optimizer = build_optimizer(model, learning_rate=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
+    optimizer = build_optimizer(model, OptimizerConfig())
     for _, factor in lora_parameters(model):
         factor.grad = torch.randn_like(factor)
     optimizer.step()

@@ -38,6 +38,7 @@ from relora_train.method.merge import merge_and_reinit
 from relora_train.method.reset import reset_optimizer_state
 from relora_train.method.wrap import apply_relora
 from relora_train.settings.load import load_profile
+from relora_train.settings.method import OptimizerConfig
 from relora_train.settings.profile import Profile
 from relora_train.storage.base import ObjectStore
 from relora_train.storage.local import LocalStore
@@ -69,7 +70,7 @@ def make_training(profile: Profile, *, low_rank: bool) -> Any:
     if low_rank:
         relora = profile.relora
         apply_relora(model, rank=relora.rank, alpha=relora.alpha, dropout=0.0, target_modules=None, seed=0, cycle=1)
-    optimizer = build_optimizer(model, learning_rate=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
+    optimizer = build_optimizer(model, OptimizerConfig())
     for parameter in model.parameters():
         parameter.grad = torch.randn_like(parameter) if parameter.requires_grad else None
     optimizer.step()
@@ -96,10 +97,8 @@ def measure_snapshots(training: Any, root: Path, rounds: int) -> list[Path]:
         result: list[Any] = []
 
         def write(tensors: Any = tensors, state: Any = state, result: list[Any] = result) -> None:
-            written = timed(
-                lambda: write_snapshot(root, run_id="b", stage="c", state=state, tensors=tensors, metrics=[])
-            )
-            result.append(written)
+            request: Any = SimpleNamespace(run_id="b", stage=SimpleNamespace(name="c"), parent=None)
+            result.append(timed(lambda: write_snapshot(root, request, state, tensors, [])))
 
         alone = speed(1.0)
         thread = threading.Thread(target=write)
