@@ -13,8 +13,7 @@ from tiny_data import DATASET_ID
 
 from relora_train.checkpoints.manifest import ParentRef
 from relora_train.distributed import Ranks
-from relora_train.method.fingerprint import fingerprint_settings, stage_fingerprint
-from relora_train.method.stages import Stage, plan_stages
+from relora_train.method.stages import Stage, fingerprint_settings, plan_stages, stage_fingerprint
 from relora_train.settings.profile import Profile
 from relora_train.training.build import prepare_stage
 from relora_train.training.files import read_training_state

@@ -16,9 +16,8 @@ from safetensors.numpy import save_file
 from relora_train.checkpoints.lineage import CheckpointRef
 from relora_train.checkpoints.manifest import CheckpointManifest, ParentRef, describe_files
 from relora_train.checkpoints.run import CheckpointStore
-from relora_train.method.fingerprint import fingerprint_settings, stage_fingerprint
 from relora_train.method.schedule import jagged_cosine
-from relora_train.method.stages import Stage, plan_stages
+from relora_train.method.stages import Stage, fingerprint_settings, plan_stages, stage_fingerprint
 from relora_train.settings.data import BatchConfig
 from relora_train.settings.method import ReLoRAConfig
 from relora_train.settings.model import ModelConfig

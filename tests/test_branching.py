@@ -15,9 +15,8 @@ from stage_runs import ignore, manifest_of, metrics_of, run_all, stage_request, 
 
 from relora_train.checkpoints.manifest import CheckpointManifest
 from relora_train.errors import ConfigError
-from relora_train.method.fingerprint import fingerprint_settings, stage_fingerprint
 from relora_train.method.schedule import learning_rate
-from relora_train.method.stages import Stage, plan_stages, stages_after
+from relora_train.method.stages import Stage, fingerprint_settings, plan_stages, stage_fingerprint, stages_after
 from relora_train.settings.profile import Profile
 from relora_train.training.trainer import run_stage
 

@@ -31,8 +31,7 @@ from relora_train.experiments.experiment import (
 from relora_train.experiments.measured import is_measured
 from relora_train.experiments.report import render_comparison
 from relora_train.experiments.run_results import record_divergence, recorded_divergence
-from relora_train.method.fingerprint import fingerprint_settings
-from relora_train.method.stages import plan_stages
+from relora_train.method.stages import fingerprint_settings, plan_stages
 from relora_train.runs.plan import plan
 from relora_train.settings.keys import flatten
 from relora_train.storage.opening import open_store

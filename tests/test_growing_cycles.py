@@ -11,9 +11,8 @@ from hypothesis import strategies as st
 
 from relora_train.checkpoints.manifest import CheckpointManifest
 from relora_train.errors import ConfigError
-from relora_train.method.fingerprint import fingerprint_settings
 from relora_train.method.schedule import learning_rate
-from relora_train.method.stages import plan_stages, stages_after
+from relora_train.method.stages import fingerprint_settings, plan_stages, stages_after
 from relora_train.settings.profile import Profile
 from relora_train.settings.schedule import ScheduleConfig
 

@@ -20,10 +20,9 @@ from transformers import AutoModelForImageClassification, ViTConfig, ViTForImage
 from relora_train.data.dataset import ImageDataset
 from relora_train.errors import ConfigError, NoTargetModulesError
 from relora_train.method.fast_path import share_inputs, stop_sharing
-from relora_train.method.fingerprint import fingerprint_settings, stage_fingerprint
 from relora_train.method.layer import relora_layers
 from relora_train.method.merge import merge_and_reinit
-from relora_train.method.stages import plan_stages, stages_after
+from relora_train.method.stages import fingerprint_settings, plan_stages, stage_fingerprint, stages_after
 from relora_train.method.wrap import apply_relora
 from relora_train.runs.plan import plan
 from relora_train.runs.retraining.options import RetrainOptions

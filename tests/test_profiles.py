@@ -6,8 +6,7 @@ import pytest
 from pydantic import BaseModel
 
 from relora_train.errors import ConfigError, ProfileInvalidError, ProfileNotFoundError
-from relora_train.method.fingerprint import fingerprint_settings, stage_fingerprint
-from relora_train.method.stages import plan_stages
+from relora_train.method.stages import fingerprint_settings, plan_stages, stage_fingerprint
 from relora_train.runs.plan import plan
 from relora_train.settings.load import list_profiles, load_profile, profile_directory
 from relora_train.settings.profile import Profile, default_run_id

@@ -18,8 +18,7 @@ from relora_train.checkpoints.lineage import CheckpointRef
 from relora_train.checkpoints.manifest import ParentRef
 from relora_train.checkpoints.run import CheckpointStore
 from relora_train.errors import ConfigError, ProfileInvalidError
-from relora_train.method.fingerprint import fingerprint_settings, stage_fingerprint
-from relora_train.method.stages import stages_after
+from relora_train.method.stages import fingerprint_settings, stage_fingerprint, stages_after
 from relora_train.runs.retry import retry_stage
 from relora_train.settings.keys import LAST_COMMIT_WITH_REMOVED_KEYS, REMOVED_KEYS
 from relora_train.settings.load import load_profile

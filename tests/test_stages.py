@@ -9,9 +9,8 @@ from pydantic import BaseModel, ValidationError
 from schedules import schedules
 
 from relora_train.errors import ConfigError
-from relora_train.method.fingerprint import fingerprint_settings, stage_fingerprint
 from relora_train.method.schedule import learning_rate
-from relora_train.method.stages import is_last, plan_stages, until
+from relora_train.method.stages import fingerprint_settings, is_last, plan_stages, stage_fingerprint, until
 from relora_train.settings.keys import differing_settings
 from relora_train.settings.load import profile_directory
 from relora_train.settings.profile import Profile, default_run_id

@@ -21,8 +21,7 @@ from pydantic import ValidationError
 from relora_train.checkpoints.layout import RUN_ID_PATTERN
 from relora_train.errors import ExperimentInvalidError, ProfileInvalidError, ProfileNotFoundError
 from relora_train.experiments.config import ExperimentConfig, faults_of, invalid_experiment
-from relora_train.method.fingerprint import fingerprint_settings
-from relora_train.method.stages import Stage, plan_stages, until
+from relora_train.method.stages import Stage, fingerprint_settings, plan_stages, until
 from relora_train.settings.keys import flatten, layered, settings_digest
 from relora_train.settings.load import load_profile, profile_directory
 from relora_train.settings.profile import Profile, unnamed_data_keys

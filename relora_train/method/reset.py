@@ -57,8 +57,8 @@ def reset_optimizer_state(
     whole: it is gathered, one tensor at a time.
 
     Adam's step is kept except by zero, as in the paper's code. So bias correction counts an emptied entry's moments as
-    full ones, and its first updates are (1 - beta1) / sqrt(1 - beta2) = 3.2 times the rate. With `restart_clock` each
-    parameter's step begins anew, and they are 1.0 times the rate.
+    full ones. Its first updates are (1 - beta1) / sqrt(1 - beta2) = 3.2 times the rate; with `restart_clock`, which
+    begins each parameter's step anew, 1.0 times.
     """
     if mode not in get_args(ResetMode):
         raise ValueError(f"mode = {mode!r} is not one of {', '.join(get_args(ResetMode))}")

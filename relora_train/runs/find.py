@@ -10,8 +10,7 @@ from relora_train.checkpoints.lineage import CheckpointRef, is_left_behind, resu
 from relora_train.checkpoints.manifest import find_dataset, hash_file
 from relora_train.data.dataset_changes import dataset_changes
 from relora_train.errors import AccessDeniedError, RunSettingsChangedError, StoreUnavailableError
-from relora_train.method.fingerprint import fingerprint_settings, stage_fingerprint
-from relora_train.method.stages import Stage
+from relora_train.method.stages import Stage, fingerprint_settings, stage_fingerprint
 from relora_train.runs.run import Run
 from relora_train.settings.keys import differing_settings, settings_digest
 from relora_train.settings.model import ModelConfig

@@ -23,8 +23,7 @@ from relora_train.checkpoints.manifest import RECORD_FILES, CheckpointManifest
 from relora_train.checkpoints.names import read_checkpoints
 from relora_train.checkpoints.run import CheckpointStore
 from relora_train.errors import CheckpointNotFoundError, ConfigError, ObjectNotFoundError
-from relora_train.method.fingerprint import stage_fingerprint
-from relora_train.method.stages import Stage
+from relora_train.method.stages import Stage, stage_fingerprint
 from relora_train.runs.evaluations import dataset_of, profile_of
 from relora_train.runs.find import StageIdentity, stage_identity
 from relora_train.runs.run import OnEvent, Run

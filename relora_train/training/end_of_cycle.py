@@ -42,8 +42,8 @@ def finish_stage(
 ) -> None:
     """Merge if the stage is low-rank, evaluate, and commit; the first rank writes.
 
-    Nothing is committed if output or validation loss are not finite (DivergedError), if the merge changed the function
-    (TrainingError), or if the files do not hold what was trained (CheckpointCorruptError).
+    Nothing is committed if output or validation loss are not finite (DivergedError), the merge changed the function
+    (TrainingError), or the files differ from what was trained (CheckpointCorruptError).
     """
     stage, ranks = training.stage, training.ranks
     adapter: Adapter | None = None

@@ -48,7 +48,7 @@ MODULES: dict[str, tuple[list[str], list[str]]] = {
     ),
     "reset": (["method/reset.py", "training/optimizer.py"], ["test_optimizer.py"]),
     "stages": (
-        ["method/stages.py", "method/fingerprint.py"],
+        ["method/stages.py"],
         [
             "test_stages.py",
             "test_branching.py",

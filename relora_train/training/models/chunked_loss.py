@@ -1,9 +1,9 @@
 """From hidden states to the summed cross-entropy without all logits at once, the gradients made on the way.
 
 A chunk of rows gives its logits, their share of the loss, and at once the gradients of its hidden states and of the
-head; then the logits are gone. On CPUs this is up to five times as fast as torch's own `linear_cross_entropy`, which
-goes over the head's whole gradient for every 32 to 256 rows (tests/benchmarks/RESULTS.md). Under bfloat16 torch's also
-sums the loss in bfloat16, up to 9 % off over the chunks of a batch; here it is float32 on every device.
+head; then the logits are gone. Torch's own `linear_cross_entropy` goes over the head's whole gradient for every 32 to
+256 rows: on CPUs this is up to five times as fast (tests/benchmarks/RESULTS.md). Under bfloat16 torch's also sums the
+loss in bfloat16, up to 9 % off over the chunks of a batch; here it is float32 on every device.
 """
 
 from __future__ import annotations
