@@ -1,7 +1,8 @@
 """y_k = W_k x + b_k + s B_k A_k dropout(x) for layers k that share an input, as one autograd function.
 
-It reads x once for all the layers, adds in place, and multiplies as products.py chose. It keeps neither A x nor a dropout mask: the backward pass makes both again, the mask from a seed.
-`relora_linear` in layer.py is the readable reference.
+It reads x once for all the layers, adds in place, and multiplies as products.py chose. It keeps neither A x nor a
+dropout mask: the backward pass makes both again, the mask from a seed. `relora_linear` in layer.py is the readable
+reference.
 """
 
 from __future__ import annotations

@@ -19,8 +19,7 @@ from relora_train.training.models.shape import (
     LinearShape,
     ModelShape,
     ShapeUnknownError,
-    full_flops_per_token,
-    low_rank_flops_per_token,
+    model_flops_per_token,
     wrapped_layers,
 )
 
@@ -202,7 +201,7 @@ def _full_cost(profile: Profile, shape: ModelShape) -> PhaseCost:
     return PhaseCost(
         trainable_parameters=shape.parameters,
         adapter_parameters=0,
-        flops_per_token=full_flops_per_token(shape, sequence_length=profile.batch.sequence_length),
+        flops_per_token=model_flops_per_token(shape, sequence_length=profile.batch.sequence_length),
         memory=MemoryEstimate(weights=parameters, gradients=parameters, optimizer=_MOMENTS * parameters).shared_by(
             profile.launch
         ),
@@ -221,10 +220,10 @@ def _low_rank_cost(profile: Profile, shape: ModelShape) -> PhaseCost:
     by_name = {linear.name: linear for linear in wrapped}
     siblings = [tuple(by_name[name] for name in names) for names in sibling_groups(list(by_name))]
     orders = {layers: _products(profile, layers) for layers in siblings}
-    flops = low_rank_flops_per_token(
+    flops = model_flops_per_token(
         shape,
         sequence_length=batch.sequence_length,
-        orders={layers: count for layers, (_, count) in orders.items()},
+        wrapped={layers: count for layers, (_, count) in orders.items()},
     )
     merged = sum(linear.weights for layers, (how, _) in orders.items() if how != "split" for linear in layers)
     return PhaseCost(

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import cast
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from relora_train.checkpoints.manifest import DatasetManifest
 from relora_train.distributed import Ranks
@@ -17,11 +20,12 @@ from relora_train.method.wrap import apply_relora
 from relora_train.training.files import (
     OPTIMIZER_FILE,
     LazyMapping,
+    MasterWeights,
     SavedOptimizerState,
     TrainingState,
+    read_tensor,
     read_training_state,
 )
-from relora_train.training.masters import MasterWeights, round_frozen_weights
 from relora_train.training.models.base import Objective
 from relora_train.training.models.compiling import compile_blocks
 from relora_train.training.models.model import checkpoint_activations
@@ -152,3 +156,20 @@ def _wrap(model: nn.Module, request: StageRequest) -> None:
         seed=request.profile.seed,
         cycle=request.stage.cycle,
     )
+
+
+def round_frozen_weights(model: nn.Module, parent: Path | None, scratch: Path) -> MasterWeights:
+    """Round the wrapped weights to bfloat16 in place; the exact ones stay in the parent's files, or else in memory."""
+    in_memory: dict[str, Tensor] = {}
+    names = []
+    for module, layer in relora_layers(model):
+        name = f"{module}.weight"
+        names.append(name)
+        if parent is None or read_tensor(parent, name, rows=slice(0, 0)) is None:  # asks only if it is there
+            in_memory[name] = layer.weight.detach().clone()
+        layer.weight.data = layer.weight.data.to(torch.bfloat16)
+
+    def read(name: str) -> Tensor:
+        return in_memory[name] if name in in_memory else cast(Tensor, read_tensor(cast(Path, parent), name))
+
+    return MasterWeights(names, read, scratch)

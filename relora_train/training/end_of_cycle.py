@@ -43,7 +43,7 @@ def finish_stage(
     """Merge if the stage is low-rank, evaluate, and commit; the first rank writes.
 
     Nothing is committed if output or validation loss are not finite (DivergedError), the merge changed the function
-    (TrainingError), or the files differ from what was trained (CheckpointCorruptError).
+    (TrainingError), or the files are wrong (CheckpointCorruptError).
     """
     stage, ranks = training.stage, training.ranks
     adapter: Adapter | None = None

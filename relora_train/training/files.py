@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -81,11 +82,45 @@ class LazyMapping(Mapping[str, V]):
             raise KeyError(name)
         return self._read(name)
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._names  # without reading it
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
 
     def __len__(self) -> int:
         return len(self._names)
+
+
+class MasterWeights(LazyMapping[Tensor], MutableMapping[str, Tensor]):
+    """The exact float32 weights behind those that a device holds rounded to bfloat16, by name.
+
+    They are the parent checkpoint's until overwritten, and read from disk one at a time. One that is overwritten goes
+    to the disk too: all merged ones together are as large as the model. Its file in `scratch` has no name any more, so
+    nothing of it outlives the process.
+    """
+
+    def __init__(self, names: Iterable[str], read: Callable[[str], Tensor], scratch: Path) -> None:
+        super().__init__(sorted(names), read)
+        self._scratch = scratch if scratch.is_dir() else None  # on a machine beside the flow's: the system's own
+        self._written: dict[str, Tensor] = {}
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._written[name] if name in self._written else super().__getitem__(name)
+
+    def __setitem__(self, name: str, value: Tensor) -> None:
+        value = value.detach().cpu().contiguous()
+        if not value.numel():  # a rank without a row of it: an empty file cannot be mapped
+            self._written[name] = value
+            return
+        with tempfile.NamedTemporaryFile(dir=self._scratch) as file:
+            file.write(value.view(-1).view(torch.uint8).numpy().data)
+            file.flush()
+            mapped = torch.from_file(file.name, shared=False, size=value.numel(), dtype=value.dtype)
+        self._written[name] = mapped.view(value.shape)
+
+    def __delitem__(self, name: str) -> None:
+        raise TypeError("a master weight cannot be removed")
 
 
 def save_model(model: nn.Module, directory: Path, *, weights: Mapping[str, Tensor]) -> None:

@@ -19,8 +19,7 @@ from relora_train.method.products import Products
 from relora_train.method.schedule import learning_rate
 from relora_train.method.stages import Stage
 from relora_train.settings.profile import Profile
-from relora_train.training.files import TrainingState
-from relora_train.training.masters import MasterWeights
+from relora_train.training.files import MasterWeights, TrainingState
 from relora_train.training.models.base import LossFunction, Objective
 from relora_train.training.precision import MatmulPrecision
 from relora_train.training.requests import StageRequest

@@ -73,7 +73,7 @@ MODULES: dict[str, tuple[list[str], list[str]]] = {
         ["test_pruning.py", "test_prune_crashes.py"],
     ),
     "training step": (
-        ["training/step.py", "training/build.py", "training/masters.py"],
+        ["training/step.py", "training/build.py"],
         ["test_training.py", "test_learning.py", "test_trainer.py", "test_sharding.py"],
     ),
     "dataset order": (["data/dataset.py"], ["test_dataset.py"]),

@@ -43,14 +43,14 @@ def main() -> None:
 def arms(ours: dict[str, StepRequest]) -> dict[str, StepRequest]:
     """Return the others' arms before ours. A low-rank step of theirs takes 4ND + 6NrS FLOPs a layer."""
     from relora_train.training.models.registry import model_shape
-    from relora_train.training.models.shape import low_rank_flops_per_token, wrapped_layers
+    from relora_train.training.models.shape import model_flops_per_token, wrapped_layers
 
     full = ours[FULL]
     profile = full.profile
     shape, rank = model_shape(profile), profile.relora.rank
     wrapped = wrapped_layers(shape, target_modules=profile.relora.target_modules, rank=rank)
     counts = {(linear,): 4.0 * linear.weights + 6.0 * rank * linear.sides for linear in wrapped}
-    low_rank = low_rank_flops_per_token(shape, sequence_length=profile.batch.sequence_length, orders=counts)
+    low_rank = model_flops_per_token(shape, sequence_length=profile.batch.sequence_length, wrapped=counts)
     flops = {"full": full.flops_per_token, "paper": low_rank, "peft": low_rank}
     others = {arm: full.model_copy(update={"arm": arm, "flops_per_token": flops[arm]}) for arm in OTHERS}
     return {**others, FULL: full, RELORA: ours[RELORA]}

@@ -19,7 +19,7 @@ from relora_train.checkpoints.manifest import DatasetManifest
 from relora_train.data.dataset import ExampleDataset
 from relora_train.settings.profile import Profile
 from relora_train.training.models.pretrained import load_model, load_skeleton
-from relora_train.training.models.pretrained_config import LoadedAs
+from relora_train.training.models.registry import LoadedAs
 
 
 class Evaluation(BaseModel):

@@ -22,7 +22,7 @@ from relora_train.training.models.model import (
     logits,
     next_token_loss,
 )
-from relora_train.training.models.pretrained_config import CAUSAL_LM
+from relora_train.training.models.registry import CAUSAL_LM
 
 _SAMPLE_TEMPERATURE = 0.8
 _SAMPLE_TOP_K = 40

@@ -19,7 +19,7 @@ from relora_train.checkpoints.manifest import DatasetManifest, ImageFormat
 from relora_train.data.dataset import ExampleDataset, ImageDataset
 from relora_train.errors import DataError, ModelError
 from relora_train.training.models.base import Evaluation, Objective
-from relora_train.training.models.pretrained_config import IMAGE_CLASSIFIER
+from relora_train.training.models.registry import IMAGE_CLASSIFIER
 
 
 class ImageEvaluation(Evaluation):

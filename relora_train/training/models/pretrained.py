@@ -20,7 +20,7 @@ from relora_train.checkpoints.manifest import Dtype
 from relora_train.errors import ModelNotFoundError, ModelUnsuitableError
 from relora_train.process import is_out_of_memory
 from relora_train.training.files import MODEL_FILE
-from relora_train.training.models.pretrained_config import CAUSAL_LM, LoadedAs, check_config
+from relora_train.training.models.registry import CAUSAL_LM, LoadedAs, check_config
 
 _BUFFERS = re.compile(r"(inv_freq|masked_bias|attn\.bias|attention\.bias|position_ids)$")
 """Names in old files of what is made from the configuration today, besides those that transformers itself knows."""

@@ -126,25 +126,17 @@ def wrapped_layers(shape: ModelShape, *, target_modules: tuple[str, ...] | None,
     return wrapped
 
 
-def full_flops_per_token(shape: ModelShape, *, sequence_length: int) -> int:
-    """FLOPs of forward and backward for one token at full rank: 6 for each weight, and attention."""
-    return _flops_per_token(shape, sequence_length, sum(6 * linear.weights for linear in shape.linears))
-
-
-def low_rank_flops_per_token(
-    shape: ModelShape, *, sequence_length: int, orders: Mapping[tuple[LinearShape, ...], float]
+def model_flops_per_token(
+    shape: ModelShape, *, sequence_length: int, wrapped: Mapping[tuple[LinearShape, ...], float] | None = None
 ) -> int:
-    """Return the same with wrapped weights frozen beside A and B. Not counted: the merges.
+    """Return the FLOPs of forward and backward for one token: 6 for each weight at full rank, and attention.
 
-    orders: FLOPs a position of the wrapped layers of a block, by the layers that are computed together.
+    wrapped: FLOPs a position of the wrapped layers of a block, whose weights are frozen beside A and B, by the layers
+    that are computed together. Not counted: the merges.
     """
-    wrapped = {linear for layers in orders for linear in layers}
-    others = sum(6 * linear.weights for linear in shape.linears if linear not in wrapped)
-    return _flops_per_token(shape, sequence_length, sum(orders.values()) + others)
-
-
-def _flops_per_token(shape: ModelShape, sequence_length: int, linears: float) -> int:
-    """linears: FLOPs of a block's linear layers for one position."""
+    wrapped = wrapped or {}
+    low_rank = {linear for layers in wrapped for linear in layers}
+    linears = sum(wrapped.values()) + sum(6 * linear.weights for linear in shape.linears if linear not in low_rank)
     rows = shape.rows(sequence_length)
     attention = (6 if shape.causal else 12) * shape.attention_size * rows  # scores, their product with the values
     blocks = shape.layers * (linears + attention) * rows / sequence_length
