@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from relora_train.method import low_rank
-from relora_train.method.fast_path import share_inputs, stop_sharing
+from relora_train.method.fast_path import share_inputs
 from relora_train.method.layer import ReLoRALinear, lora_parameters, relora_layers, relora_linear
 from relora_train.method.low_rank import Factors, low_rank_linears
 from relora_train.method.merge import merge_and_reinit
@@ -192,7 +192,8 @@ def test_a_model_on_the_fast_path_is_the_model(products: Products, monkeypatch: 
     assert ours.keys() == grads.keys()
     for name, grad in grads.items():
         torch.testing.assert_close(ours[name], grad, rtol=1e-10, atol=1e-11, msg=name)
-    stop_sharing(model)
+    for _, layer in relora_layers(model):
+        layer.shared = None
     assert torch.equal(step(model, x)[0], expected)
 
 
@@ -246,7 +247,8 @@ def test_a_kept_merged_weight_never_outlives_its_parts(change: str):
         case "load":
             model.load_state_dict({name: tensor + 0.1 for name, tensor in model.state_dict().items()})
     found = step(model, x)[0]
-    stop_sharing(model)
+    for _, layer in relora_layers(model):
+        layer.shared = None
     torch.testing.assert_close(found, step(model, x)[0], rtol=1e-11, atol=1e-11)
 
 
@@ -295,7 +297,8 @@ def test_under_autocast_products_are_in_bfloat16_and_gradients_in_float32():
         _, grads = step(model.eval(), torch.randn(32, 16))
         assert model[0].q_proj(torch.randn(2, 16)).dtype == torch.bfloat16
     assert all(grads[name].dtype == torch.float32 for name, _ in lora_parameters(model))
-    stop_sharing(model)
+    for _, layer in relora_layers(model):
+        layer.shared = None
     torch.manual_seed(0)
     with torch.autocast("cpu", torch.bfloat16):
         x = torch.randn(32, 16)

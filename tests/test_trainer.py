@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from stage_runs import CPU, drawn_factor, ignore, manifest_of, metrics_of, run_a
 from tiny_data import DATASET_ID, VOCABULARY
 from tiny_models import tiny_gpt_neox
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
 from relora_train.checkpoints.manifest import describe_files, hash_file
 from relora_train.data.dataset import TokenDataset
@@ -30,7 +31,7 @@ from relora_train.settings.running import PrecisionConfig
 from relora_train.training import evaluate
 from relora_train.training.build import prepare_stage
 from relora_train.training.end_of_cycle import relative_change
-from relora_train.training.evaluate import evaluate_model, hold_as_computed
+from relora_train.training.evaluate import evaluate_checkpoint, evaluate_model, hold_as_computed
 from relora_train.training.files import SavedOptimizerState, read_tensor
 from relora_train.training.models.model import next_token_loss
 from relora_train.training.models.pretrained import load_model
@@ -354,3 +355,40 @@ def test_the_state_file_says_where_the_run_stands(checkpoints: dict[str, Path]):
     state = json.loads((checkpoints["cycle-2"] / "training_state.json").read_text())
     assert (state["step"], state["cycle"], state["samples_seen"]) == (22, 2, 22 * 8)
     assert state["tokens_seen"] == 22 * 8 * 32  # fault R10: tokens, not sequences
+
+
+def test_an_empty_prompt_is_continued_from_the_end_of_a_document(
+    dataset: Path, warm_start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    begun: list[list[int]] = []
+    generate = LlamaForCausalLM.generate
+
+    def watched(model: Any, ids: torch.Tensor, **options: Any) -> Any:
+        begun.append(ids[0].tolist())
+        return generate(model, ids, **options)
+
+    monkeypatch.setattr(LlamaForCausalLM, "generate", watched)
+    request = EvaluationRequest(
+        profile=tiny_profile(evaluation={"sample_prompts": ("", "ab"), "sample_tokens": 4}),
+        checkpoint_directory=warm_start,
+        dataset_directory=dataset,
+        result_path=tmp_path / "result.json",
+        sequences=2,
+    )
+    evaluate_checkpoint(request, ignore)
+    samples = json.loads((tmp_path / "result.json").read_text())["samples"]
+    assert [sample["prompt"] for sample in samples] == ["", "ab"]
+    assert begun[0] == [VOCABULARY - 1] and len(begun[1]) == 2  # the tiny tokenizer's end of a document; two bytes
+
+
+@pytest.mark.parametrize(("prompt", "tokens"), [("a" * 40, 4), ("ab", 400), ("", 400), ("a" * 16, 16)])
+def test_a_prompt_beyond_the_models_positions_is_no_end_of_a_run(dataset: Path, prompt: str, tokens: int):
+    """Positions that are learned: there is no vector for the seventeenth."""
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=VOCABULARY, n_positions=16, n_embd=16, n_layer=1, n_head=2, eos_token_id=None)
+    model = GPT2LMHeadModel(config).eval()
+    objective = objective_of(tiny_profile(evaluation={"sample_prompts": (prompt,), "sample_tokens": tokens}))
+    (sample,) = objective.sample(
+        model, dataset, SimpleNamespace(bos_ids=(), eos_id=VOCABULARY - 1), torch.device("cpu")
+    )
+    assert sample["prompt"] == prompt

@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from relora_train.method.reset import MOMENTS
+
 _PIECE = 1 << 22  # entries that are computed in float32 at a time: 16 MB each of a few tensors
 
 
@@ -54,13 +56,13 @@ class BFloat16AdamW(torch.optim.AdamW):
         state = self.state[parameter]
         if not state:
             state["step"] = torch.zeros(())  # on the CPU: its powers then cost no wait for a device
-            state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.contiguous_format)
-            state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.contiguous_format)
+            for moment in MOMENTS:
+                state[moment] = torch.zeros_like(parameter, memory_format=torch.contiguous_format)
         state["step"] += 1
         beta1, beta2 = group["betas"]
         step = state["step"].double()
         first_correction, second_correction = 1 - beta1**step, (1 - beta2**step).sqrt()
-        tensors = (parameter.view(-1), gradient.reshape(-1), state["exp_avg"].view(-1), state["exp_avg_sq"].view(-1))
+        tensors = (parameter.view(-1), gradient.reshape(-1), *(state[moment].view(-1) for moment in MOMENTS))
         for weight, grad, exp_avg, exp_avg_sq in zip(*(torch.split(t, _PIECE) for t in tensors), strict=True):
             g = grad.float()
             m = exp_avg.float().lerp_(g, 1 - beta1)

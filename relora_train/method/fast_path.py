@@ -96,9 +96,3 @@ def share_inputs(model: nn.Module, *, optimizer: torch.optim.Optimizer | None = 
             layer.shared = shared
             chosen[name] = products
     return chosen
-
-
-def stop_sharing(model: nn.Module) -> None:
-    """Put every layer back on the reference."""
-    for _, layer in relora_layers(model):
-        layer.shared = None

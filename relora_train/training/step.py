@@ -95,21 +95,25 @@ class StageTraining:
         terms = self.objective.terms(profile.batch.sequences)
         total = torch.zeros((), device=ranks.device)
         for micro_step, part in enumerate(torch.split(examples, profile.batch.micro_sequences or len(examples))):
-            torch.manual_seed(draw_seed(profile.seed, step, micro_step, ranks.rank))  # dropout's
+            # Dropout's masks follow from the place, so a snapshot holds no random state and a resumed stage has the
+            # same bits. Ranks drop other entries of their sequences than one another.
+            torch.manual_seed(draw_seed(profile.seed, step, micro_step, ranks.rank))
             with autocast(profile.precision, ranks.device):
                 loss = self.loss_function.loss(part) / terms
             loss.backward()  # type: ignore[no-untyped-call]
             total += loss.detach()
 
         trained = self.trainable
-        ranks.sum_gradients(trained)
+        ranks.sum_gradients(trained)  # once an update, after the last micro-step; sharded ones are sums already
+        # No item() and no float() from here on: on a GPU each would wait for all that was given to it.
         limit = profile.optimizer.max_grad_norm
         norm = full_tensor(nn.utils.clip_grad_norm_(trained, limit if limit is not None else float("inf")))
 
-        for group in self.optimizer.param_groups:
+        for group in self.optimizer.param_groups:  # a number, not a scheduler: resuming restores nothing
             group["lr"] = self.learning_rate(step)
         if isinstance(self.optimizer, BFloat16AdamW):
-            self.optimizer.seed_rounding(draw_seed(profile.seed, step, -1, 0))  # the same on all ranks
+            # The same on all ranks, which round the same sums: else their weights would part.
+            self.optimizer.seed_rounding(draw_seed(profile.seed, step, -1, 0))
         self.optimizer.step()
         return ranks.sum(total), norm
 
