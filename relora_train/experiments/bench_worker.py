@@ -25,7 +25,7 @@ from relora_train.experiments.bench import RELORA, StepRequest
 from relora_train.method.stages import plan_stages
 from relora_train.training.build import prepare_stage
 from relora_train.training.files import new_attempt, write_manifest
-from relora_train.training.precision import current_precision, settle_matmul_precision
+from relora_train.training.precision import settle_matmul_precision
 from relora_train.training.requests import StageRequest
 from relora_train.training.step import StageTraining
 from relora_train.training.torch_settings import configure_torch, peak_bytes, process_bytes, reset_peak
@@ -68,7 +68,7 @@ def main(build: Callable[[StepRequest, StageTraining], BuiltStep] | None = None)
                 memory={**_memory(built), "above_weights": above},
                 matmul_flops=_matmul_flops(request, device),
                 device=torch.cuda.get_device_name() if is_gpu else f"cpu, {torch.get_num_threads()} threads",
-                matmul_precision=current_precision(),
+                matmul_precision=torch.get_float32_matmul_precision(),
             )
             reset_peak(device)
 

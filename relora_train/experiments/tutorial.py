@@ -26,6 +26,7 @@ from relora_train.method.wrap import apply_relora
 from relora_train.reports.plot_style import ACCENT, MUTED, SERIES, Floats, legend, log_scale, new_figure, to_png
 from relora_train.reports.statistics import Estimate, estimate
 from relora_train.reports.text import estimate_text, signed_estimate_text
+from relora_train.settings.method import OptimizerConfig
 from relora_train.training.optimizer import build_optimizer
 
 ARMS = {"full": "full rank", "relora": "ReLoRA", "lora": "LoRA"}
@@ -77,7 +78,7 @@ def train(arm: str, x: Tensor, y: Tensor, start: Tensor, seed: int, settings: Tu
     model = nn.Sequential(OrderedDict(linear=linear))
     if arm != "full":
         apply_relora(model, rank=settings.rank, alpha=settings.alpha, dropout=0.0, target_modules=["linear"], seed=seed)
-    optimizer = build_optimizer(model, learning_rate=peak, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
+    optimizer = build_optimizer(model, OptimizerConfig(learning_rate=peak))
     shape = settings.model_dump(include={"warmup_steps", "restart_warmup_steps", "min_lr_ratio"})
     losses = []
     for step in range(settings.steps):
