@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 from prefect_server import running_prefect
 
-from relora_train.errors import CheckpointNotFoundError, ConfigError
+from relora_train.checkpoints.names import resolve_checkpoint
+from relora_train.errors import AccessDeniedError, CheckpointNotFoundError, ConfigError
+from relora_train.runs.evaluations import score_checkpoint
 from relora_train.runs.summary import RunSummary
 from relora_train.storage.opening import open_store
 
@@ -114,3 +116,16 @@ def test_a_device_is_held_while_it_is_used_and_a_limit_that_does_not_exist_is_re
         assert held() == 0
     with device_slot(None):
         pass
+
+
+def test_a_store_that_can_only_be_read_still_has_its_checkpoints_scored(
+    finished: RunSummary, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    def denied(*arguments: object) -> None:
+        raise AccessDeniedError("Access is denied.")
+
+    forget_scores(finished)
+    monkeypatch.setattr("relora_train.runs.evaluations.put_json", denied)
+    made = score_checkpoint(resolve_checkpoint("scored", open_store(finished.store_uri)), on_event=print)
+    assert made.record["val_loss"] == finished.evaluations[0]["val_loss"]
+    assert "not recorded, so the next evaluation makes them again: Access is denied." in caplog.text

@@ -11,9 +11,8 @@ import pyarrow.parquet
 import pytest
 from made_up_corpus import made_up_text
 
-from relora_train.data.dataset_inputs import resolve_inputs
 from relora_train.data.prepare import describe_dataset, prepare_dataset
-from relora_train.data.selection import SelectedSource, Selection, contents_of, select_source
+from relora_train.data.selection import SelectedSource, Selection, contents_of, resolve_inputs, select_source
 from relora_train.data.sources import resolve_source
 from relora_train.data.splitting import split_digest, split_of
 from relora_train.errors import SourceUnreadableError

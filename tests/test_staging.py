@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -44,7 +46,9 @@ def test_a_cut_document_has_the_ids_of_the_whole_one():
 
 def test_duplicates_land_on_one_side_and_are_counted(tmp_path):
     texts = [made_up_text(seed % 50) for seed in range(150)]
-    staged = stage_documents(["", *texts], tmp_path / "s", validation_fraction=0.3, range_bytes=10_000)
+    staged = stage_documents(
+        ["", *texts], tmp_path / "s", partial(split_of, validation_fraction=0.3), range_bytes=10_000
+    )
     assert (staged.empty_documents, staged.duplicate_documents) == (1, 100)
     sides = {"train": set(), "val": set()}
     for part in staged.ranges:
@@ -54,7 +58,7 @@ def test_duplicates_land_on_one_side_and_are_counted(tmp_path):
 
 
 def test_staged_text_that_was_damaged_is_not_tokenized(tmp_path):
-    staged = stage_documents(["some text", "more text"], tmp_path / "s", validation_fraction=0.001, range_bytes=10_000)
+    staged = stage_documents(["some text", "more text"], tmp_path / "s", lambda digest: "train", range_bytes=10_000)
     path = tmp_path / "s" / f"{staged.ranges[0].name}.text"
     path.write_bytes(path.read_bytes().replace(b"more", b"less"))
     with pytest.raises(DataError, match="was damaged"):

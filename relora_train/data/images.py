@@ -82,19 +82,6 @@ class ImageInputs:
             "split": split if published else {**split, "validation_fraction": self.data.validation_fraction},
         }
 
-    def read(self) -> dict[Split, LabelledImages]:
-        """Return both parts in the order of the source. Raises SourceUnreadableError, CorpusTooSmallError."""
-        for file in self.files:
-            file.check_unchanged()
-        parts = _read_digits(self) if self.data.source == "digits" else _read_idx(self)
-        if any(len(part.pixels) == 0 for part in parts.values()):
-            sizes = ", ".join(f"{len(part.pixels)} in {split}" for split, part in parts.items())
-            raise CorpusTooSmallError(
-                f"A part of dataset {self.data.name!r} holds no image ({sizes}). Change data.validation_fraction or "
-                "data.max_documents."
-            )
-        return parts
-
 
 def resolve_images(data: DataConfig) -> ImageInputs:
     """Find and hash the source's files. Raises SourceUnreadableError."""
@@ -102,8 +89,19 @@ def resolve_images(data: DataConfig) -> ImageInputs:
 
 
 def write_images(found: ImageInputs, directory: Path) -> DatasetManifest:
-    """Write the shards of both parts and what transformers needs to treat images alike; return the manifest."""
-    parts = found.read()
+    """Write the shards of both parts and what transformers needs to treat images alike; return the manifest.
+
+    Raises SourceUnreadableError, CorpusTooSmallError.
+    """
+    for file in found.files:
+        file.check_unchanged()
+    parts = _read_digits(found) if found.data.source == "digits" else _read_idx(found)
+    if any(len(part.pixels) == 0 for part in parts.values()):
+        sizes = ", ".join(f"{len(part.pixels)} in {split}" for split, part in parts.items())
+        raise CorpusTooSmallError(
+            f"A part of dataset {found.data.name!r} holds no image ({sizes}). Change data.validation_fraction or "
+            "data.max_documents."
+        )
     train, val = parts["train"], parts["val"]
     scaled = train.pixels.reshape(*train.pixels.shape[:2], -1) / train.largest_value
     images = ImageFormat(

@@ -23,11 +23,10 @@ from typing import Any
 
 from relora_train.checkpoints.manifest import DatasetManifest, FileEntry, hash_file, parse_manifest
 from relora_train.data.dataset_changes import source_record
-from relora_train.data.dataset_inputs import DatasetInputs, resolve_inputs
 from relora_train.data.engines import choose_engine
 from relora_train.data.images import IMAGE_SOURCES, ImageInputs, resolve_images, write_images
 from relora_train.data.left_out import left_out_note
-from relora_train.data.selection import Selection
+from relora_train.data.selection import DatasetInputs, Selection, resolve_inputs
 from relora_train.data.shards import ShardPlan, ShardRecord, write_shards
 from relora_train.data.sources import read_held_out
 from relora_train.data.splitting import DOCUMENT_BYTES, Split

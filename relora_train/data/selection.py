@@ -1,4 +1,4 @@
-"""The documents of a growing source that make the next dataset: what is new, and a share of what is old.
+"""What a dataset is made of, found and hashed: its tokenizer, and of a growing source the new and a share of the old.
 
 The training part has every new document, and so many old ones that they make up `old_ratio` of the part's bytes.
 The held-out part has every new document that the split rule holds out, and as much of the old held-out ones. So half of
@@ -23,10 +23,16 @@ import numpy as np
 from pydantic import Field
 
 from relora_train.data.source_files import SourceFile
-from relora_train.data.sources import Advance, Source, identify, read_documents
-from relora_train.data.splitting import split_digest, split_of
-from relora_train.errors import SourceUnreadableError
+from relora_train.data.sources import Advance, Source, identify, read_documents, resolve_source
+from relora_train.data.splitting import PIECE_BYTES, SPLIT_RULE, split_digest, split_of
+from relora_train.data.tokenizer import DEFAULT_EOS_TOKEN, DocumentTokenizer, load_tokenizer
+from relora_train.errors import SourceUnreadableError, TokenizerError
 from relora_train.settings.base import FrozenConfig
+from relora_train.settings.data import DataConfig, TokenizerConfig
+from relora_train.settings.keys import settings_digest
+
+DATASET_FORMAT = 1
+"""Raised whenever the same inputs would give other bytes."""
 
 SELECTION_RULE = "blake2b-64 of seed, new content and split digest; old held-out up to new; 1"
 
@@ -148,3 +154,71 @@ def _with_files(source: Source, digests: tuple[str, ...]) -> Source:
     wanted = set(digests)
     files = tuple(file for file in source.files if file.sha256 in wanted)
     return replace(source, files=files, identity=identify(source.data.source, files))
+
+
+@dataclass(frozen=True)
+class DatasetInputs:
+    """Source and tokenizer, found and hashed, with nothing done yet."""
+
+    data: DataConfig
+    settings: TokenizerConfig
+    source: SelectedSource
+    loaded: DocumentTokenizer | None
+    """None when one is to be trained."""
+
+    @property
+    def dataset_id(self) -> str:
+        return settings_digest(self.hashed())
+
+    @property
+    def eos_token(self) -> str:
+        return self.loaded.eos_token if self.loaded else self.settings.eos_token or DEFAULT_EOS_TOKEN
+
+    @property
+    def bos_ids(self) -> tuple[int, ...]:
+        """The ids that stand before each document."""
+        return self.loaded.bos_ids if self.loaded else ()
+
+    def hashed(self) -> dict[str, Any]:
+        """Return all that can change a byte of the dataset, and nothing else: no path, no number of workers."""
+        data, settings = self.data, self.settings
+        trained = {"trained": "byte-level BPE", **settings.model_dump(include={"vocab_size", "training_bytes"})}
+        later: dict[str, Any] = {"bos_ids": list(self.bos_ids)} if self.bos_ids else {}
+        if data.unreadable == "skip":
+            later["unreadable"] = "skip"
+        split: dict[str, Any] = {"rule": SPLIT_RULE, "validation_fraction": data.validation_fraction}
+        if held_out := self.source.new.held_out:
+            split = {"rule": "data.validation_paths", **identify(data.source, held_out)}
+        return later | {
+            "dataset_format": DATASET_FORMAT,
+            "source": self.source.identity,
+            "text_field": data.text_field if data.source in ("jsonl", "parquet", "hub") else None,
+            "max_documents": data.max_documents,
+            "tokenizer": {"sha256": self.loaded.sha256} if self.loaded else trained,
+            "eos_token": self.eos_token,
+            "split": split,
+            "shard_tokens": data.shard_tokens,
+            "piece_bytes": PIECE_BYTES,
+        }
+
+
+def resolve_inputs(data: DataConfig, settings: TokenizerConfig, selection: Selection | None) -> DatasetInputs:
+    """Look everything up. Raises SourceUnreadableError, TokenizerError and the errors of the source's store.
+
+    selection: take only this of the source; all of it when absent.
+    """
+    source = resolve_source(data)
+    return inputs_of(source, settings, selection or Selection(new=contents_of(source)))
+
+
+def inputs_of(source: Source, settings: TokenizerConfig, selection: Selection) -> DatasetInputs:
+    """Do what resolve_inputs does for a source that was found already."""
+    bos, loaded = source.data.bos, None
+    if settings.path:
+        loaded = load_tokenizer(settings.path, eos_token=settings.eos_token, revision=settings.revision, bos=bos)
+    elif bos is True:
+        raise TokenizerError(
+            "data.bos = true asks for a BOS token before each document, and a tokenizer that is trained has none: its "
+            "one separator stands between documents. Set data.bos to 'auto', or name a tokenizer in tokenizer.path."
+        )
+    return DatasetInputs(source.data, settings, select_source(source, selection), loaded)

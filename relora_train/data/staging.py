@@ -89,19 +89,18 @@ class StagedCorpus(FrozenConfig):
 def stage_documents(
     documents: Iterable[str],
     directory: Path,
+    side: Side,
     *,
-    validation_fraction: float,
     range_bytes: int,
     markers: int = 1,
-    side: Side | None = None,
     split_note: str = "",
     held_out: Iterable[str] = (),
     left_out: Callable[[], list[dict[str, Any]]] = list,
 ) -> StagedCorpus:
     """Write all documents to `directory` as ranges, then its index; empty ones are left out.
 
-    markers: tokens around a document that are not its text. side, split_note: another rule than split_of, and why.
-    held_out: documents that go to validation whatever the rule says. left_out: asked when all were read.
+    markers: tokens around a document that are not its text. split_note: why `side` is not split_of. held_out: documents
+    that go to validation whatever `side` says. left_out: asked when all were read.
     A directory whose index is there is complete and used as it is. Staging that was interrupted begins anew.
     """
     if (directory / _INDEX_NAME).is_file():
@@ -119,8 +118,8 @@ def stage_documents(
                 continue
             digest = split_digest(text)
             duplicates.add(digest)
-            goes_to = "val" if is_held_out else side(digest) if side else split_of(digest, validation_fraction)
-            (train if goes_to == "train" else val).add(text)
+            writer = val if is_held_out or side(digest) == "val" else train
+            writer.add(text)
             if len(sample) < _SAMPLE_DOCUMENTS:
                 sample.append(text[:_SAMPLE_CHARACTERS])
     corpus = StagedCorpus(
@@ -151,17 +150,10 @@ def stage_both_sides(
     Few are fewer than the rule needs to expect one on each side. A source that the rule splits is staged as ever.
     held_out: the validation part, instead of the rule.
     """
-    stage = partial(
-        stage_documents,
-        directory=directory,
-        validation_fraction=validation_fraction,
-        range_bytes=range_bytes,
-        markers=markers,
-        left_out=left_out,
-    )
+    stage = partial(stage_documents, range_bytes=range_bytes, markers=markers, left_out=left_out)
     if held_out is not None:
-        return stage(documents, side=lambda digest: "train", held_out=held_out)
-    corpus = stage(documents)
+        return stage(documents, directory, lambda digest: "train", held_out=held_out)
+    corpus = stage(documents, directory, partial(split_of, validation_fraction=validation_fraction))
     sizes = corpus.documents("train"), corpus.documents("val")
     if sum(sizes) == 0 or 0 not in sizes:
         return corpus
@@ -174,7 +166,7 @@ def stage_both_sides(
 
     side = side_for((split_digest(text) for text in read() if text), validation_fraction)
     shutil.rmtree(directory)
-    return stage(read(), side=side, split_note=note)
+    return stage(read(), directory, side, split_note=note)
 
 
 def read_pieces(directory: Path, staged: StagedRange) -> Iterator[tuple[str, bool]]:

@@ -45,6 +45,6 @@ def estimate(values: Sequence[float]) -> Estimate | None:
 def paired_difference(ours: Mapping[int, float], reference: Mapping[int, float]) -> Estimate | None:
     """Return the mean of ours − reference over the seeds that both have, with its error; None if there is no such seed.
 
-    What a seed does to both (order of the data, first weights) cancels, so the error is that of the effect alone.
+    The seed's part in both (order of the data, first weights) cancels, so the error is that of the effect alone.
     """
     return estimate([ours[seed] - reference[seed] for seed in sorted(ours.keys() & reference.keys())])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from relora_train.checkpoints.fetch import files_in_stores
 from relora_train.checkpoints.layout import check_run_id
 from relora_train.checkpoints.lineage import CheckpointRef
 from relora_train.checkpoints.manifest import DatasetManifest, read_manifest
-from relora_train.errors import ObjectNotFoundError
+from relora_train.errors import AccessDeniedError, ObjectNotFoundError
 from relora_train.runs.run import DatasetRef, OnEvent, fetch_dataset, fetch_parent
 from relora_train.runs.workers import Worker
 from relora_train.settings.keys import settings_digest
@@ -21,6 +22,8 @@ from relora_train.storage.base import ObjectStore, find_json, parse_json, put_js
 from relora_train.storage.opening import open_store
 from relora_train.storage.workspace import checkpoint_cache, short_digest, work_directory
 from relora_train.training.requests import EvaluationRequest
+
+_log = logging.getLogger("relora_train.runs.evaluations")
 
 
 @dataclass(frozen=True)
@@ -95,7 +98,10 @@ def evaluate_or_reuse(
             "dataset_id": dataset.dataset_id,
             **json.loads(request.result_path.read_text()),
         }
-        put_json(store, key, record)
+        try:
+            put_json(store, key, record)
+        except AccessDeniedError as error:  # a store that can only be read still has its checkpoints scored
+            _log.warning("These scores are not recorded, so the next evaluation makes them again: %s", error)
     return EvaluationOutcome(record, reused=False)
 
 

@@ -14,8 +14,7 @@ from pathlib import Path
 
 from relora_train.checkpoints.fetch import files_in_stores
 from relora_train.checkpoints.lineage import CheckpointRef
-from relora_train.data.dataset_inputs import DatasetInputs, inputs_of
-from relora_train.data.selection import Selection, contents_of
+from relora_train.data.selection import DatasetInputs, Selection, contents_of, inputs_of
 from relora_train.data.sources import Source, resolve_source
 from relora_train.data.tokenizer import differing_ids, load_tokenizer
 from relora_train.data.tokenizer_files import TOKENIZER_FILE, TOKENIZER_FILES

@@ -18,8 +18,7 @@ from relora_train.checkpoints.lineage import CheckpointRef
 from relora_train.checkpoints.manifest import DatasetManifest
 from relora_train.checkpoints.series import find_champion
 from relora_train.checkpoints.series_record import check_series
-from relora_train.data.dataset_inputs import inputs_of
-from relora_train.data.selection import Selection, contents_of
+from relora_train.data.selection import Selection, contents_of, inputs_of
 from relora_train.data.sources import Source, resolve_source
 from relora_train.errors import ConfigError, CorpusEmptyError, CorpusTooSmallError
 from relora_train.runs.datasets import Corpus, DatasetOutcome, prepare_or_reuse
