@@ -60,31 +60,20 @@ def analyze(
             with_history=not no_history,
             on_layer=lambda name: status.update(Text(name)),
         )
-    if output is not None:
-        _write_analysis(analysis, output)
-    answer(
-        as_json,
-        record=lambda: analysis_record(analysis),
-        view=lambda: analysis_view(analysis, every_layer=every_layer),
-    )
-
-
-def analysis_record(analysis: RankAnalysis) -> dict[str, Any]:
-    """Return all numbers as JSON values."""
-    record = {
-        "start": analysis.start,
-        "start_uri": analysis.start_uri,
-        "end": analysis.end,
-        "end_uri": analysis.end_uri,
+    about = {"start": analysis.start, "start_uri": analysis.start_uri, "end": analysis.end, "end_uri": analysis.end_uri}
+    numbers = {
         "kinds": [kind_record(kind) for kind in kind_means(analysis.spectra)],
         "layers": [spectrum_record(spectrum) for spectrum in analysis.spectra],
         "cycle_history": None if analysis.history is None else history_record(analysis.history),
         "note": analysis.note,
     }
-    return {key: json_value(value) for key, value in record.items()}
+    record = {key: json_value(value) for key, value in (about | numbers).items()}
+    if output is not None:
+        _write(analysis, record, output)
+    answer(as_json, record, lambda: analysis_view(analysis, every_layer=every_layer))
 
 
-def _write_analysis(analysis: RankAnalysis, directory: Path) -> None:
+def _write(analysis: RankAnalysis, record: dict[str, Any], directory: Path) -> None:
     """Write analysis.json, spectra.png, and where there is a history growth.png and overlap.png."""
     from relora_train.reports.plot_style import to_png
     from relora_train.reports.rank_plots import rank_figures
@@ -93,7 +82,7 @@ def _write_analysis(analysis: RankAnalysis, directory: Path) -> None:
     ranks = [] if history is None else [rank for rank in history.growth_ranks if rank is not None]
     cycle_rank, total_rank = (ranks[0], ranks[-1]) if ranks else (None, None)
     figures = rank_figures(analysis.spectra, history, cycle_rank=cycle_rank, total_rank=total_rank)
-    contents = {"analysis.json": (json.dumps(analysis_record(analysis), indent=1) + "\n").encode()}
+    contents = {"analysis.json": (json.dumps(record, indent=1) + "\n").encode()}
     for name, content in (contents | {name: to_png(figure, dpi=160) for name, figure in figures.items()}).items():
         (directory / name).write_bytes(content)
         tell(f"Wrote {directory / name}")

@@ -32,7 +32,7 @@ def bench(
     for name, arms in requests.items():
         with console.status(f"measuring {name}"):
             record["profiles"][name] = record_of(measure(arms, rounds=rounds, steps=steps, what=name))
-    answer(as_json, record=lambda: record, view=lambda: bench_view(record))
+    answer(as_json, record, lambda: bench_view(record))
 
 
 def about_this_machine() -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Annotated, Any
 
 import typer
@@ -86,8 +85,7 @@ def experiments(as_json: AsJson = False) -> None:
         takes = next((line.partition("# Time:")[2].strip() for line in comments if line.startswith("# Time:")), "")
         described.append({"name": path.stem, **about, "time": takes, "path": str(path)})
     rows = ((each["name"], str(len(each["arms"]) or "–"), each["title"]) for each in described)
-    view = partial(table, ("experiment", "arms", "title"), rows, left=("title",))
-    answer(as_json, record=lambda: described, view=lambda: [view()])
+    answer(as_json, described, lambda: [table(("experiment", "arms", "title"), rows, left=("title",))])
 
 
 def notices(planned: Experiment) -> list[str]:

@@ -31,11 +31,7 @@ def evaluate(checkpoint: CheckpointName, store: Store = None, as_json: AsJson = 
         **{m.name: m.text(record[m.key]) for m in (measures.headline, measures.second, LOSS)},
         f"{measures.unit}s scored": f"{record[measures.scored]:,}{before}",
     }
-    answer(
-        as_json,
-        record=lambda: {**record, "reused": outcome.reused},
-        view=lambda: [facts(about), BLANK, *samples_lines(record)],
-    )
+    answer(as_json, {**record, "reused": outcome.reused}, lambda: [facts(about), BLANK, *samples_lines(record)])
 
 
 def report(run: RunName, store: Store = None, as_json: AsJson = False) -> None:
@@ -47,7 +43,7 @@ def report(run: RunName, store: Store = None, as_json: AsJson = False) -> None:
         opened, line = open_store(ref.store_uri), line_of(ref)
         written = report_run(line, recorded_evaluations(opened, line), opened, ref.manifest.run_id)
     record = {"report_uri": written.html_uri, "picture_uris": written.picture_uris, "summary": written.summary}
-    answer(as_json, record=lambda: record, view=lambda: [Text(f"Report: {place(written.html_uri)}")])
+    answer(as_json, record, lambda: [Text(f"Report: {place(written.html_uri)}")])
 
 
 def retry(
@@ -72,7 +68,7 @@ def retry(
         "descendant_uris": [below.uri for below in outcome.descendants],
         "replacement_uri": outcome.replacement.uri if outcome.replacement else None,
     }
-    answer(as_json, record=lambda: record, view=lambda: retry_view(outcome))
+    answer(as_json, record, lambda: retry_view(outcome))
 
 
 def retry_view(outcome: RetryOutcome) -> View:

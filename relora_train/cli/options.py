@@ -58,10 +58,10 @@ def overrides_of(sets: list[str] | None) -> dict[str, Any]:
     return dict(map(parse_override, sets or ()))
 
 
-def answer(as_json: bool, *, record: Callable[[], Any], view: Callable[[], View]) -> None:
+def answer(as_json: bool, record: Any, view: Callable[[], View]) -> None:
     """Print a command's result on standard output, as JSON or for people."""
     if as_json:
-        echo_json(record())
+        echo_json(record)
     else:
         show(console_for_people(), view())
 

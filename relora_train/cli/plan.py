@@ -18,7 +18,7 @@ size = partial(size_text, form=".3g")
 def plan(profile: ProfileName, sets: Sets = None, as_json: AsJson = False) -> None:
     """Show what a profile comes to before anything starts: stages, tokens, parameters, memory, FLOPs."""
     planned = plan_profile(load_profile(profile, sets or ()))
-    answer(as_json, record=lambda: planned, view=lambda: plan_view(planned))
+    answer(as_json, planned, lambda: plan_view(planned))
 
 
 def profiles(as_json: AsJson = False) -> None:
@@ -29,7 +29,7 @@ def profiles(as_json: AsJson = False) -> None:
         about = first.removeprefix("#").strip() if first.startswith("#") else ""
         described.append({"name": path.stem, "about": about, "path": str(path)})
     rows = ((each["name"], each["about"]) for each in described)
-    answer(as_json, record=lambda: described, view=lambda: [table(("profile", "about"), rows, left=("about",))])
+    answer(as_json, described, lambda: [table(("profile", "about"), rows, left=("about",))])
 
 
 def plan_view(plan: Plan) -> View:

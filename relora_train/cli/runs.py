@@ -31,11 +31,8 @@ def runs(
         refs = read_checkpoints(opened)
         heads = read_heads(opened, refs)
         lines = draw_lineage(refs, heads)
-        answer(
-            as_json,
-            record=lambda: [lineage_record(line) for line in lines],
-            view=lambda: _inside(opened, lineage_view(lines, heads) if lines else []),
-        )
+        record = [lineage_record(line) for line in lines]
+        answer(as_json, record, lambda: _inside(opened, lineage_view(lines, heads) if lines else []))
         return
     found = list_runs(opened)
     columns = ("run", "profile", "checkpoints", "latest step", "last commit")
@@ -43,11 +40,8 @@ def runs(
         (it.run_id, it.profile or "damaged", str(it.checkpoint_count), f"{it.latest_step:,}", moment(it.modified_at))
         for it in found
     ]
-    answer(
-        as_json,
-        record=lambda: [{**vars(each), "modified_at": each.modified_at.isoformat()} for each in found],
-        view=lambda: _inside(opened, [table(columns, rows, left=("profile",))] if rows else []),
-    )
+    record = [{**vars(each), "modified_at": each.modified_at.isoformat()} for each in found]
+    answer(as_json, record, lambda: _inside(opened, [table(columns, rows, left=("profile",))] if rows else []))
 
 
 def _inside(store: ObjectStore, view: View) -> View:

@@ -94,23 +94,22 @@ def series(
     """List the series of a store with what they have promoted, or show the history of one."""
     opened = open_named(store)
     if name:
-        answer(as_json, record=lambda: _history_record(opened, name), view=lambda: _history_view(opened, name))
+        _show_history(opened, name, as_json=as_json)
         return
     records = {each: read_series(opened, each) for each in list_series(opened)}
     champions = {each: record.latest for each, record in records.items()}
+    shown = [
+        {"series": each, "champion": f"{opened.uri}/{change.checkpoint}", **change.model_dump(mode="json")}
+        for each, change in champions.items()
+    ]
     columns = ("series", "change", "promoted", "loss", "since")
-    rows = (
+    rows = [
         (each, str(change.number), _short(change), _loss(records[each], change), moment(change.at))
         for each, change in champions.items()
-    )
-    listed: View = [Text(f"In {opened.uri}"), table(columns, rows, left=("promoted",))]
+    ]
+    view: View = [Text(f"In {opened.uri}"), table(columns, rows, left=("promoted",))]
     answer(
-        as_json,
-        record=lambda: [
-            {"series": each, "champion": f"{opened.uri}/{change.checkpoint}", **change.model_dump(mode="json")}
-            for each, change in champions.items()
-        ],
-        view=lambda: listed if records else [Text(f"No series has promoted a checkpoint in {opened.uri} yet.")],
+        as_json, shown, lambda: view if rows else [Text(f"No series has promoted a checkpoint in {opened.uri} yet.")]
     )
 
 
@@ -147,9 +146,10 @@ def rollback(
             say(f"{forget(opened, series, taken_back)} parts of the source are new again.")
 
 
-def _history_view(store: ObjectStore, name: str) -> View:
-    """Return the history of a series, the decisions about its candidates, and what it has seen."""
-    record, (data, _) = read_series(store, name), read_data(store, name)
+def _show_history(store: ObjectStore, name: str, *, as_json: bool) -> None:
+    """Show the history of a series, the decisions about its candidates, and what it has seen."""
+    record, (data, _), decisions = read_series(store, name), read_data(store, name), read_decisions(store, name)
+    champion = f"{store.uri}/{record.latest.checkpoint}"
     going_back = {change.number for change in champions_in_order(record.changes)}
     changes = [
         (
@@ -167,27 +167,24 @@ def _history_view(store: ObjectStore, name: str) -> View:
     columns = ("", "change", "what", "to", "loss", "when", "by", "why")
     state = {
         "series": name,
-        "champion": f"{store.uri}/{record.latest.checkpoint}",
+        "champion": champion,
         "data seen": f"{len(data.seen):,} parts of the source" if data.seen else "nothing",
     }
     if data.pending is not None:
         state["under way"] = f"run {data.pending.run_id}; the next retrain goes on with it"
     parts: View = [facts(state), BLANK, table(columns, changes, left=("what", "to", "by", "why"))]
     parts.append(Text("● champion   ○ `relora rollback` goes back to it", style="dim"))
-    if decisions := [(it.run_id, it.outcome, moment(it.at), it.reason) for it in read_decisions(store, name)]:
-        parts += [BLANK, table(("run", "outcome", "when", "why"), decisions, left=("outcome", "why"))]
-    return parts
-
-
-def _history_record(store: ObjectStore, name: str) -> dict[str, Any]:
-    record, (data, _) = read_series(store, name), read_data(store, name)
-    return {
+    if decisions:
+        made = [(it.run_id, it.outcome, moment(it.at), it.reason) for it in decisions]
+        parts += [BLANK, table(("run", "outcome", "when", "why"), made, left=("outcome", "why"))]
+    shown = {
         "series": name,
-        "champion": f"{store.uri}/{record.latest.checkpoint}",
+        "champion": champion,
         "changes": [change.model_dump(mode="json") for change in record.changes],
-        "decisions": [decision.model_dump(mode="json") for decision in read_decisions(store, name)],
+        "decisions": [decision.model_dump(mode="json") for decision in decisions],
         "data": data.model_dump(mode="json"),
     }
+    answer(as_json, shown, lambda: parts)
 
 
 def _say_change(store: ObjectStore, name: str, change: Change) -> None:

@@ -37,8 +37,8 @@ def checkpoints(run: RunName, store: Store = None, as_json: AsJson = False) -> N
     line = line_to(latest, refs) if latest else ()
     answer(
         as_json,
-        record=lambda: [{**_record(ref), "on_line": ref in line} for ref in refs],
-        view=lambda: checkpoints_view(refs, line),
+        [{"uri": ref.uri, **ref.manifest.model_dump(mode="json"), "on_line": ref in line} for ref in refs],
+        lambda: checkpoints_view(refs, line),
     )
     for fault in faults:
         complain(str(fault))
@@ -68,15 +68,12 @@ def show(
     lineage = [{"stage": one.manifest.stage, "step": one.step, "uri": one.uri} for one in line]
     verified = [Text("Every file is as its manifest says.")] if verify else []
     tree = [BLANK, Text("Runs it belongs with", style="bold"), *lineage_view(roots, heads, marked=ref.uri)]
+    more = {"lineage": lineage, "tree": lineage_record(roots[0]), "verified": verify}
     answer(
         as_json,
-        record=lambda: {**_record(ref), "lineage": lineage, "tree": lineage_record(roots[0]), "verified": verify},
-        view=lambda: [*checkpoint_view(ref, line), *(tree if roots[0].branches else []), *verified],
+        {"uri": ref.uri, **ref.manifest.model_dump(mode="json"), **more},
+        lambda: [*checkpoint_view(ref, line), *(tree if roots[0].branches else []), *verified],
     )
-
-
-def _record(ref: CheckpointRef) -> dict[str, Any]:
-    return {"uri": ref.uri, **ref.manifest.model_dump(mode="json")}
 
 
 def checkpoints_view(refs: Sequence[CheckpointRef], line: Sequence[CheckpointRef]) -> View:

@@ -56,7 +56,7 @@ def prune(
         "leftovers": [vars(left) for left in report.leftovers],
         "notes": report.notes,
     }
-    answer(as_json, record=lambda: record, view=lambda: prune_view(report))
+    answer(as_json, record, lambda: prune_view(report))
 
 
 def verify(
@@ -68,7 +68,7 @@ def verify(
     opened = open_named(store)
     is_run = re.fullmatch(RUN_ID_PATTERN, name) and any(True for _ in opened.list(f"runs/{name}/"))
     found = verify_run(opened, name) if is_run else verify_checkpoint(resolve_checkpoint(name, opened))
-    answer(as_json, record=found.to_json, view=lambda: verify_view(found))
+    answer(as_json, found.to_json(), lambda: verify_view(found))
     if not found.is_clean:
         raise typer.Exit(CheckpointError.exit_code)
 

@@ -45,7 +45,7 @@ class StepResult:
 
     request: StepRequest
     device: str
-    """Of a CPU with the number of threads."""
+    """Its name; 'cpu, 2 threads'."""
 
     seconds: tuple[float, ...]
     """Seconds a step, the median of each round."""

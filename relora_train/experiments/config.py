@@ -14,6 +14,7 @@ from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from relora_train.errors import ExperimentInvalidError
 from relora_train.settings.base import FrozenConfig
+from relora_train.text import counted
 
 ArmName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,39}$")]
 """Part of run ids."""
@@ -146,6 +147,6 @@ def invalid_experiment(path: Path, faults: Sequence[str], *, where: str) -> Expe
     """Return the error that names all of an experiment's faults, and where to correct them."""
     shown = "\n".join(f"  - {fault}" for fault in faults)
     return ExperimentInvalidError(
-        f"Experiment {path} has {len(faults)} fault{'s' if len(faults) > 1 else ''}:\n{shown}\n"
+        f"Experiment {path} has {counted(len(faults), 'fault')}:\n{shown}\n"
         f"Correct them {where}; profiles/experiments/README.md explains every key."
     )
