@@ -173,10 +173,13 @@ def test_a_retry_that_was_stopped_proves_nothing_to_the_next(workshop: Workshop,
 def test_the_command_runs_a_process_and_says_what_came_of_it(tmp_path: Path, monkeypatch, relora):
     with pytest.MonkeyPatch.context() as patch:
         workshop = Workshop(tmp_path / "store", patch)
-        workshop.train(tiny_profile(schedule={"cycles": 1}))
+        warm_start = workshop.train(tiny_profile(schedule={"cycles": 1}))[0]
     monkeypatch.setenv("RELORA_CACHE", str(tmp_path / "cache"))
     done = relora("retry", "tiny@cycle-1", "--store", workshop.store_uri, "--json")
     record = json.loads(done.out)
     assert (
         done.code == 0 and record["identical"] and record["descendant_uris"] == [] and record["replacement_uri"] is None
     )
+    (tmp_path / "store" / warm_start.prefix / "manifest.json").unlink()
+    refused = relora("retry", "tiny@cycle-1", "--store", workshop.store_uri)
+    assert refused.code == 6 and "is not there any more" in refused.err and "once more" not in refused.err
