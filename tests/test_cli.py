@@ -21,6 +21,8 @@ from relora_train.checkpoints.lineage import CheckpointRef
 from relora_train.cli.app import command_line
 from relora_train.cli.local_flow import TerminatedError, _termination_raises
 from relora_train.cli.output import describe_fault
+from relora_train.errors import AccessDeniedError
+from relora_train.storage.local import LocalStore
 from relora_train.storage.opening import open_store
 
 Relora = Callable[..., Any]
@@ -239,6 +241,23 @@ def test_a_report_takes_the_newest_recorded_evaluation_of_each_checkpoint(
         time.sleep(0.02)  # the store's clock orders them
     summary = json.loads(relora("report", "tale", "--json").out)["summary"]
     assert [item["scores"]["val_perplexity"] for item in summary["evaluations"]] == [40.0, 30.0]
+
+
+def test_the_report_of_a_store_that_can_only_be_read_is_kept_on_this_machine(
+    relora: Relora, line: list[CheckpointRef], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put = LocalStore.put_file
+
+    def put_elsewhere(store: LocalStore, *arguments: Any, **options: Any) -> Any:
+        if store.uri == line[0].store_uri:
+            raise AccessDeniedError("Access is denied.")
+        return put(store, *arguments, **options)
+
+    monkeypatch.setattr(LocalStore, "put_file", put_elsewhere)
+    made = relora("report", "tale", "--json")
+    assert made.code == 0 and "kept on this machine: Access is denied." in made.err
+    kept = tmp_path / "cache" / "reports" / "runs" / "tale" / "report" / "report.html"
+    assert json.loads(made.out)["report_uri"] == kept.as_uri() and kept.is_file()
 
 
 def test_an_export_is_the_checkpoints_own_model_and_force_replaces_an_older_one(

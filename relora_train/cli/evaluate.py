@@ -9,14 +9,16 @@ from rich.text import Text
 
 from relora_train import events
 from relora_train.cli.options import AsJson, CheckpointName, RunName, Store, answer, resolve
-from relora_train.cli.output import BLANK, View, console_for_people, facts, place, samples_lines
+from relora_train.cli.output import BLANK, View, console_for_people, facts, place, samples_lines, tell
 from relora_train.cli.progress import shown_progress
+from relora_train.errors import AccessDeniedError
 from relora_train.runs.evaluations import recorded_evaluations, score_checkpoint
 from relora_train.runs.retry import RetryOutcome, parent_of, retry_stage
 from relora_train.runs.run import line_of
 from relora_train.settings.measures import LOSS
 from relora_train.settings.objectives import measures_in
 from relora_train.storage.opening import open_store
+from relora_train.storage.workspace import cache_root
 
 
 def evaluate(checkpoint: CheckpointName, store: Store = None, as_json: AsJson = False) -> None:
@@ -40,8 +42,13 @@ def report(run: RunName, store: Store = None, as_json: AsJson = False) -> None:
     with console_for_people(to_stderr=as_json).status("reading checkpoints and drawing …"):
         from relora_train.reports.report import report_run  # matplotlib
 
-        opened, line = open_store(ref.store_uri), line_of(ref)
-        written = report_run(line, recorded_evaluations(opened, line), opened, ref.manifest.run_id)
+        opened, line, run_id = open_store(ref.store_uri), line_of(ref), ref.manifest.run_id
+        evaluations = recorded_evaluations(opened, line)
+        try:
+            written = report_run(line, evaluations, opened, run_id)
+        except AccessDeniedError as error:  # a store that can only be read
+            tell(f"The report is kept on this machine: {error}")
+            written = report_run(line, evaluations, open_store(cache_root() / "reports"), run_id)
     record = {"report_uri": written.html_uri, "picture_uris": written.picture_uris, "summary": written.summary}
     answer(as_json, record, lambda: [Text(f"Report: {place(written.html_uri)}")])
 
