@@ -28,12 +28,12 @@ def check_devices(launch: LaunchConfig) -> None:
     gpus = usable_gpus()
     if not gpus and launch.device == "cuda":
         raise DeviceError(
-            f"launch.device is 'cuda', but torch sees no GPU here: {why_no_gpu()}. Set launch.device to 'cpu' or "
+            f"launch.device is 'cuda', but torch sees no GPU here: {_why_no_gpu()}. Set launch.device to 'cpu' or "
             "'auto' to train on the CPU."
         )
     if not gpus and ranks == "gpu":
         raise DeviceError(
-            f"launch.nproc_per_node is 'gpu', a rank for each GPU, but torch sees none here: {why_no_gpu()}. Set "
+            f"launch.nproc_per_node is 'gpu', a rank for each GPU, but torch sees none here: {_why_no_gpu()}. Set "
             "launch.nproc_per_node to a number to train on the CPU."
         )
     if gpus and ranks != "gpu" and ranks > gpus:
@@ -50,7 +50,7 @@ def usable_gpus() -> int:
     return _asked_of_torch()[0]
 
 
-def why_no_gpu() -> str:
+def _why_no_gpu() -> str:
     """Return the reason as far as torch, the environment or the driver tell it."""
     import torch
 
@@ -79,7 +79,7 @@ def warn_of_unused_gpu() -> None:
         "Training on the CPU, though there is an NVIDIA device here (%s): torch cannot use it, since %s. Install the "
         "build of torch that fits the driver, or a newer driver. launch.device = 'cuda' stops a run instead, 'cpu' "
         "silences this.",
-        sign, why_no_gpu(),
+        sign, _why_no_gpu(),
     )  # fmt: skip
 
 

@@ -56,7 +56,7 @@ class ReLoRAError(Exception):
 
     exit_code: ClassVar[int] = 1
     retryable: ClassVar[bool] = False
-    """Whether the same call may succeed later with nothing changed by the user."""
+    """True if the same call may succeed later with nothing changed by the user."""
     max_retries: ClassVar[int | None] = None
     """How often it is worth trying again, where that is less often than the caller would."""
 
@@ -128,18 +128,9 @@ class OrchestratorError(ReLoRAError):
 
 
 _COME_AGAIN = (
-    ImportError,
-    SyntaxError,
-    NameError,
-    TypeError,
-    AttributeError,
-    ValueError,
-    LookupError,
-    ArithmeticError,
-    AssertionError,
-    NotImplementedError,
-    RecursionError,
-)
+    ImportError, SyntaxError, NameError, TypeError, AttributeError, ValueError, LookupError, ArithmeticError,
+    AssertionError, NotImplementedError, RecursionError,
+)  # fmt: skip
 _FROM_OUTSIDE = (OSError, EOFError, json.JSONDecodeError)
 """Files, connections, and an answer that was cut off."""
 

@@ -54,14 +54,10 @@ STOP_SECONDS = 25.0
 _emitting = threading.Lock()
 R = TypeVar("R", bound=BaseModel)
 
+# The last one is NCCL's, of the driver.
 _MEMORY_WORDS = (
-    "CUDA error: out of memory",
-    "ALLOC_FAILED",
-    "DefaultCPUAllocator",
-    "Cannot allocate memory",
-    "'out of memory'",  # NCCL's, of the driver
-)
-
+    "CUDA error: out of memory", "ALLOC_FAILED", "DefaultCPUAllocator", "Cannot allocate memory", "'out of memory'",
+)  # fmt: skip
 
 SNAPSHOT_THREAD = "snapshot"
 """Name of the thread that writes one."""
@@ -152,42 +148,41 @@ def leave(status: int) -> NoReturn:
 
 def run_reported(work: Callable[[], object]) -> int:
     """Do the work and return the exit status; an error is told to the parent as the event `failed`."""
+    kind: type[ReLoRAError]
+    status = 1
     try:
         work()
+        return 0
     except ReLoRAError as error:
-        emit("failed", error=type(error).__name__, message=str(error))
-        return error.exit_code
+        kind, message, status = type(error), str(error), error.exit_code
     except Exception as error:
-        return _crash(error)
-    return 0
-
-
-def _crash(error: Exception) -> int:
-    if SHARED_MEMORY in str(error):
-        message = (
-            f"This machine's shared memory, {SHARED_MEMORY}, is full or too small ({error}). Ranks on one machine talk "
-            "through it. Start the container with --shm-size=16g or --ipc=host; in Kubernetes mount an emptyDir of "
-            f"medium Memory at {SHARED_MEMORY}."
-        )
-        emit("failed", error=DeviceError.__name__, message=message.replace("\n", " "))
-        return DeviceError.exit_code
-    if os.strerror(errno.ENOSPC) in str(error):  # safetensors hides the errno
-        message = f"The disk is full ({error}). Free space, or set RELORA_CACHE to a larger disk, and run again."
-        emit("failed", error=DiskFullError.__name__, message=message)
-        return DiskFullError.exit_code
-    traceback.print_exc()
-    if is_out_of_memory(error):
-        message = f"{error} Lower batch.micro_sequences or batch.sequence_length, or use a larger device."
-        emit("failed", error=DeviceMemoryError.__name__, message=message.replace("\n", " "))
-    elif may_pass(error):
-        emit("failed", error=TrainerCrashedError.__name__, message=f"{type(error).__name__}: {error}")
-    else:
-        message = (
-            f"{type(error).__name__}: {error}. It would come again at every try, so none follows. Change what the last "
-            "lines below name (a setting, a file, a package), or report them."
-        )
-        emit("failed", error=TrainerFaultError.__name__, message=message)
-    return 1
+        is_expected = SHARED_MEMORY in str(error) or os.strerror(errno.ENOSPC) in str(error)
+        if not is_expected:
+            traceback.print_exc()
+        if SHARED_MEMORY in str(error):
+            kind, status = DeviceError, DeviceError.exit_code
+            message = (
+                f"This machine's shared memory, {SHARED_MEMORY}, is full or too small ({error}). Ranks on one machine "
+                "talk through it. Start the container with --shm-size=16g or --ipc=host; in Kubernetes mount an "
+                f"emptyDir of medium Memory at {SHARED_MEMORY}."
+            ).replace("\n", " ")
+        elif is_expected:  # safetensors hides the errno
+            kind, status = DiskFullError, DiskFullError.exit_code
+            message = f"The disk is full ({error}). Free space, or set RELORA_CACHE to a larger disk, and run again."
+        elif is_out_of_memory(error):
+            kind = DeviceMemoryError
+            advice = "Lower batch.micro_sequences or batch.sequence_length, or use a larger device."
+            message = f"{error} {advice}".replace("\n", " ")
+        elif may_pass(error):
+            kind, message = TrainerCrashedError, f"{type(error).__name__}: {error}"
+        else:
+            kind = TrainerFaultError
+            message = (
+                f"{type(error).__name__}: {error}. It would come again at every try, so none follows. Change what the "
+                "last lines below name (a setting, a file, a package), or report them."
+            )
+    emit("failed", error=kind.__name__, message=message)
+    return status
 
 
 def is_out_of_memory(error: Exception) -> bool:
@@ -228,7 +223,7 @@ class StopRequest:
             try:
                 emit(event, **fields)
             except BrokenPipeError:
-                self._set("the end of its parent process")
+                self._parent_ended()
 
         return emit_or_stop
 
@@ -277,6 +272,4 @@ class _ParentPipe:
         self._lines.put(None)
 
 
-@cache
-def _parent_pipe() -> _ParentPipe:
-    return _ParentPipe()
+_parent_pipe = cache(_ParentPipe)  # one a process, from its first use

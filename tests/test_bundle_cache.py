@@ -110,10 +110,10 @@ def test_a_file_that_was_checked_is_not_read_again_by_the_same_process(tmp_path,
     manifest = committed(store, tmp_path / "a")
     cache = fetch_bundle(store, PREFIX, manifest, tmp_path / "cache")
     now = time.time() + 60  # what was written just now may still change within its time stamp
-    monkeypatch.setattr("relora_train.checkpoints.file_checks.time.time", lambda: now)
+    monkeypatch.setattr("relora_train.checkpoints.fetch.time.time", lambda: now)
     fetch_bundle(store, PREFIX, manifest, cache)
     noted = lambda path: hashed.append(path) or hash_file(path)  # noqa: E731
-    monkeypatch.setattr("relora_train.checkpoints.file_checks.hash_file", noted)
+    monkeypatch.setattr("relora_train.checkpoints.fetch.hash_file", noted)
     fetch_bundle(store, PREFIX, manifest, cache)
     assert hashed == []
     verify_bundle(store, PREFIX, manifest)

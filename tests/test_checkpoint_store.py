@@ -219,19 +219,13 @@ def test_a_damaged_head_is_refused_with_the_way_out(memory, record):
         CheckpointStore(memory, "run").latest()
 
 
-def test_a_head_whose_checkpoint_was_deleted_is_replaced_by_the_next_commit(memory, tmp_path):
-    run, refs = straight_run(memory, tmp_path)
-    run.set_head(refs[3])
-    memory.delete(f"{refs[3].prefix}/manifest.json")
-    assert run.set_head(refs[2]) == refs[2] == run.head()
-
-
-def test_a_head_whose_checkpoint_was_deleted_is_an_error_not_another_checkpoint(memory, tmp_path):
+def test_a_head_whose_checkpoint_was_deleted_is_an_error_until_the_next_commit_replaces_it(memory, tmp_path):
     run, refs = straight_run(memory, tmp_path)
     run.set_head(refs[3])
     memory.delete(f"{refs[3].prefix}/manifest.json")
     with pytest.raises(CheckpointNotFoundError, match=refs[3].prefix):
         run.latest()
+    assert run.set_head(refs[2]) == refs[2] == run.head()
 
 
 # --- the line of a run ---
@@ -244,23 +238,17 @@ def test_latest_goes_on_from_the_head_so_that_a_lost_head_update_costs_nothing(s
     assert run.latest() == refs[3]
 
 
-def test_two_lines_without_a_head_are_ambiguous_and_named(memory, tmp_path):
+def test_two_lines_without_a_head_or_from_it_are_ambiguous_and_named(memory, tmp_path):
     run, refs = straight_run(memory, tmp_path)
     branch = add(run, tmp_path, "cycle-3", 400, refs[2], variant="lower lr")
     with pytest.raises(CheckpointAmbiguousError) as caught:
         run.latest()
-    assert refs[3].uri in str(caught.value)
-    assert branch.uri in str(caught.value)
-    run.set_head(branch)
-    assert run.latest() == branch
-
-
-def test_two_children_of_the_head_are_ambiguous(memory, tmp_path):
-    run, refs = straight_run(memory, tmp_path)
-    add(run, tmp_path, "cycle-3", 400, refs[2], variant="lower lr")
+    assert refs[3].uri in str(caught.value) and branch.uri in str(caught.value)
     run.set_head(refs[2])
     with pytest.raises(CheckpointAmbiguousError, match=refs[2].prefix):
         run.latest()
+    run.set_head(branch)
+    assert run.latest() == branch
 
 
 def test_a_line_ends_where_its_parent_lies_in_another_run(memory, tmp_path):
@@ -387,26 +375,6 @@ def test_a_stage_on_two_lines_follows_the_head_or_is_ambiguous(memory, tmp_path)
     with pytest.raises(CheckpointAmbiguousError, match=refs[3].prefix):
         resolve_checkpoint("run@cycle-3", memory)
     assert resolve_checkpoint(refs[3].uri, memory) == refs[3]
-
-
-def test_one_byte_flipped_at_rest_is_refused_through_every_reader(store, tmp_path):
-    run, refs = straight_run(store, tmp_path)
-    key = f"{refs[2].prefix}/model.safetensors"
-    data = bytearray(store.get_bytes(key)[0])
-    data[100] ^= 1
-    store.put_bytes(key, bytes(data))
-    ref = resolve_checkpoint("run@cycle-2", store)
-    for read in (
-        lambda ref: verify_bundle(store, ref.prefix, ref.manifest),
-        lambda ref: fetch_checkpoint(ref, tmp_path / "c", store=run.store),
-        lambda ref: fetch_checkpoint(ref, tmp_path / "c", store=run.store),
-    ):
-        with pytest.raises(CheckpointCorruptError, match=key):
-            read(ref)
-    verify_bundle(store, refs[1].prefix, refs[1].manifest)
-
-
-# --- datasets ---
 
 
 def test_a_dataset_is_found_by_its_whole_id(store, tmp_path):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import time
 from collections.abc import Iterator
@@ -10,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from relora_train.checkpoints import file_checks
-from relora_train.checkpoints.file_checks import check_file, is_intact
+from relora_train.checkpoints import fetch
+from relora_train.checkpoints.fetch import check_file, is_intact
 from relora_train.checkpoints.manifest import FileEntry, hash_file
 from relora_train.errors import CheckpointCorruptError, CheckpointIncompleteError
 
@@ -27,7 +26,7 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
         seen.append(path)
         return hash_file(path)
 
-    monkeypatch.setattr(file_checks, "hash_file", counted)
+    monkeypatch.setattr(fetch, "hash_file", counted)
     return seen
 
 
@@ -41,7 +40,7 @@ def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Path
 
 def a_minute_later(monkeypatch: pytest.MonkeyPatch) -> None:
     now = time.time() + 60
-    monkeypatch.setattr(file_checks.time, "time", lambda: now)
+    monkeypatch.setattr(fetch.time, "time", lambda: now)
 
 
 def test_a_settled_file_is_read_once(file, reads, monkeypatch):
@@ -88,23 +87,3 @@ def test_a_file_that_is_gone_is_missing(file, monkeypatch):
     assert not is_intact(path, entry, unless_checked_before=True)
     with pytest.raises(CheckpointIncompleteError, match="x is listed"):
         check_file(path, entry, uri="x", unless_checked_before=True)
-
-
-@pytest.mark.parametrize("size_bytes", [1, 1 << 20, (1 << 20) + 1, 5 << 20, (64 << 20) + 1])
-def test_one_flipped_bit_of_a_file_of_any_size_is_seen(size_bytes, tmp_path):
-    """Sizes around those at which a file is read in pieces, and at which it is large to a transfer."""
-    path = tmp_path / "file"
-    path.write_bytes(bytes(size_bytes))
-    entry = FileEntry(path="file", size_bytes=size_bytes, sha256=hashlib.sha256(bytes(size_bytes)).hexdigest())
-    check_file(path, entry, uri="x")
-    for position in {0, size_bytes // 2, size_bytes - 1}:
-        with path.open("r+b") as stream:
-            stream.seek(position)
-            stream.write(b"\1")
-        assert not is_intact(path, entry)
-        with pytest.raises(CheckpointCorruptError, match="x is damaged"):
-            check_file(path, entry, uri="x")
-        with path.open("r+b") as stream:
-            stream.seek(position)
-            stream.write(b"\0")
-    assert is_intact(path, entry)

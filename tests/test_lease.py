@@ -193,17 +193,6 @@ def test_an_outage_longer_than_the_lease_stops_writing_and_not_computing(seaweed
             lease.check()
 
 
-def test_a_renewal_whose_answer_was_lost_is_no_loss(seaweed, s3_store_uri, monkeypatch):
-    monkeypatch.setenv("RELORA_S3_MAX_ATTEMPTS", "1")
-    with faulty_way_to(seaweed.endpoint) as way:
-        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", way.endpoint)
-        with hold_run(open_store(s3_store_uri), "run", ttl_seconds=0.9) as lease:
-            way.plan("PUT", "lease.json", lose_the_answer)
-            time.sleep(0.9)
-            assert way.met == 1
-            lease.check()
-
-
 def test_a_lease_that_was_granted_by_a_lost_answer_is_taken_at_once_by_the_same_process(
     seaweed, s3_store_uri, monkeypatch
 ):

@@ -16,10 +16,9 @@ from stage_runs import tiny_profile
 from relora_train.checkpoints.commit import commit_bundle
 from relora_train.checkpoints.layout import dataset_prefix
 from relora_train.checkpoints.lineage import CheckpointRef
-from relora_train.checkpoints.run import CheckpointStore
+from relora_train.checkpoints.run import CheckpointStore, RunView
 from relora_train.checkpoints.upkeep.pruning import prune_run
 from relora_train.checkpoints.upkeep.retention import RetentionPolicy
-from relora_train.checkpoints.view import RunView
 from relora_train.errors import CheckpointNotFoundError, PreconditionFailedError
 from relora_train.method.stages import plan_stages
 from relora_train.runs.divergence import train_by_policy

@@ -5,10 +5,12 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
+import uuid
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from test_prune_crashes import crash_everywhere
 
 from relora_train.checkpoints.layout import snapshot_name
 from relora_train.checkpoints.manifest import SnapshotManifest, describe_files
@@ -210,39 +212,23 @@ def test_what_cannot_be_removed_from_this_machine_is_passed_over(tmp_path: Path)
     assert found is not None and found.step == 10
 
 
-def crash_points(tmp_path: Path) -> Iterator[tuple[int, Writes]]:
-    """Stores that crash at the n-th write or removal of an upload that also prunes, until one does not crash."""
-    for point in range(100):
-        count = 0
-
-        def before(key: str, limit: int = point) -> None:
-            nonlocal count
-            count += 1
-            if count > limit:
-                raise KeyboardInterrupt
-
-        store = Writes(lambda key: None)
-        for step in (10, 20):
-            snapshots(store, tmp_path / f"{point}").upload(take(tmp_path / f"{point}", step))
-        store.before = before
-        yield point, store
-        if count <= point:
-            return
-
-
 def test_a_crash_at_any_write_of_an_upload_leaves_the_newest_or_the_one_before(tmp_path: Path):
-    crashed = 0
-    for point, store in crash_points(tmp_path):
-        try:
-            snapshots(store, tmp_path / f"{point}").upload(take(tmp_path / f"{point}", 30))
-        except KeyboardInterrupt:
-            crashed += 1
-        store.before = lambda key: None
-        found = snapshots(store, tmp_path / f"{point}-other").newest_valid()
-        assert found is not None and found.step in (20, 30)
-        repeated = tmp_path / f"{point}" / snapshot_name(30, "a" * 16)
-        snapshots(store, tmp_path / f"{point}").upload(repeated)
+    here = tmp_path
+
+    def fresh() -> ObjectStore:
+        nonlocal here
+        here, store = tmp_path / uuid.uuid4().hex, MemoryStore()
+        for step in (10, 20):
+            snapshots(store, here).upload(take(here, step))
+        return store
+
+    def check(store: ObjectStore, operations: list[str]) -> None:
+        found = snapshots(store, here.with_suffix(".other")).newest_valid()
+        assert found is not None and found.step in (20, 30), operations
+        snapshots(store, here).upload(here / snapshot_name(30, "a" * 16))
         assert stored_names(store) == [snapshot_name(step, "a" * 16) for step in (20, 30)]
+
+    crashed = crash_everywhere(lambda store: snapshots(store, here).upload(take(here, 30)), fresh, check)
     assert crashed >= 8  # claim, two files, manifest; manifest, two files and claim of the one that goes
 
 

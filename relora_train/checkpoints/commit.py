@@ -16,7 +16,7 @@ import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from relora_train.checkpoints.file_checks import check_file, is_intact
+from relora_train.checkpoints.fetch import check_file, is_intact
 from relora_train.checkpoints.layout import join_key
 from relora_train.checkpoints.lineage import TOMBSTONE_NAME, removal_at
 from relora_train.checkpoints.manifest import (

@@ -89,10 +89,6 @@ def parse_snapshot_name(name: str) -> int | None:
     return match and int(match[1])
 
 
-def head_key(run_id: str) -> str:
-    return f"runs/{check_run_id(run_id)}/refs/{HEAD_NAME}"
-
-
 def diverged_key(run_id: str, fingerprint: str) -> str:
     return f"runs/{check_run_id(run_id)}/diverged/{fingerprint[:12]}.json"
 

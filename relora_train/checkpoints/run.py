@@ -1,4 +1,4 @@
-"""The merge checkpoints of one run in one store: commit, list, fetch, verify, and the head that names the run's line.
+"""The merge checkpoints of one run in one store: commit, list, and the head that names the run's line.
 
 A listing shows exactly what can be read: a prefix without manifest.json is absent. `names.py` chooses a checkpoint by
 name, such as RUN@cycle-2.
@@ -7,6 +7,7 @@ name, such as RUN@cycle-2.
 from __future__ import annotations
 
 import secrets
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,10 +16,10 @@ from typing import NamedTuple
 from relora_train.checkpoints.commit import commit_bundle
 from relora_train.checkpoints.fetch import fetched_directory, keep_fetched
 from relora_train.checkpoints.layout import (
+    HEAD_NAME,
     check_run_id,
     checkpoint_prefix,
     checkpoints_prefix,
-    head_key,
     parse_checkpoint_prefix,
 )
 from relora_train.checkpoints.lineage import (
@@ -34,19 +35,23 @@ from relora_train.checkpoints.lineage import (
     without_pruned_ends,
 )
 from relora_train.checkpoints.manifest import MANIFEST_NAME, CheckpointManifest
-from relora_train.errors import CheckpointCorruptError, CheckpointNotFoundError, ConfigError, PreconditionFailedError
+from relora_train.errors import (
+    CheckpointCorruptError,
+    CheckpointNotFoundError,
+    ConfigError,
+    PreconditionFailedError,
+    StorageError,
+)
 from relora_train.storage.base import ObjectStore, find_bytes, parse_json, put_json
 
 _HEAD_ATTEMPTS = 5
 
 
 class Head(NamedTuple):
-    """The content of refs/head.json."""
+    """What refs/head.json says: the prefix of the checkpoint, and the etag of the record itself."""
 
     prefix: str
-    """The checkpoint's."""
     etag: str
-    """The record's own."""
 
 
 class CheckpointStore:
@@ -55,6 +60,7 @@ class CheckpointStore:
     def __init__(self, store: ObjectStore, run_id: str) -> None:
         self.store = store
         self.run_id = check_run_id(run_id)
+        self._head_key = f"runs/{run_id}/refs/{HEAD_NAME}"
 
     def refresh(self) -> None:
         """Forget what is known of the run: nothing here, much in a RunView."""
@@ -128,10 +134,9 @@ class CheckpointStore:
         """
         ref, found = self._head()
         if ref is None and found is not None and not missing_ok:
-            key = head_key(self.run_id)
             raise CheckpointNotFoundError(
-                f"{self.store.uri}/{key} names {found.prefix}, which is not committed: it was deleted. "
-                f"Restore it, or delete {key} and name the checkpoint to go on from."
+                f"{self.store.uri}/{self._head_key} names {found.prefix}, which is not committed: it was deleted. "
+                f"Restore it, or delete {self._head_key} and name the checkpoint to go on from."
             )
         return ref
 
@@ -194,8 +199,7 @@ class CheckpointStore:
 
     def _head(self) -> tuple[CheckpointRef | None, Head | None]:
         """Return the head's checkpoint, or None if there is none or it was deleted, and the head's record."""
-        key = head_key(self.run_id)
-        found = find_bytes(self.store, key)
+        found = find_bytes(self.store, self._head_key)
         if found is None:
             return None, None
         try:
@@ -204,7 +208,7 @@ class CheckpointStore:
             place = None
         if place is None or place.run_id != self.run_id:
             raise CheckpointCorruptError(
-                f"{self.store.uri}/{key} is damaged: it names no checkpoint of run {self.run_id!r}. "
+                f"{self.store.uri}/{self._head_key} is damaged: it names no checkpoint of run {self.run_id!r}. "
                 "Delete it and name the checkpoint to go on from."
             )
         return self._read(place.prefix), Head(place.prefix, found[1])
@@ -215,5 +219,82 @@ class CheckpointStore:
         record = {
             "checkpoint": ref.prefix, "step": ref.step, "fingerprint": ref.fingerprint, "nonce": secrets.token_hex(8)
         }  # fmt: skip
-        etag = put_json(self.store, head_key(self.run_id), record, if_absent=etag is None, if_match=etag)
+        etag = put_json(self.store, self._head_key, record, if_absent=etag is None, if_match=etag)
         return Head(ref.prefix, etag)
+
+
+class RunView(CheckpointStore):
+    """A run, read once and then kept up by what is committed through this object.
+
+    For the flow that holds the run's lease: no other one commits or moves the head meanwhile. Every write stays
+    conditional, and one that fails has the run read again. A prune beside the flow may remove what the view still
+    shows. It never removes the head, the end of a line, or what the lease says the flow started from.
+    """
+
+    def __init__(self, store: ObjectStore, run_id: str) -> None:
+        super().__init__(store, run_id)
+        self._lock = threading.RLock()  # a publisher commits beside the flow's own thread
+        self._manifests: dict[str, CheckpointRef] = {}  # by prefix; a manifest never changes
+        self._committed: dict[str, CheckpointRef] = {}  # by this flow
+        self._history: Sequence[CheckpointRef] | None = None
+        self._known_head: tuple[CheckpointRef | None, Head | None] | None = None
+
+    def refresh(self) -> None:
+        """Read listing and head again when they are next asked for."""
+        with self._lock:
+            self._history = self._known_head = None
+
+    def history(self) -> Sequence[CheckpointRef]:
+        """Return all checkpoints by step, as they were when the run was read, and what this flow has committed."""
+        with self._lock:
+            if self._history is None:
+                self._history = super().history()
+            return in_order({**self._committed, **{ref.prefix: ref for ref in self._history}}.values())
+
+    def list(self) -> Sequence[CheckpointRef]:
+        """Return the committed checkpoints among them."""
+        return [ref for ref in self.history() if not ref.is_pruned]
+
+    def commit(
+        self, directory: Path, manifest: CheckpointManifest, *, check_lease: Callable[[], None] = lambda: None
+    ) -> CheckpointRef:
+        """Commit as a CheckpointStore does, and remember the result."""
+        try:
+            ref = super().commit(directory, manifest, check_lease=check_lease)
+        except PreconditionFailedError:
+            self.refresh()
+            raise
+        with self._lock:
+            self._committed[ref.prefix] = self._manifests[ref.prefix] = ref
+        return ref
+
+    def set_head(self, ref: CheckpointRef) -> CheckpointRef:
+        """Move the head as a CheckpointStore does. Look again first if a prune may have removed `ref` meanwhile."""
+        head, _ = self._head()
+        if ref.prefix not in self._committed and not (head and ref in self.ancestry(head)):
+            self.refresh()
+            if ref not in self.list():
+                raise CheckpointNotFoundError(f"{ref.uri} was pruned meanwhile. Run the same command again.")
+        return super().set_head(ref)
+
+    def _read(self, prefix: str) -> CheckpointRef | None:
+        with self._lock:
+            if prefix not in self._manifests and (ref := super()._read(prefix)):
+                self._manifests[prefix] = ref
+            return self._manifests.get(prefix)
+
+    def _head(self) -> tuple[CheckpointRef | None, Head | None]:
+        with self._lock:
+            if self._known_head is None:
+                self._known_head = super()._head()
+            return self._known_head
+
+    def _write_head(self, ref: CheckpointRef, etag: str | None) -> Head:
+        try:
+            written = super()._write_head(ref, etag)
+        except StorageError:  # another writer's move, or an answer that was lost
+            self.refresh()
+            raise
+        with self._lock:
+            self._known_head = ref, written
+        return written

@@ -17,8 +17,7 @@ from relora_train.checkpoints.layout import dataset_prefix, split_checkpoint_uri
 from relora_train.checkpoints.lease import Lease, hold_run
 from relora_train.checkpoints.lineage import CheckpointRef, read_checkpoint, removal_at
 from relora_train.checkpoints.manifest import DatasetManifest
-from relora_train.checkpoints.run import CheckpointStore
-from relora_train.checkpoints.view import RunView
+from relora_train.checkpoints.run import CheckpointStore, RunView
 from relora_train.errors import CheckpointNotFoundError, ReLoRAError
 from relora_train.events import Event
 from relora_train.runs.publishing import Publisher, publishing

@@ -67,7 +67,7 @@ MODULES: dict[str, tuple[list[str], list[str]]] = {
             "test_pruning.py::test_who_begins_to_depend_on_a_checkpoint_while_it_is_being_removed_keeps_it_or_is_told",
         ],
     ),
-    "view": (["checkpoints/view.py", "checkpoints/run.py"], ["test_requests.py", "test_checkpoint_store.py"]),
+    "view": (["checkpoints/run.py"], ["test_requests.py", "test_checkpoint_store.py"]),
     "pruning": (
         ["checkpoints/upkeep/pruning.py", "checkpoints/upkeep/retention.py"],
         ["test_pruning.py", "test_prune_crashes.py"],
