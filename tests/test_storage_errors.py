@@ -281,26 +281,6 @@ def test_a_store_that_refuses_every_if_match_is_refused_too():
 # --- the network ---
 
 
-def test_a_conditional_put_whose_answer_was_lost_is_known_as_our_own(faults, s3_store_uri):
-    store = open_store(s3_store_uri)
-    faults.plan("PUT", "once", lose_the_answer)
-    etag = store.put_bytes("once", b"mine 4711", if_absent=True)
-    assert store.get_bytes("once") == (b"mine 4711", etag)
-    faults.plan("PUT", "once", lose_the_answer)
-    assert store.put_bytes("once", b"mine 4712", if_match=etag) == store.get_bytes("once")[1]
-    assert faults.met == 2
-
-
-def test_a_rivals_write_is_not_taken_for_our_own_when_an_answer_was_lost(faults, s3_store_uri):
-    store = open_store(s3_store_uri)
-    etag = store.put_bytes("once", b"rival 1", if_absent=True)
-    for condition in ({"if_absent": True}, {"if_match": '"another"'}):
-        faults.plan("PUT", "once", lose_the_answer)
-        with pytest.raises(PreconditionFailedError):
-            store.put_bytes("once", b"mine 1", **condition)
-    assert store.get_bytes("once") == (b"rival 1", etag)
-
-
 def test_faults_that_pass_are_not_seen(faults, s3_store_uri, tmp_path):
     store, source, target = open_store(s3_store_uri), tmp_path / "source", tmp_path / "target"
     source.write_bytes(b"weights" * 10_000)

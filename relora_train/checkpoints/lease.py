@@ -153,11 +153,7 @@ def lease_key(run_id: str) -> str:
 
 @contextmanager
 def hold_run(
-    store: ObjectStore,
-    run_id: str,
-    *,
-    ttl_seconds: float = DEFAULT_TTL_SECONDS,
-    depends_on: Sequence[str] = (),
+    store: ObjectStore, run_id: str, *, ttl_seconds: float = DEFAULT_TTL_SECONDS, depends_on: Sequence[str] = ()
 ) -> Iterator[Lease]:
     """Be the only flow of this run for the length of the block.
 
@@ -191,29 +187,45 @@ def take_lease(
     ttl_seconds: float = DEFAULT_TTL_SECONDS,
     depends_on: Sequence[str] = (),
     purpose: Purpose = "train",
+    unheard_of: Callable[[], bool] | None = None,
 ) -> Lease:
-    """Take a lease, waiting only as long as its holder may still turn out to be dead. See hold_run for the errors."""
-    record = _new_record(purpose, ttl_seconds, depends_on)
+    """Take a lease, waiting only as long as its holder may still turn out to be dead. See hold_run for the errors.
+
+    unheard_of: do not wait. It is asked about a holder whose death cannot be seen from here; the caller has a clock.
+    """
+    now = datetime.now(UTC)
+    ours = LeaseRecord(
+        holder=Holder.this_process(), purpose=purpose, since=now, renewed=now, ttl_seconds=ttl_seconds,
+        depends_on=tuple(depends_on),
+    )  # fmt: skip
     watched: tuple[str, float] | None = None  # an etag, and since when it has not changed
-
-    def unchanged_for_long(held: LeaseRecord, etag: str) -> bool:
-        since = watched[1] if watched and watched[0] == etag else math.inf
-        return time.monotonic() - since > held.ttl_seconds * _OBSERVED_TTLS
-
     try:
         while True:
-            try:
-                lease, held, etag = _attempt(store, key, record, unchanged_for_long)
-            except PreconditionFailedError:
-                continue  # another process was faster: look again whom it belongs to
-            if lease is not None:
-                if held is not None and not held.released:
+            asked_at = _seconds()
+            held, etag = read_lease(store, key) or (None, "")
+            if held is None or held.released or held.holder.is_alive() is False:
+                is_free = True
+            elif unheard_of:
+                is_free = held.holder.is_alive() is None and unheard_of()
+            else:
+                unchanged_since = watched[1] if watched and watched[0] == etag else math.inf
+                is_free = time.monotonic() - unchanged_since > held.ttl_seconds * _OBSERVED_TTLS
+            if is_free or held is None:
+                # A prune leaves it known what the run's flows started from: see protections.py.
+                depends = held.depends_on if held and purpose == "prune" else ours.depends_on
+                record = ours.model_copy(update={"depends_on": depends})
+                try:
+                    written = store.put_bytes(key, record.to_bytes(), if_absent=held is None, if_match=etag or None)
+                except PreconditionFailedError:
+                    if unheard_of:
+                        raise
+                    continue  # another process was faster: look again whom it belongs to
+                if held is not None and not held.released and not unheard_of:
                     _log.warning("%s was left by %s, which is gone; it is taken over.", what, held.holder)
-                return lease
-            if held is None:
-                continue
+                return Lease(store, key, record, written, asked_at)
+
             was_renewed = watched is not None and watched[0] != etag
-            if held.purpose == purpose and (was_renewed or held.holder.is_alive()):
+            if unheard_of or (held.purpose == purpose and (was_renewed or held.holder.is_alive())):
                 other = "use another run id" if key.startswith("runs/") else "use another name"
                 raise RunInUseError(
                     f"{what} is in use by {held.holder} since {_when(held.since)} ({store.uri}/{key}), renewed at "
@@ -229,49 +241,15 @@ def take_lease(
                 watched = etag, time.monotonic()
             time.sleep(min(1.0, held.ttl_seconds / 10))
     except BaseException:
-        record.holder.let_go()
+        ours.holder.let_go()
         raise
 
 
 def try_lease(store: ObjectStore, key: str, *, unheard_of: Callable[[], bool], ttl_seconds: float) -> Lease | None:
-    """Take a lease for pruning if nobody can be using it, without waiting; return None otherwise.
-
-    unheard_of: asked about a holder whose death cannot be seen from here; the caller has a clock to judge it by.
-    """
-    record, lease = _new_record("prune", ttl_seconds), None
-    try:
-        with suppress(PreconditionFailedError):
-            lease, _, _ = _attempt(store, key, record, lambda held, _: held.holder.is_alive() is None and unheard_of())
-    finally:
-        if lease is None:
-            record.holder.let_go()
-    return lease
-
-
-def _new_record(purpose: Purpose, ttl_seconds: float, depends_on: Sequence[str] = ()) -> LeaseRecord:
-    now = datetime.now(UTC)
-    return LeaseRecord(
-        holder=Holder.this_process(), purpose=purpose, since=now, renewed=now, ttl_seconds=ttl_seconds,
-        depends_on=tuple(depends_on),
-    )  # fmt: skip
-
-
-def _attempt(
-    store: ObjectStore, key: str, record: LeaseRecord, is_abandoned: Callable[[LeaseRecord, str], bool]
-) -> tuple[Lease | None, LeaseRecord | None, str]:
-    """Take a lease that is free, or return None for it; with the record and etag found there before.
-
-    Raises PreconditionFailedError if another process was faster.
-    """
-    asked_at = _seconds()
-    held, etag = read_lease(store, key) or (None, "")
-    if held is not None:
-        if not (held.released or held.holder.is_alive() is False or is_abandoned(held, etag)):
-            return None, held, etag
-        if record.purpose == "prune":  # what the run's flows started from stays known: see protections.py
-            record = record.model_copy(update={"depends_on": held.depends_on})
-    written = store.put_bytes(key, record.to_bytes(), if_absent=held is None, if_match=etag or None)
-    return Lease(store, key, record, written, asked_at), held, etag
+    """Take a lease for pruning if nobody can be using it, without waiting; return None otherwise. See take_lease."""
+    with suppress(PreconditionFailedError, RunInUseError):
+        return take_lease(store, key, key, ttl_seconds=ttl_seconds, purpose="prune", unheard_of=unheard_of)
+    return None
 
 
 def read_lease(store: ObjectStore, key: str) -> tuple[LeaseRecord, str] | None:
