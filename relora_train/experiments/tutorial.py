@@ -80,21 +80,20 @@ def train(arm: str, x: Tensor, y: Tensor, start: Tensor, seed: int, settings: Tu
         apply_relora(model, rank=settings.rank, alpha=settings.alpha, dropout=0.0, target_modules=["linear"], seed=seed)
     optimizer = build_optimizer(model, OptimizerConfig(learning_rate=peak))
     shape = settings.model_dump(include={"warmup_steps", "restart_warmup_steps", "min_lr_ratio"})
-    losses = []
+    losses, ratio = [], settings.reset_ratio
     for step in range(settings.steps):
         loss = nn.functional.mse_loss(model(x), y)
         losses.append(loss.item())
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
-        cycle, done = divmod(step, settings.cycle_length)
+        cycle, done = 1 + step // settings.cycle_length, step % settings.cycle_length
         restarted_at = step - done if arm == "relora" else 0
         for group in optimizer.param_groups:
             group["lr"] = peak * jagged_cosine(step, cycle_start=restarted_at, total_steps=settings.steps, **shape)
         optimizer.step()
         if arm == "relora" and done == settings.cycle_length - 1:
-            factors = lora_parameters(model)
-            merge_and_reinit(model, cycle=cycle + 1, seed=seed)
-            reset_optimizer_state(optimizer, factors, mode="magnitude", ratio=settings.reset_ratio, cycle=cycle + 1)
+            merge_and_reinit(model, cycle=cycle, seed=seed)
+            reset_optimizer_state(optimizer, lora_parameters(model), mode="magnitude", ratio=ratio, cycle=cycle)
     with torch.no_grad():
         return [*losses, nn.functional.mse_loss(model(x), y).item()]
 
