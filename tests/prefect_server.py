@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 QUIET = {
     "DO_NOT_TRACK": "1",
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
@@ -28,6 +30,11 @@ QUIET = {
     "PREFECT_LOGGING_LEVEL": "WARNING",
 }
 
+PREFECT_WARNS = [
+    pytest.mark.filterwarnings(f"ignore::{kind}")
+    for kind in ("DeprecationWarning", "ResourceWarning", "pytest.PytestUnraisableExceptionWarning", "UserWarning")
+]
+"""Prefect and what it depends on warn of their own internals; none of it is ours to mend."""
 
 _ERROR = re.compile(r"^(?:[\d:.]+ \| )?(?:ERROR|CRITICAL)\b.*?(?=^[\d:.]+ \| |^[A-Z]+: |\Z)", re.MULTILINE | re.DOTALL)
 """A record with its traceback. Prefect begins one with a time, uvicorn with the level."""

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from prefect_server import running_prefect, serving_prefect
+from prefect_server import PREFECT_WARNS, running_prefect, serving_prefect
 
 from relora_train import events
 from relora_train.checkpoints.upkeep.verify import verify_run
@@ -39,13 +39,7 @@ from relora_train.training.evaluate import evaluate_checkpoint
 from relora_train.training.requests import EvaluationRequest, StageRequest
 from relora_train.training.trainer import run_stage
 
-# Prefect and what it depends on warn of their own internals; none of it is ours to mend.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::ResourceWarning"),
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
-    pytest.mark.filterwarnings("ignore::UserWarning"),
-]
+pytestmark = PREFECT_WARNS
 
 EXPERIMENT = """
 title = "ReLoRA, LoRA, and one that explodes"

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from prefect_server import running_prefect
+from prefect_server import PREFECT_WARNS, running_prefect
 
 from relora_train.checkpoints.names import resolve_checkpoint
 from relora_train.errors import AccessDeniedError, CheckpointNotFoundError, ConfigError
@@ -14,13 +14,7 @@ from relora_train.runs.evaluations import score_checkpoint
 from relora_train.runs.summary import RunSummary
 from relora_train.storage.opening import open_store
 
-# Prefect and what it depends on warn of their own internals; none of it is ours to mend.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::ResourceWarning"),
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
-    pytest.mark.filterwarnings("ignore::UserWarning"),
-]
+pytestmark = PREFECT_WARNS
 
 OVERRIDES = {
     "launch": {"threads": 1},

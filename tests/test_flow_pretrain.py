@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from prefect_server import running_prefect
+from prefect_server import PREFECT_WARNS, running_prefect
 from transformers import AutoModelForCausalLM
 
 from relora_train import events
@@ -35,13 +35,7 @@ from relora_train.runs.run import fetch_parent
 from relora_train.runs.summary import RunSummary
 from relora_train.storage.opening import open_store
 
-# Prefect and what it depends on warn of their own internals; none of it is ours to mend.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::ResourceWarning"),
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
-    pytest.mark.filterwarnings("ignore::UserWarning"),
-]
+pytestmark = PREFECT_WARNS
 
 OVERRIDES = {"launch.threads": 1}
 

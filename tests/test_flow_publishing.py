@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 from fault_proxy import Faults, answer_instead, faulty_way_to, held_until
-from prefect_server import running_prefect
+from prefect_server import PREFECT_WARNS, running_prefect
 from seaweed import ChangingKeys
 from test_flow_pretrain import listening, model_bytes, run_smoke, trained
 
@@ -32,13 +32,7 @@ from relora_train.events import Event
 from relora_train.storage.base import ObjectStore
 from relora_train.storage.opening import open_store
 
-# Prefect and what it depends on warn of their own internals; none of it is ours to mend.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::ResourceWarning"),
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
-    pytest.mark.filterwarnings("ignore::UserWarning"),
-]
+pytestmark = PREFECT_WARNS
 
 STAGES = ["warm-start", "cycle-1"]
 SHORT = {"schedule.cycles": 1, "evaluation.sample_prompts": []}

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 from prefect.exceptions import ParameterTypeError
-from prefect_server import running_prefect
+from prefect_server import PREFECT_WARNS, running_prefect
 
 from relora_train import events
 from relora_train.checkpoints.lease import hold_series, take_lease
@@ -33,13 +33,7 @@ from relora_train.runs.retraining.summary import RetrainSummary
 from relora_train.settings.load import load_profile
 from relora_train.storage.opening import open_store
 
-# Prefect and what it depends on warn of their own internals; none of it is ours to mend.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::ResourceWarning"),
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
-    pytest.mark.filterwarnings("ignore::UserWarning"),
-]
+pytestmark = PREFECT_WARNS
 
 MODULES_A_NIGHT = 40
 

@@ -17,19 +17,13 @@ from prefect.client.schemas.actions import GlobalConcurrencyLimitCreate, GlobalC
 from prefect.client.schemas.objects import FlowRun
 from prefect.context import FlowRunContext
 from prefect.states import Completed, Crashed, Running
-from prefect_server import running_prefect
+from prefect_server import PREFECT_WARNS, running_prefect
 
 from relora_train.errors import ConfigError
 from tasks import limits
 from tasks.limits import device_slot, require_limit
 
-# Prefect and what it depends on warn of their own internals; none of it is ours to mend.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::ResourceWarning"),
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
-    pytest.mark.filterwarnings("ignore::UserWarning"),
-]
+pytestmark = PREFECT_WARNS
 LABEL = "relora.slot.gpu"
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from prefect_server import running_prefect
+from prefect_server import PREFECT_WARNS, running_prefect
 from stage_runs import ignore, stage_request, tiny_profile
 from test_flow_pretrain import listening
 from test_pretrained import bert, edit_tensors, saved, without_a_weight
@@ -38,12 +38,7 @@ from relora_train.training.model_check_worker import check_model
 from relora_train.training.requests import ModelCheckRequest
 from relora_train.training.trainer import run_stage
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::ResourceWarning"),
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
-    pytest.mark.filterwarnings("ignore::UserWarning"),
-]
+pytestmark = PREFECT_WARNS
 
 
 @pytest.fixture(scope="module", autouse=True)

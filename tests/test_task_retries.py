@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from failing_worker import FailingRequest
-from prefect_server import running_prefect
+from prefect_server import PREFECT_WARNS, running_prefect
 
 from relora_train.errors import (
     DeviceError,
@@ -21,12 +21,7 @@ from relora_train.errors import (
 )
 from relora_train.runs.workers import run_worker
 
-pytestmark = [  # of Prefect's own making
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::ResourceWarning"),
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
-    pytest.mark.filterwarnings("ignore::UserWarning"),
-]
+pytestmark = PREFECT_WARNS
 
 
 @pytest.fixture(scope="module", autouse=True)
