@@ -164,11 +164,6 @@ def samples_lines(record: dict[str, Any]) -> View:
     for sample in record.get("samples", ()):
         text = str(sample["text"])
         shown = text if len(text) <= _SAMPLE_CHARACTERS else f"{text[:_SAMPLE_CHARACTERS]}…"
-        line = Text.assemble((_printable(str(sample["prompt"])), "underline"), _printable(shown.rstrip()))
+        line = Text.assemble((harmless(str(sample["prompt"])), "underline"), harmless(shown.rstrip()))
         lines.append(Padding(line, (0, 0, 0, 4)))
     return lines
-
-
-def _printable(text: str) -> str:
-    """Return text that a model wrote, without what would move a terminal's cursor."""
-    return "".join(c if c.isprintable() or c == "\n" else " " if c == "\t" else "�" for c in text)

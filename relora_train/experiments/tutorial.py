@@ -122,13 +122,13 @@ def measured_tutorial(result: TutorialResult, settings: TutorialSettings) -> Mea
     rows.append((f"best with rank {settings.rank}", estimate_text(estimate(bound)), ""))
     note = "Mean squared error on the training data, mean ± standard error over seeds; differences are paired by seed."
     return Measured(
-        headline=f"ReLoRA {ends} below LoRA by more than two standard errors. Less full rank, it comes to "
-        f"{less['relora']} at a smallest possible loss of {result.best.mean():.2g}.",
+        headline=f"ReLoRA {ends} below LoRA by more than two standard errors. Its loss less that of full rank is "
+        f"{less['relora']}, of a least possible {result.best.mean():.2g}.",
         facts=f"{settings.samples} x {settings.inputs} → {settings.outputs}, rank {settings.rank} · {settings.steps} "
         f"steps, merged every {settings.cycle_length} · {gap.count} seeds",
         tables=(MeasuredTable(title="Losses", header=("arm", "final", "less full rank"), rows=tuple(rows), note=note),),
         captions={
-            "losses.png": ("Losses", "Strong: geometric mean. Dotted: the least loss of any weight, of such an update.")
+            "losses.png": ("Losses", "Strong: geometric mean. Dotted: least loss of any weight, of such an update.")
         },
         numbers={"final_loss": finals, "best_loss": best, "best_loss_of_low_rank": bound},
     )
