@@ -38,6 +38,16 @@ def contents(prepared: PreparedDataset) -> dict[str, str]:
     return {entry.path: entry.sha256 for entry in prepared.manifest.files}
 
 
+def texts_of(prepared: PreparedDataset, split: str) -> list[str]:
+    tokenizer = Tokenizer.from_file(str(prepared.directory / "tokenizer.json"))
+    return [tokenizer.decode(tokens[:-1]) for tokens in documents_of(prepared, split)]
+
+
+def write_rows(path: Path, texts: list[str]) -> Path:
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return path
+
+
 def documents_of(prepared: PreparedDataset, split: str) -> list[list[int]]:
     """Token lists of the split's documents, by the lengths beside the shards."""
     found = []
@@ -60,14 +70,15 @@ def prepared(corpus, tmp_path_factory) -> PreparedDataset:
 
 
 def test_every_document_is_found_again_once_with_one_separator(prepared):
-    tokenizer, eos_id = Tokenizer.from_file(str(prepared.directory / "tokenizer.json")), prepared.manifest.eos_id
+    eos_id = prepared.manifest.eos_id
+    config = json.loads((prepared.directory / "tokenizer_config.json").read_text())
+    assert (eos_id, config["eos_token"]) == (0, DEFAULT_EOS_TOKEN)
     expected: dict[str, list[str]] = {"train": [], "val": []}
     for text in map(made_up_text, range(400)):
         expected[split_of(split_digest(text), 0.2)].append(text)
     for split, texts in expected.items():
-        documents = documents_of(prepared, split)
-        assert [tokenizer.decode(tokens[:-1]) for tokens in documents] == texts
-        assert all(tokens.count(eos_id) == 1 and tokens[-1] == eos_id for tokens in documents)
+        assert texts_of(prepared, split) == texts
+        assert all(tokens.count(eos_id) == 1 and tokens[-1] == eos_id for tokens in documents_of(prepared, split))
 
 
 def test_the_manifest_counts_what_the_shards_hold(prepared):
@@ -80,6 +91,7 @@ def test_the_manifest_counts_what_the_shards_hold(prepared):
     assert manifest.train_bytes + manifest.val_bytes == sum(sizes)
     shards = [entry for entry in manifest.files if entry.path.endswith(".bin")]
     assert len(shards) > 5
+    assert "split_note" not in manifest.statistics, "what the rule splits is split by the rule alone"
     assert all(entry.size_bytes <= 2 * 20_000 for entry in shards)
 
 
@@ -142,9 +154,7 @@ def test_a_prepared_dataset_goes_through_a_store_into_batches(prepared, tmp_path
 
 def test_a_document_longer_than_a_shard_runs_on_in_the_next_one(tmp_path):
     long = " ".join(made_up_text(seed) for seed in range(200))
-    texts = [long, *(made_up_text(seed) for seed in range(300))]
-    path = tmp_path / "a.jsonl"
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    path = write_rows(tmp_path / "a.jsonl", [long, *(made_up_text(seed) for seed in range(300))])
     data = DataConfig(source="jsonl", paths=(str(path),), shard_tokens=10_000, validation_fraction=0.1, workers=1)
     prepared = prepare_dataset(data, TOKENIZER, tmp_path)
     tokenizer = Tokenizer.from_file(str(prepared.directory / "tokenizer.json"))
@@ -175,8 +185,7 @@ def test_one_file_of_text_is_cut_into_documents_of_which_some_are_held_out(tmp_p
     (tmp_path / "book.txt").write_text(text)
     data = DataConfig(source="text", paths=(str(tmp_path / "book.txt"),), workers=1, shard_tokens=50_000)
     made = prepare_dataset(data, TOKENIZER, tmp_path / "out")
-    tokenizer, manifest = Tokenizer.from_file(str(made.directory / "tokenizer.json")), made.manifest
-    parts = {s: [tokenizer.decode(tokens[:-1]) for tokens in documents_of(made, s)] for s in ("train", "val")}
+    manifest, parts = made.manifest, {split: texts_of(made, split) for split in ("train", "val")}
     pieces = [piece.decode() for piece in cut_into_pieces(text, 8192)]
     assert sorted(parts["train"] + parts["val"]) == sorted(pieces) and len(pieces) > 15
     for split, found in parts.items():
@@ -193,42 +202,31 @@ def test_of_documents_that_all_fall_on_one_side_the_nearest_is_moved(tmp_path, f
         text, seed = made_up_text(seed), seed + 1
         if (split_of(split_digest(text), fraction) == "val") == (fraction > 0.5) and len(text) > 20:
             texts.append(text)
-    path = tmp_path / "c.jsonl"
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    path = write_rows(tmp_path / "c.jsonl", texts)
     data = DataConfig(source="jsonl", paths=(str(path),), validation_fraction=fraction, workers=1)
     made = prepare_dataset(data, TOKENIZER, tmp_path / "out")
-    alone = "val" if fraction < 0.5 else "train"
-    tokenizer = Tokenizer.from_file(str(made.directory / "tokenizer.json"))
-    nearest = (min if fraction < 0.5 else max)(texts, key=split_digest)
-    assert [tokenizer.decode(tokens[:-1]) for tokens in documents_of(made, alone)] == [nearest]
+    alone, nearest = ("val", min) if fraction < 0.5 else ("train", max)
+    assert texts_of(made, alone) == [nearest(texts, key=split_digest)]
     assert made.manifest.train_documents + made.manifest.val_documents == 30
     assert "the document nearest to that side was moved" in made.manifest.statistics["split_note"]
 
 
 def test_named_files_are_held_out_and_all_else_is_trained_on(tmp_path, corpus):
-    rows = [json.dumps({"text": made_up_text(seed)}) + "\n" for seed in range(60)]
-    (tmp_path / "train.jsonl").write_text("".join(rows[:40]))
-    (tmp_path / "val.jsonl").write_text("".join(rows[40:]))
-    paths = {"paths": (str(tmp_path / "train.jsonl"),), "validation_paths": (str(tmp_path / "val.jsonl"),)}
+    texts = [made_up_text(seed) for seed in range(60)]
+    train, val = write_rows(tmp_path / "train.jsonl", texts[:40]), write_rows(tmp_path / "val.jsonl", texts[40:])
+    paths = {"paths": (str(train),), "validation_paths": (str(val),)}
     data = corpus.model_copy(update={**paths, "max_documents": 30})
     made = prepare_dataset(data, TOKENIZER, tmp_path / "out")
-    tokenizer = Tokenizer.from_file(str(made.directory / "tokenizer.json"))
-    for split, seeds in (("train", range(30)), ("val", range(40, 60))):
-        found = [tokenizer.decode(tokens[:-1]) for tokens in documents_of(made, split)]
-        assert found == [made_up_text(seed) for seed in seeds]
+    assert (texts_of(made, "train"), texts_of(made, "val")) == (texts[:30], texts[40:])
     ids = {describe_dataset(data.model_copy(update={"validation_fraction": f}), TOKENIZER)[0] for f in (0.1, 0.5)}
     assert ids == {made.manifest.dataset_id}
-    (tmp_path / "val.jsonl").write_text("".join(rows[41:]))
+    write_rows(val, texts[41:])
     assert describe_dataset(data, TOKENIZER)[0] not in ids
     gone = data.model_copy(update={"validation_paths": (str(tmp_path / "gone"),)})
     with pytest.raises(SourceUnreadableError, match=r"Correct data\.validation_paths"):
         describe_dataset(gone, TOKENIZER)
     with pytest.raises(ValidationError, match="takes no validation_paths"):
         DataConfig(validation_paths=("x",))
-
-
-def test_what_the_rule_splits_is_split_by_the_rule_alone(prepared):
-    assert "split_note" not in prepared.manifest.statistics
 
 
 def test_a_source_repaired_after_an_error_is_read_anew(corpus, tmp_path):
@@ -368,20 +366,14 @@ def test_the_process_leaves_with_its_parent(tmp_path):
 
 
 def test_two_processes_make_one_dataset_and_both_return_it(corpus, prepared, tmp_path):
-    requests = [
-        request_for(corpus, tmp_path).model_copy(update={"result_path": tmp_path / f"{n}.json"}) for n in (0, 1)
-    ]
+    places = [tmp_path / "a", tmp_path / "b"]
     racing = []
-    for number, request in enumerate(requests):
-        (tmp_path / str(number)).mkdir()
-        racing.append(start(request, tmp_path / str(number)))
+    for place in places:
+        place.mkdir()
+        request = request_for(corpus, place).model_copy(update={"work_directory": tmp_path / "work"})
+        racing.append(start(request, place))
     for process in racing:
         process.communicate(timeout=60)
-    first, second = (PreparedDataset.model_validate_json(request.result_path.read_bytes()) for request in requests)
+    first, second = (PreparedDataset.model_validate_json((place / "result.json").read_bytes()) for place in places)
     assert first == second
     assert contents(first) == contents(prepared)
-
-
-def test_the_separator_of_a_trained_tokenizer_is_its_first_entry(prepared):
-    assert prepared.manifest.eos_id == 0
-    assert json.loads((prepared.directory / "tokenizer_config.json").read_text())["eos_token"] == DEFAULT_EOS_TOKEN

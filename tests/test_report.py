@@ -10,8 +10,6 @@ import pytest
 from synthetic_run import commit_run, evaluation_of, synthetic_profile
 
 from relora_train.checkpoints.fetch import files_in_stores
-from relora_train.checkpoints.manifest import CheckpointManifest, read_manifest
-from relora_train.checkpoints.run import CheckpointStore
 from relora_train.errors import CheckpointCorruptError, CheckpointIncompleteError, CheckpointNotFoundError
 from relora_train.method.stages import plan_stages
 from relora_train.reports.collect import collect_run_data
@@ -54,9 +52,8 @@ def store(request):
 @pytest.fixture(scope="module")
 def line(tmp_path_factory):
     """The checkpoints of a run of three cycles; tests that change something make their own."""
-    return commit_run(
-        MemoryStore.shared("report-line"), "run-1", synthetic_profile(), tmp_path_factory.mktemp("scratch")
-    )
+    store, scratch = MemoryStore.shared("report-line"), tmp_path_factory.mktemp("scratch")
+    return commit_run(store, "run-1", synthetic_profile(), scratch)
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +71,17 @@ def files(data, tmp_path_factory):
 @pytest.fixture(scope="module")
 def page(files):
     return Page(files[-1].read_text("utf-8"))
+
+
+@pytest.fixture
+def collected(store, tmp_path):
+    """Commits a run of these options to the test's store and collects it."""
+
+    def collect(profile=None, *, spectra=True, **options):
+        line = commit_run(store, "run", profile or synthetic_profile(), tmp_path / "scratch", **options)
+        return collect_run_data(line, files_in_stores(tmp_path / "cache"), spectra=spectra)
+
+    return collect
 
 
 def page_of(data, directory):
@@ -103,7 +111,7 @@ def test_all_files_of_a_report_are_there(files):
         assert path.read_bytes().startswith(b"\x89PNG\r\n")
 
 
-def test_the_page_loads_nothing_from_elsewhere(files, page):
+def test_the_page_loads_nothing_from_elsewhere_and_links_to_its_own_sections(files, page):
     assert not {"script", "link", "iframe", "object", "embed", "base", "form"} & set(page.tags)
     for tag, name, value in page.attributes:
         assert not name.startswith("on")
@@ -116,9 +124,6 @@ def test_the_page_loads_nothing_from_elsewhere(files, page):
     style = html.partition("<style>")[2].partition("</style>")[0]
     assert "url(" not in style and "@import" not in style
     assert "default-src 'none'" in html
-
-
-def test_every_link_of_the_page_leads_to_a_section(page):
     ids = {value for _, name, value in page.attributes if name == "id"}
     links = {value[1:] for _, name, value in page.attributes if name == "href"}
     assert links == ids
@@ -168,10 +173,8 @@ def test_strings_from_outside_never_become_markup(data, page, tmp_path):
     assert "<" not in re.sub(r"`[^`]*`", "", markdown.replace("&lt;", ""))  # only inside code, where it is text
 
 
-def test_a_warm_start_alone_makes_a_report_that_says_what_is_missing(store, tmp_path):
-    profile = synthetic_profile()
-    line = commit_run(store, "warm", profile, tmp_path, stages=plan_stages(profile)[:1])
-    data = collect_run_data(line, files_in_stores(tmp_path / "cache"))
+def test_a_warm_start_alone_makes_a_report_that_says_what_is_missing(collected, tmp_path):
+    data = collected(stages=plan_stages(synthetic_profile())[:1])
     page = page_of(data, tmp_path / "out")
     assert (data.merges, data.spectra, data.spectra_between) == ((), (), None)
     for sentence in ("No low-rank update was merged", "No two checkpoints", "No sample prompts", "has not scored"):
@@ -181,9 +184,8 @@ def test_a_warm_start_alone_makes_a_report_that_says_what_is_missing(store, tmp_
 
 
 @pytest.mark.parametrize(("method", "merges"), [("full", 0), ("lora", 1)])
-def test_other_methods_are_reported_too(store, tmp_path, method, merges):
-    line = commit_run(store, method, synthetic_profile(method=method), tmp_path)
-    data = collect_run_data(line, files_in_stores(tmp_path / "cache"))
+def test_other_methods_are_reported_too(collected, tmp_path, method, merges):
+    data = collected(synthetic_profile(method=method))
     page = page_of(data, tmp_path / "out")
     assert len(data.merges) == merges
     assert len(data.spectra) == 12  # four roles in the first, middle and last of three blocks
@@ -192,7 +194,7 @@ def test_other_methods_are_reported_too(store, tmp_path, method, merges):
         assert data.spectra_between == ("warm-start", "lora")
     else:
         assert data.spectra_between == ("full-1", "full-4")
-    assert f"after {line[-1].manifest.stage}" in page.text
+    assert f"after {data.stages[-1].stage}" in page.text
 
 
 def test_the_total_update_has_the_rank_of_all_cycles_together(data):
@@ -254,13 +256,12 @@ def test_an_empty_line_and_a_checkpoint_without_weights_are_errors(line, tmp_pat
         collect_run_data([*line[:-1], bare], files_in_stores(tmp_path))
 
 
-def test_numbers_that_are_not_finite_are_shown_and_are_null_in_json(store, tmp_path):
+def test_numbers_that_are_not_finite_are_shown_and_are_null_in_json(collected, tmp_path):
     def spoil(record):
         odd = {50: math.nan, 51: math.inf}
         return {**record, "loss": odd[record["step"]], "grad_norm": math.nan} if record["step"] in odd else record
 
-    line = commit_run(store, "odd", synthetic_profile(), tmp_path / "scratch", edit=spoil)
-    data = collect_run_data(line, files_in_stores(tmp_path / "cache"))
+    data = collected(edit=spoil)
     last = replace(data.stages[-1], after=Scores(math.inf, math.inf, math.nan))
     merge = MergeRow("cycle-1", 80, 1, math.nan, None, None, math.inf)
     data = replace(data, stages=(*data.stages[:-1], last), merges=(merge,))
@@ -273,12 +274,8 @@ def test_numbers_that_are_not_finite_are_shown_and_are_null_in_json(store, tmp_p
     assert "not finite, marked ×: 2." in text
 
 
-def test_a_run_of_nothing_but_non_finite_numbers_still_has_a_report(store, tmp_path):
-    line = commit_run(
-        store, "nan", synthetic_profile(), tmp_path / "scratch",
-        edit=lambda record: {key: math.nan if isinstance(value, float) else value for key, value in record.items()},
-    )  # fmt: skip
-    data = collect_run_data(line, files_in_stores(tmp_path / "cache"))
+def test_a_run_of_nothing_but_non_finite_numbers_still_has_a_report(collected, tmp_path):
+    data = collected(edit=lambda record: {k: math.nan if isinstance(v, float) else v for k, v in record.items()})
     nothing = Scores(math.nan, math.nan, math.nan)
     data = replace(data, stages=tuple(replace(row, before=nothing, after=nothing, seconds=0.0) for row in data.stages))
     write_report(data, tmp_path / "out")
@@ -295,10 +292,9 @@ def test_checkpoints_without_records_or_scores_still_have_a_report(data, tmp_pat
     assert "no training records" in text and "–" in text
 
 
-def test_twelve_thousand_records_are_thinned_and_the_overview_stays_small(store, tmp_path):
+def test_twelve_thousand_records_are_thinned_and_the_overview_stays_small(collected, tmp_path):
     schedule = ScheduleConfig(warm_start_steps=3000, cycles=9, cycle_length=1000, warmup_steps=100)
-    line = commit_run(store, "long", synthetic_profile(schedule=schedule), tmp_path / "scratch")
-    data = collect_run_data(line, files_in_stores(tmp_path / "cache"), spectra=False)
+    data = collected(synthetic_profile(schedule=schedule), spectra=False)
     assert len(data.train) == 12_000
     assert len(overview_png(data)) <= OVERVIEW_BYTES
     files = write_report(data, tmp_path / "out")
@@ -342,14 +338,6 @@ def test_the_markdown_overview_holds_figure_and_table(data):
     assert base64.b64decode(encoded, validate=True) == overview_png(data)
     assert markdown.endswith(stage_table_markdown(data))
     assert f"`{data.stages[-1].uri}`" in markdown
-
-
-def test_the_manifest_of_a_run_is_found_by_its_store(line):
-    """The synthetic line is real: the store finds the same checkpoints and the same line."""
-    store = MemoryStore.shared("report-line")
-    run = CheckpointStore(store, "run-1")
-    assert [ref.uri for ref in run.list()] == [ref.uri for ref in line]
-    assert read_manifest(store, line[0].prefix, CheckpointManifest) == line[0].manifest
 
 
 @pytest.mark.parametrize(
