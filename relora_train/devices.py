@@ -45,6 +45,13 @@ def check_devices(launch: LaunchConfig) -> None:
         )
 
 
+def takes_gpu(launch: LaunchConfig) -> bool:
+    """Return True if ranks that a profile starts on this machine compute on a GPU; torch is asked where one is seen."""
+    if launch.device != "auto":
+        return launch.device == "cuda"
+    return any([*_DEVICE_FILES.glob("nvidia[0-9]*"), *_DEVICE_FILES.glob("dxg")]) and usable_gpus() > 0
+
+
 def usable_gpus() -> int:
     """Return how many GPUs torch can use."""
     return _asked_of_torch()[0]

@@ -171,7 +171,6 @@ def test_light_modules_import_nothing_heavy_when_they_are_imported_and_when_a_st
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [
-        ({"launch": {"compile": True, "sharding": "full"}}, "compile does not go with sharding 'full'"),
         (
             {"launch": {"sharding": "full"}, "precision": {"dtype": "pure-bfloat16"}},
             "'pure-bfloat16' does not go with launch.sharding 'full'",

@@ -49,6 +49,7 @@ CHANGES = {
     "relora.alpha": 16.0,
     "relora.rank_stabilized": True,
     "relora.dropout": 0.0,
+    "relora.dropout_mask": "hash",
     "relora.target_modules": ("q_proj",),
     "optimizer.learning_rate": 2e-3,
     "optimizer.warm_start_learning_rate": 3e-4,
@@ -226,6 +227,7 @@ def test_a_setting_that_changes_no_weight_meets_its_own_run_again(key):
 LATER_ONLY = {
     "relora.rank": "cycle-1",
     "relora.dropout": "cycle-1",
+    "relora.dropout_mask": "cycle-1",
     "relora.target_modules": "cycle-1",
     "optimizer_reset.mode": "cycle-1",
     "schedule.restart_warmup_steps": "cycle-2",

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from relora_train.checkpoints.layout import RUN_ID_PATTERN, dataset_prefix, join_key
 from relora_train.errors import CheckpointCorruptError
+from relora_train.settings.method import DropoutMask
 from relora_train.storage.base import ObjectStore, find_bytes
 
 MANIFEST_NAME = "manifest.json"
@@ -147,6 +148,8 @@ class CheckpointManifest(Manifest):
     profile_learning_rate, failures."""
     source_dtype: Dtype | None = None
     """The dtype of the weights of model.pretrained, if the line of stages began from one and they were asked."""
+    dropout_mask: DropoutMask | None = None
+    """The run's kind of mask (relora.dropout_mask). None: its low-rank stages, if any, drew from a stream."""
     stage_seconds: float = Field(default=0.0, ge=0)
     provenance: dict[str, str] = Field(default_factory=dict)
     """Ids of the orchestrator's runs; informative only."""

@@ -31,12 +31,12 @@ class SharedInput:
         # The same tensor is the same input only as long as nobody wrote into it: _version counts the writes.
         key = (x._version, torch.is_grad_enabled(), torch.is_autocast_enabled(x.device.type), layer.training)
         if self._x is not x or self._key != key or id(layer) not in self._waiting:
-            merges = self.products != "split"
+            merges, dropout = self.products != "split", layer.dropout if layer.training else 0.0
             factors = [
                 Factors(each.weight, each.bias, each.lora_A, each.lora_B, self._merge(each) if merges else None)
                 for each in self.layers
             ]
-            made = low_rank_linears(x, factors, self.products, layer.scaling, layer.dropout if layer.training else 0.0)
+            made = low_rank_linears(x, factors, self.products, layer.scaling, dropout, layer.mask_seed)
             self._x, self._key, self._waiting = x, key, dict(zip(map(id, self.layers), made, strict=True))
         output = self._waiting.pop(id(layer))
         if not self._waiting:
@@ -65,20 +65,12 @@ class SharedInput:
 def share_inputs(model: nn.Module, *, optimizer: torch.optim.Optimizer | None = None) -> dict[str, Products]:
     """Put every ReLoRA layer of the model on the fast path; return how each multiplies, by module name.
 
-    Only layers that differ in nothing but `out` share an input.
-
     optimizer: the one that updates the layers. Given it, merged weights may be kept, which takes as much memory again
     as the wrapped weights.
     """
-    named = dict(relora_layers(model))
-    facts = {n: (o.in_features, o.rank, o.scaling, o.dropout, o.weight.dtype) for n, o in named.items()}
-    groups: list[tuple[str, ...]] = []
-    for siblings in sibling_groups(list(named)):
-        alike = len({facts[name] for name in siblings}) == 1
-        groups += [siblings] if alike else [(name,) for name in siblings]
     chosen: dict[str, Products] = {}
-    for names in groups:
-        layers = [named[name] for name in names]
+    for group in _groups(model):
+        layers = list(group.values())
         first = layers[0]
         exact = first.dropout == 0 and first.weight.dtype in (torch.float32, torch.float64)
         products = choose_products(
@@ -92,7 +84,35 @@ def share_inputs(model: nn.Module, *, optimizer: torch.optim.Optimizer | None = 
         if optimizer is not None and products != "split":
             # Fused optimizers change parameters without a trace in _version: only this tells that W + s BA is old.
             optimizer.register_step_post_hook(shared.forget_after_step)
-        for name, layer in zip(names, layers, strict=True):
+        for name, layer in group.items():
             layer.shared = shared
             chosen[name] = products
     return chosen
+
+
+def _groups(model: nn.Module) -> list[dict[str, ReLoRALinear]]:
+    """Return the layers by name, together those that read one input and differ in nothing but `out`."""
+    named = dict(relora_layers(model))
+    facts = {n: (o.in_features, o.rank, o.scaling, o.dropout, o.weight.dtype) for n, o in named.items()}
+    groups: list[tuple[str, ...]] = []
+    for siblings in sibling_groups(list(named)):
+        alike = len({facts[name] for name in siblings}) == 1
+        groups += [siblings] if alike else [(name,) for name in siblings]
+    return [{name: named[name] for name in names} for names in groups]
+
+
+class HashMasks:
+    """Dropout of a model's ReLoRA layers by hashed masks, the same in eager and compiled code and on any device."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._groups = [list(group.values()) for group in _groups(model)]
+        self.draw()
+
+    def draw(self) -> None:
+        """Take new masks from torch's default CPU generator: before each forward pass whose masks are to be new."""
+        # Rows of 16 bytes, of which two numbers are used: inductor copies inputs that are not so aligned.
+        numbers = torch.randint(-(2**31), 2**31, (len(self._groups), 4), device="cpu").to(torch.int32)
+        numbers = numbers.to(self._groups[0][0].weight.device, non_blocking=True)
+        for layers, row in zip(self._groups, numbers, strict=True):
+            for layer in layers:
+                layer.mask_seed = row[:2]

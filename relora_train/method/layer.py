@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from relora_train.method.graph_path import low_rank_linear, low_rank_scale
+
 
 class ReLoRALinear(nn.Module):
     """A linear layer whose weight is frozen and whose bias and low-rank update are trained.
@@ -39,11 +41,17 @@ class ReLoRALinear(nn.Module):
         self.shared: Callable[[ReLoRALinear, Tensor], Tensor] | None = None
         """Computes this layer together with those that read the same input (fast_path.py); None: as relora_linear."""
 
+        self.mask_seed: Tensor | None = None
+        """Two int32 numbers from which dropout's mask is hashed (graph_path.py); None: torch's generator draws it."""
+
     def forward(self, x: Tensor) -> Tensor:
+        dropout = self.dropout if self.training else 0.0
         # Under compile, plain operations: dynamo breaks 36 times in two layers of the fast path with dropout.
+        if torch.compiler.is_compiling() and (dropout == 0 or self.mask_seed is not None):
+            tensors = self.weight, self.bias, self.lora_A, self.lora_B
+            return low_rank_linear(x, *tensors, low_rank_scale(self.scaling, dropout), self.mask_seed, dropout)
         if self.shared is not None and not torch.compiler.is_compiling():
             return self.shared(self, x)
-        dropout = self.dropout if self.training else 0.0
         return relora_linear(x, self.weight, self.bias, self.lora_A, self.lora_B, self.scaling, dropout)
 
     def extra_repr(self) -> str:

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from relora_train.method.graph_path import MASK_STEPS, dropped_steps, hash_mask, low_rank_scale
 from relora_train.method.products import Products
 
-_MASK_STEPS = 65_536  # p is met to within 1 / 131,072
 _BYTE = 256
 
 
@@ -36,15 +36,23 @@ class Factors:
 
 
 def low_rank_linears(
-    x: Tensor, layers: Sequence[Factors], products: Products, scaling: float, dropout: float
+    x: Tensor,
+    layers: Sequence[Factors],
+    products: Products,
+    scaling: float,
+    dropout: float,
+    mask_seed: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """Return the outputs of all the layers, each (..., out) for x (..., in), in the dtype that nn.Linear would give.
 
     The weights get no gradient. dropout: share of x's entries that the low-rank path does not see; the same for all the
-    layers, drawn from torch's default CPU generator. Under autocast products are in autocast's dtype.
+    layers, by the hash of mask_seed, or drawn from torch's default CPU generator. Under autocast products are in
+    autocast's dtype.
     """
     # .numpy() is refused for a tensor on a device: this can never come to wait for one.
-    seed = int(torch.randint(2**62, (), device="cpu").numpy()) if dropout > 0 else 0
+    seed: int | Tensor = 0
+    if dropout > 0:
+        seed = int(torch.randint(2**62, (), device="cpu").numpy()) if mask_seed is None else mask_seed
     tensors = [t for layer in layers for t in (layer.weight, layer.bias, layer.A, layer.B, layer.merged)]
     device = x.device.type
     autocast = torch.is_autocast_enabled(device)
@@ -63,7 +71,7 @@ class _LowRankLinears(torch.autograd.Function):
         products: Products,
         scaling: float,
         dropout: float,
-        seed: int,
+        seed: int | Tensor,
         *tensors: Tensor | None,
     ) -> tuple[Tensor, ...]:
         layers = _layers(tensors)
@@ -76,7 +84,7 @@ class _LowRankLinears(torch.autograd.Function):
             low = _read(rows, _kept(rows, dropout, seed)) @ _stacked(layers, dtype).T  # (tokens, layers * rank)
             for layer, part in zip(layers, torch.split(low, [len(layer.A) for layer in layers], dim=1), strict=True):
                 y = F.linear(rows, layer.weight.to(dtype), _cast(layer.bias, dtype))
-                outputs.append(y.addmm_(part, layer.B.to(dtype).T, alpha=_low_rank_scale(scaling, dropout)))
+                outputs.append(y.addmm_(part, layer.B.to(dtype).T, alpha=low_rank_scale(scaling, dropout)))
         ctx.save_for_backward(x, *tensors)
         ctx.settings = dtype, products, scaling, dropout, seed
         return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in outputs)
@@ -85,7 +93,7 @@ class _LowRankLinears(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x, *tensors = ctx.saved_tensors
         dtype, products, scaling, dropout, seed = ctx.settings
-        layers, scale = _layers(tensors), _low_rank_scale(scaling, dropout)
+        layers, scale = _layers(tensors), low_rank_scale(scaling, dropout)
         rows = x.reshape(-1, x.shape[-1]).to(dtype)
         grads = [gradient.reshape(-1, gradient.shape[-1]).to(dtype) for gradient in gradients]
         ranks = [len(layer.A) for layer in layers]
@@ -131,7 +139,7 @@ def _read(rows: Tensor, kept: Tensor | None) -> Tensor:
     return rows if kept is None else kept.mul_(rows)
 
 
-def _kept(rows: Tensor, dropout: float, seed: int) -> Tensor | None:
+def _kept(rows: Tensor, dropout: float, seed: int | Tensor) -> Tensor | None:
     """Return a mask for the rows, in their dtype: 1 where an entry is kept, else 0; None: all are.
 
     A function of shape, seed and kind of device, not of the dtype. Entries are kept independently of one another, given
@@ -139,14 +147,16 @@ def _kept(rows: Tensor, dropout: float, seed: int) -> Tensor | None:
     """
     if dropout == 0:
         return None
-    drop = _dropped_steps(dropout)
+    if isinstance(seed, Tensor):
+        return hash_mask(rows, seed, dropout).to(rows.dtype)
+    drop = dropped_steps(dropout)
     if rows.device.type != "cpu":
         generator = torch.Generator(rows.device).manual_seed(seed)
-        return torch.empty_like(rows).bernoulli_(1 - drop / _MASK_STEPS, generator=generator)
+        return torch.empty_like(rows).bernoulli_(1 - drop / MASK_STEPS, generator=generator)
     kept = torch.empty_like(rows)  # written as numbers at once: a bool mask takes longer to make and to multiply by
-    if drop < _MASK_STEPS // 32:
+    if drop < MASK_STEPS // 32:
         values = torch.from_numpy(_random_words(seed, 2 * rows.numel()).view(np.int16))
-        return torch.ge(values[: rows.numel()].view(rows.shape), drop - _MASK_STEPS // 2, out=kept)
+        return torch.ge(values[: rows.numel()].view(rows.shape), drop - MASK_STEPS // 2, out=kept)
     # 8 bits an entry. Whether a row drops the bytes below `low`, or `low` itself too, is drawn for each row, so that in
     # the mean the share is p and not a multiple of 1 / 256.
     values = torch.from_numpy(_random_words(seed, rows.numel() + len(rows)).view(np.uint8))
@@ -158,16 +168,6 @@ def _kept(rows: Tensor, dropout: float, seed: int) -> Tensor | None:
 def _random_words(seed: int, size_bytes: int) -> npt.NDArray[np.uint64]:
     """Many times faster than torch's generator, which also draws 32 bits for each entry of a mask."""
     return np.random.SFC64(seed).random_raw(-(-size_bytes // 8))
-
-
-def _dropped_steps(dropout: float) -> int:
-    """Return the share that a mask drops, in units of 1 / 65,536; above 255 / 256 it is that."""
-    return min(round(dropout * _MASK_STEPS), _MASK_STEPS - _BYTE)
-
-
-def _low_rank_scale(scaling: float, dropout: float) -> float:
-    """s / (1 - p), with the p that the mask really has."""
-    return scaling / (1 - _dropped_steps(dropout) / _MASK_STEPS)
 
 
 def _layers(tensors: Sequence[Tensor | None]) -> list[Factors]:

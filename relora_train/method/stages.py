@@ -15,6 +15,7 @@ from typing import Any, Literal
 from relora_train.checkpoints.manifest import CheckpointManifest
 from relora_train.errors import ConfigError
 from relora_train.settings.keys import differing_settings, flatten, settings_digest
+from relora_train.settings.method import DropoutMask
 from relora_train.settings.objectives import DEFAULT_OBJECTIVE, own_settings
 from relora_train.settings.profile import Profile, unset_later_keys
 
@@ -170,7 +171,12 @@ def is_last(profile: Profile, stage: Stage) -> bool:
 
 
 def fingerprint_settings(
-    profile: Profile, stage: Stage, dataset_id: str, *, pretrained_content: str | None = None
+    profile: Profile,
+    stage: Stage,
+    dataset_id: str,
+    *,
+    pretrained_content: str | None = None,
+    dropout_mask: DropoutMask | None = None,
 ) -> dict[str, Any]:
     """Return every setting that can change what the stage computes, as flat dotted keys with JSON values.
 
@@ -178,7 +184,8 @@ def fingerprint_settings(
     do not depend on it; sums may round differently), and whatever belongs to later stages or other methods only.
     A low-rank stage's schedule.warm_start_steps and total_steps say where its phase began and will end, in its own
     steps. On a branch these can differ from the profile's: one curve has one fingerprint.
-    pretrained_content: digest of the files of model.pretrained, when the stage starts from them.
+    pretrained_content: digest of the files of model.pretrained, when the stage starts from them. dropout_mask: the kind
+    that relora.dropout_mask = 'auto' was settled to.
     """
     optimizer = profile.optimizer.model_dump(mode="json", exclude={"learning_rate", "warm_start_learning_rate"})
     settings: dict[str, Any] = {
@@ -206,7 +213,9 @@ def fingerprint_settings(
         phase_start = stage.start_step - stage.phase_step
         settings["schedule"]["warm_start_steps"] = phase_start
         settings["schedule"]["total_steps"] = phase_start + profile.schedule.horizon_steps
-        settings["relora"] = profile.relora.model_dump(mode="json")
+        settings["relora"] = profile.relora.model_dump(mode="json", exclude={"dropout_mask"})
+        if "hash" in (dropout_mask, profile.relora.dropout_mask):  # absent otherwise: masks were once of one kind only
+            settings["relora"]["dropout_mask"] = "hash"
     if stage.kind == "relora":
         settings["schedule"]["cycle_length"] = profile.schedule.cycle_length
         if profile.schedule.cycle_growth != 1:

@@ -9,10 +9,12 @@ from typing import Any, NamedTuple
 from relora_train.checkpoints.lineage import CheckpointRef, is_left_behind, result_for
 from relora_train.checkpoints.manifest import find_dataset, hash_file
 from relora_train.data.dataset_changes import dataset_changes
+from relora_train.devices import takes_gpu
 from relora_train.errors import AccessDeniedError, RunSettingsChangedError, StoreUnavailableError
 from relora_train.method.stages import Stage, fingerprint_settings, stage_fingerprint
 from relora_train.runs.run import Run
 from relora_train.settings.keys import differing_settings, settings_digest
+from relora_train.settings.method import DropoutMask
 from relora_train.settings.model import ModelConfig
 from relora_train.storage.opening import open_store
 
@@ -40,8 +42,28 @@ def stage_identity(
         content = at_own_rate.settings.get("model.pretrained_content")
     else:
         content = None if parent else pretrained_content(run.profile.model)
-    settings = fingerprint_settings(run.profile, stage, dataset_id, pretrained_content=content)
+    mask = dropout_mask(run, parent)
+    settings = fingerprint_settings(run.profile, stage, dataset_id, pretrained_content=content, dropout_mask=mask)
     return StageIdentity(settings, stage_fingerprint(settings, parent.fingerprint if parent else None))
+
+
+def dropout_mask(run: Run, parent: CheckpointRef | None) -> DropoutMask:
+    """Return the run's kind of dropout mask: as set, or as its stages have recorded; settled here at its beginning.
+
+    A run that compiles takes hashed masks. All its stages keep to them, on whatever device they are trained.
+    """
+    relora, launch = run.profile.relora, run.profile.launch
+    if relora.dropout_mask != "auto":
+        return relora.dropout_mask
+    if parent is not None and parent.manifest.dropout_mask is not None:
+        return parent.manifest.dropout_mask
+    made = [*run.checkpoints.history(), *([parent] if parent else [])]
+    if recorded := next((ref.manifest.dropout_mask for ref in made if ref.manifest.dropout_mask), None):
+        return recorded
+    if any(ref.manifest.cycle for ref in made):  # trained before there was a choice
+        return "stream"
+    drops_out = run.profile.method != "full" and relora.dropout > 0
+    return "hash" if drops_out and launch.compiles_on("cuda" if takes_gpu(launch) else "cpu") else "stream"
 
 
 def pretrained_content(model: ModelConfig) -> str | None:

@@ -259,7 +259,7 @@ def _products(profile: Profile, layers: tuple[LinearShape, ...]) -> tuple[Produc
     exact = relora.dropout == 0 and profile.precision.dtype == "float32"
     shape = layers[0].in_features, [linear.out_features for linear in layers], relora.rank
     device = "cuda" if launch.device == "cuda" else "cpu"
-    how = choose_products(*shape, merges=exact and not sharded and not launch.compile, device=device)
+    how = choose_products(*shape, merges=exact and not sharded and not launch.compiles_on(device), device=device)
     sequences, micro_steps = profile.batch.forward_passes(launch.world_size or 1)
     tokens = sequences * facts_of(profile).rows_per_sequence()
     return how, flops_per_token(how, *shape, tokens=tokens, micro_steps=micro_steps)

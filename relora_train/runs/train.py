@@ -14,7 +14,7 @@ from relora_train.checkpoints.snapshots import SnapshotStore
 from relora_train.errors import ObjectNotFoundError
 from relora_train.events import Event
 from relora_train.method.stages import Stage
-from relora_train.runs.find import StageIdentity, find_stage, stage_identity
+from relora_train.runs.find import StageIdentity, dropout_mask, find_stage, stage_identity
 from relora_train.runs.run import DatasetRef, OnEvent, Run, StageOutcome, fetch_dataset, fetch_parent
 from relora_train.runs.snapshot_uploader import SnapshotUploader
 from relora_train.runs.stage_work import (
@@ -121,6 +121,7 @@ def stage_request(
         parent=ParentRef(uri=parent.uri, fingerprint=parent.fingerprint, step=parent.step) if parent else None,
         parent_directory=parent_directory,
         source_dtype=parent.manifest.source_dtype if parent else None,
+        dropout_mask=dropout_mask(run, parent),
         dataset_uri=dataset.uri,
         dataset_id=dataset.dataset_id,
         dataset_directory=fetch_dataset(dataset),

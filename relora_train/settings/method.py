@@ -8,6 +8,8 @@ from pydantic import Field, model_validator
 
 from relora_train.settings.base import FrozenConfig
 
+DropoutMask = Literal["stream", "hash"]
+
 
 class ReLoRAConfig(FrozenConfig):
     """The low-rank update of methods 'relora' and 'lora'."""
@@ -23,6 +25,10 @@ class ReLoRAConfig(FrozenConfig):
 
     dropout: float = Field(0.1, ge=0, lt=1)
     """Dropout on the input of A."""
+
+    dropout_mask: Literal["auto", "stream", "hash"] = "auto"
+    """Source of dropout's masks. 'hash' compiles and is the same on all devices; 'stream' is the eager path's own.
+    'auto' is settled at a run's start, 'hash' where it compiles, and kept for all its stages."""
 
     target_modules: tuple[str, ...] | None = None
     """Name endings of the linear layers to wrap; attention and MLP of the model's family when absent."""

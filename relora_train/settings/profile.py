@@ -174,6 +174,7 @@ class Profile(FrozenConfig):
 LATER_KEYS = {
     "tokenizer": ("revision",),
     "schedule": ("jagged", "cycle_growth", "horizon"),
+    "relora": ("dropout_mask",),
     "optimizer_reset": ("restart_clock",),
 }
 """Keys that came later, by section: at their defaults in no name and no fingerprint, so that older runs keep theirs."""

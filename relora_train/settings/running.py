@@ -92,17 +92,11 @@ class LaunchConfig(FrozenConfig):
     threads: int | None = Field(None, ge=1)
     """CPU threads of a rank; torch's choice when absent."""
 
-    compile: bool = False
-    """torch.compile for training, about a minute a stage; meant for GPUs, slower on the CPU we measured."""
+    compile: Literal["auto"] | bool = "auto"
+    """torch.compile of the blocks for training, up to a minute a stage; 'auto': on a GPU with a compiler at hand."""
 
     gradient_checkpointing: bool = False
     """Keep one activation a block and compute the rest again: far less memory, about a third more FLOPs."""
-
-    @model_validator(mode="after")
-    def a_sharded_model_is_not_compiled(self) -> Self:
-        if self.compile and self.sharding == "full":
-            raise ValueError("compile does not go with sharding 'full'; set one of them back")
-        return self
 
     @model_validator(mode="after")
     def gpus_are_counted_only_where_they_are_used(self) -> Self:
@@ -115,6 +109,10 @@ class LaunchConfig(FrozenConfig):
         if self.nnodes > 1 and self.rdzv_endpoint is None:
             raise ValueError(f"nnodes {self.nnodes} needs rdzv_endpoint, 'host:port' of the flow's machine")
         return self
+
+    def compiles_on(self, device: str) -> bool:
+        """Return True if blocks are to be compiled on a device of this kind."""
+        return self.compile is True or (self.compile == "auto" and device == "cuda")
 
     @property
     def world_size(self) -> int | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import cast
 
@@ -12,7 +13,7 @@ from relora_train.checkpoints.manifest import DatasetManifest
 from relora_train.distributed import Ranks
 from relora_train.errors import ConfigError
 from relora_train.method.bfloat16_adamw import round_trained_matrices
-from relora_train.method.fast_path import share_inputs
+from relora_train.method.fast_path import HashMasks, share_inputs
 from relora_train.method.layer import relora_layers
 from relora_train.method.merge import reinit
 from relora_train.method.products import Products
@@ -27,7 +28,7 @@ from relora_train.training.files import (
     read_training_state,
 )
 from relora_train.training.models.base import Objective
-from relora_train.training.models.compiling import compile_blocks
+from relora_train.training.models.compiling import can_compile, compile_blocks, without_compiling
 from relora_train.training.models.model import checkpoint_activations
 from relora_train.training.models.pretrained import dtype_of_files
 from relora_train.training.models.registry import objective_of
@@ -35,6 +36,8 @@ from relora_train.training.optimizer import build_optimizer, load_optimizer_stat
 from relora_train.training.requests import StageRequest
 from relora_train.training.sharding import rows_of_checkpoint, rows_of_first_rank, shard_model
 from relora_train.training.step import Prefetcher, StageTraining
+
+_LOGGER = logging.getLogger(__name__)
 
 
 def prepare_stage(request: StageRequest, ranks: Ranks) -> StageTraining:
@@ -55,10 +58,12 @@ def prepare_stage(request: StageRequest, ranks: Ranks) -> StageTraining:
         start = read_training_state(parent)
         facts["samples_seen"] = start.samples_seen if start.dataset_id == request.dataset_id else 0
         start = start.model_copy(update=facts)
+    compiles = _compiles(request, ranks)
     build = _sharded_model if ranks.sharded else _whole_model
-    model, masters = build(request, objective, train_data.manifest, ranks)
+    model, masters = build(request, objective, train_data.manifest, ranks, compiles)
     objective.prepare_for_training(model)
-    loss_function = objective.loss_function(model, train_data.manifest)
+    with without_compiling():
+        loss_function = objective.loss_function(model, train_data.manifest)
     if profile.precision.trains_in_bfloat16:
         round_trained_matrices(model)
     model.to(ranks.device).train()
@@ -72,9 +77,10 @@ def prepare_stage(request: StageRequest, ranks: Ranks) -> StageTraining:
         usable = [name for name in state if shapes.get(name) == state.shape_of(name)]
         load_optimizer_state_by_name(optimizer, model, LazyMapping(usable, state.__getitem__))
     products: dict[str, Products] = {}
-    if profile.launch.compile:
-        compile_blocks(model)
-    elif stage.low_rank:
+    masks = None
+    if stage.low_rank and request.dropout_mask == "hash" and profile.relora.dropout > 0:
+        masks = HashMasks(model)
+    if stage.low_rank and not compiles:
         # A block's weights are whole on a rank only while it computes: kept merged ones would be all the model again.
         products = share_inputs(model, optimizer=None if ranks.sharded else optimizer)
     source_dtype = request.source_dtype
@@ -93,13 +99,31 @@ def prepare_stage(request: StageRequest, ranks: Ranks) -> StageTraining:
         val_data=val_data,
         start=start,
         masters=masters,
+        masks=masks,
         products=products,
         source_dtype=source_dtype,
     )
 
 
+def _compiles(request: StageRequest, ranks: Ranks) -> bool:
+    """Return True if the stage's blocks are to be compiled. Raises DeviceError where they are to and cannot be.
+
+    Masks of the stream are drawn by numpy, which no graph holds: a low-rank stage that uses them runs eagerly.
+    """
+    launch = request.profile.launch
+    if not launch.compiles_on(ranks.device.type):
+        return False
+    if request.stage.low_rank and request.profile.relora.dropout > 0 and request.dropout_mask == "stream":
+        _LOGGER.warning(
+            "%s is not compiled: the run's dropout masks are of the kind 'stream', which only eager code can draw.",
+            request.stage.name,
+        )
+        return False
+    return can_compile(ranks.device, required=launch.compile is True)
+
+
 def _whole_model(
-    request: StageRequest, objective: Objective, manifest: DatasetManifest, ranks: Ranks
+    request: StageRequest, objective: Objective, manifest: DatasetManifest, ranks: Ranks, compiles: bool
 ) -> tuple[nn.Module, MasterWeights | None]:
     """Return the model, on the CPU, and the exact weights of those held rounded."""
     parent, masters = request.parent_directory, None
@@ -109,11 +133,13 @@ def _whole_model(
         _wrap(model, request)
         if request.profile.precision.computes_in_bfloat16:
             masters = round_frozen_weights(model, parent, request.output_directory.parent)
+    if compiles:
+        compile_blocks(model)
     return model, masters
 
 
 def _sharded_model(
-    request: StageRequest, objective: Objective, manifest: DatasetManifest, ranks: Ranks
+    request: StageRequest, objective: Objective, manifest: DatasetManifest, ranks: Ranks, compiles: bool
 ) -> tuple[nn.Module, MasterWeights | None]:
     """Return this rank's rows of the same, on its device: read from the parent's files, or made by the first rank."""
     profile, parent = request.profile, request.parent_directory
@@ -131,6 +157,8 @@ def _sharded_model(
             for name, layer in relora_layers(model):
                 layer.weight.data = layer.weight.data.to(torch.bfloat16)
                 rounded.append(f"{name}.weight")
+    if compiles:
+        compile_blocks(model)  # before fully_shard: a block that is compiled after it runs eagerly, without a word
     exact = shard_model(model, rows_of, ranks, keep=() if parent is not None else rounded)
     if request.stage.low_rank:
         reinit(model, seed=profile.seed, cycle=request.stage.cycle)

@@ -123,6 +123,7 @@ def commit_stage(
         evaluation=evaluation,
         merge_report=merge_report,
         source_dtype=training.source_dtype,
+        dropout_mask=None if profile.method == "full" else request.dropout_mask,
         stage_seconds=stage_seconds,
         provenance=request.provenance,
     )

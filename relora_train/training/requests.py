@@ -10,6 +10,7 @@ from pydantic import Field
 from relora_train.checkpoints.manifest import Dtype, ParentRef
 from relora_train.method.stages import Stage
 from relora_train.settings.base import FrozenConfig
+from relora_train.settings.method import DropoutMask
 from relora_train.settings.profile import Profile
 
 
@@ -32,6 +33,9 @@ class StageRequest(FrozenConfig):
 
     source_dtype: Dtype | None = None
     """The parent manifest's."""
+
+    dropout_mask: DropoutMask = "stream"
+    """The run's kind of mask, which relora.dropout_mask 'auto' was settled to."""
 
     dataset_uri: str
     dataset_id: str

@@ -15,6 +15,7 @@ from relora_train.checkpoints.manifest import Dtype
 from relora_train.data.dataset import ExampleDataset
 from relora_train.distributed import Ranks, full_tensor
 from relora_train.method.bfloat16_adamw import BFloat16AdamW
+from relora_train.method.fast_path import HashMasks
 from relora_train.method.products import Products
 from relora_train.method.schedule import learning_rate
 from relora_train.method.stages import Stage
@@ -49,6 +50,9 @@ class StageTraining:
 
     masters: MasterWeights | None
     """Exact frozen weights, when the device holds rounded ones."""
+
+    masks: HashMasks | None
+    """Dropout's masks, when they are hashed; None: torch's generator seeds them."""
 
     products: Mapping[str, Products]
     """The products of each low-rank layer, by module name; empty if all follow the reference."""
@@ -98,6 +102,8 @@ class StageTraining:
             # Dropout's masks follow from the place, so a snapshot holds no random state and a resumed stage has the
             # same bits. Ranks drop other entries of their sequences than one another.
             torch.manual_seed(draw_seed(profile.seed, step, micro_step, ranks.rank))
+            if self.masks is not None:
+                self.masks.draw()
             with autocast(profile.precision, ranks.device):
                 loss = self.loss_function.loss(part) / terms
             loss.backward()  # type: ignore[no-untyped-call]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any, cast
 
@@ -11,24 +13,37 @@ from torch import nn
 from relora_train.errors import DeviceError
 from relora_train.training.models.model import blocks
 
+_LOGGER = logging.getLogger(__name__)
 
-def compile_blocks(model: nn.Module) -> None:
+
+def compile_blocks(model: nn.Module, *, backend: str | Callable[..., Any] = "inductor") -> None:
     """Compile the blocks in place: names of modules and tensors stay, and equal blocks share one graph.
 
     A graph is made at the first update of a stage, and again only for a micro-batch of another shape; weights may
-    change in place. Dropout draws other masks than without. Raises DeviceError where torch cannot compile.
+    change in place.
     """
-    try:  # now, before the stage begins: torch does not bring the compiler, headers and writable cache that it needs
-        torch.compile(lambda x: torch.sin(x) + 1)(torch.ones(8, device=next(model.parameters()).device))
+    for block in blocks(model) or [cast(Any, model).base_model]:
+        block.compile(dynamic=False, backend=backend)
+
+
+def can_compile(device: torch.device, *, required: bool) -> bool:
+    """Return True if torch.compile works here, by a try: compiler, headers and writable cache are not torch's to bring.
+
+    Where it does not work, raise DeviceError if it is required, else warn.
+    """
+    try:
+        torch.compile(lambda x: torch.sin(x) + 1)(torch.ones(8, device=device))
     except Exception as error:  # whatever the tool chain raises
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__).strip()
+        if not required:
+            _LOGGER.warning("Training without torch.compile, which does not work on this machine (%s).", reason)
+            return False
         raise DeviceError(
-            f"launch.compile is on, but torch.compile does not work on this machine ({reason.strip()}). It needs a C++ "
+            f"launch.compile is on, but torch.compile does not work on this machine ({reason}). It needs a C++ "
             "compiler such as g++ on a CPU, Triton and a C compiler on a GPU. Install them, or set launch.compile to "
             "false: results differ by rounding only."
         ) from error
-    for block in blocks(model) or [cast(Any, model).base_model]:
-        block.compile(dynamic=False)
+    return True
 
 
 def without_compiling() -> AbstractContextManager[Any]:
