@@ -88,7 +88,7 @@ def test_later_stages_keep_the_kind_on_any_device(tmp_path: Path, began: dict[st
         assert stage_identity(later, stage, DATASET, parent) == stage_identity(first, stage, DATASET, parent)
     parent = None
     for stage in plan_stages(later.profile):  # the other machine finds all of them
-        parent = find_stage(later, stage, DATASET, parent)
+        parent = find_stage(later, stage, parent, stage_identity(later, stage, DATASET, parent))
         assert parent is not None and parent.manifest.dropout_mask == kind
 
 
