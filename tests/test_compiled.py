@@ -22,7 +22,14 @@ from relora_train.method.layer import relora_layers
 from relora_train.method.merge import merge_and_reinit, reinit
 from relora_train.method.wrap import apply_relora
 from relora_train.training.models.compiling import compile_blocks, without_compiling
-from relora_train.training.models.model import attend_without_mask, blocks, checkpoint_activations, next_token_loss
+from relora_train.training.models.model import (
+    attend_without_mask,
+    blocks,
+    checkpoint_activations,
+    embedding,
+    next_token_loss,
+    round_residual,
+)
 from relora_train.training.models.pretrained import load_skeleton
 from relora_train.training.sharding import rows_of_checkpoint, shard_model
 
@@ -254,3 +261,60 @@ def forward(model: nn.Module, examples: int) -> Any:
     if isinstance(model, ViTForImageClassification):
         return model(torch.randn(examples, 1, 8, 8), labels=torch.zeros(examples, dtype=torch.int64)).loss
     return next_token_loss(model, token_batch()[:examples])
+
+
+# --- what is kept for the backward pass
+
+
+def saved_bytes(model: nn.Module) -> int:
+    """Bytes that the blocks keep between forward and backward, parameters left out."""
+    torch._dynamo.reset()
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+    with hooks, torch.autocast("cpu", torch.bfloat16):
+        loss = next_token_loss(model, token_batch())
+    loss.backward()
+    return sum(kept.values())
+
+
+def test_elementwise_results_are_made_again_and_the_gradients_stay():
+    kept, gradients = [], []
+    for recompute in (False, True):
+        model = wrapped(tiny_llama)
+        attend_without_mask(model)
+        masks = HashMasks(model)
+        compile_blocks(model, recompute=recompute, backend="aot_eager_decomp_partition")
+        kept.append(saved_bytes(model))
+        model.zero_grad()
+        gradients.append(losses_and_gradients(model, masks)[1])
+    assert kept[1] < 0.75 * kept[0]
+    assert relative_error(gradients[1], gradients[0]) < 1e-5
+
+
+def test_a_rounded_residual_is_half_as_large_and_evaluation_does_not_see_it():
+    kept, losses = [], []
+    for rounded in (False, True):
+        model = wrapped(tiny_llama, dropout=0.0)
+        attend_without_mask(model)
+        if rounded:
+            round_residual(embedding(model))
+        dtypes: set[torch.dtype] = set()
+        for block in blocks(model):
+            block.register_forward_hook(lambda module, inputs, output, seen=dtypes: seen.add(output.dtype))
+        share_inputs(model)
+        kept.append(saved_bytes(model))
+        assert dtypes == {torch.bfloat16 if rounded else torch.float32}
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            trained = next_token_loss(model, token_batch())
+            losses.append((trained, next_token_loss(model.eval(), token_batch())))
+    assert kept[1] < 0.9 * kept[0]
+    assert losses[0][0] != losses[1][0] and relative_error(losses[1][0], losses[0][0]) < 1e-3
+    assert losses[0][1] == losses[1][1]

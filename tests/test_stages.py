@@ -114,12 +114,16 @@ CHANGES_NOTHING = {
     "launch.sharding": "full",
     "launch.threads": 2,
     "launch.compile": True,
+    "launch.recompute_elementwise": False,
     "launch.gradient_checkpointing": True,
     "retention.keep_last": 2,
     "retention.keep_every": 5,
 }
 """Settings that change no weight beyond the order of sums."""
 
+
+OF_ONE_DTYPE = {"precision.residual"}
+"""A setting that only bfloat16 has."""
 
 OF_ONE_OBJECTIVE = {"objective", "images.size", "images.channels", "images.classes", "images.patch_size"}
 """Settings that only another objective than the default knows: tests/test_objectives.py."""
@@ -174,7 +178,7 @@ def last_fingerprint(profile: Profile, dataset_id: str = DATASET) -> str:
 
 def test_every_setting_is_classified():
     """A new setting must be put in one of the lists above, and in fingerprint_settings() if it changes a result."""
-    classes = [set(CHANGES), set(THROUGH_THE_DATASET), set(CHANGES_NOTHING), OF_ONE_OBJECTIVE]
+    classes = [set(CHANGES), set(THROUGH_THE_DATASET), set(CHANGES_NOTHING), OF_ONE_DTYPE, OF_ONE_OBJECTIVE]
     assert set.union(*classes) == leaf_settings()
     assert sum(map(len, classes)) == len(leaf_settings())
 
@@ -182,6 +186,15 @@ def test_every_setting_is_classified():
 @pytest.mark.parametrize("key", CHANGES)
 def test_a_setting_that_changes_the_result_changes_the_fingerprint(key):
     assert last_fingerprint(profile_with({key: CHANGES[key]})) != last_fingerprint(Profile())
+
+
+def test_only_a_rounded_residual_is_named_in_the_fingerprint():
+    plain, rounded = ({"precision.dtype": "bfloat16", "precision.residual": kind} for kind in ("float32", "bfloat16"))
+    assert last_fingerprint(profile_with(plain)) == last_fingerprint(profile_with({"precision.dtype": "bfloat16"}))
+    assert last_fingerprint(profile_with(rounded)) != last_fingerprint(profile_with(plain))
+    assert "precision.residual" not in fingerprint_settings(profile_with(plain), plan_stages(Profile())[0], DATASET)
+    with pytest.raises(ValidationError, match="residual 'bfloat16' needs dtype"):
+        profile_with({"precision.residual": "bfloat16"})
 
 
 @given(st.lists(st.sampled_from(sorted(CHANGES)), unique=True), st.lists(st.sampled_from(sorted(CHANGES)), unique=True))
@@ -410,6 +423,7 @@ def test_the_readme_marks_what_each_setting_changes():
         dict.fromkeys({*CHANGES, *OF_ONE_OBJECTIVE}, "")
         | dict.fromkeys(THROUGH_THE_DATASET, "◇")
         | dict.fromkeys(CHANGES_NOTHING, "○")
+        | dict.fromkeys(OF_ONE_DTYPE, "")
     )
     assert marks == expected
 

@@ -33,7 +33,7 @@ from relora_train.settings.method import OptimizerConfig
 from relora_train.training import step as step_module
 from relora_train.training.build import prepare_stage
 from relora_train.training.models import chunked_loss, compiling
-from relora_train.training.models.chunked_loss import chunk_rows, chunked_cross_entropy
+from relora_train.training.models.chunked_loss import added_classes, chunk_rows, chunked_cross_entropy
 from relora_train.training.models.model import attend_without_mask
 from relora_train.training.optimizer import build_optimizer
 from relora_train.training.step import Prefetcher, StageTraining
@@ -338,11 +338,13 @@ def _problem(dtype: torch.dtype, *, bias: bool) -> tuple[list[torch.Tensor], tor
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("rows", [ROWS, 32, 7])  # one chunk, a shorter last one, equal ones
+@pytest.mark.parametrize("added", [0, 27])  # as on a GPU, to 64
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
 def test_chunks_change_neither_the_loss_nor_its_gradients(
-    dtype: torch.dtype, tolerance: float, rows: int, bias: bool, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, tolerance: float, added: int, rows: int, bias: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(chunked_loss, "chunk_rows", lambda *sizes: rows)
+    monkeypatch.setattr(chunked_loss, "added_classes", lambda *sizes: added)
     ours, targets = _problem(dtype, bias=bias)
     exact = [tensor.detach().double().requires_grad_() for tensor in ours]
     hidden, weight, *rest = ours
@@ -403,4 +405,6 @@ def test_chunks_are_bounded_by_their_logits_but_never_thin() -> None:
     assert chunk_rows(100_000, 256_000, "cpu") == 512
     assert chunk_rows(9, 32_000, "cpu") == 9
     assert chunk_rows(100_000, 32_000, "cuda") == 4194
-    assert chunk_rows(100_000, 256_000, "cuda") == 1024
+    assert chunk_rows(100_000, 256_000, "cuda") == 2048
+    assert [added_classes(n, "cuda") for n in (32_100, 32_128, 50_257)] == [28, 0, 47]
+    assert added_classes(32_100, "cpu") == 0

@@ -85,16 +85,16 @@ class _LowRankLinears(torch.autograd.Function):
             for layer, part in zip(layers, torch.split(low, [len(layer.A) for layer in layers], dim=1), strict=True):
                 y = F.linear(rows, layer.weight.to(dtype), _cast(layer.bias, dtype))
                 outputs.append(y.addmm_(part, layer.B.to(dtype).T, alpha=low_rank_scale(scaling, dropout)))
-        ctx.save_for_backward(x, *tensors)
+        ctx.save_for_backward(rows, *tensors)  # not x: under autocast that is twice as large
+        ctx.x_shape, ctx.x_dtype = x.shape, x.dtype
         ctx.settings = dtype, products, scaling, dropout, seed
         return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in outputs)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        x, *tensors = ctx.saved_tensors
+        rows, *tensors = ctx.saved_tensors
         dtype, products, scaling, dropout, seed = ctx.settings
         layers, scale = _layers(tensors), low_rank_scale(scaling, dropout)
-        rows = x.reshape(-1, x.shape[-1]).to(dtype)
         grads = [gradient.reshape(-1, gradient.shape[-1]).to(dtype) for gradient in gradients]
         ranks = [len(layer.A) for layer in layers]
         thin = _stacked(layers, dtype)
@@ -115,7 +115,7 @@ class _LowRankLinears(torch.autograd.Function):
                 grad_x = _of(grad_x).addmm_(through_A, thin)
             elif products == "split":
                 grad_x = _of(grad_x).addcmul_(through_A @ thin, _of(kept))
-            grad_x = _of(grad_x).to(x.dtype).view(x.shape)
+            grad_x = _of(grad_x).to(ctx.x_dtype).view(ctx.x_shape)
         factor_grads = []
         if products == "dense":
             for layer, gradient in zip(layers, grads, strict=True):

@@ -194,7 +194,7 @@ def fingerprint_settings(
         "seed": profile.seed,
         "model": profile.model.model_dump(mode="json"),
         "batch": profile.batch.model_dump(mode="json"),
-        "precision": profile.precision.model_dump(mode="json"),
+        "precision": profile.precision.model_dump(mode="json", exclude=unset_later_keys(profile, "precision")),
         "optimizer": optimizer,
         "schedule": {
             "total_steps": profile.schedule.warm_start_steps + profile.schedule.horizon_steps,

@@ -172,6 +172,7 @@ class Profile(FrozenConfig):
 
 
 LATER_KEYS = {
+    "precision": ("residual",),
     "tokenizer": ("revision",),
     "schedule": ("jagged", "cycle_growth", "horizon"),
     "relora": ("dropout_mask",),

@@ -18,8 +18,17 @@ class PrecisionConfig(FrozenConfig):
     matmul_precision: Literal["auto", "highest", "high", "medium"] = "highest"
     """torch.set_float32_matmul_precision; 'auto': 'medium' where a run's first stage finds it as exact as float32."""
 
+    residual: Literal["float32", "bfloat16"] = "float32"
+    """Residual stream between blocks in training; 'bfloat16' halves its memory and traffic, and rounds it."""
+
     deterministic: bool = True
     """Deterministic kernels where there is a choice (always so on CPU)."""
+
+    @model_validator(mode="after")
+    def a_rounded_residual_goes_with_rounded_products(self) -> Self:
+        if self.residual == "bfloat16" and not self.computes_in_bfloat16:
+            raise ValueError("residual 'bfloat16' needs dtype 'bfloat16' or 'pure-bfloat16'")
+        return self
 
     @property
     def computes_in_bfloat16(self) -> bool:
@@ -94,6 +103,9 @@ class LaunchConfig(FrozenConfig):
 
     compile: Literal["auto"] | bool = "auto"
     """torch.compile of the blocks for training, up to a minute a stage; 'auto': on a GPU with a compiler at hand."""
+
+    recompute_elementwise: bool = True
+    """Compiled blocks keep products for the backward pass and compute the rest again: about half the activations."""
 
     gradient_checkpointing: bool = False
     """Keep one activation a block and compute the rest again: far less memory, about a third more FLOPs."""

@@ -29,7 +29,7 @@ from relora_train.training.files import (
 )
 from relora_train.training.models.base import Objective
 from relora_train.training.models.compiling import can_compile, compile_blocks, without_compiling
-from relora_train.training.models.model import checkpoint_activations
+from relora_train.training.models.model import checkpoint_activations, round_residual
 from relora_train.training.models.pretrained import dtype_of_files
 from relora_train.training.models.registry import objective_of
 from relora_train.training.optimizer import build_optimizer, load_optimizer_state_by_name
@@ -67,6 +67,8 @@ def prepare_stage(request: StageRequest, ranks: Ranks) -> StageTraining:
     if profile.precision.trains_in_bfloat16:
         round_trained_matrices(model)
     model.to(ranks.device).train()
+    if profile.precision.residual == "bfloat16":
+        round_residual(objective.stem(model))
     if profile.launch.gradient_checkpointing:
         checkpoint_activations(model)
     optimizer = build_optimizer(model, profile.optimizer)
@@ -134,7 +136,7 @@ def _whole_model(
         if request.profile.precision.computes_in_bfloat16:
             masters = round_frozen_weights(model, parent, request.output_directory.parent)
     if compiles:
-        compile_blocks(model)
+        compile_blocks(model, recompute=request.profile.launch.recompute_elementwise)
     return model, masters
 
 
@@ -158,7 +160,8 @@ def _sharded_model(
                 layer.weight.data = layer.weight.data.to(torch.bfloat16)
                 rounded.append(f"{name}.weight")
     if compiles:
-        compile_blocks(model)  # before fully_shard: a block that is compiled after it runs eagerly, without a word
+        # Before fully_shard: a block that is compiled after it runs eagerly, without a word.
+        compile_blocks(model, recompute=profile.launch.recompute_elementwise)
     exact = shard_model(model, rows_of, ranks, keep=() if parent is not None else rounded)
     if request.stage.low_rank:
         reinit(model, seed=profile.seed, cycle=request.stage.cycle)

@@ -101,6 +101,10 @@ class Objective(ABC):
         """Make the model faster without changing a bit."""
 
     @abstractmethod
+    def stem(self, model: nn.Module) -> nn.Module:
+        """Return the module whose output the first block reads."""
+
+    @abstractmethod
     def loss_function(self, model: nn.Module, manifest: DatasetManifest) -> LossFunction:
         """Return the model put to use; it may be wrapped, moved, rounded or sharded before or after."""
 

@@ -105,6 +105,9 @@ class CausalLM(Objective):
     def prepare_for_training(self, model: nn.Module) -> None:
         attend_without_mask(model)
 
+    def stem(self, model: nn.Module) -> nn.Module:
+        return embedding(model)
+
     def loss_function(self, model: nn.Module, manifest: DatasetManifest) -> NextTokenLoss:
         return NextTokenLoss(model)
 

@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager
 from typing import Any, cast
 
 import torch
+import torch._functorch.config as functorch
 from torch import nn
 
 from relora_train.errors import DeviceError
@@ -16,12 +17,13 @@ from relora_train.training.models.model import blocks
 _LOGGER = logging.getLogger(__name__)
 
 
-def compile_blocks(model: nn.Module, *, backend: str | Callable[..., Any] = "inductor") -> None:
+def compile_blocks(model: nn.Module, *, recompute: bool = True, backend: str | Callable[..., Any] = "inductor") -> None:
     """Compile the blocks in place: names of modules and tensors stay, and equal blocks share one graph.
 
     A graph is made at the first update of a stage, and again only for a micro-batch of another shape; weights may
-    change in place.
+    change in place. recompute: keep what products and attention made for the backward pass, and make the rest again.
     """
+    functorch.aggressive_recomputation = recompute
     for block in blocks(model) or [cast(Any, model).base_model]:
         block.compile(dynamic=False, backend=backend)
 

@@ -116,6 +116,9 @@ class ImageClassification(Objective):
                 "[images] to what the model takes, and give it such images."
             )
 
+    def stem(self, model: nn.Module) -> nn.Module:
+        return cast(nn.Module, cast(Any, model).base_model.embeddings)
+
     def loss_function(self, model: nn.Module, manifest: DatasetManifest) -> ClassLoss:
         if manifest.images is None:
             raise DataError(f"Dataset {manifest.name!r} holds no images.")

@@ -69,6 +69,15 @@ def attend_without_mask(model: nn.Module) -> None:
         cast(Any, model).set_attn_implementation(_UNMASKED)
 
 
+def round_residual(stem: nn.Module) -> None:
+    """Round the stream that runs past the blocks to bfloat16 from its beginning on, in training only."""
+
+    def rounded(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+        return output.to(torch.bfloat16) if module.training else output
+
+    stem.register_forward_hook(rounded)
+
+
 def checkpoint_activations(model: nn.Module) -> None:
     """Keep only the input of every block for the backward pass and compute the rest again: the same gradients."""
     try:
