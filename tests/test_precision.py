@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 from safetensors.torch import load_file
 from stage_runs import CPU, ignore, manifest_of, metrics_of, run_all, stage_request, tiny_profile
 from tiny_models import tiny_llama
@@ -17,7 +18,9 @@ from transformers import AutoModelForCausalLM
 
 from relora_train.errors import TrainingError
 from relora_train.method.bfloat16_adamw import BFloat16AdamW, _Noise, round_at_random, round_trained_matrices
+from relora_train.method.stages import fingerprint_settings, plan_stages
 from relora_train.method.wrap import apply_relora
+from relora_train.settings.profile import Profile
 from relora_train.training import end_of_cycle as merging
 from relora_train.training import precision
 from relora_train.training.build import prepare_stage
@@ -351,3 +354,15 @@ def test_tied_matrices_stay_tied():
     round_trained_matrices(model)
     assert model[1].weight is model[0].weight and model[0].weight.dtype == torch.bfloat16
     assert model[1].bias.dtype == torch.float32
+
+
+def test_only_a_rounded_residual_is_named_in_the_fingerprint():
+    def settings(**precision: str) -> dict[str, Any]:
+        profile = Profile.model_validate({"precision": precision})
+        return fingerprint_settings(profile, plan_stages(profile)[0], "d" * 64)
+
+    plain = settings(dtype="bfloat16")  # as it was before there was a choice
+    assert settings(dtype="bfloat16", residual="float32") == plain
+    assert settings(dtype="bfloat16", residual="bfloat16") == {**plain, "precision.residual": "bfloat16"}
+    with pytest.raises(ValidationError, match="residual 'bfloat16' needs dtype"):
+        settings(residual="bfloat16")

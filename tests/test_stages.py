@@ -188,15 +188,6 @@ def test_a_setting_that_changes_the_result_changes_the_fingerprint(key):
     assert last_fingerprint(profile_with({key: CHANGES[key]})) != last_fingerprint(Profile())
 
 
-def test_only_a_rounded_residual_is_named_in_the_fingerprint():
-    plain, rounded = ({"precision.dtype": "bfloat16", "precision.residual": kind} for kind in ("float32", "bfloat16"))
-    assert last_fingerprint(profile_with(plain)) == last_fingerprint(profile_with({"precision.dtype": "bfloat16"}))
-    assert last_fingerprint(profile_with(rounded)) != last_fingerprint(profile_with(plain))
-    assert "precision.residual" not in fingerprint_settings(profile_with(plain), plan_stages(Profile())[0], DATASET)
-    with pytest.raises(ValidationError, match="residual 'bfloat16' needs dtype"):
-        profile_with({"precision.residual": "bfloat16"})
-
-
 @given(st.lists(st.sampled_from(sorted(CHANGES)), unique=True), st.lists(st.sampled_from(sorted(CHANGES)), unique=True))
 def test_two_sets_of_changes_have_one_fingerprint_only_when_they_are_equal(ours, theirs):
     """No change hides another."""
