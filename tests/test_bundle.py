@@ -175,26 +175,17 @@ def test_what_dropped_attempts_wrote_goes_and_nothing_else(store, tmp_path):
 # --- damage ---
 
 
-def damage(store: ObjectStore, key: str) -> None:
-    data = bytearray(store.get_bytes(key)[0])
-    data[len(data) // 2] ^= 1
-    store.put_bytes(key, bytes(data))
-
-
 def test_one_flipped_bit_at_rest_is_refused_by_name(store, tmp_path):
     manifest = committed(store, tmp_path / "a")
-    damage(store, f"{PREFIX}/model.safetensors")
+    data = store.get_bytes(f"{PREFIX}/model.safetensors")[0]
+    store.put_bytes(f"{PREFIX}/model.safetensors", data[:-1] + bytes([data[-1] ^ 1]))
     expected = next(entry.sha256 for entry in manifest.files if entry.path == "model.safetensors")
     cache = tmp_path / "cache"
     for read in (lambda: verify_bundle(store, PREFIX, manifest), lambda: fetch_bundle(store, PREFIX, manifest, cache)):
-        with pytest.raises(
-            CheckpointCorruptError, match=f"{PREFIX}/model.safetensors is damaged.*{expected}"
-        ) as caught:
+        with pytest.raises(CheckpointCorruptError, match=f"{PREFIX}/model.+ is damaged.*{expected}") as caught:
             read()
-        assert "Use another checkpoint" in str(caught.value)
-        assert store.uri in str(caught.value)
-    assert not (cache / "model.safetensors").exists()
-    assert not (cache / "manifest.json").exists()
+        assert "Use another checkpoint" in str(caught.value) and store.uri in str(caught.value)
+    assert not (cache / "model.safetensors").exists() and not (cache / "manifest.json").exists()
     assert not list(tmp_path.glob("cache/**/*.part"))
 
 

@@ -197,10 +197,8 @@ def check_file(path: Path, entry: FileEntry, *, uri: str, unless_checked_before:
     """Return only if the file is as the manifest says; else CheckpointIncompleteError or CheckpointCorruptError."""
     if not path.is_file():
         raise missing_file(uri)
-    found_bytes = path.stat().st_size
-    if found_bytes != entry.size_bytes:
-        expected, found = f"{entry.size_bytes} bytes", f"{found_bytes} bytes"
-    else:
+    expected, found = f"{entry.size_bytes} bytes", f"{path.stat().st_size} bytes"
+    if expected == found:
         expected, found = f"SHA-256 {entry.sha256}", f"SHA-256 {_digest(path, entry, unless_checked_before)}"
     if expected != found:
         raise CheckpointCorruptError(

@@ -56,7 +56,7 @@ class LeaseRecord(StoredRecord):
     renewals: int = 0
     released: bool = False
     depends_on: tuple[str, ...] = ()
-    """URIs of checkpoints that the holder started from. They are never pruned: see protections.py."""
+    """URIs of checkpoints that the holder started from. They are never pruned: see retention.py."""
 
 
 class Lease:
@@ -211,7 +211,7 @@ def take_lease(
                 unchanged_since = watched[1] if watched and watched[0] == etag else math.inf
                 is_free = time.monotonic() - unchanged_since > held.ttl_seconds * _OBSERVED_TTLS
             if is_free or held is None:
-                # A prune leaves it known what the run's flows started from: see protections.py.
+                # A prune leaves it known what the run's flows started from: see retention.py.
                 depends = held.depends_on if held and purpose == "prune" else ours.depends_on
                 record = ours.model_copy(update={"depends_on": depends})
                 try:

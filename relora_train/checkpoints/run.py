@@ -48,7 +48,7 @@ _HEAD_ATTEMPTS = 5
 
 
 class Head(NamedTuple):
-    """What refs/head.json says: the prefix of the checkpoint, and the etag of the record itself."""
+    """The prefix of the checkpoint that refs/head.json names, and the etag of that record."""
 
     prefix: str
     etag: str

@@ -50,7 +50,8 @@ class LocalStore(ObjectStore):
         path = self._path(key)
         with self._translated("write", key), self._spooled(path) as (temporary, stream):
             stream.write(data)
-            _flush_to_disk(stream)
+            stream.flush()
+            os.fsync(stream.fileno())
             # Inode and mtime survive link and rename, so this is also the etag under the final name.
             etag = _etag(os.fstat(stream.fileno()), data)
             with self._locked():
@@ -75,7 +76,8 @@ class LocalStore(ObjectStore):
         target = self._path(key)
         with path.open("rb") as source, self._translated("write", key), self._spooled(target) as (temporary, stream):
             shutil.copyfileobj(source, stream, _COPY_CHUNK_BYTES)
-            _flush_to_disk(stream)
+            stream.flush()
+            os.fsync(stream.fileno())
             with self._locked():
                 temporary.replace(target)
                 sync(target.parent)
@@ -216,8 +218,3 @@ def _etag(facts: os.stat_result, data: bytes) -> str:
     if facts.st_size <= _HASHED_UP_TO_BYTES:
         return hashlib.sha256(data).hexdigest()
     return f"{facts.st_size:x}-{facts.st_mtime_ns:x}-{facts.st_ino:x}"
-
-
-def _flush_to_disk(stream: BinaryIO) -> None:
-    stream.flush()
-    os.fsync(stream.fileno())

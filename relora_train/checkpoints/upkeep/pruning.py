@@ -24,8 +24,7 @@ from relora_train.checkpoints.lease import Lease, lease_key, read_lease, take_le
 from relora_train.checkpoints.lineage import TOMBSTONE_NAME, CheckpointRef, Tombstone
 from relora_train.checkpoints.manifest import MANIFEST_NAME
 from relora_train.checkpoints.run import CheckpointStore
-from relora_train.checkpoints.upkeep.protections import Protections
-from relora_train.checkpoints.upkeep.retention import RetentionPolicy, Verdict, plan_pruning
+from relora_train.checkpoints.upkeep.retention import Protections, RetentionPolicy, Verdict, plan_pruning
 from relora_train.errors import CheckpointNotFoundError, ObjectNotFoundError, StorageError
 from relora_train.storage.base import ObjectInfo, ObjectStore
 
