@@ -128,7 +128,7 @@ def measured_tutorial(result: TutorialResult, settings: TutorialSettings) -> Mea
         f"steps, merged every {settings.cycle_length} · {gap.count} seeds",
         tables=(MeasuredTable(title="Losses", header=("arm", "final", "less full rank"), rows=tuple(rows), note=note),),
         captions={
-            "losses.png": ("Losses", "Strong: geometric mean. Dotted: least loss of any weight, of such an update.")
+            "losses.png": ("Losses", "Strong: geometric mean. Dotted: least loss of any weight, of this rank's.")
         },
         numbers={"final_loss": finals, "best_loss": best, "best_loss_of_low_rank": bound},
     )
