@@ -72,15 +72,12 @@ def experiments(as_json: AsJson = False) -> None:
     """List the shipped experiments."""
     described: list[dict[str, Any]] = []
     for path in list_experiments():
-        about: dict[str, Any] = {"title": "", "profile": None, "arms": [], "seeds": []}
+        about: dict[str, Any]
         if is_measured(path.stem):
-            about["title"] = load_measured(path.stem).config.title
+            about = {"title": load_measured(path.stem).config.title, "profile": None, "arms": [], "seeds": []}
         else:
             config = load_experiment(path.stem).config
-            about = config.model_dump(include={"title", "profile"}) | {
-                "arms": list(config.arms),
-                "seeds": [*config.seeds],
-            }
+            about = {"title": config.title, "profile": config.profile, "arms": [*config.arms], "seeds": [*config.seeds]}
         comments = path.read_text(encoding="utf-8").splitlines()
         takes = next((line.partition("# Time:")[2].strip() for line in comments if line.startswith("# Time:")), "")
         described.append({"name": path.stem, **about, "time": takes, "path": str(path)})
