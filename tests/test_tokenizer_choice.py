@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from bundles import checkpoint_manifest
+from bundles import checkpoint_manifest, dataset_manifest
 from made_up_corpus import made_up_text, write_corpus
 from test_prepare import contents, documents_of
 from tiny_models import tiny_gpt_neox, tiny_llama
@@ -33,6 +33,7 @@ from relora_train.runs.tokenizer_choice import TextSettings, as_checkpoint, choo
 from relora_train.settings.data import DataConfig, TokenizerConfig
 from relora_train.settings.load import load_profile
 from relora_train.settings.profile import Profile, default_run_id
+from relora_train.storage.opening import open_store
 from relora_train.training.models.registry import facts_of, objective_of
 
 TEXTS = [made_up_text(seed) for seed in range(50)]
@@ -202,8 +203,12 @@ class Runs:
     def __init__(self, root: Path) -> None:
         self.root = root
 
-    def run(self, profile: Profile, *, branches: bool = False, run_id: str = "r") -> Run:
-        return Run(run_id, self.root.as_uri(), profile, branches=branches)
+    def choose(
+        self, profile: Profile, parent: CheckpointRef | None = None, run_id: str = "r"
+    ) -> tuple[TextSettings, str]:
+        """Choose for a run of this profile, which branches where it has a parent."""
+        run = Run(run_id, self.root.as_uri(), profile, branches=parent is not None)
+        return choose_tokenizer(run, parent)
 
     def commit(
         self, dataset_id: str, tokenizer: Path, *, parent: CheckpointRef | None = None, bos_ids: tuple[int, ...] = ()
@@ -217,23 +222,12 @@ class Runs:
         manifest = checkpoint_manifest(
             made, run_id="r", step=step, work=made.name, parent=parent, stage=f"cycle-{step}"
         )
-        store = CheckpointStore(Run("r", self.root.as_uri(), Profile()).store, "r")
-        prefix = dataset_prefix("corpus", dataset_id)
-        manifest = manifest.model_copy(
-            update={"dataset_id": dataset_id, "dataset_uri": f"{self.root.as_uri()}/{prefix}"}
-        )
-        self._commit_dataset(prefix, dataset_id, bos_ids)
-        return store.commit(made, manifest)
-
-    def _commit_dataset(self, prefix: str, dataset_id: str, bos_ids: tuple[int, ...]) -> None:
-        from bundles import dataset_manifest
-
-        empty = self.root / f"made-{uuid.uuid4().hex}"
-        empty.mkdir()
-        (empty / "x").write_text("x")
-        manifest = dataset_manifest(empty, dataset_id=dataset_id)
-        manifest = manifest.model_copy(update={"inputs": {"bos_ids": list(bos_ids)} if bos_ids else {}})
-        commit_bundle(Run("r", self.root.as_uri(), Profile()).store, prefix, empty, manifest)
+        store, prefix = open_store(self.root.as_uri()), dataset_prefix("corpus", dataset_id)
+        names = {"dataset_id": dataset_id, "dataset_uri": f"{self.root.as_uri()}/{prefix}"}
+        dataset = dataset_manifest(made, dataset_id=dataset_id)
+        inputs = {"bos_ids": list(bos_ids)} if bos_ids else {}
+        commit_bundle(store, prefix, made, dataset.model_copy(update={"inputs": inputs}))
+        return CheckpointStore(store, "r").commit(made, manifest.model_copy(update=names))
 
 
 @pytest.fixture
@@ -250,32 +244,30 @@ def id_of(profile: Profile, **tokenizer: Any) -> str:
 def test_a_pretrained_model_is_trained_with_its_own_tokenizer(tmp_path, corpus, runs, caplog):
     model = pretrained(tmp_path / "model")
     profile = profile_of(corpus, model={"pretrained": str(model)})
-    chosen, dataset_id = choose_tokenizer(runs.run(profile), None)
+    chosen, dataset_id = runs.choose(profile)
     assert chosen.tokenizer.path == str(model) and dataset_id == id_of(profile, path=str(model))
     assert dataset_id == check_inputs(profile)
     assert "ANOTHER TOKENIZER" not in caplog.text
     new = profile_of(corpus)
-    assert choose_tokenizer(runs.run(new), None)[0].tokenizer.path is None
+    assert runs.choose(new)[0].tokenizer.path is None
     assert facts_of(profile_of(corpus, model={"pretrained": "a/b", "revision": "v2"})).tokenizer().revision == "v2"
 
 
 def test_another_tokenizer_is_used_only_where_the_profile_says_so_and_never_silently(tmp_path, corpus, runs, caplog):
     model, other = pretrained(tmp_path / "model"), write_tokenizer(tmp_path / "other", vocab_size=290)
     named = profile_of(corpus, model={"pretrained": str(model)}, tokenizer={"path": str(other)})
-    assert choose_tokenizer(runs.run(named), None)[0].tokenizer.path == str(other)
+    assert runs.choose(named)[0].tokenizer.path == str(other)
     warning = next(record.getMessage() for record in caplog.records if record.levelno == logging.WARNING)
     assert "\n" not in warning and str(model) in warning
     assert "ANOTHER TOKENIZER THAN THE MODEL'S" in warning and "2 of its 292 tokens have another id there" in warning
     caplog.clear()
     trained = profile_of(corpus, model={"pretrained": str(model)}, tokenizer={"train": True, "vocab_size": 300})
-    chosen, dataset_id = choose_tokenizer(runs.run(trained), None)
+    chosen, dataset_id = runs.choose(trained)
     assert chosen.tokenizer.path is None and dataset_id == id_of(trained, train=False)
     assert "a tokenizer trained on this text" in caplog.text
     caplog.clear()
     same = write_tokenizer(tmp_path / "same")
-    choose_tokenizer(
-        runs.run(profile_of(corpus, model={"pretrained": str(model)}, tokenizer={"path": str(same)})), None
-    )
+    runs.choose(profile_of(corpus, model={"pretrained": str(model)}, tokenizer={"path": str(same)}))
     assert not caplog.records
 
 
@@ -285,7 +277,7 @@ def test_equal_tokens_that_are_cut_otherwise_are_told_apart(tmp_path, corpus, ru
     description["pre_tokenizer"]["add_prefix_space"] = True
     (other / "tokenizer.json").write_text(json.dumps(description))
     named = profile_of(corpus, model={"pretrained": str(model)}, tokenizer={"path": str(other)})
-    choose_tokenizer(runs.run(named), None)
+    runs.choose(named)
     assert "is cut into others" in caplog.text
 
 
@@ -293,7 +285,7 @@ def test_equal_tokens_that_are_cut_otherwise_are_told_apart(tmp_path, corpus, ru
 def test_a_pretrained_model_without_a_tokenizer_names_the_two_ways_out(tmp_path, corpus, runs, build):
     build().save_pretrained(tmp_path / "model")  # of a GPT-NeoX, transformers would make an empty tokenizer up
     profile = profile_of(corpus, model={"pretrained": str(tmp_path / "model")})
-    for look in (check_inputs, lambda p: choose_tokenizer(runs.run(p), None)):
+    for look in (check_inputs, lambda p: runs.choose(p)):
         with pytest.raises(TokenizerError, match=r"holds no tokenizer.*tokenizer\.path.*tokenizer\.train = true"):
             look(profile)
 
@@ -314,11 +306,11 @@ def test_a_run_from_before_is_met_by_its_old_settings_and_told_how_to_go_on(tmp_
     with pytest.raises(
         RunSettingsChangedError, match=r"made with tokenizer\.train=true; .*--set tokenizer\.train=true \("
     ):
-        choose_tokenizer(runs.run(old), None)
+        runs.choose(old)
     going_on = profile_of(corpus, model={"pretrained": str(model)}, tokenizer={"vocab_size": 300, "train": True})
-    assert choose_tokenizer(runs.run(going_on), None)[1] == before
+    assert runs.choose(going_on)[1] == before
     assert default_run_id(going_on) == default_run_id(old)
-    assert choose_tokenizer(runs.run(old, run_id="new"), None)[1] == id_of(old, path=str(model))
+    assert runs.choose(old, run_id="new")[1] == id_of(old, path=str(model))
 
 
 def test_a_run_from_before_bos_is_told_to_go_on_without_it(tmp_path, corpus, runs):
@@ -327,16 +319,14 @@ def test_a_run_from_before_bos_is_told_to_go_on_without_it(tmp_path, corpus, run
     plain = profile_of(corpus, tokenizer={"path": str(tokenizer)}, data={"bos": False})
     start = runs.commit(id_of(plain), tokenizer)
     with pytest.raises(RunSettingsChangedError, match=r"made with data\.bos=false; .*--set data\.bos=false \("):
-        choose_tokenizer(runs.run(old), None)
-    assert choose_tokenizer(runs.run(plain), None)[1] == start.manifest.dataset_id
+        runs.choose(old)
+    assert runs.choose(plain)[1] == start.manifest.dataset_id
     assert default_run_id(plain) == default_run_id(old)
-    assert default_run_id(profile_of(corpus, tokenizer={"path": str(tokenizer)}, data={"bos": True})) != default_run_id(
-        old
-    )
-    chosen, dataset_id = choose_tokenizer(runs.run(old, branches=True), start)  # a run that gets more cycles
-    assert dataset_id == start.manifest.dataset_id and chosen.data.bos is False
     asked = profile_of(corpus, tokenizer={"path": str(tokenizer)}, data={"bos": True})
-    assert choose_tokenizer(runs.run(asked, branches=True), start)[0].data.bos is True
+    assert default_run_id(asked) != default_run_id(old)
+    chosen, dataset_id = runs.choose(old, start)  # a run that gets more cycles
+    assert dataset_id == start.manifest.dataset_id and chosen.data.bos is False
+    assert runs.choose(asked, start)[0].data.bos is True
 
 
 def test_what_goes_on_from_a_checkpoint_on_other_text_keeps_its_tokenizer_and_bos(tmp_path, corpus, runs, caplog):
@@ -344,23 +334,23 @@ def test_what_goes_on_from_a_checkpoint_on_other_text_keeps_its_tokenizer_and_bo
     for bos_ids in ((), (300,)):
         start = runs.commit(uuid.uuid4().hex * 2, tokenizer, bos_ids=bos_ids)
         profile = profile_of(corpus)
-        chosen, dataset_id = choose_tokenizer(runs.run(profile, branches=True, run_id="branch"), start)
+        chosen, dataset_id = runs.choose(profile, start, "branch")
         expected = profile.model_copy(update={"data": profile.data.model_copy(update={"bos": bool(bos_ids)})})
         assert dataset_id == id_of(expected, path=str(tokenizer))
         assert as_checkpoint(start, profile) == chosen
     assert "ANOTHER" not in caplog.text
     trained = profile_of(corpus, tokenizer={"train": True})
-    assert choose_tokenizer(runs.run(trained, branches=True, run_id="branch"), start)[0].tokenizer.path is None
+    assert runs.choose(trained, start, "branch")[0].tokenizer.path is None
     assert f"the embeddings of {start.uri} were learned for other ids" in caplog.text
     named = profile_of(corpus, tokenizer={"path": str(tokenizer)})  # the parent's own, by name
-    assert choose_tokenizer(runs.run(named, branches=True, run_id="branch"), start)[0].data.bos is True
+    assert runs.choose(named, start, "branch")[0].data.bos is True
 
 
 def test_more_cycles_of_a_run_with_a_trained_tokenizer_stay_on_its_dataset(tmp_path, corpus, runs, caplog):
     model = pretrained(tmp_path / "model")
     for profile in (profile_of(corpus), profile_of(corpus, model={"pretrained": str(model)})):
         start = runs.commit(id_of(profile), model)
-        chosen, dataset_id = choose_tokenizer(runs.run(profile, branches=True), start)
+        chosen, dataset_id = runs.choose(profile, start)
         assert dataset_id == start.manifest.dataset_id and chosen.tokenizer.path is None
     assert "ANOTHER" not in caplog.text
 
@@ -371,9 +361,9 @@ def test_a_branch_from_before_on_other_text_is_told_how_to_go_on(tmp_path, corpu
     profile = profile_of(corpus)
     runs.commit(id_of(profile), tokenizer, parent=start)  # with a tokenizer that was trained on the other text
     with pytest.raises(RunSettingsChangedError, match=r"--set tokenizer\.train=true \("):
-        choose_tokenizer(runs.run(profile, branches=True), start)
+        runs.choose(profile, start)
     going_on = profile_of(corpus, tokenizer={"train": True})
-    assert choose_tokenizer(runs.run(going_on, branches=True), start)[1] == id_of(profile)
+    assert runs.choose(going_on, start)[1] == id_of(profile)
 
 
 def test_a_series_keeps_the_tokenizer_and_bos_of_its_champion_whatever_is_asked(tmp_path, corpus, runs):
