@@ -96,10 +96,10 @@ def test_overlap_is_one_for_the_same_subspace_and_zero_for_orthogonal_ones():
     updates = [Factors(basis[:, :4], A[:4]), same, Factors(basis[:, 4:], A[4:])]
     overlap = layer_overlap(Q, updates)
     expected = np.array([[1, 1, 0], [1, 1, 0], [0, 0, 1]])
-    np.testing.assert_allclose(overlap.columns, expected, atol=1e-12)
-    np.testing.assert_allclose(overlap.rows, expected, atol=1e-12)
-    np.testing.assert_allclose(overlap.column_cosines[0], np.ones(4), atol=1e-12)
-    np.testing.assert_allclose(overlap.row_cosines[1], np.zeros(4), atol=1e-12)
+    np.testing.assert_allclose(overlap.columns.overlaps, expected, atol=1e-12)
+    np.testing.assert_allclose(overlap.rows.overlaps, expected, atol=1e-12)
+    np.testing.assert_allclose(overlap.columns.cosines[0], np.ones(4), atol=1e-12)
+    np.testing.assert_allclose(overlap.rows.cosines[1], np.zeros(4), atol=1e-12)
 
 
 def test_principal_angles_are_those_the_subspaces_were_turned_by():
@@ -119,9 +119,9 @@ def test_random_subspaces_overlap_as_chance_says():
     updates = random_updates((60, 40), 6, 25)
     overlap = layer_overlap(Q, updates)
     pairs = ~np.eye(25, dtype=bool)
-    assert (overlap.chance_columns, overlap.chance_rows) == pytest.approx((6 / 60, 6 / 40))
-    assert overlap.columns[pairs].mean() == pytest.approx(0.10, abs=0.01)
-    assert overlap.rows[pairs].mean() == pytest.approx(0.15, abs=0.01)
+    assert (overlap.columns.chance, overlap.rows.chance) == pytest.approx((6 / 60, 6 / 40))
+    assert overlap.columns.overlaps[pairs].mean() == pytest.approx(0.10, abs=0.01)
+    assert overlap.rows.overlaps[pairs].mean() == pytest.approx(0.15, abs=0.01)
     assert overlap_by_chance(50, 3, 7) == 7 / 50
 
 
@@ -136,8 +136,8 @@ def test_a_direction_that_is_only_rounding_is_no_part_of_the_subspace():
 def test_an_update_of_zero_has_no_subspace_and_no_overlap():
     some = random_updates((10, 8), 2, 2)
     overlap = layer_overlap(Q, [some[0], Factors(np.zeros((10, 2)), some[1].A), some[1]])
-    assert np.isnan(overlap.columns[1]).all() and np.isfinite(overlap.columns[0, 2])
-    assert [cosines.size for cosines in overlap.column_cosines] == [0, 0]
+    assert np.isnan(overlap.columns.overlaps[1]).all() and np.isfinite(overlap.columns.overlaps[0, 2])
+    assert [cosines.size for cosines in overlap.columns.cosines] == [0, 0]
 
 
 @pytest.mark.parametrize("cycles", [1, 2, 12, 13, 40, 500])

@@ -141,29 +141,19 @@ def overlap_figure(history: CycleHistory) -> Figure:
     count = len(history.stages)
     figure, grid = new_figure(3.8 if count > 4 else 2.8, columns=2, titled=True)
     figure.subplots_adjust(left=0.085, right=0.99, wspace=0.16, bottom=0.09)
-    sides = ("columns", "rows")
-    means = [mean_overlap([getattr(one, side) for one in history.overlaps]) for side in sides]
-    chances = [float(np.mean([getattr(one, f"chance_{side}") for one in history.overlaps])) for side in sides]
+    sides = [[one.columns for one in history.overlaps], [one.rows for one in history.overlaps]]
+    chances = [float(np.mean([one.chance for one in side])) for side in sides]
+    known = [np.ma.masked_invalid(np.stack([one.overlaps for one in side])) for side in sides]
+    means = [overlaps.mean(axis=0).filled(np.nan) for overlaps in known]  # of the layers whose overlap is a number
     for mean in means:
         np.fill_diagonal(mean, np.nan)
     full = max([_CHANCE_IS_PALE * max(chances), *(float(value) for value in np.append(*means) if value > 0)])
-    for axes, side, mean, chance in zip(grid.flat, sides, means, chances, strict=True):
+    for axes, side, mean, chance in zip(grid.flat, ("column", "row"), means, chances, strict=True):
         _draw_map(axes, mean, min(1.0, full))
-        axes.set_title(
-            f"{side.removesuffix('s')} spaces: chance gives {chance:.3f}", fontsize=9.5, color=TEXT, loc="left"
-        )
+        axes.set_title(f"{side} spaces: chance gives {chance:.3f}", fontsize=9.5, color=TEXT, loc="left")
         for axis in (axes.xaxis, axes.yaxis):
             _name_stages(axis, history.stages, np.arange(count))
     return figure
-
-
-def mean_overlap(maps: Sequence[Matrix]) -> Matrix:
-    """Return (stages, stages) mean over layers, of those that are numbers; NaN where none is."""
-    stacked = np.stack(maps)
-    known = np.isfinite(stacked)
-    total = np.where(known, stacked, 0.0).sum(axis=0)
-    mean: Matrix = np.where(known.any(axis=0), total / np.maximum(known.sum(axis=0), 1), np.nan)
-    return mean
 
 
 def _draw_map(axes: Any, values: Matrix, full: float) -> None:

@@ -23,19 +23,17 @@ def kind_record(kind: KindSpectrum) -> dict[str, Any]:
 
 def history_record(history: CycleHistory) -> dict[str, Any]:
     """Return growth and overlaps by layer; singular values only of the whole update, elsewhere."""
-    sides = ("columns", "rows")
-    overlaps = [
-        {
-            "name": overlap.name,
-            **{side: [_rounded(row) for row in getattr(overlap, side)] for side in sides},
-            "chance": {side: getattr(overlap, f"chance_{side}") for side in sides},
-            "successive_cosines": {
-                "columns": [_rounded(cosines) for cosines in overlap.column_cosines],
-                "rows": [_rounded(cosines) for cosines in overlap.row_cosines],
-            },
-        }
-        for overlap in history.overlaps
-    ]
+    overlaps = []
+    for overlap in history.overlaps:
+        sides = {"columns": overlap.columns, "rows": overlap.rows}
+        overlaps.append(
+            {
+                "name": overlap.name,
+                **{name: [_rounded(row) for row in side.overlaps] for name, side in sides.items()},
+                "chance": {name: side.chance for name, side in sides.items()},
+                "successive_cosines": {name: [_rounded(one) for one in side.cosines] for name, side in sides.items()},
+            }
+        )
     return {
         "growth_stages": history.growth_stages,
         "growth_ranks": history.growth_ranks,

@@ -159,7 +159,8 @@ def history_for_report(line: Sequence[CheckpointRef], fetch_files: FetchFiles) -
     if gap or not stages:
         return None, f"No growth from cycle to cycle: {gap}." if gap and any(map(has_adapter, stages)) else ""
     advice = f"`relora analyze {line[-1].manifest.run_id}` takes the time."
-    if adapter_bytes(stages) > REPORT_ADAPTER_BYTES:
+    adapters = [entry for ref in stages for entry in ref.manifest.files if entry.path in ADAPTER_FILES]
+    if sum(entry.size_bytes for entry in adapters) > REPORT_ADAPTER_BYTES:
         return None, f"The adapters are too large to be read for every report. {advice}"
     cycles = fetch_cycles(stages, fetch_files)
     shapes = _shapes_in_all(cycles)
@@ -176,7 +177,8 @@ def spectra_for_report(
     start: CheckpointRef, end: CheckpointRef, fetch_files: FetchFiles
 ) -> tuple[tuple[LayerSpectrum, ...], str]:
     """Return the spectra of representative layers; none, and the reason, for weights above REPORT_WEIGHT_BYTES."""
-    if weights_bytes(start) + weights_bytes(end) > REPORT_WEIGHT_BYTES:
+    weights = [entry for ref in (start, end) for entry in ref.manifest.files if _WEIGHTS.fullmatch(entry.path)]
+    if sum(entry.size_bytes for entry in weights) > REPORT_WEIGHT_BYTES:
         advice = f"`relora analyze {end.manifest.run_id} --few` takes the time."
         return (), f"The weights are too large to be read for every report. {advice}"
     before, after = (fetch_weights(ref, fetch_files, block_matrices) for ref in (start, end))
@@ -231,19 +233,9 @@ def fetch_weights(
     return fetch_files(ref, [INDEX_NAME, *files])
 
 
-def weights_bytes(ref: CheckpointRef) -> int:
-    """Return the bytes of all its weights."""
-    return sum(entry.size_bytes for entry in ref.manifest.files if _WEIGHTS.fullmatch(entry.path))
-
-
 def has_adapter(ref: CheckpointRef) -> bool:
     """Return True if the checkpoint keeps the update that it merged."""
     return set(ADAPTER_FILES) <= {entry.path for entry in ref.manifest.files}
-
-
-def adapter_bytes(refs: Sequence[CheckpointRef]) -> int:
-    """Return the bytes of all their adapters."""
-    return sum(entry.size_bytes for ref in refs for entry in ref.manifest.files if entry.path in ADAPTER_FILES)
 
 
 def fetch_cycles(refs: Sequence[CheckpointRef], fetch_files: FetchFiles) -> list[MergedCycle]:

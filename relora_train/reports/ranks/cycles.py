@@ -162,24 +162,28 @@ class LayerGrowth:
 
 
 @dataclass(frozen=True, eq=False)
-class LayerOverlap:
-    """The overlaps of one layer's updates, for the stages of `CycleHistory.stages`.
+class SideOverlap:
+    """The overlaps of one layer's updates on one side, for the stages of `CycleHistory.stages`.
 
     Overlap is the mean cos² of the principal angles: 1 where one subspace contains the other, 0 where they are
     orthogonal. NaN beside an update that is zero.
     """
 
-    name: str
-    columns: Matrix
-    """(stages, stages), of the column spaces: what the layer writes."""
-    rows: Matrix
-    """(stages, stages), of the row spaces: what the layer reads."""
-    column_cosines: tuple[Matrix, ...]
+    overlaps: Matrix
+    """(stages, stages)"""
+    cosines: tuple[Matrix, ...]
     """Cosines of all principal angles of each stage with the one before it, descending; stages − 1 of them."""
-    row_cosines: tuple[Matrix, ...]
-    chance_columns: float
+    chance: float
     """The overlap that random subspaces of these dimensions have on average."""
-    chance_rows: float
+
+
+@dataclass(frozen=True, eq=False)
+class LayerOverlap:
+    """The overlaps of a layer's updates: of column spaces, what it writes, and of row spaces, what it reads."""
+
+    name: str
+    columns: SideOverlap
+    rows: SideOverlap
 
 
 @dataclass(frozen=True, eq=False)
@@ -228,9 +232,7 @@ def layer_overlap(name: str, updates: Sequence[Factors]) -> LayerOverlap:
     """Return the overlap of every pair of a layer's updates, which are two or more."""
     bases = [subspaces(update) for update in updates]
     rows, columns = updates[0].shape
-    written, write_cosines, write_chance = _pairs([left for left, _ in bases], rows)
-    read, read_cosines, read_chance = _pairs([right for _, right in bases], columns)
-    return LayerOverlap(name, written, read, write_cosines, read_cosines, write_chance, read_chance)
+    return LayerOverlap(name, _side([left for left, _ in bases], rows), _side([right for _, right in bases], columns))
 
 
 def growth_points(cycles: int) -> list[int]:
@@ -251,8 +253,7 @@ def history_operations(shapes: Sequence[tuple[int, int]], ranks: Sequence[int]) 
     return total
 
 
-def _pairs(bases: Sequence[Matrix], dimension: int) -> tuple[Matrix, tuple[Matrix, ...], float]:
-    """Return the mean cos² of every pair, the cosines of successive ones, and the mean cos² by chance."""
+def _side(bases: Sequence[Matrix], dimension: int) -> SideOverlap:
     count = len(bases)
     overlaps, successive = np.full((count, count), np.nan), []
     for i in range(count):
@@ -264,13 +265,12 @@ def _pairs(bases: Sequence[Matrix], dimension: int) -> tuple[Matrix, tuple[Matri
                 successive.append(cosines)
     sizes = [basis.shape[1] for basis in bases]
     chances = [overlap_by_chance(dimension, a, b) for a, b in itertools.pairwise(sizes)]
-    return overlaps, tuple(successive), float(np.mean(chances))
+    return SideOverlap(overlaps, tuple(successive), float(np.mean(chances)))
 
 
 def successive_overlap(overlaps: Sequence[LayerOverlap], side: str) -> tuple[float, float]:
     """Return the mean overlap of successive stages in 'columns' or 'rows', and the mean that chance would give."""
-    values = [np.diag(getattr(one, side), k=1) for one in overlaps]
-    chances = [getattr(one, f"chance_{side}") for one in overlaps]
-    known = np.concatenate(values)
+    sides: list[SideOverlap] = [getattr(one, side) for one in overlaps]
+    known = np.concatenate([np.diag(one.overlaps, k=1) for one in sides])
     known = known[np.isfinite(known)]
-    return float(np.mean(known)) if known.size else math.nan, float(np.mean(chances))
+    return float(np.mean(known)) if known.size else math.nan, float(np.mean([one.chance for one in sides]))
