@@ -1,4 +1,4 @@
-"""What a dataset is made of, found and hashed: its tokenizer, and of a growing source the new and a share of the old.
+"""The tokenizer and the documents that make a dataset: of a growing source, the new ones and a share of the old.
 
 The training part has every new document, and so many old ones that they make up `old_ratio` of the part's bytes.
 The held-out part has every new document that the split rule holds out, and as much of the old held-out ones. So half of

@@ -17,7 +17,6 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -31,7 +30,6 @@ from relora_train.data.splitting import Split
 from relora_train.data.staging import StagedRange, delete_range, read_pieces
 from relora_train.data.tokenizer import DocumentTokenizer
 from relora_train.errors import DataError
-from relora_train.process import SAFE_PATH
 from relora_train.settings.base import FrozenConfig
 from relora_train.storage.durable import replace_durably, write_durably
 
@@ -95,8 +93,7 @@ def _in_processes(
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(plan,))
     try:
-        with _safe_path():  # a process is started by the submission that needs it
-            futures = {pool.submit(_work, staged): staged for staged in pending}
+        futures = {pool.submit(_work, staged): staged for staged in pending}
         for future in as_completed(futures):
             yield futures[future], future.result()
     except BrokenProcessPool:
@@ -106,21 +103,6 @@ def _in_processes(
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-@contextmanager
-def _safe_path() -> Iterator[None]:
-    """Have the processes that are started meanwhile import nothing from the directory they start in."""
-    (name,) = SAFE_PATH
-    before = os.environ.get(name)
-    os.environ.update(SAFE_PATH)
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
 
 
 _write_in_worker: Callable[[StagedRange], ShardRecord]  # set once in every worker

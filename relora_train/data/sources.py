@@ -155,7 +155,7 @@ def _documents_or_fault(file: SourceFile, data: DataConfig, advance: Advance) ->
 
 
 def _stdlib_files() -> list[SourceFile]:
-    """The standard library without tests and without what differs between builds of one Python version."""
+    """Return the standard library without tests, and without what differs between builds of one Python version."""
     root = Path(sysconfig.get_paths()["stdlib"])
 
     def is_training_text(path: Path) -> bool:
@@ -202,25 +202,23 @@ def _text_in(line: bytes, text_field: str, where: str) -> str | Fault:
     try:
         row = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
-        what = f"{where} is not UTF-8: {error.reason} at byte {error.start}. Repair or remove the line."
-        return Fault(what, "not UTF-8 text")
+        remedy = "Repair or remove the line."
+        return Fault(f"{where} is not UTF-8: {error.reason} at byte {error.start}. {remedy}", "not UTF-8 text")
     except (ValueError, RecursionError) as error:
         return Fault(f"{where} is not valid JSON: {error}. Repair or remove the line.", "not valid JSON")
     if not isinstance(row, dict):
-        what = f"{where} holds a JSON {type(row).__name__}, not an object with the field {text_field!r}. "
-        return Fault(what + "Write one object a line.", "no JSON object")
+        found = f"{where} holds a JSON {type(row).__name__}, not an object with the field {text_field!r}."
+        return Fault(f"{found} Write one object a line.", "no JSON object")
     if text_field not in row:
-        return Fault(
-            f"{where} has no field {text_field!r}. It has: {', '.join(map(repr, row)) or 'no fields'}. "
-            "Name the one that holds the text in data.text_field.",
-            f"no field {text_field!r}",
-        )
+        there = ", ".join(map(repr, row)) or "no fields"
+        found = f"{where} has no field {text_field!r}. It has: {there}."
+        return Fault(f"{found} Name the one that holds the text in data.text_field.", f"no field {text_field!r}")
     return text_or_fault(row[text_field], text_field, where)
 
 
 @contextmanager
 def _opened(file: SourceFile) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
-    """The file's content, decompressed, and the file on disk, whose position tells how much was read."""
+    """Open a file: its content, decompressed, and the file on disk, whose position tells how much was read."""
     try:
         with file.path.open("rb") as disk:
             if file.name.endswith(".gz"):
