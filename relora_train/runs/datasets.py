@@ -18,7 +18,7 @@ from relora_train.runs.run import DatasetRef, OnEvent, Run, dataset_ref
 from relora_train.runs.tokenizer_choice import TextSettings, choose_tokenizer
 from relora_train.runs.workers import run_worker
 from relora_train.settings.data import TokenizerConfig
-from relora_train.storage.workspace import dataset_cache, short_digest, work_directory
+from relora_train.storage.workspace import WorkDirectory, dataset_cache, short_digest
 
 _log = logging.getLogger("relora_train.runs.datasets")
 
@@ -59,7 +59,7 @@ def prepare_or_reuse(
         dataset_id, _ = describe_dataset(text.data, text.tokenizer, selection=selection)
     if found := find_dataset(store, name, dataset_id):
         return DatasetOutcome(dataset_ref(store, found), reused=True)
-    with work_directory("datasets", f"{name}-{dataset_id[:16]}-{short_digest(store.uri)}") as work:
+    with WorkDirectory("datasets", f"{name}-{dataset_id[:16]}-{short_digest(store.uri)}") as work:
         if work.waited and (found := find_dataset(store, name, dataset_id)):  # by the process that was waited for
             return DatasetOutcome(dataset_ref(store, found), reused=True)
         request = PrepareRequest(

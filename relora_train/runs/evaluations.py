@@ -20,7 +20,7 @@ from relora_train.settings.keys import settings_digest
 from relora_train.settings.profile import Profile, profile_from_file
 from relora_train.storage.base import ObjectStore, find_json, parse_json, put_json
 from relora_train.storage.opening import open_store
-from relora_train.storage.workspace import checkpoint_cache, short_digest, work_directory
+from relora_train.storage.workspace import WorkDirectory, checkpoint_cache, short_digest
 from relora_train.training.requests import EvaluationRequest
 
 _log = logging.getLogger("relora_train.runs.evaluations")
@@ -77,7 +77,7 @@ def evaluate_or_reuse(
     if recorded := recorded_evaluation(profile, checkpoint, dataset, store):
         return EvaluationOutcome(recorded, reused=True)
     name = f"{checkpoint.manifest.stage}-{checkpoint.fingerprint[:12]}-{short_digest(f'{store.uri}/{key}')}"
-    with work_directory(checkpoint.manifest.run_id, f"evaluate-{name}") as work:
+    with WorkDirectory(checkpoint.manifest.run_id, f"evaluate-{name}") as work:
         # The process that was waited for may have scored it.
         if work.waited and (recorded := recorded_evaluation(profile, checkpoint, dataset, store)):
             return EvaluationOutcome(recorded, reused=True)

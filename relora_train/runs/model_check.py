@@ -13,7 +13,7 @@ from relora_train.method.stages import Stage
 from relora_train.runs.run import OnEvent, Run
 from relora_train.settings.profile import Profile
 from relora_train.storage.opening import open_store
-from relora_train.storage.workspace import short_digest, work_directory
+from relora_train.storage.workspace import WorkDirectory, short_digest
 from relora_train.training.models.registry import facts_of, model_shape
 from relora_train.training.models.shape import ModelShape, ShapeUnknownError, shape_of_config, wrapped_layers
 from relora_train.training.requests import ModelCheckRequest
@@ -52,7 +52,7 @@ def check_run(run: Run, stages: Sequence[Stage], parent: CheckpointRef | None, *
     asks_for_devices = launch.device == "cuda" or (launch.device == "auto" and launch.nproc_per_node != 1)
     if known and not asks_for_devices:
         return
-    with work_directory("checks", f"{run.run_id}-{short_digest(run.store.uri)}") as work:
+    with WorkDirectory("checks", f"{run.run_id}-{short_digest(run.store.uri)}") as work:
         request = ModelCheckRequest(profile=profile, low_rank=low_rank)
         if config is not None:
             (work.path / "config.json").write_bytes(config)

@@ -30,7 +30,7 @@ from relora_train.runs.run import OnEvent, Run
 from relora_train.runs.train import run_trainer, stage_request
 from relora_train.settings.keys import differing_settings, settings_digest
 from relora_train.storage.opening import open_store
-from relora_train.storage.workspace import work_directory
+from relora_train.storage.workspace import WorkDirectory
 
 _RETRY = "retry"
 _DESCRIPTIONS = ("adapter/README.md", "adapter/adapter_config.json")
@@ -90,7 +90,7 @@ def retry_stage(checkpoint: CheckpointRef, *, on_event: OnEvent, replace: bool =
     writer: AbstractContextManager[Lease | None] = nullcontext()
     if replace:
         writer = hold_run(store, run.run_id, depends_on=[checkpoint.uri])
-    with writer as lease, work_directory(run.run_id, f"retry-{stage.name}-{checkpoint.fingerprint[:12]}") as work:
+    with writer as lease, WorkDirectory(run.run_id, f"retry-{stage.name}-{checkpoint.fingerprint[:12]}") as work:
         shutil.rmtree(work.path / "checkpoint", ignore_errors=True)  # of a retry that was stopped: it proves nothing
         identity = StageIdentity(manifest.fingerprint_settings, checkpoint.fingerprint)
         variant = {"variant_of": manifest.variant_of, "divergence": manifest.divergence}

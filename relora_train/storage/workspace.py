@@ -47,7 +47,7 @@ class WorkDirectory:
 
     While another live process of this machine holds it, waits (or with wait=False raises BlockingIOError): look again
     afterwards whether the work is done. A killed process holds nothing. Raises StorageError naming the directory when
-    it cannot be made.
+    it cannot be made. A `with` block removes it at a good end, and keeps it after an error.
     """
 
     def __init__(self, *names: str, wait: bool = True) -> None:
@@ -74,6 +74,12 @@ class WorkDirectory:
             self._lock.close()
             raise
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.release(remove=kind is None)
+
     @classmethod
     def left_over(cls, *names: str) -> Self | None:
         """Return the directory that another process left, if it exists and nobody holds it. Never waits."""
@@ -89,18 +95,6 @@ class WorkDirectory:
         if remove:
             shutil.rmtree(self.path, ignore_errors=True)  # the lock file stays: others may be waiting on it
         self._lock.close()
-
-
-@contextmanager
-def work_directory(*names: str) -> Iterator[WorkDirectory]:
-    """Hold a WorkDirectory for the length of the block. It is removed if the work ended well, else kept."""
-    held = WorkDirectory(*names)
-    try:
-        yield held
-    except BaseException:
-        held.release(remove=False)
-        raise
-    held.release(remove=True)
 
 
 def keep_work_from(directory: Path, origin: str) -> bool:
