@@ -265,7 +265,7 @@ def test_updates_too_small_for_bfloat16_arrive_and_torch_loses_them():
         optimizer = kind([weight], lr=1e-4, weight_decay=0.0, **settings)
         for step in range(400):
             if isinstance(optimizer, BFloat16AdamW):
-                optimizer.seed_rounding(step)
+                optimizer.rounding_seed = step
             weight.grad = torch.full_like(weight, 0.5)
             optimizer.step()
         moved[kind] = 1 - weight.detach().float().mean().item()
@@ -278,7 +278,7 @@ def test_the_second_moment_decays_as_in_float32():
     weight = nn.Parameter(torch.zeros(64, 64, dtype=torch.bfloat16))
     optimizer = BFloat16AdamW([weight], lr=0.0, betas=(0.9, 0.999), weight_decay=0.0)
     for step in range(501):
-        optimizer.seed_rounding(step)
+        optimizer.rounding_seed = step
         weight.grad = torch.full_like(weight, float(step == 0))
         optimizer.step()
     found = optimizer.state[weight]["exp_avg_sq"].float().mean().item()

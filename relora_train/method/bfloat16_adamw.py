@@ -28,16 +28,12 @@ def round_trained_matrices(model: nn.Module) -> None:
 class BFloat16AdamW(torch.optim.AdamW):
     """torch's AdamW computed in float32, a piece at a time, and rounded at random to the parameters' dtype.
 
-    For float32 parameters it is AdamW. The random numbers follow from `seed_rounding` alone, the same on all ranks.
+    For float32 parameters it is AdamW. The random numbers follow from `rounding_seed` alone, the same on all ranks.
     """
 
     def __init__(self, params: Any, **settings: Any) -> None:
         super().__init__(params, fused=False, foreach=False, **settings)
-        self._rounding_seed = 0
-
-    def seed_rounding(self, seed: int) -> None:
-        """Set the seed of the next step."""
-        self._rounding_seed = seed
+        self.rounding_seed = 0
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]  # no closure: nothing here evaluates twice
@@ -49,7 +45,7 @@ class BFloat16AdamW(torch.optim.AdamW):
                     continue
                 device = parameter.device
                 if device not in noise:
-                    noise[device] = _Noise(self._rounding_seed, device)
+                    noise[device] = _Noise(self.rounding_seed, device)
                 self._update(parameter, parameter.grad, group, noise[device])
 
     def _update(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any], noise: _Noise) -> None:

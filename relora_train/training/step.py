@@ -119,7 +119,7 @@ class StageTraining:
             group["lr"] = self.learning_rate(step)
         if isinstance(self.optimizer, BFloat16AdamW):
             # The same on all ranks, which round the same sums: else their weights would part.
-            self.optimizer.seed_rounding(draw_seed(profile.seed, step, -1, 0))
+            self.optimizer.rounding_seed = draw_seed(profile.seed, step, -1, 0)
         self.optimizer.step()
         return ranks.sum(total), norm
 

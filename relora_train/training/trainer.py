@@ -161,12 +161,10 @@ def _train(training: StageTraining, progress: Progress, emit: Emit, stop: StopRe
         if stopping:
             # Also a barrier: the first rank to leave would end the others, perhaps while one still writes.
             saved = training.ranks.any(snapshotter.at_stop(progress))
-            kept = (
-                "its state there was saved; the same command goes on from it" if saved else "run the same command again"
-            )
+            where = f"was stopped by {stop.reason or 'another rank'} at step {step} of {stage.end_step}"
+            kept = "its state there was saved; the same command goes on from it"
             raise TrainerInterruptedError(
-                f"Stage {stage.name} was stopped by {stop.reason or 'another rank'} at step {step} of "
-                f"{stage.end_step}: {kept}."
+                f"Stage {stage.name} {where}: {kept if saved else 'run the same command again'}."
             )
         if step < stage.end_step:
             snapshotter.after_step(progress)
