@@ -9,8 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from tiny_images import tiny_digits, write_digits, write_idx
 
 from relora_train.checkpoints.manifest import hash_file
@@ -68,21 +66,6 @@ def test_the_same_inputs_give_the_same_bytes_and_others_another_dataset(digits: 
 
     assert id_with(name="other", workers=3) == id_with()
     assert len({id_with(), id_with(validation_fraction=0.3), id_with(max_documents=500)}) == 3
-
-
-@given(seed=st.integers(0, 5), count=st.integers(1, 40), ranks=st.integers(1, 3), epoch=st.integers(0, 2))
-def test_an_epoch_shows_every_image_once_however_it_is_shared(
-    digits: Path, seed: int, count: int, ranks: int, epoch: int
-):
-    count = max(count, ranks)
-    data = ImageDataset(digits, "val", seed=seed)
-    start = epoch * data.blocks
-    whole = data.read_batch(start, count)
-    shares = [data.read_batch(start, count, rank=rank, world_size=ranks) for rank in range(ranks)]
-    for rank, share in enumerate(shares):
-        assert np.array_equal(share, whole[rank::ranks])
-    everything = data.read_batch(start, data.blocks)
-    assert sorted(map(bytes, everything)) == sorted(map(bytes, all_rows(data)))
 
 
 def idx_directory(directory: Path, *, ending: str = "", train: int = 40, test: int = 12) -> tuple[Path, dict]:

@@ -22,15 +22,11 @@ def test_mean_and_error_of_known_values():
     assert known.standard_error == pytest.approx(math.sqrt(14 / 12))
 
 
-def test_one_value_has_no_error_and_none_has_no_mean():
+def test_one_value_has_no_error_and_equal_ones_have_0_and_none_has_no_mean():
     assert estimate([4.2]) == Estimate(mean=4.2, standard_error=None, count=1)
     assert estimate([]) is None
+    assert estimate([0.25] * 3) == Estimate(mean=0.25, standard_error=0.0, count=3)
     assert not Estimate(mean=1e9, standard_error=None, count=1).differs_from_zero()
-
-
-def test_equal_values_have_an_error_of_zero():
-    equal = estimate([0.25] * 3)
-    assert equal == Estimate(mean=0.25, standard_error=0.0, count=3)
 
 
 def test_a_paired_difference_forgets_what_the_seeds_have_in_common():
