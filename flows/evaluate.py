@@ -6,9 +6,9 @@ from prefect import flow
 
 from flows.parameters import CheckpointName, LimitName, StoreUri
 from relora_train.runs.evaluations import EvaluationOutcome
-from tasks.evaluate import score_checkpoint
 from tasks.limits import device_slot, require_limit
 from tasks.observe import done
+from tasks.run import score_checkpoint
 from tasks.store import open_run_store, resolve_parent
 
 

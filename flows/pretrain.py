@@ -2,27 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import closing
 
 from prefect import flow
 
 from flows.parameters import CheckpointName, LimitName, ProfileName, RunId, StageName, StoreUri
-from flows.training import train_stages
-from relora_train.method.stages import stages_after, until
+from relora_train.checkpoints.lineage import CheckpointRef
+from relora_train.method.stages import Stage, stages_after, until
 from relora_train.runs.evaluations import recorded_evaluations
-from relora_train.runs.run import Run, choose_run_id, first_and_last, line_of, line_to_head, session
+from relora_train.runs.run import (
+    DatasetRef,
+    Run,
+    StageOutcome,
+    choose_run_id,
+    first_and_last,
+    line_of,
+    line_to_head,
+    session,
+)
 from relora_train.runs.summary import RunSummary, summarize_run
 from relora_train.settings.load import load_profile
 from relora_train.settings.overrides import ProfileOverrides
 from tasks.artifacts import name_flow_run
-from tasks.check import check_model
-from tasks.evaluate import evaluate_checkpoint
 from tasks.limits import device_slot, require_limit
 from tasks.observe import done
 from tasks.presence import present
-from tasks.report import write_report
+from tasks.run import check_model, evaluate_checkpoint, tokenize, write_report
 from tasks.store import open_run_store, resolve_parent
-from tasks.tokenize import tokenize
+from tasks.train import store_checkpoint, train_cycle, warm_start
 
 
 @flow(name="pretrain", flow_run_name="pretrain-{profile}", persist_result=False)
@@ -68,13 +76,32 @@ def pretrain(
         later = whole[len(line) :]
         records = [evaluation.record for evaluation in evaluations] + recorded_evaluations(run.store, later)
         report = write_report(run, whole, records)
+        pictures = report.picture_uris
         return summarize_run(
-            run,
-            prepared.dataset,
-            outcomes,
-            evaluations,
-            later_stages=[checkpoint.manifest.stage for checkpoint in later],
-            dataset_reused=prepared.reused,
-            report_uri=report.html_uri,
-            picture_uris=report.picture_uris,
+            run, prepared, outcomes, evaluations, later, report_uri=report.html_uri, picture_uris=pictures
         )
+
+
+def train_stages(
+    run: Run, stages: Sequence[Stage], dataset: DatasetRef, parent: CheckpointRef | None
+) -> list[StageOutcome]:
+    """Train each stage from the one before; all of them are stored when this returns.
+
+    A run with a publisher stores one while the next trains, never more: the next is handed over, and the one after it
+    begun, when this one's turn to be stored is over. A trained stage is stored, also when the next one fails.
+    """
+
+    def stored(outcomes: list[StageOutcome]) -> list[StageOutcome]:
+        return [outcome if outcome.stored else store_checkpoint(run, outcome) for outcome in outcomes]
+
+    outcomes: list[StageOutcome] = []
+    for stage in stages:
+        train = train_cycle if stage.low_rank else warm_start
+        try:
+            outcome = done(train(run, stage, dataset, parent))
+        except Exception:
+            stored(outcomes)
+            raise
+        outcomes = [*stored(outcomes), outcome]
+        parent = outcome.checkpoint
+    return stored(outcomes)

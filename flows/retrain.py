@@ -7,28 +7,21 @@ from contextlib import ExitStack, closing
 from prefect import flow
 
 from flows.parameters import LimitName, ProfileName, SeriesName, StoreUri
-from flows.training import train_stages
+from flows.pretrain import train_stages
 from relora_train.checkpoints.lease import hold_series
 from relora_train.errors import RunInUseError
 from relora_train.method.stages import stages_after
 from relora_train.runs.retraining.options import Cycles, Margin, MarginKind, OldDataRatio, retrain_options
-from relora_train.runs.retraining.summary import (
-    RetrainSummary,
-    summarize_idle,
-    summarize_not_enough,
-    summarize_retrain,
-)
+from relora_train.runs.retraining.summary import RetrainSummary, summarize, summarize_retrain
 from relora_train.runs.run import line_of, session
 from relora_train.settings.load import load_profile
 from relora_train.settings.overrides import ProfileOverrides
 from relora_train.storage.opening import open_store
 from tasks.artifacts import name_flow_run
-from tasks.check import check_model
-from tasks.evaluate import evaluate_checkpoint
 from tasks.limits import device_slot, require_limit
 from tasks.observe import done
 from tasks.presence import present
-from tasks.report import write_report
+from tasks.run import check_model, evaluate_checkpoint, write_report
 from tasks.series import (
     begin_training,
     decide_promotion,
@@ -84,24 +77,27 @@ def retrain(
     require_limit(gpu_limit)
     settings = load_profile(profile, overrides.settings() if overrides else {})
     store_uri = open_run_store(store)
+    opened = open_store(store_uri)
     with ExitStack() as held:
         try:
-            lease = held.enter_context(hold_series(open_store(store_uri), series))
+            lease = held.enter_context(hold_series(opened, series))
         except RunInUseError as error:
             return tell_already_running(series, store_uri, error)
         held.enter_context(present())
         plan = look_for_new_data(series, store_uri, settings, options, lease)
         if plan is None:
             reason = "the source holds nothing that the series has not been trained on"
-            return tell_outcome(summarize_idle(open_store(store_uri), series, "no-new-data", reason))
+            return tell_outcome(summarize(opened, series, "no-new-data", reason))
         name_flow_run(series, plan.run_id)
-        with session(plan.run, depends_on=plan.depends_on) as run:
+        with session(plan.run, depends_on=[plan.champion.uri] if plan.champion else ()) as run:
             parent = plan.parent
             stages = stages_after(plan.profile, parent.manifest if parent else None)
             check_model(run, stages, parent)
             prepared = done(tokenize_new_data(run, plan))
             if prepared is None:
-                return tell_outcome(summarize_not_enough(plan))
+                reason = f"the {len(plan.new)} new parts of the source do not fill one update; they wait for more"
+                more = {"run_id": plan.run_id, "new_parts": len(plan.new)}
+                return tell_outcome(summarize(opened, series, "not-enough-data", reason, **more))
             begin_training(plan)
             with device_slot(gpu_limit), closing(run.worker):
                 outcomes = train_stages(run, stages, prepared.dataset, parent)

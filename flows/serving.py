@@ -150,19 +150,20 @@ def serve_deployments(
     Serving or deploying them again resumes them.
     """
     runner = OrderlyRunner(limit=limit, query_seconds=poll_seconds, pause_on_shutdown=True)
-    served = [_deployment(each) for each in deployments]
+    served = []
+    for given in deployments:
+        flow: Flow[..., Any] = load_flow_from_entrypoint(given["entrypoint"])
+        schedules = [Schedule(**schedule) for schedule in given.get("schedules", ())]
+        served.append(
+            RunnerDeployment.from_flow(
+                flow,
+                given["name"],
+                description=given.get("description"),
+                parameters=given.get("parameters"),
+                tags=given.get("tags"),
+                schedules=schedules,
+                entrypoint_type=EntrypointType.MODULE_PATH,
+            )
+        )
     with server_errors():
         asyncio.run(runner.serve(served, take_over=take_over, on_start=on_start))
-
-
-def _deployment(given: dict[str, Any]) -> RunnerDeployment:
-    flow: Flow[..., Any] = load_flow_from_entrypoint(given["entrypoint"])
-    return RunnerDeployment.from_flow(
-        flow,
-        given["name"],
-        description=given.get("description"),
-        parameters=given.get("parameters"),
-        tags=given.get("tags"),
-        schedules=[Schedule(**schedule) for schedule in given.get("schedules", ())],
-        entrypoint_type=EntrypointType.MODULE_PATH,
-    )

@@ -86,7 +86,7 @@ Works = Mapping[type[BaseModel], Callable[[Any, Emit], None]]
 
 
 def is_asked_to_serve() -> bool:
-    """Return True if KeptWorker started this process, for any number of requests and none on its command line."""
+    """Return True if a kept process starts here: it serves any number of requests, and its command line names none."""
     return sys.argv[1:] == [SERVE_OPTION]
 
 

@@ -82,12 +82,9 @@ class ArtifactQueue(Background):
             try:
                 call()
             except Exception as error:
-                self._warn_once(name, error)
-
-    def _warn_once(self, name: str, error: Exception) -> None:
-        if not self._failed:  # the kind of error only: its text may hold the API's address with a password
-            self._failed = True
-            self._logger.warning("Prefect's API did not take the artifact %s (%s).", name, type(error).__name__)
+                if not self._failed:  # the kind of error only: its text may hold the API's address with a password
+                    self._logger.warning("Prefect's API did not take the artifact %s (%s).", name, type(error).__name__)
+                self._failed = True
 
 
 class StageArtifacts:
@@ -122,7 +119,9 @@ class StageArtifacts:
             elif event["event"] == "progress" and self._clock() - self._shown_at >= PROGRESS_SECONDS:
                 self._shown_at = self._clock()
                 resumed = f"; resumed at step {self._resumed_at:,}" if self._resumed_at is not None else ""
-                self._show(self._percent_at(event["step"]), f"{self._stage.name}: {event_line(event)}{resumed}")
+                # The stage's own steps: one that resumes from a snapshot begins where that stands.
+                percent = round(100.0 * (event["step"] - self._stage.start_step) / self._stage.steps, 1)
+                self._show(percent, f"{self._stage.name}: {event_line(event)}{resumed}")
 
         return watching
 
@@ -152,10 +151,6 @@ class StageArtifacts:
             self._artifact = cast(UUID, created)  # on a thread without an event loop it is the id, not a coroutine
         else:
             update_progress_artifact(self._artifact, percent, description=text)
-
-    def _percent_at(self, step: int) -> float:
-        """Count the stage's own steps, so that a stage that resumes from a snapshot begins there."""
-        return round(100.0 * (step - self._stage.start_step) / self._stage.steps, 1)
 
     def _key(self, what: str) -> str:
         return artifact_key(what, self._run_id, self._stage.name)

@@ -10,7 +10,7 @@ from uuid import UUID
 
 import httpx
 from prefect.client.orchestration import get_client
-from prefect.client.schemas.objects import FlowRun, State
+from prefect.client.schemas.objects import FlowRun
 from prefect.deployments import run_deployment
 from prefect.exceptions import ObjectNotFound
 
@@ -58,7 +58,11 @@ def run_deployed(deployment: str, runs: Mapping[str, Mapping[str, Any]]) -> Iter
     is lost, it raises OrchestratorError at once. The runs go on then, as they do if you stop what waits for them; asked
     for again while one still works, its run id is in use.
     """
-    waiting = {name: _start(deployment, name, parameters) for name, parameters in runs.items()}
+    waiting: dict[str, UUID] = {}
+    for name, parameters in runs.items():
+        with server_errors():
+            started = run_deployment(deployment, parameters=dict(parameters), flow_run_name=name, timeout=0)
+        waiting[name] = cast(FlowRun, started).id  # outside of an event loop it is the run, not a coroutine
     failed = []
     with get_client(sync_client=True) as client:
         while waiting:
@@ -69,9 +73,10 @@ def run_deployed(deployment: str, runs: Mapping[str, Mapping[str, Any]]) -> Iter
                 if state is None or not state.is_final():
                     continue
                 del waiting[name]
-                diverged = _divergence(state)
-                if state.is_completed() or diverged:
-                    yield name, diverged
+                # The error of a run elsewhere: of one that diverged, the state holds the text.
+                _, marker, message = (state.message or "").partition(f"{DivergedError.__name__}: ")
+                if state.is_completed() or (state.is_failed() and marker):
+                    yield name, DivergedError(message) if state.is_failed() else None
                 else:
                     failed.append(f"{name}: {state.name}: {state.message}")
     if failed:
@@ -80,15 +85,3 @@ def run_deployed(deployment: str, runs: Mapping[str, Mapping[str, Any]]) -> Iter
             f"{len(failed)} of {len(runs)} runs of {deployment} did not end well:{shown}\n"
             "What is committed is kept; the same command goes on from there."
         )
-
-
-def _start(deployment: str, name: str, parameters: Mapping[str, Any]) -> UUID:
-    with server_errors():
-        started = run_deployment(deployment, parameters=dict(parameters), flow_run_name=name, timeout=0)
-    return cast(FlowRun, started).id  # outside of an event loop it is the run, not a coroutine
-
-
-def _divergence(state: State[Any]) -> DivergedError | None:
-    """Return the error of a run that diverged elsewhere, of which its state holds only the text."""
-    _, marker, message = (state.message or "").partition(f"{DivergedError.__name__}: ")
-    return DivergedError(message) if state.is_failed() and marker else None

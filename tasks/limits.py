@@ -22,12 +22,7 @@ from uuid import UUID
 import httpx
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.actions import GlobalConcurrencyLimitUpdate
-from prefect.client.schemas.filters import (
-    FlowRunFilter,
-    FlowRunFilterEndTime,
-    FlowRunFilterState,
-    FlowRunFilterStateType,
-)
+from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterEndTime, FlowRunFilterState
 from prefect.client.schemas.objects import TERMINAL_STATES, FlowRun, State, StateType
 from prefect.client.schemas.responses import ConcurrencyLimitWithLeaseResponse
 from prefect.context import FlowRunContext
@@ -98,7 +93,12 @@ def device_slot(limit: str | None) -> Iterator[None]:
         finally:
             ended.set()
             keeper.join(_STOP_SECONDS)  # a renewal that arrives after the release would bring the lease back
-            _release(client, limit, lease)
+            try:
+                client.release_concurrency_slots_with_lease(lease)
+                if (run := _flow_run()) is not None:
+                    client.update_flow_run_labels(run.id, {_label(limit): ""})
+            except httpx.HTTPError as error:  # the end of the run gives it back in any case
+                _log.warning("a slot of %s could not be given back yet (%s)", limit, type(error).__name__)
 
 
 @contextmanager
@@ -118,13 +118,24 @@ def _acquire(client: SyncPrefectClient, limit: str) -> UUID:
         _release_slot_of(client, client.read_flow_run(run.id), limit)
     began, told_at, empty_looks = time.monotonic(), None, 0
     while (lease := _try_once(client, limit)) is None:
-        if _release_slots_of_ended_runs(client, limit):
-            continue
-        if told_at is None or time.monotonic() - told_at >= _TELL_SECONDS:
-            told_at = time.monotonic()
+        now = datetime.now(UTC)
+        recent = FlowRunFilterEndTime(after_=now - timedelta(seconds=2 * _LEASE_SECONDS), before_=now - _GRACE)
+        ended = _runs(client, TERMINAL_STATES, end_time=recent)
+        if sum(_release_slot_of(client, each, limit) for each in ended):
+            continue  # one may be free now
+        tells = told_at is None or time.monotonic() - told_at >= _TELL_SECONDS
+        if tells:
             _show(client, run, Running(name=WAITING, message=f"waiting for a slot of {limit}"))
-            _log.warning("waiting for a slot of %s for %.0f s: %s", limit, told_at - began, _holders(client, limit))
-        empty_looks = empty_looks + 1 if _nobody_can_hold(client, run) else 0
+        going_on = _runs(client, (StateType.RUNNING, StateType.CANCELLING, StateType.PAUSED))
+        if tells:
+            told_at = time.monotonic()
+            names = [repr(each.name) for each in going_on if each.labels.get(_label(limit))]
+            holders = f"held by {', '.join(names)}" if names else "no run that goes on says that it holds one"
+            _log.warning("waiting for a slot of %s for %.0f s: %s", limit, told_at - began, holders)
+        # If every run only waits, a restart has lost the holders. The first of those that wait sees to it.
+        sees_to_it = run is not None and run.id == min((each.id for each in going_on), default=None)
+        nobody_holds = sees_to_it and all(each.state_name == WAITING for each in going_on)
+        empty_looks = empty_looks + 1 if nobody_holds and _leases_are_in_memory(client) else 0
         if empty_looks >= _EMPTY_LOOKS:
             _log.warning(
                 "No run of this server can hold the slots of %s that are taken: they are left from before a restart of "
@@ -172,24 +183,6 @@ def _keep(limit: str, lease: UUID, ended: threading.Event) -> None:
             _log.info("the slot of %s is not renewed yet (%s)", limit, type(error).__name__)
 
 
-def _release(client: SyncPrefectClient, limit: str, lease: UUID) -> None:
-    """Give a slot back. Best effort: the end of the run does so in any case."""
-    try:
-        client.release_concurrency_slots_with_lease(lease)
-        if (run := _flow_run()) is not None:
-            client.update_flow_run_labels(run.id, {_label(limit): ""})
-    except httpx.HTTPError as error:
-        _log.warning("a slot of %s could not be given back yet (%s)", limit, type(error).__name__)
-
-
-def _release_slots_of_ended_runs(client: SyncPrefectClient, limit: str) -> bool:
-    """Release what runs hold of whose end the server knows; True if a slot may be free now."""
-    now = datetime.now(UTC)
-    recent = FlowRunFilterEndTime(after_=now - timedelta(seconds=2 * _LEASE_SECONDS), before_=now - _GRACE)
-    over = _runs(client, TERMINAL_STATES, end_time=recent)
-    return sum(_release_slot_of(client, run, limit) for run in over) > 0
-
-
 def _release_slot_of(client: SyncPrefectClient, run: FlowRun, limit: str) -> bool:
     """Release the slot that a run noted down and did not release; True if it had one."""
     lease = run.labels.get(_label(limit))
@@ -200,26 +193,10 @@ def _release_slot_of(client: SyncPrefectClient, run: FlowRun, limit: str) -> boo
     return True
 
 
-def _nobody_can_hold(client: SyncPrefectClient, run: FlowRun | None) -> bool:
-    """Return True if a restart lost the holders, every run only waits, and this one is to see to it."""
-    if run is None or not _leases_are_in_memory(client):
-        return False
-    going_on = _runs(client, (StateType.RUNNING, StateType.CANCELLING, StateType.PAUSED))
-    return all(each.state_name == WAITING for each in going_on) and run.id == min(
-        (each.id for each in going_on), default=None
-    )
-
-
-def _holders(client: SyncPrefectClient, limit: str) -> str:
-    going_on = _runs(client, (StateType.RUNNING, StateType.CANCELLING, StateType.PAUSED))
-    names = [repr(each.name) for each in going_on if each.labels.get(_label(limit))]
-    return f"held by {', '.join(names)}" if names else "no run that goes on says that it holds one"
-
-
 def _runs(
     client: SyncPrefectClient, types: Iterable[StateType], *, end_time: FlowRunFilterEndTime | None = None
 ) -> list[FlowRun]:
-    state = FlowRunFilterState(type=FlowRunFilterStateType(any_=list(types)))
+    state = FlowRunFilterState.model_validate({"type": {"any_": list(types)}})
     return client.read_flow_runs(flow_run_filter=FlowRunFilter(state=state, end_time=end_time))
 
 

@@ -27,22 +27,15 @@ async def worth_retrying(task: Task[..., Any], task_run: TaskRun, state: State[A
     return True
 
 
-_NOTHING_KEPT: dict[str, Any] = {"cache_policy": NO_CACHE, "persist_result": False}
-
-STORE_IO: dict[str, Any] = {
-    "retries": 3,
-    "retry_delay_seconds": [2, 15, 60],
+_COMMON: dict[str, Any] = {
     "retry_jitter_factor": 0.2,
     "retry_condition_fn": worth_retrying,
-    **_NOTHING_KEPT,
+    "cache_policy": NO_CACHE,
+    "persist_result": False,
 }
+
+STORE_IO: dict[str, Any] = {"retries": 3, "retry_delay_seconds": [2, 15, 60], **_COMMON}
 """Reading and writing a store, and work that is cheap to repeat."""
 
-TRAINING: dict[str, Any] = {
-    "retries": 2,
-    "retry_delay_seconds": [2, 60],
-    "retry_jitter_factor": 0.2,
-    "retry_condition_fn": worth_retrying,
-    **_NOTHING_KEPT,
-}
+TRAINING: dict[str, Any] = {"retries": 2, "retry_delay_seconds": [2, 60], **_COMMON}
 """One stage on a device that may vanish. No timeout: the trainer bounds itself."""

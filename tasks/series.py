@@ -14,23 +14,17 @@ from relora_train.checkpoints.lease import Lease
 from relora_train.checkpoints.lineage import CheckpointRef
 from relora_train.errors import RunInUseError
 from relora_train.runs.datasets import DatasetOutcome
-from relora_train.runs.retraining.decide import conclude
 from relora_train.runs.retraining.options import RetrainOptions
-from relora_train.runs.retraining.retrain import RetrainPlan, plan_retrain, prepare_next, start
+from relora_train.runs.retraining.retrain import RetrainPlan, conclude, plan_retrain, prepare_next, start
 from relora_train.runs.retraining.series_data import Decision
-from relora_train.runs.retraining.summary import (
-    STATE_NAMES,
-    RetrainSummary,
-    retrain_markdown,
-    summarize_idle,
-)
+from relora_train.runs.retraining.summary import RetrainSummary, retrain_markdown, state_name, summarize
 from relora_train.runs.run import DatasetRef, Run
 from relora_train.settings.profile import Profile
 from relora_train.storage.opening import open_store
 from tasks.artifacts import publish_markdown
 from tasks.observe import forward_events, named, provenance
 from tasks.policies import STORE_IO
-from tasks.tokenize import tell_dataset
+from tasks.run import tell_dataset
 
 
 @task(**STORE_IO, task_run_name="look-for-new-data-{series}")
@@ -68,7 +62,7 @@ def decide_promotion(
     """Promote the candidate if it is better by the margin; return the Decision either way."""
     decision = conclude(plan, candidate, evaluation, champion_evaluation, dataset, provenance=provenance())
     events.emit("decided", series=plan.series, outcome=decision.outcome, reason=decision.reason, uri=candidate.uri)
-    return named(STATE_NAMES[decision.outcome], decision, decision.reason)
+    return named(state_name(decision.outcome), decision, decision.reason)
 
 
 def tell_already_running(series: str, store_uri: str, error: RunInUseError) -> RetrainSummary:
@@ -79,8 +73,8 @@ def tell_already_running(series: str, store_uri: str, error: RunInUseError) -> R
     if not deployment.id:
         raise error
     get_run_logger().info("%s", error)
-    summary = summarize_idle(open_store(store_uri), series, "already-running", str(error))
-    return named(STATE_NAMES[summary.outcome], summary, summary.reason)
+    summary = summarize(open_store(store_uri), series, "already-running", str(error))
+    return named(summary.state_name, summary, summary.reason)
 
 
 def tell_outcome(summary: RetrainSummary) -> RetrainSummary:
@@ -88,4 +82,4 @@ def tell_outcome(summary: RetrainSummary) -> RetrainSummary:
     get_run_logger().info("Series %s: %s: %s", summary.series, summary.outcome, summary.reason)
     events.emit("retrained", series=summary.series, outcome=summary.outcome, reason=summary.reason)
     publish_markdown(f"retrain-{summary.series}", retrain_markdown(summary), f"Latest retrain of {summary.series}")
-    return named(STATE_NAMES[summary.outcome], summary, summary.reason)
+    return named(summary.state_name, summary, summary.reason)

@@ -19,8 +19,17 @@ from tasks.policies import STORE_IO
 @task(**STORE_IO, task_run_name="open-store")
 def open_run_store(uri: str | None) -> str:
     """Return the store's full URI after a probe that it can be written and honours conditional writes."""
-    if deployment.id:
-        _check_outlives_the_run(uri or os.environ.get(STORE_VARIABLE))
+    named = uri or os.environ.get(STORE_VARIABLE)
+    if deployment.id and named is None:
+        raise ConfigError(
+            f"The run of a deployment needs a store by name: set {STORE_VARIABLE} where the worker is started, or give "
+            "the parameter `store`: s3://bucket/prefix, or an absolute directory for a worker on one machine."
+        )
+    if deployment.id and named and "://" not in named and not Path(named).expanduser().is_absolute():
+        raise ConfigError(
+            f"The store {named!r} is a relative path, and the run of a deployment has a working directory that is "
+            "removed after it. Give an absolute directory or s3://bucket/prefix."
+        )
     store = open_store(uri or default_store_uri())
     store.preflight()
     return store.uri
@@ -30,17 +39,3 @@ def open_run_store(uri: str | None) -> str:
 def resolve_parent(spec: str, store_uri: str) -> CheckpointRef:
     """Return the one committed checkpoint that the user named."""
     return resolve_checkpoint(spec, open_store(store_uri))
-
-
-def _check_outlives_the_run(uri: str | None) -> None:
-    """Raise ConfigError for a store in the run's own directory, which a worker removes after the run."""
-    if uri is None:
-        raise ConfigError(
-            f"The run of a deployment needs a store by name: set {STORE_VARIABLE} where the worker is started, or give "
-            "the parameter `store`: s3://bucket/prefix, or an absolute directory for a worker on one machine."
-        )
-    if "://" not in uri and not Path(uri).expanduser().is_absolute():
-        raise ConfigError(
-            f"The store {uri!r} is a relative path, and the run of a deployment has a working directory that is "
-            "removed after it. Give an absolute directory or s3://bucket/prefix."
-        )

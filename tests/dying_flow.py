@@ -222,7 +222,7 @@ def watch_requests(death: Death, store: str) -> None:
 
 
 def train(order: Order) -> None:
-    """What the flow does, but in this process: see flows/training.py."""
+    """What the flow does, but in this process: see flows/pretrain.py."""
     store, outcomes, parent = open_store(order.store), list[StageOutcome](), None
     store.preflight()
     with hold_run(store, RUN) as lease, publishing(store) as publisher:

@@ -19,10 +19,9 @@ from relora_train.checkpoints.run import CheckpointStore
 from relora_train.method.schedule import jagged_cosine
 from relora_train.method.stages import Stage, fingerprint_settings, plan_stages, stage_fingerprint
 from relora_train.settings.data import BatchConfig
-from relora_train.settings.method import ReLoRAConfig
+from relora_train.settings.method import ReLoRAConfig, ScheduleConfig
 from relora_train.settings.model import ModelConfig
 from relora_train.settings.profile import Profile
-from relora_train.settings.schedule import ScheduleConfig
 from relora_train.storage.base import ObjectStore
 
 DATASET = "d" * 64

@@ -30,9 +30,8 @@ from relora_train.reports.ranks.analysis import (
 )
 from relora_train.reports.ranks.measures import kind_means
 from relora_train.runs.run import line_of
-from relora_train.settings.method import ReLoRAConfig
+from relora_train.settings.method import ReLoRAConfig, ScheduleConfig
 from relora_train.settings.model import ModelConfig
-from relora_train.settings.schedule import ScheduleConfig
 from relora_train.storage.memory import MemoryStore
 from relora_train.storage.opening import open_store
 

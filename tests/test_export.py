@@ -27,9 +27,9 @@ from relora_train.data.tokenizer import load_tokenizer
 from relora_train.data.tokenizer_files import TOKENIZER_FILES
 from relora_train.errors import CheckpointCorruptError, ConfigError, ModelError
 from relora_train.method.stages import plan_stages
+from relora_train.runs.datasets import tokenizer_directory
 from relora_train.runs.retry import retry_stage
 from relora_train.runs.run import fetch_dataset, fetch_parent
-from relora_train.runs.tokenizer_choice import tokenizer_directory
 from relora_train.settings.data import TokenizerConfig
 from relora_train.storage.opening import open_store
 from relora_train.training.models.pretrained import dtype_of_files

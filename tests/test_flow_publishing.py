@@ -240,7 +240,7 @@ def test_ctrl_c_gives_what_is_being_stored_a_bounded_time(
     store: ObjectStore, faults: Faults, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr("relora_train.runs.publishing.STOP_BUDGET_SECONDS", 3.0)
-    monkeypatch.setattr("relora_train.runs.snapshot_uploader.STOP_BUDGET_SECONDS", 3.0)
+    monkeypatch.setattr("relora_train.runs.background.STOP_BUDGET_SECONDS", 3.0)
     gate = threading.Event()
     faults.standing = [("PUT", WARM_START, held_until(gate))]
 

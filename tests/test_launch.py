@@ -101,25 +101,21 @@ def test_a_warning_in_a_worker_is_heard_as_one_of_its_parent(
     assert [record.message for record in caplog.records if record.levelname == "WARNING"] == ["mind it"]
 
 
-def test_a_killed_worker_is_a_crash_that_may_be_retried_and_commits_nothing(tmp_path: Path):
-    def kill(event: Event) -> None:
+@pytest.mark.parametrize(
+    ("number", "error", "said"),
+    [
+        (signal.SIGKILL, TrainerCrashedError, "killed by SIGKILL"),
+        (signal.SIGTERM, TrainerInterruptedError, "stopped by SIGTERM"),
+    ],
+)
+def test_a_worker_that_is_killed_may_be_retried_one_that_is_stopped_may_not(tmp_path: Path, number, error, said):
+    def end(event: Event) -> None:
         if event["event"] == "stage_started":
-            os.kill(event["pid"], signal.SIGKILL)
+            os.kill(event["pid"], number)
 
-    with pytest.raises(TrainerCrashedError, match="killed by SIGKILL") as caught:
-        run_worker("relora_train.training.trainer", endless(tmp_path), tmp_path / "request.json", on_event=kill)
-    assert caught.value.retryable
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_worker_asked_to_stop_says_so_and_is_not_retried(tmp_path: Path):
-    def stop(event: Event) -> None:
-        if event["event"] == "stage_started":
-            os.kill(event["pid"], signal.SIGTERM)
-
-    with pytest.raises(TrainerInterruptedError, match="stopped by SIGTERM") as caught:
-        run_worker("relora_train.training.trainer", endless(tmp_path), tmp_path / "request.json", on_event=stop)
-    assert not caught.value.retryable
+    with pytest.raises(error, match=said) as caught:
+        run_worker("relora_train.training.trainer", endless(tmp_path), tmp_path / "request.json", on_event=end)
+    assert caught.value.retryable is (number == signal.SIGKILL) and not (tmp_path / "out").exists()
 
 
 def test_whatever_ends_the_caller_ends_the_worker_first(tmp_path: Path):

@@ -102,20 +102,13 @@ def test_in_float32_the_frozen_weights_take_twice_as_much_and_nothing_else_chang
     assert (high.memory.gradients, high.memory.optimizer) == (low.memory.gradients, low.memory.optimizer)
 
 
-@pytest.mark.parametrize(("ratio", "megabytes"), [(0.3, 956), (0.9, 191), (0.99, 19.2), (0.999, 2.0)])
+@pytest.mark.parametrize(("ratio", "megabytes"), [(0.3, 956), (0.9, 191), (0.99, 19.2), (0.999, 2.0), (1, 0)])
 def test_pruned_moments_take_the_measured_space(ratio, megabytes):
     """Moments of A and B of the 1.3B model, 956 MB dense; measured to within 5 % for one in a thousand kept."""
-    planned = plan(paper_profile("1b", optimizer_reset={"ratio": ratio}))
+    planned = plan(paper_profile("1b", optimizer_reset={"ratio": ratio} if ratio < 1 else {"mode": "zero"}))
     cost, checkpoint = planned.low_rank, planned.stages[-1].checkpoint
     others = 8 * (cost.trainable_parameters - cost.adapter_parameters)
     assert (checkpoint.optimizer - others) / 1e6 == pytest.approx(megabytes, rel=0.06)
-
-
-def test_a_reset_to_zero_leaves_no_moments_of_the_low_rank_update():
-    planned = plan(paper_profile("60m", optimizer_reset={"mode": "zero"}))
-    cost = planned.low_rank
-    expected = 8 * (cost.trainable_parameters - cost.adapter_parameters)
-    assert planned.stages[-1].checkpoint.optimizer == expected
 
 
 def checkpoint_sizes(method: str) -> dict[str, tuple[int, int, int]]:
@@ -176,11 +169,8 @@ def unknown(**settings: dict) -> str:
     return planned.unknown
 
 
-def test_a_model_on_the_hub_is_unknown_until_downloaded():
+def test_a_model_or_tokenizer_on_the_hub_is_unknown_unless_the_rows_of_the_embedding_are_set():
     assert unknown(model={"pretrained": "some/model"}) == "not known until 'some/model' is downloaded"
-
-
-def test_a_tokenizer_on_the_hub_leaves_the_embedding_unknown_unless_its_rows_are_set():
     assert "set model.vocab_size" in unknown(tokenizer={"path": "some/tokenizer"})
     settings = {"model": {"vocab_size": 32_000}, "tokenizer": {"path": "some/tokenizer"}}
     assert plan(Profile.model_validate(settings)).parameters
@@ -279,9 +269,6 @@ def test_learning_rates_rise_and_fall_as_in_the_papers_250m_run():
         (15_000, on_cosine(1e-3, 9499, 14_500)),
     ]
     assert points["cycle-3"][0] == (15_001, 0)
-
-
-def test_a_full_rank_run_has_one_climb():
     stages = plan(load_profile("llama_250m", ["method=full"])).stages
     assert [len(stage.learning_rates) for stage in stages] == [3, 2, 2, 2]
 
@@ -356,7 +343,6 @@ def test_in_pure_bfloat16_the_1b_run_takes_less_than_4_5_gb():
     matrices = 2 * 32_100 * 2048 + factors
     assert memory.total == 2 * frozen + 4 * (2 * matrices + 4 * norms)  # weights, gradients and two moments
     assert memory.total / 1e9 == pytest.approx(4.42, abs=0.01)
-    assert memory.total < 4.5e9
     assert plan(load_profile("llama_1b", ["precision.dtype=pure-bfloat16"])).low_rank.memory.total < 4.5e9
 
 

@@ -19,7 +19,7 @@ from relora_train.reports.report import overview_markdown, stage_table_markdown,
 from relora_train.reports.run_data import Evaluation, MergeRow, Sample, Scores
 from relora_train.reports.text import change
 from relora_train.settings.data import BatchConfig
-from relora_train.settings.schedule import ScheduleConfig
+from relora_train.settings.method import ScheduleConfig
 from relora_train.storage.memory import MemoryStore
 from relora_train.storage.opening import open_store
 from relora_train.text import count, decimal, duration, percent, scientific, size

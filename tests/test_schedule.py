@@ -10,8 +10,8 @@ from relora_train.checkpoints.manifest import CheckpointManifest
 from relora_train.errors import ConfigError
 from relora_train.method.schedule import cosine, jagged_cosine, learning_rate
 from relora_train.method.stages import fingerprint_settings, plan_stages, stages_after
+from relora_train.settings.method import ScheduleConfig
 from relora_train.settings.profile import Profile
-from relora_train.settings.schedule import ScheduleConfig
 
 PAPER = {
     "total_steps": 15_000,

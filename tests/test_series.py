@@ -31,9 +31,8 @@ from relora_train.errors import (
     CorpusTooSmallError,
     PreconditionFailedError,
 )
-from relora_train.runs.retraining.decide import judge
 from relora_train.runs.retraining.options import RetrainOptions
-from relora_train.runs.retraining.retrain import plan_retrain, prepare_next
+from relora_train.runs.retraining.retrain import judge, plan_retrain, prepare_next
 from relora_train.runs.retraining.series_data import Pending, begin, end, read_data
 from relora_train.settings.profile import Profile
 from relora_train.storage.base import ObjectStore

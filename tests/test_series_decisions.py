@@ -16,10 +16,9 @@ from relora_train.checkpoints.manifest import DatasetManifest
 from relora_train.checkpoints.series import find_champion, promote, read_series
 from relora_train.data.selection import Selection
 from relora_train.runs.datasets import Corpus
-from relora_train.runs.retraining import decide as decide_module
-from relora_train.runs.retraining.decide import conclude
+from relora_train.runs.retraining import retrain
 from relora_train.runs.retraining.options import RetrainOptions
-from relora_train.runs.retraining.retrain import RetrainPlan, plan_retrain, start
+from relora_train.runs.retraining.retrain import RetrainPlan, conclude, plan_retrain, start
 from relora_train.runs.retraining.series_data import read_data, read_decisions
 from relora_train.runs.retraining.summary import retrain_markdown, summarize_retrain
 from relora_train.runs.run import DatasetRef, StageOutcome
@@ -101,7 +100,7 @@ def test_a_decision_killed_anywhere_comes_out_the_same(
     (candidate,) = line_of_run(memory, files, 1)
     plan = dataclasses.replace(plan_retrain(memory, "s", settings, RetrainOptions()), run_id="run")
     start(plan)
-    real = getattr(decide_module, step)
+    real = getattr(retrain, step)
 
     def killed(*arguments: Any, **named: Any) -> Any:
         if done:
@@ -109,7 +108,7 @@ def test_a_decision_killed_anywhere_comes_out_the_same(
         raise KilledError
 
     with monkeypatch.context() as patch, pytest.raises(KilledError):
-        patch.setattr(decide_module, step, killed)
+        patch.setattr(retrain, step, killed)
         decide(plan, candidate, 3.0, None)
     planned = plan_retrain(memory, "s", settings, RetrainOptions())
     if find_champion(memory, "s") is None:

@@ -16,7 +16,7 @@ from relora_train.checkpoints.layout import snapshot_name
 from relora_train.checkpoints.manifest import SnapshotManifest, describe_files
 from relora_train.checkpoints.snapshots import SnapshotStore, local_snapshots, remove_snapshots
 from relora_train.errors import AccessDeniedError, StorageError, StoreUnavailableError
-from relora_train.runs.snapshot_uploader import SnapshotUploader
+from relora_train.runs.background import SnapshotUploader
 from relora_train.storage.base import ObjectStore
 from relora_train.storage.local import LocalStore
 from relora_train.storage.memory import MemoryStore
@@ -297,7 +297,7 @@ def test_what_waits_is_stored_before_an_exception_goes_on(tmp_path: Path):
 def test_a_dead_store_holds_an_exception_up_only_as_long_as_the_budget(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
-    monkeypatch.setattr("relora_train.runs.snapshot_uploader.STOP_BUDGET_SECONDS", 0.5)
+    monkeypatch.setattr("relora_train.runs.background.STOP_BUDGET_SECONDS", 0.5)
 
     def before(key: str) -> None:
         raise StoreUnavailableError("gone")

@@ -28,8 +28,8 @@ from relora_train.cli.run import check_inputs
 from relora_train.data.prepare import PreparedDataset, describe_dataset, prepare_dataset
 from relora_train.data.tokenizer import load_tokenizer, train_tokenizer
 from relora_train.errors import ProfileInvalidError, RunSettingsChangedError, TokenizerError, VocabularyMismatchError
+from relora_train.runs.datasets import TextSettings, as_checkpoint, choose_tokenizer
 from relora_train.runs.run import Run
-from relora_train.runs.tokenizer_choice import TextSettings, as_checkpoint, choose_tokenizer
 from relora_train.settings.data import DataConfig, TokenizerConfig
 from relora_train.settings.load import load_profile
 from relora_train.settings.profile import Profile, default_run_id

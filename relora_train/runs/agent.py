@@ -1,7 +1,6 @@
 """torch's elastic launcher on this machine: starts the ranks, and ends them all with the first that fails.
 
-Every rank tells what happens to it. What keeps this machine from starting any, and the end of one that could tell
-nothing, is told here.
+Each rank reports its own events. This module reports that no rank can start here, and that one was killed.
 """
 
 from __future__ import annotations
@@ -14,9 +13,7 @@ from relora_train.settings.running import LaunchConfig
 
 
 def main() -> None:
-    """Run it. Raises DeviceError if it is to start a rank for each GPU and there is none, TrainerCrashedError if a rank
-    was killed.
-    """
+    """Run it. Raises DeviceError if ranks need GPUs and there is none, TrainerCrashedError if a rank was killed."""
     if "--nproc-per-node=gpu" in sys.argv:
         check_devices(LaunchConfig(nproc_per_node="gpu"))
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError

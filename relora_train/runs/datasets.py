@@ -1,24 +1,38 @@
-"""The committed dataset of a profile: found by content in the store, or prepared in a process and put there."""
+"""The committed dataset of a profile: found by content in the store, or prepared in a process and put there.
+
+The tokenizer that cuts a run's text, and BOS before documents, are as the model knows them, unless told otherwise.
+Embeddings belong to ids, so a model that exists keeps its tokenizer: a checkpoint's, or that of model.pretrained.
+"""
 
 from __future__ import annotations
 
+import itertools
 import logging
-from dataclasses import dataclass
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 from relora_train.checkpoints.commit import commit_bundle
-from relora_train.checkpoints.fetch import keep_fetched
+from relora_train.checkpoints.fetch import files_in_stores, keep_fetched
 from relora_train.checkpoints.layout import dataset_prefix
 from relora_train.checkpoints.lineage import CheckpointRef
 from relora_train.checkpoints.manifest import find_dataset
 from relora_train.data.images import IMAGE_SOURCES
 from relora_train.data.left_out import left_out_note
 from relora_train.data.prepare import PreparedDataset, PrepareRequest, describe_dataset
-from relora_train.data.selection import Selection
+from relora_train.data.selection import DatasetInputs, Selection, contents_of, inputs_of
+from relora_train.data.sources import Source, resolve_source
+from relora_train.data.tokenizer import differing_ids, load_tokenizer
+from relora_train.data.tokenizer_files import TOKENIZER_FILE, TOKENIZER_FILES
+from relora_train.errors import ObjectNotFoundError, RunSettingsChangedError, TokenizerError
+from relora_train.runs.evaluations import dataset_of
 from relora_train.runs.run import DatasetRef, OnEvent, Run, dataset_ref
-from relora_train.runs.tokenizer_choice import TextSettings, choose_tokenizer
 from relora_train.runs.workers import run_worker
-from relora_train.settings.data import TokenizerConfig
-from relora_train.storage.workspace import WorkDirectory, dataset_cache, short_digest
+from relora_train.settings.data import DataConfig, TokenizerConfig
+from relora_train.settings.profile import Profile
+from relora_train.storage.workspace import WorkDirectory, checkpoint_cache, dataset_cache, short_digest
+from relora_train.training.models.registry import facts_of
 
 _log = logging.getLogger("relora_train.runs.datasets")
 
@@ -37,6 +51,17 @@ class Corpus:
 
     tokenizer: TokenizerConfig
     selection: Selection
+
+
+@dataclass(frozen=True)
+class TextSettings:
+    """The two sections of a profile that a dataset of text is made by."""
+
+    data: DataConfig
+    tokenizer: TokenizerConfig
+
+    def inputs(self, source: Source) -> DatasetInputs:
+        return inputs_of(replace(source, data=self.data), self.tokenizer, Selection(new=contents_of(source)))
 
 
 def prepare_or_reuse(
@@ -83,3 +108,116 @@ def prepare_or_reuse(
         manifest = commit_bundle(store, prefix, prepared.directory, prepared.manifest)
         keep_fetched(store, prepared.manifest, manifest, prepared.directory, dataset_cache(manifest.dataset_id))
     return DatasetOutcome(dataset_ref(store, manifest), reused=False)
+
+
+def choose_tokenizer(run: Run, parent: CheckpointRef | None) -> tuple[TextSettings, str]:
+    """Return the settings by which a run's text becomes a dataset, and the dataset's id.
+
+    A run that goes on from a checkpoint keeps its dataset, or on other text its tokenizer and BOS, unless the profile
+    names others. Other ids than the model's are warned of. Raises RunSettingsChangedError where the run has begun with
+    another choice than its settings mean today, and the errors of the source and its tokenizer.
+    """
+    source, profile = resolve_source(run.profile.data), run.profile
+    chosen, *others = choices = _choices(profile)
+    ids: dict[TextSettings, str] = {}
+    for choice in choices if parent else others:
+        with suppress(TokenizerError):
+            ids[choice] = choice.inputs(source).dataset_id
+    if parent is not None:
+        ids = {choice: dataset_id for choice, dataset_id in ids.items() if _leaves_open(profile, choice)}
+        same = {dataset_id: choice for choice, dataset_id in reversed(ids.items())}
+        chosen = same.get(parent.manifest.dataset_id) or as_checkpoint(parent, profile)
+    inputs = chosen.inputs(source)
+    _refuse_another_choice(run, inputs.dataset_id, ids)
+    if parent is None or parent.manifest.dataset_id != inputs.dataset_id:
+        try:
+            _warn_of_other_ids(profile, parent, inputs)
+        except TokenizerError as error:
+            _log.warning("The tokenizer's ids could not be compared with the model's own: %s", error)
+    return chosen, inputs.dataset_id
+
+
+def as_checkpoint(checkpoint: CheckpointRef, profile: Profile, *, always: bool = False) -> TextSettings:
+    """Return a profile's settings with a checkpoint's tokenizer and BOS where they leave them open, or `always`."""
+    data, settings = profile.data, profile.tokenizer
+    if always or _is_open(settings):
+        path = {"path": str(tokenizer_directory(checkpoint)), "revision": None, "train": False}
+        settings = settings.model_copy(update=path)
+    its_own = always
+    if data.bos == "auto" and settings.path is not None and not always:
+        loaded = load_tokenizer(settings.path, eos_token=settings.eos_token, revision=settings.revision, bos=False)
+        its_own = any(e.path == TOKENIZER_FILE and e.sha256 == loaded.sha256 for e in checkpoint.manifest.files)
+    if its_own:
+        with suppress(ObjectNotFoundError):  # its dataset was deleted: then as the tokenizer does
+            data = data.model_copy(update={"bos": bool(dataset_of(checkpoint).manifest.bos_ids)})
+    return TextSettings(data, settings)
+
+
+def tokenizer_directory(checkpoint: CheckpointRef) -> Path:
+    """Return a local directory with a checkpoint's tokenizer. Raises CheckpointIncompleteError where it has none."""
+    fetch = files_in_stores(checkpoint_cache(checkpoint.manifest.run_id))
+    there = [entry.path for entry in checkpoint.manifest.files if entry.path in TOKENIZER_FILES]
+    return fetch(checkpoint, [TOKENIZER_FILE, *there])
+
+
+def _is_open(settings: TokenizerConfig) -> bool:
+    """Return True if a profile names no tokenizer and asks for none."""
+    return settings.path is None and not settings.train
+
+
+def _leaves_open(profile: Profile, choice: TextSettings) -> bool:
+    """Return True if a choice differs from a profile only in what the profile leaves open."""
+    other_tokenizer = choice.tokenizer != facts_of(profile).tokenizer()
+    other_bos = choice.data.bos != profile.data.bos
+    return (_is_open(profile.tokenizer) or not other_tokenizer) and (profile.data.bos == "auto" or not other_bos)
+
+
+def _choices(profile: Profile) -> list[TextSettings]:
+    """Return what the settings mean, then what else the same run may have been made by, also by an earlier version."""
+    settings, bos = profile.tokenizer, profile.data.bos
+    tokenizers = [facts_of(profile).tokenizer()]
+    if settings.path is None and profile.model.pretrained is not None:
+        other = profile.model_copy(update={"tokenizer": settings.model_copy(update={"train": not settings.train})})
+        tokenizers.append(facts_of(other).tokenizer())
+    orders = [bos] if bos is True else [bos, False if bos == "auto" else "auto"]
+    data = [profile.data.model_copy(update={"bos": order}) for order in orders]
+    return [TextSettings(one, tokenizer) for tokenizer, one in itertools.product(tokenizers, data)]
+
+
+def _refuse_another_choice(run: Run, dataset_id: str, others: dict[TextSettings, str]) -> None:
+    """Raise RunSettingsChangedError if the run was made by one of the others, and say how to go on with it."""
+    made, profile = {ref.manifest.dataset_id for ref in run.checkpoints.history()}, run.profile
+    if not made or dataset_id in made:
+        return
+    for choice, other_id in others.items():
+        then = []
+        if profile.tokenizer.path is None and profile.tokenizer.train != (trained := choice.tokenizer.path is None):
+            then.append(f"tokenizer.train={str(trained).lower()}")
+        if choice.data.bos != profile.data.bos:
+            then.append(f"data.bos={str(choice.data.bos).lower()}")
+        if other_id in made and then:
+            raise RunSettingsChangedError(
+                f"Run {run.run_id!r} in {run.store_uri} was made with {' and '.join(then)}; these settings now give "
+                f"another dataset. Nothing was changed. Go on with --set {' --set '.join(then)} (or the same in the "
+                "profile), or give these settings a run of their own with another --run-id."
+            )
+
+
+def _warn_of_other_ids(profile: Profile, parent: CheckpointRef | None, inputs: DatasetInputs) -> None:
+    """Warn if the model that training begins with learned other ids than a dataset's."""
+    own: Callable[[], tuple[str, str | None]]
+    if parent is not None and any(entry.path == TOKENIZER_FILE for entry in parent.manifest.files):
+        whose, own = parent.uri, lambda: (str(tokenizer_directory(parent)), None)
+    elif parent is None and profile.model.pretrained is not None:
+        pretrained = profile.model.pretrained
+        whose, own = f"model.pretrained {pretrained!r}", lambda: (pretrained, profile.model.revision)
+    else:
+        return
+    difference: str | None = "they are those of a tokenizer trained on this text"
+    if inputs.loaded is not None:
+        difference = differing_ids(*own(), inputs.loaded)
+    if difference is not None:
+        _log.warning(
+            "ANOTHER TOKENIZER THAN THE MODEL'S: the embeddings of %s were learned for other ids (%s). "
+            "Leave tokenizer.path and tokenizer.train out to use its own.", whose, difference
+        )  # fmt: skip

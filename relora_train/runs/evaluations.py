@@ -14,8 +14,7 @@ from relora_train.checkpoints.layout import check_run_id
 from relora_train.checkpoints.lineage import CheckpointRef
 from relora_train.checkpoints.manifest import DatasetManifest, read_manifest
 from relora_train.errors import AccessDeniedError, ObjectNotFoundError
-from relora_train.runs.run import DatasetRef, OnEvent, fetch_dataset, fetch_parent
-from relora_train.runs.workers import Worker
+from relora_train.runs.run import DatasetRef, OnEvent, Run, fetch_dataset, fetch_parent
 from relora_train.settings.keys import settings_digest
 from relora_train.settings.profile import Profile, profile_from_file
 from relora_train.storage.base import ObjectStore, find_json, parse_json, put_json
@@ -56,23 +55,18 @@ def profile_of(checkpoint: CheckpointRef) -> Profile:
 
 def score_checkpoint(checkpoint: CheckpointRef, *, on_event: OnEvent) -> EvaluationOutcome:
     """Score a checkpoint with its own profile on its own dataset; the record goes beside its run, and is reused."""
-    store = open_store(checkpoint.store_uri)
-    return evaluate_or_reuse(profile_of(checkpoint), checkpoint, dataset_of(checkpoint), store, on_event=on_event)
+    run = Run(checkpoint.manifest.run_id, checkpoint.store_uri, profile_of(checkpoint))
+    return evaluate_or_reuse(run, checkpoint, dataset_of(checkpoint), on_event=on_event)
 
 
 def evaluate_or_reuse(
-    profile: Profile,
-    checkpoint: CheckpointRef,
-    dataset: DatasetRef,
-    store: ObjectStore,
-    *,
-    on_event: OnEvent,
-    worker: Worker | None = None,
+    run: Run, checkpoint: CheckpointRef, dataset: DatasetRef, *, on_event: OnEvent
 ) -> EvaluationOutcome:
     """Score a checkpoint on the validation split and sample from it, or return what was recorded for the same settings.
 
-    Runs in a process of its own, or in the one that is kept; it loads the checkpoint with plain `from_pretrained`.
+    The run gives settings, store and worker. The worker loads the checkpoint with plain `from_pretrained`.
     """
+    profile, store = run.profile, run.store
     key = _key(profile, checkpoint, dataset)
     if recorded := recorded_evaluation(profile, checkpoint, dataset, store):
         return EvaluationOutcome(recorded, reused=True)
@@ -88,8 +82,7 @@ def evaluate_or_reuse(
             result_path=work.path / "result.json",
             sequences=profile.evaluation.final_sequences,
         )
-        path, worker = work.path / "request.json", worker or Worker()
-        worker.run("relora_train.training.evaluate", request, path, on_event=on_event)
+        run.worker.run("relora_train.training.evaluate", request, work.path / "request.json", on_event=on_event)
         record = {
             "checkpoint_uri": checkpoint.uri,
             "run_id": checkpoint.manifest.run_id,
@@ -125,13 +118,8 @@ def recorded_evaluations(store: ObjectStore, line: Sequence[CheckpointRef]) -> l
 
 
 def _key(profile: Profile, checkpoint: CheckpointRef, dataset: DatasetRef) -> str:
-    settings = {
-        "evaluation": profile.evaluation.model_dump(mode="json"),
-        "sequence_length": profile.batch.sequence_length,
-        "precision": profile.precision.model_dump(mode="json"),
-        "seed": profile.seed,
-        "dataset_id": dataset.dataset_id,
-    }
+    settings = profile.model_dump(mode="json", include={"evaluation", "precision", "seed"})
+    settings |= {"sequence_length": profile.batch.sequence_length, "dataset_id": dataset.dataset_id}
     run_id = check_run_id(checkpoint.manifest.run_id)
     place = f"step-{checkpoint.step:08d}-{checkpoint.fingerprint[:12]}-{settings_digest(settings)[:8]}"
     return f"runs/{run_id}/evaluations/{place}.json"

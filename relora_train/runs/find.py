@@ -83,8 +83,8 @@ def find_stage(run: Run, stage: Stage, parent: CheckpointRef | None, identity: S
 
     A pruned one counts as trained, with `is_pruned`, as long as something that came from it is there.
     While the store cannot be read and the parent has yet to be stored, the answer is None: training goes on.
-    Raises RunSettingsChangedError if this run holds a checkpoint of the same stage made with other settings, or if it
-    was not begun from the checkpoint that it is to branch from.
+    Raises RunSettingsChangedError if this run holds a checkpoint of the same stage made with other settings. A branch
+    may have other settings; it is refused if the run was begun from another checkpoint than its parent.
     """
     try:
         refs = run.checkpoints.history()

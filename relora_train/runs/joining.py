@@ -41,7 +41,15 @@ def join_run(
     Raises ConfigError for settings that fit no flow, DeviceError for GPUs that are not here, and
     TrainerCrashedError when no stage began at all.
     """
-    launch = _checked(rdzv_endpoint, nnodes, node_rank, nproc_per_node, device)
+    count = int(nproc_per_node) if nproc_per_node.isdecimal() else nproc_per_node
+    settings = {"nnodes": nnodes, "rdzv_endpoint": rdzv_endpoint, "nproc_per_node": count, "device": device}
+    try:
+        launch = LaunchConfig.model_validate(settings)
+    except ValidationError as error:
+        faults = "; ".join(f"{fault['loc'][0] if fault['loc'] else ''} {fault['msg']}" for fault in error.errors())
+        raise ConfigError(f"These settings fit no flow: {faults}.") from None
+    if not 1 <= node_rank < nnodes:
+        raise ConfigError(f"--node-rank {node_rank} is not one of 1 … {nnodes - 1}; the flow's machine has 0.")
     check_devices(launch)  # a rank that fails once all have met would end the flow's stage
     joined: list[Event] = []
 
@@ -57,7 +65,15 @@ def join_run(
         joined.clear()
         nodes = Nodes(nnodes, rdzv_endpoint, node_rank, wait_seconds=max(1, round(left)))
         try:
-            _join_once(launch, nodes, on_event)
+            with tempfile.TemporaryDirectory(prefix="relora-join-") as directory:
+                run_worker(
+                    "relora_train.training.joined_trainer",
+                    JoinRequest(device=launch.device),
+                    Path(directory) / "request.json",
+                    on_event=on_event,
+                    nproc_per_node=launch.nproc_per_node,
+                    nodes=nodes,
+                )
             if joined and joined[0]["last"]:
                 return stages + 1
         except ReLoRAError as error:
@@ -76,28 +92,3 @@ def join_run(
             f"launch.nnodes={nnodes} and this launch.rdzv_endpoint, or see what it says. Last here: {last_error}"
         )
     return stages
-
-
-def _checked(rdzv_endpoint: str, nnodes: int, node_rank: int, nproc_per_node: str, device: str) -> LaunchConfig:
-    count = int(nproc_per_node) if nproc_per_node.isdecimal() else nproc_per_node
-    settings = {"nnodes": nnodes, "rdzv_endpoint": rdzv_endpoint, "nproc_per_node": count, "device": device}
-    try:
-        launch = LaunchConfig.model_validate(settings)
-    except ValidationError as error:
-        faults = "; ".join(f"{fault['loc'][0] if fault['loc'] else ''} {fault['msg']}" for fault in error.errors())
-        raise ConfigError(f"These settings fit no flow: {faults}.") from None
-    if not 1 <= node_rank < nnodes:
-        raise ConfigError(f"--node-rank {node_rank} is not one of 1 … {nnodes - 1}; the flow's machine has 0.")
-    return launch
-
-
-def _join_once(launch: LaunchConfig, nodes: Nodes, on_event: Callable[[Event], None]) -> None:
-    with tempfile.TemporaryDirectory(prefix="relora-join-") as directory:
-        run_worker(
-            "relora_train.training.joined_trainer",
-            JoinRequest(device=launch.device),
-            Path(directory) / "request.json",
-            on_event=on_event,
-            nproc_per_node=launch.nproc_per_node,
-            nodes=nodes,
-        )

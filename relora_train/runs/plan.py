@@ -7,16 +7,13 @@ from __future__ import annotations
 
 import math
 
-from relora_train.method.products import Products, choose_products, flops_per_token, sibling_groups
+from relora_train.method import products
 from relora_train.method.schedule import learning_rate
 from relora_train.method.stages import Stage, plan_stages
 from relora_train.settings.base import FrozenConfig
-from relora_train.settings.method import OptimizerResetConfig
 from relora_train.settings.profile import Profile
-from relora_train.settings.running import LaunchConfig
 from relora_train.training.models.registry import facts_of, model_shape
 from relora_train.training.models.shape import (
-    LinearShape,
     ModelShape,
     ShapeUnknownError,
     model_flops_per_token,
@@ -41,11 +38,6 @@ class MemoryEstimate(FrozenConfig):
     @property
     def total(self) -> int:
         return self.weights + self.gradients + self.optimizer + self.merged
-
-    def shared_by(self, launch: LaunchConfig) -> MemoryEstimate:
-        """Return each device's part when ranks share the model. Not covered: the blocks gathered for a moment."""
-        ranks = (launch.world_size or 1) if launch.sharding == "full" else 1
-        return MemoryEstimate(**{name: math.ceil(size / ranks) for name, size in self})
 
 
 class CheckpointSize(FrozenConfig):
@@ -149,30 +141,36 @@ def plan(profile: Profile) -> Plan:
     try:
         shape = model_shape(profile)
         low_rank = None if profile.method == "full" else _low_rank_cost(profile, shape)
-        parameters, full = shape.parameters, _full_cost(profile, shape)
+        full_flops = model_flops_per_token(shape, sequence_length=profile.batch.sequence_length)
+        full = _phase_cost(profile, shape, flops_per_token=full_flops)
+        parameters = shape.parameters
     except ShapeUnknownError as error:
         unknown = str(error)
     costs = [low_rank if stage.low_rank else full for stage in stages]
+    tokens = profile.batch.tokens
     planned = tuple(
         PlannedStage(
             name=stage.name,
             kind=stage.kind,
             start_step=stage.start_step,
             end_step=stage.end_step,
-            tokens=stage.steps * profile.batch.tokens,
+            tokens=stage.steps * tokens,
             learning_rates=_milestones(profile, stage),
-            flops=cost.flops_per_token * stage.steps * profile.batch.tokens if cost else None,
+            flops=cost.flops_per_token * stage.steps * tokens if cost else None,
             checkpoint=_checkpoint_size(profile, stage, cost, parameters) if cost and parameters else None,
         )
         for stage, cost in zip(stages, costs, strict=True)
     )
-    total_tokens, data = profile.schedule.total_steps * profile.batch.tokens, profile.data
+    disk_bytes = _total([stage.checkpoint.total if stage.checkpoint else None for stage in planned])
+    if disk_bytes is not None:  # snapshots of one stage at a time
+        disk_bytes += _SNAPSHOTS_KEPT * max((cost.snapshot_bytes for cost in costs if cost), default=0)
+    total_tokens, data = profile.schedule.total_steps * tokens, profile.data
     places = (data.hub_id, data.hub_config, data.hub_split) if data.source == "hub" else data.paths
     return Plan(
         profile=profile.name,
         method=profile.method,
         data_source=" ".join(part for part in (data.source, *places) if part),
-        tokens_per_step=profile.batch.tokens,
+        tokens_per_step=tokens,
         total_steps=profile.schedule.total_steps,
         total_tokens=total_tokens,
         stages=planned,
@@ -182,7 +180,7 @@ def plan(profile: Profile) -> Plan:
         low_rank=low_rank,
         total_flops=_total([stage.flops for stage in planned]),
         full_rank_flops=full.flops_per_token * total_tokens if full else None,
-        disk_bytes=_disk_bytes(planned, costs),
+        disk_bytes=disk_bytes,
     )
 
 
@@ -196,97 +194,84 @@ def _milestones(profile: Profile, stage: Stage) -> tuple[LearningRatePoint, ...]
     return tuple(LearningRatePoint(step=step, learning_rate=learning_rate(profile, stage, step)) for step in steps)
 
 
-def _full_cost(profile: Profile, shape: ModelShape) -> PhaseCost:
-    parameters = _trained_bytes(profile, shape, shape.parameters)
-    return PhaseCost(
-        trainable_parameters=shape.parameters,
-        adapter_parameters=0,
-        flops_per_token=model_flops_per_token(shape, sequence_length=profile.batch.sequence_length),
-        memory=MemoryEstimate(weights=parameters, gradients=parameters, optimizer=_MOMENTS * parameters).shared_by(
-            profile.launch
-        ),
-        snapshot_bytes=(1 + _MOMENTS) * parameters,
-    )
-
-
 def _low_rank_cost(profile: Profile, shape: ModelShape) -> PhaseCost:
-    relora, batch = profile.relora, profile.batch
+    relora, batch, launch = profile.relora, profile.batch, profile.launch
     wrapped = wrapped_layers(shape, target_modules=relora.target_modules, rank=relora.rank)
-    frozen = shape.layers * sum(linear.weights for linear in wrapped)
     factors = shape.layers * relora.rank * sum(linear.sides for linear in wrapped)
-    trainable = shape.parameters - frozen + factors
-    frozen_bytes = _BF16_BYTES if profile.precision.computes_in_bfloat16 else _FP32_BYTES
-    trained = _trained_bytes(profile, shape, trainable)
-    by_name = {linear.name: linear for linear in wrapped}
-    siblings = [tuple(by_name[name] for name in names) for names in sibling_groups(list(by_name))]
-    orders = {layers: _products(profile, layers) for layers in siblings}
-    flops = model_flops_per_token(
-        shape,
-        sequence_length=batch.sequence_length,
-        wrapped={layers: count for layers, (_, count) in orders.items()},
-    )
-    merged = sum(linear.weights for layers, (how, _) in orders.items() if how != "split" for linear in layers)
-    return PhaseCost(
-        trainable_parameters=trainable,
-        adapter_parameters=factors,
-        flops_per_token=flops,
-        memory=MemoryEstimate(
-            weights=frozen_bytes * frozen + trained,
-            gradients=trained,
-            optimizer=_MOMENTS * trained,
-            merged=_FP32_BYTES * shape.layers * merged,
-        ).shared_by(profile.launch),
-        snapshot_bytes=(1 + _MOMENTS) * trained,
-        orders=tuple(
-            LayerOrder(layers=tuple(linear.name for linear in layers), order=how, flops_per_token=round(count))
-            for layers, (how, count) in orders.items()
-        ),
-    )
-
-
-def _trained_bytes(profile: Profile, shape: ModelShape, parameters: int) -> int:
-    """Return the bytes of one copy of what is trained, such as its gradients. Under autocast all stays fp32."""
-    if not profile.precision.trains_in_bfloat16:
-        return _FP32_BYTES * parameters
-    vectors = shape.vector_parameters
-    return _BF16_BYTES * (parameters - vectors) + _FP32_BYTES * vectors
-
-
-def _products(profile: Profile, layers: tuple[LinearShape, ...]) -> tuple[Products, float]:
-    """Return what fast_path.share_inputs will choose, and its FLOPs a position."""
-    launch, relora = profile.launch, profile.relora
     sharded = launch.sharding == "full" and launch.world_size != 1
     exact = relora.dropout == 0 and profile.precision.dtype == "float32"
-    shape = layers[0].in_features, [linear.out_features for linear in layers], relora.rank
-    device = "cuda" if launch.device == "cuda" else "cpu"
-    how = choose_products(*shape, merges=exact and not sharded and not launch.compiles_on(device), device=device)
-    sequences, micro_steps = profile.batch.forward_passes(launch.world_size or 1)
+    sequences, micro_steps = batch.forward_passes(launch.world_size or 1)
     tokens = sequences * facts_of(profile).rows_per_sequence()
-    return how, flops_per_token(how, *shape, tokens=tokens, micro_steps=micro_steps)
+    by_name = {linear.name: linear for linear in wrapped}
+    orders, flops, merged = [], {}, 0
+    for names in products.sibling_groups(list(by_name)):  # as fast_path.share_inputs will choose
+        layers = tuple(by_name[name] for name in names)
+        sizes = layers[0].in_features, [linear.out_features for linear in layers], relora.rank
+        device = "cuda" if launch.device == "cuda" else "cpu"
+        how = products.choose_products(
+            *sizes, merges=exact and not sharded and not launch.compiles_on(device), device=device
+        )
+        flops[layers] = products.flops_per_token(how, *sizes, tokens=tokens, micro_steps=micro_steps)
+        orders.append(LayerOrder(layers=names, order=how, flops_per_token=round(flops[layers])))
+        merged += sum(linear.weights for linear in layers) if how != "split" else 0
+    return _phase_cost(
+        profile,
+        shape,
+        frozen=shape.layers * sum(linear.weights for linear in wrapped),
+        factors=factors,
+        merged=shape.layers * merged,
+        flops_per_token=model_flops_per_token(shape, sequence_length=batch.sequence_length, wrapped=flops),
+        orders=tuple(orders),
+    )
+
+
+def _phase_cost(
+    profile: Profile,
+    shape: ModelShape,
+    *,
+    flops_per_token: int,
+    frozen: int = 0,
+    factors: int = 0,
+    merged: int = 0,
+    orders: tuple[LayerOrder, ...] = (),
+) -> PhaseCost:
+    """Return the cost of training all parameters but the frozen ones, and factors beside them."""
+    trainable = shape.parameters - frozen + factors
+    trained = _FP32_BYTES * trainable
+    if profile.precision.trains_in_bfloat16:  # under autocast all that is trained stays fp32
+        trained = _BF16_BYTES * trainable + (_FP32_BYTES - _BF16_BYTES) * shape.vector_parameters
+    frozen_bytes = _BF16_BYTES if profile.precision.computes_in_bfloat16 else _FP32_BYTES
+    # Ranks that share the model hold a part each. Not covered: the blocks gathered for a moment.
+    ranks = (profile.launch.world_size or 1) if profile.launch.sharding == "full" else 1
+    sizes = {
+        "weights": frozen_bytes * frozen + trained,
+        "gradients": trained,
+        "optimizer": _MOMENTS * trained,
+        "merged": _FP32_BYTES * merged,
+    }
+    return PhaseCost(
+        trainable_parameters=trainable,
+        memory=MemoryEstimate(**{name: math.ceil(size / ranks) for name, size in sizes.items()}),
+        snapshot_bytes=(1 + _MOMENTS) * trained,
+        adapter_parameters=factors,
+        flops_per_token=flops_per_token,
+        orders=orders,
+    )
 
 
 def _checkpoint_size(profile: Profile, stage: Stage, cost: PhaseCost, parameters: int) -> CheckpointSize:
     """Return a checkpoint's size. Only cycles and full-rank stages hand their optimizer on."""
     factors, others = cost.adapter_parameters, cost.trainable_parameters - cost.adapter_parameters
-    moment = _FP32_BYTES * others + _kept_bytes(profile.optimizer_reset) * factors
+    reset = profile.optimizer_reset
+    kept = {"none": 1.0, "zero": 0.0}.get(reset.mode, 1 - reset.ratio)
+    # An entry of a moment of A or B that was kept: index and value, or all entries if that is cheaper.
+    kept_bytes = float(_FP32_BYTES) if kept > 0.5 else 2 * _FP32_BYTES * kept
+    moment = _FP32_BYTES * others + kept_bytes * factors
     return CheckpointSize(
         model=_FP32_BYTES * parameters,
         optimizer=round(_MOMENTS * moment) if stage.kind in ("relora", "full") else 0,
         adapter=_FP32_BYTES * factors,
     )
-
-
-def _kept_bytes(reset: OptimizerResetConfig) -> float:
-    """Return the bytes on disk of one entry of a moment of A or B: index and value, or dense if that is cheaper."""
-    kept = {"none": 1.0, "zero": 0.0}.get(reset.mode, 1 - reset.ratio)
-    return float(_FP32_BYTES) if kept > 0.5 else 2 * _FP32_BYTES * kept
-
-
-def _disk_bytes(stages: tuple[PlannedStage, ...], costs: list[PhaseCost | None]) -> int | None:
-    """Return the bytes of all checkpoints and of the largest pair of snapshots at one time."""
-    checkpoints = _total([stage.checkpoint.total if stage.checkpoint else None for stage in stages])
-    snapshots = max((cost.snapshot_bytes for cost in costs if cost), default=0)
-    return None if checkpoints is None else checkpoints + _SNAPSHOTS_KEPT * snapshots
 
 
 def _total(values: list[int | None]) -> int | None:

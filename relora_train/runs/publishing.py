@@ -27,8 +27,7 @@ from types import TracebackType
 from relora_train.checkpoints.lineage import CheckpointRef
 from relora_train.checkpoints.manifest import result_digest
 from relora_train.errors import AccessDeniedError, PreconditionFailedError, ReLoRAError
-from relora_train.runs.background import TICK_SECONDS, Background, pause_after
-from relora_train.runs.snapshot_uploader import STOP_BUDGET_SECONDS
+from relora_train.runs.background import STOP_BUDGET_SECONDS, TICK_SECONDS, Background, pause_after
 from relora_train.storage.base import ObjectStore
 
 _log = logging.getLogger("relora_train.runs.publishing")
@@ -80,12 +79,20 @@ class Publication:
     def stored(self) -> bool:
         return self.committed is not None and self.error is None
 
+    @property
+    def waits(self) -> str:
+        """Say that it is not stored yet, and what stores it."""
+        return (
+            f"The checkpoint of {self.checkpoint.manifest.stage} is not stored yet ({self.checkpoint.uri}). It waits "
+            f"on this machine in {self.directory}: the same command here stores it without training it again."
+        )
+
 
 class Publisher(Background):
     """Stores what it is handed over, for the length of a `with` block.
 
-    The end of the block waits for the transfer that is under way. If the flow was stopped (an exception that is not an
-    Exception), it waits until 28 seconds after the trainer was asked to stop, or 25 seconds without a trainer.
+    The end of the block waits for the transfer that is under way. After a stop (an exception that is no Exception) it
+    waits 25 seconds at most, or until 28 seconds after the trainer was told to.
     """
 
     def __init__(self, *, retry_seconds: tuple[float, ...] = _RETRY_SECONDS) -> None:
@@ -95,8 +102,12 @@ class Publisher(Background):
         self._stopping_at = -math.inf
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        seconds: float | None = None
+        if kind is not None and not issubclass(kind, Exception):  # the flow was stopped
+            since = time.monotonic() - self._stopping_at
+            seconds = max(0.0, STOP_BUDGET_SECONDS - since) if since < 2 * STOP_BUDGET_SECONDS else _STOP_SECONDS
         try:
-            self._close(None if kind is None or issubclass(kind, Exception) else self._seconds_left())
+            self._close(seconds)
         finally:
             with self._changed:
                 self._abandoned = True
@@ -106,7 +117,7 @@ class Publisher(Background):
                     publication.cancel()
                 publication.finish(publication.committed)
                 if publication.committed is None and publication.error is None:
-                    _log.warning("%s", _waits(publication))
+                    _log.warning("%s", publication.waits)
 
     def offer(self, publication: Publication) -> None:
         """Store this one after all that were offered before. Returns at once."""
@@ -140,7 +151,17 @@ class Publisher(Background):
             if known is None:
                 return checkpoint
             for publication in self._publications[: self._publications.index(known) + 1]:
-                self._wait_for(publication)
+                failures = publication.failures
+                if not publication.superseded:
+                    publication.due = 0.0
+                    self._changed.notify_all()
+                while not publication.stored:
+                    over = publication.failures > failures and not publication.awaits_access
+                    if publication.error is not None and (over or publication.superseded):
+                        raise publication.error
+                    if not self._thread.is_alive():
+                        raise AbandonedError(f"{publication.checkpoint.uri} is not stored any more: its flow is over.")
+                    self._changed.wait(TICK_SECONDS)
         return known.committed or checkpoint
 
     def release_files(self, checkpoint: CheckpointRef) -> None:
@@ -162,19 +183,6 @@ class Publisher(Background):
     def stopping(self) -> None:
         """Note that the trainer is asked to stop: the time that is left counts from now."""
         self._stopping_at = time.monotonic()
-
-    def _wait_for(self, publication: Publication) -> None:
-        failures = publication.failures
-        if not publication.superseded:
-            publication.due = 0.0
-            self._changed.notify_all()
-        while not publication.stored:
-            over = publication.superseded or (publication.failures > failures and not publication.awaits_access)
-            if publication.error is not None and over:
-                raise publication.error
-            if not self._thread.is_alive():
-                raise AbandonedError(f"{publication.checkpoint.uri} is not stored any more: its flow is over.")
-            self._changed.wait(TICK_SECONDS)
 
     def _run(self) -> None:
         while (publication := self._next()) is not None:
@@ -199,20 +207,35 @@ class Publisher(Background):
             return None
 
     def _attempt(self, publication: Publication) -> tuple[CheckpointRef | None, Exception | None]:
+        def raise_if_abandoned() -> None:
+            if self._abandoned:
+                raise AbandonedError
+
         try:
-            committed = publication.store(self._raise_if_abandoned)
+            committed = publication.store(raise_if_abandoned)
         except Exception as error:
             return None, error
-        if result_digest(committed.manifest) != result_digest(publication.checkpoint.manifest):
-            return committed, PreconditionFailedError(_superseded(publication, committed))
-        return committed, None
+        theirs = committed.manifest
+        if result_digest(theirs) == result_digest(publication.checkpoint.manifest):
+            return committed, None
+        return committed, PreconditionFailedError(
+            f"{committed.uri} was committed by another attempt ({theirs.attempt}, at "
+            f"{theirs.created_at.isoformat(timespec='seconds')}) with another result than this machine's. What was "
+            f"trained here after {theirs.stage} began from bytes that are not the run's, and nothing of it is "
+            "committed. Run the same command again: it goes on from the stored checkpoint."
+        )
 
     def _note_failure(self, publication: Publication, error: Exception) -> None:
         publication.failures += 1
         now, denied, advice = time.monotonic(), isinstance(error, AccessDeniedError), ""
         if denied and not publication.denied_until:
             publication.denied_until = now + _DENIED_SECONDS
-            advice = _renew_until(datetime.now().astimezone() + timedelta(seconds=_DENIED_SECONDS))
+            until = datetime.now().astimezone() + timedelta(seconds=_DENIED_SECONDS)
+            advice = (
+                "Renew the credentials in the file or service that they come from: they are read again for each "
+                "attempt, for as long as the next stage trains, and until "
+                f"{until.isoformat(sep=' ', timespec='seconds')} in any case. "
+            )
         publication.awaits_access = denied and now < publication.denied_until
         pause = pause_after(publication.failures, self._retry_seconds)
         if publication.awaits_access:
@@ -220,15 +243,7 @@ class Publisher(Background):
         may_help = denied or (isinstance(error, ReLoRAError) and error.retryable)
         publication.due = now + pause if may_help else math.inf
         if (publication.failures == 1 or advice) and not self._abandoned:
-            _log.warning("%s Training goes on meanwhile. %s(%s)", _waits(publication), advice, error)
-
-    def _raise_if_abandoned(self) -> None:
-        if self._abandoned:
-            raise AbandonedError
-
-    def _seconds_left(self) -> float:
-        since = time.monotonic() - self._stopping_at
-        return max(0.0, STOP_BUDGET_SECONDS - since) if since < 2 * STOP_BUDGET_SECONDS else _STOP_SECONDS
+            _log.warning("%s Training goes on meanwhile. %s(%s)", publication.waits, advice, error)
 
 
 @contextlib.contextmanager
@@ -237,28 +252,3 @@ def publishing(store: ObjectStore) -> Iterator[Publisher]:
     publisher = Publisher()
     with publisher if store.is_remote else contextlib.nullcontext():
         yield publisher
-
-
-def _waits(publication: Publication) -> str:
-    checkpoint = publication.checkpoint
-    return (
-        f"The checkpoint of {checkpoint.manifest.stage} is not stored yet ({checkpoint.uri}). It waits on this machine "
-        f"in {publication.directory}: the same command here stores it without training it again."
-    )
-
-
-def _renew_until(moment: datetime) -> str:
-    return (
-        "Renew the credentials in the file or service that they come from: they are read again for each attempt, for "
-        f"as long as the next stage trains, and until {moment.isoformat(sep=' ', timespec='seconds')} in any case. "
-    )
-
-
-def _superseded(publication: Publication, committed: CheckpointRef) -> str:
-    theirs = committed.manifest
-    return (
-        f"{committed.uri} was committed by another attempt ({theirs.attempt}, at "
-        f"{theirs.created_at.isoformat(timespec='seconds')}) with another result than this machine's. What was trained "
-        f"here after {theirs.stage} began from bytes that are not the run's, and nothing of it is committed. Run the "
-        "same command again: it goes on from the stored checkpoint."
-    )

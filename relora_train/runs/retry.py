@@ -5,9 +5,9 @@ compared with the committed ones by SHA-256. If the bytes are the same, nothing 
 If they differ (a GPU without deterministic kernels, another version, damaged hardware), the committed checkpoint stays
 the run's, unless `replace` asks for the new one.
 
-A replacement is a variant: committed beside the other, never over it, with `retry` among its settings so that it has a
-fingerprint of its own, and the run's head moves to it. What was trained from the replaced checkpoint stays where it is,
-complete and usable by its URI, but off the run's line; the run's own command trains those stages again.
+A replacement is a variant: committed beside the other, never over it. `retry` among its settings gives it a fingerprint
+of its own, and the run's head moves to it. Checkpoints that were trained from the replaced one stay usable by their
+URIs, off the run's line; the run's own command trains those stages again.
 """
 
 from __future__ import annotations

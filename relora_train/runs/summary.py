@@ -7,8 +7,10 @@ from typing import Any
 
 from pydantic import Field
 
+from relora_train.checkpoints.lineage import CheckpointRef
+from relora_train.runs.datasets import DatasetOutcome
 from relora_train.runs.evaluations import EvaluationOutcome
-from relora_train.runs.run import DatasetRef, Run, StageOutcome
+from relora_train.runs.run import Run, StageOutcome
 from relora_train.settings.base import FrozenConfig
 
 
@@ -48,42 +50,41 @@ class RunSummary(FrozenConfig):
     picture_uris: tuple[str, ...]
 
 
-def summarize_stage(run: Run, outcome: StageOutcome) -> StageSummary:
-    """Return a stage's row, from its manifest."""
-    manifest = outcome.checkpoint.manifest
-    start = manifest.parent.step if manifest.parent else 0
-    return StageSummary(
-        stage=manifest.stage,
-        start_step=start,
-        end_step=manifest.step,
-        tokens=(manifest.step - start) * run.profile.batch.tokens,
-        evaluation=manifest.evaluation,
-        seconds=manifest.stage_seconds,
-        uri=outcome.checkpoint.uri,
-        reused=outcome.reused,
-        divergence=manifest.divergence,
-    )
-
-
 def summarize_run(
     run: Run,
-    dataset: DatasetRef,
-    stages: Sequence[StageOutcome],
+    prepared: DatasetOutcome,
+    outcomes: Sequence[StageOutcome],
     evaluations: Sequence[EvaluationOutcome],
+    later: Sequence[CheckpointRef],
     *,
-    later_stages: Sequence[str],
-    dataset_reused: bool,
     report_uri: str,
     picture_uris: Sequence[str],
 ) -> RunSummary:
-    """Summarize a finished flow run."""
+    """Summarize a finished flow run. later: the checkpoints beyond the profile's last stage."""
+    stages = []
+    for outcome in outcomes:
+        manifest = outcome.checkpoint.manifest
+        start = manifest.parent.step if manifest.parent else 0
+        stages.append(
+            StageSummary(
+                stage=manifest.stage,
+                start_step=start,
+                end_step=manifest.step,
+                tokens=(manifest.step - start) * run.profile.batch.tokens,
+                evaluation=manifest.evaluation,
+                seconds=manifest.stage_seconds,
+                uri=outcome.checkpoint.uri,
+                reused=outcome.reused,
+                divergence=manifest.divergence,
+            )
+        )
     return RunSummary(
         run_id=run.run_id,
         store_uri=run.store_uri,
-        dataset_uri=dataset.uri,
-        dataset_reused=dataset_reused,
-        stages=tuple(summarize_stage(run, outcome) for outcome in stages),
-        later_stages=tuple(later_stages),
+        dataset_uri=prepared.dataset.uri,
+        dataset_reused=prepared.reused,
+        stages=tuple(stages),
+        later_stages=tuple(checkpoint.manifest.stage for checkpoint in later),
         evaluations=tuple(evaluation.record for evaluation in evaluations),
         evaluations_reused=sum(evaluation.reused for evaluation in evaluations),
         report_uri=report_uri,

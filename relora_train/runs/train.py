@@ -14,9 +14,9 @@ from relora_train.checkpoints.snapshots import SnapshotStore
 from relora_train.errors import ObjectNotFoundError
 from relora_train.events import Event
 from relora_train.method.stages import Stage
+from relora_train.runs.background import SnapshotUploader
 from relora_train.runs.find import StageIdentity, dropout_mask, find_stage, stage_identity
 from relora_train.runs.run import DatasetRef, OnEvent, Run, StageOutcome, fetch_dataset, fetch_parent
-from relora_train.runs.snapshot_uploader import SnapshotUploader
 from relora_train.runs.stage_work import (
     begin_work,
     left_output,

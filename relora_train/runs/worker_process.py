@@ -33,12 +33,24 @@ class WorkerProcess:
 
     def __init__(self, module: str, command: list[str], *, keep_secrets: bool = False) -> None:
         self._module = module
+        environment = {
+            **{name: value for name, value in os.environ.items() if keep_secrets or not name.startswith(_SECRETS)},
+            **SAFE_PATH,
+            PARENT_PIPE_VARIABLE: "1",
+            # libgomp's threads spin a millisecond at every barrier: beside any other work that costs a factor of six.
+            "GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT", "1000"),
+            "PYTHONUNBUFFERED": "1",
+            "TOKENIZERS_PARALLELISM": "false",  # a warning about forks otherwise; workers are processes of their own
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+            "TRANSFORMERS_VERBOSITY": "error",
+        }
         self._process = subprocess.Popen(  # noqa: S603 (our own module and interpreter)
             command,
             stdin=subprocess.PIPE,  # open as long as we live: its end tells an orphan to stop
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            env=_environment(keep_secrets=keep_secrets),
+            env=environment,
             text=True,
             errors="replace",
             start_new_session=True,  # Ctrl-C in the terminal reaches us alone, and we stop the worker in order
@@ -183,19 +195,3 @@ class WorkerProcess:
             f"The process {self._module} {what} Nothing of its stage was committed; the same command runs it again."
             f"{shown}"
         )
-
-
-def _environment(*, keep_secrets: bool) -> dict[str, str]:
-    kept = {k: v for k, v in os.environ.items() if keep_secrets or not k.startswith(_SECRETS)}
-    return {
-        **kept,
-        **SAFE_PATH,
-        PARENT_PIPE_VARIABLE: "1",
-        # libgomp's threads spin for a millisecond at every barrier: beside any other work that costs a factor of six.
-        "GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT", "1000"),
-        "PYTHONUNBUFFERED": "1",
-        "TOKENIZERS_PARALLELISM": "false",  # a warning about forks otherwise; workers are processes of their own
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-        "TRANSFORMERS_VERBOSITY": "error",
-    }

@@ -55,7 +55,7 @@ def run_worker(
 
     Every event of the worker goes to on_event, every other line of its output to the log. The worker sees
     no credentials unless keep_secrets. If an exception, Ctrl-C or a cancelled run ends this call early, the worker ends
-    first: SIGTERM, and SIGKILL after 25 s. What it says meanwhile still goes to on_event, after the event `stopping`.
+    first: SIGTERM, and SIGKILL after 25 s. Its events meanwhile still go to on_event, after the event `stopping`.
 
     Raises the error the worker reported, else TrainerCrashedError with its exit status and last lines.
     """

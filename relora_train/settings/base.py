@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, GetJsonSchemaHandler
 from pydantic_core import CoreSchema, core_schema
@@ -14,6 +14,12 @@ class FrozenConfig(BaseModel):
     """Base of every section: immutable, numbers are finite, and a key it does not know is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+def section_in(annotation: Any) -> type[FrozenConfig] | None:
+    """Return the section that an annotation such as `LoggingConfig | None` names, or None."""
+    kinds = (kind for kind in (annotation, *get_args(annotation)) if isinstance(kind, type))
+    return next((kind for kind in kinds if issubclass(kind, FrozenConfig)), None)
 
 
 class WithoutSecrets:

@@ -90,27 +90,15 @@ class DataConfig(FrozenConfig):
     """Begin each document with the tokenizer's BOS token; 'auto': where the tokenizer does so itself."""
 
     @model_validator(mode="after")
-    def source_has_what_it_needs(self) -> Self:
+    def settings_fit_the_source(self) -> Self:
         if self.source in ("text", "jsonl", "parquet", "idx") and not self.paths:
             raise ValueError(f"source {self.source!r} needs paths")
         if self.source == "hub" and not self.hub_id:
             raise ValueError("source 'hub' needs hub_id")
-        return self
-
-    @model_validator(mode="after")
-    def held_out_files_are_text(self) -> Self:
         if self.validation_paths and self.source not in ("text", "jsonl", "parquet"):
             raise ValueError(f"source {self.source!r} takes no validation_paths; text, jsonl and parquet do")
-        return self
-
-    @model_validator(mode="after")
-    def only_texts_are_skipped(self) -> Self:
         if self.unreadable == "skip" and self.source not in ("text", "jsonl", "parquet", "hub"):
             raise ValueError(f"source {self.source!r} takes no unreadable 'skip'; text, jsonl, parquet and hub do")
-        return self
-
-    @model_validator(mode="after")
-    def paths_have_a_reader(self) -> Self:
         if self.paths and self.source in ("python-stdlib", "hub", "digits"):
             raise ValueError(
                 f"source {self.source!r} does not read paths; set source to one that does (text, jsonl, parquet, idx), "

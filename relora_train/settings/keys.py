@@ -17,7 +17,7 @@ LAST_COMMIT_WITH_REMOVED_KEYS = "1a88187"
 
 
 def settings_digest(settings: dict[str, Any]) -> str:
-    """SHA-256 in hex of settings as canonical JSON: the same for the same values in any order."""
+    """Return the SHA-256 in hex of settings as canonical JSON: the same for the same values in any order."""
     canonical = json.dumps(settings, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(canonical.encode()).hexdigest()
 

@@ -6,12 +6,13 @@ import difflib
 import tomllib
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from relora_train.errors import ConfigError, ProfileInvalidError, ProfileNotFoundError
+from relora_train.settings.base import section_in
 from relora_train.settings.keys import layered
 from relora_train.settings.profile import Profile
 from relora_train.storage.redaction import refuse_secrets
@@ -49,7 +50,12 @@ def load_profile(name_or_path: str | Path, overrides: Iterable[str] | Mapping[st
     alone = settings
     items = overrides.items() if isinstance(overrides, Mapping) else map(parse_override, overrides)
     for key, value in items:
-        settings = _with_override(settings, key, value)
+        table: Any = settings
+        for section in key.split(".")[:-1]:
+            table = table.get(section, {})
+            if not isinstance(table, dict):
+                raise ConfigError(f"--set {key}: {section!r} is a value, not a section of the profile.")
+        settings = layered(settings, {key: value})
         sources[key] = f"overrides {key}" if isinstance(overrides, Mapping) else f"--set {key}"
     return _validate(settings, path, sources, alone)
 
@@ -83,52 +89,49 @@ def parse_override(text: str) -> tuple[str, Any]:
         return key.strip(), value.strip()
 
 
-def _with_override(settings: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
-    table: Any = settings
-    for section in key.split(".")[:-1]:
-        table = table.get(section, {})
-        if not isinstance(table, dict):
-            raise ConfigError(f"--set {key}: {section!r} is a value, not a section of the profile.")
-    return layered(settings, {key: value})
-
-
 def _validate(settings: dict[str, Any], path: Path, sources: Mapping[str, str], alone: dict[str, Any]) -> Profile:
+    """Return the profile of settings, or raise ProfileInvalidError with every fault and the places to correct."""
     try:
         return Profile.model_validate(settings)
     except ConfigError as error:
         raise ProfileInvalidError(f"{path}, or what goes over it: {error}") from None
     except ValidationError as error:
         errors = _one_a_setting(error.errors())
-        faults = tuple(_describe(fault, sources) for fault in errors)
-        shown = "\n".join(f"  - {fault}" for fault in faults)
-        sound = _is_sound(alone)
-        over = [maker for fault in errors for maker in _makers(fault, sources, sound=sound)]
-        in_file = not over or (not sound and not all(_origin(fault, sources) for fault in errors))
-        places = [*dict.fromkeys(over), *([str(path)] if in_file else [])]
-        refusal = ProfileInvalidError(
-            f"{path} {'' if in_file else 'with what is set over it '}has {len(faults)} "
-            f"fault{'s' if len(faults) > 1 else ''}:\n{shown}\n"
-            f"Correct {', '.join(places)} and run again; profiles/README.md explains every key."
-        )
-        refusal.faults = faults
-        raise refusal from None
-
-
-def _is_sound(settings: dict[str, Any]) -> bool:
     try:
-        Profile.model_validate(settings)
+        Profile.model_validate(alone)
+        sound = True
     except (ConfigError, ValidationError):
-        return False
-    return True
+        sound = False
+    faults, over, in_file = [], list[str](), False
+    for fault in errors:
+        field, origin = ".".join(str(part) for part in fault["loc"]), _origin(fault, sources)
+        shown = f"{_describe(fault)} [{origin}]" if origin else _describe(fault)
+        faults.append(f"{field}: {shown}" if field else shown)
+        if origin:
+            over.append(origin)
+        elif sound:  # overrides made the contradiction: those of the section, or else any
+            within = [source for key, source in sources.items() if key.startswith(f"{field}.")]
+            over += within or sources.values()
+        else:
+            in_file = True
+    in_file = in_file or not over
+    places = [*dict.fromkeys(over), *([str(path)] if in_file else [])]
+    shown = "\n".join(f"  - {fault}" for fault in faults)
+    refusal = ProfileInvalidError(
+        f"{path} {'' if in_file else 'with what is set over it '}has {len(faults)} "
+        f"fault{'s' if len(faults) > 1 else ''}:\n{shown}\n"
+        f"Correct {', '.join(places)} and run again; profiles/README.md explains every key."
+    )
+    refusal.faults = tuple(faults)
+    raise refusal
 
 
 def _one_a_setting(errors: Sequence[ErrorDetails]) -> list[ErrorDetails]:
     """Return the faults with those of a union told as one: pydantic has one for each type that the value might have."""
-    sections = _sections()
     told: dict[tuple[int | str, ...], ErrorDetails] = {}
     for fault in errors:
         place = fault["loc"]
-        is_of_union = len(place) == 3 and isinstance(place[2], str) and place[1] in sections.get(str(place[0]), ())
+        is_of_union = len(place) == 3 and isinstance(place[2], str) and place[1] in _keys_of(str(place[0]))
         place = place[:2] if is_of_union else place
         wanted = fault["msg"].removeprefix("Input should be ").partition(", unable")[0]
         if is_of_union and place in told:
@@ -138,18 +141,19 @@ def _one_a_setting(errors: Sequence[ErrorDetails]) -> list[ErrorDetails]:
     return list(told.values())
 
 
-def _describe(fault: ErrorDetails, sources: Mapping[str, str]) -> str:
-    field = ".".join(str(part) for part in fault["loc"])
-    message = fault["msg"].removeprefix("Value error, ")
-    if fault["type"] == "extra_forbidden":
-        message = f"no such setting{_suggest(fault['loc'])}"
-    elif fault["type"] == "tuple_type":
-        message = f'needs a list, such as {fault["loc"][-1]} = ["…"] (got {fault["input"]!r})'
-    elif fault["type"] not in ("value_error",):
-        message = f"{message} (got {fault['input']!r})"
-    origin = _origin(fault, sources)
-    shown = f" [{origin}]" if origin else ""
-    return f"{field}: {message}{shown}" if field else message
+def _describe(fault: ErrorDetails) -> str:
+    """Say what is wrong with a setting; of an unknown one, which setting may be meant."""
+    if fault["type"] == "value_error":
+        return fault["msg"].removeprefix("Value error, ")
+    if fault["type"] == "tuple_type":
+        return f'needs a list, such as {fault["loc"][-1]} = ["…"] (got {fault["input"]!r})'
+    if fault["type"] != "extra_forbidden":
+        return f"{fault['msg']} (got {fault['input']!r})"
+    *section, key = map(str, fault["loc"])
+    elsewhere = [f"{name}.{key}" for name in Profile.model_fields if key in _keys_of(name)]
+    siblings = _keys_of(section[0]) if section else Profile.model_fields
+    guess = next(iter([*elsewhere, *difflib.get_close_matches(key, siblings, n=1)]), None)
+    return f"no such setting; did you mean {guess!r}?" if guess else "no such setting"
 
 
 def _origin(fault: ErrorDetails, sources: Mapping[str, str]) -> str | None:
@@ -164,34 +168,8 @@ def _origin(fault: ErrorDetails, sources: Mapping[str, str]) -> str | None:
     return setters[-1] if setters else None
 
 
-def _makers(fault: ErrorDetails, sources: Mapping[str, str], *, sound: bool) -> list[str]:
-    """Return the overrides that may have made a fault. Over a sound file, they made each contradiction."""
-    if origin := _origin(fault, sources):
-        return [origin]
-    section = ".".join(str(part) for part in fault["loc"])
-    within = [source for key, source in sources.items() if key.startswith(f"{section}.")]
-    return (within or list(sources.values())) if sound else []
-
-
-def _suggest(location: tuple[int | str, ...]) -> str:
-    section: Any = Profile
-    for part in location[:-1]:
-        section = section.model_fields[str(part)].annotation
-        section = next((t for t in (section, *get_args(section)) if _is_section(t)), None)
-        if section is None:
-            return ""
-    key = str(location[-1])
-    close = difflib.get_close_matches(key, section.model_fields, n=1)
-    elsewhere = [f"{name}.{key}" for name, fields in _sections().items() if key in fields]
-    guess = next(iter([*elsewhere, *close]), None)
-    return f"; did you mean {guess!r}?" if guess else ""
-
-
-def _sections() -> dict[str, Collection[str]]:
-    """Return the keys of every section."""
-    kinds: dict[str, Any] = {name: field.annotation for name, field in Profile.model_fields.items()}
-    return {name: set(kind.model_fields) for name, kind in kinds.items() if _is_section(kind)}
-
-
-def _is_section(candidate: Any) -> bool:
-    return isinstance(candidate, type) and issubclass(candidate, BaseModel)
+def _keys_of(section: str) -> Collection[str]:
+    """Return the keys of a section, or none for the name of anything else."""
+    field = Profile.model_fields.get(section)
+    kind = section_in(field.annotation) if field else None
+    return kind.model_fields if kind else ()

@@ -52,24 +52,18 @@ class ModelConfig(FrozenConfig):
     """Share one matrix between embedding and head."""
 
     @model_validator(mode="after")
-    def heads_divide_hidden_size(self) -> Self:
-        if self.pretrained is None and self.hidden_size % self.num_attention_heads:
+    def heads_divide_the_width_evenly(self) -> Self:
+        if self.pretrained is not None:
+            return self
+        if self.hidden_size % self.num_attention_heads:
             raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of {self.num_attention_heads} heads")
-        return self
-
-    @model_validator(mode="after")
-    def heads_are_even_for_rotation(self) -> Self:
-        if self.pretrained is None and self.head_size % 2:
+        if self.head_size % 2:
             raise ValueError(
                 f"hidden_size {self.hidden_size} in {self.num_attention_heads} heads makes heads of {self.head_size}; "
                 "rotary positions need an even number"
             )
-        return self
-
-    @model_validator(mode="after")
-    def key_value_heads_divide_heads(self) -> Self:
         kv_heads = self.num_key_value_heads
-        if self.pretrained is None and kv_heads and self.num_attention_heads % kv_heads:
+        if kv_heads and self.num_attention_heads % kv_heads:
             raise ValueError(f"{self.num_attention_heads} attention heads are not a multiple of {kv_heads} kv heads")
         return self
 

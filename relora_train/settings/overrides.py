@@ -8,19 +8,11 @@ Rules across fields are not here: they hold for the profile and its overrides to
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Any, get_args
+from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    create_model,
-    model_serializer,
-    model_validator,
-)
-from pydantic.fields import FieldInfo
+from pydantic import BaseModel, ConfigDict, Field, create_model, model_serializer, model_validator
 
-from relora_train.settings.base import FrozenConfig
+from relora_train.settings.base import FrozenConfig, section_in
 from relora_train.settings.keys import layered
 from relora_train.settings.profile import Profile
 
@@ -47,23 +39,18 @@ class Overrides(BaseModel):
 
 
 def _overrides_of(config: type[FrozenConfig], name: str) -> type[Overrides]:
-    fields: dict[str, Any] = {key: _optional(field) for key, field in config.model_fields.items()}
+    """Return the type of overrides of a section: the same bounds and descriptions, and no value for what is absent."""
+    fields: dict[str, Any] = {}
+    for key, field in config.model_fields.items():
+        kind: Any = field.annotation
+        description = field.description
+        if section := section_in(kind):
+            kind = _overrides_of(section, section.__name__.removesuffix("Config") + "Overrides")
+            description = section.__doc__
+        elif field.metadata:
+            kind = Annotated[(kind, *field.metadata)]
+        fields[key] = kind, Field(default_factory=_absent, description=description)
     return create_model(name, __base__=Overrides, __module__=__name__, __doc__=config.__doc__, **fields)
-
-
-def _optional(field: FieldInfo) -> tuple[Any, Any]:
-    """Type and field with the same bounds and description; what is absent has no value, not even in the schema."""
-    kind: Any = field.annotation
-    section = next((part for part in (kind, *get_args(kind)) if _is_section(part)), None)
-    if section is not None:
-        kind = _overrides_of(section, section.__name__.removesuffix("Config") + "Overrides")
-        return kind, Field(default_factory=_absent, description=section.__doc__)
-    bounded = Annotated[(kind, *field.metadata)] if field.metadata else kind
-    return bounded, Field(default_factory=_absent, description=field.description)
-
-
-def _is_section(kind: Any) -> bool:
-    return isinstance(kind, type) and issubclass(kind, FrozenConfig)
 
 
 def _absent() -> None:

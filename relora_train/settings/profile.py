@@ -16,7 +16,13 @@ from pydantic import Field, ValidationInfo, model_validator
 from relora_train.settings.base import FrozenConfig
 from relora_train.settings.data import BatchConfig, DataConfig, ImagesConfig, TokenizerConfig
 from relora_train.settings.keys import REMOVED_KEYS, removed, settings_digest
-from relora_train.settings.method import DivergenceConfig, OptimizerConfig, OptimizerResetConfig, ReLoRAConfig
+from relora_train.settings.method import (
+    DivergenceConfig,
+    OptimizerConfig,
+    OptimizerResetConfig,
+    ReLoRAConfig,
+    ScheduleConfig,
+)
 from relora_train.settings.model import ModelConfig
 from relora_train.settings.objectives import DEFAULT_OBJECTIVE, OBJECTIVES, ObjectiveName, foreign_keys
 from relora_train.settings.running import (
@@ -27,12 +33,8 @@ from relora_train.settings.running import (
     RetentionConfig,
     SnapshotConfig,
 )
-from relora_train.settings.schedule import ScheduleConfig
 
 Method = Literal["full", "lora", "relora"]
-
-
-_READING = {"reading": True}
 
 
 class Profile(FrozenConfig):
@@ -76,27 +78,22 @@ class Profile(FrozenConfig):
         kept = dict(given)
         for section, defaults in REMOVED_KEYS.items():
             settings = given.get(section)
-            if not isinstance(settings, Mapping) or not defaults.keys() & settings.keys():
+            if not isinstance(settings, Mapping):
                 continue
-            if not info.context:
-                for key in defaults.keys() & settings.keys():
-                    if settings[key] != defaults[key]:
-                        raise ValueError(f"{section}.{key} = {settings[key]!r}: {removed(f'{section}.{key}')}")
+            for key in [] if info.context else defaults.keys() & settings.keys():
+                if settings[key] != defaults[key]:
+                    raise ValueError(f"{section}.{key} = {settings[key]!r}: {removed(f'{section}.{key}')}")
             kept[section] = {key: value for key, value in settings.items() if key not in defaults}
         return kept
 
     @model_validator(mode="after")
-    def source_belongs_to_the_objective(self) -> Self:
+    def settings_fit_the_objective(self) -> Self:
         sources = OBJECTIVES[self.objective].sources
         if self.data.source not in sources:
             raise ValueError(
                 f"objective {self.objective!r} does not learn from data.source {self.data.source!r}; it takes "
                 f"{', '.join(sources)}"
             )
-        return self
-
-    @model_validator(mode="after")
-    def patches_are_the_tokens_of_an_image(self) -> Self:
         if self.objective != "image_classification":
             return self
         images, length = self.images, self.batch.sequence_length
@@ -110,38 +107,28 @@ class Profile(FrozenConfig):
         return self
 
     @model_validator(mode="after")
-    def sequence_fits_the_model(self) -> Self:
-        if self.model.pretrained is None and self.batch.sequence_length > self.model.max_position_embeddings:
+    def settings_fit_a_new_model(self) -> Self:
+        model, length, rows = self.model, self.batch.sequence_length, self.model.vocab_size
+        if model.pretrained is not None:
+            return self
+        if length > model.max_position_embeddings:
             raise ValueError(
-                f"batch.sequence_length {self.batch.sequence_length} is longer than "
-                f"model.max_position_embeddings {self.model.max_position_embeddings}"
+                f"batch.sequence_length {length} is longer than model.max_position_embeddings "
+                f"{model.max_position_embeddings}"
             )
-        return self
-
-    @model_validator(mode="after")
-    def rank_is_low(self) -> Self:
-        width = min(self.model.hidden_size, self.model.intermediate_size)
+        width = min(model.hidden_size, model.intermediate_size)
         if self.relora.target_modules is None:
-            width = min(width, self.model.key_value_size)
-        if self.model.pretrained is None and self.method != "full" and self.relora.rank > width:
+            width = min(width, model.key_value_size)
+        if self.method != "full" and self.relora.rank > width:
             raise ValueError(f"relora.rank {self.relora.rank} exceeds {width}, the smallest side of a wrapped layer")
+        if self.tokenizer.path is None and rows is not None and rows < self.tokenizer.vocab_size:
+            raise ValueError(f"model.vocab_size {rows} is below tokenizer.vocab_size {self.tokenizer.vocab_size}")
         return self
 
     @model_validator(mode="after")
-    def ranks_share_the_batch(self) -> Self:
+    def ranks_share_batch_and_model(self) -> Self:
         if self.launch.world_size is not None and (fault := self.fault_of_ranks(self.launch.world_size)):
             raise ValueError(fault)
-        return self
-
-    @model_validator(mode="after")
-    def embedding_holds_the_tokenizer(self) -> Self:
-        rows, entries = self.model.vocab_size, self.tokenizer.vocab_size
-        if self.model.pretrained is None and self.tokenizer.path is None and rows is not None and rows < entries:
-            raise ValueError(f"model.vocab_size {rows} is below tokenizer.vocab_size {entries}")
-        return self
-
-    @model_validator(mode="after")
-    def a_sharded_model_has_one_dtype(self) -> Self:
         if self.precision.trains_in_bfloat16 and self.launch.sharding == "full":
             raise ValueError(
                 "precision.dtype 'pure-bfloat16' does not go with launch.sharding 'full': FSDP shards tensors of one "
@@ -172,6 +159,7 @@ class Profile(FrozenConfig):
 
 
 LATER_KEYS = {
+    "data": ("validation_paths", "unreadable"),
     "precision": ("residual",),
     "tokenizer": ("revision",),
     "schedule": ("jagged", "cycle_growth", "horizon"),
@@ -193,13 +181,10 @@ def default_run_id(profile: Profile) -> str:
 
     Settings that can change no weight (how fast, where, what is reported) make no other run.
     """
-    whole_sections = dict.fromkeys(
-        ("name", "divergence", "evaluation", "logging", "snapshots", "launch", "retention"), True
-    )
-    harmless: dict[str, Any] = {**whole_sections, **unnamed_data_keys(profile)}
-    harmless |= {section: unset_later_keys(profile, section) for section in LATER_KEYS if section not in harmless}
-    harmless |= dict.fromkeys(foreign_keys(profile.objective), True)
-    settings = profile.model_dump(mode="json", exclude=harmless)
+    harmless = ("name", "divergence", "evaluation", "logging", "snapshots", "launch", "retention")
+    unnamed: dict[str, Any] = {section: unset_later_keys(profile, section) for section in LATER_KEYS}
+    unnamed |= unnamed_data_keys(profile) | dict.fromkeys((*harmless, *foreign_keys(profile.objective)), True)
+    settings = profile.model_dump(mode="json", exclude=unnamed)
     name = re.sub(r"[^a-z0-9._-]+", "-", profile.name.lower()).strip("-.") or "run"
     return f"{name}-{settings_digest(settings)[:8]}"
 
@@ -208,20 +193,18 @@ def unnamed_data_keys(profile: Profile) -> dict[str, set[str]]:
     """Keys of what is learned from that are no part of a run's name, by section.
 
     Two of them change the data: tokenizer.train and data.bos came later, and their defaults are not what runs before
-    them did. Such a run is found by its old settings, so that it can say how to go on: runs/tokenizer_choice.py.
+    them did. Such a run is found by its old settings, so that it can say how to go on: runs/datasets.py.
     """
     bos = {"bos"} if profile.data.bos is not True else set()  # no run before it had one
-    later = set() if profile.data.validation_paths else {"validation_paths"}
-    later |= {"unreadable"} if profile.data.unreadable == "stop" else set()
     return {
-        "data": {"name", "workers", "engine"} | bos | later,
-        "tokenizer": {"train", *unset_later_keys(profile, "tokenizer")},
+        "data": {"name", "workers", "engine"} | bos | unset_later_keys(profile, "data"),
+        "tokenizer": {"train"} | unset_later_keys(profile, "tokenizer"),
     }
 
 
 def profile_to_read(content: bytes) -> Profile:
     """Return the settings saved beside a checkpoint, less what was removed: to read by, not to train by."""
-    return Profile.model_validate_json(content, context=_READING)
+    return Profile.model_validate_json(content, context={"reading": True})
 
 
 def profile_from_file(path: Path) -> Profile:

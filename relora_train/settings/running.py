@@ -111,13 +111,9 @@ class LaunchConfig(FrozenConfig):
     """Keep one activation a block and compute the rest again: far less memory, about a third more FLOPs."""
 
     @model_validator(mode="after")
-    def gpus_are_counted_only_where_they_are_used(self) -> Self:
+    def ranks_can_start(self) -> Self:
         if self.nproc_per_node == "gpu" and self.device == "cpu":
             raise ValueError("nproc_per_node 'gpu' needs device 'cuda' or 'auto'")
-        return self
-
-    @model_validator(mode="after")
-    def several_machines_have_a_place_to_meet(self) -> Self:
         if self.nnodes > 1 and self.rdzv_endpoint is None:
             raise ValueError(f"nnodes {self.nnodes} needs rdzv_endpoint, 'host:port' of the flow's machine")
         return self

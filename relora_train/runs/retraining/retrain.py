@@ -1,7 +1,10 @@
-"""Plan one retrain of a series: what is new, and what is trained on it. `decide.py` promotes the result, or refuses it.
+"""One retrain of a series: what is new, what is trained on it, and whether the result is promoted.
 
 A retrain goes on from the champion (or begins anew with `fresh_warm_start`) on what its source holds more than when
 the series was last trained. It scores the result and the champion on the same held-out set and promotes the better one.
+A refused candidate's data counts as seen unless `retry_refused`: the next night's candidate would be refused for the
+same reason, and old data come back through `old_data_ratio`.
+
 All that it makes is found again by a name that follows from its data, settings and champion. A killed retrain is
 continued, a doubled one adopts what the first did, and a missed one only leaves more data for the next.
 """
@@ -10,29 +13,33 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from relora_train.checkpoints.lease import Lease
 from relora_train.checkpoints.lineage import CheckpointRef
 from relora_train.checkpoints.manifest import DatasetManifest
-from relora_train.checkpoints.series import find_champion
-from relora_train.checkpoints.series_record import check_series
+from relora_train.checkpoints.series import find_champion, promote, who
+from relora_train.checkpoints.series_record import Scores, check_series
 from relora_train.data.selection import Selection, contents_of, inputs_of
-from relora_train.data.sources import Source, resolve_source
-from relora_train.errors import ConfigError, CorpusEmptyError, CorpusTooSmallError
-from relora_train.runs.datasets import Corpus, DatasetOutcome, prepare_or_reuse
-from relora_train.runs.retraining.options import RetrainOptions
+from relora_train.data.sources import resolve_source
+from relora_train.errors import ConfigError, CorpusEmptyError, CorpusTooSmallError, PreconditionFailedError
+from relora_train.runs.datasets import Corpus, DatasetOutcome, as_checkpoint, prepare_or_reuse
+from relora_train.runs.retraining.options import MarginKind, RetrainOptions
 from relora_train.runs.retraining.series_data import (
+    Decision,
+    Outcome,
     Pending,
     SeriesData,
     begin,
     end,
     finish_promoted,
     read_data,
+    record_decision,
+    scores_record,
 )
-from relora_train.runs.run import OnEvent, Run
-from relora_train.runs.tokenizer_choice import as_checkpoint
+from relora_train.runs.run import DatasetRef, OnEvent, Run
 from relora_train.settings.data import DataConfig, TokenizerConfig
 from relora_train.settings.keys import settings_digest
 from relora_train.settings.objectives import OBJECTIVES
@@ -67,11 +74,6 @@ class RetrainPlan:
         return None if self.options.fresh_warm_start else self.champion
 
     @property
-    def depends_on(self) -> Sequence[str]:
-        """URIs of checkpoints that must not be pruned meanwhile."""
-        return [self.champion.uri] if self.champion else []
-
-    @property
     def run(self) -> Run:
         """The run that the candidate is trained in."""
         return Run(self.run_id, self.store_uri, self.profile, branches=self.parent is not None)
@@ -85,20 +87,29 @@ def plan_retrain(
     Raises ConfigError for settings with which the series cannot go on, and the errors of the source and its store.
     """
     check_series(series)
-    _refuse_other_objectives(settings)
+    if not OBJECTIVES[settings.objective].in_series:
+        raise ConfigError(
+            f"Profile {settings.name!r} has objective {settings.objective!r}, and a series goes on with new documents "
+            "of text. Train it with `relora run`."
+        )
     finish_promoted(store, series)
     data, _ = read_data(store, series)
     _refuse_other_split(settings, data)
     champion = find_champion(store, series)
     source = resolve_source(settings.data)
-    new = _new_parts(source, data, champion)
+    there, pending = contents_of(source), data.pending
+    new = tuple(part for part in there if part not in set(data.seen))
+    if pending is not None and pending.champion == (champion.prefix if champion else None):  # a retrain was killed
+        new = pending.new if pending.is_revision or set(pending.new) <= set(there) else new
     if not new:
         return None
     parent = None if options.fresh_warm_start else champion
+    # A hub dataset is one part, its revision: the new one holds what the old one held.
+    is_hub = settings.data.source == "hub"
+    old = data.seen if is_hub else tuple(sorted(set(there) & set(data.seen)))
     if parent is None:
-        selection = Selection(new=_known_parts(source, data, new))
+        selection = Selection(new=new if is_hub else tuple(sorted({*new, *old})))
     else:
-        old = _known_parts(source, data, ())
         selection = Selection(new=new, old=old, old_ratio=options.old_data_ratio, seed=settings.seed)
     tokenizer = facts_of(settings).tokenizer()
     if champion is not None:
@@ -132,34 +143,96 @@ def prepare_next(run: Run, plan: RetrainPlan, *, on_event: OnEvent) -> DatasetOu
     """
     try:
         outcome = prepare_or_reuse(run, on_event=on_event, corpus=plan.corpus)
-        if note := outcome.dataset.manifest.statistics.get("split_note"):
+        manifest, batch = outcome.dataset.manifest, run.profile.batch
+        if note := manifest.statistics.get("split_note"):
             raise CorpusTooSmallError(
                 f"Series {plan.series!r} needs documents of which the split rule holds some out: {note}. Give more "
                 "documents, or cut long files into documents (JSON lines)."
             )
+        enough = count_sequences(manifest, "train", batch.sequence_length) >= batch.sequences
+        if plan.parent is None or (enough and count_sequences(manifest, "val", batch.sequence_length)):
+            return outcome
     except (CorpusEmptyError, CorpusTooSmallError) as error:
         if plan.parent is None:
             raise
         _log.info("%s", error)
-        _wait_for_more(plan)
-        return None
-    batch, manifest = run.profile.batch, outcome.dataset.manifest
-    enough = count_sequences(manifest, "train", batch.sequence_length) >= batch.sequences
-    if plan.parent is None or (enough and count_sequences(manifest, "val", batch.sequence_length)):
-        return outcome
-    _wait_for_more(plan)
+    end(open_store(plan.store_uri), plan.series, (), replaces=False)  # the next one takes what has come by then too
     return None
-
-
-def _wait_for_more(plan: RetrainPlan) -> None:
-    """Let the next retrain take what has come by then too."""
-    end(open_store(plan.store_uri), plan.series, (), replaces=False)
 
 
 def start(plan: RetrainPlan) -> None:
     """Write down the data of a retrain whose training begins, so that a rerun takes the same. Safe to repeat."""
     pending = Pending(run_id=plan.run_id, new=plan.new, champion=plan.champion.prefix if plan.champion else None)
     begin(open_store(plan.store_uri), plan.series, pending, plan.profile.data.validation_fraction)
+
+
+def conclude(
+    plan: RetrainPlan,
+    candidate: CheckpointRef,
+    evaluation: Mapping[str, Any],
+    champion_evaluation: Mapping[str, Any] | None,
+    dataset: DatasetRef,
+    *,
+    provenance: Mapping[str, str],
+) -> Decision:
+    """Promote the candidate or refuse it, keep the decision, then count its data as seen. Safe to kill and to repeat.
+
+    If the champion changed since the plan was made, the two were not compared. Then nothing is promoted ('overtaken'),
+    and the data stay new for a retrain that goes on from the other champion.
+    """
+    if plan.lease is not None:
+        plan.lease.check()
+    store, options = open_store(plan.store_uri), plan.options
+    scores = Scores(
+        candidate_loss=evaluation["val_loss"],
+        champion_loss=champion_evaluation["val_loss"] if champion_evaluation else None,
+        dataset_uri=dataset.uri,
+    )
+    better, reason = judge(scores.candidate_loss, scores.champion_loss, options.margin, options.margin_kind)
+    outcome: Outcome = "refused"
+    if better:
+        expected = plan.champion.prefix if plan.champion else None
+        try:
+            promote(store, plan.series, candidate, reason=reason, expected=expected, run_id=plan.run_id, scores=scores)
+            outcome = "promoted"
+        except PreconditionFailedError as error:
+            outcome, reason = "overtaken", str(error)
+    decision = Decision(
+        series=plan.series,
+        run_id=plan.run_id,
+        outcome=outcome,
+        reason=reason,
+        candidate_uri=candidate.uri,
+        champion_uri=plan.champion.uri if plan.champion else None,
+        scores=scores_record(scores),
+        margin=f"{options.margin:g} {options.margin_kind}",
+        new=plan.new,
+        data_is_seen=outcome == "promoted" or (outcome == "refused" and not options.retry_refused),
+        by=who(),
+        provenance=dict(provenance),
+    )
+    record_decision(store, decision)
+    seen = plan.new if decision.data_is_seen else ()
+    end(store, plan.series, seen, replaces=plan.profile.data.source == "hub")
+    return decision
+
+
+def judge(candidate: float, champion: float | None, margin: float, kind: MarginKind) -> tuple[bool, str]:
+    """Return True if a candidate's validation loss beats the champion's by the margin, and the reason. Pure.
+
+    Without a champion any finite loss is enough. With margin 0 the loss must still be lower, not equal.
+    """
+    if not math.isfinite(candidate):
+        return False, f"its validation loss is {candidate}"
+    if champion is None:
+        return True, f"first of its series, validation loss {candidate:.4f}"
+    needed = margin * champion if kind == "relative" else margin
+    asked = f"{margin:.2%}" if kind == "relative" else f"{margin:g}"
+    gain = champion - candidate
+    shown = f"validation loss {candidate:.4f} against {champion:.4f}, better by {gain:.4f} ({gain / champion:.2%})"
+    if not math.isfinite(champion):
+        return True, f"validation loss {candidate:.4f} against {champion}"
+    return gain > 0 and gain >= needed, f"{shown}; a margin of {asked} is asked for"
 
 
 def count_sequences(manifest: DatasetManifest, split: str, sequence_length: int) -> int:
@@ -182,31 +255,6 @@ def _refuse_other_split(settings: Profile, data: SeriesData) -> None:
             f"with data.validation_fraction {ours} the held-out set would be another. Set it back to "
             f"{data.validation_fraction}, or start another series."
         )
-
-
-def _refuse_other_objectives(settings: Profile) -> None:
-    if not OBJECTIVES[settings.objective].in_series:
-        raise ConfigError(
-            f"Profile {settings.name!r} has objective {settings.objective!r}, and a series goes on with new documents "
-            "of text. Train it with `relora run`."
-        )
-
-
-def _new_parts(source: Source, data: SeriesData, champion: CheckpointRef | None) -> tuple[str, ...]:
-    """Return what the source holds that the series has not seen, or what a killed retrain had begun with."""
-    there = contents_of(source)
-    new = tuple(part for part in there if part not in set(data.seen))
-    pending = data.pending
-    if pending is None or pending.champion != (champion.prefix if champion else None):
-        return new
-    return pending.new if pending.is_revision or set(pending.new) <= set(there) else new
-
-
-def _known_parts(source: Source, data: SeriesData, new: Sequence[str]) -> tuple[str, ...]:
-    """Return the parts of the source that the series has seen, and `new`; for a hub dataset the revision to read."""
-    if source.data.source == "hub":
-        return tuple(new) or data.seen
-    return tuple(sorted({*new, *(set(contents_of(source)) & set(data.seen))}))
 
 
 def _lengthened(settings: Profile, parent: CheckpointRef, cycles: int) -> Profile:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import secrets
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from datetime import UTC, datetime
 from typing import Any, Literal
 
@@ -23,6 +23,8 @@ from relora_train.settings.keys import settings_digest
 from relora_train.storage.base import ObjectStore
 
 _log = logging.getLogger("relora_train.runs.retraining.series_data")
+
+_ADVICE = "Nothing but this record depends on it: delete it and run again."
 
 Outcome = Literal["promoted", "refused", "overtaken"]
 """overtaken: better, but another writer moved the series meanwhile, and the candidate was not compared with that."""
@@ -93,10 +95,14 @@ def read_data(store: ObjectStore, name: str) -> tuple[SeriesData, str | None]:
     return data, etag
 
 
-def write_data(store: ObjectStore, data: SeriesData, etag: str | None) -> None:
-    """Replace what was read with this etag. Raises PreconditionFailedError when another process wrote it since."""
-    fresh = data.model_copy(update={"nonce": secrets.token_hex(8)})
-    key = series_key(data.series, "data.json")
+def _change(store: ObjectStore, name: str, fields: Callable[[SeriesData], dict[str, Any]]) -> None:
+    """Replace fields of what the series has seen. Raise PreconditionFailedError if another process wrote meanwhile."""
+    data, etag = read_data(store, name)
+    changed = data.model_copy(update=fields(data))
+    if changed == data:
+        return
+    key = series_key(name, "data.json")
+    fresh = changed.model_copy(update={"nonce": secrets.token_hex(8)})
     try:
         store.put_bytes(key, fresh.to_bytes(), if_absent=etag is None, if_match=etag)
     except PreconditionFailedError as error:
@@ -108,19 +114,16 @@ def write_data(store: ObjectStore, data: SeriesData, etag: str | None) -> None:
 
 def begin(store: ObjectStore, name: str, pending: Pending, validation_fraction: float) -> None:
     """Write down what a retrain has begun with. Safe to repeat."""
-    data, etag = read_data(store, name)
-    changed = data.model_copy(update={"pending": pending, "validation_fraction": validation_fraction})
-    if changed != data:
-        write_data(store, changed, etag)
+    _change(store, name, lambda data: {"pending": pending, "validation_fraction": validation_fraction})
 
 
 def end(store: ObjectStore, name: str, new: Collection[str], *, replaces: bool) -> None:
     """Count data as seen and the pending retrain as decided. Safe to repeat. replaces: a hub revision."""
-    data, etag = read_data(store, name)
-    seen = tuple(sorted(set(new) if replaces and new else {*data.seen, *new}))
-    changed = data.model_copy(update={"pending": None, "seen": seen})
-    if changed != data:
-        write_data(store, changed, etag)
+
+    def seen(data: SeriesData) -> set[str]:
+        return set(new) if replaces and new else {*data.seen, *new}
+
+    _change(store, name, lambda data: {"pending": None, "seen": tuple(sorted(seen(data)))})
 
 
 def forget(store: ObjectStore, name: str, run_ids: Collection[str]) -> int:
@@ -128,16 +131,12 @@ def forget(store: ObjectStore, name: str, run_ids: Collection[str]) -> int:
 
     For a hub dataset the whole revision is then new.
     """
-    taken = {
-        part
-        for decision in read_decisions(store, name)
-        if decision.outcome == "promoted" and decision.run_id in run_ids
-        for part in decision.new
-    }
-    data, etag = read_data(store, name)
-    if again := taken & set(data.seen):
-        seen = tuple(part for part in data.seen if part not in taken)
-        write_data(store, data.model_copy(update={"seen": seen}), etag)
+    taken: set[str] = set()
+    for decision in read_decisions(store, name):
+        if decision.outcome == "promoted" and decision.run_id in run_ids:
+            taken |= {*decision.new}
+    again = taken & {*read_data(store, name)[0].seen}
+    _change(store, name, lambda data: {"seen": tuple(part for part in data.seen if part not in taken)})
     return len(again)
 
 
@@ -148,15 +147,16 @@ def record_decision(store: ObjectStore, decision: Decision) -> Decision:
     try:
         store.put_bytes(key, decision.to_bytes(), if_absent=True)
     except PreconditionFailedError:
-        return _parse_decision(store, key, store.get_bytes(key)[0])
+        there = Decision.find(store, key, advice=_ADVICE)
+        return there[0] if there else decision
     return decision
 
 
 def read_decisions(store: ObjectStore, name: str) -> Sequence[Decision]:
     """Return every decision of a series, oldest first."""
-    keys = [info.key for info in store.list(series_key(name, "decisions/"))]
-    found = [_parse_decision(store, key, store.get_bytes(key)[0]) for key in keys]
-    return sorted(found, key=lambda decision: decision.at)
+    listed = store.list(series_key(name, "decisions/"))
+    found = [Decision.find(store, info.key, advice=_ADVICE) for info in listed]
+    return sorted((one[0] for one in found if one), key=lambda decision: decision.at)
 
 
 def scores_record(scores: Scores) -> dict[str, Any]:
@@ -194,8 +194,3 @@ def finish_promoted(store: ObjectStore, series: str) -> None:
         )
         record_decision(store, decision)
     end(store, series, pending.new, replaces=pending.is_revision)
-
-
-def _parse_decision(store: ObjectStore, key: str, data: bytes) -> Decision:
-    advice = "Nothing but this record depends on it: delete it and run again."
-    return Decision.parse(data, uri=f"{store.uri}/{key}", advice=advice)
