@@ -16,7 +16,7 @@ from relora_train.checkpoints.manifest import DatasetManifest, read_manifest
 from relora_train.errors import AccessDeniedError, ObjectNotFoundError
 from relora_train.runs.run import DatasetRef, OnEvent, Run, fetch_dataset, fetch_parent
 from relora_train.settings.keys import settings_digest
-from relora_train.settings.profile import Profile, profile_from_file
+from relora_train.settings.profile import Profile, profile_from_file, unset_later_keys
 from relora_train.storage.base import ObjectStore, find_json, parse_json, put_json
 from relora_train.storage.opening import open_store
 from relora_train.storage.workspace import WorkDirectory, checkpoint_cache, short_digest
@@ -118,7 +118,8 @@ def recorded_evaluations(store: ObjectStore, line: Sequence[CheckpointRef]) -> l
 
 
 def _key(profile: Profile, checkpoint: CheckpointRef, dataset: DatasetRef) -> str:
-    settings = profile.model_dump(mode="json", include={"evaluation", "precision", "seed"})
+    later = {"precision": unset_later_keys(profile, "precision")}  # scores from before them are found again
+    settings = profile.model_dump(mode="json", include={"evaluation", "precision", "seed"}, exclude=later)
     settings |= {"sequence_length": profile.batch.sequence_length, "dataset_id": dataset.dataset_id}
     run_id = check_run_id(checkpoint.manifest.run_id)
     place = f"step-{checkpoint.step:08d}-{checkpoint.fingerprint[:12]}-{settings_digest(settings)[:8]}"

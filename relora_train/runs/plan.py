@@ -199,7 +199,9 @@ def _low_rank_cost(profile: Profile, shape: ModelShape) -> PhaseCost:
     wrapped = wrapped_layers(shape, target_modules=relora.target_modules, rank=relora.rank)
     factors = shape.layers * relora.rank * sum(linear.sides for linear in wrapped)
     sharded = launch.sharding == "full" and launch.world_size != 1
+    device = "cuda" if launch.device == "cuda" else "cpu"
     exact = relora.dropout == 0 and profile.precision.dtype == "float32"
+    merges = exact and not sharded and not launch.compiles_on(device)
     sequences, micro_steps = batch.forward_passes(launch.world_size or 1)
     tokens = sequences * facts_of(profile).rows_per_sequence()
     by_name = {linear.name: linear for linear in wrapped}
@@ -207,10 +209,7 @@ def _low_rank_cost(profile: Profile, shape: ModelShape) -> PhaseCost:
     for names in products.sibling_groups(list(by_name)):  # as fast_path.share_inputs will choose
         layers = tuple(by_name[name] for name in names)
         sizes = layers[0].in_features, [linear.out_features for linear in layers], relora.rank
-        device = "cuda" if launch.device == "cuda" else "cpu"
-        how = products.choose_products(
-            *sizes, merges=exact and not sharded and not launch.compiles_on(device), device=device
-        )
+        how = products.choose_products(*sizes, merges=merges, device=device)
         flops[layers] = products.flops_per_token(how, *sizes, tokens=tokens, micro_steps=micro_steps)
         orders.append(LayerOrder(layers=names, order=how, flops_per_token=round(flops[layers])))
         merged += sum(linear.weights for linear in layers) if how != "split" else 0
