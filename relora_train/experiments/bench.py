@@ -1,4 +1,4 @@
-"""Full rank beside ReLoRA of one profile, each step in a process of its own, taking turns. Light."""
+"""Full rank beside ReLoRA of one profile, each step in a process of its own, taking turns."""
 
 from __future__ import annotations
 

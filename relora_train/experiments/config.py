@@ -1,4 +1,4 @@
-"""The files of experiments. Light.
+"""The files of experiments.
 
 One kind compares arms over a base profile at one budget; the others train no runs and say so by `kind`.
 profiles/experiments/README.md explains every key.

@@ -1,4 +1,4 @@
-"""Experiments as data: arms over one base profile, seeds, and one budget in tokens. Light.
+"""Experiments as data: arms over one base profile, seeds, and one budget in tokens.
 
 An experiment is sparse TOML (profiles/experiments/README.md). Each of its arms at each seed is an ordinary run whose id
 follows from its settings. It resumes, retries and is reused like any other, by this experiment and by others. Arms that

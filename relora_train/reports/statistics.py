@@ -1,4 +1,4 @@
-"""Means over seeds with their standard errors, and differences paired by seed. Pure; light.
+"""Means over seeds with their standard errors, and differences paired by seed. Pure.
 
 One value has a mean and no error: nothing here invents one. Values that are not finite must be left out by the caller,
 who then says how many runs a mean is over.
