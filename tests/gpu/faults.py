@@ -113,8 +113,8 @@ def unused_gpu(run: Run) -> None:
     """Device 'auto' falls to the CPU aloud. The GPU is hidden by a number that none has, not by an empty list."""
     program = (
         "import logging, sys; logging.basicConfig(stream=sys.stdout)\n"
-        "from relora_train.distributed import joined_ranks\n"
-        "with joined_ranks('auto') as ranks: sys.stdout.write(f'device {ranks.device}')\n"
+        "from relora_train.distributed import process_group\n"
+        "with process_group('auto') as ranks: sys.stdout.write(f'device {ranks.device}')\n"
     )
     with environment(CUDA_VISIBLE_DEVICES="99", NVIDIA_VISIBLE_DEVICES="all"):
         said = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False).stdout

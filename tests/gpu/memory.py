@@ -23,10 +23,9 @@ from relora_train.training.commit import merged_weights
 from relora_train.training.end_of_cycle import finish_cycle, stage_adapter
 from relora_train.training.files import save_model, save_optimizer_state
 from relora_train.training.optimizer import optimizer_state_by_name
-from relora_train.training.peak_memory import process_bytes
-from relora_train.training.snapshot import Progress
-from relora_train.training.snapshotter import Snapshotter
+from relora_train.training.snapshot import Progress, Snapshotter
 from relora_train.training.step import StageTraining
+from relora_train.training.torch_settings import process_bytes
 
 CARD = 24e9
 STOP_SECONDS = 25.0

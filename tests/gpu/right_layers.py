@@ -18,6 +18,7 @@ from stages import tiny_request, tiny_stage
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from relora_train.method.graph_path import hash_mask, low_rank_linear, low_rank_scale
 from relora_train.method.layer import relora_layers, relora_linear
 from relora_train.method.low_rank import Factors, low_rank_linears
 from relora_train.training.step import StageTraining
@@ -66,63 +67,99 @@ def case_of(run: Run, dtype: torch.dtype, *, autocast: bool) -> Case:
     return Case(x, layers, [draw(out, rows).T for out in outs])
 
 
+KINDS: dict[str, tuple[torch.dtype, bool, float]] = {
+    "float32": (torch.float32, False, 1e-5),
+    "bfloat16": (torch.float32, True, 2e-2),
+}
+"""Dtype of the input, autocast, largest error."""
+
+
 def fast_path(run: Run) -> None:
-    for name, dtype, autocast, limit in (
-        ("float32", torch.float32, False, 1e-5),
-        ("bfloat16", torch.float32, True, 2e-2),
-    ):
-        for dropout in (0.0, P):
-            compare_with_reference(
-                run, f"{name}, dropout {dropout}", case_of(run, dtype, autocast=autocast), autocast, dropout, limit
-            )
-    mask_is_the_same_both_ways(run)
-    share_is_right(run)
+    for name, (dtype, autocast, limit) in KINDS.items():
+        case = case_of(run, dtype, autocast=autocast)
+        for dropout, seed in ((0.0, None), (P, None), (P, hash_seed(run.device))):
+            kind = f"{name}, dropout {dropout}{' by hash' if seed is not None else ''}"
+            compare_with_reference(run, kind, case, autocast, dropout, limit, seed)
+    for seed in (None, hash_seed(run.device)):
+        mask_is_the_same_both_ways(run, seed)
+        share_is_right(run, seed)
+    hash_is_the_same_everywhere(run)
     inside_checkpoints(run)
     nothing_waits(run)
 
 
-def compare_with_reference(run: Run, name: str, case: Case, autocast: bool, dropout: float, limit: float) -> None:
-    kept = mask_of(case, dropout) if dropout else torch.ones_like(case.x)
+def hash_seed(device: torch.device) -> Tensor:
+    return torch.tensor([1_234_567_891, -987_654_321], dtype=torch.int32, device=device)
+
+
+def compare_with_reference(
+    run: Run, name: str, case: Case, autocast: bool, dropout: float, limit: float, seed: Tensor | None
+) -> None:
+    kept = mask_of(case, dropout, seed) if dropout else torch.ones_like(case.x)
 
     def ours() -> tuple[Tensor, ...]:
         torch.manual_seed(SEED)
-        return low_rank_linears(case.x, case.layers, "split", SCALING, dropout)
+        return low_rank_linears(case.x, case.layers, "split", SCALING, dropout, seed)
+
+    def in_a_graph() -> tuple[Tensor, ...]:
+        scale = low_rank_scale(SCALING, dropout)
+        return tuple(low_rank_linear(case.x, f.weight, None, f.A, f.B, scale, seed, dropout) for f in case.layers)
 
     def reference() -> tuple[Tensor, ...]:
-        thin = [
-            relora_linear(case.x * kept, torch.zeros_like(f.weight), None, f.A, f.B, SCALING, 0.0) for f in case.layers
-        ]
-        wide = [relora_linear(case.x, f.weight, None, torch.zeros_like(f.A), f.B, SCALING, 0.0) for f in case.layers]
-        return tuple(a + b for a, b in zip(thin, wide, strict=True))
+        made = []
+        for f in case.layers:
+            no_weight, no_update = torch.zeros_like(f.weight), torch.zeros_like(f.A)
+            thin = relora_linear(case.x * kept, no_weight, None, f.A, f.B, SCALING, 0.0)
+            made.append(thin + relora_linear(case.x, f.weight, None, no_update, f.B, SCALING, 0.0))
+        return tuple(made)
 
-    found = []
-    for function in (ours, reference):
-        with torch.autocast(run.device_type, dtype=torch.bfloat16, enabled=autocast):
-            outputs = function()
-        gradients = [g.to(y.dtype) for g, y in zip(case.gradients, outputs, strict=True)]
-        found.append([*outputs, *torch.autograd.grad(outputs, case.inputs, gradients)])
-    run.require(f"{name}: dtype of outputs {found[0][0].dtype}", found[0][0].dtype == found[1][0].dtype)
-    run.below(f"error, {name}", max(relative(a, b) for a, b in zip(*found, strict=True)), limit)
+    exact = outputs_and_gradients(run, case, reference, autocast)
+    functions = {"fast path": ours} | ({"graph's operations": in_a_graph} if dropout == 0 or seed is not None else {})
+    for which, function in functions.items():
+        found = outputs_and_gradients(run, case, function, autocast)
+        run.require(f"{which}, {name}: dtype of outputs {found[0].dtype}", found[0].dtype == exact[0].dtype)
+        worst = max(relative(a, b) for a, b in zip(found, exact, strict=True))
+        run.below(f"error of the {which}, {name}", worst, limit)
 
 
-def mask_of(case: Case, dropout: float) -> Tensor:
+def outputs_and_gradients(
+    run: Run, case: Case, function: Callable[[], tuple[Tensor, ...]], autocast: bool
+) -> list[Tensor]:
+    with torch.autocast(run.device_type, dtype=torch.bfloat16, enabled=autocast):
+        outputs = function()
+    gradients = [g.to(y.dtype) for g, y in zip(case.gradients, outputs, strict=True)]
+    return [*outputs, *torch.autograd.grad(outputs, case.inputs, gradients)]
+
+
+def mask_of(case: Case, dropout: float, seed: Tensor | None) -> Tensor:
     """Return the mask of the next draw under SEED, rescaled: a layer of x = 1, W = 0, A = B = 1 gives nothing else."""
     width = case.x.shape[-1]
     eye = torch.eye(width, device=case.x.device, dtype=torch.float32)
     probe = Factors(torch.zeros_like(eye), None, eye, eye)
     torch.manual_seed(SEED)
     with torch.no_grad():
-        (made,) = low_rank_linears(torch.ones_like(case.x, dtype=torch.float32), [probe], "split", 1.0, dropout)
+        ones = torch.ones_like(case.x, dtype=torch.float32)
+        (made,) = low_rank_linears(ones, [probe], "split", 1.0, dropout, seed)
     return made.to(case.x.dtype)
 
 
-def mask_is_the_same_both_ways(run: Run) -> None:
+def hash_is_the_same_everywhere(run: Run) -> None:
+    rows = 100 if run.dry else 8192
+    for width in (64, 2048):
+        masks = [
+            hash_mask(torch.empty(rows, width, device=device), hash_seed(device), P).cpu()
+            for device in (torch.device("cpu"), run.device)
+        ]
+        run.require(f"hashed masks of {rows} x {width} are a CPU's", torch.equal(*masks))
+
+
+def mask_is_the_same_both_ways(run: Run, seed: Tensor | None) -> None:
     """In float64 a directional derivative is the difference quotient, or the backward pass has drawn another mask."""
     case = case_of(run, torch.float64, autocast=False)
 
     def value(x: Tensor, layers: list[Factors]) -> Tensor:
         torch.manual_seed(SEED)
-        outputs = low_rank_linears(x, layers, "split", SCALING, P)
+        outputs = low_rank_linears(x, layers, "split", SCALING, P, seed)
         return sum(
             ((y.tanh() * g).sum() for y, g in zip(outputs, case.gradients, strict=True)),
             torch.zeros((), device=x.device, dtype=x.dtype),
@@ -142,18 +179,22 @@ def mask_is_the_same_both_ways(run: Run) -> None:
             layers = [replace(f, A=factors[2 * i], B=factors[2 * i + 1]) for i, f in enumerate(case.layers)]
             values.append(float(value(x, layers)))
     quotient = (values[0] - values[1]) / (2 * step)
-    run.below("derivative against its quotient", abs(slope - quotient) / abs(quotient), 1e-6)
+    run.below(f"derivative against its quotient, {kind_of(seed)}", abs(slope - quotient) / abs(quotient), 1e-6)
 
 
-def share_is_right(run: Run) -> None:
+def kind_of(seed: Tensor | None) -> str:
+    return "stream" if seed is None else "hash"
+
+
+def share_is_right(run: Run, seed: Tensor | None) -> None:
     case = case_of(run, torch.float32, autocast=False)
     for p in (0.01, P, 0.5):
-        made = mask_of(case, p)
+        made = mask_of(case, p, seed)
         sigma = (p * (1 - p) / made.numel()) ** 0.5
         share = float((made == 0).double().mean())
-        run.record(**{f"share dropped of {p}": {"share": share, "sigmas off": (share - p) / sigma}})
+        run.record(**{f"share dropped of {p}, {kind_of(seed)}": {"share": share, "sigmas off": (share - p) / sigma}})
         # 1 / 131,072: a mask has a share of 65,536ths.
-        run.require(f"share {share} of {p}", abs(share - p) < 4 * sigma + 1 / 131_072)
+        run.require(f"share {share} of {p}, {kind_of(seed)}", abs(share - p) < 4 * sigma + 1 / 131_072)
 
 
 def inside_checkpoints(run: Run) -> None:
@@ -179,9 +220,7 @@ def nothing_waits(run: Run) -> None:
     """After an update no layer keeps an output that nobody asked for."""
     training = tiny_stage(run, "cycle-1", relora={"dropout": P})
     training.update(training.stage.first_step)
-    kept = [
-        name for name, layer in relora_layers(training.model) if getattr(layer.shared, "_waiting", None) is not None
-    ]
+    kept = [name for name, layer in relora_layers(training.model) if getattr(layer.shared, "_waiting", None)]
     run.require(f"outputs left behind by {kept[:3]}", not kept)
 
 
@@ -194,6 +233,7 @@ STEPS: dict[str, dict[str, Any]] = {
     "checkpointing": {"launch": {"gradient_checkpointing": True}},
     "micro-steps": {"batch": {"micro_sequences": 2}},
     "no clipping": {"optimizer": {"max_grad_norm": None}},
+    "hashed masks": {"relora": {"dropout": P, "dropout_mask": "hash"}},
     "no dropout": {"relora": {"dropout": 0.0}},
 }
 WATCHED = 20

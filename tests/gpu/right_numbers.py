@@ -12,12 +12,11 @@ from xml.etree import ElementTree
 
 import torch
 from check_run import Run
-from stages import CPU, tiny_stage
+from stages import CPU, stop_sharing, tiny_stage
 from torch import Tensor
 from torch.nn import functional as F
 
-from relora_train.devices import usable_gpus, why_no_gpu
-from relora_train.method.fast_path import stop_sharing
+from relora_train.devices import usable_gpus
 from relora_train.training.models.chunked_loss import chunked_cross_entropy
 from relora_train.training.precision import Product, product_error
 from relora_train.training.step import StageTraining
@@ -50,7 +49,7 @@ def environment(run: Run) -> None:
         usable_gpus=usable_gpus(),
     )
     if not usable_gpus():
-        run.record(why_no_gpu=why_no_gpu())
+        run.record(why_no_gpu=said_without_gpu())
         run.require("torch can use a GPU", False, device_only=True)
         return
     properties = torch.cuda.get_device_properties(0)
@@ -71,6 +70,14 @@ def environment(run: Run) -> None:
     run.require(f"the driver's CUDA {speaks} is of torch's {built}", not speaks or speaks[0] >= built[0])
     ones = torch.ones(64, 64, device=run.device)
     run.require("the device multiplies", float((ones @ ones).sum()) == 64**3)
+
+
+def said_without_gpu() -> str:
+    """Return what torch says when it is made to use one."""
+    try:
+        return f"none: {torch.zeros(1, device='cuda')}"
+    except (RuntimeError, AssertionError) as error:
+        return str(error)[:500]
 
 
 def triton_version() -> str | None:

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import warnings
-from contextlib import suppress
+from contextlib import closing, suppress
 from typing import Any
 
 import torch
@@ -21,9 +21,9 @@ from relora_train.checkpoints.snapshots import local_snapshots
 from relora_train.data.dataset import TokenDataset
 from relora_train.distributed import Ranks
 from relora_train.errors import TrainerInterruptedError
-from relora_train.runs.workers import kept_worker
-from relora_train.training.prefetch import Prefetcher
+from relora_train.runs.workers import Worker
 from relora_train.training.requests import EvaluationRequest, StageRequest
+from relora_train.training.step import Prefetcher
 from relora_train.training.trainer import run_stage
 
 TRAINER, EVALUATION = "relora_train.training.trainer", "relora_train.training.evaluate"
@@ -43,7 +43,7 @@ LARGEST_RISE = 50e6
 def whole_run(run: Run) -> None:
     """Three stages and an evaluation in one kept worker, beside the same on a CPU in this process."""
     free: list[int] = []
-    with kept_worker() as worker:
+    with closing(Worker(keeps=True)) as worker:
         for before, stage in zip((None, *STAGES), STAGES, strict=False):
             parent = run.scratch / before if before else None
             request = tiny_request(run, stage, stage, parent=parent, **RUN)
@@ -180,9 +180,9 @@ def own_gpu_only(run: Run) -> None:
     held = torch.cuda.mem_get_info(0)[0]
     program = (
         "import os, sys, torch\n"
-        "from relora_train.distributed import joined_ranks\n"
+        "from relora_train.distributed import process_group\n"
         "os.environ['LOCAL_RANK'] = '1'\n"
-        "with joined_ranks('cuda') as ranks:\n"
+        "with process_group('cuda') as ranks:\n"
         "    torch.ones(8, device=ranks.device).pin_memory if False else torch.ones(8, device=ranks.device)\n"
         "    torch.ones(8).pin_memory()\n"
         "    sys.stdout.write('here\\n'); sys.stdout.flush(); sys.stdin.readline()\n"

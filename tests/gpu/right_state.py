@@ -16,7 +16,7 @@ from relora_train.method.layer import relora_layers
 from relora_train.method.merge import merge
 from relora_train.method.reset import above_quantile, reset_optimizer_state
 from relora_train.method.wrap import apply_relora
-from relora_train.training.files import load_optimizer_state, save_optimizer_state
+from relora_train.training.files import SavedOptimizerState, save_optimizer_state
 from relora_train.training.optimizer import load_optimizer_state_by_name, optimizer_state_by_name
 from relora_train.training.step import StageTraining
 
@@ -37,7 +37,7 @@ def optimizer_round_trip(run: Run) -> None:
         undisturbed.update(first + 3)
         loaded = tiny_stage(run, "cycle-1", **sections)
         loaded.model.load_state_dict(weights)
-        load_optimizer_state_by_name(loaded.optimizer, loaded.model, load_optimizer_state(path))
+        load_optimizer_state_by_name(loaded.optimizer, loaded.model, SavedOptimizerState(path))
         places = {str(state["step"].device.type) for state in loaded.optimizer.state.values()}
         run.record(**{f"place of Adam's step, {dtype}": sorted(places)})
         run.require(
@@ -63,7 +63,7 @@ def there_and_back(run: Run, dtype: str, training: StageTraining, path: Any) -> 
     on_cpu = tiny_stage(run, "cycle-1", device=CPU, precision={"dtype": dtype})
     for source, target in ((training, on_cpu), (on_cpu, training)):
         save_optimizer_state(optimizer_state_by_name(source.optimizer, source.model), path)
-        load_optimizer_state_by_name(target.optimizer, target.model, load_optimizer_state(path))
+        load_optimizer_state_by_name(target.optimizer, target.model, SavedOptimizerState(path))
     after = optimizer_state_by_name(training.optimizer, training.model)
     same = all(torch.equal(after[n][key], value) for n, entries in kept.items() for key, value in entries.items())
     run.require(f"{dtype}: by way of a CPU and back to the same bits", same)

@@ -12,17 +12,16 @@ from speed import stepper
 from stages import made_on
 from timing import kernels_of, timed
 
-from relora_train.distributed import joined_ranks
+from relora_train.distributed import process_group
 from relora_train.process import Emit, serve_request
 from relora_train.training.build import prepare_stage
-from relora_train.training.peak_memory import process_bytes
 from relora_train.training.requests import StageRequest
-from relora_train.training.torch_settings import configure_torch
+from relora_train.training.torch_settings import configure_torch, process_bytes
 
 
 def measure(request: StageRequest, emit: Emit) -> None:
     launch = request.profile.launch
-    with joined_ranks(launch.device) as ranks:
+    with process_group(launch.device) as ranks:
         ranks = dataclasses.replace(ranks, sharded=launch.sharding == "full" and ranks.world_size > 1)
         run = Run(tell=lambda values: None, device_type=ranks.device.type, scratch=Path(), shared=Path())
         configure_torch(request.profile)

@@ -24,16 +24,16 @@ from right_numbers import relative
 from safetensors.torch import load_file
 from stage_runs import ignore, metrics_of
 from stages import tiny_request, tiny_stage
+from tiny_data import write_tiny_dataset
 
 from relora_train.distributed import SLOW, STEP, Ranks, full_tensor
 from relora_train.errors import DeviceMemoryError, TrainerCrashedError
 from relora_train.events import Event
-from relora_train.experiments import bench_worker
-from relora_train.runs.workers import nodes_of, run_worker
+from relora_train.runs.workers import Worker, run_worker
 from relora_train.training.build import prepare_stage
+from relora_train.training.commit import save_sharded
 from relora_train.training.end_of_cycle import finish_cycle
 from relora_train.training.requests import StageRequest
-from relora_train.training.sharded_saving import save_sharded
 from relora_train.training.trainer import run_stage
 
 TRAINER = "relora_train.training.trainer"
@@ -55,7 +55,7 @@ def gpus(run: Run, *, needed: int = 2) -> int:
 
 @contextmanager
 def group_of_one(run: Run) -> Iterator[None]:
-    """Join a group of one rank, as joined_ranks joins larger ones."""
+    """Join a group of one rank, as process_group joins larger ones."""
     if not run.dry:
         torch.cuda.set_device(run.device)
     backend = "gloo" if run.dry else "cpu:gloo,cuda:nccl"
@@ -186,22 +186,28 @@ def scaling(run: Run) -> None:
     counts = [1] if run.dry else sorted({1, 2, gpus(run)})
     for sharding in ("none", "full"):
         for count in counts if sharding == "none" else [c for c in counts if c > 1]:
-            seen: list[Event] = []
-            request = scaling_request(run, count, sharding)
-            path = run.scratch / "request.json"
+            name = f"{count} GPUs, sharding {sharding}"
             try:
-                if run.dry:  # a process costs more than what it does
-                    scaling_rank.measure(request, lambda event, **fields: seen.append({"event": event, **fields}))
-                else:
-                    run_worker("scaling_rank", request, path, on_event=seen.append, nproc_per_node=count)
+                by_rank = scaled(run, scaling_request(run, count, sharding))
             except Exception as error:
                 if run.dry:
                     raise
-                run.record(**{f"{count} GPUs, sharding {sharding}": f"{type(error).__name__}: {error}"})
+                run.record(**{name: f"{type(error).__name__}: {error}"})
                 continue
-            by_rank = [{k: v for k, v in event.items() if k != "event"} for event in seen if event["event"] == "scaled"]
-            run.record(**{f"{count} GPUs, sharding {sharding}": sorted(by_rank, key=lambda each: each["rank"])})
+            run.record(**{name: by_rank})
             run.require(f"{count} ranks tell of themselves", len(by_rank) == count)
+
+
+def scaled(run: Run, request: StageRequest) -> list[dict[str, Any]]:
+    """Return what each rank says of itself."""
+    seen: list[dict[str, Any]] = []
+    if run.dry:  # a process costs more than what it does
+        scaling_rank.measure(request, lambda event, **fields: seen.append({"event": event, **fields}))
+    else:
+        ranks = request.profile.launch.nproc_per_node
+        path = run.scratch / "request.json"
+        run_worker("scaling_rank", request, path, on_event=seen.append, nproc_per_node=ranks)
+    return sorted((event for event in seen if event["event"] == "scaled"), key=lambda event: event["rank"])
 
 
 def scaling_request(run: Run, count: int, sharding: str) -> StageRequest:
@@ -212,7 +218,7 @@ def scaling_request(run: Run, count: int, sharding: str) -> StageRequest:
     settings["launch"] |= {"nproc_per_node": count, "sharding": sharding}
     bench = bench.model_copy(update={"profile": type(bench.profile).model_validate(settings)})
     directory = run.scratch / f"dataset-{count}-{sharding}"
-    dataset = bench_worker._random_dataset(bench, directory)
+    dataset = write_tiny_dataset(directory, train_tokens=bench.profile.batch.tokens + 1)
     base = tiny_request(run, "cycle-1", f"scaling-{count}-{sharding}")
     return base.model_copy(
         update={"profile": bench.profile, "stage": stage_of(bench.profile), "dataset_directory": dataset}
@@ -244,14 +250,7 @@ def two_agents(run: Run) -> None:
         try:
             with environment(CUDA_VISIBLE_DEVICES=ours):
                 path, seen = run.scratch / "request.json", list[Event]()
-                run_worker(
-                    TRAINER,
-                    request,
-                    path,
-                    on_event=seen.append,
-                    nproc_per_node=half,
-                    nodes=nodes_of(request.profile.launch),
-                )
+                Worker().run(TRAINER, request, path, on_event=seen.append, launch=request.profile.launch)
             said = joined.communicate(timeout=90)[1]
         finally:
             joined.kill()

@@ -49,7 +49,7 @@ def built(run: Run, *, compiled: bool, checkpointing: bool = False) -> StageTrai
         run,
         "llama_1b",
         model__num_hidden_layers=2 if run.dry else 4,
-        relora__dropout=0.0,
+        relora__dropout_mask="hash",
         launch__compile=compiled,
         launch__gradient_checkpointing=checkpointing,
     )
@@ -79,17 +79,14 @@ def compiled_stage(run: Run, *, checkpointing: bool) -> tuple[dict[str, Any], li
     found["graphs after four updates"] = graphs()
     training.loss_function.loss(training.batches.batch(0, last=True)[:1]).backward()
     found["graphs after a short micro-batch"] = graphs()
-    profile = training.profile
-    for sequences in (1, 2):
+    for sequences in (1, 2):  # batches of other shapes
         evaluate_model(
             training.model,
             training.loss_function,
             training.val_data,
             training.objective,
-            sequences=2,
-            batch_sequences=sequences,
-            precision=profile.precision,
-            ranks=training.ranks,
+            training.ranks,
+            sequences=sequences,
         )
     found["graphs after an evaluation"] = graphs()
     found["graph breaks"] = dict(counters["graph_break"])

@@ -13,12 +13,11 @@ import speed
 import torch
 from check_run import Run
 from right_numbers import exact_cross_entropy, loss_inputs
-from stages import release, shape_request, shape_stage
+from stages import release, shape_request, shape_stage, stop_sharing
 from timing import kernels_of, peak_gb, timed
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from relora_train.method.fast_path import stop_sharing
 from relora_train.training.models import chunked_loss
 
 

@@ -7,7 +7,6 @@ import gc
 import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -20,7 +19,10 @@ from tiny_data import write_tiny_dataset
 from relora_train.distributed import Ranks
 from relora_train.experiments import bench_worker
 from relora_train.experiments.bench import FULL, RELORA, StepRequest, step_requests
+from relora_train.method.layer import relora_layers
 from relora_train.settings.load import load_profile
+from relora_train.settings.method import DropoutMask
+from relora_train.settings.profile import Profile
 from relora_train.training.build import prepare_stage
 from relora_train.training.models.causal_lm import CausalLM
 from relora_train.training.requests import StageRequest
@@ -52,14 +54,21 @@ def tiny_dataset(run: Run) -> Path:
 
 def tiny_request(run: Run, stage: str, output: str, *, parent: Path | None = None, **sections: Any) -> StageRequest:
     """Return the request of a stage of the tiny profile, on the run's device if no other is set."""
-    sections["launch"] = {"device": run.device_type} | sections.get("launch", {})
-    return stage_request(tiny_profile(**sections), stage, tiny_dataset(run), run.scratch / output, parent)
+    sections["launch"] = {"device": run.device_type, "compile": False} | sections.get("launch", {})
+    request = stage_request(tiny_profile(**sections), stage, tiny_dataset(run), run.scratch / output, parent)
+    return request.model_copy(update={"dropout_mask": mask_of(request.profile)})
+
+
+def mask_of(profile: Profile) -> DropoutMask:
+    """Return the kind of mask with which a run of this profile begins."""
+    chosen, launch = profile.relora.dropout_mask, profile.launch
+    return chosen if chosen != "auto" else "hash" if launch.compiles_on(launch.device) else "stream"
 
 
 def tiny_stage(run: Run, stage: str, *, device: torch.device | None = None, **sections: Any) -> StageTraining:
     """Return a tiny stage whose parent is the beginning."""
     device = run.device if device is None else device
-    sections["launch"] = {"device": device.type, "compile": False} | sections.get("launch", {})
+    sections["launch"] = {"device": device.type} | sections.get("launch", {})
     request = tiny_request(run, stage, f"{stage}-{device.type}", **sections)
     configure_torch(request.profile)
     with compiled_lightly(run):
@@ -90,7 +99,9 @@ def shape_stage(run: Run, request: StepRequest, *, keep_masters: bool = False) -
     keep_masters: hold the exact frozen weights where a stage with a parent has them, on the disk; else not at all.
     """
     directory = run.scratch / f"stage-{len(list(run.scratch.iterdir()))}"
-    with made_on(run.device), compiled_lightly(run):
+    made, mask = bench_worker.StageRequest, mask_of(request.profile)
+    hashed = mock.patch.object(bench_worker, "StageRequest", lambda **fields: made(**{**fields, "dropout_mask": mask}))
+    with made_on(run.device), compiled_lightly(run), hashed:
         training = bench_worker.prepare(request, directory)
     if training.masters is not None:
         if keep_masters:
@@ -99,6 +110,12 @@ def shape_stage(run: Run, request: StepRequest, *, keep_masters: bool = False) -
         else:
             training.masters = None
     return training
+
+
+def stop_sharing(model: torch.nn.Module) -> None:
+    """Let every low-rank layer follow the reference."""
+    for _, layer in relora_layers(model):
+        layer.shared = None
 
 
 def release(run: Run) -> None:
@@ -115,7 +132,12 @@ def release(run: Run) -> None:
 @contextlib.contextmanager
 def compiled_lightly(run: Run) -> Iterator[None]:
     """In a dry run, stop after the graphs: inductor's C++ takes a minute of a small machine, and tests of its own."""
-    with mock.patch.object(torch, "compile", partial(torch.compile, backend="aot_eager")) if run.dry else nullcontext():
+    compile_ = torch.compile
+
+    def without_inductor(*args: Any, **options: Any) -> Any:
+        return compile_(*args, **{**options, "backend": "aot_eager"})
+
+    with mock.patch.object(torch, "compile", without_inductor) if run.dry else nullcontext():
         yield
 
 
