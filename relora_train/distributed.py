@@ -7,7 +7,7 @@ whole: on it every function here returns what it was given, or does what torch a
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -39,24 +39,6 @@ class Ranks:
     def is_first(self) -> bool:
         """True for the process that writes files and events."""
         return self.rank == 0
-
-    def sum_gradients(self, parameters: Iterable[Tensor]) -> None:
-        """Add every parameter's gradient over all ranks, in one message a dtype; once per update.
-
-        Those of a sharded model are sums already, made by the backward pass.
-        """
-        if self.world_size == 1 or self.sharded:
-            return
-        by_dtype: dict[torch.dtype, list[Tensor]] = {}
-        for parameter in parameters:
-            if parameter.grad is not None:
-                by_dtype.setdefault(parameter.grad.dtype, []).append(parameter.grad)
-        for gradients in by_dtype.values():
-            flat = torch.cat([gradient.flatten() for gradient in gradients])
-            dist.all_reduce(flat)
-            pieces = torch.split(flat, [gradient.numel() for gradient in gradients])
-            for gradient, summed in zip(gradients, pieces, strict=True):
-                gradient.copy_(summed.view_as(gradient))
 
     def sum(self, values: Tensor) -> Tensor:
         """Return the elementwise sum over all ranks."""

@@ -44,7 +44,7 @@ def probe(request: StageRequest, emit: Emit) -> None:
     def recorded_update(training: StageTraining, step: int) -> tuple[Tensor, Tensor]:
         seen["dropout_masks"].append([])
         seen["messages"].append([])
-        seen["gradient_entries"] = sum(p.numel() for p in training.trainable)
+        seen["gradient_entries"] = sum(p.numel() + 1 for p in training.trainable)  # and who made it
         return update(training, step)
 
     def recorded_finish(training: StageTraining, *args: Any) -> dict[str, Any]:

@@ -140,7 +140,7 @@ def test_gradients_are_sent_once_an_update_and_nothing_else_of_their_size(probed
     for seen in probed:
         assert len(seen["messages"]) == 6
         for sizes in seen["messages"]:
-            assert [size for size in sizes if size > 100] == [seen["gradient_entries"]]  # sums, and a flag a layer
+            assert [size for size in sizes if size > 100] == [seen["gradient_entries"]]  # beside sums, a flag a layer
 
 
 def test_only_the_first_rank_commits(probed: list[dict[str, Any]]):

@@ -27,6 +27,7 @@ from relora_train.training.files import (
     read_tensor,
     read_training_state,
 )
+from relora_train.training.gradient_sum import GradientSum
 from relora_train.training.models.base import Objective
 from relora_train.training.models.compiling import can_compile, compile_blocks, without_compiling
 from relora_train.training.models.model import checkpoint_activations, round_residual
@@ -102,6 +103,7 @@ def prepare_stage(request: StageRequest, ranks: Ranks) -> StageTraining:
         start=start,
         masters=masters,
         masks=masks,
+        gradient_sum=GradientSum((p for group in optimizer.param_groups for p in group["params"]), ranks),
         products=products,
         source_dtype=source_dtype,
     )

@@ -6,6 +6,7 @@ import hashlib
 import time
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +22,7 @@ from relora_train.method.schedule import learning_rate
 from relora_train.method.stages import Stage
 from relora_train.settings.profile import Profile
 from relora_train.training.files import MasterWeights, TrainingState
+from relora_train.training.gradient_sum import GradientSum
 from relora_train.training.models.base import LossFunction, Objective
 from relora_train.training.precision import MatmulPrecision
 from relora_train.training.requests import StageRequest
@@ -50,6 +52,9 @@ class StageTraining:
 
     masters: MasterWeights | None
     """Exact frozen weights, when the device holds rounded ones."""
+
+    gradient_sum: GradientSum
+    """Over the ranks, of the model's trained parameters."""
 
     masks: HashMasks | None
     """Dropout's masks, when they are hashed; None: torch's generator seeds them."""
@@ -98,7 +103,8 @@ class StageTraining:
         # Divided by the terms of the whole batch, losses and gradients of all micro-steps and ranks add up to its mean.
         terms = self.objective.terms(profile.batch.sequences)
         total = torch.zeros((), device=ranks.device)
-        for micro_step, part in enumerate(torch.split(examples, profile.batch.micro_sequences or len(examples))):
+        parts = torch.split(examples, profile.batch.micro_sequences or len(examples))
+        for micro_step, part in enumerate(parts):
             # Dropout's masks follow from the place, so a snapshot holds no random state and a resumed stage has the
             # same bits. Ranks drop other entries of their sequences than one another.
             torch.manual_seed(draw_seed(profile.seed, step, micro_step, ranks.rank))
@@ -106,11 +112,12 @@ class StageTraining:
                 self.masks.draw()
             with autocast(profile.precision, ranks.device):
                 loss = self.loss_function.loss(part) / terms
-            loss.backward()  # type: ignore[no-untyped-call]
+            # Ranks exchange gradients once an update, while the last backward pass goes on.
+            with self.gradient_sum.during() if part is parts[-1] else nullcontext():
+                loss.backward()  # type: ignore[no-untyped-call]
             total += loss.detach()
 
         trained = self.trainable
-        ranks.sum_gradients(trained)  # once an update, after the last micro-step; sharded ones are sums already
         # No item() and no float() from here on: on a GPU each would wait for all that was given to it.
         limit = profile.optimizer.max_grad_norm
         norm = full_tensor(nn.utils.clip_grad_norm_(trained, limit if limit is not None else float("inf")))
