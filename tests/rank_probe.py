@@ -12,7 +12,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
-from relora_train.distributed import Ranks
+from relora_train.distributed import Ranks, full_tensor
 from relora_train.method import low_rank
 from relora_train.process import Emit, serve_request
 from relora_train.training import end_of_cycle, trainer
@@ -22,11 +22,11 @@ from relora_train.training.step import StageTraining
 
 
 def digest(tensor: Tensor) -> str:
-    return hashlib.sha256(tensor.detach().cpu().contiguous().numpy().tobytes()).hexdigest()
+    return hashlib.sha256(full_tensor(tensor).detach().cpu().contiguous().numpy().tobytes()).hexdigest()
 
 
 def probe(request: StageRequest, emit: Emit) -> None:
-    seen: dict[str, Any] = {"dropout_masks": [], "messages": [], "limits": [], "committed": False}
+    seen: dict[str, Any] = {"dropout_masks": [], "messages": [], "scattered": [], "limits": [], "committed": False}
     kept, all_reduce = low_rank._kept, dist.all_reduce
     update, finish_cycle = StageTraining.update, end_of_cycle.finish_cycle
 
@@ -41,9 +41,18 @@ def probe(request: StageRequest, emit: Emit) -> None:
             seen["messages"][-1].append(tensor.numel())
         return all_reduce(tensor, *args, **kwargs)
 
+    scatter = dist.reduce_scatter_single
+
+    def recorded_scatter(*args: Any, **kwargs: Any) -> Any:
+        seen["scattered"][-1] += 1
+        return scatter(*args, **kwargs)
+
+    dist.reduce_scatter_single = recorded_scatter
+
     def recorded_update(training: StageTraining, step: int) -> tuple[Tensor, Tensor]:
         seen["dropout_masks"].append([])
         seen["messages"].append([])
+        seen["scattered"].append(0)
         seen["gradient_entries"] = sum(p.numel() + 1 for p in training.trainable)  # and who made it
         return update(training, step)
 

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from safetensors import safe_open
 from safetensors.torch import load_file
 from stage_runs import drawn_factor, ignore, manifest_of, metrics_of, run_all, stage_request, tiny_profile
-from test_ranks import assert_same_up_to_rounding
+from test_ranks import assert_same_up_to_rounding, by_two_ranks
 from tiny_models import tiny_gpt_neox
 from transformers import AutoModelForCausalLM
 
@@ -280,6 +280,16 @@ def test_a_model_above_the_size_of_a_file_is_split_as_save_pretrained_does(
     expected = AutoModelForCausalLM.from_pretrained(whole["relora"]["warm-start"]).state_dict()
     assert all(torch.equal(read[name], tensor) for name, tensor in expected.items())
     assert read_tensor(tmp_path, "lm_head.weight", rows=slice(3, 5)).shape == (2, 32)
+
+
+def test_gradients_of_a_cycle_are_scattered_once_an_update_by_blocks(dataset: Path, tmp_path: Path):
+    profile = profile_of(schedule=FROM_THE_START, batch={"micro_sequences": 1}, launch=SHARDED)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]))
+        by_two_ranks(stage_request(profile, "cycle-1", dataset, tmp_path / "out"), module="rank_probe")
+    for rank in (0, 1):
+        seen = json.loads((tmp_path / f"rank-{rank}.json").read_text())
+        assert seen["scattered"] == [3] * 6  # two blocks, and what is beside them, in each of six updates
 
 
 def test_unequal_shares_are_refused_and_the_sizes_that_fit_named():

@@ -164,7 +164,8 @@ def _sharded_model(
     if compiles:
         # Before fully_shard: a block that is compiled after it runs eagerly, without a word.
         compile_blocks(model, recompute=profile.launch.recompute_elementwise)
-    exact = shard_model(model, rows_of, ranks, keep=() if parent is not None else rounded)
+    keep = () if parent is not None else rounded
+    exact = shard_model(model, rows_of, ranks, keep=keep, bfloat16=profile.precision.computes_in_bfloat16)
     if request.stage.low_rank:
         reinit(model, seed=profile.seed, cycle=request.stage.cycle)
     if not rounded:

@@ -64,8 +64,12 @@ def rows_of_first_rank(model: nn.Module | None, ranks: Ranks) -> RowsOf:
 
 
 @torch.no_grad()
-def shard_model(model: nn.Module, rows_of: RowsOf, ranks: Ranks, *, keep: Iterable[str] = ()) -> dict[str, Tensor]:
+def shard_model(
+    model: nn.Module, rows_of: RowsOf, ranks: Ranks, *, keep: Iterable[str] = (), bfloat16: bool = False
+) -> dict[str, Tensor]:
     """Make a skeleton (all tensors on the meta device) this rank's part of the model; A and B stay undrawn.
+
+    bfloat16: blocks are sent rounded, and compute with what was sent. Gradients are summed in float32.
 
     Returns copies on the CPU of the rows, before any rounding, of the tensors named in `keep`.
     Raises ModelError for a model whose blocks or buffers are unknown.
@@ -73,7 +77,7 @@ def shard_model(model: nn.Module, rows_of: RowsOf, ranks: Ranks, *, keep: Iterab
     names = _names_of_parameters(model)
     files = {name: file_name(model, name) for aliases in names.values() for name in aliases}
     cast(Any, model).file_names = files  # transformers finds them by the class, and FSDP makes another class
-    _fully_shard(model, ranks)
+    _fully_shard(model, ranks, bfloat16)
     model.to_empty(device=ranks.device)
     for module in model.modules():  # rotary frequencies and the like, which no file holds, as transformers makes them
         buffers = dict(module.named_buffers(recurse=False))
@@ -108,9 +112,9 @@ def _names_of_parameters(model: nn.Module) -> dict[str, list[str]]:
     return {names[0]: names for names in by_id.values()}
 
 
-def _fully_shard(model: nn.Module, ranks: Ranks) -> None:
+def _fully_shard(model: nn.Module, ranks: Ranks, bfloat16: bool) -> None:
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+    from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
     mesh = init_device_mesh(ranks.device.type, (ranks.world_size,))
     parts = blocks(model)
@@ -119,9 +123,17 @@ def _fully_shard(model: nn.Module, ranks: Ranks) -> None:
             f"transformers does not say which modules are the blocks of a {type(model).__name__}, so launch.sharding = "
             "'full' would gather it whole. Use launch.sharding = 'none'."
         )
+    # Sharding rounds neither the stream between the blocks nor embedding and head.
+    exact = MixedPrecisionPolicy()
+    rounded = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
     for module in (*parts, model):
         # Also what is left beside the blocks, embedding and head, is given up after a forward pass.
-        fully_shard(module, mesh=mesh, reshard_after_forward=True)
+        fully_shard(
+            module,
+            mesh=mesh,
+            reshard_after_forward=True,
+            mp_policy=rounded if bfloat16 and module is not model else exact,
+        )
         sharded = cast(FSDPModule, module)
         sharded.set_gradient_divide_factor(1.0)  # a sum: every rank's loss is its share of the batch's
         sharded.set_force_sum_reduction_for_comms(True)

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -112,8 +113,12 @@ class StageTraining:
                 self.masks.draw()
             with autocast(profile.precision, ranks.device):
                 loss = self.loss_function.loss(part) / terms
-            # Ranks exchange gradients once an update, while the last backward pass goes on.
-            with self.gradient_sum.during() if part is parts[-1] else nullcontext():
+            # Ranks exchange gradients once an update, while the last backward pass goes on. Sharded ranks would keep
+            # whole gradients meanwhile: those of A and B are small, those of full rank are sent each time instead.
+            last = part is parts[-1]
+            if ranks.sharded and self.stage.low_rank:
+                cast(Any, self.model).set_requires_gradient_sync(last)
+            with self.gradient_sum.during() if last else nullcontext():
                 loss.backward()  # type: ignore[no-untyped-call]
             total += loss.detach()
 
