@@ -249,4 +249,7 @@ def test_merged_weights_are_read_back_bit_for_bit_and_take_no_memory(tmp_path: P
 def test_a_rank_without_rows_and_a_machine_without_the_directory_have_theirs_too(tmp_path: Path):
     masters = MasterWeights(["a", "b"], lambda name: torch.ones(3), tmp_path / "elsewhere")
     masters["a"], masters["b"] = torch.empty(0, 4), torch.tensor([[1.0, float("nan")]])
+    others = MasterWeights(["a"], lambda name: torch.ones(3), tmp_path, keeps=False)
+    others["a"] = torch.zeros(3)  # the first rank writes it, and it alone needs the disk
+    assert others["a"].tolist() == [1, 1, 1] and not list(tmp_path.iterdir())
     assert masters["a"].shape == (0, 4) and masters["b"].shape == (1, 2) and masters["b"].isnan().any()

@@ -136,7 +136,7 @@ def _whole_model(
     if request.stage.low_rank:
         _wrap(model, request)
         if request.profile.precision.computes_in_bfloat16:
-            masters = round_frozen_weights(model, parent, request.output_directory.parent)
+            masters = round_frozen_weights(model, parent, request.output_directory.parent, keeps=ranks.is_first)
     if compiles:
         compile_blocks(model, recompute=request.profile.launch.recompute_elementwise)
     return model, masters
@@ -192,7 +192,7 @@ def _wrap(model: nn.Module, request: StageRequest) -> None:
     )
 
 
-def round_frozen_weights(model: nn.Module, parent: Path | None, scratch: Path) -> MasterWeights:
+def round_frozen_weights(model: nn.Module, parent: Path | None, scratch: Path, *, keeps: bool = True) -> MasterWeights:
     """Round the wrapped weights to bfloat16 in place; the exact ones stay in the parent's files, or else in memory."""
     in_memory: dict[str, Tensor] = {}
     names = []
@@ -206,4 +206,4 @@ def round_frozen_weights(model: nn.Module, parent: Path | None, scratch: Path) -
     def read(name: str) -> Tensor:
         return in_memory[name] if name in in_memory else cast(Tensor, read_tensor(cast(Path, parent), name))
 
-    return MasterWeights(names, read, scratch)
+    return MasterWeights(names, read, scratch, keeps=keeps)

@@ -97,18 +97,23 @@ class MasterWeights(LazyMapping[Tensor], MutableMapping[str, Tensor]):
 
     They are the parent checkpoint's until overwritten, and read from disk one at a time. One that is overwritten goes
     to the disk too: all merged ones together are as large as the model. Its file in `scratch` has no name any more, so
-    nothing of it outlives the process.
+    nothing of it outlives the process. Without `keeps` one that is overwritten is dropped: another rank writes it.
     """
 
-    def __init__(self, names: Iterable[str], read: Callable[[str], Tensor], scratch: Path) -> None:
+    def __init__(
+        self, names: Iterable[str], read: Callable[[str], Tensor], scratch: Path, *, keeps: bool = True
+    ) -> None:
         super().__init__(sorted(names), read)
         self._scratch = scratch if scratch.is_dir() else None  # on a machine beside the flow's: the system's own
         self._written: dict[str, Tensor] = {}
+        self._keeps = keeps
 
     def __getitem__(self, name: str) -> Tensor:
         return self._written[name] if name in self._written else super().__getitem__(name)
 
     def __setitem__(self, name: str, value: Tensor) -> None:
+        if not self._keeps:
+            return
         value = value.detach().cpu().contiguous()
         if not value.numel():  # a rank without a row of it: an empty file cannot be mapped
             self._written[name] = value
