@@ -74,7 +74,8 @@ def out_of_memory(run: Run) -> None:
     if run.dry:
         run.require("a GPU runs out of memory", False, device_only=True)
         return
-    shape = {"hidden_size": 4096, "intermediate_size": 4096, "num_hidden_layers": 2, "max_position_embeddings": 1024}
+    shape = {"hidden_size": 4096, "intermediate_size": 4096, "num_hidden_layers": 2}
+    shape |= {"num_attention_heads": 32, "max_position_embeddings": 1024}
     batch = {"sequences": 1024, "sequence_length": 1024}
     request = tiny_request(run, "warm-start", "large", model=shape, batch=batch, evaluation={"batch_sequences": 1})
     request = request.model_copy(update={"dataset_directory": large_dataset(run)})

@@ -171,7 +171,7 @@ def mask_is_the_same_both_ways(run: Run, seed: Tensor | None) -> None:
     ]
     gradients = torch.autograd.grad(value(case.x, case.layers), case.inputs)
     slope = sum(float((g * d).sum()) for g, d in zip(gradients, directions, strict=True))
-    step = 1e-5
+    step = 1e-6
     with torch.no_grad():
         values = []
         for sign in (step, -step):

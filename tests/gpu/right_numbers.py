@@ -207,12 +207,11 @@ def loss_inputs(
 
     share: of the rows, one after the other, that all have the same answer.
     """
-    generator = torch.Generator().manual_seed(rows + classes)
-    weight = F.normalize(torch.randn(classes, width, generator=generator), dim=1)
-    answers = torch.randint(classes, (rows,), generator=generator)
-    answers[torch.rand(rows, generator=generator) < share] = classes // 2
-    weight, answers = weight.to(device), answers.to(device)
-    hidden = torch.randn(rows, width, generator=generator).to(device) / math.sqrt(width)
+    generator = torch.Generator(device).manual_seed(rows + classes)  # a CPU takes seconds for 100 million
+    weight = F.normalize(torch.randn(classes, width, generator=generator, device=device), dim=1)
+    answers = torch.randint(classes, (rows,), generator=generator, device=device)
+    answers[torch.rand(rows, generator=generator, device=device) < share] = classes // 2
+    hidden = torch.randn(rows, width, generator=generator, device=device) / math.sqrt(width)
     hidden += max(math.log(classes) - target, 0.0) * weight[answers]
     return hidden.bfloat16(), weight.bfloat16(), answers
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from check_run import Run
 from right_numbers import relative
-from stages import CPU, tiny_stage
+from stages import CPU, release, tiny_stage
 from tiny_models import tiny_llama, token_batch
 from torch import Tensor, nn
 
@@ -84,6 +84,7 @@ def resets(run: Run) -> None:
     large = torch.randn(10_000 if run.dry else 33_554_432, device=run.device)
     above_quantile(large, 0.99)
     synchronize(run)
+    release(run)
     held = torch.cuda.memory_allocated() if not run.dry else 0
     started = time.perf_counter()
     above_quantile(large, 0.99)

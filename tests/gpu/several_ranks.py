@@ -23,12 +23,13 @@ from faults import environment, failed
 from right_numbers import relative
 from safetensors.torch import load_file
 from stage_runs import ignore, metrics_of
-from stages import tiny_request, tiny_stage
+from stages import mask_of, tiny_request, tiny_stage
 from tiny_data import write_tiny_dataset
 
 from relora_train.distributed import SLOW, STEP, Ranks, full_tensor
 from relora_train.errors import DeviceMemoryError, TrainerCrashedError
 from relora_train.events import Event
+from relora_train.method.stages import plan_stages
 from relora_train.runs.workers import Worker, run_worker
 from relora_train.training.build import prepare_stage
 from relora_train.training.commit import save_sharded
@@ -81,7 +82,7 @@ def one_rank(run: Run) -> None:
             dist.barrier()
             dist.distributed_c10d._set_pg_timeout(STEP)
             many = torch.ones(1000 if run.dry else 250_000_000, device=run.device)
-            run.record(**{"a gigabyte summed": speed.timed(run, lambda: dist.all_reduce(many), steps=5).as_record()})
+            run.record(**{"a gigabyte summed": speed.timed(run, lambda: dist.all_reduce(many)).as_record()})
     texts = [str(each.message) for each in said]
     run.record(warnings=texts[:5], limits_s=[SLOW.total_seconds(), STEP.total_seconds()])
     run.require(f"warnings of devices: {texts[:2]}", not any("device under current context" in text for text in texts))
@@ -211,7 +212,7 @@ def scaled(run: Run, request: StageRequest) -> list[dict[str, Any]]:
 
 
 def scaling_request(run: Run, count: int, sharding: str) -> StageRequest:
-    row = replace(speed.BILLION, sequences=16)
+    row = replace(speed.BILLION, compiled=not run.dry)
     bench = row.request(run)
     settings = bench.profile.model_dump()
     settings["batch"] |= {"sequences": count * bench.profile.batch.sequences}
@@ -220,15 +221,8 @@ def scaling_request(run: Run, count: int, sharding: str) -> StageRequest:
     directory = run.scratch / f"dataset-{count}-{sharding}"
     dataset = write_tiny_dataset(directory, train_tokens=bench.profile.batch.tokens + 1)
     base = tiny_request(run, "cycle-1", f"scaling-{count}-{sharding}")
-    return base.model_copy(
-        update={"profile": bench.profile, "stage": stage_of(bench.profile), "dataset_directory": dataset}
-    )
-
-
-def stage_of(profile: Any) -> Any:
-    from relora_train.method.stages import plan_stages
-
-    return plan_stages(profile)[1]
+    update = {"profile": bench.profile, "stage": plan_stages(bench.profile)[1], "dataset_directory": dataset}
+    return base.model_copy(update={**update, "dropout_mask": mask_of(bench.profile)})
 
 
 # --- C5

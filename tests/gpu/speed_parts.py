@@ -18,6 +18,7 @@ from timing import kernels_of, peak_gb, timed
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from relora_train.method.graph_path import hash_mask
 from relora_train.training.models import chunked_loss
 
 
@@ -36,11 +37,12 @@ def odd_shapes(run: Run) -> None:
         for side in sides:
             out, into = (side, 2048) if not run.dry else (side // 100, 32)
             x, weight, gradient = drawn(run, rows, into), drawn(run, out, into), drawn(run, rows, out)
+            inner = drawn(run, into, out)
             products: dict[str, Callable[[], Tensor]] = {
                 "x W.T": lambda x=x, w=weight: x @ w.T,
                 "g W": lambda g=gradient, w=weight: g @ w,
                 "g.T x": lambda g=gradient, x=x: g.T @ x,
-                "down, x W": lambda g=gradient, w=weight: g @ w.contiguous(),
+                "as the inner side": lambda g=gradient, w=inner: g @ w.T,
             }
             for name, product in products.items():
                 seconds = timed(run, product, steps=20).seconds
@@ -126,17 +128,18 @@ def dropout(run: Run) -> None:
     rows, width = (64, 32) if run.dry else (8192, 2048)
     x = drawn(run, rows, width)
     generator = torch.Generator(run.device).manual_seed(0)
-    out = torch.empty_like(x)
+    out, seed = torch.empty_like(x), torch.tensor([5, 7], dtype=torch.int32, device=run.device)
     timings = {
         "bernoulli_": lambda: out.bernoulli_(0.9, generator=generator),
         "torch's dropout": lambda: F.dropout(x, 0.1),
         "a product with the mask": lambda: x * out,
+        "a hashed mask, eager": lambda: hash_mask(x, seed, 0.1),
     }
     for name, step in timings.items():
         run.record(**{name: timed(run, step, steps=20).as_record()})
     started, calls = time.perf_counter(), 200
-    for seed in range(calls):
-        torch.Generator(run.device).manual_seed(seed)
+    for number in range(calls):
+        torch.Generator(run.device).manual_seed(number)
     run.record(**{"host_us of a generator": 1e6 * (time.perf_counter() - started) / calls})
     rows_of_b1 = [speed.MEASURED.get(replace(speed.BILLION, dropout=p).name, {}) for p in (0.1, 0.0)]
     if all("tokens_per_second" in row for row in rows_of_b1):
@@ -153,7 +156,9 @@ def dropout(run: Run) -> None:
 def attention(run: Run) -> None:
     """The attention of one block, as this library calls it."""
     for deterministic in (True, False):
-        request = shape_request(run, "llama_1b", model__num_hidden_layers=2, precision__deterministic=deterministic)
+        request = shape_request(
+            run, "llama_1b", model__num_hidden_layers=2, launch__compile=False, precision__deterministic=deterministic
+        )
         training = shape_stage(run, request)
         torch.use_deterministic_algorithms(deterministic, warn_only=True)
         config = training.model.config
@@ -206,6 +211,7 @@ def float32(run: Run) -> None:
                 run,
                 "llama_350m",
                 relora__dropout=0.0,
+                launch__compile=False,
                 precision__dtype="float32",
                 precision__matmul_precision=precision,
                 batch__micro_sequences=16,
@@ -214,7 +220,7 @@ def float32(run: Run) -> None:
             products = sorted(set(training.products.values()))
             if kind == "reference":
                 stop_sharing(training.model)
-            timing = timed(run, speed.stepper(training), steps=5)
+            timing = timed(run, speed.stepper(training))
             speeds[kind] = request.profile.batch.tokens / timing.seconds
             run.record(**{f"{precision}, {kind}": {"tokens_per_second": speeds[kind], **timing.as_record()}})
             del training

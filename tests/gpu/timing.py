@@ -129,7 +129,7 @@ def kernels_of(run: Run, step: Callable[[], Any], *, steps: int = 1, shapes: boo
     begins, ends = list[float](), list[float]()
     spans: list[tuple[float, float, bool]] = []
     for event in seen.events() or ():
-        if event.device_type == wanted and not event.name.startswith(("ProfilerStep", "Optimizer.", "Context")):
+        if event.device_type == wanted and not is_annotation(event):
             by_name[event.name].append(event.time_range.elapsed_us() / 1000)
             begins.append(event.time_range.start)
             ends.append(event.time_range.end)
@@ -147,6 +147,12 @@ def kernels_of(run: Run, step: Callable[[], Any], *, steps: int = 1, shapes: boo
     if shapes:
         found.products_ms = product_times(seen, steps)
     return found
+
+
+def is_annotation(event: Any) -> bool:
+    """Return True for a span that somebody named, which is no kernel but has kernels in it."""
+    names = ("ProfilerStep", "Optimizer.", "Context", "##", "Torch-Compiled", "nccl:")
+    return bool(getattr(event, "is_user_annotation", False)) or event.name.startswith(names)
 
 
 def exposed_us(spans: list[tuple[float, float, bool]]) -> float:
