@@ -45,13 +45,6 @@ def measure(request: StageRequest, emit: Emit) -> None:
         for _ in range(20):
             ranks.any(False)
         found["any_ms"] = 50 * (time.perf_counter() - started)
-        training.update(training.stage.end_step)
-        if not run.dry:
-            torch.cuda.reset_peak_memory_stats()
-            held = torch.cuda.memory_allocated()
-        found["sum_gradients"] = timed(run, lambda: ranks.sum_gradients(training.trainable)).as_record()
-        if not run.dry:
-            found["sum_gradients_peak_bytes"] = torch.cuda.max_memory_allocated() - held
         emit("scaled", **found)
         ranks.barrier()
 
