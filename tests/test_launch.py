@@ -26,6 +26,7 @@ from relora_train.events import Event
 from relora_train.runs import worker_process
 from relora_train.runs.workers import run_worker
 from relora_train.settings.running import SnapshotConfig
+from relora_train.storage.workspace import cache_root
 from relora_train.training.requests import StageRequest
 
 
@@ -258,16 +259,20 @@ def test_a_worker_saves_its_state_and_ends_when_its_parent_is_killed(tmp_path: P
     assert len(local_snapshots(tmp_path / "snapshots")) == 1
 
 
-def test_the_worker_sees_no_credentials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_the_worker_sees_no_credentials_and_keeps_compiled_code_in_the_scratch_space(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "canary")
     monkeypatch.setenv("PREFECT_API_KEY", "canary")
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
     found: list[bool] = []
 
     def look(event: Event) -> None:
         if event["event"] == "stage_started":
-            found.append(b"canary" in Path(f"/proc/{event['pid']}/environ").read_bytes())
+            environment = Path(f"/proc/{event['pid']}/environ").read_bytes()
+            found.extend([b"canary" in environment, f"TORCHINDUCTOR_CACHE_DIR={cache_root()}".encode() in environment])
             os.kill(event["pid"], signal.SIGTERM)
 
     with pytest.raises(TrainerInterruptedError):
         run_worker("relora_train.training.trainer", endless(tmp_path), tmp_path / "request.json", on_event=look)
-    assert found == [False]
+    assert found == [False, True]

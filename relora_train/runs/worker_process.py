@@ -19,6 +19,7 @@ from relora_train import events
 from relora_train.errors import ReLoRAError, TrainerCrashedError, TrainerFaultError, error_named
 from relora_train.events import Event
 from relora_train.process import PARENT_PIPE_VARIABLE, SAFE_PATH, SERVED, STOP_SECONDS, TAKEN
+from relora_train.storage.workspace import cache_root
 
 _TAIL_LINES = 20
 _SECRETS = ("AWS_", "PREFECT_API_KEY", "PREFECT_API_AUTH_STRING", "PREFECT_SERVER_API_AUTH_STRING")
@@ -39,6 +40,8 @@ class WorkerProcess:
             PARENT_PIPE_VARIABLE: "1",
             # libgomp's threads spin a millisecond at every barrier: beside any other work that costs a factor of six.
             "GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT", "1000"),
+            # Compiled code of one stage or run is there for the next.
+            "TORCHINDUCTOR_CACHE_DIR": os.environ.get("TORCHINDUCTOR_CACHE_DIR", str(cache_root() / "compiled")),
             "PYTHONUNBUFFERED": "1",
             "TOKENIZERS_PARALLELISM": "false",  # a warning about forks otherwise; workers are processes of their own
             "HF_HUB_DISABLE_TELEMETRY": "1",

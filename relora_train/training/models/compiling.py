@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any, cast
@@ -13,7 +12,6 @@ import torch._functorch.config as functorch
 from torch import nn
 
 from relora_train.errors import DeviceError
-from relora_train.storage.workspace import cache_root
 from relora_train.training.models.model import blocks
 
 _LOGGER = logging.getLogger(__name__)
@@ -33,10 +31,8 @@ def compile_blocks(model: nn.Module, *, recompute: bool = True, backend: str | C
 def can_compile(device: torch.device, *, required: bool) -> bool:
     """Return True if torch.compile works here, by a try: compiler, headers and writable cache are not torch's to bring.
 
-    Where it does not work, raise DeviceError if it is required, else warn. Compiled code is kept in the scratch space,
-    for later stages and runs.
+    Where it does not work, raise DeviceError if it is required, else warn.
     """
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_root() / "compiled"))
     try:
         torch.compile(lambda x: torch.sin(x) + 1)(torch.ones(8, device=device))
     except Exception as error:  # whatever the tool chain raises
