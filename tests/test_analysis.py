@@ -63,7 +63,7 @@ def test_adapters_and_weights_tell_the_same_of_the_total_update(line, fetch):
         assert spectrum.numerical_rank == 12
         np.testing.assert_allclose(after[-1].values, spectrum.values, atol=spectrum.tolerance)
     assert analysis.history.growth_ranks == (4, 8, 12)
-    assert len(analysis.history.overlaps) == 18
+    assert set(analysis.history.overlap) == {"columns", "rows"}
 
 
 def test_any_two_checkpoints_can_be_compared(line, fetch):
@@ -72,7 +72,7 @@ def test_any_two_checkpoints_can_be_compared(line, fetch):
         f"model.layers.{i}.self_attn.q_proj.weight" for i in range(3)
     ]
     assert {spectrum.numerical_rank for spectrum in analysis.spectra} == {4}
-    assert analysis.history.growth_stages == ("cycle-2",) and analysis.history.overlaps == ()
+    assert analysis.history.growth_stages == ("cycle-2",) and not analysis.history.overlap
 
 
 def test_a_checkpoint_of_another_run_has_a_spectrum_and_no_cycles_between(store, line, fetch, tmp_path):
@@ -117,7 +117,7 @@ def test_full_rank_growth_comes_from_the_weights(store, fetch, tmp_path):
     line = commit_run(store, "full", synthetic_profile(method="full"), tmp_path / "scratch")
     analysis = analyze(line, fetch, layers=Layers(few=True))
     assert analysis.history.growth_stages == ("full-2", "full-3", "full-4")
-    assert analysis.history.growth_ranks == (None, None, None) and analysis.history.overlaps == ()
+    assert analysis.history.growth_ranks == (None, None, None) and not analysis.history.overlap
     assert "from the weights" in analysis.note
     for layer, spectrum in zip(analysis.history.growth, analysis.spectra, strict=True):
         np.testing.assert_array_equal(layer.spectra[-1].values, spectrum.values)
@@ -222,9 +222,9 @@ def test_the_command_shows_a_real_run(trained, tmp_path, relora):
     record = json.loads(out)
     assert code == 0 and record["start"] == "tiny@warm-start"
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
-        "analysis.json", "spectra.png", "growth.png", "overlap.png",
+        "analysis.json", "spectra.png", "growth.png",
     }  # fmt: skip
-    assert err.count("Wrote ") == 4
+    assert err.count("Wrote ") == 3
     assert json.loads((tmp_path / "out/analysis.json").read_text()) == record
     merges = len(trained) - 1
     for layer, growth in zip(record["layers"], record["cycle_history"]["growth"], strict=True):

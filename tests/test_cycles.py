@@ -18,11 +18,10 @@ from relora_train.reports.ranks.cycles import (
     MergedCycle,
     cycle_history,
     growth_points,
-    layer_overlap,
-    overlap_by_chance,
     principal_cosines,
     singular_values_of_sums,
     subspaces,
+    successive_overlaps,
 )
 
 Q = "model.layers.0.self_attn.q_proj.weight"
@@ -93,13 +92,9 @@ def test_overlap_is_one_for_the_same_subspace_and_zero_for_orthogonal_ones():
     basis, mix = orthonormal(30, 8, seed=0), np.random.default_rng(1).normal(size=(4, 4))
     A = orthonormal(25, 8, seed=2).T
     same = Factors(basis[:, :4] @ mix, mix @ A[:4])
-    updates = [Factors(basis[:, :4], A[:4]), same, Factors(basis[:, 4:], A[4:])]
-    overlap = layer_overlap(Q, updates)
-    expected = np.array([[1, 1, 0], [1, 1, 0], [0, 0, 1]])
-    np.testing.assert_allclose(overlap.columns.overlaps, expected, atol=1e-12)
-    np.testing.assert_allclose(overlap.rows.overlaps, expected, atol=1e-12)
-    np.testing.assert_allclose(overlap.columns.cosines[0], np.ones(4), atol=1e-12)
-    np.testing.assert_allclose(overlap.rows.cosines[1], np.zeros(4), atol=1e-12)
+    found = successive_overlaps([Factors(basis[:, :4], A[:4]), same, Factors(basis[:, 4:], A[4:])])
+    np.testing.assert_allclose(found[..., 0], [[1, 0], [1, 0]], atol=1e-12)
+    np.testing.assert_allclose(found[..., 1], [[4 / 30] * 2, [4 / 25] * 2])
 
 
 def test_principal_angles_are_those_the_subspaces_were_turned_by():
@@ -115,14 +110,10 @@ def test_one_subspace_inside_another_overlaps_wholly():
 
 
 def test_random_subspaces_overlap_as_chance_says():
-    """E‖U₁ᵀU₂‖² = d₁ d₂ / n; the mean of 300 pairs has a standard error of about 0.002 here."""
-    updates = random_updates((60, 40), 6, 25)
-    overlap = layer_overlap(Q, updates)
-    pairs = ~np.eye(25, dtype=bool)
-    assert (overlap.columns.chance, overlap.rows.chance) == pytest.approx((6 / 60, 6 / 40))
-    assert overlap.columns.overlaps[pairs].mean() == pytest.approx(0.10, abs=0.01)
-    assert overlap.rows.overlaps[pairs].mean() == pytest.approx(0.15, abs=0.01)
-    assert overlap_by_chance(50, 3, 7) == 7 / 50
+    """E‖U₁ᵀU₂‖² = d₁ d₂ / n; the mean of 99 pairs has a standard error of about 0.004 here."""
+    means = successive_overlaps(random_updates((60, 40), 6, 100)).mean(axis=1)
+    np.testing.assert_allclose(means[:, 1], [6 / 60, 6 / 40])
+    np.testing.assert_allclose(means[:, 0], means[:, 1], atol=0.01)
 
 
 def test_a_direction_that_is_only_rounding_is_no_part_of_the_subspace():
@@ -135,9 +126,9 @@ def test_a_direction_that_is_only_rounding_is_no_part_of_the_subspace():
 
 def test_an_update_of_zero_has_no_subspace_and_no_overlap():
     some = random_updates((10, 8), 2, 2)
-    overlap = layer_overlap(Q, [some[0], Factors(np.zeros((10, 2)), some[1].A), some[1]])
-    assert np.isnan(overlap.columns.overlaps[1]).all() and np.isfinite(overlap.columns.overlaps[0, 2])
-    assert [cosines.size for cosines in overlap.columns.cosines] == [0, 0]
+    zero = Factors(np.zeros((10, 2)), some[1].A)
+    assert np.isnan(successive_overlaps([some[0], zero, some[1]])[..., 0]).all()
+    assert np.isfinite(successive_overlaps(some)).all()
 
 
 @pytest.mark.parametrize("cycles", [1, 2, 12, 13, 40, 500])

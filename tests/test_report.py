@@ -105,7 +105,7 @@ def test_the_report_says_of_each_stage_what_its_manifest_says(line, files, page)
 def test_all_files_of_a_report_are_there(files):
     assert {path.name for path in files[-1].parent.iterdir()} == {
         "report.html", "summary.json", "overview.png", "loss.png", "learning_rate.png", "perplexity.png",
-        "gradient_norm.png", "throughput.png", "spectra.png", "growth.png", "overlap.png",
+        "gradient_norm.png", "throughput.png", "spectra.png", "growth.png",
     }  # fmt: skip
     for path in files[:-2]:
         assert path.read_bytes().startswith(b"\x89PNG\r\n")
@@ -136,9 +136,9 @@ def test_the_same_run_gives_the_same_bytes(data, files, tmp_path):
 
 
 def hostile_history(history):
-    names = (HOSTILE,) * len(history.stages)
+    names = (HOSTILE,) * len(history.growth_stages)
     growth = tuple(replace(layer, name=HOSTILE) for layer in history.growth)
-    return replace(history, stages=names, growth_stages=names, growth=growth)
+    return replace(history, growth_stages=names, growth=growth)
 
 
 def test_strings_from_outside_never_become_markup(data, page, tmp_path):

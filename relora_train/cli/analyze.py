@@ -15,7 +15,7 @@ from relora_train.cli.options import AsJson, CheckpointName, Store, answer, reso
 from relora_train.cli.output import BLANK, View, console_for_people, facts, require_writable, table, tell
 from relora_train.reports.ranks.analysis import Layers, RankAnalysis
 from relora_train.reports.ranks.analysis import analyze as analyze_line
-from relora_train.reports.ranks.cycles import CycleHistory, successive_overlap
+from relora_train.reports.ranks.cycles import CycleHistory
 from relora_train.reports.ranks.layers import kind_of
 from relora_train.reports.ranks.measures import KindSpectrum, LayerSpectrum, kind_means
 from relora_train.reports.records import history_record, json_value, kind_record, spectrum_record
@@ -74,7 +74,7 @@ def analyze(
 
 
 def _write(analysis: RankAnalysis, record: dict[str, Any], directory: Path) -> None:
-    """Write analysis.json, spectra.png, and where there is a history growth.png and overlap.png."""
+    """Write analysis.json, spectra.png, and growth.png where there is a history."""
     from relora_train.reports.plot_style import to_png
     from relora_train.reports.rank_plots import rank_figures
 
@@ -123,9 +123,8 @@ def _history(history: CycleHistory) -> View:
     if all(rank is not None for rank in history.growth_ranks):
         growth.append(("at most", *map(str, history.growth_ranks)))
     parts: View = [table(("effective rank of all so far", *history.growth_stages), growth)]
-    if history.overlaps:
-        sides = {"column spaces (what is written)": "columns", "row spaces (what is read)": "rows"}
-        found = {title: successive_overlap(history.overlaps, side) for title, side in sides.items()}
-        rows = [(title, decimal(cosine, 4), decimal(chance, 4)) for title, (cosine, chance) in found.items()]
+    if history.overlap:
+        titles = {"columns": "column spaces (what is written)", "rows": "row spaces (what is read)"}
+        rows = [(titles[side], *(decimal(number, 4) for number in pair)) for side, pair in history.overlap.items()]
         parts += [BLANK, table(("overlap of successive cycles", "mean cos²", "by chance"), rows)]
     return parts

@@ -1,4 +1,4 @@
-"""The figures of a rank analysis: spectra of the total update, its growth, the overlap of the cycles' subspaces."""
+"""The figures of a rank analysis: spectra of the total update, and its growth."""
 
 from __future__ import annotations
 
@@ -7,14 +7,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from relora_train.reports.plot_style import (
     ACCENT,
-    BACKGROUND,
-    BAND,
     MUTED,
     SERIES,
     TEXT,
@@ -25,12 +22,9 @@ from relora_train.reports.plot_style import (
 )
 from relora_train.reports.ranks.cycles import CycleHistory, LayerGrowth
 from relora_train.reports.ranks.layers import block_of, kind_of
-from relora_train.reports.ranks.measures import PAPER_THRESHOLD, LayerSpectrum, Matrix, by_kind
+from relora_train.reports.ranks.measures import PAPER_THRESHOLD, LayerSpectrum, by_kind
 
 MAX_PANELS = 8
-_MAX_NUMBERED = 8  # cycles whose overlaps are also written as numbers
-_MAX_NAMED = 20  # cycles that are named at the axis
-_CHANCE_IS_PALE = 4.0  # times the overlap by chance has the full colour, so that what chance gives looks like little
 _BOUND_FITS = 2.5  # times the highest curve: what the rank can be at most is drawn in full up to there
 
 
@@ -43,8 +37,6 @@ def rank_figures(
         figures["spectra.png"] = spectra_figure(spectra, cycle_rank=cycle_rank, total_rank=total_rank)
     if history is not None and len(history.growth_stages) > 1:
         figures["growth.png"] = growth_figure(history)
-    if history is not None and history.overlaps:
-        figures["overlap.png"] = overlap_figure(history)
     return figures
 
 
@@ -128,50 +120,9 @@ def growth_figure(history: CycleHistory) -> Figure:
         axes.set_ylim(0, max(1.0, *(1.06 * top for top in (highest, bound[-1]) if top <= _BOUND_FITS * highest)))
         axes.set_title(title, fontsize=9.5, color=TEXT, loc="left")
         axes.yaxis.set_major_locator(MaxNLocator(6, integer=True))
-        _name_stages(axes.xaxis, history.growth_stages, places)
+        axes.xaxis.set_ticks(places, [plain(name) for name in history.growth_stages])
     handles, labels = grid[0, 0].get_legend_handles_labels()
     figure.legend(
         handles, labels, loc="lower center", ncols=5, fontsize=8.5, labelcolor=TEXT, frameon=False, borderpad=0.4
     )
     return figure
-
-
-def overlap_figure(history: CycleHistory) -> Figure:
-    """Draw two maps of the cycles' overlaps, mean over layers: of what the updates write, and of what they read."""
-    count = len(history.stages)
-    figure, grid = new_figure(3.8 if count > 4 else 2.8, columns=2, titled=True)
-    figure.subplots_adjust(left=0.085, right=0.99, wspace=0.16, bottom=0.09)
-    sides = [[one.columns for one in history.overlaps], [one.rows for one in history.overlaps]]
-    chances = [float(np.mean([one.chance for one in side])) for side in sides]
-    known = [np.ma.masked_invalid(np.stack([one.overlaps for one in side])) for side in sides]
-    means = [overlaps.mean(axis=0).filled(np.nan) for overlaps in known]  # of the layers whose overlap is a number
-    for mean in means:
-        np.fill_diagonal(mean, np.nan)
-    full = max([_CHANCE_IS_PALE * max(chances), *(float(value) for value in np.append(*means) if value > 0)])
-    for axes, side, mean, chance in zip(grid.flat, ("column", "row"), means, chances, strict=True):
-        _draw_map(axes, mean, min(1.0, full))
-        axes.set_title(f"{side} spaces: chance gives {chance:.3f}", fontsize=9.5, color=TEXT, loc="left")
-        for axis in (axes.xaxis, axes.yaxis):
-            _name_stages(axis, history.stages, np.arange(count))
-    return figure
-
-
-def _draw_map(axes: Any, values: Matrix, full: float) -> None:
-    """Draw from the page's colour at 0 to the strong one at `full`; the diagonal, which is 1, is left empty."""
-    between = LinearSegmentedColormap.from_list("overlap", [BACKGROUND, SERIES[0]])
-    shades = between.with_extremes(bad=BAND)
-    axes.imshow(np.ma.masked_invalid(values), cmap=shades, vmin=0.0, vmax=full, aspect="auto")
-    axes.grid(visible=False)
-    if len(values) > _MAX_NUMBERED:
-        return
-    for (row, column), value in np.ndenumerate(values):
-        if np.isfinite(value):
-            colour = BACKGROUND if value > 0.6 * full else TEXT
-            axes.text(column, row, f"{value:.3f}", ha="center", va="center", fontsize=9, color=colour)
-
-
-def _name_stages(axis: Any, stages: Sequence[str], places: Any) -> None:
-    every = math.ceil(len(stages) / _MAX_NAMED)
-    short = len(stages) > _MAX_NUMBERED
-    shown = [name.rpartition("-")[2] if short else name for name in stages[::every]]  # '12' for 'cycle-12'
-    axis.set_ticks(places[::every], [plain(name) for name in shown])

@@ -22,24 +22,12 @@ def kind_record(kind: KindSpectrum) -> dict[str, Any]:
 
 
 def history_record(history: CycleHistory) -> dict[str, Any]:
-    """Return growth and overlaps by layer; singular values only of the whole update, elsewhere."""
-    overlaps = []
-    for overlap in history.overlaps:
-        sides = {"columns": overlap.columns, "rows": overlap.rows}
-        overlaps.append(
-            {
-                "name": overlap.name,
-                **{name: [_rounded(row) for row in side.overlaps] for name, side in sides.items()},
-                "chance": {name: side.chance for name, side in sides.items()},
-                "successive_cosines": {name: [_rounded(one) for one in side.cosines] for name, side in sides.items()},
-            }
-        )
+    """Return growth by layer, with singular values of the whole update alone, and the overlap of successive cycles."""
     return {
         "growth_stages": history.growth_stages,
         "growth_ranks": history.growth_ranks,
         "growth": [{"name": layer.name, "after": list(map(_measures, layer.spectra))} for layer in history.growth],
-        "stages": history.stages,
-        "overlaps": overlaps,
+        "overlap": {side: {"mean": mean, "chance": chance} for side, (mean, chance) in history.overlap.items()},
     }
 
 

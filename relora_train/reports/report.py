@@ -20,7 +20,6 @@ from relora_train.checkpoints.lineage import CheckpointRef
 from relora_train.reports.collect import collect_run_data
 from relora_train.reports.plot_style import MAX_POINTS
 from relora_train.reports.plots import draw_plots, loss_ceiling, overview_png, score_plot_name
-from relora_train.reports.ranks.cycles import successive_overlap
 from relora_train.reports.ranks.layers import natural_order
 from relora_train.reports.ranks.measures import PAPER_THRESHOLD
 from relora_train.reports.records import history_record, json_value, spectrum_record
@@ -140,7 +139,7 @@ def render_page(data: RunData, pictures: Mapping[str, bytes]) -> str:
     """Return the whole page. pictures: PNG bytes by name."""
     ranks = [row.rank for row in data.stages if row.rank is not None]
     moments = sorted({(sample.step, sample.stage) for sample in data.samples})
-    history, measures = data.history, data.measures
+    measures = data.measures
     return render(
         TEMPLATES / "run.html",
         data=data,
@@ -152,9 +151,6 @@ def render_page(data: RunData, pictures: Mapping[str, bytes]) -> str:
         merged_layers=sorted({name for row in data.merges for name in row.layers}, key=natural_order),
         cycle_rank=ranks[-1] if ranks else None,
         threshold=PAPER_THRESHOLD,
-        overlaps=[successive_overlap(history.overlaps, side) for side in ("columns", "rows")]
-        if history is not None and history.overlaps
-        else None,
         moments=moments if len(moments) < 2 else [moments[0], moments[-1]],
         sample_texts={(sample.step, sample.stage, sample.prompt): sample.text for sample in data.samples},
         settings_json=json.dumps(data.settings, indent=2, ensure_ascii=False, default=str),

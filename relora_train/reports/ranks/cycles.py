@@ -10,7 +10,7 @@ import itertools
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -138,9 +138,20 @@ def principal_cosines(first: Matrix, second: Matrix) -> Matrix:
     return np.clip(singular_values(first.T @ second), 0.0, 1.0)
 
 
-def overlap_by_chance(dimension: int, first: int, second: int) -> float:
-    """Return the mean cos² of the principal angles that random subspaces have: max(d1, d2) / dimension."""
-    return max(first, second) / dimension
+def successive_overlaps(updates: Sequence[Factors]) -> Matrix:
+    """Return (2, updates − 1, 2): of column spaces (what an update writes), then of row spaces (what it reads).
+
+    For each update and the one before: the mean cos² of the principal angles, 1 where one subspace contains the other,
+    0 where they are orthogonal, NaN beside an update of zero; and what random subspaces have, max(d1, d2) / dimension.
+    """
+    sides = zip(*map(subspaces, updates), strict=True)
+    return np.array([[_overlap(*pair) for pair in itertools.pairwise(bases)] for bases in sides])
+
+
+def _overlap(first: Matrix, second: Matrix) -> tuple[float, float]:
+    cosines = principal_cosines(first, second)
+    chance = max(first.shape[1], second.shape[1]) / len(first)
+    return float(np.mean(cosines**2)) if cosines.size else math.nan, chance
 
 
 @dataclass(frozen=True)
@@ -162,31 +173,6 @@ class LayerGrowth:
 
 
 @dataclass(frozen=True, eq=False)
-class SideOverlap:
-    """The overlaps of one layer's updates on one side, for the stages of `CycleHistory.stages`.
-
-    Overlap is the mean cos² of the principal angles: 1 where one subspace contains the other, 0 where they are
-    orthogonal. NaN beside an update that is zero.
-    """
-
-    overlaps: Matrix
-    """(stages, stages)"""
-    cosines: tuple[Matrix, ...]
-    """Cosines of all principal angles of each stage with the one before it, descending; stages − 1 of them."""
-    chance: float
-    """The overlap that random subspaces of these dimensions have on average."""
-
-
-@dataclass(frozen=True, eq=False)
-class LayerOverlap:
-    """The overlaps of a layer's updates: of column spaces, what it writes, and of row spaces, what it reads."""
-
-    name: str
-    columns: SideOverlap
-    rows: SideOverlap
-
-
-@dataclass(frozen=True, eq=False)
 class CycleHistory:
     """A run's cycles, or for full rank its stages, as their updates tell it."""
 
@@ -194,9 +180,11 @@ class CycleHistory:
     growth_ranks: tuple[int | None, ...]
     """The largest possible rank of the total update; None for full-rank stages."""
     growth: tuple[LayerGrowth, ...]
-    stages: tuple[str, ...] = ()
-    overlaps: tuple[LayerOverlap, ...] = ()
-    """Empty for full rank, and where there is only one low-rank stage."""
+    overlap: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    """Mean cos² of successive cycles over all layers, and what chance gives: of "columns" and "rows".
+
+    Empty for full rank, and where there is only one low-rank stage.
+    """
 
 
 def cycle_history(
@@ -218,21 +206,17 @@ def cycle_history(
         spectra = (spectrum_of_values(name, shape, values, weight_rms=rms, start_norm=norm) for values in sums)
         growth.append(LayerGrowth(name, tuple(spectra)))
         if len(cycles) > 1:
-            overlaps.append(layer_overlap(name, updates))
+            overlaps.append(successive_overlaps(updates))
+    overlap = {}
+    for side, pairs in zip(("columns", "rows"), np.moveaxis(overlaps, 1, 0) if overlaps else (), strict=False):
+        cosines = pairs[..., 0][np.isfinite(pairs[..., 0])]
+        overlap[side] = float(np.mean(cosines)) if cosines.size else math.nan, float(np.mean(pairs[..., 1]))
     return CycleHistory(
         growth_stages=tuple(cycles[end - 1].stage for end in ends),
         growth_ranks=tuple(widths[end - 1] for end in ends),
         growth=tuple(growth),
-        stages=tuple(cycle.stage for cycle in cycles),
-        overlaps=tuple(overlaps),
+        overlap=overlap,
     )
-
-
-def layer_overlap(name: str, updates: Sequence[Factors]) -> LayerOverlap:
-    """Return the overlap of every pair of a layer's updates, which are two or more."""
-    bases = [subspaces(update) for update in updates]
-    rows, columns = updates[0].shape
-    return LayerOverlap(name, _side([left for left, _ in bases], rows), _side([right for _, right in bases], columns))
 
 
 def growth_points(cycles: int) -> list[int]:
@@ -246,31 +230,8 @@ def history_operations(shapes: Sequence[tuple[int, int]], ranks: Sequence[int]) 
     total = 0.0
     for rows, columns in shapes:
         width = int(widths[-1])
-        total += 2.0 * (rows + columns) * width**2  # the two QR, and the pairs of subspaces, which are as many
+        total += 2.0 * (rows + columns) * width**2  # the two QR
         for end in growth_points(len(ranks)):
             first, second = min(rows, int(widths[end - 1])), min(columns, int(widths[end - 1]))
             total += 6.0 * first * second * min(first, second)
     return total
-
-
-def _side(bases: Sequence[Matrix], dimension: int) -> SideOverlap:
-    count = len(bases)
-    overlaps, successive = np.full((count, count), np.nan), []
-    for i in range(count):
-        for j in range(i + 1):
-            cosines = principal_cosines(bases[i], bases[j])
-            if cosines.size:
-                overlaps[i, j] = overlaps[j, i] = float(np.mean(cosines**2))
-            if j == i - 1:
-                successive.append(cosines)
-    sizes = [basis.shape[1] for basis in bases]
-    chances = [overlap_by_chance(dimension, a, b) for a, b in itertools.pairwise(sizes)]
-    return SideOverlap(overlaps, tuple(successive), float(np.mean(chances)))
-
-
-def successive_overlap(overlaps: Sequence[LayerOverlap], side: str) -> tuple[float, float]:
-    """Return the mean overlap of successive stages in 'columns' or 'rows', and the mean that chance would give."""
-    sides: list[SideOverlap] = [getattr(one, side) for one in overlaps]
-    known = np.concatenate([np.diag(one.overlaps, k=1) for one in sides])
-    known = known[np.isfinite(known)]
-    return float(np.mean(known)) if known.size else math.nan, float(np.mean([one.chance for one in sides]))
