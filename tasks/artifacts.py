@@ -27,8 +27,7 @@ from prefect.logging import get_run_logger
 from relora_train.checkpoints.lineage import CheckpointRef
 from relora_train.events import Event
 from relora_train.method.stages import Stage
-from relora_train.reports.event_text import event_line
-from relora_train.reports.stage_text import checkpoint_markdown, finished_text, merge_table, merge_text
+from relora_train.reports.event_text import checkpoint_markdown, event_line, finished_text, merge_table, merge_text
 from relora_train.runs.background import Background
 from relora_train.runs.run import StageOutcome
 

@@ -56,7 +56,7 @@ def test_adapters_and_weights_tell_the_same_of_the_total_update(line, fetch):
     analysis = analyze(line, fetch)
     assert (analysis.start, analysis.end) == ("tale@warm-start", "tale@cycle-3")
     assert len(analysis.spectra) == 18 and analysis.note == ""  # all six matrices of all three blocks
-    growth = {layer.name: layer.spectra for layer in analysis.history.growth}
+    growth = {layer[0].name: layer for layer in analysis.history.growth}
     for spectrum in analysis.spectra:
         after = growth[spectrum.name]
         assert [one.numerical_rank for one in after] == [4, 8, 12]
@@ -120,7 +120,7 @@ def test_full_rank_growth_comes_from_the_weights(store, fetch, tmp_path):
     assert analysis.history.growth_ranks == (None, None, None) and not analysis.history.overlap
     assert "from the weights" in analysis.note
     for layer, spectrum in zip(analysis.history.growth, analysis.spectra, strict=True):
-        np.testing.assert_array_equal(layer.spectra[-1].values, spectrum.values)
+        np.testing.assert_array_equal(layer[-1].values, spectrum.values)
 
 
 def test_a_cycle_that_was_removed_is_no_gap_in_silence(line, fetch):
@@ -128,7 +128,7 @@ def test_a_cycle_that_was_removed_is_no_gap_in_silence(line, fetch):
     gone = [line[0], line[1], line[3]]
     analysis = analyze(gone, fetch)
     assert analysis.history.growth_stages == ("cycle-1", "cycle-3")
-    assert [one.numerical_rank for one in analysis.history.growth[0].spectra] == [4, 12]
+    assert [one.numerical_rank for one in analysis.history.growth[0]] == [4, 12]
     assert "was removed" in analysis.note
     history, note = history_for_report(gone, fetch)
     assert history is None and "cycle-3 started from was removed" in note
@@ -139,7 +139,7 @@ def test_layers_that_not_every_cycle_updated_have_no_growth(store, line, fetch, 
     stages = plan_stages(narrow)[2:]
     branch = commit_run(store, "branch", narrow, tmp_path / "b", parent=line[1], stages=stages)
     analysis = analyze([*line[:2], *branch], fetch)
-    assert [layer.name for layer in analysis.history.growth] == [
+    assert [layer[0].name for layer in analysis.history.growth] == [
         f"model.layers.{i}.self_attn.q_proj.weight" for i in range(3)
     ]
     assert len(analysis.spectra) == 18 and "3 layers that every cycle updated, of 18" in analysis.note

@@ -17,7 +17,7 @@ from observed import Observed
 from observed_flows import CHATTER_EVENTS, CHATTER_SECONDS_APART, RUN_ID, STRAY_LINE
 from PIL import Image
 
-from relora_train.reports.stage_text import merge_table
+from relora_train.reports.event_text import merge_table
 from relora_train.storage.opening import open_store
 
 STAGES = ["warm-start", "cycle-1", "cycle-2"]

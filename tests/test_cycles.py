@@ -69,7 +69,7 @@ def test_growth_counts_directions_that_are_new_and_not_those_that_come_back(tmp_
         for k, (B, A) in enumerate(factors, start=1)
     ]
     history = cycle_history(cycles, [Q])
-    spectra = history.growth[0].spectra
+    spectra = history.growth[0]
     assert history.growth_stages == ("cycle-1", "cycle-2", "cycle-3")
     assert history.growth_ranks == (2, 4, 5)
     assert [spectrum.numerical_rank for spectrum in spectra] == [2, 4, 4]

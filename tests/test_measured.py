@@ -14,9 +14,18 @@ from relora_train.cli.output import show
 from relora_train.errors import ConfigError, ExperimentInvalidError, ProfileNotFoundError
 from relora_train.experiments.bench import FULL, RELORA, StepRequest, StepResult
 from relora_train.experiments.config import PaperThroughput
-from relora_train.experiments.measured import Measured, MeasuredSummary, MeasuredTable, is_measured, load_measured
+from relora_train.experiments.measured import (
+    Measured,
+    MeasuredSummary,
+    MeasuredTable,
+    adjusted_speed,
+    is_measured,
+    load_measured,
+    measure_throughput,
+    pair_record,
+    summarize,
+)
 from relora_train.experiments.report import measured_markdown, store_measured
-from relora_train.experiments.throughput import adjusted_speed, measure_throughput, pair_record, summarize
 from relora_train.settings.data import BatchConfig
 from relora_train.settings.profile import Profile
 from relora_train.storage.opening import open_store, uri_to_path

@@ -273,9 +273,9 @@ def test_no_phase_is_more_than_done(corpus, tmp_path):
     """Also not training a tokenizer on less than there is, though the last piece of text is read whole."""
     seen = []
     prepare_dataset(corpus, TOKENIZER.model_copy(update={"training_bytes": 10_000}), tmp_path, on_progress=seen.append)
-    last = {progress.phase: progress for progress in seen}
-    assert last["train-tokenizer"].done_bytes == last["train-tokenizer"].total_bytes == 10_000
-    assert all(progress.done_bytes <= progress.total_bytes for progress in seen)
+    last = {progress["phase"]: progress for progress in seen}
+    assert last["train-tokenizer"]["done_bytes"] == last["train-tokenizer"]["total_bytes"] == 10_000
+    assert all(progress["done_bytes"] <= progress["total_bytes"] for progress in seen)
 
 
 def test_the_process_reports_an_error_by_name_and_ends_with_its_status(tmp_path):

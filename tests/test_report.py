@@ -137,7 +137,7 @@ def test_the_same_run_gives_the_same_bytes(data, files, tmp_path):
 
 def hostile_history(history):
     names = (HOSTILE,) * len(history.growth_stages)
-    growth = tuple(replace(layer, name=HOSTILE) for layer in history.growth)
+    growth = tuple(tuple(replace(one, name=HOSTILE) for one in layer) for layer in history.growth)
     return replace(history, growth_stages=names, growth=growth)
 
 

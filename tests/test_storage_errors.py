@@ -36,8 +36,7 @@ from relora_train.errors import (
 )
 from relora_train.storage.memory import MemoryStore
 from relora_train.storage.opening import open_store
-from relora_train.storage.s3_client import make_client
-from relora_train.storage.s3_errors import storage_error
+from relora_train.storage.s3_client import make_client, storage_error
 
 
 @pytest.mark.parametrize("uri", ["gs://bucket/x", "http://host/x", "S4://x", "s3://", "s3:///key", "file://host/dir"])

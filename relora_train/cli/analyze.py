@@ -17,8 +17,7 @@ from relora_train.reports.ranks.analysis import Layers, RankAnalysis
 from relora_train.reports.ranks.analysis import analyze as analyze_line
 from relora_train.reports.ranks.cycles import CycleHistory
 from relora_train.reports.ranks.layers import kind_of
-from relora_train.reports.ranks.measures import KindSpectrum, LayerSpectrum, kind_means
-from relora_train.reports.records import history_record, json_value, kind_record, spectrum_record
+from relora_train.reports.ranks.measures import KindSpectrum, LayerSpectrum, json_value, kind_means
 from relora_train.runs.run import line_of
 from relora_train.storage.workspace import checkpoint_cache
 from relora_train.text import decimal
@@ -62,34 +61,14 @@ def analyze(
         )
     about = {"start": analysis.start, "start_uri": analysis.start_uri, "end": analysis.end, "end_uri": analysis.end_uri}
     numbers = {
-        "kinds": [kind_record(kind) for kind in kind_means(analysis.spectra)],
-        "layers": [spectrum_record(spectrum) for spectrum in analysis.spectra],
-        "cycle_history": None if analysis.history is None else history_record(analysis.history),
+        "kinds": [kind.record() for kind in kind_means(analysis.spectra)],
+        "layers": [spectrum.record() for spectrum in analysis.spectra],
+        "cycle_history": analysis.history and analysis.history.record(),
         "note": analysis.note,
     }
     record = {key: json_value(value) for key, value in (about | numbers).items()}
     if output is not None:
         _write(analysis, record, output)
-    answer(as_json, record, lambda: analysis_view(analysis, every_layer=every_layer))
-
-
-def _write(analysis: RankAnalysis, record: dict[str, Any], directory: Path) -> None:
-    """Write analysis.json, spectra.png, and growth.png where there is a history."""
-    from relora_train.reports.plot_style import to_png
-    from relora_train.reports.rank_plots import rank_figures
-
-    history = analysis.history
-    ranks = [] if history is None else [rank for rank in history.growth_ranks if rank is not None]
-    cycle_rank, total_rank = (ranks[0], ranks[-1]) if ranks else (None, None)
-    figures = rank_figures(analysis.spectra, history, cycle_rank=cycle_rank, total_rank=total_rank)
-    contents = {"analysis.json": (json.dumps(record, indent=1) + "\n").encode()}
-    for name, content in (contents | {name: to_png(figure, dpi=160) for name, figure in figures.items()}).items():
-        (directory / name).write_bytes(content)
-        tell(f"Wrote {directory / name}")
-
-
-def analysis_view(analysis: RankAnalysis, *, every_layer: bool) -> View:
-    """Return the means of each kind of layer, or every layer; then growth and overlaps."""
     measured = analysis.spectra if every_layer else kind_means(analysis.spectra)
     rows = [
         (
@@ -105,17 +84,32 @@ def analysis_view(analysis: RankAnalysis, *, every_layer: bool) -> View:
     ]
     first = ("layer",) if every_layer else ("kind", "layers")
     spectra = table((*first, "shape", "below 0.1", "effective rank", "stable rank", "rank", "‖ΔW‖/‖W‖"), rows)
-    about = Text("below 0.1: singular values of the update, of as many as the shorter side.", style="dim")
-    parts: View = [facts({"from": analysis.start, "to": analysis.end}), BLANK, spectra, about]
+    legend = Text("below 0.1: singular values of the update, of as many as the shorter side.", style="dim")
+    parts: View = [facts({"from": analysis.start, "to": analysis.end}), BLANK, spectra, legend]
     if analysis.history is not None:
         parts += [BLANK, *_history(analysis.history)]
-    return [*parts, BLANK, Text(analysis.note)] if analysis.note else parts
+    answer(as_json, record, lambda: [*parts, BLANK, Text(analysis.note)] if analysis.note else parts)
+
+
+def _write(analysis: RankAnalysis, record: dict[str, Any], directory: Path) -> None:
+    """Write analysis.json, spectra.png, and growth.png where there is a history."""
+    from relora_train.reports.plot_style import to_png
+    from relora_train.reports.plots import rank_figures
+
+    history = analysis.history
+    ranks = [] if history is None else [rank for rank in history.growth_ranks if rank is not None]
+    cycle_rank, total_rank = (ranks[0], ranks[-1]) if ranks else (None, None)
+    figures = rank_figures(analysis.spectra, history, cycle_rank=cycle_rank, total_rank=total_rank)
+    contents = {"analysis.json": (json.dumps(record, indent=1) + "\n").encode()}
+    for name, content in (contents | {name: to_png(figure, dpi=160) for name, figure in figures.items()}).items():
+        (directory / name).write_bytes(content)
+        tell(f"Wrote {directory / name}")
 
 
 def _history(history: CycleHistory) -> View:
     kinds: dict[str, list[tuple[LayerSpectrum, ...]]] = {}
     for layer in history.growth:
-        kinds.setdefault(kind_of(layer.name), []).append(layer.spectra)
+        kinds.setdefault(kind_of(layer[0].name), []).append(layer)
     growth = []
     for kind, layers in kinds.items():
         means = np.mean([[spectrum.effective_rank for spectrum in spectra] for spectra in layers], axis=0)

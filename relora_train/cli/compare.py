@@ -11,7 +11,7 @@ from relora_train.cli.options import AsJson, Sets, Store, Verbose, answer, open_
 from relora_train.cli.output import BLANK, View, place, table, tell
 from relora_train.cli.run import check_inputs, run_shown
 from relora_train.errors import ConfigError
-from relora_train.experiments.experiment import Experiment, list_experiments, load_experiment
+from relora_train.experiments.experiment import list_experiments, load_experiment
 from relora_train.experiments.measured import MeasuredSummary, is_measured, load_measured
 from relora_train.experiments.records import ComparisonSummary
 from relora_train.runs.model_check import check_settings
@@ -56,8 +56,14 @@ def compare(
         for run in planned.runs:
             check_settings(run.profile)
         check_inputs(planned.runs[0].profile)
-        for notice in notices(planned):
-            tell(notice)
+        arms, starts = counted(len(planned.config.arms), "arm"), counted(len(planned.warm_starts), "warm start")
+        shared = f", branching from {starts}" if planned.warm_starts else ""
+        each = f"{arms} x {counted(len(planned.seeds), 'seed')} of {planned.budget_tokens:,} tokens"
+        tell(f"{planned.name}: {each}{shared}")
+        if planned.budget_tokens != planned.config.budget_tokens:
+            tell(f"The experiment's own budget is {planned.config.budget_tokens:,} tokens; --set changed it.")
+        for key, own in planned.unreached.items():
+            tell(f"--set {key} does not reach {', '.join(own)}.")
     parameters: dict[str, Any] = {
         "experiment": experiment,
         "overrides": overrides,
@@ -85,17 +91,6 @@ def experiments(as_json: AsJson = False) -> None:
     answer(as_json, described, lambda: [table(("experiment", "arms", "title"), rows, left=("title",))])
 
 
-def notices(planned: Experiment) -> list[str]:
-    """Return what you should know before the runs begin."""
-    arms, starts = counted(len(planned.config.arms), "arm"), counted(len(planned.warm_starts), "warm start")
-    seeds, shared = counted(len(planned.seeds), "seed"), f", branching from {starts}" if planned.warm_starts else ""
-    lines = [f"{planned.name}: {arms} x {seeds} of {planned.budget_tokens:,} tokens{shared}"]
-    if planned.budget_tokens != planned.config.budget_tokens:
-        lines.append(f"The experiment's own budget is {planned.config.budget_tokens:,} tokens; --set changed it.")
-    lines += [f"--set {key} does not reach {', '.join(arms)}." for key, arms in planned.unreached.items()]
-    return lines
-
-
 def summary_view(summary: ComparisonSummary | MeasuredSummary, seconds: float) -> View:
     """Return the tables of an experiment and the places of everything."""
     places = [f"Report: {place(summary.html_uri)}", f"JSON:   {place(summary.json_uri)}"]
@@ -106,25 +101,21 @@ def summary_view(summary: ComparisonSummary | MeasuredSummary, seconds: float) -
             parts += [BLANK, table(each.header, each.rows, title=each.title), Text(each.note, style="dim")]
         places.insert(0, summary.measured.headline)
     else:
-        name, parts = summary.comparison.experiment, _comparison_tables(summary)
+        from relora_train.experiments.comparison import arm_cells, arm_header
+        from relora_train.reports.text import signed_estimate_text
+
+        data = summary.comparison
+        parts = [BLANK, table(arm_header(data), [arm_cells(data, row) for row in data.arms])]
+        judged, shown = data.measures.judged, list(dict.fromkeys((LOSS, data.measures.headline)))
+        paired = [
+            (data.label(each.arm), *(signed_estimate_text(each.score(measure)) for measure in shown), str(score.count))
+            for each in data.differences
+            if each.arm != data.reference and (score := each.score(judged)) is not None
+        ]
+        if paired:
+            columns = (f"less {data.label(data.reference)}", *(measure.name for measure in shown), "pairs")
+            parts += [BLANK, table(columns, paired)]
+        name = data.experiment
         if summary.reused:
             places.append(f"Reused: {summary.reused} of {len(summary.comparison.runs)} runs")
     return [*parts, BLANK, *map(Text, places), Text(f"Experiment {name} finished in {duration(seconds)}.")]
-
-
-def _comparison_tables(summary: ComparisonSummary) -> View:
-    from relora_train.experiments.comparison import arm_cells, arm_header
-    from relora_train.reports.text import signed_estimate_text
-
-    data = summary.comparison
-    parts: View = [BLANK, table(arm_header(data), [arm_cells(data, row) for row in data.arms])]
-    judged, shown = data.measures.judged, list(dict.fromkeys((LOSS, data.measures.headline)))
-    paired = [
-        (data.label(each.arm), *(signed_estimate_text(each.score(measure)) for measure in shown), str(score.count))
-        for each in data.differences
-        if each.arm != data.reference and (score := each.score(judged)) is not None
-    ]
-    if paired:
-        columns = (f"less {data.label(data.reference)}", *(measure.name for measure in shown), "pairs")
-        parts += [BLANK, table(columns, paired)]
-    return parts

@@ -35,11 +35,26 @@ def checkpoints(run: RunName, store: Store = None, as_json: AsJson = False) -> N
     except (CheckpointAmbiguousError, CheckpointCorruptError):
         latest = None
     line = line_to(latest, refs) if latest else ()
-    answer(
-        as_json,
-        [{"uri": ref.uri, **ref.manifest.model_dump(mode="json"), "on_line": ref in line} for ref in refs],
-        lambda: checkpoints_view(refs, line),
-    )
+    place, on_line = common_place([ref.uri for ref in refs]), {ref.uri for ref in line}
+    headline = measures_in(refs[-1].manifest.evaluation if refs else {}).headline
+    columns = ("", "stage", "step", "tokens", headline.short, "size", "committed", "checkpoint")
+    rows = [
+        (
+            "●" if ref.uri in on_line else " ",
+            ref.manifest.stage,
+            f"{ref.step:,}",
+            f"{ref.manifest.tokens_seen:,}",
+            headline.text(ref.manifest.evaluation.get(headline.key)),
+            size(ref.manifest.size_bytes),
+            moment(ref.manifest.created_at),
+            ref.uri.removeprefix(place),
+        )
+        for ref in refs
+    ]
+    legend = "● the run's line" if line else "No one line is the run's: name a checkpoint by its URI."
+    made = table(columns, rows, left=("stage", "checkpoint"))
+    record = [{"uri": ref.uri, **ref.manifest.model_dump(mode="json"), "on_line": ref in line} for ref in refs]
+    answer(as_json, record, lambda: [Text(f"Below {place}" if place else ""), made, Text(legend, style="dim")])
     for fault in faults:
         complain(str(fault))
     if faults:
@@ -74,29 +89,6 @@ def show(
         {"uri": ref.uri, **ref.manifest.model_dump(mode="json"), **more},
         lambda: [*checkpoint_view(ref, line), *(tree if roots[0].branches else []), *verified],
     )
-
-
-def checkpoints_view(refs: Sequence[CheckpointRef], line: Sequence[CheckpointRef]) -> View:
-    """Return the checkpoints of a run; those on its line are marked."""
-    place, on_line = common_place([ref.uri for ref in refs]), {ref.uri for ref in line}
-    headline = measures_in(refs[-1].manifest.evaluation if refs else {}).headline
-    columns = ("", "stage", "step", "tokens", headline.short, "size", "committed", "checkpoint")
-    rows = [
-        (
-            "●" if ref.uri in on_line else " ",
-            ref.manifest.stage,
-            f"{ref.step:,}",
-            f"{ref.manifest.tokens_seen:,}",
-            headline.text(ref.manifest.evaluation.get(headline.key)),
-            size(ref.manifest.size_bytes),
-            moment(ref.manifest.created_at),
-            ref.uri.removeprefix(place),
-        )
-        for ref in refs
-    ]
-    legend = "● the run's line" if line else "No one line is the run's: name a checkpoint by its URI."
-    made = table(columns, rows, left=("stage", "checkpoint"))
-    return [Text(f"Below {place}" if place else ""), made, Text(legend, style="dim")]
 
 
 def checkpoint_view(ref: CheckpointRef, line: Sequence[CheckpointRef]) -> View:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from dataclasses import asdict
 from datetime import timedelta
 from typing import Annotated
 
@@ -13,9 +14,9 @@ from rich.text import Text
 from relora_train.checkpoints import pins
 from relora_train.checkpoints.layout import RUN_ID_PATTERN
 from relora_train.checkpoints.names import resolve_checkpoint
-from relora_train.checkpoints.upkeep.pruning import PruneReport, prune_run
+from relora_train.checkpoints.upkeep.pruning import prune_run
 from relora_train.checkpoints.upkeep.retention import RetentionPolicy, policy_of_run
-from relora_train.checkpoints.upkeep.verify import Verification, verify_checkpoint, verify_run
+from relora_train.checkpoints.upkeep.verify import verify_checkpoint, verify_run
 from relora_train.cli.options import AsJson, CheckpointName, RunName, Store, answer, open_named, resolve
 from relora_train.cli.output import BLANK, View, say, table
 from relora_train.errors import CheckpointError
@@ -56,7 +57,22 @@ def prune(
         "leftovers": [vars(left) for left in report.leftovers],
         "notes": report.notes,
     }
-    answer(as_json, record, lambda: prune_view(report))
+    word, verb = ("would go", "would be removed") if report.dry_run else ("gone", "removed")
+    rows = []
+    for verdict in report.verdicts:
+        manifest = verdict.checkpoint.manifest
+        fate = ("stays", "; ".join(verdict.reasons)) if verdict.keep else (word, "")
+        rows.append((manifest.stage, f"{manifest.step:,}", size(manifest.size_bytes), *fate))
+    made = table(("checkpoint", "step", "bytes", "", "why"), rows, left=("", "why"))
+    lines = [
+        f"{word}: {left.uri}, {left.why}, {counted(left.object_count, 'object')}, {size(left.size_bytes)}"
+        for left in report.leftovers
+    ]
+    lines += [f"Later: {note}." for note in report.notes]
+    total = f"{counted(len(report.removed), 'checkpoint')} {verb}, with leftovers {size(report.removed_bytes)}"
+    lines.append(f"{total} ({report.removed_bytes:,} bytes).")
+    view: View = [Text(f"Run {report.run_id}"), made, BLANK, *map(Text, lines)]
+    answer(as_json, record, lambda: view)
 
 
 def verify(
@@ -68,7 +84,14 @@ def verify(
     opened = open_named(store)
     is_run = re.fullmatch(RUN_ID_PATTERN, name) and any(True for _ in opened.list(f"runs/{name}/"))
     found = verify_run(opened, name) if is_run else verify_checkpoint(resolve_checkpoint(name, opened))
-    answer(as_json, found.to_json(), lambda: verify_view(found))
+    parts: View = [Text.assemble((each.kind, "bold red"), f"  {each.uri}: {each.message}") for each in found.findings]
+    parts += [Text(f"Note: {note}.") for note in found.notes]
+    counts = Counter(each.kind for each in found.findings)
+    told = ", ".join(f"{counts[kind]} {kind}" for kind in ("missing", "damaged", "unreferenced") if counts[kind])
+    verdict = "all as committed, nothing missing, nothing left over" if found.is_clean else told
+    files, bundles = counted(found.files, "file"), counted(found.bundles, "bundle")
+    total = Text(f"{files} in {bundles}, {size(found.size_bytes)}, read again: {verdict}.")
+    answer(as_json, {"clean": found.is_clean, **asdict(found)}, lambda: [*parts, total])
     if not found.is_clean:
         raise typer.Exit(CheckpointError.exit_code)
 
@@ -94,32 +117,3 @@ def unpin(
     ref = found or resolve(checkpoint, store)
     removed = pins.unpin(open_named(ref.store_uri), ref, name)
     say(f"{ref.uri} is no longer pinned as {', '.join(removed)}.")
-
-
-def prune_view(report: PruneReport) -> View:
-    """Return the checkpoints that go, those that stay, and the reasons."""
-    word, verb = ("would go", "would be removed") if report.dry_run else ("gone", "removed")
-    rows = []
-    for verdict in report.verdicts:
-        manifest = verdict.checkpoint.manifest
-        fate = ("stays", "; ".join(verdict.reasons)) if verdict.keep else (word, "")
-        rows.append((manifest.stage, f"{manifest.step:,}", size(manifest.size_bytes), *fate))
-    made = table(("checkpoint", "step", "bytes", "", "why"), rows, left=("", "why"))
-    lines = [
-        f"{word}: {left.uri}, {left.why}, {counted(left.object_count, 'object')}, {size(left.size_bytes)}"
-        for left in report.leftovers
-    ]
-    lines += [f"Later: {note}." for note in report.notes]
-    total = f"{counted(len(report.removed), 'checkpoint')} {verb}, with leftovers {size(report.removed_bytes)}"
-    lines.append(f"{total} ({report.removed_bytes:,} bytes).")
-    return [Text(f"Run {report.run_id}"), made, BLANK, *map(Text, lines)]
-
-
-def verify_view(found: Verification) -> View:
-    parts: View = [Text.assemble((each.kind, "bold red"), f"  {each.uri}: {each.message}") for each in found.findings]
-    parts += [Text(f"Note: {note}.") for note in found.notes]
-    counts = Counter(each.kind for each in found.findings)
-    told = ", ".join(f"{counts[kind]} {kind}" for kind in ("missing", "damaged", "unreferenced") if counts[kind])
-    verdict = "all as committed, nothing missing, nothing left over" if found.is_clean else told
-    files, bundles = counted(found.files, "file"), counted(found.bundles, "bundle")
-    return [*parts, Text(f"{files} in {bundles}, {size(found.size_bytes)}, read again: {verdict}.")]

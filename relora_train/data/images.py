@@ -102,7 +102,7 @@ def write_images(found: ImageInputs, directory: Path) -> DatasetManifest:
             f"A part of dataset {found.data.name!r} holds no image ({sizes}). Change data.validation_fraction or "
             "data.max_documents."
         )
-    train, val = parts["train"], parts["val"]
+    train = parts["train"]
     scaled = train.pixels.reshape(*train.pixels.shape[:2], -1) / train.largest_value
     images = ImageFormat(
         size=train.pixels.shape[2],
@@ -138,12 +138,8 @@ def write_images(found: ImageInputs, directory: Path) -> DatasetManifest:
         token_dtype="uint8",  # noqa: S106  # a number format, no password
         vocab_size=images.classes,
         eos_id=-1,
-        train_tokens=len(train.pixels),
-        train_documents=len(train.pixels),
-        train_bytes=train.pixels.size,
-        val_tokens=len(val.pixels),
-        val_documents=len(val.pixels),
-        val_bytes=val.pixels.size,
+        **{f"{split}_{unit}": len(parts[split].pixels) for split in parts for unit in ("tokens", "documents")},
+        **{f"{split}_bytes": part.pixels.size for split, part in parts.items()},
         images=images,
         statistics={
             f"{split}_images_of_class": np.bincount(part.classes, minlength=images.classes).tolist()

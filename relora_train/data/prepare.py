@@ -15,7 +15,6 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -42,17 +41,8 @@ from relora_train.storage.durable import disk_error, locked, write_durably
 _PROGRESS_SECONDS = 0.5  # between two reports of how far a phase is
 
 
-@dataclass(frozen=True)
-class Progress:
-    """How far a phase is: 'read', 'train-tokenizer' or 'tokenize'."""
-
-    phase: str
-    done_bytes: int
-    total_bytes: int | None
-    megabytes_per_second: float
-
-
-OnProgress = Callable[[Progress], None]
+OnProgress = Callable[[dict[str, Any]], None]
+"""Is told how far a phase ('read', 'train-tokenizer' or 'tokenize') is: the fields of the event tokenize_progress."""
 
 
 class Meter:
@@ -73,7 +63,8 @@ class Meter:
     def tell(self) -> None:
         """Report now."""
         self._told = time.monotonic()
-        self._on_progress(Progress(self._phase, self._done, self._total, round(self.megabytes_per_second, 2)))
+        far = {"phase": self._phase, "done_bytes": self._done, "total_bytes": self._total}
+        self._on_progress({**far, "megabytes_per_second": round(self.megabytes_per_second, 2)})
 
     @property
     def megabytes_per_second(self) -> float:
@@ -132,8 +123,10 @@ def prepare_dataset(
         home.mkdir(parents=True, exist_ok=True)
         with locked(home / "lock"):
             directory, done = home / "dataset", home / "prepared.json"
-            manifest = _finished_manifest(directory, done)
-            if manifest is None:
+            manifest = parse_manifest(DatasetManifest, done.read_bytes(), uri=done.as_uri()) if done.is_file() else None
+            sizes = {file.relative_to(directory).as_posix(): file.stat().st_size for file in directory.rglob("*")}
+            if manifest is None or any(sizes.get(entry.path) != entry.size_bytes for entry in manifest.files):
+                done.unlink(missing_ok=True)
                 directory.mkdir(exist_ok=True)
                 if isinstance(found, ImageInputs):
                     manifest = write_images(found, directory)
@@ -149,17 +142,6 @@ def prepare_dataset(
 
 def _resolve(data: DataConfig, tokenizer: TokenizerConfig, selection: Selection | None) -> DatasetInputs | ImageInputs:
     return resolve_images(data) if data.source in IMAGE_SOURCES else resolve_inputs(data, tokenizer, selection)
-
-
-def _finished_manifest(directory: Path, done: Path) -> DatasetManifest | None:
-    if not done.is_file():
-        return None
-    manifest = parse_manifest(DatasetManifest, done.read_bytes(), uri=done.as_uri())
-    sizes = {file.relative_to(directory).as_posix(): file.stat().st_size for file in directory.rglob("*")}
-    if all(sizes.get(entry.path) == entry.size_bytes for entry in manifest.files):
-        return manifest
-    done.unlink()
-    return None
 
 
 def _prepare_text(found: DatasetInputs, home: Path, on_progress: OnProgress) -> DatasetManifest:
@@ -254,12 +236,9 @@ def _manifest(
         token_dtype="uint16" if plan.dtype.itemsize == 2 else "uint32",
         vocab_size=plan.tokenizer.vocab_size,
         eos_id=plan.tokenizer.eos_id,
-        train_tokens=tokens["train"],
-        train_documents=corpus.documents("train"),
-        train_bytes=corpus.text_bytes("train"),
-        val_tokens=tokens["val"],
-        val_documents=corpus.documents("val"),
-        val_bytes=corpus.text_bytes("val"),
+        **{f"{split}_tokens": tokens[split] for split in splits},
+        **{f"{split}_documents": corpus.documents(split) for split in splits},
+        **{f"{split}_bytes": corpus.text_bytes(split) for split in splits},
         statistics={
             "empty_documents": corpus.empty_documents,
             "duplicate_documents": corpus.duplicate_documents,
@@ -282,7 +261,7 @@ def _serve(request: PrepareRequest, emit: Emit) -> None:
         request.tokenizer,
         request.work_directory,
         selection=request.selection,
-        on_progress=lambda progress: emit("tokenize_progress", **asdict(progress)),
+        on_progress=lambda progress: emit("tokenize_progress", **progress),
     )
     write_durably(request.result_path, prepared.model_dump_json().encode())
 

@@ -80,29 +80,23 @@ def write_shards(
     for record in done.values():
         on_shard(record.text_bytes, False)
     if pending := [staged for staged in ranges if staged not in done]:
-        for staged, record in _in_processes(plan, pending, min(workers, len(pending))):
-            done[staged] = record
-            on_shard(record.text_bytes, True)
+        workers = min(workers, len(pending))
+        # Spawned, never forked: the threads of `tokenizers` would not survive a fork.
+        context = multiprocessing.get_context("spawn")
+        pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(plan,))
+        try:
+            futures = {pool.submit(_work, staged): staged for staged in pending}
+            for future in as_completed(futures):
+                record = done[futures[future]] = future.result()
+                on_shard(record.text_bytes, True)
+        except BrokenProcessPool:
+            raise DataError(
+                f"One of {workers} tokenizing processes died, killed by the system or a user; where memory is short "
+                "the system does that. Lower data.workers and run again: finished shards are kept."
+            ) from None
+        finally:
+            pool.shutdown(cancel_futures=True)
     return [done[staged] for staged in ranges]
-
-
-def _in_processes(
-    plan: ShardPlan, pending: list[StagedRange], workers: int
-) -> Iterator[tuple[StagedRange, ShardRecord]]:
-    # Spawned, never forked: the threads of `tokenizers` would not survive a fork.
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(plan,))
-    try:
-        futures = {pool.submit(_work, staged): staged for staged in pending}
-        for future in as_completed(futures):
-            yield futures[future], future.result()
-    except BrokenProcessPool:
-        raise DataError(
-            f"One of {workers} tokenizing processes died, killed by the system or a user; where memory is short the "
-            "system does that. Lower data.workers and run again: finished shards are kept."
-        ) from None
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 _write_in_worker: Callable[[StagedRange], ShardRecord]  # set once in every worker

@@ -35,27 +35,19 @@ def compare_results(experiment: Experiment, results: Sequence[RunResult]) -> Com
             "data that is gone."
         )
     config = experiment.config
+    of_experiment = ("command_name", "profile", "digest", "budget_tokens", "seeds")
     return Comparison(
         experiment=experiment.name,
-        command_name=experiment.command_name,
-        title=config.title,
         objective=experiment.runs[0].profile.objective,
-        profile=experiment.profile,
-        digest=experiment.digest,
-        budget_tokens=experiment.budget_tokens,
         full_budget_tokens=config.budget_tokens,
-        seeds=experiment.seeds,
-        reference=config.reference,
-        paper_source=config.paper_source,
-        paper_measure=config.paper_measure,
         overrides=dict(experiment.overrides),
         unreached=dict(experiment.unreached),
-        base=config.base,
         changes={name: arm.set for name, arm in config.arms.items()},
-        search=config.search,
         arms=tuple(_arm_result(name, experiment, results) for name in config.arms),
         differences=tuple(_difference(name, config.reference, results) for name in config.arms),
         runs=tuple(results),
+        **{name: getattr(experiment, name) for name in of_experiment},
+        **config.model_dump(include={"title", "reference", "paper_source", "paper_measure", "base", "search"}),
     )
 
 

@@ -1,23 +1,27 @@
-"""The reports of experiments: pages, Markdown, and their place experiments/<name>/<digest>/ in a store."""
+"""The reports of experiments: pages, figures, Markdown, and their place experiments/<name>/<digest>/ in a store."""
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from relora_train import events
 from relora_train.checkpoints.layout import experiment_prefix
 from relora_train.experiments.comparison import arm_cells, arm_header, facts_line, headline, outcome_text, paper_text
-from relora_train.experiments.comparison_plots import draw_comparison
 from relora_train.experiments.config import TutorialExperiment
-from relora_train.experiments.measured import Measured, MeasuredExperiment, MeasuredSummary
-from relora_train.experiments.records import ArmResult, Comparison, ComparisonSummary
-from relora_train.experiments.throughput import measure_throughput
+from relora_train.experiments.measured import Measured, MeasuredExperiment, MeasuredSummary, measure_throughput
+from relora_train.experiments.records import ArmResult, Comparison, ComparisonSummary, CurvePoint, ScorePoint
+from relora_train.reports.plot_style import ACCENT, SERIES, legend, new_figure, plain, to_png
 from relora_train.reports.render import render
-from relora_train.reports.statistics import Estimate
+from relora_train.reports.statistics import Estimate, estimate
 from relora_train.reports.text import estimate_text
 from relora_train.settings.keys import flatten
 from relora_train.settings.measures import LOSS, Measure
@@ -25,6 +29,12 @@ from relora_train.storage.base import ObjectStore
 from relora_train.text import MISSING, decimal, markdown_table
 
 _TEMPLATES = Path(__file__).parent / "templates"
+_COLOURS = (*SERIES, ACCENT, "#56b4e9", "#e69f00")
+"""Okabe and Ito's, without black and, on white, yellow."""
+_DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1.5, 1.5)))
+
+Curves = dict[str, list[tuple[float, Estimate]]]
+"""Of each arm the mean and error over seeds by tokens, in order."""
 
 
 def measure(experiment: MeasuredExperiment) -> tuple[Measured, dict[str, bytes]]:
@@ -40,19 +50,14 @@ def measure(experiment: MeasuredExperiment) -> tuple[Measured, dict[str, bytes]]
     return tutorial.measured_tutorial(result, config.tutorial), pictures
 
 
-def render_measured(experiment: MeasuredExperiment, measured: Measured, pictures: Mapping[str, bytes]) -> str:
-    """Return the whole page."""
-    values: dict[str, Any] = {"name": experiment.name, "heading": experiment.config.title}
-    return render(_TEMPLATES / "measured.html", measured=measured, pictures=pictures, **values)
-
-
 def store_measured(
     experiment: MeasuredExperiment, measured: Measured, pictures: Mapping[str, bytes], store: ObjectStore
 ) -> MeasuredSummary:
     """Write the report; one of the same settings from before is replaced."""
     record = {"experiment": experiment.name, "settings": experiment.config.model_dump(mode="json")}
     json_text = json.dumps(record | measured.model_dump(mode="json"), indent=1)
-    html = render_measured(experiment, measured, pictures)
+    named: dict[str, Any] = {"name": experiment.name, "heading": experiment.config.title}
+    html = render(_TEMPLATES / "measured.html", measured=measured, pictures=pictures, **named)
     uris = _store_report(store, experiment.name, experiment.digest, html, json_text, pictures)
     return MeasuredSummary(experiment=experiment.name, title=experiment.config.title, measured=measured, **uris)
 
@@ -159,3 +164,52 @@ def _beside_the_paper(data: Comparison) -> list[tuple[str, ...]]:
         )
         for row in data.arms
     ]
+
+
+def draw_comparison(data: Comparison) -> dict[str, bytes]:
+    """PNG bytes by file name, in the order of the report; a plot without data is left out."""
+    named = [("training_loss.png", "training", 3.9), ("validation_loss.png", "validation", 3.6)]
+    if data.measures.judged != LOSS:  # else the loss says it all
+        named.append(("validation_score.png", "scored", 3.6))
+    return {name: _draw(data, found, which, height) for name, which, height in named if (found := _curves(data, which))}
+
+
+def _curves(data: Comparison, which: str) -> Curves:
+    found: Curves = {}
+    for arm in data.arms:
+        by_tokens: dict[float, list[float]] = {}
+        for run in data.runs:
+            points: Sequence[CurvePoint | ScorePoint] = getattr(run, which)
+            for point in points if run.arm == arm.arm else ():
+                value = point.loss if isinstance(point, CurvePoint) else point.score
+                by_tokens.setdefault(point.tokens, []).append(value)
+        curve = [(tokens, mean) for tokens in sorted(by_tokens) if (mean := estimate(by_tokens[tokens])) is not None]
+        if curve:
+            found[arm.arm] = curve
+    return found
+
+
+def _draw(data: Comparison, curves: Curves, which: str, height: float) -> bytes:
+    figure, grid = new_figure(height)
+    axes = grid[0, 0]
+    looks = itertools.cycle(itertools.product(_DASHES, _COLOURS))
+    style = {arm.arm: look for arm, look in zip(data.arms, looks, strict=False)}
+    for arm, curve in curves.items():
+        dashes, colour = style[arm]
+        x, mean, error = np.array([(tokens, point.mean, point.standard_error or 0.0) for tokens, point in curve]).T
+        marker = {"marker": "o", "markersize": 3.6} if which != "training" else {}
+        axes.plot(x, mean, color=colour, linestyle=dashes, linewidth=1.6, label=plain(data.label(arm)), **marker)
+        axes.fill_between(x, mean - error, mean + error, color=colour, alpha=0.18, linewidth=0)
+    axes.set_xlim(0, data.budget_tokens * 1.035)
+    # The first fifth of the tokens, in which all arms move alike, may lie beyond the axis.
+    later = [point.mean for curve in curves.values() for tokens, point in curve if tokens > data.budget_tokens / 5]
+    if later and math.isfinite(max(later)):
+        margin = 0.06 * max(max(later) - min(later), 1e-6)
+        axes.set_ylim(min(later) - margin, max(later) + margin)
+    axes.set_xlabel("tokens")
+    axes.xaxis.set_major_locator(MaxNLocator(10, steps=[1, 2, 5, 10]))
+    unit, name = next(((u, n) for u, n in ((1e9, "B"), (1e6, "M"), (1e3, "k")) if data.budget_tokens >= 2 * u), (1, ""))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value / unit:,g}{name if value else ''}"))
+    rises = which == "scored" and data.measures.judged.higher_is_better
+    legend(axes, columns=2 if len(curves) > 4 else 1, place="lower right" if rises else "upper right")
+    return to_png(figure, dpi=160)

@@ -31,6 +31,9 @@ from relora_train.reports.run_data import (
 )
 from relora_train.settings.objectives import SCORES, measures_in
 
+_STAGE_FACTS = ("stage", "run_id", "cycle", "fingerprint", "size_bytes", "divergence")
+_MERGE_NUMBERS = ("max_relative_output_change", "relative_update_norm", "effective_rank", "optimizer_state_zeroed")
+
 
 def collect_run_data(
     line: Sequence[CheckpointRef],
@@ -52,12 +55,20 @@ def collect_run_data(
     settings = json.loads((fetch_files(line[-1], ["profile.json"]) / "profile.json").read_bytes())
     update = _total_update(line, fetch_files) if spectra else {}
     return RunData(
-        run_id=last.run_id,
-        profile=last.profile,
         method=str(settings.get("method", "")),
         stages=_stage_rows(line),
         train=train_curve(records),
-        merges=tuple(_merge_row(ref.manifest) for ref in line if ref.manifest.merge_report),
+        merges=tuple(
+            MergeRow(
+                stage=manifest.stage,
+                step=manifest.step,
+                cycle=int(report.get("cycle", manifest.cycle)),
+                layers=report.get("layers", {}),
+                **{name: report.get(name) for name in _MERGE_NUMBERS},
+            )
+            for manifest, report in ((ref.manifest, ref.manifest.merge_report) for ref in line)
+            if report
+        ),
         evaluations=tuple(
             Evaluation(
                 checkpoint_uri=str(item["checkpoint_uri"]),
@@ -74,9 +85,7 @@ def collect_run_data(
             for sample in item.get("samples", ())
         ),
         settings=settings,
-        versions=last.versions,
-        dataset_id=last.dataset_id,
-        dataset_uri=last.dataset_uri,
+        **{name: getattr(last, name) for name in ("run_id", "profile", "versions", "dataset_id", "dataset_uri")},
         finished_at=last.created_at.astimezone(UTC),
         **update,
     )
@@ -123,21 +132,16 @@ def _stage_rows(line: Sequence[CheckpointRef]) -> tuple[StageRow, ...]:
         before = {key.removesuffix("_before"): v for key, v in manifest.evaluation.items() if key.endswith("_before")}
         rows.append(
             StageRow(
-                stage=manifest.stage,
-                run_id=manifest.run_id,
                 uri=checkpoint.uri,
                 parent_uri=parent.uri if parent else None,
                 start_step=parent.step if parent else 0,
                 end_step=manifest.step,
-                cycle=manifest.cycle,
                 tokens=_stage_tokens(manifest, manifests.get(parent.fingerprint) if parent else None),
                 seconds=manifest.stage_seconds,
                 before=_scores(before),
                 after=_scores(manifest.evaluation),
                 rank=manifest.fingerprint_settings.get("relora.rank"),
-                fingerprint=manifest.fingerprint,
-                size_bytes=manifest.size_bytes,
-                divergence=manifest.divergence,
+                **{name: getattr(manifest, name) for name in _STAGE_FACTS},
             )
         )
     return tuple(rows)
@@ -155,18 +159,6 @@ def _stage_tokens(manifest: CheckpointManifest, parent: CheckpointManifest | Non
     return sequences * length * (manifest.step - manifest.parent.step)
 
 
-def _merge_row(manifest: CheckpointManifest) -> MergeRow:
-    names = ("max_relative_output_change", "relative_update_norm", "effective_rank", "optimizer_state_zeroed")
-    report = manifest.merge_report
-    return MergeRow(
-        stage=manifest.stage,
-        step=manifest.step,
-        cycle=int(report.get("cycle", manifest.cycle)),
-        layers=report.get("layers", {}),
-        **{name: report.get(name) for name in names},
-    )
-
-
 def _scores(values: Mapping[str, Any]) -> Scores:
     return Scores(**{name: values.get(name) for name in SCORES})
 
@@ -178,7 +170,7 @@ def _total_update(line: Sequence[CheckpointRef], fetch_files: FetchFiles) -> dic
         return {}
     history, note = history_for_report(line, fetch_files)
     if start is None:
-        spectra, why = tuple(layer.spectra[-1] for layer in history.growth) if history else (), ""
+        spectra, why = tuple(layer[-1] for layer in history.growth) if history else (), ""
     else:
         spectra, why = spectra_for_report(start, end, fetch_files)
     return {

@@ -21,8 +21,7 @@ from relora_train.reports.collect import collect_run_data
 from relora_train.reports.plot_style import MAX_POINTS
 from relora_train.reports.plots import draw_plots, loss_ceiling, overview_png, score_plot_name
 from relora_train.reports.ranks.layers import natural_order
-from relora_train.reports.ranks.measures import PAPER_THRESHOLD
-from relora_train.reports.records import history_record, json_value, spectrum_record
+from relora_train.reports.ranks.measures import PAPER_THRESHOLD, json_value
 from relora_train.reports.render import TEMPLATES, render
 from relora_train.reports.run_data import RunData
 from relora_train.reports.text import change, headline_text, score, scores_change
@@ -78,27 +77,20 @@ def write_report(data: RunData, output_dir: Path) -> list[Path]:
 
 def summarize(data: RunData) -> dict[str, Any]:
     """Return the report's numbers as JSON values; a number that is not finite is None."""
+    copied = (
+        "run_id", "profile", "method", "dataset_id", "dataset_uri", "spectra_between", "spectra_notes", "settings",
+        "versions",
+    )  # fmt: skip
+    stages = [{**asdict(row), "steps": row.steps, "tokens_per_second": row.tokens_per_second} for row in data.stages]
     summary = {
-        "run_id": data.run_id,
-        "profile": data.profile,
-        "method": data.method,
+        **{name: getattr(data, name) for name in copied},
         "finished_at": data.finished_at.isoformat(timespec="seconds"),
-        "dataset_id": data.dataset_id,
-        "dataset_uri": data.dataset_uri,
-        "stages": [
-            {**asdict(row), "steps": row.steps, "tokens_per_second": row.tokens_per_second} for row in data.stages
-        ],
-        "merges": [asdict(row) for row in data.merges],
-        "evaluations": [asdict(item) for item in data.evaluations],
-        "samples": [asdict(sample) for sample in data.samples],
-        "spectra_between": data.spectra_between,
-        "spectra": [spectrum_record(spectrum) for spectrum in data.spectra],
-        "cycle_history": None if data.history is None else history_record(data.history),
-        "spectra_notes": data.spectra_notes,
+        "stages": stages,
+        **{name: [asdict(row) for row in getattr(data, name)] for name in ("merges", "evaluations", "samples")},
+        "spectra": [spectrum.record() for spectrum in data.spectra],
+        "cycle_history": data.history and data.history.record(),
         "train_records": len(data.train),
         "train_records_not_finite": data.records_not_finite,
-        "settings": data.settings,
-        "versions": data.versions,
     }
     return {key: json_value(value) for key, value in summary.items()}
 

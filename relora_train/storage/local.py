@@ -14,7 +14,7 @@ import re
 import secrets
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import BinaryIO
@@ -54,7 +54,7 @@ class LocalStore(ObjectStore):
             os.fsync(stream.fileno())
             # Inode and mtime survive link and rename, so this is also the etag under the final name.
             etag = _etag(os.fstat(stream.fileno()), data)
-            with self._locked():
+            with locked(self._root / ".lock"):
                 if if_absent:
                     try:
                         os.link(temporary, path)  # the one call that is atomic and refuses to overwrite
@@ -78,7 +78,7 @@ class LocalStore(ObjectStore):
             shutil.copyfileobj(source, stream, _COPY_CHUNK_BYTES)
             stream.flush()
             os.fsync(stream.fileno())
-            with self._locked():
+            with locked(self._root / ".lock"):
                 temporary.replace(target)
                 sync(target.parent)
 
@@ -110,7 +110,7 @@ class LocalStore(ObjectStore):
         with self._translated("delete", key):
             if not path.is_file():
                 return
-            with self._locked():
+            with locked(self._root / ".lock"):
                 path.unlink(missing_ok=True)
                 sync(path.parent)
                 self._remove_empty_parents(path)
@@ -127,7 +127,7 @@ class LocalStore(ObjectStore):
                             found.append(path.relative_to(self._root).as_posix())
                             if not dry_run:
                                 path.unlink()
-                                with self._locked():
+                                with locked(self._root / ".lock"):
                                     self._remove_empty_parents(path)
         return sorted(found)
 
@@ -169,10 +169,6 @@ class LocalStore(ObjectStore):
                 yield temporary, stream
         finally:
             temporary.unlink(missing_ok=True)
-
-    def _locked(self) -> AbstractContextManager[None]:
-        """Let one writer of this store at a time through, for the moment in which a name changes hands."""
-        return locked(self._root / ".lock")
 
     def _remove_empty_parents(self, path: Path) -> None:
         """Remove the directories that a delete left empty. Under the lock; a writer that loses one makes it again."""

@@ -26,8 +26,16 @@ from relora_train.errors import (
 )
 from relora_train.storage.base import KEY, ObjectInfo, ObjectStore, check_key, check_small, find_bytes
 from relora_train.storage.durable import disk_error
-from relora_train.storage.s3_client import download, keys_of, make_client, transfers
-from relora_train.storage.s3_errors import code_and_status, is_worth_repeating, retries_made, storage_error
+from relora_train.storage.s3_client import (
+    code_and_status,
+    download,
+    is_worth_repeating,
+    keys_of,
+    make_client,
+    retries_made,
+    storage_error,
+    transfers,
+)
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client

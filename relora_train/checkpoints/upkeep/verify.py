@@ -9,9 +9,9 @@ Not covered: a manifest that was replaced by another valid one of the same work;
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import PurePosixPath
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import ConfigDict
 
@@ -56,9 +56,6 @@ class Verification:
     @property
     def is_clean(self) -> bool:
         return not self.findings
-
-    def to_json(self) -> dict[str, Any]:
-        return {"clean": self.is_clean, **asdict(self)}
 
 
 def verify_checkpoint(ref: CheckpointRef) -> Verification:

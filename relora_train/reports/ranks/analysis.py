@@ -20,7 +20,6 @@ from relora_train.reports.ranks.cycles import (
     ADAPTER_FILES,
     AdapterDirectory,
     CycleHistory,
-    LayerGrowth,
     MergedCycle,
     cycle_history,
     growth_points,
@@ -40,8 +39,6 @@ REPORT_OPERATIONS = 3e11
 """About half a minute on one core."""
 
 OnLayer = Callable[[str], None]
-ChooseNames = Callable[[Sequence[str]], Sequence[str]]
-"""Chooses from the names of weights."""
 Shapes = dict[str, tuple[int, int]]
 
 
@@ -117,7 +114,7 @@ def analyze(
             "From the adapters: the initial weights are not stored, and in these layers a low-rank stage changes "
             f"nothing else.{_thinned(len(cycles))}"
         )
-        total = tuple(layer.spectra[-1] for layer in grown.growth)
+        total = tuple(spectra[-1] for spectra in grown.growth)
         return RankAnalysis(INITIAL, name_of(end), None, end.uri, total, grown, note)
     before, after = (fetch_weights(ref, fetch_files, layers.named) for ref in (start, end))
     held, there = WeightDirectory(after), set(WeightDirectory(before).held)
@@ -142,7 +139,12 @@ def analyze(
             note = "No cycle-to-cycle growth: none of these layers has a low-rank update in every cycle."
     elif with_history:
         chosen = [stages[point - 1] for point in growth_points(len(stages))]
-        history = _weights_history(before, chosen, fetch_files, layers, names, on_layer)
+        directories = [fetch_weights(ref, fetch_files, layers.named) for ref in chosen]
+        growth = []
+        for name in names:
+            on_layer(name)
+            growth.append(tuple(next(update_spectra(before, directory, [name])) for directory in directories))
+        history = CycleHistory(tuple(ref.manifest.stage for ref in chosen), (None,) * len(chosen), tuple(growth))
         note = f"Growth is from the weights of each checkpoint, without overlaps: {gap}."
     return RankAnalysis(name_of(start), name_of(end), start.uri, end.uri, tuple(spectra), history, note)
 
@@ -198,23 +200,6 @@ def _shapes_in_all(cycles: Sequence[MergedCycle]) -> Shapes:
 def _thinned(cycles: int) -> str:
     points = len(growth_points(cycles))
     return f" Growth is shown after {points} of {cycles} cycles." if points < cycles else ""
-
-
-def _weights_history(
-    before: Path,
-    chosen: Sequence[CheckpointRef],
-    fetch_files: FetchFiles,
-    layers: Layers,
-    names: Sequence[str],
-    on_layer: OnLayer,
-) -> CycleHistory:
-    directories = [fetch_weights(ref, fetch_files, layers.named) for ref in chosen]
-    growth = []
-    for name in names:
-        on_layer(name)
-        spectra = (next(update_spectra(before, directory, [name])) for directory in directories)
-        growth.append(LayerGrowth(name, tuple(spectra)))
-    return CycleHistory(tuple(ref.manifest.stage for ref in chosen), (None,) * len(chosen), tuple(growth))
 
 
 def fetch_weights(

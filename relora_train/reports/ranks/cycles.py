@@ -165,26 +165,26 @@ class MergedCycle:
 
 
 @dataclass(frozen=True, eq=False)
-class LayerGrowth:
-    """The total update of one layer after each of the stages of its `CycleHistory.growth_stages`."""
-
-    name: str
-    spectra: tuple[LayerSpectrum, ...]
-
-
-@dataclass(frozen=True, eq=False)
 class CycleHistory:
     """A run's cycles, or for full rank its stages, as their updates tell it."""
 
     growth_stages: tuple[str, ...]
     growth_ranks: tuple[int | None, ...]
     """The largest possible rank of the total update; None for full-rank stages."""
-    growth: tuple[LayerGrowth, ...]
+    growth: tuple[tuple[LayerSpectrum, ...], ...]
+    """The total update of each layer after each of these stages."""
     overlap: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     """Mean cos² of successive cycles over all layers, and what chance gives: of "columns" and "rows".
 
     Empty for full rank, and where there is only one low-rank stage.
     """
+
+    def record(self) -> dict[str, Any]:
+        """Return growth by layer, without singular values, and overlaps as plain values."""
+        growth = [{"name": spectra[0].name, "after": [one.measures() for one in spectra]} for spectra in self.growth]
+        overlap = {side: {"mean": mean, "chance": chance} for side, (mean, chance) in self.overlap.items()}
+        stages = {"growth_stages": self.growth_stages, "growth_ranks": self.growth_ranks}
+        return {**stages, "growth": growth, "overlap": overlap}
 
 
 def cycle_history(
@@ -204,11 +204,11 @@ def cycle_history(
         rms = 0.0 if math.isnan(norm) else norm / math.sqrt(math.prod(shape))
         sums = singular_values_of_sums(updates, ends)
         spectra = (spectrum_of_values(name, shape, values, weight_rms=rms, start_norm=norm) for values in sums)
-        growth.append(LayerGrowth(name, tuple(spectra)))
+        growth.append(tuple(spectra))
         if len(cycles) > 1:
             overlaps.append(successive_overlaps(updates))
     overlap = {}
-    for side, pairs in zip(("columns", "rows"), np.moveaxis(overlaps, 1, 0) if overlaps else (), strict=False):
+    for side, pairs in zip(("columns", "rows"), np.stack(overlaps, axis=1) if overlaps else (), strict=False):
         cosines = pairs[..., 0][np.isfinite(pairs[..., 0])]
         overlap[side] = float(np.mean(cosines)) if cosines.size else math.nan, float(np.mean(pairs[..., 1]))
     return CycleHistory(

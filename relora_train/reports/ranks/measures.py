@@ -6,8 +6,9 @@ Everything is computed in float64. Source of the measures: arXiv 2307.05695, fig
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -86,6 +87,15 @@ class LayerSpectrum:
         """The number of singular values above the tolerance."""
         return int(np.count_nonzero(self.values > self.tolerance))
 
+    def measures(self) -> dict[str, Any]:
+        """Return the numbers as plain values, without the singular values."""
+        largest = float(self.values[0])
+        return {"shape": self.shape, "largest": largest, "tolerance": self.tolerance, **_ranks(self)}
+
+    def record(self) -> dict[str, Any]:
+        """Return everything as plain values."""
+        return {"name": self.name, **self.measures(), "singular_values": _rounded(self.values)}
+
 
 @dataclass(frozen=True, eq=False)
 class KindSpectrum:
@@ -101,6 +111,30 @@ class KindSpectrum:
     stable_rank: float
     numerical_rank: float
     relative_update_norm: float
+
+    def record(self) -> dict[str, Any]:
+        """Return everything as plain values."""
+        about = {"kind": self.kind, "layers": self.layers, "shape": self.shape}
+        return {**about, **_ranks(self), "singular_values": _rounded(self.values)}
+
+
+def _ranks(measured: LayerSpectrum | KindSpectrum) -> dict[str, Any]:
+    names = ("effective_rank", "stable_rank", "numerical_rank", "relative_update_norm")
+    below = {"threshold": PAPER_THRESHOLD, "count": measured.below_threshold}
+    return {"below": below, **{name: getattr(measured, name) for name in names}}
+
+
+def _rounded(values: Matrix) -> list[float]:
+    return [float(f"{value:.6g}") for value in values]
+
+
+def json_value(value: Any) -> Any:
+    """Return the value with every non-finite float as None, all the way down."""
+    if isinstance(value, Mapping):
+        return {str(key): json_value(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [json_value(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def by_kind(spectra: Iterable[LayerSpectrum]) -> dict[tuple[str, tuple[int, int]], list[LayerSpectrum]]:
