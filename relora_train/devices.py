@@ -1,7 +1,5 @@
 """The GPUs of this machine, and what a profile asks of them. Imports torch only when there is something to ask it."""
 
-from __future__ import annotations
-
 import logging
 import os
 import warnings

@@ -4,8 +4,6 @@ torch's launcher starts them; one process is the simple case. A plain tensor cou
 whole: on it every function here returns what it was given, or does what torch alone would do, bit for bit.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -1,51 +1,7 @@
-"""Every error a user can meet, in one tree.
-
-    ReLoRAError                        exit 1
-    ├── ConfigError                    exit 2   a profile, a setting, an argument
-    │   ├── ProfileNotFoundError
-    │   ├── ProfileInvalidError
-    │   ├── ExperimentInvalidError              an experiment's arms that cannot be compared
-    │   ├── RunSettingsChangedError             a run id used again with other settings
-    │   └── RunInUseError                       another flow writes this run
-    ├── DataError                      exit 3   a corpus or a tokenizer
-    │   ├── SourceUnreadableError
-    │   ├── CorpusEmptyError
-    │   ├── CorpusTooSmallError
-    │   └── TokenizerError
-    ├── ModelError                     exit 4   a model's shape or weights
-    │   ├── ModelNotFoundError
-    │   ├── ModelUnsuitableError                quantised, incomplete, or made for another task
-    │   ├── NoTargetModulesError
-    │   ├── SequenceTooLongError
-    │   ├── UntrainedLayerError                 a layer that no gradient reaches
-    │   └── VocabularyMismatchError
-    ├── StorageError                   exit 5   a store; missing, denied and unavailable are different
-    │   ├── UnknownStoreSchemeError
-    │   ├── ObjectNotFoundError
-    │   │   └── BucketNotFoundError
-    │   ├── AccessDeniedError
-    │   ├── StoreUnavailableError               retryable
-    │   ├── PreconditionFailedError             another writer was first
-    │   ├── UnsafeStoreError                    the store ignores conditional writes, or alters what is written
-    │   └── DiskFullError
-    ├── CheckpointError                exit 6   what a store holds is not what was asked for
-    │   ├── CheckpointNotFoundError
-    │   ├── CheckpointIncompleteError
-    │   ├── CheckpointCorruptError
-    │   └── CheckpointAmbiguousError
-    ├── TrainingError                  exit 7   the trainer process
-    │   ├── DivergedError
-    │   ├── DeviceError                         no such device
-    │   │   └── DeviceMemoryError               retryable, once: another process may have held the memory
-    │   ├── TrainerCrashedError                 retryable
-    │   ├── TrainerFaultError                   an error in it that comes again each time
-    │   └── TrainerInterruptedError             exit 130
-    └── OrchestratorError              exit 8   retryable; a Prefect server that is away or answers with an error
+"""Every error a user can meet, in one tree; each family has its exit code.
 
 A message says what happened, where, why, and what to do now. It never holds a secret.
 """
-
-from __future__ import annotations
 
 import json
 from typing import ClassVar
@@ -61,35 +17,35 @@ class ReLoRAError(Exception):
     """How often it is worth trying again, where that is less often than the caller would."""
 
 
-# One line an error: the tree above says what each is.
+# One line an error.
 # fmt: off
-class ConfigError(ReLoRAError):
+class ConfigError(ReLoRAError):  # a profile, a setting, an argument
     exit_code = 2
 class ProfileNotFoundError(ConfigError): ...
 class ProfileInvalidError(ConfigError):
     faults: tuple[str, ...] = ()
     """Each by itself, where there are several."""
-class ExperimentInvalidError(ConfigError): ...
-class RunSettingsChangedError(ConfigError): ...
-class RunInUseError(ConfigError): ...
+class ExperimentInvalidError(ConfigError): ...  # an experiment's arms that cannot be compared
+class RunSettingsChangedError(ConfigError): ...  # a run id used again with other settings
+class RunInUseError(ConfigError): ...  # another flow writes this run
 
-class DataError(ReLoRAError):
+class DataError(ReLoRAError):  # a corpus or a tokenizer
     exit_code = 3
 class SourceUnreadableError(DataError): ...
 class CorpusEmptyError(DataError): ...
 class CorpusTooSmallError(DataError): ...
 class TokenizerError(DataError): ...
 
-class ModelError(ReLoRAError):
+class ModelError(ReLoRAError):  # a model's shape or weights
     exit_code = 4
 class ModelNotFoundError(ModelError): ...
-class ModelUnsuitableError(ModelError): ...
+class ModelUnsuitableError(ModelError): ...  # quantised, incomplete, or made for another task
 class NoTargetModulesError(ModelError): ...
 class SequenceTooLongError(ModelError): ...
-class UntrainedLayerError(ModelError): ...
+class UntrainedLayerError(ModelError): ...  # a layer that no gradient reaches
 class VocabularyMismatchError(ModelError): ...
 
-class StorageError(ReLoRAError):
+class StorageError(ReLoRAError):  # a store; missing, denied and unavailable are different
     exit_code = 5
 class UnknownStoreSchemeError(StorageError): ...
 class ObjectNotFoundError(StorageError): ...
@@ -97,31 +53,31 @@ class BucketNotFoundError(ObjectNotFoundError): ...
 class AccessDeniedError(StorageError): ...
 class StoreUnavailableError(StorageError):
     retryable = True
-class PreconditionFailedError(StorageError): ...
-class UnsafeStoreError(StorageError): ...
+class PreconditionFailedError(StorageError): ...  # another writer was first
+class UnsafeStoreError(StorageError): ...  # the store ignores conditional writes, or alters what is written
 class DiskFullError(StorageError): ...
 
-class CheckpointError(ReLoRAError):
+class CheckpointError(ReLoRAError):  # what a store holds is not what was asked for
     exit_code = 6
 class CheckpointNotFoundError(CheckpointError): ...
 class CheckpointIncompleteError(CheckpointError): ...
 class CheckpointCorruptError(CheckpointError): ...
 class CheckpointAmbiguousError(CheckpointError): ...
 
-class TrainingError(ReLoRAError):
+class TrainingError(ReLoRAError):  # the trainer process
     exit_code = 7
 class DivergedError(TrainingError): ...
-class DeviceError(TrainingError): ...
-class DeviceMemoryError(DeviceError):
+class DeviceError(TrainingError): ...  # no such device
+class DeviceMemoryError(DeviceError):  # retried once: another process may have held the memory
     retryable = True
     max_retries = 1
 class TrainerCrashedError(TrainingError):
     retryable = True
-class TrainerFaultError(TrainingError): ...
+class TrainerFaultError(TrainingError): ...  # an error in it that comes again each time
 class TrainerInterruptedError(TrainingError):
     exit_code = 130
 
-class OrchestratorError(ReLoRAError):
+class OrchestratorError(ReLoRAError):  # a Prefect server that is away or answers with an error
     exit_code = 8
     retryable = True
 # fmt: on

@@ -38,8 +38,6 @@ Inside a process events travel as log records of the logger `relora_train.events
     retrained        series outcome reason
 """
 
-from __future__ import annotations
-
 import json
 import logging
 from typing import Any

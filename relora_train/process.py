@@ -4,8 +4,6 @@ A worker is told to stop by SIGTERM or SIGINT, or by the end of its standard inp
 request after request reads from there which one is next.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import errno

@@ -1,7 +1,5 @@
 """Numbers, sizes and times as people read them: thousand separators, units, '–' for what is missing."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Callable, Iterable, Sequence

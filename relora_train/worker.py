@@ -3,8 +3,6 @@
 An error on the way to its work, such as a package that cannot be imported, is reported as one in it is.
 """
 
-from __future__ import annotations
-
 import runpy
 import sys
 

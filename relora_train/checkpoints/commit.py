@@ -8,8 +8,6 @@ crash at any point, and only conditional single puts to build on:
 README.md explains how claims, variants and tombstones keep these promises.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import re

@@ -5,8 +5,6 @@ sound before and its size, times and inode have not changed since. A file writte
 remembered: a second write in the same tick of the file system's clock could not be told from it.
 """
 
-from __future__ import annotations
-
 import hashlib
 import logging
 import shutil

@@ -1,7 +1,5 @@
 """The process that holds a lease, and evidence of its death that can be seen from here."""
 
-from __future__ import annotations
-
 import os
 import secrets
 import socket

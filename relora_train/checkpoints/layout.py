@@ -12,8 +12,6 @@
 - datasets/<name>/<16 hex of dataset_id>/          one tokenized dataset (a bundle)
 """
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass
 

@@ -12,8 +12,6 @@ Not covered: a write already sent when its sender is stopped. Commits stay safe 
 A released lease stays as an object that says so: deleting it could hit a successor's.
 """
 
-from __future__ import annotations
-
 import logging
 import math
 import threading

@@ -3,8 +3,6 @@
 A bundle is a checkpoint, a snapshot or a dataset. It exists when its manifest does.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re

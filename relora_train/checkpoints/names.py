@@ -9,8 +9,6 @@ s3://.., file:///.., /path  a checkpoint's own URI or directory, in any store
 Ambiguous, incomplete and absent ones are errors, never guesses.
 """
 
-from __future__ import annotations
-
 import logging
 import re
 from collections.abc import Iterable, Sequence

@@ -1,7 +1,5 @@
 """Marks that keep a checkpoint from being pruned: `runs/<run_id>/refs/<name>.json`."""
 
-from __future__ import annotations
-
 import re
 import secrets
 import socket

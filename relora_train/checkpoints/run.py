@@ -4,8 +4,6 @@ A listing shows exactly what can be read: a prefix without manifest.json is abse
 name, such as RUN@cycle-2.
 """
 
-from __future__ import annotations
-
 import secrets
 import threading
 from collections.abc import Callable, Sequence

@@ -5,8 +5,6 @@ Guarantees: pointer and history move together or not at all; nothing is ever tak
 none is lost; a checkpoint whose removal has begun is never promoted, and one that is promoted is never pruned.
 """
 
-from __future__ import annotations
-
 import getpass
 import os
 import secrets

@@ -9,8 +9,6 @@ Pointer and history are one object, changed by If-Match only and only by adding 
 whatever is killed, and of two writers the second adds to what the first wrote.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime

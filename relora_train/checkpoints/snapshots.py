@@ -4,8 +4,6 @@ runs/<run_id>/snapshots/<12 hex of the stage's fingerprint>/step-<step>-<8 hex o
 (commit.py); the same names lie below the local directory. A directory without a manifest is absent.
 """
 
-from __future__ import annotations
-
 import logging
 import shutil
 from collections.abc import Iterable, Iterator, Set

@@ -1,7 +1,5 @@
 """`relora analyze`: what a run changed in the weights, as tables, JSON and figures. Imports no torch and no Prefect."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Annotated, Any

@@ -1,7 +1,5 @@
 """The `relora` command. Its start is light: torch, Prefect and boto3 are imported by the commands that need them."""
 
-from __future__ import annotations
-
 import logging
 import sys
 from collections.abc import Iterable, Sequence

@@ -1,7 +1,5 @@
 """`relora bench`: full rank beside ReLoRA of a profile's shape on this device."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib.metadata import version

@@ -1,7 +1,5 @@
 """`relora compare` and `relora experiments`."""
 
-from __future__ import annotations
-
 from typing import Annotated, Any
 
 import typer

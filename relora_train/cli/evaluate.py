@@ -1,7 +1,5 @@
 """`relora evaluate`, `report` and `retry`: what one checkpoint, or one run, comes to when it is looked at again."""
 
-from __future__ import annotations
-
 from typing import Annotated
 
 import typer

@@ -3,8 +3,6 @@
 Imports no torch until an adapter is written or weights are rounded.
 """
 
-from __future__ import annotations
-
 import json
 import re
 import shutil

@@ -5,8 +5,6 @@ no Prefect. Prefect logs to its own database. People see events (events.py), war
 ends a run.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 import signal

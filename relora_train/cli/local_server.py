@@ -5,8 +5,6 @@ recorded as stopped, and SIGKILL leaves it behind for ever. Ours is in a session
 This module is both sides: what starts the server, and with `python -m` the server's process. Imports no Prefect.
 """
 
-from __future__ import annotations
-
 import atexit
 import http
 import http.client

@@ -1,7 +1,5 @@
 """The options that many commands take, stores and checkpoints by the names that people give, and answers."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from typing import Annotated, Any

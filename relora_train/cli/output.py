@@ -1,7 +1,5 @@
 """Consoles, tables and facts for people, and the one message of a command that fails. Light."""
 
-from __future__ import annotations
-
 import itertools
 import logging
 import os

@@ -1,7 +1,5 @@
 """`relora plan` and `relora profiles`."""
 
-from __future__ import annotations
-
 from functools import partial
 
 from relora_train.cli.options import AsJson, ProfileName, Sets, answer

@@ -4,8 +4,6 @@ A display hears the events and warnings of this process and changes nothing abou
 dropped. Light.
 """
 
-from __future__ import annotations
-
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence

@@ -1,7 +1,5 @@
 """`relora run`: a profile from wherever its run stands; `relora join`. `run_shown` serves all that run a flow."""
 
-from __future__ import annotations
-
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence

@@ -1,7 +1,5 @@
 """`relora runs`: the runs of a store, as a list or a tree. The tree serves `relora show` too."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Iterable, Sequence
 from typing import Annotated, Any
 

@@ -1,7 +1,5 @@
 """`relora retrain`, `series`, `promote` and `rollback`: models that are retrained as their data grows."""
 
-from __future__ import annotations
-
 from contextlib import nullcontext
 from typing import Annotated, Any
 

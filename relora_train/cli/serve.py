@@ -1,7 +1,5 @@
 """`relora serve`: the deployments of deploy/prefect.yaml without a work pool or a worker. Imports no Prefect."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Sequence
 from pathlib import Path

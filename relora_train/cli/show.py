@@ -1,7 +1,5 @@
 """`relora checkpoints` and `relora show`: the checkpoints of a run, and all that is known of one."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Annotated, Any
 

@@ -1,7 +1,5 @@
 """`relora prune`, `verify`, `pin` and `unpin`: commands that look after what a store holds."""
 
-from __future__ import annotations
-
 import re
 from collections import Counter
 from dataclasses import asdict

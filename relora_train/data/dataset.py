@@ -10,8 +10,6 @@ Any number of ranks reads the same global batch: rank r of w takes rows r, r + w
 differ by one row at most.
 """
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any, Literal

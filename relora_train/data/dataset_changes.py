@@ -1,7 +1,5 @@
 """Say in words how two datasets differ: files that came, went or changed, another Python, other settings. Light."""
 
-from __future__ import annotations
-
 import json
 import platform
 from collections.abc import Sequence

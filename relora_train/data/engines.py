@@ -11,8 +11,6 @@ the two parts of that merge, and `tokenizers` makes it too. `why_not_tiktoken` c
 premises on the tokenizer at hand, and a test compares the character classes of both pattern engines.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 from collections.abc import Callable, Sequence

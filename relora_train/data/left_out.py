@@ -1,7 +1,5 @@
 """Faults that `data.unreadable = "skip"` leaves out of a source, their counts by file, and the line that tells."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field

@@ -7,8 +7,6 @@ any number of workers, with either engine. Stopped anywhere, by SIGKILL too, pre
 only to convert a tokenizer from older files, and needs the source's credentials.
 """
 
-from __future__ import annotations
-
 import os
 import secrets
 import shutil

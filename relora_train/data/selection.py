@@ -10,8 +10,6 @@ Files are told apart by content. The old documents of a hub dataset are those of
 Sizes are those of the files; of a hub dataset, numbers of documents.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from array import array

@@ -7,8 +7,6 @@ A shard's bytes depend on its range, the tokenizer and nothing else. A shard is 
 record beside the work tells that it is done: a killed preparation redoes only the shards it was making.
 """
 
-from __future__ import annotations
-
 import hashlib
 import multiprocessing
 import os

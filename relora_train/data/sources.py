@@ -5,8 +5,6 @@ here, one file or line at a time; parquet and hub datasets through `datasets`, s
 longest document. Light until parquet or the hub is read.
 """
 
-from __future__ import annotations
-
 import codecs
 import gzip
 import hashlib

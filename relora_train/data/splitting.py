@@ -7,8 +7,6 @@ The cut is before a single space between two other characters, where no byte-lev
 has none, it is between any two characters.
 """
 
-from __future__ import annotations
-
 import hashlib
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -65,16 +63,10 @@ def cut_into_pieces(text: str, limit_bytes: int) -> Iterator[bytes]:
     while len(encoded) - start > limit_bytes:
         # without the character that the limit cuts in two
         window = encoded[start : start + limit_bytes].decode(errors="ignore")
-        end = len(window[: _last_single_space(window)].encode())
+        spaces: list[int] = []
+        for begin in (max(0, len(window) - 4096), 0):
+            spaces = spaces or [match.start() for match in _SINGLE_SPACE.finditer(window, begin)]
+        end = len(window[: spaces[-1] if spaces else len(window)].encode())
         yield encoded[start : start + end]
         start += end
     yield encoded[start:]
-
-
-def _last_single_space(window: str) -> int:
-    """Return the place to cut: the last single space, or the end when there is none."""
-    for begin in (max(0, len(window) - 4096), 0):
-        spaces = [match.start() for match in _SINGLE_SPACE.finditer(window, begin)]
-        if spaces:
-            return spaces[-1]
-    return len(window)

@@ -4,8 +4,6 @@ A trained one is a byte-level BPE: it covers every text, and the same text gives
 A loaded one is kept byte for byte. Text can never forge the separator, and nothing adds a second one: see `encoder`.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import logging

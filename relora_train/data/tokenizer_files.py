@@ -1,7 +1,5 @@
 """The files of a tokenizer, from a file, a directory or the hub. Older formats are converted to tokenizer.json."""
 
-from __future__ import annotations
-
 import json
 import re
 from contextlib import suppress

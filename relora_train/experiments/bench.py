@@ -1,7 +1,5 @@
 """Full rank beside ReLoRA of one profile, each step in a process of its own, taking turns."""
 
-from __future__ import annotations
-
 import json
 import os
 import statistics

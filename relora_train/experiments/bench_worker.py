@@ -4,8 +4,6 @@
 number of steps of each round, one a line. It answers each line with a line of JSON.
 """
 
-from __future__ import annotations
-
 import json
 import sys
 import tempfile

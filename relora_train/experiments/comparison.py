@@ -1,7 +1,5 @@
 """From the runs of an experiment to a table over seeds and paired differences, and these in words. Pure."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Literal

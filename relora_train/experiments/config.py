@@ -4,8 +4,6 @@ One kind compares arms over a base profile at one budget; the others train no ru
 profiles/experiments/README.md explains every key.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self

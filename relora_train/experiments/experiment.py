@@ -5,8 +5,6 @@ follows from its settings. It resumes, retries and is reused like any other, by 
 begin with the same warm start branch from one run that makes nothing else.
 """
 
-from __future__ import annotations
-
 import difflib
 import itertools
 import re
@@ -45,11 +43,6 @@ class PlannedRun:
 
     is_warm_start: bool = False
     """A run that makes a warm start for others, and nothing else."""
-
-    @property
-    def resume_from(self) -> str | None:
-        """The checkpoint it starts from."""
-        return f"{self.warm_start}@{WARM_START}" if self.warm_start else None
 
     @property
     def stop_after(self) -> str | None:
@@ -129,7 +122,7 @@ class Experiment:
             "overrides": dict(run.settings),
             "run_id": run.run_id,
             "store": store_uri,
-            "resume_from": run.resume_from,
+            "resume_from": f"{run.warm_start}@{WARM_START}" if run.warm_start else None,
             "gpu_limit": gpu_limit,
             "stop_after": run.stop_after,
         }

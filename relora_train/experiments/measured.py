@@ -6,8 +6,6 @@ run's speed is what its steps come to in time: with a share w of full-rank steps
 Every round is adjusted by itself, so that what slows a machine down for a while meets both sides of a ratio.
 """
 
-from __future__ import annotations
-
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

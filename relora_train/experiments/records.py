@@ -1,7 +1,5 @@
 """The results of an experiment as records: runs, arms, differences, the whole. Imports no torch."""
 
-from __future__ import annotations
-
 from datetime import datetime
 from typing import Any, Literal, cast
 

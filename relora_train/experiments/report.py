@@ -1,7 +1,5 @@
 """The reports of experiments: pages, figures, Markdown, and their place experiments/<name>/<digest>/ in a store."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import math

@@ -3,8 +3,6 @@
 Every number is read from a store: what a flow remembers is not asked. Imports no torch.
 """
 
-from __future__ import annotations
-
 import itertools
 import json
 import math

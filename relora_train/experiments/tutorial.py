@@ -5,8 +5,6 @@ Three arms start alike on the same data: full rank, LoRA (one update of rank 4),
 smallest direction out, while the merged updates of ReLoRA add up. Everything is done with this library's own functions.
 """
 
-from __future__ import annotations
-
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -4,8 +4,6 @@ Any line will do: a warm start only, method full or lora, or a run whose earlier
 Imports no torch; only the files that are read are fetched, never an optimizer state.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC

@@ -1,7 +1,5 @@
 """Events as lines for people, in the terminal and Prefect's log; a stage, its checkpoint and its merge as Markdown."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from typing import Any

@@ -3,8 +3,6 @@
 Colours are Okabe and Ito's, told apart by people with any colour vision. No matplotlib global is read or changed.
 """
 
-from __future__ import annotations
-
 import io
 import math
 from collections.abc import Sequence

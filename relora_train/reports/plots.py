@@ -4,8 +4,6 @@ Drawn through matplotlib's object-oriented API on the Agg canvas: no global stat
 than MAX_POINTS records are thinned by `plot_style.downsample`, which keeps every peak.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """HTML pages from templates/. Every value is escaped; a page may load nothing from elsewhere and run nothing."""
 
-from __future__ import annotations
-
 import base64
 import re
 from collections.abc import Callable, Mapping

@@ -4,8 +4,6 @@ The same RunData gives the same bytes. Nothing is loaded from elsewhere: no scri
 NaN numbers are shown as such in HTML and become null in JSON. Imports no torch.
 """
 
-from __future__ import annotations
-
 import base64
 import json
 import tempfile

@@ -1,7 +1,5 @@
 """The content of a run's report as plain records; `collect.py` fills them from checkpoints. Imports no torch."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime

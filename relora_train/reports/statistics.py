@@ -4,8 +4,6 @@ One value has a mean and no error: nothing here invents one. Values that are not
 who then says how many runs a mean is over.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 

@@ -1,7 +1,5 @@
 """Scores and results of a run or an experiment as people read them."""
 
-from __future__ import annotations
-
 import math
 
 from relora_train.reports.run_data import RunData, Scores, StageRow

@@ -4,8 +4,6 @@ Keys are relative, '/'-separated, made of [A-Za-z0-9._-] segments with no leadin
 object on a case-sensitive disk and in a bucket, and no key can leave the store's root.
 """
 
-from __future__ import annotations
-
 import json
 import re
 import secrets

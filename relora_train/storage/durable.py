@@ -1,7 +1,5 @@
 """Files that are there completely or not at all, also after a kill or a power cut; locks on them, and their errors."""
 
-from __future__ import annotations
-
 import errno
 import fcntl
 import os

@@ -5,8 +5,6 @@ one step: readers see all of an object or none of it, also after a power cut. Do
 Not covered: NFS (flock does not hold between hosts everywhere), file systems without hard links (exFAT).
 """
 
-from __future__ import annotations
-
 import errno
 import hashlib
 import os

@@ -1,7 +1,5 @@
 """Open the store that a URI names. Only an s3:// URI imports boto3."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 from urllib.parse import unquote, urlsplit

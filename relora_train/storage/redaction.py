@@ -1,7 +1,5 @@
 """Addresses without user name, password and query, in which people put secrets: safe in a message."""
 
-from __future__ import annotations
-
 import re
 
 from relora_train.errors import ConfigError

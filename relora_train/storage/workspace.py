@@ -1,7 +1,5 @@
 """Local scratch space. You can delete it at any time; everything needed to resume is in the store."""
 
-from __future__ import annotations
-
 import fcntl
 import hashlib
 import logging

@@ -9,8 +9,6 @@ was written for a grace period by the store's own clock. Those that a flow could
 the run is under way, which a lease makes sure of.
 """
 
-from __future__ import annotations
-
 import secrets
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence

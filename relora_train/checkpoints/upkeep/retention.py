@@ -14,8 +14,6 @@ a descendant. Protections finds what depends on a checkpoint, across all runs of
 Not seen: runs in other stores that branch from here. Pin the checkpoints that they start from.
 """
 
-from __future__ import annotations
-
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence

@@ -6,8 +6,6 @@ its largest file.
 Not covered: a manifest that was replaced by another valid one of the same work; runs in other stores.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath

@@ -5,8 +5,6 @@ used only when its size and SHA-256 are its manifest's, and a digest covers a wh
 but only those with a tensor that is needed. Source of the measures: arXiv 2307.05695. Imports no torch.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Callable, Sequence

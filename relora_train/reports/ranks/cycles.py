@@ -4,8 +4,6 @@ Both follow from the adapters alone, a layer at a time: no weights are read. An 
 B A nor any other matrix of the layer's size is ever made. numpy and safetensors only.
 """
 
-from __future__ import annotations
-
 import itertools
 import json
 import math

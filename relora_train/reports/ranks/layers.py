@@ -1,7 +1,5 @@
 """The weights that stand for a model and the kind of each layer, from names and shapes alone."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Mapping, Sequence
 

@@ -3,8 +3,6 @@
 Everything is computed in float64. Source of the measures: arXiv 2307.05695, figures 5 and 7 (counts below 0.1).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass

@@ -4,8 +4,6 @@ Streams: at most one layer is in memory, and of a large one (short side above GR
 Gram matrix. Everything is computed in float64 from the stored values. numpy and safetensors only: imports no torch.
 """
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Iterator, Sequence
