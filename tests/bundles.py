@@ -1,7 +1,5 @@
 """Small bundles for the tests of what is built on them."""
 
-from __future__ import annotations
-
 import hashlib
 import uuid
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The trainer of models that read a layer's weight past the layer: `python -m bypassing_trainer --request FILE`."""
 
-from __future__ import annotations
-
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.models.llama import modeling_llama

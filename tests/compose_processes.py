@@ -4,8 +4,6 @@ What a container engine would supply is supplied here: host names become 127.0.0
 directories, and the image's environment comes from the ENV lines of deploy/Dockerfile. PATH is all that is inherited.
 """
 
-from __future__ import annotations
-
 import os
 import pwd
 import re

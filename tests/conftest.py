@@ -1,7 +1,5 @@
 """Fixtures shared by many tests. What they need to know of servers is in seaweed.py."""
 
-from __future__ import annotations
-
 import os
 import signal
 import uuid

@@ -1,7 +1,5 @@
 """The trainer on a disk that changes one bit of every checkpoint: `python -m damaging_trainer --request FILE`."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from relora_train.process import serve_request

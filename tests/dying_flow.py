@@ -7,8 +7,6 @@ request that changes it. Stages are real and tiny; nothing is mocked but the tra
 that flow and trainer die together.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import re

@@ -1,7 +1,5 @@
 """A proxy between an S3 client and a real server that does to requests what networks do to them."""
 
-from __future__ import annotations
-
 import http.client
 import threading
 from collections.abc import Callable, Iterator

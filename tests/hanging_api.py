@@ -1,7 +1,5 @@
 """A way to a Prefect server on which some requests vanish: they are taken and never answered."""
 
-from __future__ import annotations
-
 import socket
 import threading
 from contextlib import suppress

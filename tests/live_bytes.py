@@ -1,7 +1,5 @@
 """Memory that torch's operations hold, counted operation by operation: exact, on any device, and slow."""
 
-from __future__ import annotations
-
 import weakref
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Texts that nobody wrote, the same for the same seed."""
 
-from __future__ import annotations
-
 import json
 import random
 from pathlib import Path

@@ -4,8 +4,6 @@ A stage may be stopped by a signal to its last rank, and then goes on from its s
 beside the first output: how many entries of the model, and of Adam's state, it held of each stage.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import signal

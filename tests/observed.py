@@ -1,7 +1,5 @@
 """One real run, its server, its store and its console, for all tests that look at what a run leaves behind."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

@@ -3,8 +3,6 @@
 `python tests/observed_flows.py STORE_URI WORK_DIRECTORY` with PREFECT_API_URL set. Prints how each flow ended.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 import signal

@@ -3,8 +3,6 @@
 Everything goes through the commands that the README prints, as separate processes, and through Prefect's HTTP API.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import re

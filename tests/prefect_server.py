@@ -3,8 +3,6 @@
 However a test starts a server, `no_server_errors` reads its logs at the end: an ERROR in one fails the test.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import re

@@ -2,8 +2,6 @@
 leaves rank-<r>.json beside the output: what this rank drew, held and sent.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from datetime import timedelta

@@ -1,7 +1,5 @@
 """Schedules as hypothesis draws them."""
 
-from __future__ import annotations
-
 from hypothesis import strategies as st
 
 

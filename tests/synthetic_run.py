@@ -1,7 +1,5 @@
 """A run's line of real checkpoints in a real store, made without training: numbers from formulas, weights from B A."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math

@@ -1,7 +1,5 @@
 """Credentials in an address are refused where it is given, and never repeated."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Iterator
 from functools import partial

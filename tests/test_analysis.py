@@ -1,7 +1,5 @@
 """A run's update from its checkpoints in a store, and the command that shows it."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

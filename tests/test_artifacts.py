@@ -1,7 +1,5 @@
 """What an operator sees of a run in Prefect's UI, as its API tells it; and that nobody waits for the API."""
 
-from __future__ import annotations
-
 import base64
 import io
 import json

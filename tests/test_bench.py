@@ -1,7 +1,5 @@
 """`relora bench` times the step that trains: both arms learn, and its numbers are those it took."""
 
-from __future__ import annotations
-
 import io
 import json
 import sys

@@ -1,7 +1,5 @@
 """Any checkpoint of any run can be continued with any schedule: cycles are counted in merges, not in steps."""
 
-from __future__ import annotations
-
 import itertools
 import math
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A bundle exists when its manifest does; then every byte is its writer's, whoever else wrote and whatever crashed."""
 
-from __future__ import annotations
-
 import json
 import logging
 from pathlib import Path

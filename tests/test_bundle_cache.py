@@ -1,7 +1,5 @@
 """Bundles on this machine's disk: fetched once, verified, and kept apart."""
 
-from __future__ import annotations
-
 import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor

@@ -1,7 +1,5 @@
 """Writers of one bundle that race or crash: what is visible is whole and never changes."""
 
-from __future__ import annotations
-
 import hashlib
 import signal
 import subprocess

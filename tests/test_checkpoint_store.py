@@ -1,7 +1,5 @@
 """Checkpoints of a run: listed is what can be read, the head never loses a move, and no name is ever guessed."""
 
-from __future__ import annotations
-
 import json
 import threading
 import uuid

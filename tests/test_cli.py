@@ -1,7 +1,5 @@
 """The `relora` command: its messages and exit codes, what it shows, and the processes it must not leave behind."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal

@@ -1,7 +1,5 @@
 """Processes of the relora command: flows that fail, and Prefect servers it must not leave behind."""
 
-from __future__ import annotations
-
 import os
 import signal
 import subprocess

@@ -1,7 +1,5 @@
 """What a run shows while it goes and at its end."""
 
-from __future__ import annotations
-
 import io
 import logging
 from collections.abc import Iterator

@@ -3,8 +3,6 @@
 python -m pytest -m slow tests/test_compose_processes.py       # about two minutes; needs apt-get install postgresql
 """
 
-from __future__ import annotations
-
 import base64
 import json
 import os

@@ -1,7 +1,5 @@
 """Credentials of an S3 store: denied ones are named and never shown, changed ones are used by a running process."""
 
-from __future__ import annotations
-
 import json
 import logging
 import threading

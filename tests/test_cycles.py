@@ -1,7 +1,5 @@
 """Low-rank updates as factors: spectra of their sums, and the angles between their subspaces."""
 
-from __future__ import annotations
-
 import json
 import math
 from pathlib import Path

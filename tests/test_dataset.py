@@ -1,7 +1,5 @@
 """Batches are a pure function of (dataset, seed, position)."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 from hypothesis import given, settings

@@ -1,7 +1,5 @@
 """The same command after the data changed: what changed is said in words."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

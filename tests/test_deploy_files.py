@@ -1,7 +1,5 @@
 """What can be proven of the production files without a container engine or a cluster."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 import re

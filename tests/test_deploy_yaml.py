@@ -1,7 +1,5 @@
 """What lies in deploy/ is sound: it can be checked without a server."""
 
-from __future__ import annotations
-
 import importlib
 import json
 import re

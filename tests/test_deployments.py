@@ -3,8 +3,6 @@
 The automation that finds dead runs needs minutes: `python -m pytest -m slow tests/test_deployments.py`.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import secrets

@@ -1,7 +1,5 @@
 """GPUs that a profile asks for and this machine does not have: a named error at once, wherever it is asked."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

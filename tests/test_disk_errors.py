@@ -1,7 +1,5 @@
 """A disk that is full, read-only or somebody else's is named, and nothing half written stays."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

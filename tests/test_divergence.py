@@ -1,7 +1,5 @@
 """A stage that diverges is tried again at a lower rate, is known for it, and nobody has to try it twice."""
 
-from __future__ import annotations
-
 import json
 import time
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """The documents promise what exists, and what exists is documented."""
 
-from __future__ import annotations
-
 import ast
 import re
 from pathlib import Path

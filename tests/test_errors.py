@@ -1,7 +1,5 @@
 """What is tried again: the one rule, over errors as they really come."""
 
-from __future__ import annotations
-
 import concurrent.futures
 import importlib
 import json

@@ -1,7 +1,5 @@
 """The shipped experiments compare what they claim to compare, and a faulty one says so before anything is trained."""
 
-from __future__ import annotations
-
 import re
 import shlex
 import tomllib

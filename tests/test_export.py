@@ -1,7 +1,5 @@
 """What an export holds beside the weights, and what it says of them."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import shutil

@@ -1,7 +1,5 @@
 """A file that was found sound is not read twice by one process, and a change of it never goes unseen."""
 
-from __future__ import annotations
-
 import os
 import time
 from collections.abc import Iterator

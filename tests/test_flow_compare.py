@@ -4,8 +4,6 @@ The killed half runs as it does for a user. The rest has its stages trained by t
 processes less to start. Runs made by a deployment need minutes: `python -m pytest -m slow tests/test_flow_compare.py`.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import os

@@ -1,7 +1,5 @@
 """The flow `evaluate`: any checkpoint, on demand; and what every flow does about stores and devices."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """The whole pipeline on real text, on a directory and on a real S3 server."""
 
-from __future__ import annotations
-
 import json
 import logging
 import os

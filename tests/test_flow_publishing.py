@@ -4,8 +4,6 @@ Real flows on a real S3 server, through a proxy that holds up or refuses what be
 behind a marker: `python -m pytest -m slow tests/test_flow_publishing.py`.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

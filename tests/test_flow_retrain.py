@@ -1,7 +1,5 @@
 """A series is retrained night after night: real text, a real store, a real Prefect server, real processes killed."""
 
-from __future__ import annotations
-
 import json
 import logging
 import os

@@ -1,7 +1,5 @@
 """Files of the directory that a command runs in are not imported, whatever they are called and by whichever process."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """Images become a dataset whose every byte follows from the source, and batches in which every image has its turn."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
 from pathlib import Path

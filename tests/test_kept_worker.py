@@ -1,7 +1,5 @@
 """One process for many requests: the same bits as a process each, and no request after one that did not end well."""
 
-from __future__ import annotations
-
 import gc
 import itertools
 import os

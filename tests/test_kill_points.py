@@ -5,8 +5,6 @@ takes those that decide something and some of the others. All of them, and then 
 `python -m pytest -m slow tests/test_kill_points.py -s`.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 import json

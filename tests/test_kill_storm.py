@@ -4,8 +4,6 @@ The flow, the trainer and the S3 server are killed with SIGKILL at moments drawn
 given again until it ends well. The long storm is behind a marker: `python -m pytest -m slow tests/test_kill_storm.py`.
 """
 
-from __future__ import annotations
-
 import hashlib
 import os
 import random

@@ -1,7 +1,5 @@
 """Worker processes: their events, their failures, their end."""
 
-from __future__ import annotations
-
 import os
 import signal
 import subprocess

@@ -1,7 +1,5 @@
 """A wrapped layer that no gradient reaches is found by the tenth update, whoever trains it."""
 
-from __future__ import annotations
-
 import hashlib
 import logging
 import os

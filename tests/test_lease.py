@@ -1,7 +1,5 @@
 """One writer a run: the second flow stops while the first lives, and takes over when it is dead."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal

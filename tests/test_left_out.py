@@ -1,7 +1,5 @@
 """With data.unreadable = "skip", what is no text is left out and counted; everything else is as without."""
 
-from __future__ import annotations
-
 import gzip
 import json
 import logging

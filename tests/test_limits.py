@@ -1,7 +1,5 @@
 """A slot of a device: a run that waits says so, and the slot of one that ended comes back, also from a restart."""
 
-from __future__ import annotations
-
 import contextvars
 import logging
 import threading

@@ -1,7 +1,5 @@
 """The tree across runs comes from manifests alone, whole or with parts missing, and loses no checkpoint."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import shutil

@@ -1,7 +1,5 @@
 """The fast forms of a ReLoRA layer are the readable one: outputs, gradients, dropout, precision, and what is kept."""
 
-from __future__ import annotations
-
 import copy
 
 import pytest

@@ -1,7 +1,5 @@
 """Experiments that train no runs: what is refused, and the arithmetic of table 4 against numbers worked out by hand."""
 
-from __future__ import annotations
-
 import io
 import json
 from pathlib import Path

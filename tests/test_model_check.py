@@ -1,7 +1,5 @@
 """What cannot go away by waiting is found before anything is tokenized or trained, in a deployed flow too."""
 
-from __future__ import annotations
-
 import json
 import logging
 from collections.abc import Iterator

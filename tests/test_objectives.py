@@ -1,7 +1,5 @@
 """The trainer takes images as it takes text: what holds for one objective holds for the other."""
 
-from __future__ import annotations
-
 import copy
 import math
 from pathlib import Path

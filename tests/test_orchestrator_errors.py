@@ -1,7 +1,5 @@
 """A Prefect server that is away or answers with an error: an error of the server, not of a setting and not ours."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

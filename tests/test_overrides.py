@@ -1,7 +1,5 @@
 """The type of overrides says what Profile says: the same names, bounds, choices and words, and nothing of its own."""
 
-from __future__ import annotations
-
 import json
 import re
 from typing import Any

@@ -1,7 +1,5 @@
 """An exported adapter is right on the model its stage began from, in peft's own hands."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path

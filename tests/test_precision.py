@@ -1,7 +1,5 @@
 """matmul_precision = 'auto': what is fast and inexact is refused, and a run keeps what it began with, to the bit."""
 
-from __future__ import annotations
-
 import json
 import math
 from pathlib import Path

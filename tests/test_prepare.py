@@ -1,7 +1,5 @@
 """A dataset is a pure function of its inputs: any number of workers, either engine, killed or not."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal

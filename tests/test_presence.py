@@ -1,7 +1,5 @@
 """What the server says of a flow run is put right by the run: it lives, or somebody wants it to stop."""
 
-from __future__ import annotations
-
 import signal
 import time
 from collections.abc import Iterator

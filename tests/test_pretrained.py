@@ -1,7 +1,5 @@
 """Only a model that is all there, and made for what it is trained on, is ever trained."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Every command that a document prints is one that its program takes; those that only look are run."""
 
-from __future__ import annotations
-
 import itertools
 import re
 import shlex

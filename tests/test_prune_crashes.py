@@ -1,7 +1,5 @@
 """Prunes and commits that crash anywhere, and random lives of runs: nothing protected is lost."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import threading

@@ -1,7 +1,5 @@
 """Nothing that anything depends on is ever removed, and a prune can be killed anywhere and run again."""
 
-from __future__ import annotations
-
 import json
 import re
 from datetime import UTC, datetime, timedelta

@@ -1,7 +1,5 @@
 """Checkpoints stored beside the training of later stages: in order, again after a fault, never after their flow."""
 
-from __future__ import annotations
-
 import threading
 import time
 from collections.abc import Callable, Iterator

@@ -1,7 +1,5 @@
 """Several ranks train the one model that one process trains; one of them may be lost."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal

@@ -1,7 +1,5 @@
 """A checkpoint is committed only if its files hold, value by value, what was trained."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

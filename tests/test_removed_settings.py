@@ -4,8 +4,6 @@ removed_keys/ is a store with a warm start and a cycle of an 1,400-parameter mod
 these keys set.
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

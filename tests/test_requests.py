@@ -1,7 +1,5 @@
 """A run asks its store for what it cannot know, and for nothing twice: the number of requests does not grow as n²."""
 
-from __future__ import annotations
-
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor

@@ -1,7 +1,5 @@
 """A stage made again on purpose is compared byte for byte; nothing committed is ever overwritten or lost."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Iterator

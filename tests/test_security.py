@@ -1,7 +1,5 @@
 """Secrets stay where they are, names from a store lead nowhere, nothing that is read can become code."""
 
-from __future__ import annotations
-
 import ast
 import base64
 import itertools

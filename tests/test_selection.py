@@ -1,7 +1,5 @@
 """Of a growing source: every new document, old ones by their share, and no held-out document ever in training."""
 
-from __future__ import annotations
-
 import json
 import math
 from pathlib import Path

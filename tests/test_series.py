@@ -1,7 +1,5 @@
 """What a series has promoted: pointer and history move together, no writer is lost, and nothing promoted is pruned."""
 
-from __future__ import annotations
-
 import json
 import math
 import threading

@@ -1,7 +1,5 @@
 """A retrain's decision: which data count as seen, and the same end wherever it was killed."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from pathlib import Path

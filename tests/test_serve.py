@@ -1,7 +1,5 @@
 """`relora serve`: what it refuses. That it serves is shown with a real server in test_deployments.py."""
 
-from __future__ import annotations
-
 import pytest
 
 

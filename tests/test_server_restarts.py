@@ -3,8 +3,6 @@
 The absence of six minutes is in `python -m pytest -m slow tests/test_server_restarts.py`.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import signal

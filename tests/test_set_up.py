@@ -1,7 +1,5 @@
 """deploy/venv.sh: which build of PyTorch it asks for. A script stands in for pip: the real one fetches gigabytes."""
 
-from __future__ import annotations
-
 import re
 import shutil
 import subprocess

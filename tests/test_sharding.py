@@ -1,7 +1,5 @@
 """A model spread over ranks by FSDP2 is trained, merged, reset and committed as the whole one is."""
 
-from __future__ import annotations
-
 import json
 import os
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A stage that was stopped anywhere and went on from its snapshot is the stage that was never stopped, bit for bit."""
 
-from __future__ import annotations
-
 import errno
 import os
 import signal

@@ -1,7 +1,5 @@
 """Snapshots in a store: the newest valid one is found, a damaged one passed over, no outage stops anything."""
 
-from __future__ import annotations
-
 import logging
 import threading
 import time

@@ -1,7 +1,5 @@
 """Documents from every source: the same texts, the same identity, and errors that name the place."""
 
-from __future__ import annotations
-
 import glob
 import gzip
 import json

@@ -1,7 +1,5 @@
 """Where documents go and where long ones are cut."""
 
-from __future__ import annotations
-
 from functools import partial
 
 import pytest

@@ -1,7 +1,5 @@
 """What one update costs beside its products: memory, waiting, graphs; and that none of it changes what is trained."""
 
-from __future__ import annotations
-
 import itertools
 import threading
 import warnings

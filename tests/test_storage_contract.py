@@ -1,7 +1,5 @@
 """One suite over every store: what ObjectStore promises holds for all of them, under races too."""
 
-from __future__ import annotations
-
 import hashlib
 import multiprocessing
 import string

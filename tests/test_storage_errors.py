@@ -1,7 +1,5 @@
 """What a store says when it cannot: every fault is a real one, of a disk, a server or the network between."""
 
-from __future__ import annotations
-
 import logging
 import threading
 import time

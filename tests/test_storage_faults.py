@@ -1,7 +1,5 @@
 """One fault at any request of any operation changes nothing: not the result, not the error, not what is stored."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta

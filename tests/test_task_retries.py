@@ -1,7 +1,5 @@
 """Which ends of a cycle its task tries again, and how often: every kind with a real process that ends that way."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Nothing that a store holds steers the terminal that shows it."""
 
-from __future__ import annotations
-
 import json
 import logging
 import os

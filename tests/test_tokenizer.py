@@ -1,7 +1,5 @@
 """The tokenizer and its two engines: same ids, no forged separator."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """A model keeps its tokenizer, and documents begin as it begins a text, unless the profile says otherwise."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import logging

@@ -1,7 +1,5 @@
 """What a stage guarantees: from one complete checkpoint to the next, the same bits every time."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import math

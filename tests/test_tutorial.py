@@ -1,7 +1,5 @@
 """The regression demo: what it claims, over seeds."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import replace
 

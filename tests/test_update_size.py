@@ -1,7 +1,5 @@
 """The size of the first updates after a reset: measured as it is, and recorded where training waits anyway."""
 
-from __future__ import annotations
-
 import json
 import math
 from pathlib import Path

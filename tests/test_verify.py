@@ -1,7 +1,5 @@
 """Verify names what is missing, damaged or left over, and is silent only when there is nothing."""
 
-from __future__ import annotations
-
 import json
 import uuid
 

@@ -1,7 +1,5 @@
 """A committed dataset without a corpus: a small Markov chain, which a model learns in a few dozen steps."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

@@ -1,7 +1,5 @@
 """scikit-learn's digits as a dataset, a small ViT's profile for it, and images of our own in MNIST's format."""
 
-from __future__ import annotations
-
 import gzip
 import struct
 from pathlib import Path

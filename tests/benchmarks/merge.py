@@ -7,8 +7,6 @@ number. Memory is measured twice: as torch's operations hold it (in a run of its
 device tells it, resident or allocated. The limit is the largest single layer in float32.
 """
 
-from __future__ import annotations
-
 import argparse
 import statistics
 import sys

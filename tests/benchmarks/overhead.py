@@ -17,8 +17,6 @@ cycle, so its share of 30 minutes is overhead / 30 minutes: computed, not waited
 its share: the validation tokens after a cycle are as many a trained token as in the profile, at the speed measured.
 """
 
-from __future__ import annotations
-
 import argparse
 import logging
 import os

@@ -9,8 +9,6 @@ Medians over the rounds; the ways are taken in turn, so that other load meets al
 of memory and 25 GB of disk.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import shutil

@@ -8,8 +8,6 @@ peft     LoRA of the peft library
 Every arm does one forward pass an update in a process of its own, and the arms take turns.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from collections.abc import Callable

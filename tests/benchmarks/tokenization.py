@@ -6,8 +6,6 @@ The corpus is the Python source in this environment's site-packages. The unit is
 so that other load on the machine matters little; the contestants take turns and the median round counts.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import resource
