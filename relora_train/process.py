@@ -18,7 +18,6 @@ import traceback
 from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
-from types import FrameType
 from typing import Any, NoReturn, Protocol, Self, TypeVar
 
 from pydantic import BaseModel
@@ -200,7 +199,7 @@ class StopRequest:
 
     def __enter__(self) -> Self:
         for number in (signal.SIGTERM, signal.SIGINT):
-            self._previous[number] = signal.signal(number, self._on_signal)
+            self._previous[number] = signal.signal(number, lambda told, frame: self._set(signal.Signals(told).name))
         if os.environ.get(PARENT_PIPE_VARIABLE):
             _parent_pipe().on_end(self._parent_ended)
         return self
@@ -224,9 +223,6 @@ class StopRequest:
                 self._parent_ended()
 
         return emit_or_stop
-
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        self._set(signal.Signals(number).name)
 
     def _parent_ended(self) -> None:
         self._set("the end of its parent process")

@@ -8,12 +8,6 @@ import sys
 
 from relora_train.process import leave, run_reported
 
-
-def main() -> None:
-    """Run the module that the command line names."""
+if __name__ == "__main__":
     module = sys.argv.pop(1)
     leave(run_reported(lambda: runpy.run_module(module, run_name="__main__", alter_sys=True)))
-
-
-if __name__ == "__main__":
-    main()

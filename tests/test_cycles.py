@@ -13,7 +13,6 @@ from relora_train.reports.ranks.cycles import (
     MAX_GROWTH_POINTS,
     AdapterDirectory,
     Factors,
-    MergedCycle,
     cycle_history,
     growth_points,
     principal_cosines,
@@ -34,7 +33,9 @@ def orthonormal(rows: int, columns: int, seed: int) -> np.ndarray:
     return np.linalg.qr(np.random.default_rng(seed).normal(size=(rows, columns)))[0]
 
 
-def adapter_at(directory: Path, left: np.ndarray, right: np.ndarray, **config: object) -> AdapterDirectory:
+def adapter_at(
+    directory: Path, left: np.ndarray, right: np.ndarray, *about: object, **config: object
+) -> AdapterDirectory:
     (directory / "adapter").mkdir(parents=True)
     module = f"base_model.model.{Q.removesuffix('.weight')}"
     tensors = {f"{module}.lora_A.weight": right, f"{module}.lora_B.weight": left}
@@ -42,7 +43,7 @@ def adapter_at(directory: Path, left: np.ndarray, right: np.ndarray, **config: o
     save_file(rounded, directory / "adapter" / "adapter_model.safetensors")
     settings = {"r": len(right), "lora_alpha": 2 * len(right), "use_rslora": False, **config}
     (directory / "adapter" / "adapter_config.json").write_text(json.dumps(settings))
-    return AdapterDirectory(directory)
+    return AdapterDirectory(directory, *about)
 
 
 @pytest.mark.parametrize("shape", [(40, 17), (17, 40), (30, 30)])
@@ -63,7 +64,7 @@ def test_growth_counts_directions_that_are_new_and_not_those_that_come_back(tmp_
     left, right = orthonormal(24, 4, seed=1), orthonormal(20, 4, seed=2)
     factors = [(left[:, :2], right[:, :2].T), (left[:, 2:], right[:, 2:].T), (2 * left[:, [0]], right[:, [0]].T)]
     cycles = [
-        MergedCycle(f"cycle-{k}", adapter_at(tmp_path / str(k), B, A, lora_alpha=len(A)), {Q: 0.02 * math.sqrt(480)})
+        adapter_at(tmp_path / str(k), B, A, f"cycle-{k}", {Q: 0.02 * math.sqrt(480)}, lora_alpha=len(A))
         for k, (B, A) in enumerate(factors, start=1)
     ]
     history = cycle_history(cycles, [Q])

@@ -83,7 +83,7 @@ def export(
     if as_json:
         names = [entry.path for entry in written.files]
         about = {"stage": ref.manifest.stage, "step": ref.step, "unfinished_stages": unfinished}
-        origin = {"directory": str(written.directory), "checkpoint_uri": written.checkpoint_uri}
+        origin = {"directory": str(written.directory), "checkpoint_uri": ref.uri}
         echo_json({**origin, **about, "dtype": written.dtype, "files": names})
         return
     what, size_bytes = f"{ref.manifest.run_id}@{ref.manifest.stage}", sum(entry.size_bytes for entry in written.files)
@@ -107,7 +107,6 @@ class ExportedModel:
     """An exported model."""
 
     directory: Path
-    checkpoint_uri: str
     files: tuple[FileEntry, ...]
     dtype: Dtype = "float32"
 
@@ -146,7 +145,7 @@ def export_model(
 
             round_model(model, dtype)
         written = describe_files(model)
-    return ExportedModel(directory, checkpoint.uri, written, dtype)
+    return ExportedModel(directory, written, dtype)
 
 
 @contextmanager
@@ -244,7 +243,7 @@ def export_adapter(checkpoint: CheckpointRef, directory: Path) -> tuple[Exported
             if _TOKENIZER.fullmatch(entry.path):
                 shutil.copyfile(files / entry.path, made / entry.path)
         written = describe_files(made)
-    return ExportedModel(directory, checkpoint.uri, written), parent
+    return ExportedModel(directory, written), parent
 
 
 def _refuse_what_is_there(directory: Path, checkpoint: CheckpointRef, *, force: bool) -> None:

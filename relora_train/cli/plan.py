@@ -4,7 +4,7 @@ from functools import partial
 
 from relora_train.cli.options import AsJson, ProfileName, Sets, answer
 from relora_train.cli.output import BLANK, View, facts, table
-from relora_train.runs.plan import PhaseCost, Plan, PlannedStage
+from relora_train.runs.plan import PhaseCost, Plan
 from relora_train.runs.plan import plan as plan_profile
 from relora_train.settings.load import list_profiles, load_profile
 from relora_train.text import short_count
@@ -46,13 +46,27 @@ def plan_view(plan: Plan) -> View:
         run["disk"] = f"{size(plan.disk_bytes)} for all checkpoints and the snapshots beside them"
     columns = ("stage", "steps", "tokens", "learning rate", "FLOPs", "model", "optimizer", "adapter")
     title = "Stages, and the files of each checkpoint"
-    stages = table(columns, map(_stage_row, plan.stages), title=title, left=("learning rate",))
+    rows: list[tuple[str, ...]] = []
+    for stage in plan.stages:
+        files = stage.checkpoint
+        sizes = (files.model, files.optimizer, files.adapter) if files else ()
+        rows.append(
+            (
+                stage.name,
+                f"{stage.start_step + 1:,} to {stage.end_step:,}",
+                short_count(stage.tokens),
+                " → ".join(f"{point.learning_rate:.2g}" for point in stage.learning_rates),
+                "?" if stage.flops is None else f"{stage.flops:.3g}",
+                *((size(n) if n else "–" for n in sizes) if files else ("?",) * 3),
+            )
+        )
+    stages = table(columns, rows, title=title, left=("learning rate",))
     parts: View = [facts(run), BLANK, stages]
     phases = {name: cost for name, cost in (("full rank", plan.full), ("low rank", plan.low_rank)) if cost}
     if phases:
         costs = [_cost_rows(cost, plan.parameters or 1) for cost in phases.values()]
-        rows = [(label, *(cost[label] for cost in costs)) for label in costs[0]]
-        parts += [BLANK, table(("", *phases), rows, title="Cost")]
+        by_label = [(label, *(cost[label] for cost in costs)) for label in costs[0]]
+        parts += [BLANK, table(("", *phases), by_label, title="Cost")]
     if plan.low_rank and plan.low_rank.orders:
         orders = [
             (", ".join(name.rpartition(".")[2] for name in each.layers), each.order, f"{each.flops_per_token:.3g}")
@@ -75,18 +89,3 @@ def _cost_rows(cost: PhaseCost, parameters: int) -> dict[str, str]:
         "memory, without activations": size(memory.total),
         "snapshot": size(cost.snapshot_bytes),
     }
-
-
-def _stage_row(stage: PlannedStage) -> tuple[str, ...]:
-    files = stage.checkpoint
-    sizes = (
-        ("?",) * 3 if files is None else (size(n) if n else "–" for n in (files.model, files.optimizer, files.adapter))
-    )
-    return (
-        stage.name,
-        f"{stage.start_step + 1:,} to {stage.end_step:,}",
-        short_count(stage.tokens),
-        " → ".join(f"{point.learning_rate:.2g}" for point in stage.learning_rates),
-        "?" if stage.flops is None else f"{stage.flops:.3g}",
-        *sizes,
-    )

@@ -172,7 +172,13 @@ def load_experiment(
     runs: list[PlannedRun] = []
     for seed, (name, arm) in itertools.product(config.seeds, config.arms.items()):
         try:
-            runs.append(_planned(name, seed, profile, layered(config.base, given, arm.set)))
+            base, named = Path(profile).stem, f"{Path(profile).stem}-{name}-s{seed}"
+            own = layered(config.base, given, arm.set, {"seed": seed, "name": named})
+            resolved = load_profile(profile, own)
+            first = plan_stages(resolved)[0]
+            # Runs whose warm start is the same branch from the same run.
+            start = f"{base}-{WARM_START}-s{seed}-{_digest(resolved, [first])}" if first.kind == "warm_start" else None
+            runs.append(PlannedRun(name, seed, f"{named}-{_digest(resolved)}", resolved, own, start))
         except ProfileInvalidError as error:
             if seed == config.seeds[0]:
                 faults += [f"arms.{name}: {fault}" for fault in error.faults or (str(error),)]
@@ -190,9 +196,10 @@ def load_experiment(
     for run in runs:
         if run.warm_start is not None and run.warm_start not in starts:
             name = run.warm_start.rpartition("-")[0]
-            settings, named = layered(run.settings, {"name": name}), run.profile.model_copy(update={"name": name})
-            start = PlannedRun(WARM_START, run.seed, run.warm_start, named, settings, None, is_warm_start=True)
-            starts[run.warm_start] = start
+            settings, renamed = layered(run.settings, {"name": name}), run.profile.model_copy(update={"name": name})
+            starts[run.warm_start] = PlannedRun(
+                WARM_START, run.seed, run.warm_start, renamed, settings, None, is_warm_start=True
+            )
     shipped = path in list_experiments()
     return Experiment(path.stem, config, profile, budget, tuple(starts.values()), tuple(runs), given, shipped)
 
@@ -220,17 +227,6 @@ def find_experiment(name_or_path: str | Path) -> Path:
         f"There is no experiment {str(name_or_path)!r}, neither shipped nor as a file.{hint} "
         f"Shipped: {', '.join(shipped)}. Give one of these or the path of a TOML file."
     )
-
-
-def _planned(arm: str, seed: int, profile: str, settings: Mapping[str, Any]) -> PlannedRun:
-    base = Path(profile).stem
-    name = f"{base}-{arm}-s{seed}"
-    own = layered(settings, {"seed": seed, "name": name})
-    resolved = load_profile(profile, own)
-    first = plan_stages(resolved)[0]
-    # Runs whose warm start is the same branch from the same run.
-    start = f"{base}-{WARM_START}-s{seed}-{_digest(resolved, [first])}" if first.kind == "warm_start" else None
-    return PlannedRun(arm, seed, f"{name}-{_digest(resolved)}", resolved, own, start)
 
 
 def _digest(profile: Profile, stages: Sequence[Stage] | None = None) -> str:

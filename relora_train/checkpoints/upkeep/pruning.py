@@ -166,7 +166,7 @@ class _Pruning:
                 size_bytes = sum(info.size_bytes for info in objects)
                 leftovers.append(Leftover(f"{self._store.uri}/{prefix}", why, size_bytes, len(objects)))
 
-        remove([*self._orphans(), *self._finished_snapshots()])
+        remove(list(self._outdated()))
         if unfinished := list(self._unfinished()):
             with self._no_flow() as is_idle:
                 if is_idle:
@@ -178,8 +178,8 @@ class _Pruning:
         leftovers += [Leftover(f"{self._store.uri}/{name}", "half an upload", 0, 1) for name in stale]
         return leftovers, notes
 
-    def _orphans(self) -> Iterator[tuple[str, str, Sequence[ObjectInfo]]]:
-        """Yield objects beside a manifest that it does not list: no manifest ever will."""
+    def _outdated(self) -> Iterator[tuple[str, str, Sequence[ObjectInfo]]]:
+        """Yield objects beside a manifest that it does not list, as none ever will; snapshots of committed stages."""
         groups = self._groups(checkpoints_prefix(self._run_id))
         for ref in self._run.list():
             listed = {ref.manifest.key_of(entry, ref.prefix) for entry in ref.manifest.files}
@@ -187,6 +187,11 @@ class _Pruning:
             objects = [info for info in groups.get(ref.prefix, ()) if info.key not in listed and self._is_old([info])]
             if objects:
                 yield ref.prefix, "files that the manifest beside them does not list", objects
+        done = {ref.fingerprint[:12] for ref in self._run.history()}
+        for parent in self._snapshot_stages():
+            objects = list(self._store.list(parent))
+            if parent.split("/")[3] in done and self._is_old(objects):
+                yield parent.rstrip("/"), "snapshots of a stage that is committed", objects
 
     def _unfinished(self) -> Iterator[tuple[str, str, Sequence[ObjectInfo]]]:
         """Yield uploads without a manifest that nobody has added to for the grace period."""
@@ -195,13 +200,6 @@ class _Pruning:
                 names = {info.key.rpartition("/")[2] for info in objects}
                 if not names & {MANIFEST_NAME, TOMBSTONE_NAME} and self._is_old(objects):
                     yield prefix, "an upload that was never finished", objects
-
-    def _finished_snapshots(self) -> Iterator[tuple[str, str, Sequence[ObjectInfo]]]:
-        done = {ref.fingerprint[:12] for ref in self._run.history()}
-        for parent in self._snapshot_stages():
-            objects = list(self._store.list(parent))
-            if parent.split("/")[3] in done and self._is_old(objects):
-                yield parent.rstrip("/"), "snapshots of a stage that is committed", objects
 
     def _snapshot_stages(self) -> Sequence[str]:
         return [f"{prefix}/" for prefix in self._groups(f"runs/{self._run_id}/snapshots/")]

@@ -126,7 +126,16 @@ class _Verifier:
                     self._find("unreferenced", directory, what)
                 self._snapshots(directory, found, is_live=is_live)
             elif kind == "refs":
-                self._refs(found)
+                for info in found:
+                    try:
+                        prefix = parse_json(self._store.get_bytes(info.key)[0])["checkpoint"]
+                        place = parse_checkpoint_prefix(prefix)
+                        if place is None or self._store.head(f"{prefix}/{MANIFEST_NAME}") is None:
+                            self._find("missing", f"{prefix}", f"{info.key} names it, and it is not committed")
+                    except (ValueError, KeyError, TypeError):
+                        self._find("damaged", info.key, "it names no checkpoint")
+                    except ObjectNotFoundError:
+                        continue  # moved or unpinned since it was listed
             elif kind not in (*_KNOWN_DIRECTORIES, "lease.json", "prune.json"):
                 self._find("unreferenced", directory, f"nothing that this version knows of; {_amount(found)}")
         for uri, user in datasets.items():
@@ -215,19 +224,6 @@ class _Verifier:
                 self._unfinished(prefix, found, is_live=is_live)
             else:
                 self.bundle(self._store, prefix, manifest)
-
-    def _refs(self, objects: Sequence[ObjectInfo]) -> None:
-        for info in objects:
-            try:
-                prefix = parse_json(self._store.get_bytes(info.key)[0])["checkpoint"]
-                there = self._store.head(f"{prefix}/{MANIFEST_NAME}") if parse_checkpoint_prefix(prefix) else None
-            except (ValueError, KeyError, TypeError):
-                self._find("damaged", info.key, "it names no checkpoint")
-                continue
-            except ObjectNotFoundError:
-                continue  # moved or unpinned since it was listed
-            if there is None:
-                self._find("missing", f"{prefix}", f"{info.key} names it, and it is not committed")
 
     def _unfinished(self, prefix: str, objects: Sequence[ObjectInfo], *, is_live: bool) -> None:
         if is_live:

@@ -18,7 +18,6 @@ from relora_train.reports.ranks.cycles import (
     ADAPTER_FILES,
     AdapterDirectory,
     CycleHistory,
-    MergedCycle,
     cycle_history,
     growth_points,
     history_operations,
@@ -167,7 +166,7 @@ def history_for_report(line: Sequence[CheckpointRef], fetch_files: FetchFiles) -
     names = representative_layers(shapes)
     if not names:
         return None, ""
-    ranks = [cycle.adapter.factors(names[0]).rank for cycle in cycles]
+    ranks = [cycle.factors(names[0]).rank for cycle in cycles]
     if history_operations([shapes[name] for name in names], ranks) > REPORT_OPERATIONS:
         return None, f"Growth and overlaps of layers this large are not computed for every report. {advice}"
     return cycle_history(cycles, names), ""
@@ -185,14 +184,10 @@ def spectra_for_report(
     return tuple(update_spectra(before, after)), ""
 
 
-def _shapes_in_all(cycles: Sequence[MergedCycle]) -> Shapes:
+def _shapes_in_all(cycles: Sequence[AdapterDirectory]) -> Shapes:
     """Return the shapes of the weights that every cycle updated; branches may wrap other modules."""
     first, *others = cycles
-    return {
-        name: first.adapter.shape(name)
-        for name in first.adapter.names
-        if all(name in other.adapter.names for other in others)
-    }
+    return {name: first.shape(name) for name in first.names if all(name in other.names for other in others)}
 
 
 def _thinned(cycles: int) -> str:
@@ -221,13 +216,13 @@ def has_adapter(ref: CheckpointRef) -> bool:
     return set(ADAPTER_FILES) <= {entry.path for entry in ref.manifest.files}
 
 
-def fetch_cycles(refs: Sequence[CheckpointRef], fetch_files: FetchFiles) -> list[MergedCycle]:
+def fetch_cycles(refs: Sequence[CheckpointRef], fetch_files: FetchFiles) -> list[AdapterDirectory]:
     """Return the adapters of these checkpoints, each of which has one."""
     cycles = []
     for ref in refs:
         layers = ref.manifest.merge_report.get("layers", {})
         norms = {name: float(layer["weight_norm"]) for name, layer in layers.items() if "weight_norm" in layer}
-        cycles.append(MergedCycle(ref.manifest.stage, AdapterDirectory(fetch_files(ref, ADAPTER_FILES)), norms))
+        cycles.append(AdapterDirectory(fetch_files(ref, ADAPTER_FILES), ref.manifest.stage, norms))
     return cycles
 
 

@@ -44,9 +44,13 @@ class Factors:
 
 
 class AdapterDirectory:
-    """The adapter of a checkpoint directory, under the names of the weights that it was merged into."""
+    """The adapter of a stage's checkpoint directory, under the names of the weights that it was merged into.
 
-    def __init__(self, directory: Path) -> None:
+    weight_norms: their Frobenius norms before the merge, by name, as the manifest tells them; may be empty.
+    """
+
+    def __init__(self, directory: Path, stage: str = "", weight_norms: Mapping[str, float] | None = None) -> None:
+        self.stage, self.weight_norms = stage, weight_norms or {}
         config, self._path = (directory / name for name in ADAPTER_FILES)
         try:
             settings = json.loads(config.read_bytes())
@@ -152,16 +156,6 @@ def _overlap(first: Matrix, second: Matrix) -> tuple[float, float]:
     return float(np.mean(cosines**2)) if cosines.size else math.nan, chance
 
 
-@dataclass(frozen=True)
-class MergedCycle:
-    """One low-rank stage: its adapter, and the norms of the weights it was merged into as its manifest tells them."""
-
-    stage: str
-    adapter: AdapterDirectory
-    weight_norms: Mapping[str, float]
-    """Frobenius norms before the merge, by the weight's name; may be empty."""
-
-
 @dataclass(frozen=True, eq=False)
 class CycleHistory:
     """A run's cycles, or for full rank its stages, as their updates tell it."""
@@ -186,7 +180,7 @@ class CycleHistory:
 
 
 def cycle_history(
-    cycles: Sequence[MergedCycle], names: Sequence[str], on_layer: Callable[[str], None] = lambda name: None
+    cycles: Sequence[AdapterDirectory], names: Sequence[str], on_layer: Callable[[str], None] = lambda name: None
 ) -> CycleHistory:
     """Growth and overlaps of these weights over all cycles; at least one cycle. `on_layer` hears each name in turn.
 
@@ -196,7 +190,7 @@ def cycle_history(
     growth, overlaps, widths = [], [], [0] * len(cycles)
     for name in names:
         on_layer(name)
-        updates = [cycle.adapter.factors(name) for cycle in cycles]
+        updates = [cycle.factors(name) for cycle in cycles]
         widths = [int(width) for width in np.cumsum([update.rank for update in updates])]
         shape, norm = updates[0].shape, cycles[0].weight_norms.get(name, math.nan)
         rms = 0.0 if math.isnan(norm) else norm / math.sqrt(math.prod(shape))
