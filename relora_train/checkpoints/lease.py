@@ -172,9 +172,9 @@ def hold_run(
         yield lease
 
 
-def hold_series(store: ObjectStore, name: str, *, ttl_seconds: float = DEFAULT_TTL_SECONDS) -> Lease:
+def hold_series(store: ObjectStore, name: str) -> Lease:
     """Be the only retrain of this series for the length of a `with` block. Waits and raises as hold_run does."""
-    return take_lease(store, series_key(name, "lease.json"), f"Series {name!r}", ttl_seconds=ttl_seconds)
+    return take_lease(store, series_key(name, "lease.json"), f"Series {name!r}")
 
 
 def take_lease(

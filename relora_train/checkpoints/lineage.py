@@ -9,8 +9,6 @@ exists, nothing can be committed under its prefix, so a delayed delete cannot re
 again, use another run id, or delete the tombstone by hand.
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -58,14 +56,14 @@ class Line:
     checkpoints: tuple[CheckpointRef, ...]
     """At least one, oldest first."""
 
-    branches: tuple[Line, ...]
+    branches: tuple["Line", ...]
     """Lines whose first checkpoint was trained from one of these, in the order of these."""
 
     @property
     def run_id(self) -> str:
         return self.checkpoints[0].manifest.run_id
 
-    def all_lines(self) -> Iterable[Line]:
+    def all_lines(self) -> Iterable["Line"]:
         """Yield this line and every line that descends from it."""
         yield self
         for branch in self.branches:

@@ -6,8 +6,6 @@ files, which are what is held out. The training part's mean and deviation of eac
 go into the manifest.
 """
 
-from __future__ import annotations
-
 import gzip
 import hashlib
 import importlib.util
@@ -56,7 +54,7 @@ class LabelledImages:
     classes: NDArray[np.uint8]
     largest_value: int
 
-    def taken(self, which: NDArray[Any] | slice) -> LabelledImages:
+    def taken(self, which: NDArray[Any] | slice) -> "LabelledImages":
         return LabelledImages(self.pixels[which], self.classes[which], self.largest_value)
 
 

@@ -1,7 +1,5 @@
 """The files of a corpus: found by path, directory, glob or URI, fetched when they lie in a store, hashed. Light."""
 
-from __future__ import annotations
-
 import glob
 import hashlib
 import json
@@ -46,7 +44,7 @@ class SourceFile:
     sha256: str
 
     @classmethod
-    def of(cls, path: Path, name: str) -> SourceFile:
+    def of(cls, path: Path, name: str) -> "SourceFile":
         """Hash a file. Raises SourceUnreadableError."""
         try:
             before = path.stat()

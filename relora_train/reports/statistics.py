@@ -21,11 +21,9 @@ class Estimate(FrozenConfig):
 
     count: int = Field(ge=1)
 
-    def differs_from_zero(self, *, errors: float = 2.0) -> bool:
-        """Return True if the mean lies more than so many standard errors from 0. It never does for one value or two,
-        whose error is itself a guess."""
-        known = self.standard_error is not None and self.count > 2
-        return known and abs(self.mean) > errors * (self.standard_error or 0.0)
+    def differs_from_zero(self) -> bool:
+        """Return True if the mean of three values or more lies above two standard errors from 0."""
+        return self.standard_error is not None and self.count > 2 and abs(self.mean) > 2 * self.standard_error
 
 
 def estimate(values: Sequence[float]) -> Estimate | None:

@@ -1,7 +1,5 @@
 """A store in this process's memory: for tests and trials. Gone when the process ends."""
 
-from __future__ import annotations
-
 import hashlib
 import threading
 from collections.abc import Iterator, Sequence
@@ -11,7 +9,7 @@ from pathlib import Path
 from relora_train.errors import ObjectNotFoundError, PreconditionFailedError
 from relora_train.storage.base import ObjectInfo, ObjectStore, check_key, check_small
 
-_shared_stores: dict[str, MemoryStore] = {}
+_shared_stores: dict[str, "MemoryStore"] = {}
 
 
 class MemoryStore(ObjectStore):
@@ -23,7 +21,7 @@ class MemoryStore(ObjectStore):
         self._objects: dict[str, tuple[bytes, datetime]] = {}
 
     @classmethod
-    def shared(cls, name: str) -> MemoryStore:
+    def shared(cls, name: str) -> "MemoryStore":
         """Return the process's one store of this name, made on first use."""
         return _shared_stores.setdefault(name, cls(name))  # one step also between threads
 
