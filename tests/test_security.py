@@ -31,7 +31,7 @@ from relora_train.checkpoints.manifest import (
     SnapshotManifest,
     read_manifest,
 )
-from relora_train.checkpoints.pins import pin, pins_of
+from relora_train.checkpoints.pins import pin, pins_in
 from relora_train.checkpoints.run import CheckpointStore
 from relora_train.checkpoints.snapshots import SnapshotStore
 from relora_train.checkpoints.upkeep.pruning import prune_run
@@ -238,7 +238,7 @@ def test_json_of_a_store_that_is_beyond_all_use_is_a_damaged_object_and_no_fault
         with pytest.raises(CheckpointCorruptError):
             read()
     assert {each.kind for each in verify_run(store, "run").findings} >= {"damaged"}
-    assert list(pins_of(store, ref)) == [] and recorded_evaluations(store, [ref]) == []
+    assert not pins_in(store, ref.manifest.run_id) and recorded_evaluations(store, [ref]) == []
     with pytest.raises(ConfigError, match="already holds"):
         pin(store, ref, "pinned")
     store.put_bytes(f"{ref.prefix}/manifest.json", data)

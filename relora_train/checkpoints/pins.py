@@ -51,7 +51,7 @@ def record_export(store: ObjectStore, ref: CheckpointRef, directory: Path) -> st
 
 def unpin(store: ObjectStore, ref: CheckpointRef, name: str | None = None) -> Sequence[str]:
     """Remove the pin of this name, or every pin and export mark of a checkpoint; returns the names removed."""
-    of_run = _pins_in(store, _run_of(ref))
+    of_run = pins_in(store, _run_of(ref))
     its_own = [known for known, prefix in of_run.items() if prefix == ref.prefix]
     found = [known for known in its_own if name in (None, known)]
     if not found:
@@ -64,18 +64,13 @@ def unpin(store: ObjectStore, ref: CheckpointRef, name: str | None = None) -> Se
     return found
 
 
-def pins_of(store: ObjectStore, ref: CheckpointRef) -> Sequence[str]:
-    """Return the names of a checkpoint's pins and export marks."""
-    return [name for name, prefix in _pins_in(store, _run_of(ref)).items() if prefix == ref.prefix]
-
-
 def find_pinned(store: ObjectStore, run_id: str, name: str) -> CheckpointRef | None:
     """Return the checkpoint of a run that is pinned by this name, or None."""
-    place = parse_checkpoint_prefix(str(_pins_in(store, run_id).get(name)))
+    place = parse_checkpoint_prefix(str(pins_in(store, run_id).get(name)))
     return read_checkpoint(store, place.prefix) if place else None
 
 
-def _pins_in(store: ObjectStore, run_id: str) -> Mapping[str, object]:
+def pins_in(store: ObjectStore, run_id: str) -> Mapping[str, object]:
     """Return the names of a run's pins and export marks, with the prefix of the checkpoint that each keeps."""
     refs = f"runs/{run_id}/refs/"
     keys = [info.key for info in store.list(refs) if info.key != refs + HEAD_NAME]

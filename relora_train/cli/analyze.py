@@ -1,4 +1,4 @@
-"""`relora analyze`: what a run changed in the weights, as tables, JSON and figures. Imports no torch and no Prefect."""
+"""`relora analyze`: what a run changed in the weights, as tables, JSON and figures."""
 
 import json
 from pathlib import Path

@@ -1,7 +1,4 @@
-"""`relora export`: a checkpoint's model as a directory for all that reads transformers' format, or as a PEFT adapter.
-
-Imports no torch until an adapter is written or weights are rounded.
-"""
+"""`relora export`: a checkpoint's model as a directory in transformers' format, or as a PEFT adapter."""
 
 import json
 import re

@@ -2,7 +2,7 @@
 
 Prefect can start one by itself, but that one shares our terminal and outlives us: Ctrl-C kills it before the run can be
 recorded as stopped, and SIGKILL leaves it behind for ever. Ours is in a session of its own and watches its parent.
-This module is both sides: what starts the server, and with `python -m` the server's process. Imports no Prefect.
+This module is both sides: what starts the server, and with `python -m` the server's process.
 """
 
 import atexit

@@ -1,4 +1,4 @@
-"""Consoles, tables and facts for people, and the one message of a command that fails. Light."""
+"""Consoles, tables and facts for people, and the one message of a command that fails."""
 
 import itertools
 import logging

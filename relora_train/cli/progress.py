@@ -1,7 +1,7 @@
 """Show a run while it goes: one live bar on a terminal, plain lines at a bounded rate anywhere else.
 
 A display hears the events and warnings of this process and changes nothing about the work: what goes wrong in it is
-dropped. Light.
+dropped.
 """
 
 import logging

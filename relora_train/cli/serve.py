@@ -1,4 +1,4 @@
-"""`relora serve`: the deployments of deploy/prefect.yaml without a work pool or a worker. Imports no Prefect."""
+"""`relora serve`: the deployments of deploy/prefect.yaml without a work pool or a worker."""
 
 import os
 from collections.abc import Sequence

@@ -7,7 +7,7 @@ import typer
 from rich.text import Text
 
 from relora_train.checkpoints.fetch import verify_bundle
-from relora_train.checkpoints.lineage import CheckpointRef, draw_lineage, line_to
+from relora_train.checkpoints.lineage import draw_lineage, line_to
 from relora_train.checkpoints.names import read_checkpoints, read_heads, resolve_checkpoint
 from relora_train.checkpoints.run import CheckpointStore
 from relora_train.cli.options import AsJson, CheckpointName, RunName, Store, answer, open_named, resolve
@@ -82,15 +82,6 @@ def show(
     verified = [Text("Every file is as its manifest says.")] if verify else []
     tree = [BLANK, Text("Runs it belongs with", style="bold"), *lineage_view(roots, heads, marked=ref.uri)]
     more = {"lineage": lineage, "tree": lineage_record(roots[0]), "verified": verify}
-    answer(
-        as_json,
-        {"uri": ref.uri, **ref.manifest.model_dump(mode="json"), **more},
-        lambda: [*checkpoint_view(ref, line), *(tree if roots[0].branches else []), *verified],
-    )
-
-
-def checkpoint_view(ref: CheckpointRef, line: Sequence[CheckpointRef]) -> View:
-    """Return everything that a checkpoint's manifest says."""
     manifest = ref.manifest
     measures = measures_in(manifest.evaluation)
     about = facts(
@@ -119,7 +110,10 @@ def checkpoint_view(ref: CheckpointRef, line: Sequence[CheckpointRef]) -> View:
     parts.append(
         table(("file", "size", "SHA-256"), files, title=f"Files, {size(manifest.size_bytes)}", left=("SHA-256",))
     )
-    return [*parts, BLANK, *_merge(manifest.merge_report)] if manifest.merge_report else parts
+    if manifest.merge_report:
+        parts += [BLANK, *_merge(manifest.merge_report)]
+    parts += [*(tree if roots[0].branches else []), *verified]
+    answer(as_json, {"uri": ref.uri, **manifest.model_dump(mode="json"), **more}, lambda: parts)
 
 
 def _merge(report: dict[str, Any]) -> View:

@@ -1,4 +1,4 @@
-"""Say in words how two datasets differ: files that came, went or changed, another Python, other settings. Light."""
+"""Say in words how two datasets differ: files that came, went or changed, another Python, other settings."""
 
 import json
 import platform

@@ -1,4 +1,4 @@
-"""Images and their classes -> an image dataset: rows of bytes, split and normalised by a stated rule. Imports no torch.
+"""Images and their classes -> an image dataset: rows of bytes, split and normalised by a stated rule.
 
 There are two sources. scikit-learn's digits are 1,797 of 8 x 8, values 0 to 16, read from the file in its package. They
 are held out by a hash of the pixels, so that equal images stay on one side. Files in MNIST's IDX format have test

@@ -1,4 +1,4 @@
-"""The files of a corpus: found by path, directory, glob or URI, fetched when they lie in a store, hashed. Light."""
+"""The files of a corpus: found by path, directory, glob or URI, fetched when they lie in a store, hashed."""
 
 import glob
 import hashlib

@@ -1,4 +1,4 @@
-"""The results of an experiment as records: runs, arms, differences, the whole. Imports no torch."""
+"""The results of an experiment as records: runs, arms, differences, the whole."""
 
 from datetime import datetime
 from typing import Any, Literal, cast

@@ -1,6 +1,6 @@
 """The result of one run of an experiment, from its checkpoints alone.
 
-Every number is read from a store: what a flow remembers is not asked. Imports no torch.
+Every number is read from a store: what a flow remembers is not asked.
 """
 
 import itertools

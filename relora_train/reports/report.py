@@ -1,7 +1,7 @@
 """The report of a run: one self-contained HTML file, its figures as PNG files, and the same numbers as JSON.
 
 The same RunData gives the same bytes. Nothing is loaded from elsewhere: no script, font, style or image. Infinite and
-NaN numbers are shown as such in HTML and become null in JSON. Imports no torch.
+NaN numbers are shown as such in HTML and become null in JSON.
 """
 
 import base64

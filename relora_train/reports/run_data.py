@@ -1,4 +1,4 @@
-"""The content of a run's report as plain records; `collect.py` fills them from checkpoints. Imports no torch."""
+"""The content of a run's report as plain records; `collect.py` fills them from checkpoints."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field

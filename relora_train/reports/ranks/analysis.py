@@ -2,7 +2,7 @@
 
 One weight at a time is in memory, or one layer's low-rank factors over all cycles; no model is ever loaded. A file is
 used only when its size and SHA-256 are its manifest's, and a digest covers a whole file. So whole files are fetched,
-but only those with a tensor that is needed. Source of the measures: arXiv 2307.05695. Imports no torch.
+but only those with a tensor that is needed. Source of the measures: arXiv 2307.05695.
 """
 
 import json
