@@ -80,13 +80,9 @@ class SeriesRecord(_Record):
     changes: tuple[Change, ...] = Field(min_length=1)
 
     @model_validator(mode="after")
-    def numbers_count_from_one(self) -> Self:
+    def each_change_follows_those_before(self) -> Self:
         if [change.number for change in self.changes] != list(range(1, len(self.changes) + 1)):
             raise ValueError("the changes are not numbered 1, 2, 3, …")
-        return self
-
-    @model_validator(mode="after")
-    def every_rollback_names_an_earlier_change(self) -> Self:
         for change in self.changes:
             if (change.kind == "rollback") != (change.back_to is not None) or (change.back_to or 0) >= change.number:
                 raise ValueError(f"change {change.number} does not say what it goes back to")

@@ -151,9 +151,8 @@ def facts(values: Mapping[str, str]) -> Text:
 
 def common_place(uris: Sequence[str]) -> str:
     """Return the common beginning of these URIs, up to a '/'; '' if there is none."""
-    parts = [uri.split("/")[:-1] for uri in uris]
-    shared = list(itertools.takewhile(lambda column: len(set(column)) == 1, zip(*parts, strict=False)))
-    return "".join(f"{column[0]}/" for column in shared)
+    columns = zip(*(uri.split("/")[:-1] for uri in uris), strict=False)
+    return "".join(f"{column[0]}/" for column in itertools.takewhile(lambda column: len(set(column)) == 1, columns))
 
 
 def samples_lines(record: dict[str, Any]) -> View:

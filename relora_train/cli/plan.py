@@ -4,7 +4,7 @@ from functools import partial
 
 from relora_train.cli.options import AsJson, ProfileName, Sets, answer
 from relora_train.cli.output import BLANK, View, facts, table
-from relora_train.runs.plan import PhaseCost, Plan
+from relora_train.runs.plan import Plan
 from relora_train.runs.plan import plan as plan_profile
 from relora_train.settings.load import list_profiles, load_profile
 from relora_train.text import short_count
@@ -64,9 +64,20 @@ def plan_view(plan: Plan) -> View:
     parts: View = [facts(run), BLANK, stages]
     phases = {name: cost for name, cost in (("full rank", plan.full), ("low rank", plan.low_rank)) if cost}
     if phases:
-        costs = [_cost_rows(cost, plan.parameters or 1) for cost in phases.values()]
-        by_label = [(label, *(cost[label] for cost in costs)) for label in costs[0]]
-        parts += [BLANK, table(("", *phases), by_label, title="Cost")]
+        costs, parameters = list(phases.values()), plan.parameters or 1
+        trained = [(cost.trainable_parameters, cost.trainable_parameters / parameters) for cost in costs]
+        by_label = {
+            "trained parameters": [f"{short_count(number)} ({share:.0%})" for number, share in trained],
+            "FLOPs a token": [f"{cost.flops_per_token:.3g}" for cost in costs],
+            "memory: weights": [size(cost.memory.weights) for cost in costs],
+            "memory: gradients": [size(cost.memory.gradients) for cost in costs],
+            "memory: optimizer": [size(cost.memory.optimizer) for cost in costs],
+            "memory: merged weights": [size(cost.memory.merged) for cost in costs],
+            "memory, without activations": [size(cost.memory.total) for cost in costs],
+            "snapshot": [size(cost.snapshot_bytes) for cost in costs],
+        }
+        numbers = [(label, *shown) for label, shown in by_label.items()]
+        parts += [BLANK, table(("", *phases), numbers, title="Cost")]
     if plan.low_rank and plan.low_rank.orders:
         orders = [
             (", ".join(name.rpartition(".")[2] for name in each.layers), each.order, f"{each.flops_per_token:.3g}")
@@ -75,17 +86,3 @@ def plan_view(plan: Plan) -> View:
         heads = ("low-rank layers of a block", "order of products", "FLOPs a token")
         parts += [BLANK, table(heads, orders, title="Products", left=("order of products",))]
     return parts
-
-
-def _cost_rows(cost: PhaseCost, parameters: int) -> dict[str, str]:
-    memory, trained = cost.memory, cost.trainable_parameters
-    return {
-        "trained parameters": f"{short_count(trained)} ({trained / parameters:.0%})",
-        "FLOPs a token": f"{cost.flops_per_token:.3g}",
-        "memory: weights": size(memory.weights),
-        "memory: gradients": size(memory.gradients),
-        "memory: optimizer": size(memory.optimizer),
-        "memory: merged weights": size(memory.merged),
-        "memory, without activations": size(memory.total),
-        "snapshot": size(cost.snapshot_bytes),
-    }

@@ -133,10 +133,6 @@ def _hub_errors(name: str) -> Iterator[None]:
 
 def _set_environment() -> None:
     """Switch off telemetry, download counts and torch. The libraries read this when they are imported."""
-    for name, value in (
-        ("HF_HUB_DISABLE_TELEMETRY", "1"),
-        ("DO_NOT_TRACK", "1"),
-        ("HF_UPDATE_DOWNLOAD_COUNTS", "0"),
-        ("USE_TORCH", "0"),
-    ):
+    off = {"HF_HUB_DISABLE_TELEMETRY": "1", "DO_NOT_TRACK": "1", "HF_UPDATE_DOWNLOAD_COUNTS": "0", "USE_TORCH": "0"}
+    for name, value in off.items():
         os.environ.setdefault(name, value)

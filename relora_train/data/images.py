@@ -83,7 +83,17 @@ class ImageInputs:
 
 def resolve_images(data: DataConfig) -> ImageInputs:
     """Find and hash the source's files. Raises SourceUnreadableError."""
-    return ImageInputs(data, tuple(_find_digits() if data.source == "digits" else _find_idx(data)))
+    if data.source == "idx":
+        return ImageInputs(data, tuple(_find_idx(data)))
+    package = importlib.util.find_spec("sklearn")
+    for place in (package.submodule_search_locations or ()) if package else ():
+        path = Path(place) / "datasets" / "data" / "digits.csv.gz"
+        if path.is_file():
+            return ImageInputs(data, (SourceFile.of(path, str(path)),))
+    raise SourceUnreadableError(
+        "Source 'digits' is a file of the package scikit-learn, which is not installed here. Install "
+        "relora-train[images], or use source 'idx' with files of your own."
+    )
 
 
 def write_images(found: ImageInputs, directory: Path) -> DatasetManifest:
@@ -144,18 +154,6 @@ def write_images(found: ImageInputs, directory: Path) -> DatasetManifest:
             for split, part in parts.items()
         }
         | source_record(found.data.source, found.files),
-    )
-
-
-def _find_digits() -> list[SourceFile]:
-    package = importlib.util.find_spec("sklearn")
-    for place in (package.submodule_search_locations or ()) if package else ():
-        path = Path(place) / "datasets" / "data" / "digits.csv.gz"
-        if path.is_file():
-            return [SourceFile.of(path, str(path))]
-    raise SourceUnreadableError(
-        "Source 'digits' is a file of the package scikit-learn, which is not installed here. Install "
-        "relora-train[images], or use source 'idx' with files of your own."
     )
 
 

@@ -24,7 +24,7 @@ from relora_train.data.engines import choose_engine
 from relora_train.data.images import IMAGE_SOURCES, ImageInputs, resolve_images, write_images
 from relora_train.data.left_out import left_out_note
 from relora_train.data.selection import DatasetInputs, Selection, resolve_inputs
-from relora_train.data.shards import ShardPlan, ShardRecord, write_shards
+from relora_train.data.shards import ShardPlan, write_shards
 from relora_train.data.sources import read_held_out
 from relora_train.data.splitting import DOCUMENT_BYTES, Split
 from relora_train.data.staging import StagedCorpus, read_pieces, read_sample, stage_both_sides
@@ -165,7 +165,36 @@ def _prepare_text(found: DatasetInputs, home: Path, on_progress: OnProgress) -> 
         plan, corpus.ranges, workers=data.workers or len(os.sched_getaffinity(0)), on_shard=tokenizing.advance
     )
     tokenizing.tell()
-    return _manifest(found, plan, corpus, records, tokenizing.megabytes_per_second)
+    speed = round(tokenizing.megabytes_per_second, 2)
+    splits: tuple[Split, ...] = ("train", "val")
+    tokens = {split: sum(r.tokens for r in records if r.split == split) for split in splits}
+    paths = [path for name in TOKENIZER_FILES if (path := directory / name).is_file()]
+    files = [FileEntry(path=path.name, size_bytes=path.stat().st_size, sha256=hash_file(path)) for path in paths]
+    files += [entry for record in records for entry in record.files]
+    return DatasetManifest(
+        files=tuple(sorted(files, key=lambda entry: entry.path)),
+        attempt=secrets.token_hex(8),
+        versions={name: version(name) for name in ("tokenizers", "tiktoken", "datasets", "numpy")},
+        name=data.name,
+        dataset_id=found.dataset_id,
+        inputs=found.hashed(),
+        token_dtype="uint16" if plan.dtype.itemsize == 2 else "uint32",
+        vocab_size=tokenizer.vocab_size,
+        eos_id=tokenizer.eos_id,
+        **{f"{split}_tokens": tokens[split] for split in splits},
+        **{f"{split}_documents": corpus.documents(split) for split in splits},
+        **{f"{split}_bytes": corpus.text_bytes(split) for split in splits},
+        statistics={
+            "empty_documents": corpus.empty_documents,
+            "duplicate_documents": corpus.duplicate_documents,
+            "tokens_per_byte": round(sum(tokens.values()) / sum(map(corpus.text_bytes, tokens)), 4),
+            "engine": engine,
+            **({"split_note": corpus.split_note} if corpus.split_note else {}),
+            **({"left_out": corpus.left_out} if corpus.left_out else {}),
+            "megabytes_per_second": speed,
+            **source_record(data.source, found.source.files),
+        },
+    )
 
 
 def _check_both_splits(corpus: StagedCorpus, data: DataConfig) -> None:
@@ -214,40 +243,6 @@ def _training_texts(
             size = len(text.encode())
             advance(min(size, limit_bytes - given))
             given += size
-
-
-def _manifest(
-    found: DatasetInputs, plan: ShardPlan, corpus: StagedCorpus, records: list[ShardRecord], megabytes_per_second: float
-) -> DatasetManifest:
-    splits: tuple[Split, ...] = ("train", "val")
-    tokens = {split: sum(r.tokens for r in records if r.split == split) for split in splits}
-    paths = [path for name in TOKENIZER_FILES if (path := plan.output_directory / name).is_file()]
-    files = [FileEntry(path=path.name, size_bytes=path.stat().st_size, sha256=hash_file(path)) for path in paths]
-    files += [entry for record in records for entry in record.files]
-    return DatasetManifest(
-        files=tuple(sorted(files, key=lambda entry: entry.path)),
-        attempt=secrets.token_hex(8),
-        versions={name: version(name) for name in ("tokenizers", "tiktoken", "datasets", "numpy")},
-        name=found.data.name,
-        dataset_id=found.dataset_id,
-        inputs=found.hashed(),
-        token_dtype="uint16" if plan.dtype.itemsize == 2 else "uint32",
-        vocab_size=plan.tokenizer.vocab_size,
-        eos_id=plan.tokenizer.eos_id,
-        **{f"{split}_tokens": tokens[split] for split in splits},
-        **{f"{split}_documents": corpus.documents(split) for split in splits},
-        **{f"{split}_bytes": corpus.text_bytes(split) for split in splits},
-        statistics={
-            "empty_documents": corpus.empty_documents,
-            "duplicate_documents": corpus.duplicate_documents,
-            "tokens_per_byte": round(sum(tokens.values()) / sum(map(corpus.text_bytes, tokens)), 4),
-            "engine": plan.engine,
-            **({"split_note": corpus.split_note} if corpus.split_note else {}),
-            **({"left_out": corpus.left_out} if corpus.left_out else {}),
-            "megabytes_per_second": round(megabytes_per_second, 2),
-            **source_record(found.data.source, found.source.files),
-        },
-    )
 
 
 def _serve(request: PrepareRequest, emit: Emit) -> None:

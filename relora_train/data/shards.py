@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from relora_train.checkpoints.manifest import FileEntry
 from relora_train.data.engines import Encode, Engine, make_encoder
 from relora_train.data.splitting import Split
-from relora_train.data.staging import StagedRange, delete_range, read_pieces
+from relora_train.data.staging import StagedRange, read_pieces
 from relora_train.data.tokenizer import DocumentTokenizer
 from relora_train.errors import DataError
 from relora_train.settings.base import FrozenConfig
@@ -165,7 +165,8 @@ def write_shard(plan: ShardPlan, encode: Encode, staged: StagedRange) -> ShardRe
         files=files,
     )
     write_durably(plan.record_path(staged), record.model_dump_json().encode())
-    delete_range(plan.staged_directory, staged)
+    for ending in ("text", "pieces"):  # frees the disk
+        (plan.staged_directory / f"{staged.name}.{ending}").unlink(missing_ok=True)
     return record
 
 

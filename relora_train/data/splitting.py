@@ -50,12 +50,6 @@ def side_for(digests: Iterable[int], validation_fraction: float) -> Side:
     return lambda digest: split_of(digest, validation_fraction)
 
 
-def cut_long_documents(documents: Iterable[str]) -> Iterator[str]:
-    """Yield the texts as documents of at most DOCUMENT_BYTES."""
-    for text in documents:
-        yield from (piece.decode() for piece in cut_into_pieces(text, DOCUMENT_BYTES))
-
-
 def cut_into_pieces(text: str, limit_bytes: int) -> Iterator[bytes]:
     """Yield the text as UTF-8 in pieces of at most `limit_bytes`; joined, they are the text."""
     encoded = text.encode()

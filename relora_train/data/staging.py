@@ -28,7 +28,6 @@ from relora_train.data.splitting import (
     Side,
     Split,
     cut_into_pieces,
-    cut_long_documents,
     side_for,
     split_digest,
     split_of,
@@ -163,7 +162,8 @@ def stage_both_sides(
     note = f"The split rule leaves a side of {sum(sizes)} documents empty, so {done}"
 
     def read() -> Iterable[str]:
-        return cut_long_documents(read_again()) if few else read_again()
+        for text in read_again():
+            yield from (piece.decode() for piece in cut_into_pieces(text, DOCUMENT_BYTES)) if few else [text]
 
     side = side_for((split_digest(text) for text in read() if text), validation_fraction)
     shutil.rmtree(directory)
@@ -189,12 +189,6 @@ def read_pieces(directory: Path, staged: StagedRange) -> Iterator[tuple[str, boo
 def read_sample(directory: Path) -> list[str]:
     """Return the beginnings of some documents, to compare engines on."""
     return [str(text) for text in json.loads((directory / _SAMPLE_NAME).read_bytes())]
-
-
-def delete_range(directory: Path, staged: StagedRange) -> None:
-    """Free the disk of a range whose shard is done."""
-    for ending in ("text", "pieces"):
-        (directory / f"{staged.name}.{ending}").unlink(missing_ok=True)
 
 
 class _RangeWriter:
