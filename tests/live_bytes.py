@@ -24,8 +24,12 @@ class LiveBytes(TorchDispatchMode):
                 key = storage._cdata
                 self._known[key] = storage.nbytes()
                 weakref.finalize(storage, self._known.pop, key, None)
-        self.peak = max(self.peak, sum(self._known.values()))
+        self.peak = max(self.peak, self.now)
         return result
+
+    @property
+    def now(self) -> int:
+        return sum(self._known.values())
 
 
 def tensors_in(tree: Any) -> list[torch.Tensor]:

@@ -9,6 +9,7 @@ from tokenizers import Tokenizer, models, trainers
 
 from relora_train.cli.plan import plan_view
 from relora_train.errors import ConfigError, NoTargetModulesError
+from relora_train.runs.costs import CardFit
 from relora_train.runs.plan import Plan, plan
 from relora_train.settings.load import list_profiles, load_profile
 from relora_train.settings.profile import Profile
@@ -91,8 +92,8 @@ def test_flops_are_the_counted_ones(size, with_dropout, best_order):
 def test_memory_is_the_counted_one(size, full, low_rank):
     """GB for weights, gradients and Adam: full rank under autocast, ReLoRA with frozen weights in bfloat16."""
     planned = plan(paper_profile(size))
-    assert printed(planned.full.memory.total / 1e9, str(full)) == str(full)
-    assert printed(planned.low_rank.memory.total / 1e9, str(low_rank)) == str(low_rank)
+    assert printed(planned.full.memory.held / 1e9, str(full)) == str(full)
+    assert printed(planned.low_rank.memory.held / 1e9, str(low_rank)) == str(low_rank)
 
 
 def test_in_float32_the_frozen_weights_take_twice_as_much_and_nothing_else_changes():
@@ -320,7 +321,8 @@ def test_the_tables_of_the_1b_run_show_what_it_takes():
         *("cycle-4", "25,001 to 30,000", "3.932B", "0 → 0.00019 → 8e-05", "2.44e+19"),
         *("5.36 GB", "1.07 GB", "478 MB"),
     ]
-    assert ["memory, without activations", "21.4 GB", "6.43 GB"] in cost
+    assert ["memory: activations", "12.2 GB", "12.6 GB"] in cost
+    assert ["memory in all", "33.7 GB", "19 GB"] in cost
     assert [row[0] for row in products] == ["q_proj, k_proj, v_proj", "o_proj", "gate_proj, up_proj", "down_proj"]
     assert {row[1] for row in products} == {"split"}  # it has dropout
 
@@ -330,7 +332,8 @@ def test_ranks_that_share_the_model_share_its_memory():
         plan(Profile.model_validate({"launch": launch})).low_rank
         for launch in ({"nproc_per_node": 4}, {"nproc_per_node": 4, "sharding": "full"})
     )
-    assert shared.memory.total == alone.memory.total / 4
+    assert shared.memory.held == alone.memory.held / 4
+    assert shared.memory.activations == alone.memory.activations
     assert shared.snapshot_bytes == alone.snapshot_bytes
 
 
@@ -341,9 +344,9 @@ def test_in_pure_bfloat16_the_1b_run_takes_less_than_4_5_gb():
     factors = 24 * 128 * (4 * 2 * 2048 + 3 * (2048 + 5461))
     frozen = 24 * (4 * 2048**2 + 3 * 2048 * 5461)
     matrices = 2 * 32_100 * 2048 + factors
-    assert memory.total == 2 * frozen + 4 * (2 * matrices + 4 * norms)  # weights, gradients and two moments
-    assert memory.total / 1e9 == pytest.approx(4.42, abs=0.01)
-    assert plan(load_profile("llama_1b", ["precision.dtype=pure-bfloat16"])).low_rank.memory.total < 4.5e9
+    assert memory.held == 2 * frozen + 4 * (2 * matrices + 4 * norms)  # weights, gradients and two moments
+    assert memory.held / 1e9 == pytest.approx(4.42, abs=0.01)
+    assert plan(load_profile("llama_1b", ["precision.dtype=pure-bfloat16"])).low_rank.memory.held < 4.5e9
 
 
 @pytest.mark.parametrize(
@@ -352,5 +355,46 @@ def test_in_pure_bfloat16_the_1b_run_takes_less_than_4_5_gb():
 def test_the_table_of_precisions_in_the_profiles_readme_is_counted(dtype: str, low_rank: float, full: float):
     planned = plan(paper_profile("1b", precision={"dtype": dtype}))
     memory = planned.low_rank.memory
-    assert (memory.total - memory.merged) / 1e9 == pytest.approx(low_rank, abs=0.051)
-    assert planned.full.memory.total / 1e9 == pytest.approx(full, abs=0.051)
+    assert (memory.held - memory.merged) / 1e9 == pytest.approx(low_rank, abs=0.051)
+    assert planned.full.memory.held / 1e9 == pytest.approx(full, abs=0.051)
+
+
+def fitted(fit: CardFit) -> list[str]:
+    """The overrides with which both kinds of stages fit."""
+    return [*fit.options, f"batch.micro_sequences={min(n for n in (fit.full, fit.low_rank) if n)}"]
+
+
+@pytest.mark.parametrize("name", ["llama_60m", "llama_350m", "llama_1b", "digits"])
+def test_a_run_fits_a_card_with_the_options_and_the_micro_batch_that_plan_names(name):
+    for fit in plan(load_profile(name, ["launch.device=cuda"])).fits:
+        planned = plan(load_profile(name, ["launch.device=cuda", *fitted(fit)]))
+        assert max(planned.full.memory.total, planned.low_rank.memory.total) <= 0.9 * fit.card_bytes
+        batch = load_profile(name).batch
+        assert batch.sequences % fit.full == batch.sequences % fit.low_rank == 0
+        larger = [n for n in range(fit.low_rank + 1, batch.sequences + 1) if batch.sequences % n == 0]
+        if larger:
+            settings = ["launch.device=cuda", *fit.options, f"batch.micro_sequences={larger[0]}"]
+            assert plan(load_profile(name, settings)).low_rank.memory.total > 0.9 * fit.card_bytes
+
+
+def test_the_1b_run_fits_24_gb_in_pure_bfloat16_and_80_gb_as_it_is():
+    small, large = plan(load_profile("llama_1b")).fits
+    assert (small.options, large.options) == (("precision.dtype=pure-bfloat16",), ())
+    assert 8 <= small.full <= small.low_rank < large.low_rank
+    shown = plan_view(plan(load_profile("llama_1b")))[0].plain
+    pair = f"batch.micro_sequences at most {small.full} (full rank) and {small.low_rank} (low rank)"
+    assert re.search(rf"^on 24 GB +{re.escape(pair)}, with precision\.dtype=pure-bfloat16$", shown, re.MULTILINE)
+    assert re.search(r"^evaluation +3\.79 GB; 5\.36 GB of host memory to load$", shown, re.MULTILINE)
+
+
+def test_options_are_taken_only_where_they_are_needed_and_allowed():
+    assert plan(load_profile("llama_1b", ["launch.device=cpu"])).fits == ()
+    long = ["model.max_position_embeddings=40000", "batch.sequence_length=20000"]
+    small, large = plan(load_profile("llama_1b", ["method=full", *long])).fits
+    assert small.options == ("launch.gradient_checkpointing=true", "precision.dtype=pure-bfloat16")
+    assert large.options == () and large.low_rank is None
+    sharded = plan(load_profile("llama_1b", ["launch.nproc_per_node=2", "launch.sharding=full"])).fits
+    assert [fit.options for fit in sharded] == [(), ()]
+    wide = ["model.hidden_size=8192", "launch.nproc_per_node=2", "launch.sharding=full"]
+    assert plan(load_profile("llama_1b", wide)).fits[0] == CardFit(card_bytes=24 * 10**9, options=())
+    assert "does not fit one device" in plan_view(plan(load_profile("llama_1b", wide)))[0].plain

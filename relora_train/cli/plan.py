@@ -4,6 +4,7 @@ from functools import partial
 
 from relora_train.cli.options import AsJson, ProfileName, Sets, answer
 from relora_train.cli.output import BLANK, View, facts, table
+from relora_train.runs.costs import CardFit
 from relora_train.runs.plan import Plan
 from relora_train.runs.plan import plan as plan_profile
 from relora_train.settings.load import list_profiles, load_profile
@@ -44,6 +45,10 @@ def plan_view(plan: Plan) -> View:
         run["FLOPs"] = f"{plan.total_flops:.3g} ({plan.total_flops / plan.full_rank_flops:.0%} of full rank)"
     if plan.disk_bytes:
         run["disk"] = f"{size(plan.disk_bytes)} for all checkpoints and the snapshots beside them"
+    for fit in plan.fits:
+        run[f"on {size(fit.card_bytes)}"] = _fit_text(fit)
+    if plan.evaluation_bytes and plan.parameters:
+        run["evaluation"] = f"{size(plan.evaluation_bytes)}; {size(4 * plan.parameters)} of host memory to load"
     columns = ("stage", "steps", "tokens", "learning rate", "FLOPs", "model", "optimizer", "adapter")
     title = "Stages, and the files of each checkpoint"
     rows: list[tuple[str, ...]] = []
@@ -73,7 +78,8 @@ def plan_view(plan: Plan) -> View:
             "memory: gradients": [size(cost.memory.gradients) for cost in costs],
             "memory: optimizer": [size(cost.memory.optimizer) for cost in costs],
             "memory: merged weights": [size(cost.memory.merged) for cost in costs],
-            "memory, without activations": [size(cost.memory.total) for cost in costs],
+            "memory: activations": [size(cost.memory.activations) for cost in costs],
+            "memory in all": [size(cost.memory.total) for cost in costs],
             "snapshot": [size(cost.snapshot_bytes) for cost in costs],
         }
         numbers = [(label, *shown) for label, shown in by_label.items()]
@@ -86,3 +92,9 @@ def plan_view(plan: Plan) -> View:
         heads = ("low-rank layers of a block", "order of products", "FLOPs a token")
         parts += [BLANK, table(heads, orders, title="Products", left=("order of products",))]
     return parts
+
+
+def _fit_text(fit: CardFit) -> str:
+    sizes = [f"{n} ({name})" for name, n in (("full rank", fit.full), ("low rank", fit.low_rank)) if n]
+    options = f", with {' '.join(fit.options)}" if fit.options else ""
+    return f"batch.micro_sequences at most {' and '.join(sizes)}{options}" if sizes else "does not fit one device"

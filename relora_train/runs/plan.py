@@ -5,39 +5,18 @@ Everything is counted from the profile, nothing is measured, and no network is n
 
 from __future__ import annotations
 
-import math
-
-from relora_train.method import products
 from relora_train.method.schedule import learning_rate
 from relora_train.method.stages import Stage, plan_stages
+from relora_train.runs.costs import CardFit, PhaseCost, card_fits, full_cost, low_rank_cost
 from relora_train.settings.base import FrozenConfig
 from relora_train.settings.profile import Profile
-from relora_train.training.models.registry import facts_of, model_shape
-from relora_train.training.models.shape import (
-    ModelShape,
-    ShapeUnknownError,
-    model_flops_per_token,
-    wrapped_layers,
-)
+from relora_train.training.models.activations import evaluation_bytes
+from relora_train.training.models.registry import model_shape
+from relora_train.training.models.shape import ShapeUnknownError
 
 _FP32_BYTES = 4
-_BF16_BYTES = 2
 _MOMENTS = 2
 _SNAPSHOTS_KEPT = 2
-
-
-class MemoryEstimate(FrozenConfig):
-    """Bytes on every device for as long as a stage lasts. Not covered: activations, which grow with the micro-batch."""
-
-    weights: int
-    gradients: int
-    optimizer: int
-    merged: int = 0
-    """Merged weights that are kept for the length of an update, where that is the faster order."""
-
-    @property
-    def total(self) -> int:
-        return self.weights + self.gradients + self.optimizer + self.merged
 
 
 class CheckpointSize(FrozenConfig):
@@ -52,34 +31,6 @@ class CheckpointSize(FrozenConfig):
     @property
     def total(self) -> int:
         return self.model + self.optimizer + self.adapter
-
-
-class LayerOrder(FrozenConfig):
-    """How low-rank layers that read one input multiply; see method/products.py."""
-
-    layers: tuple[str, ...]
-    """Names in one block."""
-
-    order: str
-    flops_per_token: int
-
-
-class PhaseCost(FrozenConfig):
-    """The cost of full-rank or low-rank training, whichever stage does it."""
-
-    trainable_parameters: int
-    adapter_parameters: int
-    """The part of them in A and B."""
-
-    flops_per_token: int
-    """Forward and backward, in the cheapest order of products."""
-
-    memory: MemoryEstimate
-    snapshot_bytes: int
-    """One snapshot inside a stage: all that moves, and its Adam state."""
-
-    orders: tuple[LayerOrder, ...] = ()
-    """The low-rank layers of a block, on the kind of device that the profile names; 'auto' counts as a CPU."""
 
 
 class LearningRatePoint(FrozenConfig):
@@ -124,6 +75,12 @@ class Plan(FrozenConfig):
     low_rank: PhaseCost | None = None
     """The cycles; None for method 'full'."""
 
+    fits: tuple[CardFit, ...] = ()
+    """Empty for a run on the CPU."""
+
+    evaluation_bytes: int | None = None
+    """Bytes on the device that scores a checkpoint."""
+
     total_flops: int | None = None
     full_rank_flops: int | None = None
     """The same tokens at full rank throughout."""
@@ -137,13 +94,14 @@ def plan(profile: Profile) -> Plan:
     stages = plan_stages(profile)
     full: PhaseCost | None = None
     low_rank: PhaseCost | None = None
-    unknown = parameters = None
+    unknown = parameters = evaluation = None
+    fits: tuple[CardFit, ...] = ()
     try:
         shape = model_shape(profile)
-        low_rank = None if profile.method == "full" else _low_rank_cost(profile, shape)
-        full_flops = model_flops_per_token(shape, sequence_length=profile.batch.sequence_length)
-        full = _phase_cost(profile, shape, flops_per_token=full_flops)
-        parameters = shape.parameters
+        low_rank = None if profile.method == "full" else low_rank_cost(profile, shape)
+        full = full_cost(profile, shape)
+        fits = card_fits(profile, shape, {stage.low_rank for stage in stages})
+        parameters, evaluation = shape.parameters, evaluation_bytes(profile, shape)
     except ShapeUnknownError as error:
         unknown = str(error)
     costs = [low_rank if stage.low_rank else full for stage in stages]
@@ -178,6 +136,8 @@ def plan(profile: Profile) -> Plan:
         parameters=parameters,
         full=full,
         low_rank=low_rank,
+        fits=fits,
+        evaluation_bytes=evaluation,
         total_flops=_total([stage.flops for stage in planned]),
         full_rank_flops=full.flops_per_token * total_tokens if full else None,
         disk_bytes=disk_bytes,
@@ -192,70 +152,6 @@ def _milestones(profile: Profile, stage: Stage) -> tuple[LearningRatePoint, ...]
     top = stage.start_step + (climb if starts_a_phase or restarts else 0)
     steps = sorted({stage.start_step + 1, min(top + 1, stage.end_step), stage.end_step})
     return tuple(LearningRatePoint(step=step, learning_rate=learning_rate(profile, stage, step)) for step in steps)
-
-
-def _low_rank_cost(profile: Profile, shape: ModelShape) -> PhaseCost:
-    relora, batch, launch = profile.relora, profile.batch, profile.launch
-    wrapped = wrapped_layers(shape, target_modules=relora.target_modules, rank=relora.rank)
-    factors = shape.layers * relora.rank * sum(linear.sides for linear in wrapped)
-    sharded = launch.sharding == "full" and launch.world_size != 1
-    device = "cuda" if launch.device == "cuda" else "cpu"
-    exact = relora.dropout == 0 and profile.precision.dtype == "float32"
-    merges = exact and not sharded and not launch.compiles_on(device)
-    sequences, micro_steps = batch.forward_passes(launch.world_size or 1)
-    tokens = sequences * facts_of(profile).rows_per_sequence()
-    by_name = {linear.name: linear for linear in wrapped}
-    orders, flops, merged = [], {}, 0
-    for names in products.sibling_groups(list(by_name)):  # as fast_path.share_inputs will choose
-        layers = tuple(by_name[name] for name in names)
-        sizes = layers[0].in_features, [linear.out_features for linear in layers], relora.rank
-        how = products.choose_products(*sizes, merges=merges, device=device)
-        flops[layers] = products.flops_per_token(how, *sizes, tokens=tokens, micro_steps=micro_steps)
-        orders.append(LayerOrder(layers=names, order=how, flops_per_token=round(flops[layers])))
-        merged += sum(linear.weights for linear in layers) if how != "split" else 0
-    return _phase_cost(
-        profile,
-        shape,
-        frozen=shape.layers * sum(linear.weights for linear in wrapped),
-        factors=factors,
-        merged=shape.layers * merged,
-        flops_per_token=model_flops_per_token(shape, sequence_length=batch.sequence_length, wrapped=flops),
-        orders=tuple(orders),
-    )
-
-
-def _phase_cost(
-    profile: Profile,
-    shape: ModelShape,
-    *,
-    flops_per_token: int,
-    frozen: int = 0,
-    factors: int = 0,
-    merged: int = 0,
-    orders: tuple[LayerOrder, ...] = (),
-) -> PhaseCost:
-    """Return the cost of training all parameters but the frozen ones, and factors beside them."""
-    trainable = shape.parameters - frozen + factors
-    trained = _FP32_BYTES * trainable
-    if profile.precision.trains_in_bfloat16:  # under autocast all that is trained stays fp32
-        trained = _BF16_BYTES * trainable + (_FP32_BYTES - _BF16_BYTES) * shape.vector_parameters
-    frozen_bytes = _BF16_BYTES if profile.precision.computes_in_bfloat16 else _FP32_BYTES
-    # Ranks that share the model hold a part each. Not covered: the blocks gathered for a moment.
-    ranks = (profile.launch.world_size or 1) if profile.launch.sharding == "full" else 1
-    sizes = {
-        "weights": frozen_bytes * frozen + trained,
-        "gradients": trained,
-        "optimizer": _MOMENTS * trained,
-        "merged": _FP32_BYTES * merged,
-    }
-    return PhaseCost(
-        trainable_parameters=trainable,
-        memory=MemoryEstimate(**{name: math.ceil(size / ranks) for name, size in sizes.items()}),
-        snapshot_bytes=(1 + _MOMENTS) * trained,
-        adapter_parameters=factors,
-        flops_per_token=flops_per_token,
-        orders=orders,
-    )
 
 
 def _checkpoint_size(profile: Profile, stage: Stage, cost: PhaseCost, parameters: int) -> CheckpointSize:

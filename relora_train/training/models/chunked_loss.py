@@ -14,14 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-_LOGITS, _LOGITS_ON_GPU = 16_777_216, 134_217_728
-"""Entries of one chunk's logits at most: 64 and 512 MB in float32, three times at once."""
-
-_ROWS, _ROWS_ON_GPU = 512, 2048
-"""But not fewer rows: below, products lose speed, and the head's gradient is gone over too often."""
-
-_SIDE_ON_GPU = 64
-"""A GPU multiplies 32,100 classes slower than 32,128: its tiles and its copies want sides that they divide."""
+from relora_train.training.models.activations import added_classes, chunk_rows
 
 
 def chunked_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
@@ -73,14 +66,3 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         (scale,) = gradients
         bias = None if grad_bias is None else (grad_bias * scale).to(ctx.bias_dtype)
         return grad_hidden * scale.to(grad_hidden.dtype), grad_weight * scale.to(grad_weight.dtype), bias, None
-
-
-def added_classes(classes: int, device: str) -> int:
-    """Return the classes that are added to make products fast."""
-    return 0 if device == "cpu" else -classes % _SIDE_ON_GPU
-
-
-def chunk_rows(rows: int, classes: int, device: str) -> int:
-    """Return the rows of a chunk: as many as the device's bound on logits lets, but not too few."""
-    least, logits = (_ROWS, _LOGITS) if device == "cpu" else (_ROWS_ON_GPU, _LOGITS_ON_GPU)
-    return min(rows, max(least, logits // classes))

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from relora_train.errors import ModelError, ModelUnsuitableError
+from relora_train.training.models.activations import EVALUATION_ROWS
 from relora_train.training.models.chunked_loss import chunked_cross_entropy
 
 _UNMASKED = "sdpa_without_mask"
-_EVALUATION_ROWS = 1024  # logits of so many tokens exist at once during evaluation
 
 
 def file_name(model: nn.Module, name: str) -> str:
@@ -121,7 +121,7 @@ def fused_loss(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
     if torch.is_grad_enabled():
         return chunked_cross_entropy(hidden, weight, bias, targets)
     total = torch.zeros((), device=hidden.device)  # in float32, also under autocast
-    for rows, answers in zip(*(torch.split(t, _EVALUATION_ROWS) for t in (hidden, targets)), strict=True):
+    for rows, answers in zip(*(torch.split(t, EVALUATION_ROWS) for t in (hidden, targets)), strict=True):
         total += F.cross_entropy(F.linear(rows, weight, bias).float(), answers, reduction="sum")
     return total
 

@@ -58,6 +58,9 @@ class ModelShape:
     tied: bool
     """True if embedding and head are one matrix, or there is no embedding."""
 
+    family: str
+    """The model_type of transformers."""
+
     causal: bool = True
     """True if half of the attention is masked."""
 
@@ -185,7 +188,7 @@ def _llama_of_config(config: Mapping[str, Any]) -> ModelShape:
     )
     norms = (2 * layers + 1) * hidden  # RMSNorm has no bias
     tied = config.get("tie_word_embeddings", False)
-    return ModelShape(config["vocab_size"], hidden, layers, linears, norms, attention, tied)
+    return ModelShape(config["vocab_size"], hidden, layers, linears, norms, attention, tied, "llama")
 
 
 def _neox_of_config(config: Mapping[str, Any]) -> ModelShape:
@@ -199,7 +202,7 @@ def _neox_of_config(config: Mapping[str, Any]) -> ModelShape:
     )
     norms = (2 * layers + 1) * 2 * hidden  # LayerNorm has a bias
     tied = config.get("tie_word_embeddings", False)
-    return ModelShape(config["vocab_size"], hidden, layers, linears, norms, hidden, tied)
+    return ModelShape(config["vocab_size"], hidden, layers, linears, norms, hidden, tied, "gpt_neox")
 
 
 def _vit_of_config(config: Mapping[str, Any]) -> ModelShape:
@@ -223,6 +226,7 @@ def _vit_of_config(config: Mapping[str, Any]) -> ModelShape:
         norm_parameters=(2 * layers + 1) * 2 * hidden,  # LayerNorm has a bias
         attention_size=hidden,
         tied=True,
+        family="vit",
         causal=False,
         extra_rows=1,
         classifies=True,
