@@ -1,7 +1,8 @@
-"""The pictures of the README: `python tests/screenshots.py [DIRECTORY]`, with Chromium and tmux installed.
+"""The pictures of the README: `python tests/screenshots.py [DIRECTORY [WORK]]`, with Chromium and tmux installed.
 
 Starts a real Prefect server on loopback, runs the quickstart in a terminal, and takes its loss, the top of its report,
 its timeline in the server's pages, and the terminal at the end. Some four minutes. For people; no test looks at them.
+WORK, an empty directory, is what paths in the pictures show.
 """
 
 import io
@@ -19,7 +20,7 @@ from rich.console import Console
 from rich.text import Text
 
 ROOT = Path(__file__).resolve().parent.parent
-COLUMNS, LINES = 100, 44
+COLUMNS, LINES = 100, 30
 _RENDER_MILLISECONDS = 20_000
 _WAIT_SECONDS = 1_800
 _PAGE = (
@@ -35,7 +36,7 @@ def main() -> None:
     if missing:
         sys.exit(f"This needs {' and '.join(missing)} in the path.")
     with tempfile.TemporaryDirectory(prefix="relora-screenshots-") as scratch:
-        work = Path(scratch)
+        work = Path((sys.argv[2:] or [scratch])[0]).resolve()
         with serving_prefect(work / "server") as prefect:
             screen = screen_after(
                 [sys.executable, "-m", "relora_train.cli.app", "run", "quickstart", "--run-id", "quickstart"],
@@ -64,19 +65,20 @@ def screen_after(command: list[str], work: Path, environment: dict[str, str]) ->
     size = ["-x", str(COLUMNS), "-y", str(LINES)]
     variables = [part for name, value in environment.items() for part in ("-e", f"{name}={value}")]
     done = work / "done"
-    line = f"{shlex.join(command)}; echo $? > {done}; sleep {_WAIT_SECONDS}"
+    line = f"echo '$ relora run quickstart'; {shlex.join(command)}; echo $? > {done}; sleep {_WAIT_SECONDS}"
     subprocess.run([*tmux, "-f", os.devnull, "new-session", "-d", *size, *variables, "-c", work, line], check=True)
     try:
         deadline = time.monotonic() + _WAIT_SECONDS
         while not done.exists() and time.monotonic() < deadline:
             time.sleep(1)
-        captured = subprocess.run(
-            [*tmux, "capture-pane", "-p", "-e"], check=True, capture_output=True, text=True
-        ).stdout
+        whole = [*tmux, "capture-pane", "-p", "-e", "-S", "-"]
+        captured = subprocess.run(whole, check=True, capture_output=True, text=True).stdout
     finally:
         subprocess.run([*tmux, "kill-server"], check=True)
     console = Console(record=True, width=COLUMNS, file=io.StringIO(), force_terminal=True)
-    console.print(Text.from_ansi(captured.rstrip()))
+    # To rich the terminal's default colours are black on white, whatever the page has.
+    plain = captured.replace("\x1b[39m", "").replace("\x1b[49m", "")
+    console.print(Text.from_ansi("\n".join(plain.splitlines()[:LINES])))
     return console.export_html(inline_styles=True, code_format=_PAGE.format(look=_LOOK))
 
 
