@@ -3,8 +3,6 @@
 Without this the layers follow the reference in layer.py, one by one: the same function, up to the order of rounding.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

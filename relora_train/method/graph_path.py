@@ -4,8 +4,6 @@ fast_path.py is the form for eager execution. This one keeps no state between la
 so all blocks of a model share one graph; the compiler fuses what the eager form fuses by hand.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F

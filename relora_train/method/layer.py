@@ -5,8 +5,6 @@ names of its modules decide what is drawn and what is written. If a model is sha
 together. Not covered: quantized weights.
 """
 
-from __future__ import annotations
-
 import hashlib
 import math
 from collections.abc import Callable, Iterator

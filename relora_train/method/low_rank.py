@@ -5,8 +5,6 @@ dropout mask: the backward pass makes both again, the mask from a seed. `relora_
 reference.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any

@@ -9,8 +9,6 @@ With N tokens, a weight (out, in), rank r, S = in + out and D = in * out, forwar
 FLOPs, against 6ND at full rank.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Literal
 

@@ -1,7 +1,5 @@
 """The partial reset of Adam's state at a merge."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass

@@ -4,8 +4,6 @@ A warm start follows a plain cosine over the whole run and is stopped early. The
 of their own; after every merge the rate falls to 0 and climbs back. ScheduleConfig refuses what does not fit together.
 """
 
-from __future__ import annotations
-
 import math
 
 from relora_train.method.stages import Stage

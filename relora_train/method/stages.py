@@ -5,8 +5,6 @@ lies: at the point where the jagged cosine of the settings in force has its k-th
 extended or branched with any schedule from any of its checkpoints; growing cycles are the exception.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -3,8 +3,6 @@
 Measuring an update costs one copy of A and B and a few device reads. Other updates are unaffected.
 """
 
-from __future__ import annotations
-
 import math
 from functools import cached_property
 

@@ -1,7 +1,5 @@
 """Wrap the linear layers of a model as ReLoRA layers, and unwrap them."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import cast
 

@@ -1,7 +1,5 @@
 """Build a stage: load the parent or make the model, wrap it, and give it optimizer and data."""
 
-from __future__ import annotations
-
 import logging
 from pathlib import Path
 from typing import cast

@@ -1,7 +1,5 @@
 """Write what a stage produced as a committed checkpoint directory, and read it back before it counts."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Iterator, Mapping

@@ -1,7 +1,5 @@
 """The end of a stage: merge, re-initialise, reset the optimizer, check that the function stayed, evaluate, commit."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import asdict
 from typing import Any, cast

@@ -1,7 +1,5 @@
 """Held-out scores of a model, weighted by what was scored, and the process that scores a committed checkpoint."""
 
-from __future__ import annotations
-
 import json
 from typing import Any
 

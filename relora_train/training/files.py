@@ -1,7 +1,5 @@
 """Training state <-> a checkpoint directory, as design §4 lists its files. The manifest is written last."""
 
-from __future__ import annotations
-
 import json
 import secrets
 import tempfile

@@ -1,7 +1,5 @@
 """Gradients summed over the ranks in buckets, each on its way while the backward pass still makes the next."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field

@@ -2,8 +2,6 @@
 rank, in the group that they join.
 """
 
-from __future__ import annotations
-
 from relora_train.distributed import process_group
 from relora_train.method.stages import is_last
 from relora_train.process import Emit, StopRequest, serve_request

@@ -1,7 +1,5 @@
 """Load a run's model before anything else is done for it: what is wrong with it is known before hours of tokenizing."""
 
-from __future__ import annotations
-
 from relora_train.devices import check_devices
 from relora_train.method.wrap import check_targets
 from relora_train.process import Emit, serve_request

@@ -1,7 +1,5 @@
 """AdamW over named parameters, and its state by their names."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

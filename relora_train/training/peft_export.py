@@ -5,8 +5,6 @@ because everything else that the stage trained goes with it: PEFT's `modules_to_
 norms, head), `bias` the biases of wrapped layers.
 """
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Iterable, Mapping

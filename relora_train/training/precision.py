@@ -4,8 +4,6 @@
 fast. So the error of the model's own products is measured, and what rounds more than float32 is refused.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Iterable
 from typing import Literal, NamedTuple, cast

@@ -1,7 +1,5 @@
 """A stage's own account of itself: how long its parts took, and whether every layer learns or the run diverged."""
 
-from __future__ import annotations
-
 import logging
 import math
 import re

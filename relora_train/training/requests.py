@@ -1,7 +1,5 @@
 """Requests to worker processes, as files: plain data between the tasks and the processes."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any, Literal
 

@@ -5,8 +5,6 @@ summed over the ranks and scattered by rows in every backward pass. So a rank's 
 gradients and optimizer, one block, and the embedding and head together.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import MethodType

@@ -5,8 +5,6 @@ A stage that goes on from a snapshot gives, on a CPU, the bits that it would hav
 for a copy in memory, and a thread writes it.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import shutil

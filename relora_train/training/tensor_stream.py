@@ -1,7 +1,5 @@
 """Safetensors files written one tensor at a time: what is written never has to exist all at once."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A process: the settings that decide numbers and speed, and the memory that it holds and frees."""
 
-from __future__ import annotations
-
 import gc
 import os
 import sys

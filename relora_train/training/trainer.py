@@ -4,8 +4,6 @@ Under torchrun for several ranks; with --serve, stages and evaluations one after
 it were alone. No orchestrator, no network beyond the ranks', no credentials. Events go to standard output (events.py).
 """
 
-from __future__ import annotations
-
 import dataclasses
 import os
 import time

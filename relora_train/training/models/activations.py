@@ -3,8 +3,6 @@
 The multiples below are what torch was seen to keep; tests/test_activations.py looks again.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import NamedTuple
 

@@ -4,8 +4,6 @@ An example is one row of integers, a batch (examples, row length) of them: text 
 its class. So data order, shares of ranks, micro-batches and resuming are the same for all (dataset.py).
 """
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Next-token prediction: token ids in, cross-entropy of every next token, perplexity and bits per byte out."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from pathlib import Path

@@ -6,8 +6,6 @@ head; then the logits are gone. Torch's own `linear_cross_entropy` goes over the
 loss in bfloat16, up to 9 % off over the chunks of a batch; here it is float32 on every device.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

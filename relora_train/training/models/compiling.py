@@ -1,7 +1,5 @@
 """torch.compile for training: every block of a model by one graph. Evaluation and probes stay as they are written."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager

@@ -4,8 +4,6 @@ Pixels are scaled to [0, 1] by the source's largest value. The channel's statist
 dataset's manifest holds, then bring them to mean 0 and deviation 1. Images are not augmented.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A causal language model in use: its training loss without a matrix of all logits, its blocks, head and files."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, cast

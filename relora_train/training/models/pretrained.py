@@ -1,7 +1,5 @@
 """Load a model of transformers from a directory or the hub: all of it, or an error that says what is wrong."""
 
-from __future__ import annotations
-
 import json
 import math
 import re

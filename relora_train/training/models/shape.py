@@ -3,8 +3,6 @@
 Counts the families that wrap.py wraps by default: Llama, GPT-NeoX and ViT.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
