@@ -45,7 +45,7 @@ def compare(
         deployment: deployment of pretrain that makes the runs, side by side; one after another, here, when absent
         gpu_limit: global concurrency limit of which each run holds one slot while it trains; none when absent
     """
-    given = overrides.settings() if overrides else {}
+    given = overrides.model_dump() if overrides else {}
     if is_measured(experiment):
         return measure_experiment(experiment, given, seeds, open_run_store(store))
     planned = load_experiment(experiment, given, seeds)

@@ -14,14 +14,15 @@ from relora_train.runs.evaluations import recorded_evaluations
 from relora_train.runs.run import (
     DatasetRef,
     Run,
+    RunSummary,
     StageOutcome,
     choose_run_id,
     first_and_last,
     line_of,
     line_to_head,
     session,
+    summarize_run,
 )
-from relora_train.runs.summary import RunSummary, summarize_run
 from relora_train.settings.load import load_profile
 from relora_train.settings.overrides import ProfileOverrides
 from tasks.artifacts import name_flow_run
@@ -56,7 +57,7 @@ def pretrain(
         gpu_limit: global concurrency limit of which the run holds one slot while it trains; none when absent
         stop_after: the last stage to be trained, such as warm-start; the plan's last when absent
     """
-    settings = load_profile(profile, overrides.settings() if overrides else {})
+    settings = load_profile(profile, overrides.model_dump() if overrides else {})
     require_limit(gpu_limit)
     store_uri = open_run_store(store)
     parent = resolve_parent(resume_from, store_uri) if resume_from else None

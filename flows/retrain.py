@@ -11,8 +11,15 @@ from flows.pretrain import train_stages
 from relora_train.checkpoints.lease import hold_series
 from relora_train.errors import RunInUseError
 from relora_train.method.stages import stages_after
-from relora_train.runs.retraining.options import Cycles, Margin, MarginKind, OldDataRatio, retrain_options
-from relora_train.runs.retraining.summary import RetrainSummary, summarize, summarize_retrain
+from relora_train.runs.retraining.interface import (
+    Cycles,
+    Margin,
+    MarginKind,
+    OldDataRatio,
+    RetrainSummary,
+    retrain_options,
+    summarize,
+)
 from relora_train.runs.run import line_of, session
 from relora_train.settings.load import load_profile
 from relora_train.settings.overrides import ProfileOverrides
@@ -75,7 +82,7 @@ def retrain(
         retry_refused=retry_refused,
     )
     require_limit(gpu_limit)
-    settings = load_profile(profile, overrides.settings() if overrides else {})
+    settings = load_profile(profile, overrides.model_dump() if overrides else {})
     store_uri = open_run_store(store)
     opened = open_store(store_uri)
     with ExitStack() as held:
@@ -96,8 +103,7 @@ def retrain(
             prepared = done(tokenize_new_data(run, plan))
             if prepared is None:
                 reason = f"the {len(plan.new)} new parts of the source do not fill one update; they wait for more"
-                more = {"run_id": plan.run_id, "new_parts": len(plan.new)}
-                return tell_outcome(summarize(opened, series, "not-enough-data", reason, **more))
+                return tell_outcome(summarize(opened, series, "not-enough-data", reason, plan=plan))
             begin_training(plan)
             with device_slot(gpu_limit), closing(run.worker):
                 outcomes = train_stages(run, stages, prepared.dataset, parent)
@@ -106,4 +112,7 @@ def retrain(
                 theirs = done(evaluate_checkpoint(run, champion, prepared.dataset)).record if champion else None
             report = write_report(run, line_of(candidate, run=run)[-len(outcomes) - 1 :], [ours])
             decision = done(decide_promotion(plan, candidate, ours, theirs, prepared.dataset))
-            return tell_outcome(summarize_retrain(plan, decision, outcomes, report_uri=report.html_uri))
+            made = {"candidate_uri": candidate.uri, "scores": decision.scores, "report_uri": report.html_uri}
+            return tell_outcome(
+                summarize(opened, series, decision.outcome, decision.reason, plan=plan, stages=outcomes, **made)
+            )

@@ -14,7 +14,7 @@ from relora_train.experiments.experiment import Experiment, PlannedRun
 from relora_train.experiments.measured import MeasuredSummary, load_measured
 from relora_train.experiments.records import ComparisonSummary, RunResult
 from relora_train.experiments.report import measure, measured_markdown, store_comparison, store_measured
-from relora_train.settings.objectives import measures_of
+from relora_train.settings.objectives import OBJECTIVES
 from relora_train.storage.opening import open_store
 from tasks.artifacts import publish_markdown
 from tasks.observe import skipped
@@ -30,7 +30,7 @@ def look_for_result(experiment: str, run: PlannedRun, store_uri: str) -> RunResu
         found = run_results.diverged_result(store, run, message)
     if found is None:
         return None
-    key = measures_of(run.profile).headline.key
+    key = OBJECTIVES[run.profile.objective].headline.key
     events.emit("arm_reused", arm=run.arm, seed=run.seed, outcome=found.outcome, **{key: getattr(found, key)})
     return skipped(found, run.run_id)
 

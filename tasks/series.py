@@ -14,10 +14,15 @@ from relora_train.checkpoints.lease import Lease
 from relora_train.checkpoints.lineage import CheckpointRef
 from relora_train.errors import RunInUseError
 from relora_train.runs.datasets import DatasetOutcome
-from relora_train.runs.retraining.options import RetrainOptions
+from relora_train.runs.retraining.interface import (
+    RetrainOptions,
+    RetrainSummary,
+    retrain_markdown,
+    state_name,
+    summarize,
+)
 from relora_train.runs.retraining.retrain import RetrainPlan, conclude, plan_retrain, prepare_next, start
 from relora_train.runs.retraining.series_data import Decision
-from relora_train.runs.retraining.summary import RetrainSummary, retrain_markdown, state_name, summarize
 from relora_train.runs.run import DatasetRef, Run
 from relora_train.settings.profile import Profile
 from relora_train.storage.opening import open_store
@@ -74,7 +79,7 @@ def tell_already_running(series: str, store_uri: str, error: RunInUseError) -> R
         raise error
     get_run_logger().info("%s", error)
     summary = summarize(open_store(store_uri), series, "already-running", str(error))
-    return named(summary.state_name, summary, summary.reason)
+    return named(state_name(summary.outcome), summary, summary.reason)
 
 
 def tell_outcome(summary: RetrainSummary) -> RetrainSummary:
@@ -82,4 +87,4 @@ def tell_outcome(summary: RetrainSummary) -> RetrainSummary:
     get_run_logger().info("Series %s: %s: %s", summary.series, summary.outcome, summary.reason)
     events.emit("retrained", series=summary.series, outcome=summary.outcome, reason=summary.reason)
     publish_markdown(f"retrain-{summary.series}", retrain_markdown(summary), f"Latest retrain of {summary.series}")
-    return named(summary.state_name, summary, summary.reason)
+    return named(state_name(summary.outcome), summary, summary.reason)

@@ -11,7 +11,7 @@ from relora_train.method.stages import Stage
 from relora_train.runs.divergence import train_by_policy
 from relora_train.runs.run import DatasetRef, Run, StageOutcome
 from relora_train.runs.train import store_trained
-from relora_train.settings.objectives import headline_score
+from relora_train.settings.objectives import measures_in
 from tasks.artifacts import StageArtifacts, show_checkpoint
 from tasks.observe import forward_events, provenance, skipped
 from tasks.policies import STORE_IO, TRAINING
@@ -52,6 +52,7 @@ def _train(run: Run, stage: Stage, dataset: DatasetRef, parent: CheckpointRef | 
         outcome = train_by_policy(run, stage, dataset, parent, on_event=on_event, provenance=provenance())
         shown.finished(outcome)
     manifest, uri = outcome.checkpoint.manifest, outcome.checkpoint.uri
+    headline = measures_in(manifest.evaluation).headline.key
     get_run_logger().info("checkpoint of %s%s: %s", stage.name, "" if outcome.stored else ", being stored", uri)
     events.emit(
         "stage_skipped" if outcome.reused else "stage_finished",
@@ -59,6 +60,6 @@ def _train(run: Run, stage: Stage, dataset: DatasetRef, parent: CheckpointRef | 
         step=stage.end_step,
         uri=uri if outcome.stored else None,
         seconds=manifest.stage_seconds,
-        **headline_score(manifest.evaluation),
+        **{headline: manifest.evaluation.get(headline)},
     )
     return skipped(outcome, uri) if outcome.reused else outcome

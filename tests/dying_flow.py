@@ -18,6 +18,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -35,8 +36,8 @@ from relora_train.checkpoints.upkeep.retention import RetentionPolicy
 from relora_train.events import Event
 from relora_train.method.stages import plan_stages
 from relora_train.runs.divergence import train_by_policy
-from relora_train.runs.publishing import publishing
-from relora_train.runs.run import Run, StageOutcome, dataset_ref
+from relora_train.runs.publishing import Publisher
+from relora_train.runs.run import DatasetRef, Run, StageOutcome
 from relora_train.runs.train import store_trained
 from relora_train.storage.opening import open_store
 from relora_train.training.requests import StageRequest
@@ -223,12 +224,13 @@ def train(order: Order) -> None:
     """What the flow does, but in this process: see flows/pretrain.py."""
     store, outcomes, parent = open_store(order.store), list[StageOutcome](), None
     store.preflight()
-    with hold_run(store, RUN) as lease, publishing(store) as publisher:
+    publisher = Publisher()
+    with hold_run(store, RUN) as lease, publisher if store.is_remote else nullcontext():
         run = Run(RUN, order.store, PROFILE, lease=lease, publisher=publisher)
         directory = Path(order.dataset)
         path = directory / "manifest.json"
         made = parse_manifest(DatasetManifest, path.read_bytes(), uri=path.as_uri())
-        dataset = dataset_ref(store, commit_bundle(store, dataset_prefix("tiny", DATASET_ID), directory, made))
+        dataset = DatasetRef(store.uri, commit_bundle(store, dataset_prefix("tiny", DATASET_ID), directory, made))
         for stage in plan_stages(PROFILE):
             outcome = train_by_policy(run, stage, dataset, parent, on_event=once_stored(run), provenance={})
             outcomes = [*stored(run, outcomes), outcome]

@@ -13,7 +13,7 @@ from relora_train.events import Event
 from relora_train.method.schedule import learning_rate
 from relora_train.method.stages import Stage, stages_after
 from relora_train.runs.divergence import train_by_policy
-from relora_train.runs.run import DatasetRef, Run, dataset_ref
+from relora_train.runs.run import DatasetRef, Run
 from relora_train.settings.profile import Profile
 from relora_train.storage.opening import open_store
 from relora_train.training.requests import StageRequest
@@ -33,7 +33,7 @@ class Workshop:
         write_tiny_dataset(root / dataset_prefix("tiny", DATASET_ID))
         manifest = read_manifest(self.store, dataset_prefix("tiny", DATASET_ID), DatasetManifest)
         assert manifest is not None
-        self.dataset: DatasetRef = dataset_ref(self.store, manifest)
+        self.dataset: DatasetRef = DatasetRef(self.store.uri, manifest)
         self.trained: list[tuple[str, float]] = []
         self.events: list[Event] = []
         self.disturbed = False

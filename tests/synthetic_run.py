@@ -17,8 +17,7 @@ from relora_train.checkpoints.run import CheckpointStore
 from relora_train.method.schedule import jagged_cosine
 from relora_train.method.stages import Stage, fingerprint_settings, plan_stages, stage_fingerprint
 from relora_train.settings.data import BatchConfig
-from relora_train.settings.method import ReLoRAConfig, ScheduleConfig
-from relora_train.settings.model import ModelConfig
+from relora_train.settings.method import ModelConfig, ReLoRAConfig, ScheduleConfig
 from relora_train.settings.profile import Profile
 from relora_train.storage.base import ObjectStore
 

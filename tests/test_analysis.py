@@ -28,8 +28,7 @@ from relora_train.reports.ranks.analysis import (
 )
 from relora_train.reports.ranks.measures import kind_means
 from relora_train.runs.run import line_of
-from relora_train.settings.method import ReLoRAConfig, ScheduleConfig
-from relora_train.settings.model import ModelConfig
+from relora_train.settings.method import ModelConfig, ReLoRAConfig, ScheduleConfig
 from relora_train.storage.memory import MemoryStore
 from relora_train.storage.opening import open_store
 

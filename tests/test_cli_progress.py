@@ -11,7 +11,7 @@ from rich.console import Console
 from relora_train.cli.output import show
 from relora_train.cli.progress import PLAIN_SECONDS, LiveDisplay, PlainDisplay, RunProgress
 from relora_train.cli.run import closing_lines, summary_view
-from relora_train.runs.summary import RunSummary, StageSummary
+from relora_train.runs.run import RunSummary, StageSummary
 
 
 def stage_events(stage: str, start: int, end: int) -> Iterator[tuple[float, dict[str, Any]]]:

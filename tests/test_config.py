@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
 from relora_train.settings.keys import settings_digest
-from relora_train.settings.profile import Profile, default_run_id, profile_from_file
+from relora_train.settings.profile import Profile, default_run_id, profile_to_read
 
 SECTIONS = {
     name: field.annotation
@@ -132,7 +132,7 @@ def test_a_profile_comes_back_from_its_file(tmp_path):
         {"name": "x", "relora": {"target_modules": ["q_proj"]}, "model": {"vocab_size": 5000}}
     )
     (tmp_path / "profile.json").write_text(profile.model_dump_json())
-    assert profile_from_file(tmp_path / "profile.json") == profile
+    assert profile_to_read((tmp_path / "profile.json").read_bytes()) == profile
 
 
 def test_a_run_id_is_a_plain_word_whatever_the_profile_is_called():

@@ -16,7 +16,7 @@ from relora_train.data.prepare import PreparedDataset, prepare_dataset
 from relora_train.errors import RunSettingsChangedError
 from relora_train.method.stages import plan_stages
 from relora_train.runs.find import find_stage, stage_identity
-from relora_train.runs.run import Run, dataset_ref
+from relora_train.runs.run import DatasetRef, Run
 from relora_train.settings.data import DataConfig, TokenizerConfig
 from relora_train.storage.opening import open_store
 
@@ -95,11 +95,11 @@ def test_the_same_run_with_another_dataset_is_refused_with_the_files(corpus: Pat
         prefix = dataset_prefix("mine", made.manifest.dataset_id)
         return commit_bundle(store, prefix, made.directory, made.manifest)
 
-    before = dataset_ref(store, committed())
+    before = DatasetRef(store.uri, committed())
     commit_checkpoint(run, before.uri, *stage_identity(run, stage, before.dataset_id, None))
     assert find_stage(run, stage, None, stage_identity(run, stage, before.dataset_id, None)) is not None
     (corpus / "new_day.txt").write_text(made_up_text(50))
-    now = dataset_ref(store, committed())
+    now = DatasetRef(store.uri, committed())
     with pytest.raises(RunSettingsChangedError) as refused:
         find_stage(run, stage, None, stage_identity(run, stage, now.dataset_id, None))
     assert "  - data.paths: 12 files -> 13 (new: new_day.txt)\n" in str(refused.value)

@@ -8,7 +8,7 @@ from relora_train import devices
 from relora_train.devices import check_devices
 from relora_train.distributed import process_group
 from relora_train.errors import DeviceError
-from relora_train.runs.joining import join_run
+from relora_train.runs.workers import join_run
 from relora_train.settings.running import LaunchConfig
 
 

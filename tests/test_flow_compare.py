@@ -405,7 +405,7 @@ def test_what_a_run_is_started_with_gives_the_planned_settings(experiment: str):
     planned = load_experiment(experiment)
     for run in (*planned.warm_starts, *planned.runs):
         parameters = json.loads(json.dumps(planned.parameters(run, store_uri="s", gpu_limit=None)))
-        given = ProfileOverrides.model_validate(parameters["overrides"]).settings()
+        given = ProfileOverrides.model_validate(parameters["overrides"]).model_dump()
         assert isinstance(run.profile, Profile) and load_profile(parameters["profile"], given) == run.profile
 
 

@@ -9,7 +9,7 @@ from prefect_server import PREFECT_WARNS, running_prefect
 from relora_train.checkpoints.names import resolve_checkpoint
 from relora_train.errors import AccessDeniedError, CheckpointNotFoundError, ConfigError
 from relora_train.runs.evaluations import score_checkpoint
-from relora_train.runs.summary import RunSummary
+from relora_train.runs.run import RunSummary
 from relora_train.storage.opening import open_store
 
 pytestmark = PREFECT_WARNS

@@ -29,8 +29,7 @@ from relora_train.errors import (
     StoreUnavailableError,
 )
 from relora_train.events import Event
-from relora_train.runs.run import fetch_parent
-from relora_train.runs.summary import RunSummary
+from relora_train.runs.run import RunSummary, fetch_parent
 from relora_train.storage.opening import open_store
 
 pytestmark = PREFECT_WARNS

@@ -237,7 +237,6 @@ def test_what_began_from_a_result_that_did_not_win_is_dropped_and_never_stored(
 def test_ctrl_c_gives_what_is_being_stored_a_bounded_time(
     store: ObjectStore, faults: Faults, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("relora_train.runs.publishing.STOP_BUDGET_SECONDS", 3.0)
     monkeypatch.setattr("relora_train.runs.background.STOP_BUDGET_SECONDS", 3.0)
     gate = threading.Event()
     faults.standing = [("PUT", WARM_START, held_until(gate))]

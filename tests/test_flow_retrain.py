@@ -24,10 +24,9 @@ from relora_train.data.sources import _stdlib_files
 from relora_train.errors import ConfigError, CorpusTooSmallError, RunInUseError
 from relora_train.events import Event
 from relora_train.runs.evaluations import dataset_of
-from relora_train.runs.retraining.options import RetrainOptions
+from relora_train.runs.retraining.interface import RetrainOptions, RetrainSummary
 from relora_train.runs.retraining.retrain import plan_retrain
 from relora_train.runs.retraining.series_data import read_data, read_decisions
-from relora_train.runs.retraining.summary import RetrainSummary
 from relora_train.settings.load import load_profile
 from relora_train.storage.opening import open_store
 
@@ -209,9 +208,9 @@ def test_a_fresh_warm_start_takes_all_data_and_the_same_tokenizer(second: Retrai
     nights.arrive(2)
     fresh, on = nights.plan(fresh_warm_start=True), nights.plan()
     assert fresh.parent is None and fresh.champion.uri == nights.champion
-    assert set(fresh.corpus.selection.new) == {*on.corpus.selection.new, *on.corpus.selection.old}
+    assert set(fresh.text.selection.new) == {*on.text.selection.new, *on.text.selection.old}
     assert fresh.new == on.new and len(on.new) == 1
-    assert fresh.corpus.tokenizer == on.corpus.tokenizer and fresh.run_id != on.run_id
+    assert fresh.text.tokenizer == on.text.tokenizer and fresh.run_id != on.run_id
     assert nights.plan(old_data_ratio=0.5).run_id != on.run_id  # another mix is another dataset
 
 

@@ -23,7 +23,7 @@ from relora_train.errors import (
 from relora_train.events import Event
 from relora_train.runs import worker_process
 from relora_train.runs.workers import run_worker
-from relora_train.settings.running import SnapshotConfig
+from relora_train.settings.running import LaunchConfig, SnapshotConfig
 from relora_train.storage.workspace import cache_root
 from relora_train.training.requests import StageRequest
 
@@ -73,7 +73,7 @@ def test_a_worker_that_cannot_be_imported_says_why_and_is_not_retried(tmp_path: 
     request, path = endless(tmp_path), tmp_path / "request.json"
     for ranks in (1, 2):
         with pytest.raises(TrainerFaultError, match="No module named 'a_package_that_is_not_installed'") as caught:
-            run_worker("needy", request, path, on_event=lambda event: None, nproc_per_node=ranks)
+            run_worker("needy", request, path, on_event=lambda event: None, launch=LaunchConfig(nproc_per_node=ranks))
         assert not caught.value.retryable and "needy.py" in str(caught.value)
 
 
@@ -82,7 +82,9 @@ def test_a_rank_for_each_gpu_without_one_is_refused_at_once(tmp_path: Path, monk
     with pytest.raises(DeviceError, match=r"launch\.nproc_per_node is 'gpu'.*Set launch\.nproc_per_node to a number"):
         path = tmp_path / "request.json"
         trainer = "relora_train.training.trainer"
-        run_worker(trainer, endless(tmp_path), path, on_event=lambda event: None, nproc_per_node="gpu")
+        run_worker(
+            trainer, endless(tmp_path), path, on_event=lambda event: None, launch=LaunchConfig(nproc_per_node="gpu")
+        )
 
 
 def test_a_warning_in_a_worker_is_heard_as_one_of_its_parent(
@@ -201,7 +203,13 @@ def test_two_ranks_stopped_and_continued_give_what_two_ranks_give(tmp_path: Path
 
     def run(out: str, on_event: Callable[[Event], None], **update: object) -> None:
         request = stage_request(profile, "warm-start", dataset, tmp_path / out).model_copy(update=update)
-        run_worker("relora_train.training.trainer", request, tmp_path / "r.json", on_event=on_event, nproc_per_node=2)
+        run_worker(
+            "relora_train.training.trainer",
+            request,
+            tmp_path / "r.json",
+            on_event=on_event,
+            launch=LaunchConfig(nproc_per_node=2),
+        )
 
     def stop(event: Event) -> None:
         if event["event"] == "progress":
@@ -239,11 +247,12 @@ def test_a_worker_saves_its_state_and_ends_when_its_parent_is_killed(tmp_path: P
         "import sys\n"
         "from pathlib import Path\n"
         "from relora_train.runs.workers import run_worker\n"
+        "from relora_train.settings.running import LaunchConfig\n"
         "from relora_train.training.requests import StageRequest\n"
         f"request = StageRequest.model_validate_json(Path({str(tmp_path / 'request-in.json')!r}).read_text())\n"
         "show = lambda event: (sys.stdout.write(f\"{event['event']} {event.get('pid', '')}\\n\"), sys.stdout.flush())\n"
         f"run_worker('relora_train.training.trainer', request, Path({str(tmp_path / 'request.json')!r}),\n"
-        f"           on_event=show, nproc_per_node={ranks})\n"
+        f"           on_event=show, launch=LaunchConfig(nproc_per_node={ranks}))\n"
     )
     with subprocess.Popen(
         [sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}

@@ -19,6 +19,7 @@ from transformers.models.llama import modeling_llama
 from relora_train.errors import CorpusTooSmallError, TrainerInterruptedError, UntrainedLayerError
 from relora_train.runs.workers import run_worker
 from relora_train.settings.profile import Profile
+from relora_train.settings.running import LaunchConfig
 from relora_train.training import build as module
 from relora_train.training import trainer
 from relora_train.training.build import prepare_stage
@@ -78,7 +79,13 @@ def test_any_number_of_ranks_finds_it(sharding: str, dataset: Path, tmp_path: Pa
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]))
         with pytest.raises(UntrainedLayerError, match=NAMES):
-            run_worker("bypassing_trainer", request, tmp_path / "r.json", on_event=lambda event: None, nproc_per_node=2)
+            run_worker(
+                "bypassing_trainer",
+                request,
+                tmp_path / "r.json",
+                on_event=ignore,
+                launch=LaunchConfig(nproc_per_node=2),
+            )
     assert not (tmp_path / "out").exists()
 
 

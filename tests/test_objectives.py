@@ -23,7 +23,7 @@ from relora_train.method.merge import merge_and_reinit
 from relora_train.method.stages import fingerprint_settings, plan_stages, stage_fingerprint, stages_after
 from relora_train.method.wrap import apply_relora
 from relora_train.runs.plan import plan
-from relora_train.runs.retraining.options import RetrainOptions
+from relora_train.runs.retraining.interface import RetrainOptions
 from relora_train.runs.retraining.retrain import plan_retrain
 from relora_train.settings.load import load_profile
 from relora_train.settings.objectives import OBJECTIVES, measures_in
@@ -92,7 +92,7 @@ def test_sections_that_do_not_fit_the_objective_are_refused(sections: dict[str, 
 def test_every_objective_has_sources_of_its_own():
     sources = [source for entry in OBJECTIVES.values() for source in entry.sources]
     assert len(sources) == len(set(sources))
-    assert all(measures_in({e.measures.headline.key: 1.0}) == e.measures for e in OBJECTIVES.values())
+    assert all(measures_in({e.headline.key: 1.0}) == e for e in OBJECTIVES.values())
 
 
 def test_a_checkpoint_of_text_is_not_continued_with_images_nor_the_other_way_round(

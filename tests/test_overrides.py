@@ -42,7 +42,7 @@ def test_every_field_has_the_name_bounds_choices_and_description_it_has_in_a_pro
 def test_nothing_is_required_and_no_default_is_offered():
     """A default in a form would be sent, and so override the profile."""
     assert '"default"' not in json.dumps(OURS) and '"required"' not in json.dumps(OURS)
-    assert ProfileOverrides().settings() == {} and ProfileOverrides().model_dump_json() == "{}"
+    assert ProfileOverrides().model_dump() == {} and ProfileOverrides().model_dump_json() == "{}"
 
 
 WRONG = [
@@ -85,14 +85,14 @@ def test_overrides_come_to_the_same_profile_as_set_options(sets: list[str]):
         dotted = layered({**dotted, key: value})
     overrides = ProfileOverrides.model_validate(dotted)
     expected = load_profile("smoke", sets)
-    assert load_profile("smoke", overrides.settings()) == expected
+    assert load_profile("smoke", overrides.model_dump()) == expected
     assert not list(Draft202012Validator(OURS).iter_errors(json.loads(overrides.model_dump_json())))
     again = ProfileOverrides.model_validate_json(overrides.model_dump_json())  # as Prefect stores and reads parameters
-    assert again == overrides and load_profile("smoke", again.settings()) == expected
+    assert again == overrides and load_profile("smoke", again.model_dump()) == expected
 
 
 def test_dotted_keys_are_the_same_as_sections():
-    assert ProfileOverrides.model_validate({"relora.rank": 4, "relora": {"alpha": 8}, "seed": 1}).settings() == {
+    assert ProfileOverrides.model_validate({"relora.rank": 4, "relora": {"alpha": 8}, "seed": 1}).model_dump() == {
         "relora": {"rank": 4, "alpha": 8},
         "seed": 1,
     }
@@ -101,7 +101,7 @@ def test_dotted_keys_are_the_same_as_sections():
 def test_unsetting_is_not_the_same_as_not_setting():
     unset = ProfileOverrides.model_validate({"optimizer.max_grad_norm": None})
     assert load_profile("smoke").optimizer.max_grad_norm == 1.0
-    assert load_profile("smoke", unset.settings()).optimizer.max_grad_norm is None
+    assert load_profile("smoke", unset.model_dump()).optimizer.max_grad_norm is None
 
 
 def test_a_section_given_over_a_profile_leaves_its_other_keys_alone():
@@ -111,7 +111,7 @@ def test_a_section_given_over_a_profile_leaves_its_other_keys_alone():
 def test_rules_across_fields_are_left_to_the_whole_profile():
     overrides = ProfileOverrides.model_validate({"relora": {"rank": 65}})
     with pytest.raises(ProfileInvalidError, match=r"relora\.rank 65 exceeds 64"):
-        load_profile("smoke", overrides.settings())
+        load_profile("smoke", overrides.model_dump())
 
 
 ACCEPTED = {

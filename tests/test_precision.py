@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from bundles import checkpoint_manifest, dataset_manifest
 from pydantic import ValidationError
 from safetensors.torch import load_file
 from stage_runs import CPU, ignore, manifest_of, metrics_of, run_all, stage_request, tiny_profile
@@ -14,11 +15,15 @@ from tiny_models import tiny_llama
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from relora_train.checkpoints.run import CheckpointStore
 from relora_train.errors import TrainingError
 from relora_train.method.bfloat16_adamw import BFloat16AdamW, _Noise, round_at_random, round_trained_matrices
 from relora_train.method.stages import fingerprint_settings, plan_stages
 from relora_train.method.wrap import apply_relora
+from relora_train.runs.evaluations import recorded_evaluation
+from relora_train.runs.run import DatasetRef
 from relora_train.settings.profile import Profile
+from relora_train.storage.base import ObjectStore, put_json
 from relora_train.training import end_of_cycle as merging
 from relora_train.training import precision
 from relora_train.training.build import prepare_stage
@@ -364,3 +369,17 @@ def test_only_a_rounded_residual_is_named_in_the_fingerprint():
     assert settings(dtype="bfloat16", residual="bfloat16") == {**plain, "precision.residual": "bfloat16"}
     with pytest.raises(ValidationError, match="residual 'bfloat16' needs dtype"):
         settings(residual="bfloat16")
+
+
+def test_scores_recorded_before_there_was_a_residual_are_found_again(memory: ObjectStore, files: Path):
+    checkpoint = CheckpointStore(memory, "run").commit(files, checkpoint_manifest(files))
+    dataset = DatasetRef(memory.uri, dataset_manifest(files))
+    place = f"runs/run/evaluations/step-00000400-{checkpoint.fingerprint[:12]}"
+    # The digests are of the settings without the key.
+    for dtype, digest in (("float32", "b6e4c81d"), ("bfloat16", "8c246c13")):
+        put_json(memory, f"{place}-{digest}.json", {"val_loss": 3.0})
+        profile = Profile.model_validate({"precision": {"dtype": dtype}})
+        recorded = recorded_evaluation(profile, checkpoint, dataset, memory)
+        assert recorded is not None and recorded["val_loss"] == 3.0
+    rounded = Profile.model_validate({"precision": {"dtype": "bfloat16", "residual": "bfloat16"}})
+    assert recorded_evaluation(rounded, checkpoint, dataset, memory) is None

@@ -3,6 +3,7 @@
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -14,11 +15,11 @@ from relora_train.checkpoints.lineage import CheckpointRef
 from relora_train.checkpoints.manifest import RECORD_FILES, result_digest
 from relora_train.checkpoints.run import CheckpointStore
 from relora_train.errors import AccessDeniedError, DiskFullError, PreconditionFailedError, StoreUnavailableError
-from relora_train.runs.publishing import Publication, Publisher, publishing
-from relora_train.runs.run import Run, fetch_parent
-from relora_train.runs.stage_work import left_output, remove_leftover_work, work_name
+from relora_train.runs.publishing import Publication, Publisher
+from relora_train.runs.run import Run, fetch_parent, session
+from relora_train.runs.train import left_output, remove_leftover_work, work_name
+from relora_train.settings.profile import Profile
 from relora_train.storage.memory import MemoryStore
-from relora_train.storage.opening import open_store
 from relora_train.storage.workspace import WorkDirectory, checkpoint_cache, keep_work_from
 
 
@@ -86,10 +87,11 @@ def offered(publisher: Publisher, *publications: Publication) -> list[Checkpoint
     return [publication.checkpoint for publication in publications]
 
 
-def test_only_a_store_beyond_this_machine_has_a_publisher(tmp_path: Path):
+def test_only_a_store_beyond_this_machine_has_a_publisher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("relora_train.runs.run.hold_run", lambda *_, **__: nullcontext())  # the remote one is not there
     for uri, remote in ((tmp_path.as_uri(), False), ("memory://x", False), ("s3://bucket/x", True)):
-        with publishing(open_store(uri)) as publisher:
-            assert publisher.has_started is remote
+        with session(Run("run", uri, Profile())) as run:
+            assert run.publisher.has_started is remote
 
 
 def test_what_is_handed_over_is_stored_while_others_work_and_kept_until_nobody_reads_it(flow: Flow, shaky: Shaky):
@@ -218,7 +220,7 @@ def test_other_timings_are_no_other_result(tmp_path: Path):
 def test_a_stopped_flow_leaves_in_bounded_time_and_nothing_becomes_visible_after_it(
     flow: Flow, shaky: Shaky, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
-    monkeypatch.setattr("relora_train.runs.publishing.STOP_BUDGET_SECONDS", 1.0)
+    monkeypatch.setattr("relora_train.runs.background.STOP_BUDGET_SECONDS", 1.0)
     shaky.gate.clear()
     with pytest.raises(KeyboardInterrupt), Publisher() as publisher:
         offered(publisher, flow.made("one", 1), flow.made("two", 2))

@@ -22,9 +22,9 @@ from relora_train.distributed import SLOW, STEP, Ranks, process_group
 from relora_train.errors import ConfigError, DeviceError, DeviceMemoryError, ReLoRAError, TrainerCrashedError
 from relora_train.events import Event
 from relora_train.process import is_out_of_memory
-from relora_train.runs.workers import Nodes, run_worker
+from relora_train.runs.workers import run_worker
 from relora_train.settings.profile import Profile
-from relora_train.settings.running import PrecisionConfig
+from relora_train.settings.running import LaunchConfig, PrecisionConfig
 from relora_train.training.build import prepare_stage
 from relora_train.training.files import SavedOptimizerState, read_training_state
 from relora_train.training.requests import StageRequest
@@ -47,7 +47,7 @@ def profile_of(**sections: Any) -> Profile:
 
 def by_two_ranks(request: StageRequest, *, module: str = "relora_train.training.trainer", on_event: Any = None) -> None:
     path = request.output_directory.parent / "request.json"
-    run_worker(module, request, path, on_event=on_event or (lambda event: None), nproc_per_node=2)
+    run_worker(module, request, path, on_event=on_event or (lambda event: None), launch=LaunchConfig(nproc_per_node=2))
 
 
 @pytest.fixture(scope="module")
@@ -205,7 +205,9 @@ def fail_as_second_rank(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
     with pytest.raises(ReLoRAError) as caught:
         request = FailingRequest(kind=kind)
-        run_worker("failing_worker", request, tmp_path / "r.json", on_event=lambda event: None, nproc_per_node=2)
+        run_worker(
+            "failing_worker", request, tmp_path / "r.json", on_event=ignore, launch=LaunchConfig(nproc_per_node=2)
+        )
     return caught.value
 
 
@@ -291,9 +293,8 @@ def test_two_machines_give_the_bits_of_two_ranks_on_one_and_meet_again_for_the_n
                 profile = profile_of(launch=launch | {"sharding": sharding}, schedule=schedule, **batch)
                 request = stage_request(profile, "cycle-1", dataset, tmp_path / out)
                 seen: list[Event] = []
-                nodes = Nodes(2, profile.launch.rdzv_endpoint)
                 path = tmp_path / "request.json"
-                run_worker("relora_train.training.trainer", request, path, on_event=seen.append, nodes=nodes)
+                run_worker("relora_train.training.trainer", request, path, on_event=seen.append, launch=profile.launch)
                 assert seen[0]["ranks"] == 2 and seen[-1]["event"] == "stage_committed"
             said = other_machine.communicate(timeout=90)[1]
         finally:

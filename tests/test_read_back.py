@@ -12,6 +12,7 @@ from transformers import MixtralConfig, MixtralForCausalLM
 
 from relora_train.errors import CheckpointCorruptError
 from relora_train.runs.workers import run_worker
+from relora_train.settings.running import LaunchConfig
 from relora_train.training import commit
 from relora_train.training.step import StageTraining
 from relora_train.training.trainer import run_stage
@@ -158,5 +159,7 @@ def test_ranks_that_share_a_model_read_back_what_they_wrote(dataset: Path, tmp_p
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(Path(__file__).parent))
         with pytest.raises(CheckpointCorruptError, match=f"{Q_PROJ} was not read back"):
-            run_worker("damaging_trainer", request, tmp_path / "r.json", on_event=lambda event: None, nproc_per_node=2)
+            run_worker(
+                "damaging_trainer", request, tmp_path / "r.json", on_event=ignore, launch=LaunchConfig(nproc_per_node=2)
+            )
     assert not (tmp_path / "out" / "manifest.json").exists()

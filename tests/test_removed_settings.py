@@ -20,7 +20,7 @@ from relora_train.method.stages import fingerprint_settings, stage_fingerprint, 
 from relora_train.runs.retry import retry_stage
 from relora_train.settings.keys import LAST_COMMIT_WITH_REMOVED_KEYS, REMOVED_KEYS
 from relora_train.settings.load import load_profile
-from relora_train.settings.profile import profile_from_file
+from relora_train.settings.profile import profile_to_read
 from relora_train.storage.opening import open_store
 from relora_train.training.build import prepare_stage
 from relora_train.training.evaluate import evaluate_checkpoint
@@ -84,7 +84,7 @@ def test_a_checkpoint_that_was_trained_by_removed_keys_is_read(
 
 def test_it_is_evaluated_to_the_scores_that_it_was_committed_with(line: list[CheckpointRef], store: Path):
     directory = store / line[-1].prefix
-    profile = profile_from_file(directory / "profile.json")
+    profile = profile_to_read((directory / "profile.json").read_bytes())
     evaluate_checkpoint(
         EvaluationRequest(
             profile=profile, checkpoint_directory=directory, dataset_directory=next((store / "datasets").glob("*/*")),
@@ -112,7 +112,7 @@ def test_another_run_branches_from_it_without_the_keys(
     line: list[CheckpointRef], store: Path, tmp_path: Path, end: int
 ):
     parent, directory = line[end], store / line[end].prefix
-    profile = profile_from_file(directory / "profile.json")
+    profile = profile_to_read((directory / "profile.json").read_bytes())
     profile = profile.model_copy(update={"schedule": profile.schedule.model_copy(update={"cycles": 2})})
     stage = stages_after(profile, parent.manifest)[0]
     settings = fingerprint_settings(profile, stage, parent.manifest.dataset_id)

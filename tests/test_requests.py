@@ -21,9 +21,8 @@ from relora_train.errors import CheckpointNotFoundError, PreconditionFailedError
 from relora_train.method.stages import plan_stages
 from relora_train.runs.divergence import train_by_policy
 from relora_train.runs.find import find_stage, stage_identity
-from relora_train.runs.run import DatasetRef, Run, dataset_ref, line_of, line_to_head, session
-from relora_train.runs.stage_work import work_name
-from relora_train.runs.train import store_trained, train_stage
+from relora_train.runs.run import DatasetRef, Run, line_of, line_to_head, session
+from relora_train.runs.train import store_trained, train_stage, work_name
 from relora_train.storage.base import ObjectStore
 from relora_train.storage.workspace import WorkDirectory
 from relora_train.training.requests import StageRequest
@@ -75,7 +74,9 @@ def test_requests_grow_with_the_stages_and_not_with_their_square(
     monkeypatch.setenv("RELORA_CACHE", str(tmp_path / "cache"))
     files = write_files(tmp_path / "data", "data")
     manifest = dataset_manifest(files)
-    dataset = dataset_ref(store, commit_bundle(store, dataset_prefix("corpus", manifest.dataset_id), files, manifest))
+    dataset = DatasetRef(
+        store.uri, commit_bundle(store, dataset_prefix("corpus", manifest.dataset_id), files, manifest)
+    )
     counted = Counted(store, remote=remote)
     monkeypatch.setattr("relora_train.runs.run.open_store", lambda uri: counted)
     line = run_stages(counted, dataset, "nine", cycles=8)
@@ -154,7 +155,7 @@ def test_a_stage_that_another_process_trained_meanwhile_is_looked_up_again(
     memory: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
     monkeypatch.setenv("RELORA_CACHE", str(tmp_path / "cache"))
-    dataset = dataset_ref(memory, dataset_manifest(write_files(tmp_path / "data", "data")))
+    dataset = DatasetRef(memory.uri, dataset_manifest(write_files(tmp_path / "data", "data")))
     profile = tiny_profile()
     (stage, *_) = plan_stages(profile)
     run = Run("run", memory.uri, profile, view=RunView(memory, "run"))

@@ -20,7 +20,7 @@ from relora_train.checkpoints.manifest import DatasetManifest, parse_manifest
 from relora_train.errors import StoreUnavailableError, TrainerCrashedError
 from relora_train.events import Event
 from relora_train.method.stages import plan_stages
-from relora_train.runs.run import DatasetRef, Run, StageOutcome, dataset_ref, fetch_parent
+from relora_train.runs.run import DatasetRef, Run, StageOutcome, fetch_parent
 from relora_train.runs.train import train_stage
 from relora_train.storage.memory import MemoryStore
 
@@ -60,7 +60,7 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], 
 def with_dataset(run: Run, directory: Path) -> DatasetRef:
     path = directory / "manifest.json"
     manifest = parse_manifest(DatasetManifest, path.read_bytes(), uri=path.as_uri())
-    return dataset_ref(run.store, commit_bundle(run.store, dataset_prefix("tiny", DATASET_ID), directory, manifest))
+    return DatasetRef(run.store.uri, commit_bundle(run.store, dataset_prefix("tiny", DATASET_ID), directory, manifest))
 
 
 class Story:

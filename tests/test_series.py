@@ -29,7 +29,7 @@ from relora_train.errors import (
     CorpusTooSmallError,
     PreconditionFailedError,
 )
-from relora_train.runs.retraining.options import RetrainOptions
+from relora_train.runs.retraining.interface import RetrainOptions
 from relora_train.runs.retraining.retrain import judge, plan_retrain, prepare_next
 from relora_train.runs.retraining.series_data import Pending, begin, end, read_data
 from relora_train.settings.profile import Profile
@@ -274,7 +274,7 @@ def test_new_objects_below_an_s3_prefix_are_found_and_tokenized_with_the_champio
     assert plan_retrain(store, "s", settings, RetrainOptions()) is None
     arrive(1)
     following = plan_retrain(store, "s", settings, RetrainOptions())
-    assert len(following.new) == 1 and following.corpus.selection.old == plan.new
+    assert len(following.new) == 1 and following.text.selection.old == plan.new
     assert following.run_id != plan.run_id
 
 

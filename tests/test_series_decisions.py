@@ -13,14 +13,13 @@ from relora_train.checkpoints.lineage import CheckpointRef
 from relora_train.checkpoints.manifest import DatasetManifest
 from relora_train.checkpoints.series import find_champion, promote, read_series
 from relora_train.data.selection import Selection
-from relora_train.runs.datasets import Corpus
+from relora_train.runs.datasets import TextSettings
 from relora_train.runs.retraining import retrain
-from relora_train.runs.retraining.options import RetrainOptions
+from relora_train.runs.retraining.interface import RetrainOptions, retrain_markdown, summarize
 from relora_train.runs.retraining.retrain import RetrainPlan, conclude, plan_retrain, start
 from relora_train.runs.retraining.series_data import read_data, read_decisions
-from relora_train.runs.retraining.summary import retrain_markdown, summarize_retrain
 from relora_train.runs.run import DatasetRef, StageOutcome
-from relora_train.settings.data import TokenizerConfig
+from relora_train.settings.data import DataConfig, TokenizerConfig
 from relora_train.settings.profile import Profile
 from relora_train.storage.base import ObjectStore
 from relora_train.storage.opening import open_store
@@ -29,13 +28,13 @@ from relora_train.storage.opening import open_store
 def plan_for(store: ObjectStore, champion: CheckpointRef | None, new: tuple[str, ...] = ("f" * 64,), **options: Any):
     return RetrainPlan(
         series="s", store_uri=store.uri, options=RetrainOptions(**options), profile=Profile(), champion=champion,
-        corpus=Corpus(TokenizerConfig(), Selection(new=new)), new=new, run_id="run",
+        text=TextSettings(DataConfig(), TokenizerConfig(), Selection(new=new)), new=new, run_id="run",
     )  # fmt: skip
 
 
 def decide(plan: RetrainPlan, candidate: CheckpointRef, loss: float, champion_loss: float | None):
-    manifest = DatasetManifest.model_construct(dataset_id="d" * 64)
-    dataset = DatasetRef("memory://d/datasets/x/d", "memory://d", "datasets/x/d", manifest)
+    manifest = DatasetManifest.model_construct(name="x", dataset_id="d")
+    dataset = DatasetRef("memory://d", manifest)
     theirs = None if champion_loss is None else {"val_loss": champion_loss}
     return conclude(plan, candidate, {"val_loss": loss}, theirs, dataset, provenance={})
 
@@ -127,7 +126,9 @@ def test_the_report_of_a_decision_says_what_to_do_next(memory: ObjectStore, file
         (plan_for(memory, one), two, (3.5, 3.0), f"relora promote s {two.uri}"),
     ):
         decision = decide(plan, ref, *losses)
-        summary = summarize_retrain(plan, decision, [StageOutcome(ref, reused=False)], report_uri="file:///r.html")
+        made = {"candidate_uri": ref.uri, "report_uri": "file:///r.html"}
+        stages = [StageOutcome(ref, reused=False)]
+        summary = summarize(memory, "s", decision.outcome, decision.reason, plan=plan, stages=stages, **made)
         markdown = retrain_markdown(summary)
         assert advice in markdown and decision.outcome in markdown and "file:///r.html" in markdown
     assert summary.champion_uri == one.uri and summary.stages_trained == 1

@@ -20,6 +20,7 @@ from relora_train.checkpoints.snapshots import local_snapshots
 from relora_train.distributed import Ranks
 from relora_train.runs.workers import run_worker
 from relora_train.settings.profile import Profile
+from relora_train.settings.running import LaunchConfig
 from relora_train.training import commit
 from relora_train.training.build import prepare_stage
 from relora_train.training.files import read_tensor
@@ -114,7 +115,7 @@ def sharded(
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]))
         plan = ManyStages(stages=tuple(work))
-        run_worker("many_stages", plan, root / "request.json", on_event=lambda event: None, nproc_per_node=2)
+        run_worker("many_stages", plan, root / "request.json", on_event=ignore, launch=LaunchConfig(nproc_per_node=2))
     return made
 
 

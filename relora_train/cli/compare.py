@@ -13,7 +13,7 @@ from relora_train.experiments.experiment import list_experiments, load_experimen
 from relora_train.experiments.measured import MeasuredSummary, is_measured, load_measured
 from relora_train.experiments.records import ComparisonSummary
 from relora_train.runs.model_check import check_settings
-from relora_train.settings.measures import LOSS
+from relora_train.settings.objectives import LOSS
 from relora_train.text import counted, duration
 
 

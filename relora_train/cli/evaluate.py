@@ -13,8 +13,7 @@ from relora_train.errors import AccessDeniedError
 from relora_train.runs.evaluations import recorded_evaluations, score_checkpoint
 from relora_train.runs.retry import RetryOutcome, parent_of, retry_stage
 from relora_train.runs.run import line_of
-from relora_train.settings.measures import LOSS
-from relora_train.settings.objectives import measures_in
+from relora_train.settings.objectives import LOSS, measures_in
 from relora_train.storage.opening import open_store
 from relora_train.storage.workspace import cache_root
 

@@ -32,10 +32,9 @@ from relora_train.errors import TrainerInterruptedError
 from relora_train.method.stages import stages_after
 from relora_train.runs import find
 from relora_train.runs.divergence import divergence_text
-from relora_train.runs.joining import join_run
 from relora_train.runs.model_check import check_settings
-from relora_train.runs.run import Run, choose_run_id
-from relora_train.runs.summary import RunSummary, StageSummary
+from relora_train.runs.run import Run, RunSummary, StageSummary, choose_run_id
+from relora_train.runs.workers import join_run
 from relora_train.settings.load import load_profile
 from relora_train.settings.objectives import measures_in
 from relora_train.settings.profile import Profile

@@ -25,9 +25,8 @@ from relora_train.cli.options import (
 )
 from relora_train.cli.output import BLANK, View, facts, place, say, table
 from relora_train.cli.run import run_shown
-from relora_train.runs.retraining.options import retrain_options
+from relora_train.runs.retraining.interface import RetrainSummary, retrain_options
 from relora_train.runs.retraining.series_data import forget, read_data, read_decisions
-from relora_train.runs.retraining.summary import RetrainSummary
 from relora_train.settings.load import load_profile
 from relora_train.storage.base import ObjectStore
 from relora_train.text import decimal, moment

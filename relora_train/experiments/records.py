@@ -7,8 +7,7 @@ from pydantic import Field
 
 from relora_train.reports.statistics import Estimate
 from relora_train.settings.base import FrozenConfig
-from relora_train.settings.measures import Measure, Measures
-from relora_train.settings.objectives import DEFAULT_OBJECTIVE, OBJECTIVES, ObjectiveName
+from relora_train.settings.objectives import DEFAULT_OBJECTIVE, OBJECTIVES, Measure, Objective, ObjectiveName
 
 
 class CurvePoint(FrozenConfig):
@@ -166,8 +165,8 @@ class Comparison(FrozenConfig):
     runs: tuple[RunResult, ...]
 
     @property
-    def measures(self) -> Measures:
-        return OBJECTIVES[self.objective].measures
+    def measures(self) -> Objective:
+        return OBJECTIVES[self.objective]
 
     def label(self, arm: str) -> str:
         return next(row.label for row in self.arms if row.arm == arm)

@@ -22,7 +22,7 @@ from relora_train.reports.render import render
 from relora_train.reports.statistics import Estimate, estimate
 from relora_train.reports.text import estimate_text
 from relora_train.settings.keys import flatten
-from relora_train.settings.measures import LOSS, Measure
+from relora_train.settings.objectives import LOSS, Measure
 from relora_train.storage.base import ObjectStore
 from relora_train.text import MISSING, decimal, markdown_table
 

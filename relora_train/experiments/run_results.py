@@ -27,8 +27,7 @@ from relora_train.runs.divergence import divergence_text
 from relora_train.runs.evaluations import dataset_of, recorded_evaluation
 from relora_train.runs.plan import plan
 from relora_train.runs.run import line_of
-from relora_train.settings.measures import LOSS, Measure
-from relora_train.settings.objectives import SCORES
+from relora_train.settings.objectives import LOSS, SCORES, Measure
 from relora_train.storage.base import ObjectStore, parse_json
 from relora_train.storage.workspace import checkpoint_cache
 from relora_train.training.models.shape import ShapeUnknownError

@@ -23,7 +23,7 @@ from relora_train.reports.ranks.measures import PAPER_THRESHOLD, json_value
 from relora_train.reports.render import TEMPLATES, render
 from relora_train.reports.run_data import RunData
 from relora_train.reports.text import change, headline_text, score, scores_change
-from relora_train.settings.measures import LOSS
+from relora_train.settings.objectives import LOSS
 from relora_train.storage.base import ObjectStore
 from relora_train.storage.workspace import checkpoint_cache
 from relora_train.text import count, decimal, duration, markdown_cell, steps_text

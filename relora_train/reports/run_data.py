@@ -9,8 +9,7 @@ import numpy as np
 
 from relora_train.reports.ranks.cycles import CycleHistory
 from relora_train.reports.ranks.measures import LayerSpectrum
-from relora_train.settings.measures import Measure, Measures
-from relora_train.settings.objectives import measures_in
+from relora_train.settings.objectives import Measure, Objective, measures_in
 
 TRAIN_NUMBERS = (
     "loss", "learning_rate", "grad_norm", "tokens_per_second", "tokens_seen", "lora_A_grad_norm", "lora_B_grad_norm",
@@ -139,6 +138,6 @@ class RunData:
         return int(np.count_nonzero(~np.isfinite(self.train["loss"])))
 
     @property
-    def measures(self) -> Measures:
+    def measures(self) -> Objective:
         recorded = {name: score for name, score in vars(self.stages[-1].after).items() if score is not None}
         return measures_in(recorded)

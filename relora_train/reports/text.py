@@ -4,7 +4,7 @@ import math
 
 from relora_train.reports.run_data import RunData, Scores, StageRow
 from relora_train.reports.statistics import Estimate
-from relora_train.settings.measures import Measure
+from relora_train.settings.objectives import Measure
 from relora_train.text import MISSING, count, decimal
 
 

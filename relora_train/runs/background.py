@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextvars
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -27,7 +28,7 @@ STOP_BUDGET_SECONDS = 28.0
 TICK_SECONDS = 0.5
 """A wait on the flow's own thread is cut into these, so that a signal is answered on every platform."""
 
-_FAILURE_BUDGET_SECONDS = 25.0  # after a crash: the retry on this machine needs no upload, another machine does
+_UNTOLD_SECONDS = 25.0  # for a stop of which no trainer told; for a crash, whose retry on another machine needs it
 _RETRY_SECONDS = (1.0, 5.0, 15.0, 60.0)
 _HELD_BACK_SECONDS = 0.5  # between two questions whether snapshots may be stored by now
 
@@ -41,6 +42,7 @@ class Background:
         """True: nothing more is offered, and the thread ends once it is through."""
         self._abandoned = False
         """True: nobody waits for the thread any more."""
+        self._stopping_at = -math.inf
         run = contextvars.copy_context().run  # so that log records still belong to the flow around us
         self._thread = threading.Thread(target=run, args=(self._run,), name=name, daemon=True)
 
@@ -51,12 +53,21 @@ class Background:
     def _run(self) -> None:
         raise NotImplementedError
 
+    def stopping(self) -> None:
+        """Note that the trainer is asked to stop: the time that is left counts from now."""
+        self._stopping_at = time.monotonic()
+
+    def _seconds_left(self) -> float:
+        """Return how long a stop may still take. One of a minute ago was survived."""
+        since = time.monotonic() - self._stopping_at
+        return max(0.0, STOP_BUDGET_SECONDS - since) if since < 60.0 else _UNTOLD_SECONDS
+
     def _close(self, seconds: float | None) -> None:
         """Take nothing more, and wait so long for the thread to get through; None: until it is."""
         with self._changed:
             self._closing = True
             self._changed.notify_all()
-        self._thread.join(TICK_SECONDS if seconds is None else max(0.0, seconds))
+        self._thread.join(TICK_SECONDS if seconds is None else seconds)
         while seconds is None and self._thread.is_alive():
             self._thread.join(TICK_SECONDS)
 
@@ -88,19 +99,15 @@ class SnapshotUploader(Background):
         self._pending: Path | None = None
         self._uploading: Path | None = None
         self._failures = 0
-        self._stopping_at: float | None = None
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        seconds = _FAILURE_BUDGET_SECONDS
-        if kind is not None and self._stopping_at is not None:
-            seconds = self._stopping_at + STOP_BUDGET_SECONDS - time.monotonic()
         flush = kind is not None and (not issubclass(kind, Exception) or self._may_store())
         with self._changed:
             if not flush:
                 self._pending = None
-        self._close(seconds)
+        self._close(self._seconds_left())
         with self._changed:
             self._abandoned = True
             self._changed.notify_all()
@@ -116,7 +123,7 @@ class SnapshotUploader(Background):
         if event["event"] == "snapshot_committed":
             self.offer(Path(event["directory"]))
         elif event["event"] == "stopping":
-            self._stopping_at = time.monotonic()
+            self.stopping()
         elif event["event"] == "snapshot_failed":
             _log.warning("The snapshot of step %s was not written: %s", event["step"], event["message"])
 

@@ -27,7 +27,7 @@ from relora_train.data.tokenizer import differing_ids, load_tokenizer
 from relora_train.data.tokenizer_files import TOKENIZER_FILE, TOKENIZER_FILES
 from relora_train.errors import ObjectNotFoundError, RunSettingsChangedError, TokenizerError
 from relora_train.runs.evaluations import dataset_of
-from relora_train.runs.run import DatasetRef, OnEvent, Run, dataset_ref
+from relora_train.runs.run import DatasetRef, OnEvent, Run
 from relora_train.runs.workers import run_worker
 from relora_train.settings.data import DataConfig, TokenizerConfig
 from relora_train.settings.profile import Profile
@@ -46,59 +46,45 @@ class DatasetOutcome:
 
 
 @dataclass(frozen=True)
-class Corpus:
-    """The source of a dataset, if it is not simply what the profile names."""
-
-    tokenizer: TokenizerConfig
-    selection: Selection
-
-
-@dataclass(frozen=True)
 class TextSettings:
-    """The two sections of a profile that a dataset of text is made by."""
+    """The two sections of a profile that a dataset is made by."""
 
     data: DataConfig
     tokenizer: TokenizerConfig
+    selection: Selection | None = None
+    """The parts of the source to take; all of them when absent."""
 
     def inputs(self, source: Source) -> DatasetInputs:
         return inputs_of(replace(source, data=self.data), self.tokenizer, Selection(new=contents_of(source)))
 
 
 def prepare_or_reuse(
-    run: Run,
-    *,
-    on_event: OnEvent,
-    parent: CheckpointRef | None = None,
-    corpus: Corpus | None = None,
+    run: Run, *, on_event: OnEvent, parent: CheckpointRef | None = None, text: TextSettings | None = None
 ) -> DatasetOutcome:
     """Return the committed dataset of the run's corpus and tokenizer, tokenizing only what no attempt has yet.
 
-    parent: the checkpoint that the run goes on from; see choose_tokenizer.
+    parent: the checkpoint that the run goes on from; see choose_tokenizer. text: what is not simply as the profile has.
     Safe to repeat and to race: the first commit wins, and what a killed attempt finished on this machine is used.
     """
-    store, name, selection = run.store, run.profile.data.name, corpus.selection if corpus else None
-    if corpus is None and run.profile.data.source not in IMAGE_SOURCES:
+    store, name = run.store, run.profile.data.name
+    if text is None and run.profile.data.source not in IMAGE_SOURCES:
         text, dataset_id = choose_tokenizer(run, parent)
     else:
-        text = TextSettings(run.profile.data, corpus.tokenizer if corpus else run.profile.tokenizer)
-        dataset_id, _ = describe_dataset(text.data, text.tokenizer, selection=selection)
-    if found := find_dataset(store, name, dataset_id):
-        return DatasetOutcome(dataset_ref(store, found), reused=True)
+        text = text or TextSettings(run.profile.data, run.profile.tokenizer)
+        dataset_id, _ = describe_dataset(text.data, text.tokenizer, selection=text.selection)
     with WorkDirectory("datasets", f"{name}-{dataset_id[:16]}-{short_digest(store.uri)}") as work:
-        if work.waited and (found := find_dataset(store, name, dataset_id)):  # by the process that was waited for
-            return DatasetOutcome(dataset_ref(store, found), reused=True)
+        if found := find_dataset(store, name, dataset_id):  # maybe by a process that was waited for
+            return DatasetOutcome(DatasetRef(store.uri, found), reused=True)
         request = PrepareRequest(
             data=text.data,
             tokenizer=text.tokenizer,
-            selection=selection,
+            selection=text.selection,
             work_directory=work.path,
             result_path=work.path / "result.json",
         )
         run.worker.start(run.profile)  # it gets ready meanwhile
-        # The source may lie in a store or on a hub, so this worker keeps the credentials.
-        run_worker(
-            "relora_train.data.prepare", request, work.path / "request.json", on_event=on_event, keep_secrets=True
-        )
+        path = work.path / "request.json"  # the source may lie in a store or on a hub: this worker keeps credentials
+        run_worker("relora_train.data.prepare", request, path, on_event=on_event, keep_secrets=True)
         prepared = PreparedDataset.model_validate_json(request.result_path.read_bytes())
         statistics = prepared.manifest.statistics
         for note in (statistics.get("split_note"), left_out_note(statistics.get("left_out", ()))):
@@ -107,7 +93,7 @@ def prepare_or_reuse(
         prefix = dataset_prefix(prepared.manifest.name, prepared.manifest.dataset_id)
         manifest = commit_bundle(store, prefix, prepared.directory, prepared.manifest)
         keep_fetched(store, prepared.manifest, manifest, prepared.directory, dataset_cache(manifest.dataset_id))
-    return DatasetOutcome(dataset_ref(store, manifest), reused=False)
+    return DatasetOutcome(DatasetRef(store.uri, manifest), reused=False)
 
 
 def choose_tokenizer(run: Run, parent: CheckpointRef | None) -> tuple[TextSettings, str]:
@@ -121,10 +107,13 @@ def choose_tokenizer(run: Run, parent: CheckpointRef | None) -> tuple[TextSettin
     chosen, *others = choices = _choices(profile)
     ids: dict[TextSettings, str] = {}
     for choice in choices if parent else others:
-        with suppress(TokenizerError):
-            ids[choice] = choice.inputs(source).dataset_id
+        other = (choice.tokenizer != chosen.tokenizer and not _is_open(profile.tokenizer)) or (
+            choice.data.bos != profile.data.bos != "auto"
+        )
+        if parent is None or not other:  # with a parent, what the profile leaves open
+            with suppress(TokenizerError):
+                ids[choice] = choice.inputs(source).dataset_id
     if parent is not None:
-        ids = {choice: dataset_id for choice, dataset_id in ids.items() if _leaves_open(profile, choice)}
         same = {dataset_id: choice for choice, dataset_id in reversed(ids.items())}
         chosen = same.get(parent.manifest.dataset_id) or as_checkpoint(parent, profile)
     inputs = chosen.inputs(source)
@@ -163,13 +152,6 @@ def tokenizer_directory(checkpoint: CheckpointRef) -> Path:
 def _is_open(settings: TokenizerConfig) -> bool:
     """Return True if a profile names no tokenizer and asks for none."""
     return settings.path is None and not settings.train
-
-
-def _leaves_open(profile: Profile, choice: TextSettings) -> bool:
-    """Return True if a choice differs from a profile only in what the profile leaves open."""
-    other_tokenizer = choice.tokenizer != facts_of(profile).tokenizer()
-    other_bos = choice.data.bos != profile.data.bos
-    return (_is_open(profile.tokenizer) or not other_tokenizer) and (profile.data.bos == "auto" or not other_bos)
 
 
 def _choices(profile: Profile) -> list[TextSettings]:

@@ -16,7 +16,7 @@ from relora_train.checkpoints.manifest import DatasetManifest, read_manifest
 from relora_train.errors import AccessDeniedError, ObjectNotFoundError
 from relora_train.runs.run import DatasetRef, OnEvent, Run, fetch_dataset, fetch_parent
 from relora_train.settings.keys import settings_digest
-from relora_train.settings.profile import Profile, profile_from_file, unset_later_keys
+from relora_train.settings.profile import Profile, profile_to_read, unset_later_keys
 from relora_train.storage.base import ObjectStore, find_json, parse_json, put_json
 from relora_train.storage.opening import open_store
 from relora_train.storage.workspace import WorkDirectory, checkpoint_cache, short_digest
@@ -37,20 +37,20 @@ def dataset_of(checkpoint: CheckpointRef) -> DatasetRef:
     """Return the dataset that a checkpoint was trained on. Raise ObjectNotFoundError if it is gone."""
     uri = checkpoint.manifest.dataset_uri
     root, _, rest = uri.rpartition("/datasets/")
-    store, prefix = open_store(root), f"datasets/{rest}"
-    manifest = read_manifest(store, prefix, DatasetManifest)
+    store = open_store(root)
+    manifest = read_manifest(store, f"datasets/{rest}", DatasetManifest)
     if manifest is None:
         raise ObjectNotFoundError(
             f"The dataset of {checkpoint.uri} is not at {uri} any more. Prepare it again with the profile of the run, "
             "or copy it back."
         )
-    return DatasetRef(uri, store.uri, prefix, manifest)
+    return DatasetRef(store.uri, manifest)
 
 
 def profile_of(checkpoint: CheckpointRef) -> Profile:
     """Return the resolved settings that a checkpoint was made with."""
     fetch = files_in_stores(checkpoint_cache(checkpoint.manifest.run_id))
-    return profile_from_file(fetch(checkpoint, ["profile.json"]) / "profile.json")
+    return profile_to_read((fetch(checkpoint, ["profile.json"]) / "profile.json").read_bytes())
 
 
 def score_checkpoint(checkpoint: CheckpointRef, *, on_event: OnEvent) -> EvaluationOutcome:
@@ -68,12 +68,9 @@ def evaluate_or_reuse(
     """
     profile, store = run.profile, run.store
     key = _key(profile, checkpoint, dataset)
-    if recorded := recorded_evaluation(profile, checkpoint, dataset, store):
-        return EvaluationOutcome(recorded, reused=True)
     name = f"{checkpoint.manifest.stage}-{checkpoint.fingerprint[:12]}-{short_digest(f'{store.uri}/{key}')}"
     with WorkDirectory(checkpoint.manifest.run_id, f"evaluate-{name}") as work:
-        # The process that was waited for may have scored it.
-        if work.waited and (recorded := recorded_evaluation(profile, checkpoint, dataset, store)):
+        if recorded := recorded_evaluation(profile, checkpoint, dataset, store):  # maybe by one that was waited for
             return EvaluationOutcome(recorded, reused=True)
         request = EvaluationRequest(
             profile=profile,

@@ -14,8 +14,7 @@ from relora_train.errors import AccessDeniedError, RunSettingsChangedError, Stor
 from relora_train.method.stages import Stage, fingerprint_settings, stage_fingerprint
 from relora_train.runs.run import Run
 from relora_train.settings.keys import differing_settings, settings_digest
-from relora_train.settings.method import DropoutMask
-from relora_train.settings.model import ModelConfig
+from relora_train.settings.method import DropoutMask, ModelConfig
 from relora_train.storage.opening import open_store
 
 
@@ -27,12 +26,7 @@ class StageIdentity(NamedTuple):
 
 
 def stage_identity(
-    run: Run,
-    stage: Stage,
-    dataset_id: str,
-    parent: CheckpointRef | None,
-    *,
-    at_own_rate: StageIdentity | None = None,
+    run: Run, stage: Stage, dataset_id: str, parent: CheckpointRef | None, *, at_own_rate: StageIdentity | None = None
 ) -> StageIdentity:
     """Return the stage's settings and their fingerprint. Without a parent this reads a local model.pretrained whole.
 

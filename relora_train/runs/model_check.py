@@ -53,11 +53,10 @@ def check_run(run: Run, stages: Sequence[Stage], parent: CheckpointRef | None, *
     if known and not asks_for_devices:
         return
     with WorkDirectory("checks", f"{run.run_id}-{short_digest(run.store.uri)}") as work:
-        request = ModelCheckRequest(profile=profile, low_rank=low_rank)
+        directory, path = work.path if config else None, work.path / "request.json"
         if config is not None:
             (work.path / "config.json").write_bytes(config)
-            request = request.model_copy(update={"config_directory": work.path})
-        path = work.path / "request.json"
+        request = ModelCheckRequest(profile=profile, low_rank=low_rank, config_directory=directory)
         run.worker.run("relora_train.training.model_check_worker", request, path, on_event=on_event)
 
 

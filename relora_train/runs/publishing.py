@@ -14,11 +14,10 @@ checkpoint tries at once. If access is denied, it waits until half an hour has p
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -27,12 +26,10 @@ from types import TracebackType
 from relora_train.checkpoints.lineage import CheckpointRef
 from relora_train.checkpoints.manifest import result_digest
 from relora_train.errors import AccessDeniedError, PreconditionFailedError, ReLoRAError
-from relora_train.runs.background import STOP_BUDGET_SECONDS, TICK_SECONDS, Background, pause_after
-from relora_train.storage.base import ObjectStore
+from relora_train.runs.background import TICK_SECONDS, Background, pause_after
 
 _log = logging.getLogger("relora_train.runs.publishing")
 
-_STOP_SECONDS = 25.0  # for a stop of which no trainer told; Prefect kills after 30
 _RETRY_SECONDS = (5.0, 15.0, 60.0)
 _DENIED_SECONDS = 1800.0  # for a person to renew a token; a device idles no longer once the next stage is trained
 
@@ -99,15 +96,11 @@ class Publisher(Background):
         super().__init__("publisher")
         self._retry_seconds = retry_seconds
         self._publications: list[Publication] = []
-        self._stopping_at = -math.inf
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        seconds: float | None = None
-        if kind is not None and not issubclass(kind, Exception):  # the flow was stopped
-            since = time.monotonic() - self._stopping_at
-            seconds = max(0.0, STOP_BUDGET_SECONDS - since) if since < 2 * STOP_BUDGET_SECONDS else _STOP_SECONDS
+        stopped = kind is not None and not issubclass(kind, Exception)
         try:
-            self._close(seconds)
+            self._close(self._seconds_left() if stopped else None)
         finally:
             with self._changed:
                 self._abandoned = True
@@ -180,18 +173,32 @@ class Publisher(Background):
                 if publication.superseded and publication.error is not None:
                     raise publication.error
 
-    def stopping(self) -> None:
-        """Note that the trainer is asked to stop: the time that is left counts from now."""
-        self._stopping_at = time.monotonic()
-
     def _run(self) -> None:
         while (publication := self._next()) is not None:
-            committed, error = self._attempt(publication)
+            committed: CheckpointRef | None = None
+            error: Exception | None = None
+            try:
+                committed = publication.store(self._raise_if_abandoned)
+            except Exception as failure:
+                error = failure
+            else:
+                theirs = committed.manifest
+                if result_digest(theirs) != result_digest(publication.checkpoint.manifest):
+                    error = PreconditionFailedError(
+                        f"{committed.uri} was committed by another attempt ({theirs.attempt}, at "
+                        f"{theirs.created_at.isoformat(timespec='seconds')}) with another result than this machine's. "
+                        f"What was trained here after {theirs.stage} began from bytes that are not the run's, and "
+                        "nothing of it is committed. Run the same command again: it goes on from the stored checkpoint."
+                    )
             with self._changed:
                 publication.committed, publication.error = committed, error
                 if error is not None:
-                    self._note_failure(publication, error)
+                    self._plan_next_attempt(publication, error)
                 self._changed.notify_all()
+
+    def _raise_if_abandoned(self) -> None:
+        if self._abandoned:
+            raise AbandonedError
 
     def _next(self) -> Publication | None:
         """Wait until the first that is not stored is due, and return it; None when there will be no more."""
@@ -206,26 +213,7 @@ class Publisher(Background):
                 self._changed.wait(None if math.isinf(left) else left)
             return None
 
-    def _attempt(self, publication: Publication) -> tuple[CheckpointRef | None, Exception | None]:
-        def raise_if_abandoned() -> None:
-            if self._abandoned:
-                raise AbandonedError
-
-        try:
-            committed = publication.store(raise_if_abandoned)
-        except Exception as error:
-            return None, error
-        theirs = committed.manifest
-        if result_digest(theirs) == result_digest(publication.checkpoint.manifest):
-            return committed, None
-        return committed, PreconditionFailedError(
-            f"{committed.uri} was committed by another attempt ({theirs.attempt}, at "
-            f"{theirs.created_at.isoformat(timespec='seconds')}) with another result than this machine's. What was "
-            f"trained here after {theirs.stage} began from bytes that are not the run's, and nothing of it is "
-            "committed. Run the same command again: it goes on from the stored checkpoint."
-        )
-
-    def _note_failure(self, publication: Publication, error: Exception) -> None:
+    def _plan_next_attempt(self, publication: Publication, error: Exception) -> None:
         publication.failures += 1
         now, denied, advice = time.monotonic(), isinstance(error, AccessDeniedError), ""
         if denied and not publication.denied_until:
@@ -244,11 +232,3 @@ class Publisher(Background):
         publication.due = now + pause if may_help else math.inf
         if (publication.failures == 1 or advice) and not self._abandoned:
             _log.warning("%s Training goes on meanwhile. %s(%s)", publication.waits, advice, error)
-
-
-@contextlib.contextmanager
-def publishing(store: ObjectStore) -> Iterator[Publisher]:
-    """Yield a publisher for the length of the block. For a store on this machine it never starts: nothing is gained."""
-    publisher = Publisher()
-    with publisher if store.is_remote else contextlib.nullcontext():
-        yield publisher

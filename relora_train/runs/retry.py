@@ -13,11 +13,11 @@ URIs, off the run's line; the run's own command trains those stages again.
 from __future__ import annotations
 
 import shutil
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 from relora_train.checkpoints.layout import split_checkpoint_uri
-from relora_train.checkpoints.lease import Lease, hold_run
+from relora_train.checkpoints.lease import hold_run
 from relora_train.checkpoints.lineage import CheckpointRef, descendants, read_checkpoint
 from relora_train.checkpoints.manifest import RECORD_FILES, CheckpointManifest
 from relora_train.checkpoints.names import read_checkpoints
@@ -87,9 +87,7 @@ def retry_stage(checkpoint: CheckpointRef, *, on_event: OnEvent, replace: bool =
             f"The settings of {checkpoint.uri} are not what its profile.json means to this version (there -> now):"
             f"{shown}\nRetry it with the version that made it: {manifest.versions.get('relora-train', '?')}."
         )
-    writer: AbstractContextManager[Lease | None] = nullcontext()
-    if replace:
-        writer = hold_run(store, run.run_id, depends_on=[checkpoint.uri])
+    writer = hold_run(store, run.run_id, depends_on=[checkpoint.uri]) if replace else nullcontext()
     with writer as lease, WorkDirectory(run.run_id, f"retry-{stage.name}-{checkpoint.fingerprint[:12]}") as work:
         shutil.rmtree(work.path / "checkpoint", ignore_errors=True)  # of a retry that was stopped: it proves nothing
         identity = StageIdentity(manifest.fingerprint_settings, checkpoint.fingerprint)
@@ -126,9 +124,8 @@ def stage_of(manifest: CheckpointManifest) -> Stage:
 def differing_files(ours: CheckpointManifest, theirs: CheckpointManifest) -> tuple[str, ...]:
     """Return files that only one of two checkpoints has, or that have other bytes; records are not compared."""
     one, two = ({entry.path: entry.sha256 for entry in manifest.files} for manifest in (ours, theirs))
-    return tuple(
-        sorted(name for name in {*one, *two} - {*RECORD_FILES, *_DESCRIPTIONS} if one.get(name) != two.get(name))
-    )
+    names = {*one, *two} - {*RECORD_FILES, *_DESCRIPTIONS}
+    return tuple(sorted(name for name in names if one.get(name) != two.get(name)))
 
 
 def parent_of(checkpoint: CheckpointRef) -> CheckpointRef | None:

@@ -1,16 +1,20 @@
 """One run in a store: its identity and settings, the datasets and checkpoints it reads, and the line it is on.
 
-Manifests in the store alone say what has been done. `find.py` looks a stage up, `train.py` trains it.
+Manifests in the store alone say what has been done. `find.py` looks a stage up, `train.py` trains it. The summary of a
+run is what the command line prints and scripts read.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import Field
 
 from relora_train.checkpoints.fetch import fetch_bundle, fetch_checkpoint
 from relora_train.checkpoints.layout import dataset_prefix, split_checkpoint_uri
@@ -20,16 +24,20 @@ from relora_train.checkpoints.manifest import DatasetManifest
 from relora_train.checkpoints.run import CheckpointStore, RunView
 from relora_train.errors import CheckpointNotFoundError, ReLoRAError
 from relora_train.events import Event
-from relora_train.runs.publishing import Publisher, publishing
+from relora_train.runs.publishing import Publisher
 from relora_train.runs.workers import Worker
+from relora_train.settings.base import FrozenConfig
 from relora_train.settings.keys import settings_digest
 from relora_train.settings.profile import Profile, default_run_id
 from relora_train.storage.base import ObjectStore
 from relora_train.storage.opening import open_store
 from relora_train.storage.workspace import checkpoint_cache, dataset_cache
 
+if TYPE_CHECKING:
+    from relora_train.runs.datasets import DatasetOutcome
+    from relora_train.runs.evaluations import EvaluationOutcome
+
 STORE_VARIABLE = "RELORA_STORE"
-DEFAULT_STORE = "relora-store"
 
 OnEvent = Callable[[Event], None]
 
@@ -65,12 +73,6 @@ class Run:
         if self.lease is not None:
             self.lease.check()
 
-    def raise_if_superseded(self) -> None:
-        """Raise if the result of the current work can no longer be committed."""
-        if self.lease is not None:
-            self.lease.raise_if_lost()
-        self.publisher.raise_if_superseded()
-
     def is_unstored(self, checkpoint: CheckpointRef | None) -> bool:
         """Return True if the checkpoint is still on its way into the store, where nothing made from it can be yet."""
         return checkpoint is not None and not self.publisher.is_stored(checkpoint)
@@ -82,10 +84,11 @@ def session(run: Run, *, depends_on: Sequence[str] = ()) -> Iterator[Run]:
 
     depends_on, and errors: as for hold_run.
     """
+    publisher = Publisher()  # for a store on this machine it never starts: nothing is gained
     with (
         hold_run(run.store, run.run_id, depends_on=depends_on) as lease,
         closing(Worker(keeps=True)) as worker,
-        publishing(run.store) as publisher,
+        publisher if run.store.is_remote else nullcontext(),
     ):
         view = RunView(run.store, run.run_id)
         yield replace(run, lease=lease, worker=worker, publisher=publisher, view=view)
@@ -95,10 +98,16 @@ def session(run: Run, *, depends_on: Sequence[str] = ()) -> Iterator[Run]:
 class DatasetRef:
     """One committed dataset in a store."""
 
-    uri: str
     store_uri: str
-    prefix: str
     manifest: DatasetManifest
+
+    @property
+    def prefix(self) -> str:
+        return dataset_prefix(self.manifest.name, self.manifest.dataset_id)
+
+    @property
+    def uri(self) -> str:
+        return f"{self.store_uri}/{self.prefix}"
 
     @property
     def dataset_id(self) -> str:
@@ -119,7 +128,7 @@ class StageOutcome:
 
 def default_store_uri() -> str:
     """Return $RELORA_STORE, else the directory relora-store where the command was given."""
-    return os.environ.get(STORE_VARIABLE) or str(Path(DEFAULT_STORE).resolve())
+    return os.environ.get(STORE_VARIABLE) or str(Path("relora-store").resolve())
 
 
 def choose_run_id(profile: Profile, parent: CheckpointRef | None) -> str:
@@ -128,11 +137,6 @@ def choose_run_id(profile: Profile, parent: CheckpointRef | None) -> str:
     if parent is None or parent.manifest.run_id == own:
         return own
     return f"{profile.name}-{settings_digest({'run': own, 'parent': parent.fingerprint})[:8]}"
-
-
-def dataset_ref(store: ObjectStore, manifest: DatasetManifest) -> DatasetRef:
-    prefix = dataset_prefix(manifest.name, manifest.dataset_id)
-    return DatasetRef(f"{store.uri}/{prefix}", store.uri, prefix, manifest)
 
 
 def fetch_dataset(dataset: DatasetRef) -> Path:
@@ -185,3 +189,81 @@ def first_and_last(line: Sequence[CheckpointRef]) -> list[CheckpointRef]:
     before = [checkpoint for checkpoint in line if checkpoint.manifest.cycle == 0]
     chosen = [before[-1] if before else line[0], line[-1]]
     return chosen[:1] if chosen[0].fingerprint == chosen[1].fingerprint else chosen
+
+
+class StageSummary(FrozenConfig):
+    """One row of the final table."""
+
+    stage: str
+    start_step: int
+    end_step: int
+    tokens: int
+    evaluation: dict[str, float]
+    """The scores after the stage, and before it under names that end in '_before'; see the manifest."""
+
+    seconds: float
+    uri: str
+    reused: bool
+    divergence: dict[str, Any] = Field(default_factory=dict)
+    """Empty unless the stage diverged and was trained at a lower learning rate; see the manifest."""
+
+
+class RunSummary(FrozenConfig):
+    """A finished flow run."""
+
+    run_id: str
+    store_uri: str
+    dataset_uri: str
+    dataset_reused: bool
+    stages: tuple[StageSummary, ...]
+    later_stages: tuple[str, ...] = ()
+    """Stages beyond the profile's last one, which another command added. The report has them too."""
+
+    evaluations: tuple[dict[str, Any], ...]
+    """Scores and samples by the evaluation task."""
+
+    evaluations_reused: int
+    report_uri: str
+    picture_uris: tuple[str, ...]
+
+
+def summarize_run(
+    run: Run,
+    prepared: DatasetOutcome,
+    outcomes: Sequence[StageOutcome],
+    evaluations: Sequence[EvaluationOutcome],
+    later: Sequence[CheckpointRef],
+    *,
+    report_uri: str,
+    picture_uris: Sequence[str],
+) -> RunSummary:
+    """Summarize a finished flow run. later: the checkpoints beyond the profile's last stage."""
+    stages = []
+    for outcome in outcomes:
+        manifest = outcome.checkpoint.manifest
+        start = manifest.parent.step if manifest.parent else 0
+        stages.append(
+            StageSummary(
+                stage=manifest.stage,
+                start_step=start,
+                end_step=manifest.step,
+                tokens=(manifest.step - start) * run.profile.batch.tokens,
+                evaluation=manifest.evaluation,
+                seconds=manifest.stage_seconds,
+                uri=outcome.checkpoint.uri,
+                reused=outcome.reused,
+                divergence=manifest.divergence,
+            )
+        )
+    return RunSummary(
+        run_id=run.run_id,
+        store_uri=run.store_uri,
+        dataset_uri=prepared.dataset.uri,
+        dataset_reused=prepared.reused,
+        stages=tuple(stages),
+        later_stages=tuple(checkpoint.manifest.stage for checkpoint in later),
+        evaluations=tuple(evaluation.record for evaluation in evaluations),
+        evaluations_reused=sum(evaluation.reused for evaluation in evaluations),
+        report_uri=report_uri,
+        picture_uris=tuple(picture_uris),
+    )

@@ -88,20 +88,19 @@ class WorkerProcess:
                     self._process.stdin.write(f"{line}\n")
                     self._process.stdin.flush()
             for event in self._events():
-                match event["event"]:
-                    case "failed":
-                        self._failures.append(event)
-                    case kind if kind == TAKEN and line is not None:
-                        self.took_request = True
-                    case kind if kind == SERVED and line is not None:
-                        return True
-                    case _:
-                        on_event(event)
+                if event["event"] == "failed":
+                    self._failures.append(event)
+                elif line is not None and event["event"] == TAKEN:
+                    self.took_request = True
+                elif line is not None and event["event"] == SERVED:
+                    return True
+                else:
+                    on_event(event)
             self._process.wait()
         except BaseException:
             try:
                 self._stop(on_event)
-            finally:
+            finally:  # also when a second Ctrl-C comes
                 self.close()
             raise
         self.close()
@@ -109,15 +108,9 @@ class WorkerProcess:
 
     def _events(self, *, until: float = math.inf) -> Iterator[Event]:
         """Yield events to the end of the worker's output, or until that time of the monotonic clock."""
-        while True:
-            left = until - time.monotonic()
-            try:
-                event = self._heard.get(timeout=None if math.isinf(left) else max(0.0, left))
-            except queue.Empty:
-                return
-            if event is None:
-                return
-            yield event
+        with contextlib.suppress(queue.Empty):
+            while event := self._heard.get(timeout=None if math.isinf(until) else max(0.0, until - time.monotonic())):
+                yield event
 
     def _read(self) -> None:
         try:
@@ -134,7 +127,7 @@ class WorkerProcess:
             self._heard.put(None)
 
     def _stop(self, on_event: Callable[[Event], None]) -> None:
-        """End a worker and its ranks: ask, hear what it still has to say, then kill its whole session."""
+        """Ask a worker and its ranks to end, and hear what it still has to say, for as long as that may take."""
 
         def tell(event: Event) -> None:
             try:
@@ -143,32 +136,26 @@ class WorkerProcess:
                 _LOGGER.debug("A listener failed on %s", event["event"], exc_info=True)
 
         deadline = time.monotonic() + STOP_SECONDS
-        try:
-            tell({"event": "stopping", "seconds": STOP_SECONDS})
-            self._process.terminate()
-            if self._process.stdin is not None:
-                with contextlib.suppress(OSError):
-                    self._process.stdin.close()
-            for event in self._events(until=deadline):
-                if event["event"] != "failed":  # it says that it was stopped
-                    tell(event)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(timeout=max(0.0, deadline - time.monotonic()))
-        finally:  # also when a second Ctrl-C comes
-            self.kill()
+        tell({"event": "stopping", "seconds": STOP_SECONDS})
+        self._process.terminate()
+        if self._process.stdin is not None:
+            with contextlib.suppress(OSError):
+                self._process.stdin.close()
+        for event in self._events(until=deadline):
+            if event["event"] != "failed":  # it says that it was stopped
+                tell(event)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(timeout=max(0.0, deadline - time.monotonic()))
 
-    def kill(self) -> None:
-        """Kill the whole session of a worker that is still alive."""
+    def close(self) -> None:
+        """Kill the whole session of a worker that is still alive, and close both pipes.
+
+        A descendant that outlived it may hold the output open, and is not waited for.
+        """
         if self.is_alive:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
-
-    def close(self) -> None:
-        """Close both pipes of a worker that has ended.
-
-        A descendant that outlived it may hold the output open, and is not waited for.
-        """
         if self._process.stdin is not None:
             with contextlib.suppress(BrokenPipeError):
                 self._process.stdin.close()

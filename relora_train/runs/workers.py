@@ -2,17 +2,25 @@
 
 Requests share a worker only if they need the same kind of process and follow on one that ended well. An error, a
 diverged loss, a signal, a listener that fails, the end of this process: each ends the worker.
+
+Several machines train together: the flow's has node rank 0 and the first rank, which alone talks to the flow and
+writes. On each other one join_run starts an agent a stage. They meet at launch.rdzv_endpoint, a port on the flow's
+machine that is open while a stage runs there.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+import tempfile
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
+from pydantic import ValidationError
+
+from relora_train.devices import check_devices
+from relora_train.errors import ConfigError, ReLoRAError, TrainerCrashedError
 from relora_train.events import Event
 from relora_train.process import SERVE_OPTION
 from relora_train.runs.worker_process import WorkerProcess
@@ -20,25 +28,12 @@ from relora_train.settings.base import FrozenConfig
 from relora_train.settings.keys import settings_digest
 from relora_train.settings.profile import Profile
 from relora_train.settings.running import LaunchConfig
-from relora_train.training.requests import EvaluationRequest, ModelCheckRequest, StageRequest
+from relora_train.training.requests import EvaluationRequest, JoinRequest, ModelCheckRequest, StageRequest
 
 _WORKER = "relora_train.worker"
 """The module as which every worker process starts, before that of its work."""
 
 ONE_RANK = LaunchConfig()
-
-
-@dataclass(frozen=True)
-class Nodes:
-    """This machine among those that run one worker together, in the words of torchrun."""
-
-    nnodes: int
-    rdzv_endpoint: str
-    node_rank: int = 0
-    """0 is the machine of the flow: its first rank writes files and events."""
-
-    wait_seconds: int = 600
-    """The time for which this machine waits for the others."""
 
 
 def run_worker(
@@ -47,11 +42,14 @@ def run_worker(
     request_path: Path,
     *,
     on_event: Callable[[Event], None],
-    nproc_per_node: int | Literal["gpu"] = 1,
-    nodes: Nodes | None = None,
+    launch: LaunchConfig = ONE_RANK,
+    node_rank: int = 0,
+    wait_seconds: int = 600,
     keep_secrets: bool = False,
 ) -> None:
     """Run `python -m module --request request_path` to its end, under torch's elastic launcher for several ranks.
+
+    This machine is number node_rank of launch.nnodes, and waits so long for the others.
 
     Every event of the worker goes to on_event, every other line of its output to the log. The worker sees
     no credentials unless keep_secrets. If an exception, Ctrl-C or a cancelled run ends this call early, the worker ends
@@ -61,19 +59,19 @@ def run_worker(
     """
     _write(request, request_path)
     command = ["-m", _WORKER, module, "--request", str(request_path)]
-    if nproc_per_node != 1 or nodes is not None:
+    if launch.world_size != 1:
         place = ["--standalone"]
-        if nodes is not None:
+        if launch.nnodes > 1:
             # Not the elastic backend: it would put the first rank, which speaks to the flow, on any of the machines.
             place = [
                 "--rdzv-backend=static",
-                f"--rdzv-endpoint={nodes.rdzv_endpoint}",
-                f"--rdzv-conf=timeout={nodes.wait_seconds}",
-                f"--nnodes={nodes.nnodes}",
-                f"--node-rank={nodes.node_rank}",
+                f"--rdzv-endpoint={launch.rdzv_endpoint}",
+                f"--rdzv-conf=timeout={wait_seconds}",
+                f"--nnodes={launch.nnodes}",
+                f"--node-rank={node_rank}",
             ]
         log_dir = request_path.parent / "torchrun"  # else each launch leaves a directory in the system's temporary one
-        ranks = [f"--nproc-per-node={nproc_per_node}", f"--log-dir={log_dir}"]
+        ranks = [f"--nproc-per-node={launch.nproc_per_node}", f"--log-dir={log_dir}"]
         command = ["-m", _WORKER, "relora_train.runs.agent", *place, *ranks, *command]
     worker = WorkerProcess(module, [sys.executable, *command], keep_secrets=keep_secrets)
     worker.listen(on_event)
@@ -91,7 +89,7 @@ class Worker:
 
     def start(self, profile: Profile) -> None:
         """Start a process that imports what the profile's stages need, so that the first need not wait for it."""
-        if self._keeps and profile.launch.nproc_per_node == 1 and profile.launch.nnodes == 1:
+        if self._keeps and profile.launch.world_size == 1:
             self._fit(profile)
 
     def run(
@@ -104,11 +102,9 @@ class Worker:
         launch: LaunchConfig = ONE_RANK,
     ) -> None:
         """Run a request as run_worker does, with the same errors. Several ranks get processes of their own."""
-        if not self._keeps or launch.nproc_per_node != 1 or launch.nnodes != 1:
+        if not self._keeps or launch.world_size != 1:
             self.close()  # they need its memory
-            ranks = launch.nproc_per_node
-            nodes = Nodes(launch.nnodes, launch.rdzv_endpoint) if launch.nnodes > 1 and launch.rdzv_endpoint else None
-            run_worker(module, request, request_path, on_event=on_event, nproc_per_node=ranks, nodes=nodes)
+            run_worker(module, request, request_path, on_event=on_event, launch=launch)
             return
         _write(request, request_path)
         line = json.dumps([type(request).__name__, str(request_path)])
@@ -126,7 +122,6 @@ class Worker:
         """End an idle process at once: it holds nothing. Safe to repeat."""
         worker, self._worker = self._worker, None
         if worker is not None:
-            worker.kill()
             worker.close()
 
     def _fit(self, profile: Profile) -> WorkerProcess:
@@ -140,6 +135,77 @@ class Worker:
             self._worker = WorkerProcess(trainer, [sys.executable, "-m", _WORKER, trainer, SERVE_OPTION])
             self._kind = kind
         return self._worker
+
+
+def join_run(
+    *,
+    rdzv_endpoint: str,
+    nnodes: int,
+    node_rank: int,
+    nproc_per_node: str,
+    device: str,
+    wait_seconds: int,
+    tell: Callable[[str], None],
+) -> int:
+    """Take part in every stage that begins at the endpoint; return how many, after a run's last one has ended well.
+
+    Also returns when no further stage has begun for wait_seconds.
+
+    A stage that fails or is stopped is the flow's to report and to repeat; this machine is there for the next attempt.
+    Raises ConfigError for settings that fit no flow, DeviceError for GPUs that are not here, and
+    TrainerCrashedError when no stage began at all.
+    """
+    count = int(nproc_per_node) if nproc_per_node.isdecimal() else nproc_per_node
+    settings = {"nnodes": nnodes, "rdzv_endpoint": rdzv_endpoint, "nproc_per_node": count, "device": device}
+    try:
+        launch = LaunchConfig.model_validate(settings)
+    except ValidationError as error:
+        faults = "; ".join(f"{fault['loc'][0] if fault['loc'] else ''} {fault['msg']}" for fault in error.errors())
+        raise ConfigError(f"These settings fit no flow: {faults}.") from None
+    if not 1 <= node_rank < nnodes:
+        raise ConfigError(f"--node-rank {node_rank} is not one of 1 … {nnodes - 1}; the flow's machine has 0.")
+    check_devices(launch)  # a rank that fails once all have met would end the flow's stage
+    joined: list[Event] = []
+
+    def on_event(event: Event) -> None:
+        if event["event"] == "joined":
+            if not joined:  # each rank of this machine says it
+                tell(f"Joined stage {event['stage']} of run {event['run_id']} with {event['ranks']} ranks in all.")
+            joined.append(event)
+
+    deadline = time.monotonic() + wait_seconds
+    stages, last_error = 0, "no agent was started"
+    while (left := deadline - time.monotonic()) > 0:
+        joined.clear()
+        try:
+            with tempfile.TemporaryDirectory(prefix="relora-join-") as directory:
+                run_worker(
+                    "relora_train.training.joined_trainer",
+                    JoinRequest(device=launch.device),
+                    Path(directory) / "request.json",
+                    on_event=on_event,
+                    launch=launch,
+                    node_rank=node_rank,
+                    wait_seconds=max(1, round(left)),
+                )
+            if joined and joined[0]["last"]:
+                return stages + 1
+        except ReLoRAError as error:
+            if not joined and not isinstance(error, TrainerCrashedError):
+                raise  # this machine's own fault, such as a GPU that is not there
+            last_error = str(error)
+            if joined:
+                tell(f"The stage did not end well here: {str(error).splitlines()[0]}")
+        if joined:
+            stages += 1
+            deadline = time.monotonic() + wait_seconds
+        time.sleep(0.5)
+    if not stages:
+        raise TrainerCrashedError(
+            f"No stage began at {rdzv_endpoint} within {wait_seconds} s. Start the run on that machine with "
+            f"launch.nnodes={nnodes} and this launch.rdzv_endpoint, or see what it says. Last here: {last_error}"
+        )
+    return stages
 
 
 def _write(request: FrozenConfig, path: Path) -> None:

@@ -104,7 +104,12 @@ def _validate(settings: dict[str, Any], path: Path, sources: Mapping[str, str], 
         sound = False
     faults, over, in_file = [], list[str](), False
     for fault in errors:
-        field, origin = ".".join(str(part) for part in fault["loc"]), _origin(fault, sources)
+        field = ".".join(str(part) for part in fault["loc"])
+        unknown = fault["type"] == "extra_forbidden"  # of an unknown section it is the section that is faulty
+        origin = None
+        for key, source in sources.items():
+            if f"{field}.".startswith(f"{key}.") or (unknown and key.startswith(f"{field}.")):
+                origin = source
         shown = f"{_describe(fault)} [{origin}]" if origin else _describe(fault)
         faults.append(f"{field}: {shown}" if field else shown)
         if origin:
@@ -154,18 +159,6 @@ def _describe(fault: ErrorDetails) -> str:
     siblings = _keys_of(section[0]) if section else Profile.model_fields
     guess = next(iter([*elsewhere, *difflib.get_close_matches(key, siblings, n=1)]), None)
     return f"no such setting; did you mean {guess!r}?" if guess else "no such setting"
-
-
-def _origin(fault: ErrorDetails, sources: Mapping[str, str]) -> str | None:
-    """Return the override that set the faulty value; None where it stands in the file, or several values contradict."""
-    field = ".".join(str(part) for part in fault["loc"])
-    unknown = fault["type"] == "extra_forbidden"  # of an unknown section it is the section that is faulty
-    setters = [
-        source
-        for key, source in sources.items()
-        if f"{field}.".startswith(f"{key}.") or (unknown and key.startswith(f"{field}."))
-    ]
-    return setters[-1] if setters else None
 
 
 def _keys_of(section: str) -> Collection[str]:

@@ -1,4 +1,4 @@
-"""Settings of how weights change and when: schedule, low-rank update, optimizer, its reset, divergence."""
+"""Settings of the model, and of how its weights change and when: schedule, low-rank update, optimizer, divergence."""
 
 from __future__ import annotations
 
@@ -8,9 +8,73 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from relora_train.settings.base import FrozenConfig
+from relora_train.settings.base import Address, FrozenConfig
 
 DropoutMask = Literal["stream", "hash"]
+
+
+class ModelConfig(FrozenConfig):
+    """The model: a Llama of this shape, or one to continue from."""
+
+    pretrained: Address | None = None
+    """Local directory or hub id to continue from; the shape below is then ignored."""
+
+    revision: str | None = None
+    """Hub revision of `pretrained`."""
+
+    hidden_size: int = Field(256, ge=8)
+    """Width of the residual stream."""
+
+    intermediate_size: int = Field(688, ge=8)
+    """Width inside the MLP."""
+
+    num_hidden_layers: int = Field(4, ge=1)
+    """Number of transformer blocks."""
+
+    num_attention_heads: int = Field(4, ge=1)
+    """Attention heads; must divide hidden_size."""
+
+    num_key_value_heads: int | None = Field(None, ge=1)
+    """Heads of keys and values; as many as attention heads when absent."""
+
+    vocab_size: int | None = Field(None, ge=2)
+    """Rows of the embedding; the tokenizer's size when absent, never less than it."""
+
+    max_position_embeddings: int = Field(1024, ge=8)
+    """Longest sequence the model is made for."""
+
+    initializer_range: float = Field(0.02, gt=0)
+    """Standard deviation of the initial weights."""
+
+    rms_norm_eps: float = Field(1e-6, gt=0)
+    """Added to the variance in RMSNorm."""
+
+    rope_theta: float = Field(10_000.0, gt=0)
+    """Base of the rotary position embedding."""
+
+    tie_word_embeddings: bool = False
+    """Share one matrix between embedding and head."""
+
+    @model_validator(mode="after")
+    def heads_divide_the_width_evenly(self) -> Self:
+        if self.pretrained is not None:
+            return self
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of {self.num_attention_heads} heads")
+        if self.head_size % 2:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} in {self.num_attention_heads} heads makes heads of {self.head_size}; "
+                "rotary positions need an even number"
+            )
+        kv_heads = self.num_key_value_heads
+        if kv_heads and self.num_attention_heads % kv_heads:
+            raise ValueError(f"{self.num_attention_heads} attention heads are not a multiple of {kv_heads} kv heads")
+        return self
+
+    @property
+    def head_size(self) -> int:
+        """Width of one attention head."""
+        return self.hidden_size // self.num_attention_heads
 
 
 class ScheduleConfig(FrozenConfig):
@@ -44,32 +108,23 @@ class ScheduleConfig(FrozenConfig):
     """Length of a cycle over that of the one before; together they keep cycles x cycle_length steps."""
 
     @model_validator(mode="after")
-    def cycles_that_grow_have_no_other_horizon(self) -> Self:
+    def horizon_and_warmups_fit_the_cycles(self) -> Self:
         if self.horizon is not None and self.cycle_growth != 1:
             raise ValueError(
                 f"horizon {self.horizon} counts cycles of one length, and cycle_growth {self.cycle_growth:g} shares "
                 "the steps among all cycles; leave one of them out"
             )
-        return self
-
-    @model_validator(mode="after")
-    def warmups_fit_in_a_cycle(self) -> Self:
-        if self.cycle_growth == 1:
-            if self.restart_warmup_steps >= self.cycle_length:
-                raise ValueError(
-                    f"restart_warmup_steps {self.restart_warmup_steps} must be below cycle_length {self.cycle_length}"
-                )
-            if self.warmup_steps > self.cycle_length:
-                raise ValueError(f"warmup_steps {self.warmup_steps} must not exceed cycle_length {self.cycle_length}")
-            return self
         lengths = [end - start for start, end in itertools.pairwise(self.cycle_bounds)]
-        what = f"cycle_growth {self.cycle_growth:g} makes cycles of {', '.join(map(str, lengths))} steps"
+        what, each, first = "", f"cycle_length {self.cycle_length}", f"cycle_length {self.cycle_length}"
+        if self.cycle_growth != 1:
+            what = f"cycle_growth {self.cycle_growth:g} makes cycles of {', '.join(map(str, lengths))} steps; "
+            each, first = "each", "the first"
         if min(lengths) < 2:
-            raise ValueError(f"{what}; each needs 2 at least")
+            raise ValueError(f"{what}each needs 2 at least")
         if self.restart_warmup_steps >= min(lengths):
-            raise ValueError(f"{what}; restart_warmup_steps {self.restart_warmup_steps} must be below each")
+            raise ValueError(f"{what}restart_warmup_steps {self.restart_warmup_steps} must be below {each}")
         if self.warmup_steps > lengths[0]:
-            raise ValueError(f"{what}; warmup_steps {self.warmup_steps} must not exceed the first")
+            raise ValueError(f"{what}warmup_steps {self.warmup_steps} must not exceed {first}")
         return self
 
     @property

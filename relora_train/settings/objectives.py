@@ -5,11 +5,12 @@ Nothing else asks which objective a profile has. To add one: an entry here, its 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from relora_train.settings.measures import ACCURACY, BITS_PER_BYTE, LOSS, PERPLEXITY, Measures
+from relora_train.text import MISSING
 
 if TYPE_CHECKING:
     from relora_train.settings.profile import Profile
@@ -21,8 +22,52 @@ DEFAULT_OBJECTIVE: ObjectiveName = "causal_lm"
 
 
 @dataclass(frozen=True)
-class ObjectiveEntry:
-    """One objective."""
+class Measure:
+    """A number of an evaluation."""
+
+    key: str
+    """Its name in records and manifests."""
+
+    name: str
+    """In a sentence: 'perplexity'."""
+
+    short: str
+    """In a narrow column: 'bits/byte'."""
+
+    digits: int
+    """After the point."""
+
+    short_digits: int
+    """In a narrow column."""
+
+    higher_is_better: bool = False
+
+    def text(self, value: float | None, *, digits: int | None = None) -> str:
+        """'98.33', '1,235': no digits after the point from 1,000 on."""
+        if value is None:
+            return MISSING
+        shown = 0 if value >= 1000 else self.digits if digits is None else digits
+        return "∞" if math.isinf(value) else f"{value:,.{shown}f}"
+
+    def arrow(self, before: float | None, after: float | None, *, digits: int | None = None) -> str:
+        """'120.41 → 98.33'; only the latter where the former is missing."""
+        now = self.text(after, digits=digits)
+        return now if before is None else f"{self.text(before, digits=digits)} → {now}"
+
+    def change(self, scores: Mapping[str, Any], *, digits: int | None = None) -> str:
+        """Return the arrow of a manifest's scores, which hold the stage's start under names that end in '_before'."""
+        return self.arrow(scores.get(f"{self.key}_before"), scores.get(self.key), digits=digits)
+
+
+LOSS = Measure("val_loss", "loss", "loss", digits=4, short_digits=4)
+PERPLEXITY = Measure("val_perplexity", "perplexity", "perplexity", digits=2, short_digits=2)
+BITS_PER_BYTE = Measure("bits_per_byte", "bits per byte", "bits/byte", digits=3, short_digits=2)
+ACCURACY = Measure("val_accuracy", "accuracy", "accuracy", digits=4, short_digits=4, higher_is_better=True)
+
+
+@dataclass(frozen=True)
+class Objective:
+    """One objective, and its scores: one number before all others, and one beside it."""
 
     sources: tuple[str, ...]
     """Values of data.source that it can train on."""
@@ -33,46 +78,55 @@ class ObjectiveEntry:
     in_series: bool
     """True if its sources can grow and be retrained on."""
 
-    measures: Measures
+    headline: Measure
+    second: Measure
+    judged: Measure
+    """The score by which arms of an experiment are compared, seed by seed."""
+
+    unit: str
+    """The unit that a loss is a mean over: 'token', 'image'."""
+
+    scored: str
+    """Key of how many of them were scored."""
+
+    held_out: str
+    """The held-out data: 'text', 'images'."""
 
 
-OBJECTIVES: Mapping[str, ObjectiveEntry] = {
-    "causal_lm": ObjectiveEntry(
+OBJECTIVES: Mapping[str, Objective] = {
+    "causal_lm": Objective(
         sources=("python-stdlib", "text", "jsonl", "parquet", "hub"),
         own_keys=(),
         in_series=True,
-        measures=Measures(PERPLEXITY, BITS_PER_BYTE, judged=LOSS, unit="token", scored="val_tokens", held_out="text"),
+        headline=PERPLEXITY,
+        second=BITS_PER_BYTE,
+        judged=LOSS,
+        unit="token",
+        scored="val_tokens",
+        held_out="text",
     ),
-    "image_classification": ObjectiveEntry(
+    "image_classification": Objective(
         sources=("digits", "idx"),
         own_keys=("images",),
         in_series=False,
-        measures=Measures(ACCURACY, LOSS, judged=ACCURACY, unit="image", scored="val_images", held_out="images"),
+        headline=ACCURACY,
+        second=LOSS,
+        judged=ACCURACY,
+        unit="image",
+        scored="val_images",
+        held_out="images",
     ),
 }
 
 
-def measures_of(profile: Profile) -> Measures:
-    """Return the scores of a profile's runs."""
-    return OBJECTIVES[profile.objective].measures
+def measures_in(scores: Mapping[str, Any]) -> Objective:
+    """Return the objective of recorded scores: the one whose first measure is among them, or the default."""
+    found = (entry for entry in OBJECTIVES.values() if entry.headline.key in scores)
+    return next(found, OBJECTIVES[DEFAULT_OBJECTIVE])
 
 
-def measures_in(scores: Mapping[str, Any]) -> Measures:
-    """Return the measures of recorded scores: the objective whose first measure is among them, or the default."""
-    found = (entry.measures for entry in OBJECTIVES.values() if entry.measures.headline.key in scores)
-    return next(found, OBJECTIVES[DEFAULT_OBJECTIVE].measures)
-
-
-SCORES = tuple(
-    dict.fromkeys(["val_loss", *(m.key for e in OBJECTIVES.values() for m in (e.measures.headline, e.measures.second))])
-)
+SCORES = tuple(dict.fromkeys(["val_loss", *(m.key for e in OBJECTIVES.values() for m in (e.headline, e.second))]))
 """Names of all measures, in records and manifests."""
-
-
-def headline_score(scores: Mapping[str, Any]) -> dict[str, float | None]:
-    """Return the one number before all others, under its name: for an event."""
-    key = measures_in(scores).headline.key
-    return {key: scores.get(key)}
 
 
 def own_settings(profile: Profile) -> dict[str, Any]:

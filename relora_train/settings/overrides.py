@@ -16,6 +16,9 @@ from relora_train.settings.base import FrozenConfig, section_in
 from relora_train.settings.keys import layered
 from relora_train.settings.profile import Profile
 
+_ABSENT = type(None)
+"""Makes the value of a field that was not given; a plain default would be offered in every form."""
+
 
 class Overrides(BaseModel):
     """The base of overrides of every section."""
@@ -33,10 +36,6 @@ class Overrides(BaseModel):
         """Write only given fields: a default that is written down would override the profile when it is read again."""
         return {name: getattr(self, name) for name in type(self).model_fields if name in self.model_fields_set}
 
-    def settings(self) -> dict[str, Any]:
-        """Return the settings that were given, by section."""
-        return self.model_dump()
-
 
 def _overrides_of(config: type[FrozenConfig], name: str) -> type[Overrides]:
     """Return the type of overrides of a section: the same bounds and descriptions, and no value for what is absent."""
@@ -49,12 +48,8 @@ def _overrides_of(config: type[FrozenConfig], name: str) -> type[Overrides]:
             description = section.__doc__
         elif field.metadata:
             kind = Annotated[(kind, *field.metadata)]
-        fields[key] = kind, Field(default_factory=_absent, description=description)
+        fields[key] = kind, Field(default_factory=_ABSENT, description=description)
     return create_model(name, __base__=Overrides, __module__=__name__, __doc__=config.__doc__, **fields)
-
-
-def _absent() -> None:
-    """Return the value of a field that was not given; a plain default would be offered in every form."""
 
 
 if TYPE_CHECKING:
@@ -73,6 +68,6 @@ else:
         __base__=ProfileOverrides,
         __module__=__name__,
         __doc__="Settings over an experiment: those of its base profile, or of the section of one that trains no runs.",
-        tutorial=(dict[str, Any], Field(default_factory=_absent, description="Of the regression.")),
-        throughput=(dict[str, Any], Field(default_factory=_absent, description="Of the steps that are measured.")),
+        tutorial=(dict[str, Any], Field(default_factory=_ABSENT, description="Of the regression.")),
+        throughput=(dict[str, Any], Field(default_factory=_ABSENT, description="Of the steps that are measured.")),
     )

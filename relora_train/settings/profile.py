@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, Literal, Self
 
 from pydantic import Field, ValidationInfo, model_validator
@@ -18,12 +17,12 @@ from relora_train.settings.data import BatchConfig, DataConfig, ImagesConfig, To
 from relora_train.settings.keys import REMOVED_KEYS, removed, settings_digest
 from relora_train.settings.method import (
     DivergenceConfig,
+    ModelConfig,
     OptimizerConfig,
     OptimizerResetConfig,
     ReLoRAConfig,
     ScheduleConfig,
 )
-from relora_train.settings.model import ModelConfig
 from relora_train.settings.objectives import DEFAULT_OBJECTIVE, OBJECTIVES, ObjectiveName, foreign_keys
 from relora_train.settings.running import (
     EvaluationConfig,
@@ -34,8 +33,6 @@ from relora_train.settings.running import (
     SnapshotConfig,
 )
 
-Method = Literal["full", "lora", "relora"]
-
 
 class Profile(FrozenConfig):
     """All settings of a run."""
@@ -43,7 +40,7 @@ class Profile(FrozenConfig):
     name: str = "profile"
     """Name of the profile, for people; not part of any fingerprint."""
 
-    method: Method = "relora"
+    method: Literal["full", "lora", "relora"] = "relora"
     """'relora': warm start, then merged cycles; 'lora': one update merged at the end; 'full': full rank throughout."""
 
     objective: ObjectiveName = DEFAULT_OBJECTIVE
@@ -118,7 +115,7 @@ class Profile(FrozenConfig):
             )
         width = min(model.hidden_size, model.intermediate_size)
         if self.relora.target_modules is None:
-            width = min(width, model.key_value_size)
+            width = min(width, model.head_size * (model.num_key_value_heads or model.num_attention_heads))
         if self.method != "full" and self.relora.rank > width:
             raise ValueError(f"relora.rank {self.relora.rank} exceeds {width}, the smallest side of a wrapped layer")
         if self.tokenizer.path is None and rows is not None and rows < self.tokenizer.vocab_size:
@@ -205,8 +202,3 @@ def unnamed_data_keys(profile: Profile) -> dict[str, set[str]]:
 def profile_to_read(content: bytes) -> Profile:
     """Return the settings saved beside a checkpoint, less what was removed: to read by, not to train by."""
     return Profile.model_validate_json(content, context={"reading": True})
-
-
-def profile_from_file(path: Path) -> Profile:
-    """Return the same from a file."""
-    return profile_to_read(path.read_bytes())

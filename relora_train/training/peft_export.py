@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from relora_train.distributed import full_tensor
 from relora_train.errors import ModelError
 from relora_train.method.layer import lora_parameters, relora_layers
-from relora_train.settings.profile import profile_from_file
+from relora_train.settings.profile import profile_to_read
 from relora_train.training.files import ADAPTER_DIRECTORY
 from relora_train.training.models.registry import objective_of
 
@@ -97,7 +97,7 @@ def write_adapter(checkpoint: Path, base: Path, directory: Path, *, base_name: s
     Both models are loaded, in float32, in this process. Raises ModelError where the checkpoint's weights are not the
     base's plus the update: then no adapter can stand for it.
     """
-    objective = objective_of(profile_from_file(checkpoint / "profile.json"))
+    objective = objective_of(profile_to_read((checkpoint / "profile.json").read_bytes()))
     model, origin = objective.load_model(checkpoint), objective.load_model(base)
     updates = load_file(checkpoint / ADAPTER_DIRECTORY / "adapter_model.safetensors")
     config = json.loads((checkpoint / ADAPTER_DIRECTORY / "adapter_config.json").read_bytes())

@@ -19,6 +19,7 @@ from stages import tiny_request
 from relora_train.errors import DeviceError, DeviceMemoryError, ReLoRAError, TrainerCrashedError
 from relora_train.events import Event
 from relora_train.runs.workers import run_worker
+from relora_train.settings.running import LaunchConfig
 from relora_train.training.requests import StageRequest
 
 TRAINER = "relora_train.training.trainer"
@@ -98,7 +99,7 @@ def more_ranks_than_gpus(run: Run) -> None:
         return
     gpus = torch.cuda.device_count()
     request = tiny_request(run, "warm-start", "ranks", launch={"device": "cuda", "nproc_per_node": gpus + 1})
-    error = failed(run, "a rank too many", request, DeviceError, limit=60, nproc_per_node=gpus + 1)
+    error = failed(run, "a rank too many", request, DeviceError, limit=60, launch=LaunchConfig(nproc_per_node=gpus + 1))
     run.require("a rank too many is not tried again", error is not None and not error.retryable)
 
 
@@ -107,7 +108,7 @@ def no_gpu(run: Run) -> None:
         request = tiny_request(run, "warm-start", "none", launch={"device": "cuda"})
         failed(run, "device cuda without a GPU", request, DeviceError, limit=IN_TIME)
         request = tiny_request(run, "warm-start", "none", launch={"device": "auto", "nproc_per_node": "gpu"})
-        failed(run, "a rank a GPU without a GPU", request, DeviceError, limit=IN_TIME, nproc_per_node="gpu")
+        failed(run, "a rank a GPU without a GPU", request, DeviceError, limit=IN_TIME, launch=request.profile.launch)
 
 
 def unused_gpu(run: Run) -> None:

@@ -31,6 +31,7 @@ from relora_train.errors import DeviceMemoryError, TrainerCrashedError
 from relora_train.events import Event
 from relora_train.method.stages import plan_stages
 from relora_train.runs.workers import Worker, run_worker
+from relora_train.settings.running import LaunchConfig
 from relora_train.training.build import prepare_stage
 from relora_train.training.commit import save_sharded
 from relora_train.training.end_of_cycle import finish_cycle
@@ -140,7 +141,9 @@ def trained_by_ranks(run: Run, count: int, sharding: str = "none") -> Path:
     if not place.exists():
         request = ranks_request(run, "unused", count, sharding=sharding, stage="cycle-1", **SECTIONS)
         request = request.model_copy(update={"output_directory": place})
-        run_worker(TRAINER, request, run.scratch / "request.json", on_event=lambda event: None, nproc_per_node=count)
+        run_worker(
+            TRAINER, request, run.scratch / "request.json", on_event=ignore, launch=LaunchConfig(nproc_per_node=count)
+        )
     return place
 
 
@@ -175,7 +178,7 @@ def failing_rank(run: Run) -> None:
                 expected,
                 limit=TOLD_WITHIN,
                 module="failing_rank",
-                nproc_per_node=2,
+                launch=LaunchConfig(nproc_per_node=2),
             )
 
 
@@ -207,7 +210,7 @@ def scaled(run: Run, request: StageRequest) -> list[dict[str, Any]]:
     else:
         ranks = request.profile.launch.nproc_per_node
         path = run.scratch / "request.json"
-        run_worker("scaling_rank", request, path, on_event=seen.append, nproc_per_node=ranks)
+        run_worker("scaling_rank", request, path, on_event=seen.append, launch=LaunchConfig(nproc_per_node=ranks))
     return sorted((event for event in seen if event["event"] == "scaled"), key=lambda event: event["rank"])
 
 

@@ -25,13 +25,12 @@ from relora_train.checkpoints.series_record import Scores, check_series
 from relora_train.data.selection import Selection, contents_of, inputs_of
 from relora_train.data.sources import resolve_source
 from relora_train.errors import ConfigError, CorpusEmptyError, CorpusTooSmallError, PreconditionFailedError
-from relora_train.runs.datasets import Corpus, DatasetOutcome, as_checkpoint, prepare_or_reuse
-from relora_train.runs.retraining.options import MarginKind, RetrainOptions
+from relora_train.runs.datasets import DatasetOutcome, TextSettings, as_checkpoint, prepare_or_reuse
+from relora_train.runs.retraining.interface import MarginKind, RetrainOptions
 from relora_train.runs.retraining.series_data import (
     Decision,
     Outcome,
     Pending,
-    SeriesData,
     begin,
     end,
     finish_promoted,
@@ -61,7 +60,7 @@ class RetrainPlan:
     profile: Profile
     champion: CheckpointRef | None
     """The candidate is compared with it; None in a new series."""
-    corpus: Corpus
+    text: TextSettings
     new: tuple[str, ...]
     """Digests of the new files, or the hub revision, which count as seen afterwards."""
     run_id: str
@@ -94,7 +93,17 @@ def plan_retrain(
         )
     finish_promoted(store, series)
     data, _ = read_data(store, series)
-    _refuse_other_split(settings, data)
+    if settings.data.validation_paths:
+        raise ConfigError(
+            "A series scores on what the split rule holds out of its new documents, so data.validation_paths does not "
+            "go with it. Leave it out, or train with `relora run`."
+        )
+    if data.validation_fraction not in (None, ours := settings.data.validation_fraction):
+        raise ConfigError(
+            f"Series {series!r} holds out {data.validation_fraction} of its documents since its first retrain; "
+            f"with data.validation_fraction {ours} the held-out set would be another. Set it back to "
+            f"{data.validation_fraction}, or start another series."
+        )
     champion = find_champion(store, series)
     source = resolve_source(settings.data)
     there, pending = contents_of(source), data.pending
@@ -111,15 +120,14 @@ def plan_retrain(
         selection = Selection(new=new if is_hub else tuple(sorted({*new, *old})))
     else:
         selection = Selection(new=new, old=old, old_ratio=options.old_data_ratio, seed=settings.seed)
-    tokenizer = facts_of(settings).tokenizer()
+    text = TextSettings(settings.data, facts_of(settings).tokenizer())
     if champion is not None:
-        kept = as_checkpoint(champion, settings, always=True)
-        tokenizer, settings = kept.tokenizer, settings.model_copy(update={"data": kept.data})
-        source = replace(source, data=kept.data)
+        text = as_checkpoint(champion, settings, always=True)
+        settings = settings.model_copy(update={"data": text.data})
     profile = settings if parent is None else _lengthened(settings, parent, options.cycles)
     identity = {
         "settings": default_run_id(profile.model_copy(update={"data": DataConfig(), "tokenizer": TokenizerConfig()})),
-        "dataset": inputs_of(source, tokenizer, selection).dataset_id,
+        "dataset": inputs_of(replace(source, data=text.data), text.tokenizer, selection).dataset_id,
         "parent": parent.fingerprint if parent else None,
     }
     return RetrainPlan(
@@ -128,7 +136,7 @@ def plan_retrain(
         options=options,
         profile=profile,
         champion=champion,
-        corpus=Corpus(tokenizer, selection),
+        text=replace(text, selection=selection),
         new=new,
         run_id=f"{series}-{settings_digest(identity)[:8]}",
         lease=lease,
@@ -142,7 +150,7 @@ def prepare_next(run: Run, plan: RetrainPlan, *, on_event: OnEvent) -> DatasetOu
     must suffice: else CorpusTooSmallError.
     """
     try:
-        outcome = prepare_or_reuse(run, on_event=on_event, corpus=plan.corpus)
+        outcome = prepare_or_reuse(run, on_event=on_event, text=plan.text)
         manifest, batch = outcome.dataset.manifest, run.profile.batch
         if note := manifest.statistics.get("split_note"):
             raise CorpusTooSmallError(
@@ -240,21 +248,6 @@ def count_sequences(manifest: DatasetManifest, split: str, sequence_length: int)
     size = {"uint16": 2, "uint32": 4}[manifest.token_dtype]
     shards = (entry for entry in manifest.files if entry.path.startswith(f"{split}/") and entry.path.endswith(".bin"))
     return sum(max(0, entry.size_bytes // size - 1) // sequence_length for entry in shards)
-
-
-def _refuse_other_split(settings: Profile, data: SeriesData) -> None:
-    if settings.data.validation_paths:
-        raise ConfigError(
-            "A series scores on what the split rule holds out of its new documents, so data.validation_paths does not "
-            "go with it. Leave it out, or train with `relora run`."
-        )
-    ours = settings.data.validation_fraction
-    if data.validation_fraction not in (None, ours):
-        raise ConfigError(
-            f"Series {data.series!r} holds out {data.validation_fraction} of its documents since its first retrain; "
-            f"with data.validation_fraction {ours} the held-out set would be another. Set it back to "
-            f"{data.validation_fraction}, or start another series."
-        )
 
 
 def _lengthened(settings: Profile, parent: CheckpointRef, cycles: int) -> Profile:

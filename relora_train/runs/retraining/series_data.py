@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import secrets
 from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any, Literal
 
@@ -23,8 +24,6 @@ from relora_train.settings.keys import settings_digest
 from relora_train.storage.base import ObjectStore
 
 _log = logging.getLogger("relora_train.runs.retraining.series_data")
-
-_ADVICE = "Nothing but this record depends on it: delete it and run again."
 
 Outcome = Literal["promoted", "refused", "overtaken"]
 """overtaken: better, but another writer moved the series meanwhile, and the candidate was not compared with that."""
@@ -140,22 +139,18 @@ def forget(store: ObjectStore, name: str, run_ids: Collection[str]) -> int:
     return len(again)
 
 
-def record_decision(store: ObjectStore, decision: Decision) -> Decision:
-    """Keep a decision and return it, or the one that exists about the same candidate, champion and margin."""
+def record_decision(store: ObjectStore, decision: Decision) -> None:
+    """Keep a decision, unless there is one about the same candidate, champion and margin."""
     judged = {"candidate": decision.candidate_uri, "champion": decision.champion_uri, "margin": decision.margin}
     key = series_key(decision.series, f"decisions/{decision.run_id}-{settings_digest(judged)[:8]}.json")
-    try:
+    with suppress(PreconditionFailedError):
         store.put_bytes(key, decision.to_bytes(), if_absent=True)
-    except PreconditionFailedError:
-        there = Decision.find(store, key, advice=_ADVICE)
-        return there[0] if there else decision
-    return decision
 
 
 def read_decisions(store: ObjectStore, name: str) -> Sequence[Decision]:
     """Return every decision of a series, oldest first."""
-    listed = store.list(series_key(name, "decisions/"))
-    found = [Decision.find(store, info.key, advice=_ADVICE) for info in listed]
+    advice = "Nothing but this record depends on it: delete it and run again."
+    found = [Decision.find(store, info.key, advice=advice) for info in store.list(series_key(name, "decisions/"))]
     return sorted((one[0] for one in found if one), key=lambda decision: decision.at)
 
 
