@@ -3,8 +3,6 @@
 Each rank reports its own events. This module reports that no rank can start here, and that one was killed.
 """
 
-from __future__ import annotations
-
 import sys
 
 from relora_train.devices import check_devices

@@ -4,8 +4,6 @@ While the store cannot be reached, training goes on after one warning. The newes
 oldest are dropped, and the store gets the newest first.
 """
 
-from __future__ import annotations
-
 import contextvars
 import logging
 import math

@@ -4,8 +4,6 @@ The tokenizer that cuts a run's text, and BOS before documents, are as the model
 Embeddings belong to ids, so a model that exists keeps its tokenizer: a checkpoint's, or that of model.pretrained.
 """
 
-from __future__ import annotations
-
 import itertools
 import logging
 from collections.abc import Callable

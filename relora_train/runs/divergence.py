@@ -8,8 +8,6 @@ profile's own rate: a stage is a function of its parent and the settings, and of
 The store also keeps the fact that an attempt diverged: neither a crash nor another machine makes it a second time.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial

@@ -1,7 +1,5 @@
 """Scores of committed checkpoints, kept in the store beside the run so that they are made once."""
 
-from __future__ import annotations
-
 import json
 import logging
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Find a stage's committed checkpoint, and refuse settings that a run was not made with."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple

@@ -3,8 +3,6 @@
 This module checks all that needs no torch. A worker process finds out the rest by loading the model.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Sequence
 

@@ -12,8 +12,6 @@ While the store is away or denies access, it is tried again now and then, and tr
 checkpoint tries at once. If access is denied, it waits until half an hour has passed since the first denial.
 """
 
-from __future__ import annotations
-
 import logging
 import math
 import time

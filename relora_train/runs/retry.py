@@ -10,8 +10,6 @@ of its own, and the run's head moves to it. Checkpoints that were trained from t
 URIs, off the run's line; the run's own command trains those stages again.
 """
 
-from __future__ import annotations
-
 import shutil
 from contextlib import nullcontext
 from dataclasses import dataclass

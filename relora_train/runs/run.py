@@ -4,8 +4,6 @@ Manifests in the store alone say what has been done. `find.py` looks a stage up,
 run is what the command line prints and scripts read.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
@@ -229,9 +227,9 @@ class RunSummary(FrozenConfig):
 
 def summarize_run(
     run: Run,
-    prepared: DatasetOutcome,
+    prepared: "DatasetOutcome",
     outcomes: Sequence[StageOutcome],
-    evaluations: Sequence[EvaluationOutcome],
+    evaluations: "Sequence[EvaluationOutcome]",
     later: Sequence[CheckpointRef],
     *,
     report_uri: str,

@@ -1,7 +1,5 @@
 """Train one stage of a run, from its parent's checkpoint to its own."""
 
-from __future__ import annotations
-
 import logging
 import shutil
 import time

@@ -1,7 +1,5 @@
 """A worker process as its parent sees it: what it says, how it is stopped, and the error that its end stands for."""
 
-from __future__ import annotations
-
 import contextlib
 import contextvars
 import logging

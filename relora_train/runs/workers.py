@@ -8,8 +8,6 @@ writes. On each other one join_run starts an agent a stage. They meet at launch.
 machine that is open while a stage runs there.
 """
 
-from __future__ import annotations
-
 import json
 import sys
 import tempfile

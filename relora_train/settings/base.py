@@ -1,7 +1,5 @@
 """The base of every section of a profile."""
 
-from __future__ import annotations
-
 from typing import Annotated, Any, get_args
 
 from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, GetJsonSchemaHandler

@@ -1,7 +1,5 @@
 """Settings of what is learned from: text or images, tokenizer, batches."""
 
-from __future__ import annotations
-
 import math
 from typing import Literal, Self
 

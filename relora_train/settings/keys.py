@@ -1,7 +1,5 @@
 """Settings by their dotted keys: layers of them, their digest, how two sets differ, and which keys were removed."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """Find profiles and turn TOML and overrides into a Profile."""
 
-from __future__ import annotations
-
 import difflib
 import tomllib
 from collections.abc import Collection, Iterable, Mapping, Sequence

@@ -1,7 +1,5 @@
 """Settings of the model, and of how its weights change and when: schedule, low-rank update, optimizer, divergence."""
 
-from __future__ import annotations
-
 import itertools
 import math
 from typing import Literal, Self

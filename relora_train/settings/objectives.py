@@ -3,8 +3,6 @@
 Nothing else asks which objective a profile has. To add one: an entry here, its facts and its code in training/models.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -129,7 +127,7 @@ SCORES = tuple(dict.fromkeys(["val_loss", *(m.key for e in OBJECTIVES.values() f
 """Names of all measures, in records and manifests."""
 
 
-def own_settings(profile: Profile) -> dict[str, Any]:
+def own_settings(profile: "Profile") -> dict[str, Any]:
     """Return the settings that the objective adds to a fingerprint, as JSON values."""
     keys = _keys_of(profile.objective)
     return profile.model_dump(mode="json", include=keys) if keys else {}

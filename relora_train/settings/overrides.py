@@ -5,8 +5,6 @@ the profile's: a model of this kind knows which fields were given, and nothing e
 Rules across fields are not here: they hold for the profile and its overrides together, see load_profile.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any
 

@@ -4,8 +4,6 @@ A profile is sparse TOML over these defaults; `--set section.key=value` goes ove
 refused and all faults are shown at once.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from typing import Any, Literal, Self

@@ -1,7 +1,5 @@
 """Settings of how a run goes: numbers, evaluation, records, processes, what is kept."""
 
-from __future__ import annotations
-
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator

@@ -1,7 +1,5 @@
 """The retrain as an operator sees it: its parameters with their bounds, and the summary of what it came to."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
@@ -96,8 +94,8 @@ def summarize(
     outcome: RetrainOutcome,
     reason: str,
     *,
-    plan: RetrainPlan | None = None,
-    stages: Sequence[StageOutcome] = (),
+    plan: "RetrainPlan | None" = None,
+    stages: "Sequence[StageOutcome]" = (),
     **fields: Any,
 ) -> RetrainSummary:
     """Summarize a retrain: how far it came, and what else is known of it."""

@@ -9,8 +9,6 @@ All that it makes is found again by a name that follows from its data, settings 
 continued, a doubled one adopts what the first did, and a missed one only leaves more data for the next.
 """
 
-from __future__ import annotations
-
 import logging
 import math
 from collections.abc import Mapping

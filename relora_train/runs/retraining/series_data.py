@@ -5,8 +5,6 @@ holds the data of a retrain that has begun. Its rerun takes the same, though mor
 and snapshots again. Only the holder of the series' lease writes.
 """
 
-from __future__ import annotations
-
 import logging
 import secrets
 from collections.abc import Callable, Collection, Sequence
