@@ -17,7 +17,6 @@ from relora_train.runs.datasets import DatasetOutcome
 from relora_train.runs.retraining.interface import (
     RetrainOptions,
     RetrainSummary,
-    retrain_markdown,
     state_name,
     summarize,
 )
@@ -88,3 +87,29 @@ def tell_outcome(summary: RetrainSummary) -> RetrainSummary:
     events.emit("retrained", series=summary.series, outcome=summary.outcome, reason=summary.reason)
     publish_markdown(f"retrain-{summary.series}", retrain_markdown(summary), f"Latest retrain of {summary.series}")
     return named(state_name(summary.outcome), summary, summary.reason)
+
+
+def retrain_markdown(summary: RetrainSummary) -> str:
+    """Return the decision as Markdown."""
+    scores = {name: f"{value:.4f}" if isinstance(value, float) else value for name, value in summary.scores.items()}
+    rows = {
+        "outcome": f"**{summary.outcome}**: {summary.reason}",
+        "champion now": summary.champion_uri,
+        "candidate": summary.candidate_uri,
+        "validation loss of the candidate": scores.get("candidate_loss"),
+        "of the champion, on the same held-out set": scores.get("champion_loss"),
+        "held-out set": scores.get("dataset_uri"),
+        "new parts of the source": str(summary.new_parts),
+        "run": summary.run_id,
+        "report": summary.report_uri,
+    }
+    lines = [f"# Series {summary.series}", "", "| | |", "| --- | --- |"]
+    for name, value in rows.items():
+        if value:
+            cell = value.replace("|", "\\|")
+            lines.append(f"| {name} | {cell} |")
+    if summary.outcome == "promoted":
+        lines += ["", f"To take the promotion back: `relora rollback {summary.series}`"]
+    elif summary.candidate_uri:
+        lines += ["", f"To promote it all the same: `relora promote {summary.series} {summary.candidate_uri}`"]
+    return "\n".join(lines)

@@ -15,7 +15,7 @@ from relora_train.checkpoints.series import find_champion, promote, read_series
 from relora_train.data.selection import Selection
 from relora_train.runs.datasets import TextSettings
 from relora_train.runs.retraining import retrain
-from relora_train.runs.retraining.interface import RetrainOptions, retrain_markdown, summarize
+from relora_train.runs.retraining.interface import RetrainOptions, summarize
 from relora_train.runs.retraining.retrain import RetrainPlan, conclude, plan_retrain, start
 from relora_train.runs.retraining.series_data import read_data, read_decisions
 from relora_train.runs.run import DatasetRef, StageOutcome
@@ -23,6 +23,7 @@ from relora_train.settings.data import DataConfig, TokenizerConfig
 from relora_train.settings.profile import Profile
 from relora_train.storage.base import ObjectStore
 from relora_train.storage.opening import open_store
+from tasks.series import retrain_markdown
 
 
 def plan_for(store: ObjectStore, champion: CheckpointRef | None, new: tuple[str, ...] = ("f" * 64,), **options: Any):

@@ -66,11 +66,6 @@ class Run:
     def checkpoints(self) -> CheckpointStore:
         return self.view or CheckpointStore(self.store, self.run_id)
 
-    def check_lease(self) -> None:
-        """Return only if no other flow writes this run by now; see Lease.check."""
-        if self.lease is not None:
-            self.lease.check()
-
     def is_unstored(self, checkpoint: CheckpointRef | None) -> bool:
         """Return True if the checkpoint is still on its way into the store, where nothing made from it can be yet."""
         return checkpoint is not None and not self.publisher.is_stored(checkpoint)

@@ -214,7 +214,8 @@ def store_output(run: Run, made: CheckpointManifest, work: WorkDirectory) -> Sta
     def store(still_wanted: Callable[[], None]) -> CheckpointRef:
         def check() -> None:
             still_wanted()
-            run.check_lease()
+            if run.lease is not None:
+                run.lease.check()
 
         check()
         checkpoint = run.checkpoints.commit(directory, made, check_lease=check)

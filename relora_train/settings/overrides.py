@@ -6,7 +6,7 @@ Rules across fields are not here: they hold for the profile and its overrides to
 """
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, create_model, model_serializer, model_validator
 
@@ -14,7 +14,7 @@ from relora_train.settings.base import FrozenConfig, section_in
 from relora_train.settings.keys import layered
 from relora_train.settings.profile import Profile
 
-_ABSENT = type(None)
+_ABSENT: Any = type(None)
 """Makes the value of a field that was not given; a plain default would be offered in every form."""
 
 
@@ -50,22 +50,12 @@ def _overrides_of(config: type[FrozenConfig], name: str) -> type[Overrides]:
     return create_model(name, __base__=Overrides, __module__=__name__, __doc__=config.__doc__, **fields)
 
 
-if TYPE_CHECKING:
+class ProfileOverrides(_overrides_of(Profile, "ProfileOverrides")):  # type: ignore[misc]
+    """Settings over a profile, by section; what is absent stays the profile's."""
 
-    class ProfileOverrides(Overrides):
-        """Settings over a profile."""
 
-    class ExperimentOverrides(ProfileOverrides):
-        """Settings over an experiment."""
+class ExperimentOverrides(ProfileOverrides):
+    """Settings over an experiment: those of its base profile, or of the section of one that trains no runs."""
 
-else:
-    ProfileOverrides = _overrides_of(Profile, "ProfileOverrides")
-    ProfileOverrides.__doc__ = "Settings over a profile, by section; what is absent stays the profile's."
-    ExperimentOverrides = create_model(
-        "ExperimentOverrides",
-        __base__=ProfileOverrides,
-        __module__=__name__,
-        __doc__="Settings over an experiment: those of its base profile, or of the section of one that trains no runs.",
-        tutorial=(dict[str, Any], Field(default_factory=_ABSENT, description="Of the regression.")),
-        throughput=(dict[str, Any], Field(default_factory=_ABSENT, description="Of the steps that are measured.")),
-    )
+    tutorial: dict[str, Any] = Field(default_factory=_ABSENT, description="Of the regression.")
+    throughput: dict[str, Any] = Field(default_factory=_ABSENT, description="Of the steps that are measured.")
