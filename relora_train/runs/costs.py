@@ -1,7 +1,5 @@
 """The cost of training at full rank or low rank, whichever stage does it, and the cards that it fits."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

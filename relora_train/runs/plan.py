@@ -3,8 +3,6 @@
 Everything is counted from the profile, nothing is measured, and no network is needed.
 """
 
-from __future__ import annotations
-
 from relora_train.method.schedule import learning_rate
 from relora_train.method.stages import Stage, plan_stages
 from relora_train.runs.costs import CardFit, PhaseCost, card_fits, full_cost, low_rank_cost
