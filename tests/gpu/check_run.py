@@ -71,6 +71,13 @@ class Run:
         else:
             self._findings.append(what)
 
+    def need_gpu_memory(self, size: float) -> None:
+        """Skip the check on a smaller card."""
+        import torch
+
+        if not self.dry and torch.cuda.get_device_properties(0).total_memory < size:
+            raise SkippedError(f"it takes a GPU of {size / 1e9:.0f} GB")
+
     def result(self) -> dict[str, Any]:
         """Return the fields of the result so far."""
         nothing_judged = self.dry and not self._passed and not self._failed

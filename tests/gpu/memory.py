@@ -13,6 +13,7 @@ import torch
 from check_run import Run, SkippedError
 from speed import BILLION, FULL, Row, stepper
 from stages import release, shape_request, shape_stage, updates_of
+from timing import wait
 
 from relora_train.checkpoints.manifest import describe_files
 from relora_train.method.layer import relora_layers
@@ -69,23 +70,23 @@ def compare_with_plan(run: Run, row: Row) -> None:
 def fits(run: Run, settings: dict[str, Any]) -> dict[str, Any]:
     """Return whether two updates of llama_1b fit a card of 24 GB, and their peak."""
     release(run)
-    training = shape_stage(run, shape_request(run, "llama_1b", **settings))
-    release(run)
-    if not run.dry:
-        torch.cuda.set_per_process_memory_fraction(min(1.0, CARD / torch.cuda.get_device_properties(0).total_memory))
-    step = stepper(training)
+    found: dict[str, Any] = {"fits": True}
     try:
+        training = shape_stage(run, shape_request(run, "llama_1b", **settings))
+        release(run)
+        if not run.dry:
+            whole = torch.cuda.get_device_properties(0).total_memory
+            torch.cuda.set_per_process_memory_fraction(min(1.0, CARD / whole))
+        step = stepper(training)
         for _ in range(2):
             step()
-        release(run)
-        found: dict[str, Any] = {"fits": True}
+        wait(run)
     except torch.OutOfMemoryError as error:
         found = {"fits": False, "error": str(error)[:300]}
-    finally:
-        if not run.dry:
-            found_peak = torch.cuda.max_memory_allocated() / 1e9
-            torch.cuda.set_per_process_memory_fraction(1.0)
-    return found if run.dry else {**found, "peak_gb": found_peak}
+    if not run.dry:
+        found["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    return found
 
 
 # --- B9
@@ -93,6 +94,7 @@ def fits(run: Run, settings: dict[str, Any]) -> dict[str, Any]:
 
 def snapshot_and_stop(run: Run) -> None:
     """A snapshot of a warm start and one at a stop, by the class that makes a stage's."""
+    run.need_gpu_memory(speed.LARGE)
     need_disk(run, 40e9)
     training = shape_stage(run, FULL.request(run))
     profile = training.profile.model_copy(update={"snapshots": SnapshotConfig(every_steps=1, every_seconds=None)})
@@ -126,12 +128,10 @@ def need_disk(run: Run, size: float) -> None:
 
 
 def clocked(run: Run, work: Callable[[], T]) -> tuple[float, T]:
-    if not run.dry:
-        torch.cuda.synchronize()
+    wait(run)
     started = time.perf_counter()
     found = work()
-    if not run.dry:
-        torch.cuda.synchronize()
+    wait(run)
     return time.perf_counter() - started, found
 
 
@@ -140,6 +140,7 @@ def clocked(run: Run, work: Callable[[], T]) -> tuple[float, T]:
 
 def end_of_cycle(run: Run) -> None:
     """The very functions with which a cycle ends, bfloat16 with exact weights on the disk."""
+    run.need_gpu_memory(speed.LARGE)
     need_disk(run, 30e9)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -61,7 +61,7 @@ def environment(run: Run) -> None:
         capability=torch.cuda.get_device_capability(),
         memory_bytes=properties.total_memory,
         multiprocessors=properties.multi_processor_count,
-        nccl=torch.cuda.nccl.version(),
+        nccl=nccl_version(),
         cudnn=torch.backends.cudnn.version(),
         nvidia_smi=driver,
         free_and_total=torch.cuda.mem_get_info(),
@@ -78,6 +78,15 @@ def said_without_gpu() -> str:
         return f"none: {torch.zeros(1, device='cuda')}"
     except (RuntimeError, AssertionError) as error:
         return str(error)[:500]
+
+
+def nccl_version() -> str:
+    try:
+        from torch.cuda import nccl
+
+        return str(nccl.version())
+    except Exception as error:  # a build without it
+        return f"{type(error).__name__}: {error}"
 
 
 def triton_version() -> str | None:

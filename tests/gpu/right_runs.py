@@ -21,6 +21,7 @@ from relora_train.checkpoints.snapshots import local_snapshots
 from relora_train.data.dataset import TokenDataset
 from relora_train.distributed import Ranks
 from relora_train.errors import TrainerInterruptedError
+from relora_train.events import Event
 from relora_train.runs.workers import Worker
 from relora_train.training.requests import EvaluationRequest, StageRequest
 from relora_train.training.step import Prefetcher
@@ -43,14 +44,17 @@ LARGEST_RISE = 50e6
 def whole_run(run: Run) -> None:
     """Three stages and an evaluation in one kept worker, beside the same on a CPU in this process."""
     free: list[int] = []
+    events: list[Event] = []
     with closing(Worker(keeps=True)) as worker:
         for before, stage in zip((None, *STAGES), STAGES, strict=False):
             parent = run.scratch / before if before else None
             request = tiny_request(run, stage, stage, parent=parent, **RUN)
-            worker.run(TRAINER, request, run.scratch / "request.json", on_event=lambda event: None)
+            worker.run(TRAINER, request, run.scratch / "request.json", on_event=events.append)
             if not run.dry:
                 free.append(torch.cuda.mem_get_info()[0])
         scored = evaluate(run, worker, request)
+    pids = {event["pid"] for event in events if event["event"] == "stage_started"}
+    run.require(f"all stages ran in one process: {pids}", len(pids) == 1)
     compare_with_cpu(run, scored)
     if free:
         run.below("bytes more held after later stages", max(free[0] - each for each in free), LARGEST_RISE)

@@ -22,6 +22,9 @@ PEAK_FLOPS = 989e12
 """Of an H100 in bfloat16; another card's shares are of that too."""
 
 FULL_GOAL, LOW_RANK_GOAL = 52_000, 66_000
+LARGE = 40e9
+"""Bytes of a GPU that takes a step of llama_1b with 8,192 tokens, at either rank."""
+
 STEP_PROGRAM = Path(__file__).resolve().parents[1] / "benchmarks" / "step.py"
 
 
@@ -170,6 +173,7 @@ def speed_of(run: Run, request: StepRequest, timing: Timing) -> dict[str, Any]:
 
 
 def breakdown(run: Run) -> None:
+    run.need_gpu_memory(LARGE)
     for row in (BILLION,) if run.dry else (BILLION, replace(BILLION, compiled=True)):
         release(run)
         training = shape_stage(run, row.request(run))
