@@ -61,7 +61,11 @@ def ids(text: str) -> tuple[str, ...]:
 
 
 def main(
-    argv: Sequence[str] | None = None, *, checks: Sequence[Check] = CHECKS, least_limit: float = LEAST_LIMIT
+    argv: Sequence[str] | None = None,
+    *,
+    checks: Sequence[Check] = CHECKS,
+    start_seconds: float = START_SECONDS,
+    least_limit: float = LEAST_LIMIT,
 ) -> int:
     """Run the checks; return 0 if none failed, was in error or ran out of time, 130 if interrupted."""
     options = options_of(argv)
@@ -69,7 +73,8 @@ def main(
     results = Results(options.out, sys.argv if argv is None else [__file__, *argv])
     scratch = Path(tempfile.mkdtemp(prefix="acceptance-", dir=options.scratch))
     try:
-        Acceptance(options, results, scratch, least_limit).run([c for c in checks if is_wanted(c, options)])
+        acceptance = Acceptance(options, results, scratch, start_seconds, least_limit)
+        acceptance.run([check for check in checks if is_wanted(check, options)])
     except KeyboardInterrupt:
         results.interrupt()
     finally:
@@ -87,8 +92,11 @@ def is_wanted(check: Check, options: argparse.Namespace) -> bool:
 class Acceptance:
     """One run of the checks."""
 
-    def __init__(self, options: argparse.Namespace, results: Results, scratch: Path, least_limit: float) -> None:
-        self._options, self._results, self._scratch, self._least_limit = options, results, scratch, least_limit
+    def __init__(
+        self, options: argparse.Namespace, results: Results, scratch: Path, start_seconds: float, least_limit: float
+    ) -> None:
+        self._options, self._results, self._scratch = options, results, scratch
+        self._start_seconds, self._least_limit = start_seconds, least_limit
         self._deadline = time.monotonic() + 60 * options.minutes
         self._process: CheckProcess | None = None
         self._group = ""
@@ -120,7 +128,7 @@ class Acceptance:
 
     def _lack_of_time(self, check: Check) -> str:
         left = self._deadline - time.monotonic()
-        needed = check.seconds + (0 if self._has_process_for(check) else START_SECONDS)
+        needed = check.seconds + (0 if self._has_process_for(check) else self._start_seconds)
         if math.isinf(left) or (needed <= left and (not check.reserve or left > RESERVE_SECONDS)):
             return ""
         return f"budget: {needed:.0f} s needed, {max(left, 0):.0f} s left"
