@@ -1,7 +1,5 @@
 """The script that a GPU is tried with works before there is one: the same code on a CPU, and whatever a check does."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal

@@ -1,7 +1,5 @@
 """The process of a group of checks as acceptance.py sees it: one check at a time, each with a limit. Light."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

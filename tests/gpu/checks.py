@@ -1,7 +1,5 @@
 """The checks in their order: what each proves, what makes it pass, and how long it takes on one H100. Light."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 

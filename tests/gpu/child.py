@@ -3,8 +3,6 @@
 Every check begins in the same state of torch. After one that has broken the device this process ends.
 """
 
-from __future__ import annotations
-
 import faulthandler
 import gc
 import importlib

@@ -1,7 +1,5 @@
 """The trainer, of which the second rank fails in its fifth update: `python -m failing_rank --request FILE`."""
 
-from __future__ import annotations
-
 import os
 import signal
 from typing import Any

@@ -1,7 +1,5 @@
 """A11: what goes wrong on a GPU ends with its own name, in time, and leaves nothing behind."""
 
-from __future__ import annotations
-
 import os
 import signal
 import subprocess

@@ -1,7 +1,5 @@
 """B8 to B10: what fits, what a snapshot and a stop take, and what the end of a cycle takes, at 1.3 billion."""
 
-from __future__ import annotations
-
 import shutil
 import time
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """A3 and A4: the low-rank autograd function beside its reference, and a step that waits for nothing."""
 
-from __future__ import annotations
-
 import traceback
 import warnings
 from collections.abc import Callable, Iterator

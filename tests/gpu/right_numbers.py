@@ -1,7 +1,5 @@
 """A0 to A2: what this machine is, an update beside a CPU's, and the loss that is logged under bfloat16."""
 
-from __future__ import annotations
-
 import math
 import os
 import re

@@ -1,7 +1,5 @@
 """A8 to A10: whole stages on the device, the same twice, and batches that arrive as they were sent."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal

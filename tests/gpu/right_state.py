@@ -1,7 +1,5 @@
 """A5 to A7: the optimizer's state by way of files, its reset, and the merge."""
 
-from __future__ import annotations
-
 import time
 from typing import Any
 

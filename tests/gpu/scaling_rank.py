@@ -1,7 +1,5 @@
 """One rank of C4, `python -m scaling_rank --request FILE`: updates of a stage, and their share for the other ranks."""
 
-from __future__ import annotations
-
 import dataclasses
 import time
 from pathlib import Path

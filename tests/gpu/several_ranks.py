@@ -1,7 +1,5 @@
 """C0 to C5: one rank that speaks to itself, two that are one, two of which one fails, and two machines."""
 
-from __future__ import annotations
-
 import os
 import socket
 import subprocess

@@ -1,7 +1,5 @@
 """B1, B2, B12, B13 and B1 again: whole training steps of the shipped profiles' shapes."""
 
-from __future__ import annotations
-
 import importlib.util
 import time
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """B5: what compiling a stage costs, how many graphs it makes, and whether its losses stay."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

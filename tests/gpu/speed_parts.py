@@ -1,7 +1,5 @@
 """B3, B4, B6, B7 and B11: parts of a step by themselves."""
 
-from __future__ import annotations
-
 import importlib.util
 import time
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Stages of this library, tiny or of a shipped profile's shape, ready for their first update."""
 
-from __future__ import annotations
-
 import contextlib
 import gc
 import sys

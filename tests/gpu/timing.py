@@ -1,7 +1,5 @@
 """How long something takes on the device and on the host, and which kernels it is made of."""
 
-from __future__ import annotations
-
 import itertools
 import re
 import statistics
