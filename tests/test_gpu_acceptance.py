@@ -181,7 +181,7 @@ def test_no_check_goes_on_after_the_end_of_the_time_for_all(tmp_path: Path):
     assert made_up.ended()[0] == 1
     found = made_up.results()["hangs"]
     assert found["status"] == "timeout"
-    assert float(found["error"].split()[3]) < 6 < 3 * 2.5
+    assert float(found["error"].split()[3]) <= 6 < 3 * 2.5  # the time left, not three times the estimate
 
 
 def test_only_and_skip_choose_and_fail_fast_ends(tmp_path: Path):
