@@ -7,6 +7,8 @@ from functools import cache
 from pathlib import Path
 
 from relora_train.errors import DeviceError
+from relora_train.settings.method import DropoutMask
+from relora_train.settings.profile import Profile
 from relora_train.settings.running import LaunchConfig
 
 _LOGGER = logging.getLogger(__name__)
@@ -48,6 +50,15 @@ def takes_gpu(launch: LaunchConfig) -> bool:
     if launch.device != "auto":
         return launch.device == "cuda"
     return any([*_DEVICE_FILES.glob("nvidia[0-9]*"), *_DEVICE_FILES.glob("dxg")]) and usable_gpus() > 0
+
+
+def dropout_mask_here(profile: Profile) -> DropoutMask:
+    """Return the kind of mask with which a run of the profile begins on this machine: hashed if it compiles."""
+    relora, launch = profile.relora, profile.launch
+    if relora.dropout_mask != "auto":
+        return relora.dropout_mask
+    compiles = launch.compiles_on("cuda" if takes_gpu(launch) else "cpu")
+    return "hash" if compiles and relora.dropout > 0 and profile.method != "full" else "stream"
 
 
 def usable_gpus() -> int:

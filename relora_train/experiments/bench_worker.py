@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from relora_train.checkpoints.manifest import DatasetManifest, describe_files
+from relora_train.devices import dropout_mask_here
 from relora_train.distributed import process_group
 from relora_train.experiments.bench import RELORA, StepRequest
 from relora_train.method.stages import plan_stages
@@ -95,6 +96,7 @@ def prepare(request: StepRequest, directory: Path) -> StageTraining:
                 stage=plan_stages(profile)[1 if request.arm == RELORA else 0],
                 fingerprint="",
                 fingerprint_settings={},
+                dropout_mask=dropout_mask_here(profile),
                 dataset_uri=dataset.as_uri(),
                 dataset_id="0" * 64,
                 dataset_directory=dataset,

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from relora_train.checkpoints.lineage import CheckpointRef, is_left_behind, result_for
 from relora_train.checkpoints.manifest import find_dataset, hash_file
 from relora_train.data.dataset_changes import dataset_changes
-from relora_train.devices import takes_gpu
+from relora_train.devices import dropout_mask_here
 from relora_train.errors import AccessDeniedError, RunSettingsChangedError, StoreUnavailableError
 from relora_train.method.stages import Stage, fingerprint_settings, stage_fingerprint
 from relora_train.runs.run import Run
@@ -42,11 +42,10 @@ def stage_identity(
 def dropout_mask(run: Run, parent: CheckpointRef | None) -> DropoutMask:
     """Return the run's kind of dropout mask: as set, or as its stages have recorded; settled here at its beginning.
 
-    A run that compiles takes hashed masks. All its stages keep to them, on whatever device they are trained.
+    All stages of a run keep to one kind, on whatever device they are trained.
     """
-    relora, launch = run.profile.relora, run.profile.launch
-    if relora.dropout_mask != "auto":
-        return relora.dropout_mask
+    if run.profile.relora.dropout_mask != "auto":
+        return run.profile.relora.dropout_mask
     if parent is not None and parent.manifest.dropout_mask is not None:
         return parent.manifest.dropout_mask
     made = [*run.checkpoints.history(), *([parent] if parent else [])]
@@ -54,8 +53,7 @@ def dropout_mask(run: Run, parent: CheckpointRef | None) -> DropoutMask:
         return recorded
     if any(ref.manifest.cycle for ref in made):  # trained before there was a choice
         return "stream"
-    drops_out = run.profile.method != "full" and relora.dropout > 0
-    return "hash" if drops_out and launch.compiles_on("cuda" if takes_gpu(launch) else "cpu") else "stream"
+    return dropout_mask_here(run.profile)
 
 
 def pretrained_content(model: ModelConfig) -> str | None:
