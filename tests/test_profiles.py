@@ -254,6 +254,27 @@ def test_the_commands_of_the_readme_load():
         load_profile(name, [text.strip("'") for text in re.findall(r"--set ('[^']+'|\S+)", overrides)])
 
 
+LAUNCHES = re.findall(
+    r"^### (.+?)\n[^#]*?```toml\n(.+?)```",
+    README.read_text().partition("## Every key")[0],
+    flags=re.MULTILINE | re.DOTALL,
+)
+
+
+@pytest.mark.parametrize(("machine", "text"), LAUNCHES, ids=[machine for machine, _ in LAUNCHES])
+def test_a_launch_section_of_the_readme_loads_and_takes_the_largest_micro_batch(machine: str, text: str):
+    sections = tomllib.loads(text)
+    for name in ("llama_1b", "llama_350m"):
+        assert load_profile(name, sections).launch.device == "cuda"
+    profile = load_profile("llama_1b", sections)
+    small, large = plan(profile).fits
+    fit = small if "24 GB" in machine else large
+    assert fit.options == ()
+    assert profile.batch.micro_sequences == min(fit.full, fit.low_rank)
+    ranks = {"One card of 24 GB": 1, "One H100": 1, "Eight H100": 8, "Two nodes of eight H100": 16}
+    assert profile.launch.world_size == ranks[machine] and list(ranks) == [name for name, _ in LAUNCHES]
+
+
 NAMED = {
     "digits": ("digits-08cb0cd2", "a61180d4db61d922"),
     "fashion": ("fashion-e9a59e36", "a787d4683ffe0f00"),
