@@ -41,7 +41,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:`torch.jit.:DeprecationWarning"),
 ]
 
-SEQUENCES, LENGTH, VOCABULARY, RANK = 16, 64, 300, 4
+SEQUENCES, LENGTH, VOCABULARY, RANK = 16, 64, 300, 16
 SIZES = {"hidden_size": 64, "intermediate_size": 112, "num_hidden_layers": 2, "num_attention_heads": 4}
 
 
@@ -132,7 +132,7 @@ EAGER_KINDS = [
     (llama, EAGER, BF16),
     (llama, EAGER, {"dtype": "pure-bfloat16"}),
     (llama, EAGER, {**BF16, "residual": "bfloat16"}),
-    (llama, CHECKPOINTED, BF16),
+    (llama, CHECKPOINTED, {"dtype": "pure-bfloat16"}),
     (neox, EAGER, BF16),
     (vit, EAGER, BF16),
 ]
@@ -154,7 +154,7 @@ COMPILED_KINDS = [
 )
 def test_what_is_kept_for_the_backward_pass_is_the_counted(make, launch, precision, low_rank):
     case = Case(make, low_rank, launch, **precision)
-    assert case.counted.kept == pytest.approx(kept_bytes(case), rel=0.15)
+    assert case.counted.kept == pytest.approx(kept_bytes(case), rel=0.06)
 
 
 @pytest.mark.parametrize("low_rank", [False, True])
