@@ -238,7 +238,7 @@ def test_json_of_a_store_that_is_beyond_all_use_is_a_damaged_object_and_no_fault
         with pytest.raises(CheckpointCorruptError):
             read()
     assert {each.kind for each in verify_run(store, "run").findings} >= {"damaged"}
-    assert not pins_in(store, ref.manifest.run_id) and recorded_evaluations(store, [ref]) == []
+    assert pins_in(store, "run") == {"pinned": None} and recorded_evaluations(store, [ref]) == []
     with pytest.raises(ConfigError, match="already holds"):
         pin(store, ref, "pinned")
     store.put_bytes(f"{ref.prefix}/manifest.json", data)
