@@ -49,7 +49,7 @@ def options_of(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--skip", type=ids, default=())
     parser.add_argument("--fail-fast", action="store_true", help="run nothing after the first fault")
     parser.add_argument("--dry-run-cpu", action="store_true", help="the same code on tiny models, without a GPU")
-    parser.add_argument("--scratch", type=Path, help="directory for checkpoints, 60 GB; the system's temporary one")
+    parser.add_argument("--scratch", type=Path, help="directory for checkpoints, 40 GB; the system's temporary one")
     options = parser.parse_args(argv)
     if options.minutes is None:
         options.minutes = math.inf if options.dry_run_cpu else 8.0
