@@ -21,9 +21,10 @@ from faults import environment, failed
 from right_numbers import relative
 from safetensors.torch import load_file
 from stage_runs import ignore, metrics_of
-from stages import mask_of, tiny_request, tiny_stage
+from stages import tiny_request, tiny_stage
 from tiny_data import write_tiny_dataset
 
+from relora_train.devices import dropout_mask_here
 from relora_train.distributed import SLOW, STEP, Ranks, full_tensor
 from relora_train.errors import DeviceMemoryError, TrainerCrashedError
 from relora_train.events import Event
@@ -223,7 +224,7 @@ def scaling_request(run: Run, count: int, sharding: str) -> StageRequest:
     dataset = write_tiny_dataset(directory, train_tokens=bench.profile.batch.tokens + 1)
     base = tiny_request(run, "cycle-1", f"scaling-{count}-{sharding}")
     update = {"profile": bench.profile, "stage": plan_stages(bench.profile)[1], "dataset_directory": dataset}
-    return base.model_copy(update={**update, "dropout_mask": mask_of(bench.profile)})
+    return base.model_copy(update={**update, "dropout_mask": dropout_mask_here(bench.profile)})
 
 
 # --- C5

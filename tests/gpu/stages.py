@@ -14,13 +14,12 @@ from check_run import Run
 from stage_runs import stage_request, tiny_profile
 from tiny_data import write_tiny_dataset
 
+from relora_train.devices import dropout_mask_here
 from relora_train.distributed import Ranks
 from relora_train.experiments import bench_worker
 from relora_train.experiments.bench import FULL, RELORA, StepRequest, step_requests
 from relora_train.method.layer import relora_layers
 from relora_train.settings.load import load_profile
-from relora_train.settings.method import DropoutMask
-from relora_train.settings.profile import Profile
 from relora_train.training.build import prepare_stage
 from relora_train.training.models.causal_lm import CausalLM
 from relora_train.training.requests import StageRequest
@@ -54,13 +53,7 @@ def tiny_request(run: Run, stage: str, output: str, *, parent: Path | None = Non
     """Return the request of a stage of the tiny profile, on the run's device if no other is set."""
     sections["launch"] = {"device": run.device_type, "compile": False} | sections.get("launch", {})
     request = stage_request(tiny_profile(**sections), stage, tiny_dataset(run), run.scratch / output, parent)
-    return request.model_copy(update={"dropout_mask": mask_of(request.profile)})
-
-
-def mask_of(profile: Profile) -> DropoutMask:
-    """Return the kind of mask with which a run of this profile begins."""
-    chosen, launch = profile.relora.dropout_mask, profile.launch
-    return chosen if chosen != "auto" else "hash" if launch.compiles_on(launch.device) else "stream"
+    return request.model_copy(update={"dropout_mask": dropout_mask_here(request.profile)})
 
 
 def tiny_stage(run: Run, stage: str, *, device: torch.device | None = None, **sections: Any) -> StageTraining:
@@ -97,9 +90,7 @@ def shape_stage(run: Run, request: StepRequest, *, keep_masters: bool = False) -
     keep_masters: hold the exact frozen weights where a stage with a parent has them, on the disk; else not at all.
     """
     directory = run.scratch / f"stage-{len(list(run.scratch.iterdir()))}"
-    made, mask = bench_worker.StageRequest, mask_of(request.profile)
-    hashed = mock.patch.object(bench_worker, "StageRequest", lambda **fields: made(**{**fields, "dropout_mask": mask}))
-    with made_on(run.device), compiled_lightly(run), hashed:
+    with made_on(run.device), compiled_lightly(run):
         training = bench_worker.prepare(request, directory)
     if training.masters is not None:
         if keep_masters:
