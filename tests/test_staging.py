@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from made_up_corpus import made_up_text
 
+from relora_train.data import staging
 from relora_train.data.splitting import PIECE_BYTES, cut_into_pieces, split_digest, split_of
 from relora_train.data.staging import read_pieces, stage_documents
 from relora_train.data.tokenizer import train_tokenizer
@@ -53,6 +54,14 @@ def test_duplicates_land_on_one_side_and_are_counted(tmp_path):
         sides[part.split] |= {text for text, _ in read_pieces(tmp_path / "s", part)}
     assert len(sides["train"]) + len(sides["val"]) == 50
     assert sides["train"].isdisjoint(sides["val"])
+
+
+def test_duplicates_beyond_the_memory_are_estimated(tmp_path, monkeypatch):
+    monkeypatch.setattr(staging, "_COUNTED_DIGESTS", 1024)
+    texts = [f"document {n}" for n in range(8000)]
+    staged = stage_documents([*texts, *texts], tmp_path, side=lambda digest: "train", range_bytes=1 << 20)
+    assert abs(staged.duplicate_documents - 8000) < 5 * 8000 / 500**0.5  # from a sample of 500 digests at least
+
 
 
 def test_staged_text_that_was_damaged_is_not_tokenized(tmp_path):

@@ -106,8 +106,7 @@ def stage_documents(
     directory.mkdir(parents=True)
     train = _RangeWriter(directory, "train", range_bytes, markers)
     val = _RangeWriter(directory, "val", range_bytes, markers)
-    seen: set[int] = set()
-    duplicates = empty = 0
+    duplicates, empty = _DuplicateCounter(), 0
     sample: list[str] = []
     with closing(train), closing(val):
         for text, is_held_out in chain(((text, False) for text in documents), ((text, True) for text in held_out)):
@@ -115,9 +114,7 @@ def stage_documents(
                 empty += 1
                 continue
             digest = split_digest(text)
-            duplicates += digest in seen
-            if len(seen) < _COUNTED_DIGESTS:
-                seen.add(digest)
+            duplicates.add(digest)
             writer = val if is_held_out or side(digest) == "val" else train
             writer.add(text)
             if len(sample) < _SAMPLE_DOCUMENTS:
@@ -125,7 +122,7 @@ def stage_documents(
     corpus = StagedCorpus(
         ranges=(*train.ranges, *val.ranges),
         empty_documents=empty,
-        duplicate_documents=duplicates,
+        duplicate_documents=duplicates.estimate,
         split_note=split_note,
         left_out=left_out(),
     )
@@ -246,3 +243,23 @@ class _RangeWriter:
 
     def _path(self, ending: str) -> Path:
         return self._directory / f"{self._split}-{len(self.ranges):05d}.{ending}"
+
+
+class _DuplicateCounter:
+    """Counts digests seen before, in bounded memory: when there are too many, every second one is left out."""
+
+    def __init__(self) -> None:
+        self._seen: dict[int, int] = {}
+        self._mask = 0
+
+    def add(self, digest: int) -> None:
+        if digest & self._mask:
+            return
+        self._seen[digest] = self._seen.get(digest, -1) + 1
+        while len(self._seen) > _COUNTED_DIGESTS:
+            self._mask = self._mask << 1 | 1
+            self._seen = {d: count for d, count in self._seen.items() if not d & self._mask}
+
+    @property
+    def estimate(self) -> int:
+        return sum(self._seen.values()) * (self._mask + 1)
