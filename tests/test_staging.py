@@ -63,7 +63,6 @@ def test_duplicates_beyond_the_memory_are_estimated(tmp_path, monkeypatch):
     assert abs(staged.duplicate_documents - 8000) < 5 * 8000 / 500**0.5  # from a sample of 500 digests at least
 
 
-
 def test_staged_text_that_was_damaged_is_not_tokenized(tmp_path):
     staged = stage_documents(["some text", "more text"], tmp_path / "s", lambda digest: "train", range_bytes=10_000)
     path = tmp_path / "s" / f"{staged.ranges[0].name}.text"
