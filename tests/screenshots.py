@@ -77,7 +77,7 @@ def screen_after(command: list[str], work: Path, environment: dict[str, str]) ->
         subprocess.run([*tmux, "kill-server"], check=True)
     console = Console(record=True, width=COLUMNS, file=io.StringIO(), force_terminal=True)
     # To rich the terminal's default colours are black on white, whatever the page has.
-    plain = captured.replace("\x1b[39m", "").replace("\x1b[49m", "")
+    plain = captured.replace("\x1b[39m", "\x1b[0m").replace("\x1b[49m", "")
     console.print(Text.from_ansi("\n".join(plain.splitlines()[:LINES])))
     return console.export_html(inline_styles=True, code_format=_PAGE.format(look=_LOOK))
 
