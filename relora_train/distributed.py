@@ -104,7 +104,7 @@ def process_group(device: Literal["auto", "cpu", "cuda"]) -> Iterator[Ranks]:
 
     After an error it is not left: that waits for ranks that may sit in a message and never come. The process is to
     tell of the error and exit.
-    Raises DeviceError for GPUs that are asked for and not there, and TrainerCrashedError, which may be retried, in
+    Raises DeviceError for GPUs that are asked for and not there. Raises TrainerCrashedError, which may be retried, in
     place of the errors that tell of another rank's death.
     """
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

@@ -95,8 +95,8 @@ def may_pass(error: BaseException) -> bool:
     """Return True if the same call may succeed later with nothing changed: the one rule of what is tried again.
 
     Errors of ours say so themselves. Python's errors about code and values follow from what is installed and given, so
-    they come again. What a device, a library below Python, the system or another process reports gets another chance
-    (RuntimeError, OSError, MemoryError and classes of other packages), and so does whatever such an error led to.
+    they come again. Reports of a device, of the system or of another process get another chance: RuntimeError, OSError,
+    MemoryError and classes of other packages. So does whatever such an error led to.
     """
     if isinstance(error, ReLoRAError):
         return error.retryable

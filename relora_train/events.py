@@ -1,7 +1,7 @@
 """One stream of events from the work to whoever shows it: log lines, progress bars, artifacts.
 
 An event is a flat JSON object with the key "event". The trainer process writes each as one line of its standard
-output, marked by an ASCII record separator (RFC 7464), so that a library's stray print is never taken for one.
+output. An ASCII record separator (RFC 7464) marks it, so that a library's stray print is never taken for one.
 Inside a process events travel as log records of the logger `relora_train.events`, in the attribute `event`.
 
     stage_started    stage kind start_step end_step pid device ranks parameters trainable_parameters products

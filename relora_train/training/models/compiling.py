@@ -29,7 +29,7 @@ def compile_blocks(model: nn.Module, *, recompute: bool = True, backend: str | C
 def can_compile(device: torch.device, *, required: bool) -> bool:
     """Return True if torch.compile works here, by a try: compiler, headers and writable cache are not torch's to bring.
 
-    Where it does not work, raise DeviceError if it is required, else warn.
+    If it does not, raise DeviceError if it is required, and warn otherwise.
     """
     try:
         torch.compile(lambda x: torch.sin(x) + 1)(torch.ones(8, device=device))
