@@ -18,7 +18,7 @@ SCONTROL = """#!/usr/bin/env bash
 [ "$*" = "show hostnames here[1-2]" ] && echo 127.0.0.1 && sleep 0.1 && echo second
 """
 
-# As srun does, with --kill-on-bad-exit: one task a node, told its number; the highest exit status.
+# It behaves as srun with --kill-on-bad-exit: one task a node, told its number; the highest exit status.
 SRUN = """#!/usr/bin/env bash
 while [ "${1#--}" != "$1" ]; do shift; done
 SLURM_NODEID=1 "$@" & other=$!

@@ -21,7 +21,7 @@ from relora_train.storage.workspace import cache_root
 
 _log = logging.getLogger("relora_train.data.sources")
 
-# What a directory or prefix contributes; a file that is named itself, or by a glob, may be called anything.
+# The files that a directory or prefix contributes; one that is named itself, or by a glob, may be called anything.
 _ENDINGS = {
     "text": ("",),
     "jsonl": (".jsonl", ".json", ".ndjson", ".jsonl.gz", ".json.gz", ".ndjson.gz"),

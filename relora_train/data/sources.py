@@ -145,7 +145,7 @@ def _documents_or_fault(file: SourceFile, data: DataConfig, advance: Advance) ->
         check_compression(file.name)
         may_break_off = data.source == "parquet" or (data.source == "jsonl" and file.name.endswith(".gz"))
         if data.unreadable == "skip" and may_break_off:
-            # What breaks off is left out whole: how much of it can be read depends on sizes of buffers.
+            # A file that breaks off is left out whole: how much of it can be read depends on sizes of buffers.
             deque(documents(file, data, lambda size: None), maxlen=0)
         yield from documents(file, data, advance)
     except Fault as fault:

@@ -32,7 +32,7 @@ _COLOURS = (*SERIES, ACCENT, "#56b4e9", "#e69f00")
 _DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1.5, 1.5)))
 
 Curves = dict[str, list[tuple[float, Estimate]]]
-"""Of each arm the mean and error over seeds by tokens, in order."""
+"""The mean and error over seeds of each arm by tokens, in order."""
 
 
 def measure(experiment: MeasuredExperiment) -> tuple[Measured, dict[str, bytes]]:

@@ -23,16 +23,16 @@ def low_rank_scale(scaling: float, dropout: float) -> float:
 
 
 def hash_mask(rows: Tensor, seed: Tensor, dropout: float) -> Tensor:
-    """Return a bool mask (n, d) for rows (n, d): True where 16 bits of a hash of the position exceed the dropped share.
+    """Return a bool mask (n, d) for rows (n, d): True where 16 bits of a hash of the position reach the dropped share.
 
-    seed: two int32 numbers on the device of rows. The mask is a
-    function of the seed and the positions alone: eager and compiled code on any device make the same one. Source: the
-    two rounds of multiply and shift of Chris Wellons' prospector, over position * odd + offset.
+    seed: two int32 numbers on the device of rows. The mask is a function of the seed and the positions alone: eager and
+    compiled code on any device make the same one. Source: the two rounds of multiply and shift of Chris Wellons'
+    prospector, over position * odd + offset.
     """
     n, d = rows.shape
     row = torch.arange(n, device=rows.device, dtype=torch.int32)[:, None]
     x = (row * d + torch.arange(d, device=rows.device, dtype=torch.int32)) * (seed[1] | 1) + seed[0]
-    # int32 wraps modulo 2**32 in eager torch, in C++ and in Triton; test_graph_path.py compares the masks. ">>" carries
+    # int32 wraps modulo 2**32 in eager torch, in C++ and in Triton: tests/test_compiled.py compares masks. ">>" carries
     # the sign down, so each shift is masked.
     x = x ^ ((x >> 16) & 0xFFFF)
     x = x * 0x21F0AAAD

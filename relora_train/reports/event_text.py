@@ -170,5 +170,5 @@ def _row(name: str, layers: Layers, whole: Mapping[str, Any]) -> dict[str, Any]:
         "∇A": whole.get("first_lora_A_grad_norm"),
         "∇B": whole.get("first_lora_B_grad_norm"),
     }
-    # As text, because a table of the UI shows floats with all their digits.
+    # Numbers as text, because a table of the UI shows floats with all their digits.
     return {"layer": name, **{key: "" if value is None else f"{value:.4g}" for key, value in numbers.items()}}

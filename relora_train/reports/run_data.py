@@ -16,7 +16,7 @@ TRAIN_NUMBERS = (
     "lora_A_update_norm", "lora_B_update_norm", "relative_weight_change",
 )  # fmt: skip
 TRAIN_RECORD = np.dtype([("step", np.int64), *((name, np.float64) for name in TRAIN_NUMBERS)])
-"""Of training records, sorted by step, one per step; a number that a record lacks is NaN."""
+"""The numbers of training records, sorted by step, one per step; a number that a record lacks is NaN."""
 
 TrainCurve = np.recarray[Any, np.dtype[Any]]
 """The training records of all stages, as TRAIN_RECORD; steps are updates done, from 1."""

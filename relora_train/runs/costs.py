@@ -105,9 +105,8 @@ def card_fits(profile: Profile, shape: ModelShape, kinds: set[bool]) -> tuple[Ca
 
 def _largest_micro_batch(profile: Profile, shape: ModelShape, low_rank: bool, card: int) -> int | None:
     """Return the largest divisor of a rank's share of a batch with which a stage fits the card."""
-    share = _changed(profile, ("batch", "micro_sequences", None)).batch.forward_passes(profile.launch.world_size or 1)[
-        0
-    ]
+    whole = _changed(profile, ("batch", "micro_sequences", None)).batch
+    share, _ = whole.forward_passes(profile.launch.world_size or 1)
     count = low_rank_cost if low_rank else full_cost
     for size in range(share, 0, -1):
         if share % size == 0:

@@ -166,7 +166,7 @@ def _train(
             uploader.hear(event)
             if event["event"] == "stopping":
                 run.publisher.stopping()
-            # What supersedes this work is raised from here: an exception of its listener ends a worker in order.
+            # A successor is noticed here: an exception of its listener ends a worker in order.
             if run.lease is not None:
                 run.lease.raise_if_lost()
             run.publisher.raise_if_superseded()

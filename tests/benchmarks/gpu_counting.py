@@ -38,10 +38,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 BYTES_PER_SECOND = 2.6e12
-"""What elementwise kernels reach of an H100's 3.35e12."""
+"""The rate that elementwise kernels reach, of an H100's 3.35e12."""
 
 FLOPS_PER_SECOND = {torch.bfloat16: 620e12, torch.float32: 50e12}
-"""What large products reach of an H100's 989e12 and 67e12."""
+"""The rates that large products reach, of an H100's 989e12 and 67e12."""
 
 LEAST = 2.5e-6
 """Seconds that the smallest kernel takes on the GPU."""

@@ -73,7 +73,7 @@ class Estimate:
     micro_steps: int
     micro_tokens: int
     saved_bytes: float
-    """What a forward pass leaves for its backward pass."""
+    """The tensors that a forward pass leaves for its backward pass."""
 
     syncs: float
     graph_breaks: int

@@ -32,7 +32,7 @@ from checks import CHECKS, Check  # noqa: E402
 
 PACKAGES = ("relora-train", "torch", "triton", "transformers", "numpy", "safetensors", "peft", "liger-kernel")
 START_SECONDS = 10.0
-"""Of a process: torch and transformers are imported."""
+"""The start of a process: it imports torch and transformers."""
 
 LEAST_LIMIT = 20.0
 """Seconds that every check may take: to stop a slow one costs a start."""

@@ -39,7 +39,7 @@ class CheckProcess:
             env={
                 **os.environ,
                 "PYTHONPATH": os.pathsep.join(path for path in paths if path),
-                # As configure_torch does, but before anything has met cuBLAS.
+                # configure_torch sets it too; here before anything has met cuBLAS.
                 "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
             },
         )

@@ -1,4 +1,4 @@
-"""What a check writes down while it runs: numbers, and whether they are as they should be."""
+"""The record of a check while it runs: numbers, and whether they are as they should be."""
 
 from __future__ import annotations
 

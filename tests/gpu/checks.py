@@ -16,7 +16,7 @@ class Check:
     """Module and function, as 'right_numbers.environment'."""
 
     criterion: str
-    """What passes; for the checks of B, what is a finding if it is not so."""
+    """The condition to pass; a check of B that misses it notes a finding."""
 
     reserve: bool = False
     """True for a repetition, which runs if a minute is left after all others."""

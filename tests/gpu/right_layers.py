@@ -236,7 +236,7 @@ STEPS: dict[str, dict[str, Any]] = {
 }
 WATCHED = 20
 FIRST_WATCHED = 12
-"""Of a stage's updates: the first ones are recorded one by one, and the tenth is looked at once."""
+"""Updates of a stage: the first ones are recorded one by one, and the tenth is looked at once."""
 
 
 def no_sync(run: Run) -> None:

@@ -17,7 +17,7 @@ from relora_train.runs.plan import plan
 from relora_train.training.step import StageTraining
 
 PEAK_FLOPS = 989e12
-"""Of an H100 in bfloat16; another card's shares are of that too."""
+"""An H100's in bfloat16; another card's shares are of that too."""
 
 FULL_GOAL, LOW_RANK_GOAL = 52_000, 66_000
 LARGE = 40e9
@@ -84,7 +84,7 @@ ROWS = (
     *(replace(row, profile="llama_350m") for row in (replace(BILLION, compiled=True), BILLION, FULL)),
     replace(BILLION, profile="llama_350m", dropout=0.0),
 )
-"""What decides most comes first: a check that is stopped keeps what it has measured."""
+"""The rows that decide most come first: a check that is stopped keeps what it has measured."""
 
 MEASURED: dict[str, dict[str, Any]] = {}
 """Rows that this process has measured, for later checks."""

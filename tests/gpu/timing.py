@@ -91,7 +91,7 @@ CLASSES = {
 
 @dataclass
 class Kernels:
-    """What the profiler saw of some steps, each figure for one step."""
+    """The profiler's view of some steps, each figure for one step."""
 
     count: float = 0.0
     busy_ms: float = 0.0
@@ -101,7 +101,7 @@ class Kernels:
     """Name, milliseconds, number; the longest first."""
 
     products_ms: dict[str, float] = field(default_factory=dict)
-    """Of products by the shapes of what they multiply."""
+    """Milliseconds of products, by the shapes of their factors."""
 
     exposed_ms: float = 0.0
     """Time in which nothing but NCCL's kernels ran."""
