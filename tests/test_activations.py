@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from live_bytes import LiveBytes
+from tiny_models import COMPILER_WARNINGS, saved_bytes
 from torch import Tensor, nn
 from transformers import (
     GPTNeoXConfig,
@@ -35,11 +36,7 @@ from relora_train.training.models.model import (
 )
 from relora_train.training.models.shape import shape_of_config, wrapped_layers
 
-# Of torch, about what its own compiler does.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning"),
-    pytest.mark.filterwarnings("ignore:`torch.jit.:DeprecationWarning"),
-]
+pytestmark = COMPILER_WARNINGS
 
 SEQUENCES, LENGTH, VOCABULARY, RANK = 16, 64, 300, 16
 SIZES = {"hidden_size": 64, "intermediate_size": 112, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -105,21 +102,6 @@ class Case:
             return next_token_loss(self.model, torch.randint(VOCABULARY, (SEQUENCES, LENGTH + 1)))
 
 
-def kept_bytes(case: Case) -> int:
-    """Bytes of the tensors that the graph keeps, parameters left out."""
-    own = {p.untyped_storage().data_ptr() for p in case.model.parameters()}
-    kept: dict[int, Tensor] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        if tensor.untyped_storage().data_ptr() not in own:
-            kept[tensor.untyped_storage().data_ptr()] = tensor
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        case.loss()
-    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
-
-
 EAGER: dict[str, Any] = {}
 CHECKPOINTED = {"gradient_checkpointing": True}
 COMPILED = {"compile": True, "recompute_elementwise": False}
@@ -154,7 +136,7 @@ COMPILED_KINDS = [
 )
 def test_what_is_kept_for_the_backward_pass_is_the_counted(make, launch, precision, low_rank):
     case = Case(make, low_rank, launch, **precision)
-    assert case.counted.kept == pytest.approx(kept_bytes(case), rel=0.06)
+    assert case.counted.kept == pytest.approx(saved_bytes(case.model, case.loss), rel=0.06)
 
 
 @pytest.mark.parametrize("low_rank", [False, True])

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from stage_runs import CPU
-from tiny_models import relative_error, tiny_gpt_neox, tiny_llama, token_batch
+from stage_runs import CPU, stage_request, tiny_profile
+from tiny_models import COMPILER_WARNINGS, relative_error, saved_bytes, tiny_gpt_neox, tiny_llama, token_batch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import ViTConfig, ViTForImageClassification
@@ -21,6 +22,8 @@ from relora_train.method.graph_path import dropped_steps, hash_mask, low_rank_li
 from relora_train.method.layer import relora_layers
 from relora_train.method.merge import merge_and_reinit, reinit
 from relora_train.method.wrap import apply_relora
+from relora_train.training import build
+from relora_train.training.build import prepare_stage
 from relora_train.training.models.compiling import compile_blocks, without_compiling
 from relora_train.training.models.model import (
     attend_without_mask,
@@ -33,11 +36,7 @@ from relora_train.training.models.model import (
 from relora_train.training.models.pretrained import load_skeleton
 from relora_train.training.sharding import rows_of_checkpoint, shard_model
 
-# Of torch, about what its own compiler does.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning"),
-    pytest.mark.filterwarnings("ignore:`torch.jit.:DeprecationWarning"),
-]
+pytestmark = COMPILER_WARNINGS
 
 MODELS: dict[str, Callable[[], nn.Module]] = {"llama": tiny_llama, "gpt_neox": tiny_gpt_neox}
 
@@ -257,6 +256,20 @@ def test_blocks_of_a_sharded_model_are_compiled_too(one_rank: Ranks, tmp_path: P
         assert relative_error(gradients[1][name], gradient) < 1e-5
 
 
+def test_a_stage_compiles_its_blocks_before_it_shards_them(
+    one_rank: Ranks, warm_start: Path, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    order: list[str] = []
+    for name in ("compile_blocks", "shard_model"):
+        made = getattr(build, name)
+        monkeypatch.setattr(build, name, lambda *a, name=name, made=made, **o: (order.append(name), made(*a, **o))[1])
+    monkeypatch.setattr(build, "can_compile", lambda device, required: True)
+    profile = tiny_profile(launch={"compile": True}, relora={"dropout": 0.0})
+    request = stage_request(profile, "cycle-1", dataset, tmp_path / "out", warm_start)
+    prepare_stage(request, replace(one_rank, sharded=True))
+    assert order == ["compile_blocks", "shard_model"]
+
+
 def forward(model: nn.Module, examples: int) -> Any:
     if isinstance(model, ViTForImageClassification):
         return model(torch.randn(examples, 1, 8, 8), labels=torch.zeros(examples, dtype=torch.int64)).loss
@@ -266,34 +279,20 @@ def forward(model: nn.Module, examples: int) -> Any:
 # --- what is kept for the backward pass
 
 
-def saved_bytes(model: nn.Module) -> int:
-    """Bytes that the blocks keep between forward and backward, parameters left out."""
-    torch._dynamo.reset()
-    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    kept: dict[int, int] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
-    with hooks, torch.autocast("cpu", torch.bfloat16):
-        loss = next_token_loss(model, token_batch())
-    loss.backward()
-    return sum(kept.values())
+def bfloat16_loss(model: nn.Module) -> Tensor:
+    with torch.autocast("cpu", torch.bfloat16):
+        return next_token_loss(model, token_batch())
 
 
 def test_elementwise_results_are_made_again_and_the_gradients_stay():
     kept, gradients = [], []
     for recompute in (False, True):
+        torch._dynamo.reset()
         model = wrapped(tiny_llama)
         attend_without_mask(model)
         masks = HashMasks(model)
         compile_blocks(model, recompute=recompute, backend="aot_eager_decomp_partition")
-        kept.append(saved_bytes(model))
-        model.zero_grad()
+        kept.append(saved_bytes(model, lambda model=model: bfloat16_loss(model)))
         gradients.append(losses_and_gradients(model, masks)[1])
     assert kept[1] < 0.75 * kept[0]
     assert relative_error(gradients[1], gradients[0]) < 1e-5
@@ -310,7 +309,7 @@ def test_a_rounded_residual_is_half_as_large_and_evaluation_does_not_see_it():
         for block in blocks(model):
             block.register_forward_hook(lambda module, inputs, output, seen=dtypes: seen.add(output.dtype))
         share_inputs(model)
-        kept.append(saved_bytes(model))
+        kept.append(saved_bytes(model, lambda model=model: bfloat16_loss(model)))
         assert dtypes == {torch.bfloat16 if rounded else torch.float32}
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
             trained = next_token_loss(model, token_batch())

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_models import COMPILER_WARNINGS
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -22,10 +23,7 @@ import gpu_estimate
 from gpu_counting import Count, FusedGroups, Kernel, UnknownCostError
 from gpu_estimate import Estimate, Kernels, estimate, run
 
-pytestmark = [  # of torch, about what its own compiler does
-    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning"),
-    pytest.mark.filterwarnings("ignore:`torch.jit.:DeprecationWarning"),
-]
+pytestmark = COMPILER_WARNINGS
 
 H, FF, LAYERS, HEADS, V, RANK, SEQ, MICRO = 64, 176, 2, 2, 320, 8, 32, 4
 N = MICRO * SEQ

@@ -16,6 +16,7 @@ from test_snapshot import newest
 from torch import Tensor, nn
 from transformers.models.llama import modeling_llama
 
+from relora_train.distributed import Ranks
 from relora_train.errors import CorpusTooSmallError, TrainerInterruptedError, UntrainedLayerError
 from relora_train.runs.workers import run_worker
 from relora_train.settings.profile import Profile
@@ -249,6 +250,16 @@ def test_merged_weights_are_read_back_bit_for_bit_and_take_no_memory(tmp_path: P
     assert own_bytes() - before < 4 * ENTRIES, "of six weights not one is held"
     assert all(torch.equal(masters[name], (drawn + int(name)) * 2) for name in names)
     assert not list(tmp_path.iterdir())
+
+
+def test_only_the_rank_that_writes_keeps_merged_weights(warm_start: Path, dataset: Path, tmp_path: Path):
+    request = stage_request(tiny_profile(precision={"dtype": "bfloat16"}), "cycle-1", dataset, tmp_path, warm_start)
+    for rank in (0, 1):
+        masters = prepare_stage(request, Ranks(rank=rank, world_size=2, device=torch.device("cpu"))).masters
+        assert masters is not None
+        name = next(iter(masters))
+        masters[name] = torch.zeros_like(masters[name])
+        assert bool(masters[name].any()) == (rank == 1)
 
 
 def test_a_rank_without_rows_and_a_machine_without_the_directory_have_theirs_too(tmp_path: Path):

@@ -13,7 +13,7 @@ import torch
 from live_bytes import LiveBytes
 from safetensors.torch import load_file
 from stage_runs import CPU, ignore, manifest_of, metrics_of, prepared, run_all, stage_request, tiny_profile
-from tiny_models import tiny_gpt_neox, tiny_llama, token_batch
+from tiny_models import COMPILER_WARNINGS, tiny_gpt_neox, tiny_llama, token_batch
 from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.nn import functional as F
@@ -258,12 +258,6 @@ def test_a_slow_loader_shows_in_the_records(
 
 
 # --- torch.compile
-
-
-# Of torch, about what its own compiler does.
-COMPILER_WARNINGS = pytest.mark.filterwarnings(
-    "ignore:`torch.jit.:DeprecationWarning", "ignore:The .grad attribute of a Tensor:UserWarning"
-)
 
 
 @pytest.fixture

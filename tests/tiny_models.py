@@ -1,12 +1,18 @@
 """Real transformers models small enough for a unit test, and real training of them."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
+import pytest
 import torch
 from torch import Tensor, nn
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM
 
 VOCABULARY = 64
+
+COMPILER_WARNINGS = pytest.mark.filterwarnings(
+    "ignore:`torch.jit.:DeprecationWarning", "ignore:The .grad attribute of a Tensor:UserWarning"
+)
+"""A mark for tests that compile: torch warns of its own compiler."""
 
 
 def tiny_llama(*, tie_word_embeddings: bool = False, seed: int = 0) -> LlamaForCausalLM:
@@ -70,3 +76,18 @@ def logits(model: nn.Module, *, seed: int = 99) -> Tensor:
 def relative_error(actual: Tensor, expected: Tensor) -> float:
     """Largest deviation relative to the largest expected value."""
     return ((actual - expected).abs().max() / expected.abs().max()).item()
+
+
+def saved_bytes(model: nn.Module, forward: Callable[[], Tensor]) -> int:
+    """Return the bytes that a forward pass keeps for its backward pass, parameters left out."""
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        if tensor.untyped_storage().data_ptr() not in own:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        forward()
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
