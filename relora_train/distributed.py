@@ -170,6 +170,26 @@ def gather(part: Tensor, like: Tensor) -> Tensor:
     return full
 
 
+def gather_on_first(part: Tensor, like: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Return the same to the first rank, in the CPU's memory; the others send their part and get it back.
+
+    A thread may do so if it is the only one that uses the group, whatever the rest of the process sends meanwhile.
+    """
+    if not isinstance(like, DTensor):
+        return part
+    if dist.get_rank() > 0:
+        if part.numel():
+            dist.send(part, dst=0, group=group)
+        return part
+    full = torch.empty(like.shape, dtype=part.dtype)
+    for rank, rows in enumerate(full.chunk(dist.get_world_size())):  # as Shard(0) deals them
+        if rank == 0:
+            rows.copy_(part)
+        else:
+            dist.recv(rows, src=rank, group=group)
+    return full
+
+
 @torch.no_grad()
 def like_sharded(full: Tensor, like: Tensor) -> Tensor:
     """Return a copy of `full` on the device, in the dtype and over the ranks of `like`."""

@@ -1,23 +1,29 @@
 """Several stages by the same ranks, one after the other: `python -m many_stages --request FILE`.
 
-A stage may be stopped by a signal to its last rank, and then goes on from its snapshot. Each rank leaves rank-<r>.json
-beside the first output: how many entries of the model, and of Adam's state, it held of each stage.
+A stage may be stopped by a signal to its last rank, and then goes on from each of its snapshots, to an output with the
+snapshot's step behind its name. A snapshot that a thread writes is held back until the next update is done. Each rank
+leaves rank-<r>.json beside the first output: how many entries of the model, and of Adam's state, it held of each stage.
 """
 
+import errno
 import json
 import os
 import signal
+import threading
+import time
 from contextlib import nullcontext, suppress
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from relora_train.checkpoints.layout import parse_snapshot_name
 from relora_train.checkpoints.snapshots import local_snapshots
 from relora_train.distributed import Ranks, local_shard, process_group
 from relora_train.errors import TrainerInterruptedError
 from relora_train.process import Emit, serve_request
 from relora_train.settings.base import FrozenConfig
-from relora_train.training import trainer
+from relora_train.training import snapshot, trainer
 from relora_train.training.requests import StageRequest
 from relora_train.training.step import StageTraining
 
@@ -27,6 +33,9 @@ class Work(FrozenConfig):
 
     request: StageRequest
     stop_after: int | None = None
+
+    disk_full: bool = False
+    """No snapshot can be written."""
 
 
 class ManyStages(FrozenConfig):
@@ -62,8 +71,24 @@ def train_all(plan: ManyStages, emit: Emit) -> None:
     def update_and_stop(training: StageTraining, step: int) -> tuple[Tensor, Tensor]:
         if step in stop_after and training.ranks.rank == training.ranks.world_size - 1:
             os.kill(os.getpid(), signal.SIGTERM)
-        return update(training, step)
+        result = update(training, step)
+        updated.append(step)
+        return result
 
+    def write_after_the_next_update(root: Path, request: StageRequest, state: Any, *args: Any) -> Any:
+        if request.output_directory in full:
+            held["not_written"] = [*held.get("not_written", []), state.step]
+            raise OSError(errno.ENOSPC, "No space left on device")
+        if threading.current_thread() is not threading.main_thread():
+            deadline = time.monotonic() + 60
+            while updated[-1] <= state.step and time.monotonic() < deadline:
+                time.sleep(0.01)
+            held["went_on"] = held.get("went_on", []) + [state.step] * (updated[-1] > state.step)
+        return write(root, request, state, *args)
+
+    write, updated = snapshot.write_snapshot, [0]
+    full = {work.request.output_directory for work in plan.stages if work.disk_full}
+    snapshot.write_snapshot = write_after_the_next_update
     trainer.prepare_stage, trainer._train = recorded_prepare, recorded_train
     StageTraining.update = update_and_stop
     launch = plan.stages[0].request.profile.launch
@@ -78,8 +103,15 @@ def train_all(plan: ManyStages, emit: Emit) -> None:
                     trainer.run_stage(request, emit)
                 stop_after.clear()
                 ranks.barrier()
-                newest = max(local_snapshots(request.snapshots_directory))
-                request = request.model_copy(update={"snapshot_directory": request.snapshots_directory / newest})
+                for name in local_snapshots(request.snapshots_directory):
+                    output = f"{request.output_directory}-{parse_snapshot_name(name)}"
+                    changes = {
+                        "snapshot_directory": request.snapshots_directory / name,
+                        "snapshots_directory": None,
+                        "output_directory": Path(output),
+                    }
+                    trainer.run_stage(request.model_copy(update=changes), emit)
+                continue
             trainer.run_stage(request, emit)
     first = plan.stages[0].request.output_directory
     (first.parent / f"rank-{held['rank']}.json").write_text(json.dumps(held))

@@ -20,7 +20,7 @@ from relora_train.checkpoints.snapshots import local_snapshots
 from relora_train.distributed import Ranks
 from relora_train.runs.workers import run_worker
 from relora_train.settings.profile import Profile
-from relora_train.settings.running import LaunchConfig
+from relora_train.settings.running import LaunchConfig, SnapshotConfig
 from relora_train.training import commit
 from relora_train.training.build import prepare_stage
 from relora_train.training.files import read_tensor
@@ -87,6 +87,11 @@ def sharded_request(profile: Profile, stage: str, dataset: Path, out: Path, pare
     return stage_request(profile, stage, dataset, out, parent)
 
 
+def with_snapshots(request: StageRequest, directory: Path, *, every_steps: int) -> StageRequest:
+    profile = request.profile.model_copy(update={"snapshots": SnapshotConfig(every_steps=every_steps)})
+    return request.model_copy(update={"profile": profile, "snapshots_directory": directory})
+
+
 @pytest.fixture(scope="module")
 def sharded(
     dataset: Path,
@@ -95,7 +100,7 @@ def sharded(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> dict[str, dict[str, Path]]:
     """The same stages, each from the same parent, by two ranks that share the model; under 'stopped' the one stage
-    once more, with snapshots, stopped and continued.
+    once more, with snapshots, stopped after step 13 and continued from each.
     """
     root = tmp_path_factory.mktemp("sharded")
     made: dict[str, dict[str, Path]] = {kind: {} for kind in kinds}
@@ -105,13 +110,14 @@ def sharded(
         for stage, checkpoint in whole[kind].items():
             if stage in stages:
                 made[kind][stage] = root / f"{number}-{stage}"
-                work.append(Work(request=sharded_request(profile, stage, dataset, made[kind][stage], parent)))
+                request = sharded_request(profile, stage, dataset, made[kind][stage], parent)
+                if full := (kind, stage) == ("relora", "warm-start"):
+                    request = with_snapshots(request, root / "full", every_steps=1)
+                work.append(Work(request=request, disk_full=full))
             parent = checkpoint
-    made["stopped"] = {"cycle-2": root / "stopped"}
-    profile = KINDS["relora"][0].model_copy(update={"snapshots": profile_of(snapshots={"every_steps": 2}).snapshots})
-    request = sharded_request(profile, "cycle-2", dataset, root / "stopped", whole["relora"]["cycle-1"])
-    request = request.model_copy(update={"snapshots_directory": root / "snapshots"})
-    work.append(Work(request=request, stop_after=13))
+    made["stopped"] = {"12": root / "stopped-12", "13": root / "stopped-13"}
+    request = sharded_request(KINDS["relora"][0], "cycle-2", dataset, root / "stopped", whole["relora"]["cycle-1"])
+    work.append(Work(request=with_snapshots(request, root / "snapshots", every_steps=2), stop_after=13))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]))
         plan = ManyStages(stages=tuple(work))
@@ -193,9 +199,9 @@ def test_each_rank_holds_its_share_of_weights_and_optimizer_state_and_no_more(sh
     root = sharded["relora"]["warm-start"].parent
     for rank in (0, 1):
         held = json.loads((root / f"rank-{rank}.json").read_text())
-        del held["rank"]
-        assert len(held) == len(STAGES) + 1
-        for record in held.values():
+        ended = [held[str(out)] for stages in sharded.values() for out in stages.values()]
+        assert len(ended) == len(STAGES) + 2
+        for record in ended:
             assert 0.45 < record["weights"] / record["all_weights"] < 0.55
             assert 0.45 < record["moments"] / record["all_moments"] < 0.55
 
@@ -209,18 +215,32 @@ def test_the_low_rank_layers_of_a_sharded_model_are_on_the_fast_path_and_keep_no
         assert len(orders) == layers and not any("merged" in order for order in orders), stage
 
 
-def test_a_sharded_stage_stopped_and_continued_has_the_bits_of_the_stage_never_stopped(
-    sharded: dict[str, dict[str, Path]],
+@pytest.mark.parametrize("step", ["12", "13"])
+def test_a_sharded_stage_goes_on_from_any_snapshot_to_the_bits_of_the_stage_never_stopped(
+    step: str, sharded: dict[str, dict[str, Path]]
 ):
+    """From the one that was written while training went on, and from the one at the stop."""
     for name in ("model.safetensors", "optimizer.safetensors", "training_state.json"):
-        ours, theirs = (sharded[kind]["cycle-2"] / name for kind in ("stopped", "relora"))
+        ours, theirs = sharded["stopped"][step] / name, sharded["relora"]["cycle-2"] / name
         assert ours.read_bytes() == theirs.read_bytes(), name
+
+
+def test_training_goes_on_while_a_sharded_snapshot_is_written(sharded: dict[str, dict[str, Path]]):
+    root = sharded["relora"]["warm-start"].parent
+    assert [json.loads((root / f"rank-{rank}.json").read_text()).get("went_on") for rank in (0, 1)] == [[12], None]
+
+
+def test_training_goes_on_where_no_sharded_snapshot_can_be_written(sharded: dict[str, dict[str, Path]]):
+    """The other ranks are rid of their rows all the same: the stage's result is compared above."""
+    root = sharded["relora"]["warm-start"].parent
+    assert json.loads((root / "rank-0.json").read_text())["not_written"][0] == 1
+    assert local_snapshots(root / "full") == []
 
 
 def test_one_process_goes_on_from_a_snapshot_of_sharded_ranks(
     dataset: Path, whole: dict[str, dict[str, Path]], sharded: dict[str, dict[str, Path]], tmp_path: Path
 ):
-    snapshots = sharded["stopped"]["cycle-2"].parent / "snapshots"
+    snapshots = sharded["stopped"]["12"].parent / "snapshots"
     request = stage_request(KINDS["relora"][0], "cycle-2", dataset, tmp_path / "out", whole["relora"]["cycle-1"])
     run_stage(request.model_copy(update={"snapshot_directory": snapshots / max(local_snapshots(snapshots))}), ignore)
     assert_same_up_to_rounding(tmp_path / "out", whole["relora"]["cycle-2"])

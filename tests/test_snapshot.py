@@ -4,7 +4,6 @@ import errno
 import os
 import signal
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -213,12 +212,12 @@ def test_a_crash_before_the_manifest_leaves_no_snapshot(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ):
-    name = {"tensors": "save_file", "manifest": "write_durably"}[crash_at]
+    place, name = {"tensors": (TensorStream, "write"), "manifest": (snapshot, "write_durably")}[crash_at]
 
     def fail(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(snapshot, name, fail)
+    monkeypatch.setattr(place, name, fail)
     profile = with_snapshots(KINDS["relora"], every_steps=3)
     changes = {"snapshots_directory": tmp_path / "snapshots", "profile": profile}
     request = resumed_request("relora", "cycle-1", dataset, undisturbed, tmp_path / "out").model_copy(update=changes)
@@ -259,18 +258,6 @@ def test_a_diverged_state_is_never_saved(
     with pytest.raises(Exception, match="diverged"):
         run_stage(request.model_copy(update={"snapshots_directory": tmp_path / "snapshots"}), ignore)
     assert not (tmp_path / "snapshots").exists()
-
-
-def test_sharded_ranks_write_the_same_files_from_a_stream(tmp_path: Path):
-    tensors = {"weight:a": torch.randn(3, 5), "optimizer:a.step": torch.tensor(7.0)}
-    layout = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
-    state = snapshot.SnapshotState(fingerprint="f" * 64, step=1, samples_seen=8, loss_sum=0.0, summed=0, seconds=0.0)
-    for each in (tensors, TensorStream(layout, iter(tensors.values()), {})):
-        stage = SimpleNamespace(run_id="run", stage=SimpleNamespace(name="cycle-1"), parent=None)
-        directory, manifest = snapshot.write_snapshot(tmp_path, stage, state, each, [])
-        read = load_file(directory / "state.safetensors")
-        assert {entry.path for entry in manifest.files} == {"state.safetensors", "snapshot.json", "metrics.jsonl"}
-        assert read.keys() == tensors.keys() and all(torch.equal(read[name], tensors[name]) for name in tensors)
 
 
 @pytest.mark.parametrize("name", ["step", "samples_seen", "summed", "seconds"])

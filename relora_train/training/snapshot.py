@@ -11,19 +11,20 @@ import shutil
 import threading
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from pydantic import Field
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from relora_train.checkpoints.layout import snapshot_name
 from relora_train.checkpoints.manifest import MANIFEST_NAME, SnapshotManifest, describe_files
-from relora_train.distributed import SLOW, STEP, full_tensor, local_shard, shard_of
+from relora_train.distributed import SLOW, gather_on_first, local_shard, shard_of
 from relora_train.errors import CheckpointCorruptError
 from relora_train.process import SNAPSHOT_THREAD, Emit
 from relora_train.settings.base import FrozenConfig
@@ -105,7 +106,7 @@ def write_snapshot(
     root: Path,
     request: StageRequest,
     state: SnapshotState,
-    tensors: Mapping[str, Tensor] | TensorStream,
+    tensors: TensorStream,
     metrics: list[dict[str, Any]],
 ) -> tuple[Path, SnapshotManifest]:
     """Commit a directory below `root`, on the disk when this returns. A crash on the way leaves no manifest."""
@@ -113,10 +114,7 @@ def write_snapshot(
     directory = root / snapshot_name(state.step, attempt)
     directory.mkdir(parents=True)
     try:
-        if isinstance(tensors, TensorStream):
-            tensors.write(directory / TENSORS_FILE)
-        else:
-            save_file(dict(tensors), directory / TENSORS_FILE)
+        tensors.write(directory / TENSORS_FILE)
         (directory / STATE_FILE).write_text(state.model_dump_json(indent=1) + "\n")
         write_metrics(metrics, directory / METRICS_FILE)
         manifest = SnapshotManifest(
@@ -191,9 +189,10 @@ def is_due(settings: SnapshotConfig, *, step: int, seconds_since_last: float) ->
 class Snapshotter:
     """Saves a stage's state below request.snapshots_directory; does nothing without one.
 
-    Ranks that hold a whole model hold the same state: the first saves, and no rank waits for another. It writes on a
-    thread, one snapshot at a time; one that is due meanwhile is left out. The ranks of a sharded model save together:
-    all gather one tensor after another, the first writes, and training waits until the file is written.
+    Each rank that takes part copies what it holds, and training goes on. One thread a rank does the rest, one snapshot
+    at a time; one that is due meanwhile is left out. Ranks that hold a whole model hold the same state: the first alone
+    takes part. Of a sharded model all do, together: the others send their rows to the first, which writes whole
+    tensors. They do so in a gloo group of their own, where no message of the training can get between.
     A snapshot that cannot be written (a full disk) is reported and training goes on.
     """
 
@@ -201,6 +200,9 @@ class Snapshotter:
         self._training, self._ranks, self._emit = training, training.ranks, emit
         takes_part = self._ranks.is_first or self._ranks.sharded
         self._root: Path | None = training.request.snapshots_directory if takes_part else None
+        self._group: Any = None
+        if self._root is not None and self._ranks.sharded:
+            self._group = dist.new_group(backend="gloo", timeout=SLOW)
         self._buffers = HostBuffers()
         self._writer: threading.Thread | None = None
         self._last = time.monotonic()
@@ -212,16 +214,15 @@ class Snapshotter:
             return
         since = time.monotonic() - self._last
         due = is_due(self._training.profile.snapshots, step=progress.step, seconds_since_last=since)
-        if self._ranks.sharded:
-            due = self._ranks.any(self._ranks.is_first and due)  # by the first one's clock, or ranks would part
-        if due and (self._writer is None or not self._writer.is_alive()):
+        due = self._any(self._ranks.is_first and due)  # by the first one's clock, or ranks would part
+        if due and not self._any(self._writer is not None and self._writer.is_alive()):
             self._save(self._root, progress, wait=False)
 
     def at_stop(self, progress: Progress) -> bool:
         """Save this very step, unless that was done already; True, on the first rank, when it is on the disk."""
+        self._ranks.expect_answers_within(SLOW)
         self.wait()
-        saved = self._saved_step == progress.step
-        if self._root is not None and not (self._ranks.any(saved) if self._ranks.sharded else saved):
+        if self._root is not None and not self._any(self._saved_step == progress.step):
             self._save(self._root, progress, wait=True)
         return self._saved_step == progress.step
 
@@ -229,6 +230,10 @@ class Snapshotter:
         """Return when nothing is being written."""
         if self._writer is not None:
             self._writer.join()
+
+    def _any(self, flag: bool) -> bool:
+        """Return True if the flag is set on a rank that takes part."""
+        return self._ranks.any(flag) if self._ranks.sharded else flag
 
     def _save(self, root: Path, progress: Progress, *, wait: bool) -> None:
         started = self._last = time.monotonic()
@@ -245,19 +250,11 @@ class Snapshotter:
             matmul_precision=self._training.matmul,
         )
         metrics = list(progress.metrics)
-        if self._ranks.sharded:
-            layout: Layout = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
-            stream = TensorStream(layout, (full_tensor(tensor) for tensor in tensors.values()))
-            self._ranks.expect_answers_within(SLOW)
-            if self._ranks.is_first:
-                self._write(root, state, stream, metrics, None)
-            stream.finish()  # also what a full disk left over: the other ranks are at it
-            self._ranks.barrier()  # the file is on the disk
-            self._ranks.expect_answers_within(STEP)
-            return
-        copies = self._buffers.copy(tensors)
+        copies = self._buffers.copy({name: local_shard(tensor) for name, tensor in tensors.items()})
+        layout: Layout = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+        whole = (gather_on_first(copies[name], tensor, self._group) for name, tensor in tensors.items())
         self._last = time.monotonic()
-        work = (root, state, copies, metrics, self._last - started)
+        work = (root, state, TensorStream(layout, whole), metrics, self._last - started)
         if wait:
             self._write(*work)
         else:
@@ -268,25 +265,30 @@ class Snapshotter:
         self,
         root: Path,
         state: SnapshotState,
-        tensors: Mapping[str, Tensor] | TensorStream,
+        tensors: TensorStream,
         metrics: list[dict[str, Any]],
-        stall_seconds: float | None,
+        stall_seconds: float,
     ) -> None:
-        """Commit a snapshot and report it. stall_seconds: training's wait; None for as long as the writing took."""
+        """Commit a snapshot and report it, or lend rows to the first rank. stall_seconds: training's wait."""
         stage, started = self._training.stage.name, time.monotonic()
+        if not self._ranks.is_first:
+            with suppress(RuntimeError):  # a rank that is lost is the training's to report
+                tensors.finish()
+            return
         try:
             directory, manifest = write_snapshot(root, self._training.request, state, tensors, metrics)
         except Exception as error:
             self._emit("snapshot_failed", stage=stage, step=state.step, message=f"{type(error).__name__}: {error}")
+            with suppress(RuntimeError):
+                tensors.finish()  # what a full disk left over: the other ranks are at it
             return
-        seconds = time.monotonic() - started
         self._emit(
             "snapshot_committed",
             stage=stage,
             step=state.step,
             directory=str(directory),
-            stall_seconds=seconds if stall_seconds is None else stall_seconds,
-            write_seconds=seconds,
+            stall_seconds=stall_seconds,
+            write_seconds=time.monotonic() - started,
             size_bytes=manifest.size_bytes,
         )
         self._saved_step = state.step

@@ -46,6 +46,7 @@ from relora_train.training.models.registry import objective_of
 from relora_train.training.optimizer import build_optimizer, optimizer_state_by_name
 from relora_train.training.peft_export import adapter_config, adapter_state, save_adapter
 from relora_train.training.snapshot import HostBuffers, SnapshotState, moving_tensors, write_snapshot
+from relora_train.training.tensor_stream import TensorStream
 
 FINGERPRINT = "f" * 64
 
@@ -96,7 +97,9 @@ def measure_snapshots(training: Any, root: Path, rounds: int) -> list[Path]:
 
         def write(tensors: Any = tensors, state: Any = state, result: list[Any] = result) -> None:
             request: Any = SimpleNamespace(run_id="b", stage=SimpleNamespace(name="c"), parent=None)
-            result.append(timed(lambda: write_snapshot(root, request, state, tensors, [])))
+            layout = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+            stream = TensorStream(layout, iter(tensors.values()))
+            result.append(timed(lambda: write_snapshot(root, request, state, stream, [])))
 
         alone = speed(1.0)
         thread = threading.Thread(target=write)
