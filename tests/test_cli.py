@@ -270,7 +270,7 @@ def test_an_export_is_the_checkpoints_own_model_and_force_replaces_an_older_one(
     (tmp_path / "model" / "notes.md").write_text("mine")
     assert relora("export", "tale@cycle-2", "model", "--force").code == 0
     names = {path.name for path in (tmp_path / "model").iterdir()}
-    assert names == {"model.safetensors", "notes.md"}
+    assert names == {"README.md", "model.safetensors", "notes.md"}
     replaced = load_file(tmp_path / "model" / "model.safetensors")
     assert not all(np.array_equal(replaced[name], source[name]) for name in source)
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".model")]

@@ -137,7 +137,7 @@ def test_an_export_says_which_stage_it_is_and_what_its_run_still_plans(tmp_path,
     place = ["--store", str(tmp_path / "store")]
     for name, step, rest in (("tale@latest", 80, "cycle-2, cycle-3"), ("tale@warm-start", 40, "cycle-2, cycle-3")):
         said = relora("export", name, str(tmp_path / name), *place).out
-        assert f"step {step}: 1 file," in said
+        assert f"step {step}: 2 files," in said
         assert f"The run is not finished: its settings plan {rest} after this." in said
     assert unfinished_stages(one) == unfinished_stages(two) == ["cycle-2", "cycle-3"]
     whole = commit_run(store, "whole", profile, tmp_path / "scratch-2")

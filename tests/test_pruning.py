@@ -222,7 +222,7 @@ def test_everything_that_depends_on_a_checkpoint_keeps_it_across_runs(store, fil
     add(store, files, 4, refs[3], run_id="other")
     snapshot(store, refs[2])
     pin(store, refs[1], "best")
-    record_export(store, refs[4], Path("/exports/x"))
+    record_export(store, refs[4], "/exports/x")
     store.put_bytes("runs/run/refs/head.json", json.dumps({"checkpoint": refs[6].prefix}).encode())
     with hold_run(store, "third", depends_on=[refs[5].uri]):
         report = prune_run(store, "run", LAST)

@@ -5,7 +5,6 @@ import secrets
 import socket
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
-from pathlib import Path
 
 from relora_train.checkpoints.layout import EXPORT_NAME, HEAD_NAME, parse_checkpoint_prefix
 from relora_train.checkpoints.lineage import CheckpointRef, read_checkpoint, removal_at
@@ -44,9 +43,9 @@ def pin(store: ObjectStore, ref: CheckpointRef, name: str | None = None, *, note
     return name
 
 
-def record_export(store: ObjectStore, ref: CheckpointRef, directory: Path) -> str:
+def record_export(store: ObjectStore, ref: CheckpointRef, place: str) -> str:
     """Pin a checkpoint whose model was exported, so that the copy's origin stays."""
-    return pin(store, ref, EXPORT_NAME + _place(ref), note=f"exported to {directory} on {socket.gethostname()}")
+    return pin(store, ref, EXPORT_NAME + _place(ref), note=f"exported to {place} on {socket.gethostname()}")
 
 
 def unpin(store: ObjectStore, ref: CheckpointRef, name: str | None = None) -> Sequence[str]:

@@ -29,8 +29,10 @@ from relora_train.errors import (
     StorageError,
 )
 from relora_train.method.stages import stages_after
+from relora_train.reports.model_card import is_by_others, write_card
 from relora_train.reports.ranks.cycles import ADAPTER_FILES
 from relora_train.runs.evaluations import profile_of
+from relora_train.runs.hub import check_push, push
 from relora_train.runs.retry import parent_of
 from relora_train.runs.run import fetch_parent
 from relora_train.storage.durable import disk_error
@@ -45,47 +47,65 @@ _MODEL = re.compile(rf"{_WEIGHTS.pattern}|(generation_)?config\.json|{_TOKENIZER
 
 def export(
     checkpoint: CheckpointName,
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Where the model goes: new or empty.")],
+    directory: Annotated[
+        Path | None, typer.Argument(metavar="[DIR]", help="Where it goes: new or empty. Not needed with --push.")
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the model in a directory that is not empty.")] = False,
     as_adapter: Annotated[
-        bool,
-        typer.Option("--as-adapter", help="Write a PEFT adapter for the checkpoint that the stage began from."),
+        bool, typer.Option("--as-adapter", help="Write a PEFT adapter for the checkpoint that the stage began from.")
     ] = False,
     dtype: Annotated[
         str | None,
         typer.Option(help="float32, bfloat16 or float16; as the weights were that the run began from when absent."),
     ] = None,
+    license_id: Annotated[
+        str | None, typer.Option("--license", metavar="ID", help="For the model card, e.g. apache-2.0.")
+    ] = None,
+    push_to: Annotated[
+        str | None, typer.Option("--push", metavar="OWNER/NAME", help="Upload it to this repository of the hub.")
+    ] = None,
+    public: Annotated[bool, typer.Option("--public", help="A repository that --push makes is public.")] = False,
     store: Store = None,
     as_json: AsJson = False,
 ) -> None:
-    """Write the merged model of a checkpoint for transformers, every byte verified."""
+    """Write the merged model of a checkpoint for transformers, with a model card, every byte verified."""
     refused = ["--force"] * force + [f"--dtype {dtype}"] * (dtype not in (None, "float32"))
+    refused += ["--push"] * (push_to is not None)  # its base has a name on this machine alone
     if as_adapter and refused:
         given = " and ".join(refused)
         raise ConfigError(f"--as-adapter writes float32 to a new directory. Leave {given} out, or --as-adapter.")
     if dtype not in (None, *get_args(Dtype)):
         raise ConfigError(f"--dtype {dtype!r} is not one of {', '.join(get_args(Dtype))}.")
-    ref, parent = resolve(checkpoint, store), None
-    if as_adapter:
-        written, parent = export_adapter(ref, directory)
-    else:
-        written = export_model(ref, directory, force=force, dtype=cast(Dtype | None, dtype))
-    unfinished = unfinished_stages(ref)
-    for kept in filter(None, (ref, parent)):
-        try:
-            if kept.prefix:
-                record_export(open_named(kept.store_uri), kept, written.directory)
-        except StorageError as error:  # a store that can only be read still exports
-            tell(f"The export is not recorded, so a prune may remove its checkpoint: {error}")
+    if directory is None and push_to is None:
+        raise ConfigError("There is no place to export to. Give a directory, --push OWNER/NAME, or both.")
+    if push_to is not None:
+        check_push(push_to)
+    ref, parent, pushed = resolve(checkpoint, store), None, None
+    what, unfinished = f"{ref.manifest.run_id}@{ref.manifest.stage}, step {ref.step}", unfinished_stages(ref)
+    with tempfile.TemporaryDirectory(prefix="relora-export-") as scratch:
+        made = directory or Path(scratch, "model")
+        if as_adapter:
+            written, parent = export_adapter(ref, made)
+        else:
+            written = export_model(ref, made, force=force, dtype=cast(Dtype | None, dtype), license_id=license_id)
+        place, names = str(written.directory) if directory else str(push_to), [entry.path for entry in written.files]
+        for kept in filter(None, (ref, parent)):
+            try:
+                if kept.prefix:
+                    record_export(open_named(kept.store_uri), kept, place)
+            except StorageError as error:  # a store that can only be read still exports
+                tell(f"The export is not recorded, so a prune may remove its checkpoint: {error}")
+        if push_to is not None:
+            pushed = push(written.directory, names, push_to, message=what, public=public)
     if as_json:
-        names = [entry.path for entry in written.files]
-        about = {"stage": ref.manifest.stage, "step": ref.step, "unfinished_stages": unfinished}
-        origin = {"directory": str(written.directory), "checkpoint_uri": ref.uri}
+        about = {"stage": ref.manifest.stage, "step": ref.step, "unfinished_stages": unfinished, "pushed": pushed}
+        origin = {"directory": place if directory else None, "checkpoint_uri": ref.uri}
         echo_json({**origin, **about, "dtype": written.dtype, "files": names})
         return
-    what, size_bytes = f"{ref.manifest.run_id}@{ref.manifest.stage}", sum(entry.size_bytes for entry in written.files)
-    files = f"{counted(len(written.files), 'file')}, {size(size_bytes)}"
-    say(f"{what}, step {ref.step}: {files}, in {written.directory}")
+    files = f"{counted(len(names), 'file')}, {size(sum(entry.size_bytes for entry in written.files))}"
+    say(f"{what}: {files}, in {place}")
+    if pushed:
+        say(f"Pushed: {pushed}")
     if dtype is None and not as_adapter:
         why = "those were that the run began from" if ref.manifest.source_dtype else "the checkpoint holds them"
         hint = "" if written.dtype == "float32" else "; --dtype float32 rounds nothing"
@@ -94,9 +114,9 @@ def export(
         say(f"The run is not finished: its settings plan {', '.join(unfinished)} after this.")
     if as_adapter:
         base = parent.uri if parent else "the model.pretrained of its run"
-        say(f'Load it with PeftModel.from_pretrained(model, "{written.directory}"), model being {base}.')
+        say(f'Load it with PeftModel.from_pretrained(model, "{place}"), model being {base}.')
     else:
-        say(f'Load it with AutoModelForCausalLM.from_pretrained("{written.directory}").')
+        say(f'Load it with AutoModelForCausalLM.from_pretrained("{place}").')
 
 
 @dataclass(frozen=True)
@@ -109,9 +129,14 @@ class ExportedModel:
 
 
 def export_model(
-    checkpoint: CheckpointRef, directory: Path, *, force: bool = False, dtype: Dtype | None = None
+    checkpoint: CheckpointRef,
+    directory: Path,
+    *,
+    force: bool = False,
+    dtype: Dtype | None = None,
+    license_id: str | None = None,
 ) -> ExportedModel:
-    """Write the merged model and its tokenizer, every byte verified, so that `from_pretrained(directory)` works.
+    """Write the merged model, its tokenizer and its card, every byte verified: `from_pretrained(directory)` works.
 
     The header of each file of weights names run, stage, step and fingerprint. dtype: what the weights are rounded to;
     if absent, that of the weights the run began from, or float32 where none is recorded. The directory appears complete
@@ -141,6 +166,7 @@ def export_model(
             from relora_train.training.tensor_stream import round_model  # torch
 
             round_model(model, dtype)
+        write_card(checkpoint, model, license_id=license_id)
         written = describe_files(model)
     return ExportedModel(directory, written, dtype)
 
@@ -163,7 +189,8 @@ def _replacing(directory: Path, what: str) -> Iterator[Path]:
                 if _WEIGHTS.fullmatch(old.name):
                     old.unlink()  # a shard of another model, left beside the new ones, would be loaded with them
             for path in made.iterdir():
-                path.replace(directory / path.name)
+                if not is_by_others(directory / path.name):
+                    path.replace(directory / path.name)
     except OSError as error:
         raise disk_error(error, f"write the {what} to {directory}") from error
 

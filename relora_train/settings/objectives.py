@@ -90,6 +90,9 @@ class Objective:
     held_out: str
     """The held-out data: 'text', 'images'."""
 
+    pipeline_tag: str
+    """Its models' task on the hub."""
+
 
 OBJECTIVES: Mapping[str, Objective] = {
     "causal_lm": Objective(
@@ -102,6 +105,7 @@ OBJECTIVES: Mapping[str, Objective] = {
         unit="token",
         scored="val_tokens",
         held_out="text",
+        pipeline_tag="text-generation",
     ),
     "image_classification": Objective(
         sources=("digits", "idx"),
@@ -113,6 +117,7 @@ OBJECTIVES: Mapping[str, Objective] = {
         unit="image",
         scored="val_images",
         held_out="images",
+        pipeline_tag="image-classification",
     ),
 }
 
