@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from families import family_model
 from prefect_server import PREFECT_WARNS, running_prefect
 from stage_runs import ignore, stage_request, tiny_profile
 from test_flow_pretrain import listening
@@ -24,6 +25,7 @@ from relora_train.errors import (
     NoTargetModulesError,
     ReLoRAError,
     SequenceTooLongError,
+    UntrainedLayerError,
 )
 from relora_train.events import Event
 from relora_train.method.stages import plan_stages
@@ -69,7 +71,6 @@ def mistral(**changes: Any) -> PreTrainedModel:
 ATTENTION = {"target_modules": ("q_proj", "v_proj")}
 
 LATE: dict[str, tuple[dict[str, Any], type[ReLoRAError], str]] = {
-    "no default targets": ({}, NoTargetModulesError, "No target modules are known for the model type 'mistral'"),
     "a name of nothing": (
         {"relora": {"target_modules": ("q_proj", "c_attn")}}, NoTargetModulesError, r"names 'c_attn' \(no module"),
     "the head": ({"relora": {"target_modules": ("q_proj", "lm_head")}}, NoTargetModulesError, r"'lm_head' \(the out"),
@@ -107,9 +108,17 @@ def test_so_is_a_model_that_does_not_load_or_looks_ahead(dataset: Path, tmp_path
                 check(profile, tmp_path / "store", worker)
 
 
-def test_a_model_that_can_be_trained_passes(dataset: Path, tmp_path: Path, worker: Any):
+@pytest.mark.parametrize("relora", [ATTENTION, {}])
+def test_a_model_that_can_be_trained_passes(relora: dict[str, Any], dataset: Path, tmp_path: Path, worker: Any):
     model = {"pretrained": str(saved(mistral(), tmp_path / "model"))}
-    check(tiny_profile(model=model, tokenizer={"path": str(dataset)}, relora=ATTENTION), tmp_path / "store", worker)
+    check(tiny_profile(model=model, tokenizer={"path": str(dataset)}, relora=relora), tmp_path / "store", worker)
+
+
+def test_a_layer_whose_weight_is_read_past_its_forward_is_refused_by_name(dataset: Path, tmp_path: Path, worker: Any):
+    model = {"pretrained": str(saved(family_model("mamba", vocab_size=300), tmp_path / "model"))}
+    profile = tiny_profile(model=model, tokenizer={"path": str(dataset)}, relora={"rank": 2})
+    with pytest.raises(UntrainedLayerError, match=r"layers\.0\.mixer\.dt_proj, .* to in_proj, out_proj, x_proj\."):
+        check(profile, tmp_path / "store", worker)
 
 
 @pytest.mark.parametrize("launch", [{"device": "cuda"}, {"nproc_per_node": "gpu"}])
@@ -219,12 +228,12 @@ def test_a_flow_refuses_a_model_before_it_tokenizes_and_at_once(prefect: None, d
     store = tmp_path / "store"
     try:
         with listening(seen.append):
-            overrides = settings(directory, dataset)
-            with pytest.raises(NoTargetModulesError, match="mistral"):
+            overrides = settings(directory, dataset, **{"relora.target_modules": ["c_attn"]})
+            with pytest.raises(NoTargetModulesError, match="c_attn"):
                 pretrain("smoke", overrides=overrides, store=str(store), run_id="refused", stop_after="warm-start")
             (tmp_path / "docs.jsonl").write_text(json.dumps({"text": "a b c"}) + "\n")
             series = {"data.source": "jsonl", "data.paths": [str(tmp_path / "docs.jsonl")], "data.name": "docs"}
-            with pytest.raises(NoTargetModulesError, match="mistral"):
+            with pytest.raises(NoTargetModulesError, match="c_attn"):
                 retrain("nightly", "smoke", overrides | series | {"data.max_documents": None}, str(store))
     finally:
         logging.getLogger("prefect.task_runs").removeHandler(retries)

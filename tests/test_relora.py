@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM
 from relora_train.errors import ConfigError, ModelError, NoTargetModulesError
 from relora_train.method.layer import ReLoRALinear, lora_parameters, relora_layers
 from relora_train.method.merge import merge, merge_and_reinit
-from relora_train.method.wrap import apply_relora, check_targets, unwrap
+from relora_train.method.targets import check_targets
+from relora_train.method.wrap import apply_relora, unwrap
 from relora_train.settings.method import OptimizerConfig
 from relora_train.training.optimizer import build_optimizer
 from relora_train.training.peft_export import adapter_config, adapter_state
@@ -222,7 +223,7 @@ def test_every_name_must_be_of_a_layer_that_can_be_wrapped(target_modules, said)
 
 
 def test_a_model_without_known_targets_asks_for_them():
-    with pytest.raises(NoTargetModulesError, match=r"No target modules are known for the model type.* called 0, 2"):
+    with pytest.raises(NoTargetModulesError, match=r"A Sequential has no repeated blocks.* called 0, 2"):
         wrap(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)))
 
 

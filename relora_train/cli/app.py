@@ -26,7 +26,7 @@ With --json standard output is JSON alone; progress and messages go to standard 
 
 _COMMANDS = {
     "run": "run", "retrain": "series", "compare": "compare", "experiments": "compare", "join": "run",
-    "plan": "plan", "profiles": "plan",
+    "plan": "plan", "profiles": "plan", "check": "check",
     "runs": "runs", "checkpoints": "show", "show": "show",
     "retry": "evaluate", "evaluate": "evaluate", "bench": "bench", "export": "export", "report": "evaluate",
     "analyze": "analyze", "serve": "serve",

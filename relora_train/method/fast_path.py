@@ -31,7 +31,7 @@ class SharedInput:
         if self._x is not x or self._key != key or id(layer) not in self._waiting:
             merges, dropout = self.products != "split", layer.dropout if layer.training else 0.0
             factors = [
-                Factors(each.weight, each.bias, each.lora_A, each.lora_B, self._merge(each) if merges else None)
+                Factors(each.matrix, each.bias, each.lora_A, each.lora_B, self._merge(each) if merges else None)
                 for each in self.layers
             ]
             made = low_rank_linears(x, factors, self.products, layer.scaling, dropout, layer.mask_seed)
@@ -47,7 +47,7 @@ class SharedInput:
         tensors = (layer.weight, layer.lora_A, layer.lora_B)
         state = tuple(number for tensor in tensors for number in (tensor._version, tensor.data_ptr()))
         if self._merged.get(id(layer), (None,))[0] != state:
-            merged = torch.addmm(layer.weight, layer.lora_B, layer.lora_A, alpha=layer.scaling)
+            merged = torch.addmm(layer.matrix, layer.lora_B, layer.lora_A, alpha=layer.scaling)
             self._merged[id(layer)] = state, merged
         return self._merged[id(layer)][1]
 

@@ -19,38 +19,58 @@ from relora_train.method.graph_path import low_rank_linear, low_rank_scale
 class ReLoRALinear(nn.Module):
     """A linear layer whose weight is frozen and whose bias and low-rank update are trained.
 
-    weight (out, in), lora_A (rank, in), lora_B (out, rank). The factors begin as float32, or float64 beside a float64
-    weight, whatever lower precision the weight is held in. The scaling is a constant: a trained one would be multiplied
-    by B = 0 after a merge, and once at zero itself would never leave it. A new layer has B = 0 and A undrawn.
+    weight (out, in), or (in, out) if it is transposed; lora_A (rank, in), lora_B (out, rank). The factors begin as
+    float32, or float64 beside a float64 weight, whatever lower precision the weight is held in. The scaling is a
+    constant: a trained one would be multiplied by B = 0 after a merge, and once at zero itself would never leave it. A
+    new layer has B = 0 and A undrawn.
     """
 
     bias: nn.Parameter | None
 
-    def __init__(self, linear: nn.Linear, *, rank: int, alpha: float, dropout: float, rank_stabilized: bool) -> None:
+    def __init__(
+        self,
+        linear: nn.Module,
+        *,
+        rank: int,
+        alpha: float,
+        dropout: float,
+        rank_stabilized: bool,
+        transposed: bool = False,
+    ) -> None:
         super().__init__()
-        self.in_features, self.out_features = linear.in_features, linear.out_features
+        weight = linear.get_parameter("weight")
+        self.transposed = transposed
+        self.in_features, self.out_features = weight.shape if transposed else (weight.shape[1], weight.shape[0])
         self.rank, self.alpha, self.dropout, self.rank_stabilized = rank, alpha, dropout, rank_stabilized
         self.scaling = alpha / (math.sqrt(rank) if rank_stabilized else rank)
-        self.weight = nn.Parameter(linear.weight.detach(), requires_grad=False)
-        self.register_parameter("bias", linear.bias)
-        device, dtype = linear.weight.device, torch.promote_types(linear.weight.dtype, torch.float32)
-        self.lora_A = nn.Parameter(torch.zeros(rank, linear.in_features, device=device, dtype=dtype))
-        self.lora_B = nn.Parameter(torch.zeros(linear.out_features, rank, device=device, dtype=dtype))
+        self.weight = nn.Parameter(weight.detach(), requires_grad=False)
+        self.register_parameter("bias", linear._parameters["bias"])
+        device, dtype = weight.device, torch.promote_types(weight.dtype, torch.float32)
+        self.lora_A = nn.Parameter(torch.zeros(rank, self.in_features, device=device, dtype=dtype))
+        self.lora_B = nn.Parameter(torch.zeros(self.out_features, rank, device=device, dtype=dtype))
+        self.plain = type(linear), {key: value for key, value in vars(linear).items() if not key.startswith("_")}
+        """Class and attributes of the layer that was wrapped, for unwrap()."""
+
         self.shared: Callable[[ReLoRALinear, Tensor], Tensor] | None = None
         """Computes this layer together with those that read the same input (fast_path.py); None: as relora_linear."""
 
         self.mask_seed: Tensor | None = None
         """Two int32 numbers from which dropout's mask is hashed (graph_path.py); None: torch's generator draws it."""
 
+    @property
+    def matrix(self) -> Tensor:
+        """The weight as (out, in)."""
+        return self.weight.T if self.transposed else self.weight
+
     def forward(self, x: Tensor) -> Tensor:
         dropout = self.dropout if self.training else 0.0
         # Under compile, plain operations: dynamo breaks 36 times in two layers of the fast path with dropout.
         if torch.compiler.is_compiling() and (dropout == 0 or self.mask_seed is not None):
-            tensors = self.weight, self.bias, self.lora_A, self.lora_B
+            tensors = self.matrix, self.bias, self.lora_A, self.lora_B
             return low_rank_linear(x, *tensors, low_rank_scale(self.scaling, dropout), self.mask_seed, dropout)
         if self.shared is not None and not torch.compiler.is_compiling():
             return self.shared(self, x)
-        return relora_linear(x, self.weight, self.bias, self.lora_A, self.lora_B, self.scaling, dropout)
+        return relora_linear(x, self.matrix, self.bias, self.lora_A, self.lora_B, self.scaling, dropout)
 
     def extra_repr(self) -> str:
         return (

@@ -57,7 +57,8 @@ def low_rank_linears(
     dtype = torch.get_autocast_dtype(device) if autocast else layers[0].weight.dtype
     with torch.autocast(device, enabled=False):
         made = _LowRankLinears.apply(x, dtype, products, scaling, dropout, seed, *tensors)  # type: ignore[no-untyped-call]
-    return tuple(y.to(dtype if autocast else x.dtype) for y in made)
+    # Views are made out here: Falcon writes into one, which torch allows for no view that a function returns.
+    return tuple(y.view(*x.shape[:-1], -1).to(dtype if autocast else x.dtype) for y in made)
 
 
 class _LowRankLinears(torch.autograd.Function):
@@ -86,14 +87,14 @@ class _LowRankLinears(torch.autograd.Function):
         ctx.save_for_backward(rows, *tensors)  # not x: under autocast that is twice as large
         ctx.x_shape, ctx.x_dtype = x.shape, x.dtype
         ctx.settings = dtype, products, scaling, dropout, seed
-        return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in outputs)
+        return tuple(outputs)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         rows, *tensors = ctx.saved_tensors
         dtype, products, scaling, dropout, seed = ctx.settings
         layers, scale = _layers(tensors), low_rank_scale(scaling, dropout)
-        grads = [gradient.reshape(-1, gradient.shape[-1]).to(dtype) for gradient in gradients]
+        grads = [gradient.to(dtype) for gradient in gradients]
         ranks = [len(layer.A) for layer in layers]
         thin = _stacked(layers, dtype)
         through_A = rows.new_empty(

@@ -50,7 +50,8 @@ def merge(model: nn.Module, *, masters: MutableMapping[str, Tensor] | None = Non
             B = full_tensor(layer.lora_B).to(device=master.device, dtype=master.dtype)  # (out, rank)
             report[name] = _measure(norm(master, layer.weight), A, B, layer.scaling)
             # In float32 or float64: bfloat16 keeps 3 digits, and of a relative update of 1e-4 it would lose 97 %.
-            master.addmm_(shard_of(B, layer.weight), A, alpha=layer.scaling)
+            left, right = (A.T, B.T) if layer.transposed else (B, A)
+            master.addmm_(shard_of(left, layer.weight), right, alpha=layer.scaling)
             if masters is not None:
                 masters[f"{name}.weight"] = master
                 weight.copy_(master)

@@ -169,7 +169,7 @@ class ReLoRAConfig(FrozenConfig):
     'auto' is settled at a run's start, 'hash' where it compiles, and kept for all its stages."""
 
     target_modules: tuple[str, ...] | None = None
-    """Name endings of the linear layers to wrap; attention and MLP of the model's family when absent."""
+    """Name endings of the linear layers to wrap; all those inside the model's repeated blocks when absent."""
 
 
 class OptimizerConfig(FrozenConfig):

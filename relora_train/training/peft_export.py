@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from relora_train.distributed import full_tensor
 from relora_train.errors import ModelError
 from relora_train.method.layer import lora_parameters, relora_layers
+from relora_train.method.targets import is_transposed
 from relora_train.settings.profile import profile_to_read
 from relora_train.training.files import ADAPTER_DIRECTORY
 from relora_train.training.models.registry import objective_of
@@ -77,7 +78,7 @@ def adapter_config(
         "use_rslora": first.rank_stabilized,
         "target_modules": list(layers),
         "bias": "none",
-        "fan_in_fan_out": False,
+        "fan_in_fan_out": any(layer.transposed for layer in layers.values()),
         "inference_mode": True,
     }
 
@@ -127,7 +128,8 @@ def adapter_on_base(
         scaling = alpha / (math.sqrt(len(A)) if config.get("use_rslora") else len(A))
         weight, before = ours[f"{name}.weight"], theirs.get(f"{name}.weight")
         if before is not None and before.shape == weight.shape:
-            error = torch.addmm(before, B, A, alpha=scaling).sub_(weight).abs_().max()
+            left, right = (A.T, B.T) if is_transposed(model.get_submodule(name)) else (B, A)
+            error = torch.addmm(before, left, right, alpha=scaling).sub_(weight).abs_().max()
             if error <= _ROUNDING * weight.abs().max():
                 added.add(name)
     if not added:

@@ -4,7 +4,7 @@ import logging
 import math
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -65,22 +65,32 @@ def check_learning(training: StageTraining, step: int) -> None:
     moved = torch.stack([none if state is None else local_shard(state).any() for state in states]).float()
     learned = training.ranks.sum(moved).tolist()  # the one time that the host waits for the device
     idle = [name for name, moved in zip(layers, learned, strict=True) if not moved]
-    kinds = {_EXPERT.sub("*", name) for name in layers if name not in idle}
-    unreached = [name for name in idle if _EXPERT.search(name) and _EXPERT.sub("*", name) in kinds]
+    dead, unreached = split_idle(layers, idle)
     if unreached and training.ranks.is_first:
         _LOGGER.warning(
             "No token of the first %d updates of %s reached %s: these experts have not learned yet.",
-            step - stage.start_step, stage.name, _listed(unreached),
+            step - stage.start_step, stage.name, listed(unreached),
         )  # fmt: skip
-    if dead := [name for name in idle if name not in unreached]:
+    if dead:
         raise UntrainedLayerError(
-            f"{_listed(dead)} learned nothing in the first {step - stage.start_step} updates of stage {stage.name}: no "
+            f"{listed(dead)} learned nothing in the first {step - stage.start_step} updates of stage {stage.name}: no "
             "gradient reached its low-rank update, so the model does not use the layer, or reads its weight past it. "
             "Nothing of this stage was committed. Leave it out of relora.target_modules, under a new run id."
         )
 
 
-def _listed(names: list[str]) -> str:
+def split_idle(layers: Iterable[str], idle: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return, of the idle layers, those that are dead and the experts that no token reached, beside others that learn.
+
+    Both in the order of `idle`.
+    """
+    kinds = {_EXPERT.sub("*", name) for name in {*layers} - {*idle}}
+    unreached = [name for name in idle if _EXPERT.search(name) and _EXPERT.sub("*", name) in kinds]
+    return [name for name in idle if name not in unreached], unreached
+
+
+def listed(names: Sequence[str]) -> str:
+    """Return the first five names, and the number of the others."""
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more layers" if len(names) > 5 else "")
 
 

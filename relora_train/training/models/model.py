@@ -129,7 +129,7 @@ def head_is_plain(model: nn.Module) -> bool:
     """Return True if the fused loss equals the model's own on a short probe: no scaled or capped logits."""
     if not isinstance(head(model), nn.Linear):
         return False
-    probe = _probe(model, rows=2)
+    probe = probe_tokens(model, rows=2)
     with evaluating(model):
         ours = next_token_loss(model, probe, fused=True)
         theirs = next_token_loss(model, probe, fused=False)
@@ -142,7 +142,7 @@ def check_causal(model: nn.Module) -> None:
 
     Two forward passes over one short sequence, of which the second half changes. Raises ModelUnsuitableError.
     """
-    tokens = _probe(model, rows=1)
+    tokens = probe_tokens(model, rows=1)
     half = tokens.shape[1] // 2
     changed = torch.cat([tokens[:, :half], (tokens[:, half:] + 1) % embedding(model).num_embeddings], dim=1)
     with evaluating(model):
@@ -162,7 +162,7 @@ def check_causal(model: nn.Module) -> None:
         )
 
 
-def _probe(model: nn.Module, *, rows: int) -> Tensor:
+def probe_tokens(model: nn.Module, *, rows: int) -> Tensor:
     """Return token ids (rows, 9), spread over the vocabulary."""
     table = embedding(model)
     return (torch.arange(rows * 9, device=table.weight.device) * 7919 % table.num_embeddings).reshape(rows, 9)

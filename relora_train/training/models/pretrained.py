@@ -1,6 +1,7 @@
 """Load a model of transformers from a directory or the hub: all of it, or an error that says what is wrong."""
 
 import json
+import logging
 import math
 import re
 from collections import Counter
@@ -24,6 +25,7 @@ _BUFFERS = re.compile(r"(inv_freq|masked_bias|attn\.bias|attention\.bias|positio
 """Names in old files of what is made from the configuration today, besides those that transformers itself knows."""
 
 _NAMED = 3
+_LOGGER = logging.getLogger(__name__)
 _DTYPES: dict[str, Dtype] = {"F64": "float32", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
@@ -35,12 +37,12 @@ def load_model(path: str | Path, *, revision: str | None = None, kind: LoadedAs 
     is a ModelNotFoundError.
     """
     with _reading(path):
-        loader, _ = _loader(path, revision, kind)
+        loader, _, attention = _loader(path, revision, kind)
         model, found = loader.from_pretrained(
             _place(path),
             revision=revision,
             dtype=torch.float32,
-            attn_implementation="sdpa",
+            attn_implementation=attention,
             use_safetensors=True,
             trust_remote_code=False,  # not asked: a worker's standard input never answers
             output_loading_info=True,
@@ -83,9 +85,11 @@ def load_skeleton(path: str | Path, *, revision: str | None = None, kind: Loaded
     from transformers import GenerationConfig
 
     with _reading(path):
-        loader, config = _loader(path, revision, kind)
+        loader, config, attention = _loader(path, revision, kind)
         with torch.device("meta"):
-            model = loader.from_config(config, dtype=torch.float32, attn_implementation="sdpa", trust_remote_code=False)
+            model = loader.from_config(
+                config, dtype=torch.float32, attn_implementation=attention, trust_remote_code=False
+            )
         with suppress(OSError):  # not every model has one
             model.generation_config = GenerationConfig.from_pretrained(_place(path), revision=revision)
     return cast(nn.Module, model)
@@ -110,8 +114,11 @@ def _listed(names: Sequence[str]) -> str:
     return ", ".join(sorted(names)[:_NAMED]) + more
 
 
-def _loader(path: str | Path, revision: str | None, kind: LoadedAs) -> tuple[Any, Any]:
-    """Return the auto class and the configuration, once config.json is known to be of a model that it can load."""
+def _loader(path: str | Path, revision: str | None, kind: LoadedAs) -> tuple[Any, Any, str]:
+    """Return the auto class, the configuration, and the attention: torch's own, or else transformers' plain code.
+
+    By then config.json is known to be of a model that the class can load.
+    """
     import transformers
     from transformers import AutoConfig, PreTrainedConfig
     from transformers.utils.logging import disable_progress_bar
@@ -127,8 +134,12 @@ def _loader(path: str | Path, revision: str | None, kind: LoadedAs) -> tuple[Any
             f"{str(path)!r} is a model of type {config.model_type!r}, of which transformers has no {kind.auto_class}. "
             "Give a model that was made for this objective."
         )
-    check_config(raw, path, kind, made_as=(made[0] if isinstance(made, tuple) else made).__name__)
-    return loader, config
+    made = made[0] if isinstance(made, tuple) else made
+    check_config(raw, path, kind, made_as=made.__name__)
+    if made._supports_sdpa:
+        return loader, config, "sdpa"
+    _LOGGER.info("%s attends by transformers' plain code ('eager'): it has no other for this model.", made.__name__)
+    return loader, config, "eager"
 
 
 def _place(path: str | Path) -> str:

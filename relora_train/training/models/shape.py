@@ -1,6 +1,6 @@
 """The parts of a model, counted from its shape alone.
 
-Counts the families that wrap.py wraps by default: Llama, GPT-NeoX and ViT.
+Counts Llama, GPT-NeoX and ViT, whose blocks have these linear layers and no others.
 """
 
 import json
