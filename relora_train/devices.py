@@ -52,6 +52,15 @@ def takes_gpu(launch: LaunchConfig) -> bool:
     return any([*_DEVICE_FILES.glob("nvidia[0-9]*"), *_DEVICE_FILES.glob("dxg")]) and usable_gpus() > 0
 
 
+def sharing_ranks(launch: LaunchConfig) -> LaunchConfig:
+    """Return the ranks of this machine alone that share a model as a profile's do: no more than it has GPUs, if any."""
+    if launch.sharding == "none":
+        return LaunchConfig()
+    gpus = usable_gpus() if takes_gpu(launch) else 0
+    wanted = gpus if launch.nproc_per_node == "gpu" else launch.nproc_per_node
+    return LaunchConfig(nproc_per_node=max(1, min(wanted, gpus or wanted)))
+
+
 def dropout_mask_here(profile: Profile) -> DropoutMask:
     """Return the kind of mask with which a run of the profile begins on this machine: hashed if it compiles."""
     relora, launch = profile.relora, profile.launch

@@ -23,8 +23,8 @@ from relora_train.distributed import Ranks, local_shard, process_group
 from relora_train.errors import TrainerInterruptedError
 from relora_train.process import Emit, serve_request
 from relora_train.settings.base import FrozenConfig
-from relora_train.training import snapshot, trainer
-from relora_train.training.requests import StageRequest
+from relora_train.training import evaluate, snapshot, trainer
+from relora_train.training.requests import EvaluationRequest, StageRequest
 from relora_train.training.step import StageTraining
 
 
@@ -42,6 +42,9 @@ class ManyStages(FrozenConfig):
     """In this order."""
 
     stages: tuple[Work, ...]
+
+    evaluations: tuple[EvaluationRequest, ...] = ()
+    """Afterwards."""
 
 
 def train_all(plan: ManyStages, emit: Emit) -> None:
@@ -94,7 +97,7 @@ def train_all(plan: ManyStages, emit: Emit) -> None:
     launch = plan.stages[0].request.profile.launch
     with process_group(launch.device) as ranks:
         # A trainer joins once in its life; FSDP does not outlive its process group.
-        trainer.process_group = lambda *_, **__: nullcontext(ranks)
+        trainer.process_group = evaluate.process_group = lambda *_, **__: nullcontext(ranks)
         for work in plan.stages:
             request = work.request
             if work.stop_after is not None:
@@ -113,6 +116,8 @@ def train_all(plan: ManyStages, emit: Emit) -> None:
                     trainer.run_stage(request.model_copy(update=changes), emit)
                 continue
             trainer.run_stage(request, emit)
+        for evaluation in plan.evaluations:
+            evaluate.evaluate_checkpoint(evaluation, emit)
     first = plan.stages[0].request.output_directory
     (first.parent / f"rank-{held['rank']}.json").write_text(json.dumps(held))
 

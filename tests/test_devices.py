@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from relora_train import devices
-from relora_train.devices import check_devices
+from relora_train.devices import check_devices, sharing_ranks
 from relora_train.distributed import process_group
 from relora_train.errors import DeviceError
 from relora_train.runs.workers import join_run
@@ -78,3 +78,23 @@ def test_ranks_without_a_gpu_of_their_own_are_refused(
     with pytest.raises(DeviceError, match=fault) as caught:
         check_devices(LaunchConfig.model_validate(launch))
     assert not caught.value.retryable
+
+
+@pytest.mark.parametrize(
+    ("gpus", "launch", "ranks"),
+    [
+        (8, {"device": "cuda", "nproc_per_node": 8}, 1),
+        (8, {"device": "cuda", "nproc_per_node": 8, "sharding": "full"}, 8),
+        (8, {"device": "cuda", "nproc_per_node": "gpu", "sharding": "full"}, 8),
+        (2, {"device": "cuda", "nproc_per_node": 8, "sharding": "full"}, 2),
+        (0, {"device": "cuda", "nproc_per_node": 8, "sharding": "full"}, 8),
+        (0, {"device": "cuda", "nproc_per_node": "gpu", "sharding": "full"}, 1),
+        (2, {"device": "cpu", "nproc_per_node": 3, "sharding": "full"}, 3),
+    ],
+)
+def test_a_model_is_shared_on_another_machine_by_as_many_ranks_as_it_has_gpus(
+    gpus: int, launch: dict[str, object], ranks: int, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(devices, "usable_gpus", lambda: gpus)
+    machines = {"nnodes": 2, "rdzv_endpoint": "127.0.0.1:9"}
+    assert sharing_ranks(LaunchConfig.model_validate(launch | machines)).world_size == ranks

@@ -8,8 +8,9 @@ from prefect_server import PREFECT_WARNS, running_prefect
 
 from relora_train.checkpoints.names import resolve_checkpoint
 from relora_train.errors import AccessDeniedError, CheckpointNotFoundError, ConfigError
-from relora_train.runs.evaluations import score_checkpoint
-from relora_train.runs.run import RunSummary
+from relora_train.runs.evaluations import dataset_of, evaluate_or_reuse, profile_of, score_checkpoint
+from relora_train.runs.run import Run, RunSummary
+from relora_train.settings.running import LaunchConfig
 from relora_train.storage.opening import open_store
 
 pytestmark = PREFECT_WARNS
@@ -121,3 +122,18 @@ def test_a_store_that_can_only_be_read_still_has_its_checkpoints_scored(
     made = score_checkpoint(resolve_checkpoint("scored", open_store(finished.store_uri)), on_event=print)
     assert made.record["val_loss"] == finished.evaluations[0]["val_loss"]
     assert "not recorded, so the next evaluation makes them again: Access is denied." in caplog.text
+
+
+def test_a_run_whose_ranks_share_its_model_has_it_scored_by_ranks_that_do(
+    finished: RunSummary,
+):
+    forget_scores(finished)
+    checkpoint = resolve_checkpoint("scored", open_store(finished.store_uri))
+    launch = LaunchConfig(nproc_per_node=2, threads=1, sharding="full")
+    profile = profile_of(checkpoint).model_copy(update={"launch": launch})
+    run, ranks = Run("scored", finished.store_uri, profile), []
+    start = run.worker.run
+    run.worker.run = lambda *a, launch, **o: (ranks.append(launch.world_size), start(*a, launch=launch, **o))[1]
+    made = evaluate_or_reuse(run, checkpoint, dataset_of(checkpoint), on_event=print)
+    assert ranks == [2]
+    assert made.record["val_loss"] == pytest.approx(finished.evaluations[0]["val_loss"], rel=1e-6)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,9 @@ from relora_train.settings.profile import Profile
 from relora_train.settings.running import LaunchConfig, SnapshotConfig
 from relora_train.training import commit
 from relora_train.training.build import prepare_stage
+from relora_train.training.evaluate import evaluate_checkpoint
 from relora_train.training.files import read_tensor
-from relora_train.training.requests import StageRequest
+from relora_train.training.requests import EvaluationRequest, StageRequest
 from relora_train.training.tensor_stream import TensorStream
 from relora_train.training.trainer import run_stage
 
@@ -92,6 +94,30 @@ def with_snapshots(request: StageRequest, directory: Path, *, every_steps: int) 
     return request.model_copy(update={"profile": profile, "snapshots_directory": directory})
 
 
+def evaluations_of(whole: dict[str, dict[str, Path]], dataset: Path, out: Path) -> dict[str, EvaluationRequest]:
+    """Of checkpoints of one process. One has a config.json by which its model would drop out if it were in training."""
+    dropping = out / "dropping"
+    if not dropping.exists():
+        shutil.copytree(whole["from the start, tied"]["cycle-1"], dropping)
+        config = json.loads((dropping / "config.json").read_text())
+        (dropping / "config.json").write_text(json.dumps(config | {"attention_dropout": 0.5}))
+    checkpoints = {"dropping": dropping} | {kind: whole[kind]["cycle-1"] for kind in ("bfloat16", "gpt-neox")}
+    prompts = {"sample_prompts": ("ab", ""), "sample_tokens": 12}
+    return {
+        kind: EvaluationRequest(
+            profile=profile_of(
+                evaluation={"batch_sequences": 5} | prompts,
+                precision={"dtype": "bfloat16" if kind == "bfloat16" else "float32"},
+            ),
+            checkpoint_directory=checkpoint,
+            dataset_directory=dataset,
+            result_path=out / f"{kind}.json",
+            sequences=16,
+        )
+        for kind, checkpoint in checkpoints.items()
+    }
+
+
 @pytest.fixture(scope="module")
 def sharded(
     dataset: Path,
@@ -118,9 +144,10 @@ def sharded(
     made["stopped"] = {"12": root / "stopped-12", "13": root / "stopped-13"}
     request = sharded_request(KINDS["relora"][0], "cycle-2", dataset, root / "stopped", whole["relora"]["cycle-1"])
     work.append(Work(request=with_snapshots(request, root / "snapshots", every_steps=2), stop_after=13))
+    evaluations = tuple(evaluations_of(whole, dataset, root).values())
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]))
-        plan = ManyStages(stages=tuple(work))
+        plan = ManyStages(stages=tuple(work), evaluations=evaluations)
         run_worker("many_stages", plan, root / "request.json", on_event=ignore, launch=LaunchConfig(nproc_per_node=2))
     return made
 
@@ -235,6 +262,19 @@ def test_training_goes_on_where_no_sharded_snapshot_can_be_written(sharded: dict
     root = sharded["relora"]["warm-start"].parent
     assert json.loads((root / "rank-0.json").read_text())["not_written"][0] == 1
     assert local_snapshots(root / "full") == []
+
+
+@pytest.mark.parametrize("kind", ["dropping", "bfloat16", "gpt-neox"])
+def test_ranks_that_share_a_model_give_its_scores_and_samples(
+    kind: str, dataset: Path, whole: dict[str, dict[str, Path]], sharded: dict[str, dict[str, Path]], tmp_path: Path
+):
+    """The last of two batches of two ranks is one sequence: the other rank has none."""
+    root = sharded["relora"]["warm-start"].parent
+    request = evaluations_of(whole, dataset, root)[kind]
+    evaluate_checkpoint(request.model_copy(update={"result_path": tmp_path / "result.json"}), ignore)
+    alone, together = (json.loads(path.read_text()) for path in (tmp_path / "result.json", request.result_path))
+    assert together.pop("samples") == alone.pop("samples")
+    assert together == pytest.approx(alone, rel=1e-5 if kind == "bfloat16" else 1e-6)
 
 
 def test_one_process_goes_on_from_a_snapshot_of_sharded_ranks(

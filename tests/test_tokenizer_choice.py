@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from bundles import checkpoint_manifest, dataset_manifest
 from made_up_corpus import made_up_text, write_corpus
+from stage_runs import CPU
 from test_prepare import contents, documents_of
 from tiny_models import tiny_gpt_neox, tiny_llama
 from tokenizers import Tokenizer, processors
@@ -178,7 +178,7 @@ def test_a_prompt_begins_as_documents_do(tmp_path):
     generate = model.generate
     model.generate = lambda ids, **options: (seen.append(ids[0].tolist()), generate(ids, **options))[1]
     for bos_ids in ((), (300,)):
-        objective.sample(model, path, SimpleNamespace(bos_ids=bos_ids, eos_id=299), torch.device("cpu"))
+        objective.sample(model, path, SimpleNamespace(bos_ids=bos_ids, eos_id=299), CPU)
     the = Tokenizer.from_file(str(path / "tokenizer.json")).encode("the", add_special_tokens=False).ids
     assert seen == [the, [299], [300, *the], [300]]
 

@@ -386,7 +386,5 @@ def test_a_prompt_beyond_the_models_positions_is_no_end_of_a_run(dataset: Path, 
     config = GPT2Config(vocab_size=VOCABULARY, n_positions=16, n_embd=16, n_layer=1, n_head=2, eos_token_id=None)
     model = GPT2LMHeadModel(config).eval()
     objective = objective_of(tiny_profile(evaluation={"sample_prompts": (prompt,), "sample_tokens": tokens}))
-    (sample,) = objective.sample(
-        model, dataset, SimpleNamespace(bos_ids=(), eos_id=VOCABULARY - 1), torch.device("cpu")
-    )
+    (sample,) = objective.sample(model, dataset, SimpleNamespace(bos_ids=(), eos_id=VOCABULARY - 1), CPU)
     assert sample["prompt"] == prompt

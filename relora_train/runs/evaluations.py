@@ -11,6 +11,7 @@ from relora_train.checkpoints.fetch import files_in_stores
 from relora_train.checkpoints.layout import check_run_id
 from relora_train.checkpoints.lineage import CheckpointRef
 from relora_train.checkpoints.manifest import DatasetManifest, read_manifest
+from relora_train.devices import sharing_ranks
 from relora_train.errors import AccessDeniedError, ObjectNotFoundError
 from relora_train.runs.run import DatasetRef, OnEvent, Run, fetch_dataset, fetch_parent
 from relora_train.settings.keys import settings_digest
@@ -62,7 +63,8 @@ def evaluate_or_reuse(
 ) -> EvaluationOutcome:
     """Score a checkpoint on the validation split and sample from it, or return what was recorded for the same settings.
 
-    The run gives settings, store and worker. The worker loads the checkpoint with plain `from_pretrained`.
+    The run gives settings, store and worker. The worker loads the checkpoint with plain `from_pretrained`; if the run
+    shares its model between ranks, those of this machine share it here too.
     """
     profile, store = run.profile, run.store
     key = _key(profile, checkpoint, dataset)
@@ -77,7 +79,8 @@ def evaluate_or_reuse(
             result_path=work.path / "result.json",
             sequences=profile.evaluation.final_sequences,
         )
-        run.worker.run("relora_train.training.evaluate", request, work.path / "request.json", on_event=on_event)
+        path, launch = work.path / "request.json", sharing_ranks(profile.launch)
+        run.worker.run("relora_train.training.evaluate", request, path, on_event=on_event, launch=launch)
         record = {
             "checkpoint_uri": checkpoint.uri,
             "run_id": checkpoint.manifest.run_id,

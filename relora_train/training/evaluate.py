@@ -1,5 +1,6 @@
 """Held-out scores of a model, weighted by what was scored, and the process that scores a committed checkpoint."""
 
+import dataclasses
 import json
 from typing import Any
 
@@ -16,6 +17,7 @@ from relora_train.training.models.compiling import without_compiling
 from relora_train.training.models.model import evaluating
 from relora_train.training.models.registry import objective_of
 from relora_train.training.requests import EvaluationRequest, StageRequest
+from relora_train.training.sharding import rows_of_checkpoint, shard_model
 from relora_train.training.step import StageTraining
 from relora_train.training.torch_settings import autocast, configure_torch
 
@@ -99,19 +101,31 @@ def evaluation_key(request: StageRequest) -> str:
 
 
 def evaluate_checkpoint(request: EvaluationRequest, emit: Emit) -> None:
-    """Score a checkpoint through plain `from_pretrained`, as any user of it would load it, and sample from it."""
+    """Score a checkpoint through plain `from_pretrained`, as any user of it would load it, and sample from it.
+
+    Several ranks share the model, and each reads its rows of the files; the scores are the same up to rounding.
+    """
     profile = request.profile
     objective = objective_of(profile)
     configure_torch(profile)
     with process_group(profile.launch.device) as ranks:
+        ranks = dataclasses.replace(ranks, sharded=ranks.world_size > 1)
         dataset = objective.open_data(request.dataset_directory, "val")
-        model = objective.load_model(request.checkpoint_directory)
-        loss_function = objective.loss_function(model, dataset.manifest)
-        hold_as_computed(model, profile.precision)
-        model.to(ranks.device)
+        if ranks.sharded:
+            model = objective.load_skeleton(request.checkpoint_directory).eval().requires_grad_(False)
+            rows_of = rows_of_checkpoint(request.checkpoint_directory, model)
+            hold_as_computed(model, profile.precision)
+            shard_model(model, rows_of, ranks)
+            with autocast(profile.precision, ranks.device):
+                loss_function = objective.loss_function(model, dataset.manifest)
+        else:
+            model = objective.load_model(request.checkpoint_directory)
+            loss_function = objective.loss_function(model, dataset.manifest)
+            hold_as_computed(model, profile.precision)
+            model.to(ranks.device)
         evaluation = evaluate_model(model, loss_function, dataset, objective, ranks, sequences=request.sequences)
         with autocast(profile.precision, ranks.device):
-            samples = objective.sample(model, request.checkpoint_directory, dataset.manifest, ranks.device)
+            samples = objective.sample(model, request.checkpoint_directory, dataset.manifest, ranks)
         if ranks.is_first:
             request.result_path.write_text(json.dumps({**evaluation.model_dump(), "samples": samples}))
             emit("evaluation", **evaluation.model_dump())

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from relora_train.checkpoints.manifest import DatasetManifest
 from relora_train.data.dataset import ExampleDataset
+from relora_train.distributed import Ranks
 from relora_train.settings.profile import Profile
 from relora_train.training.models.pretrained import load_model, load_skeleton
 from relora_train.training.models.registry import LoadedAs
@@ -119,7 +120,10 @@ class Objective(ABC):
         """Return the scores behind the sums over all scored examples of a split."""
 
     def sample(
-        self, model: nn.Module, checkpoint_directory: Path, manifest: DatasetManifest, device: torch.device
+        self, model: nn.Module, checkpoint_directory: Path, manifest: DatasetManifest, ranks: Ranks
     ) -> list[dict[str, str]]:
-        """Return prompt and text of samples of a checkpoint's model; [] if it makes nothing to look at."""
+        """Return prompt and text of samples of a checkpoint's model; [] if it makes nothing to look at.
+
+        Ranks that share the model call together, and each gets them.
+        """
         return []

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from relora_train.checkpoints.manifest import DatasetManifest
 from relora_train.data.dataset import ExampleDataset, TokenDataset
+from relora_train.distributed import Ranks
 from relora_train.errors import SequenceTooLongError, VocabularyMismatchError
 from relora_train.training.models.base import Evaluation, Objective
 from relora_train.training.models.model import (
@@ -125,7 +126,7 @@ class CausalLM(Objective):
         )
 
     def sample(
-        self, model: nn.Module, checkpoint_directory: Path, manifest: DatasetManifest, device: torch.device
+        self, model: nn.Module, checkpoint_directory: Path, manifest: DatasetManifest, ranks: Ranks
     ) -> list[dict[str, str]]:
         """Return a continuation of each prompt, the same for the same weights and seed."""
         from tokenizers import Tokenizer
@@ -138,7 +139,7 @@ class CausalLM(Objective):
             # Documents began with bos_ids in training, so each prompt does; eos_id ended the document before.
             prompt_ids = tokenizer.encode(prompt, add_special_tokens=False).ids
             known = [*manifest.bos_ids, *prompt_ids] or [manifest.eos_id]
-            ids = torch.tensor([known[-(positions - tokens) :]], device=device)
+            ids = torch.tensor([known[-(positions - tokens) :]], device=ranks.device)
             torch.manual_seed(self.profile.seed + index)
             with torch.no_grad():
                 output = cast(Any, model).generate(
@@ -149,6 +150,7 @@ class CausalLM(Objective):
                     temperature=_SAMPLE_TEMPERATURE,
                     top_k=_SAMPLE_TOP_K,
                     pad_token_id=0,
+                    synced_gpus=ranks.sharded,  # a rank whose text has ended goes on lending its rows
                 )
             samples.append({"prompt": prompt, "text": tokenizer.decode(output[0, ids.shape[1] :].tolist())})
         return samples
