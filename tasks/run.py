@@ -12,11 +12,13 @@ from relora_train.checkpoints.lineage import CheckpointRef
 from relora_train.method.stages import Stage
 from relora_train.reports.report import StoredReport, report_run
 from relora_train.runs import evaluations as evaluation_records
+from relora_train.runs import task_scores
 from relora_train.runs.datasets import DatasetOutcome, prepare_or_reuse
 from relora_train.runs.evaluations import EvaluationOutcome, evaluate_or_reuse
 from relora_train.runs.model_check import check_run
 from relora_train.runs.run import DatasetRef, Run
 from relora_train.settings.objectives import SCORES
+from relora_train.settings.tasks import TaskSelection
 from tasks.artifacts import publish_markdown
 from tasks.observe import forward_events, skipped
 from tasks.policies import STORE_IO
@@ -59,6 +61,13 @@ def evaluate_checkpoint(run: Run, checkpoint: CheckpointRef, dataset: DatasetRef
 def score_checkpoint(checkpoint: CheckpointRef) -> EvaluationOutcome:
     """Evaluate a checkpoint of any run, with its own profile and on its own dataset."""
     return _announced(evaluation_records.score_checkpoint(checkpoint, on_event=forward_events()), checkpoint)
+
+
+@task(**STORE_IO, name="score-by-tasks", task_run_name="tasks-of-{checkpoint.manifest.stage}")
+def score_by_tasks(checkpoint: CheckpointRef, selection: TaskSelection) -> EvaluationOutcome:
+    """Score a checkpoint of any run by tasks of lm-evaluation-harness; recorded scores are shown as Skipped."""
+    outcome = task_scores.score_by_tasks(checkpoint, selection, on_event=forward_events())
+    return skipped(outcome, "the scores") if outcome.reused else outcome
 
 
 def _announced(outcome: EvaluationOutcome, checkpoint: CheckpointRef) -> EvaluationOutcome:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from prefect_server import PREFECT_WARNS, running_prefect
+from task_files import write_tasks
 
 from relora_train.checkpoints.names import resolve_checkpoint
 from relora_train.errors import AccessDeniedError, CheckpointNotFoundError, ConfigError
@@ -53,6 +54,26 @@ def test_a_checkpoint_is_scored_once_and_then_its_scores_are_reused(finished: Ru
     made = evaluate(finished.stages[-1].uri, store=finished.store_uri)
     assert not made.reused and made.record == recorded.record
     assert evaluate("scored@latest", store=finished.store_uri).reused
+
+
+def test_a_checkpoint_is_scored_by_tasks_once(finished: RunSummary, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from flows.evaluate import evaluate
+
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    asked = {
+        "store": finished.store_uri,
+        "tasks": ["choice"],
+        "include": str(write_tasks(tmp_path / "tasks")),
+        "limit": 3,
+    }
+    made = evaluate("scored", **asked)
+    assert not made.reused and made.record["checkpoint_uri"] == finished.stages[-1].uri
+    (scores,) = made.record["task_scores"]
+    assert [score["documents"] for score in scores["scores"]] == [3, 3]
+    again = evaluate("scored", **asked)
+    assert again.reused and again.record == made.record
+    with pytest.raises(ConfigError, match="nowhere, where tasks are to be included from"):
+        evaluate("scored", **{**asked, "include": str(tmp_path / "nowhere")})
 
 
 def test_a_checkpoint_that_is_no_name_or_is_not_there_is_refused(finished: RunSummary):

@@ -6,22 +6,43 @@ import typer
 from rich.text import Text
 
 from relora_train import events
-from relora_train.cli.options import AsJson, CheckpointName, RunName, Store, answer, resolve
-from relora_train.cli.output import BLANK, View, console_for_people, facts, place, samples_lines, tell
+from relora_train.cli.options import AsJson, CheckpointName, Include, Limit, RunName, Store, answer, resolve
+from relora_train.cli.output import BLANK, View, console_for_people, facts, place, samples_lines, task_table, tell
 from relora_train.cli.progress import shown_progress
-from relora_train.errors import AccessDeniedError
+from relora_train.errors import AccessDeniedError, ConfigError
 from relora_train.runs.evaluations import recorded_evaluations, score_checkpoint
 from relora_train.runs.retry import RetryOutcome, parent_of, retry_stage
 from relora_train.runs.run import line_of
+from relora_train.runs.task_scores import check_tasks, score_by_tasks
 from relora_train.settings.objectives import LOSS, measures_in
+from relora_train.settings.tasks import TaskSelection
 from relora_train.storage.opening import open_store
 from relora_train.storage.workspace import cache_root
 
 
-def evaluate(checkpoint: CheckpointName, store: Store = None, as_json: AsJson = False) -> None:
+def evaluate(
+    checkpoint: CheckpointName,
+    tasks: Annotated[
+        str | None, typer.Option(metavar="A,B", help="Score it by these tasks of lm-evaluation-harness instead.")
+    ] = None,
+    include: Include = None,
+    limit: Limit = None,
+    store: Store = None,
+    as_json: AsJson = False,
+) -> None:
     """Score a checkpoint on its dataset's validation split and sample from it; recorded scores are reused."""
+    if tasks is None and (include or limit):
+        raise ConfigError("--include and --limit are for the tasks of --tasks. Name some, or leave them out.")
+    selection = (
+        check_tasks(TaskSelection(tasks=tuple(tasks.split(",")), include=include, limit=limit)) if tasks else None
+    )
     ref = resolve(checkpoint, store)
     with console_for_people(to_stderr=as_json).status(f"evaluating {ref.manifest.run_id}@{ref.manifest.stage} …"):
+        if selection is not None:
+            scored = score_by_tasks(ref, selection, on_event=lambda event: None)
+            shown = task_table([score for record in scored.record["task_scores"] for score in record["scores"]])
+            answer(as_json, {**scored.record, "reused": scored.reused}, lambda: [shown])
+            return
         outcome = score_checkpoint(ref, on_event=lambda event: None)
     record, measures = outcome.record, measures_in(outcome.record)
     before = " (recorded before)" if outcome.reused else ""

@@ -36,6 +36,11 @@ CheckpointName = Annotated[
         "directory."
     ),
 ]
+Include = Annotated[
+    str | None,
+    typer.Option(metavar="DIR", help="Tasks of your own: YAML files, with paths relative to this directory."),
+]
+Limit = Annotated[int | None, typer.Option(min=1, help="Documents of each task; all when absent.")]
 SeriesName = Annotated[str, typer.Argument(help="Name of the series, as `relora series` shows it.")]
 RunName = Annotated[str, typer.Argument(help="Run id, as `relora runs` shows it.")]
 Verbose = Annotated[bool, typer.Option("--verbose", help="Show Prefect's log in place of the progress.")]

@@ -22,6 +22,7 @@ from relora_train.errors import ConfigError
 from relora_train.storage.opening import uri_to_path
 from relora_train.storage.redaction import masked
 from relora_train.storage.workspace import cache_root
+from relora_train.text import count, decimal
 
 _COLUMNS_WITHOUT_TERMINAL = 100
 _SAMPLE_CHARACTERS = 240
@@ -164,3 +165,20 @@ def samples_lines(record: dict[str, Any]) -> View:
         line = Text.assemble((harmless(str(sample["prompt"])), "underline"), harmless(shown.rstrip()))
         lines.append(Padding(line, (0, 0, 0, 4)))
     return lines
+
+
+def task_table(scores: Iterable[Mapping[str, Any]], *, title: str | None = None) -> Table:
+    """Return scores by tasks; an arrow tells which direction is better, where the harness says so."""
+    arrows = {True: " ↑", False: " ↓"}
+    rows = [
+        (
+            f"{one['score']}{arrows.get(one['higher_is_better'], '')}",
+            decimal(one["value"], 4 if abs(one["value"]) < 1000 else 0),
+            decimal(one["stderr"], 4),
+            count(one["shots"]),
+            count(one["documents"]),
+            str(one["version"]),
+        )
+        for one in scores
+    ]
+    return table(("score", "value", "± stderr", "shots", "documents", "version"), rows, title=title)

@@ -11,11 +11,12 @@ from relora_train.checkpoints.lineage import draw_lineage, line_to
 from relora_train.checkpoints.names import read_checkpoints, read_heads, resolve_checkpoint
 from relora_train.checkpoints.run import CheckpointStore
 from relora_train.cli.options import AsJson, CheckpointName, RunName, Store, answer, open_named, resolve
-from relora_train.cli.output import BLANK, View, common_place, complain, facts, table
+from relora_train.cli.output import BLANK, View, common_place, complain, facts, table, task_table
 from relora_train.cli.runs import lineage_record, lineage_view
 from relora_train.errors import CheckpointAmbiguousError, CheckpointCorruptError, CheckpointError
 from relora_train.runs.divergence import divergence_text
 from relora_train.runs.run import line_of
+from relora_train.runs.task_scores import recorded_task_scores
 from relora_train.settings.objectives import measures_in
 from relora_train.text import counted, decimal, duration, moment, size
 
@@ -82,6 +83,7 @@ def show(
     verified = [Text("Every file is as its manifest says.")] if verify else []
     tree = [BLANK, Text("Runs it belongs with", style="bold"), *lineage_view(roots, heads, marked=ref.uri)]
     more = {"lineage": lineage, "tree": lineage_record(roots[0]), "verified": verify}
+    more["task_scores"] = task_scores = recorded_task_scores(opened, [ref])
     manifest = ref.manifest
     measures = measures_in(manifest.evaluation)
     about = facts(
@@ -112,6 +114,8 @@ def show(
     )
     if manifest.merge_report:
         parts += [BLANK, *_merge(manifest.merge_report)]
+    if task_scores:
+        parts += [BLANK, task_table(task_scores, title="Scores by tasks")]
     parts += [*(tree if roots[0].branches else []), *verified]
     answer(as_json, {"uri": ref.uri, **manifest.model_dump(mode="json"), **more}, lambda: parts)
 

@@ -38,6 +38,7 @@ def collect_run_data(
     fetch_files: FetchFiles,
     *,
     evaluations: Sequence[Mapping[str, Any]] = (),
+    task_scores: Sequence[Mapping[str, Any]] = (),
     spectra: bool = True,
 ) -> RunData:
     """Gather a run from its checkpoints, oldest first; the last one is the run's result.
@@ -82,6 +83,7 @@ def collect_run_data(
             for item in evaluations
             for sample in item.get("samples", ())
         ),
+        task_scores=tuple(task_scores),
         settings=settings,
         **{name: getattr(last, name) for name in ("run_id", "profile", "versions", "dataset_id", "dataset_uri")},
         finished_at=last.created_at.astimezone(UTC),

@@ -23,8 +23,10 @@ from relora_train.reports.ranks.measures import PAPER_THRESHOLD, json_value
 from relora_train.reports.render import TEMPLATES, render
 from relora_train.reports.run_data import RunData
 from relora_train.reports.text import change, headline_text, score, scores_change
+from relora_train.runs.task_scores import recorded_task_scores
 from relora_train.settings.objectives import LOSS
 from relora_train.storage.base import ObjectStore
+from relora_train.storage.opening import open_store
 from relora_train.storage.workspace import checkpoint_cache
 from relora_train.text import count, decimal, duration, markdown_cell, steps_text
 
@@ -48,7 +50,9 @@ def report_run(
 ) -> StoredReport:
     """Write the report of a line of checkpoints to runs/<run_id>/report/ of the store; one from before is replaced."""
     prefix = f"runs/{check_run_id(run_id)}/report"
-    data = collect_run_data(line, files_in_stores(checkpoint_cache(run_id)), evaluations=evaluations)
+    fetch = files_in_stores(checkpoint_cache(run_id))
+    scores = recorded_task_scores(open_store(line[-1].store_uri), line)
+    data = collect_run_data(line, fetch, evaluations=evaluations, task_scores=scores)
     with tempfile.TemporaryDirectory(prefix="relora-report-") as scratch:
         written = write_report(data, Path(scratch))
         for path in written:  # the page last
@@ -85,6 +89,7 @@ def summarize(data: RunData) -> dict[str, Any]:
         "finished_at": data.finished_at.isoformat(timespec="seconds"),
         "stages": stages,
         **{name: [asdict(row) for row in getattr(data, name)] for name in ("merges", "evaluations", "samples")},
+        "task_scores": [dict(score) for score in data.task_scores],
         "spectra": [spectrum.record() for spectrum in data.spectra],
         "cycle_history": data.history and data.history.record(),
         "train_records": len(data.train),

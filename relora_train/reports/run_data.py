@@ -124,6 +124,8 @@ class RunData:
     dataset_uri: str
     finished_at: datetime
     """When the last checkpoint was made, in UTC."""
+    task_scores: tuple[Mapping[str, Any], ...] = ()
+    """Scores by tasks of lm-evaluation-harness, as recorded, with stage and step."""
     spectra: tuple[LayerSpectrum, ...] = ()
     """Spectra of the update between the two stages of `spectra_between`."""
     spectra_between: tuple[str, str] | None = None

@@ -90,6 +90,9 @@ class Objective:
     held_out: str
     """The held-out data: 'text', 'images'."""
 
+    has_tasks: bool
+    """True if lm-evaluation-harness can score its models."""
+
     pipeline_tag: str
     """Its models' task on the hub."""
 
@@ -105,6 +108,7 @@ OBJECTIVES: Mapping[str, Objective] = {
         unit="token",
         scored="val_tokens",
         held_out="text",
+        has_tasks=True,
         pipeline_tag="text-generation",
     ),
     "image_classification": Objective(
@@ -117,6 +121,7 @@ OBJECTIVES: Mapping[str, Objective] = {
         unit="image",
         scored="val_images",
         held_out="images",
+        has_tasks=False,
         pipeline_tag="image-classification",
     ),
 }

@@ -10,6 +10,7 @@ from relora_train.method.stages import Stage
 from relora_train.settings.base import FrozenConfig
 from relora_train.settings.method import DropoutMask
 from relora_train.settings.profile import Profile
+from relora_train.settings.tasks import TaskSelection
 
 
 class StageRequest(FrozenConfig):
@@ -68,6 +69,16 @@ class JoinRequest(FrozenConfig):
     """Train along with another machine: `python -m relora_train.training.joined_trainer --request FILE`."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
+
+
+class TasksRequest(FrozenConfig):
+    """Score one checkpoint by tasks: `python -m relora_train.training.evaluate_tasks --request FILE`."""
+
+    profile: Profile
+    checkpoint_directory: Path
+    selection: TaskSelection
+    result_path: Path
+    """JSON: the scores of each task by its name."""
 
 
 class EvaluationRequest(FrozenConfig):
