@@ -31,7 +31,9 @@ class SharedInput:
         if self._x is not x or self._key != key or id(layer) not in self._waiting:
             merges, dropout = self.products != "split", layer.dropout if layer.training else 0.0
             factors = [
-                Factors(each.matrix, each.bias, each.lora_A, each.lora_B, self._merge(each) if merges else None)
+                Factors(
+                    each.matrix, each.bias, each.lora_A, each.lora_B, self._merge(each) if merges else None, each.scales
+                )
                 for each in self.layers
             ]
             made = low_rank_linears(x, factors, self.products, layer.scaling, dropout, layer.mask_seed)

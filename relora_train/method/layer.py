@@ -2,7 +2,8 @@
 
 Source: arXiv 2307.05695. All functions of this room take the bare model, not one wrapped by DDP or torch.compile: the
 names of its modules decide what is drawn and what is written. If a model is sharded by rows over ranks, all ranks call
-together. Not covered: quantized weights.
+together. A frozen weight may be held in
+fewer bytes (frozen.py).
 """
 
 import hashlib
@@ -13,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from relora_train.distributed import local_shard
+from relora_train.method.frozen import KINDS, Frozen, dequantize, quantize
 from relora_train.method.graph_path import low_rank_linear, low_rank_scale
 
 
@@ -46,6 +49,8 @@ class ReLoRALinear(nn.Module):
         self.weight = nn.Parameter(weight.detach(), requires_grad=False)
         self.register_parameter("bias", linear._parameters["bias"])
         device, dtype = weight.device, torch.promote_types(weight.dtype, torch.float32)
+        self.scales: Tensor | None
+        self.register_buffer("scales", None, persistent=False)
         self.lora_A = nn.Parameter(torch.zeros(rank, self.in_features, device=device, dtype=dtype))
         self.lora_B = nn.Parameter(torch.zeros(self.out_features, rank, device=device, dtype=dtype))
         self.plain = type(linear), {key: value for key, value in vars(linear).items() if not key.startswith("_")}
@@ -59,18 +64,45 @@ class ReLoRALinear(nn.Module):
 
     @property
     def matrix(self) -> Tensor:
-        """The weight as (out, in)."""
-        return self.weight.T if self.transposed else self.weight
+        """The weight as (out, in), or its codes."""
+        return self.weight.T if self.transposed and self.scales is None else self.weight
+
+    def hold(self, exact: Tensor, kind: Frozen | None = None) -> None:
+        """Hold the exact weight, or a rank's rows of it, as this kind, or as the weight is held now.
+
+        If `scales` has scales then, `weight` has the codes of the matrix (out, in).
+        """
+        kind = kind or (None if self.scales is None else KINDS[self.weight.dtype])
+        if kind is None:
+            local_shard(self.weight).copy_(exact)
+            return
+        codes, scales = self.rounded(exact, kind)
+        self.weight = nn.Parameter(codes.to(self.weight.device), requires_grad=False)
+        self.scales = None if scales is None else scales.to(self.weight.device)
+
+    def rounded(self, exact: Tensor, kind: Frozen) -> tuple[Tensor, Tensor | None]:
+        """Return what the layer would hold of the exact weight, and its scales."""
+        return quantize(exact.T if self.transposed and kind in KINDS.values() else exact, kind)
+
+    def frozen_matrix(self, dtype: torch.dtype) -> Tensor:
+        """Return the weight (out, in) as the layer holds it, in this dtype."""
+        return dequantize(self.matrix, self.scales, (self.out_features, self.in_features), dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         dropout = self.dropout if self.training else 0.0
         # Under compile, plain operations: dynamo breaks 36 times in two layers of the fast path with dropout.
         if torch.compiler.is_compiling() and (dropout == 0 or self.mask_seed is not None):
-            tensors = self.matrix, self.bias, self.lora_A, self.lora_B
+            tensors = self._computed_matrix(x), self.bias, self.lora_A, self.lora_B
             return low_rank_linear(x, *tensors, low_rank_scale(self.scaling, dropout), self.mask_seed, dropout)
         if self.shared is not None and not torch.compiler.is_compiling():
             return self.shared(self, x)
-        return relora_linear(x, self.matrix, self.bias, self.lora_A, self.lora_B, self.scaling, dropout)
+        return relora_linear(x, self._computed_matrix(x), self.bias, self.lora_A, self.lora_B, self.scaling, dropout)
+
+    def _computed_matrix(self, x: Tensor) -> Tensor:
+        if self.scales is None:
+            return self.matrix
+        autocast = torch.is_autocast_enabled(x.device.type)
+        return self.frozen_matrix(torch.get_autocast_dtype(x.device.type) if autocast else self.lora_A.dtype)
 
     def extra_repr(self) -> str:
         return (

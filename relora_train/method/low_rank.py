@@ -6,7 +6,7 @@ reference.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from relora_train.method.frozen import dequantize
 from relora_train.method.graph_path import MASK_STEPS, dropped_steps, hash_mask, low_rank_scale
 from relora_train.method.products import Products
 
@@ -23,7 +24,7 @@ _BYTE = 256
 
 @dataclass(frozen=True)
 class Factors:
-    """One layer's tensors: weight (out, in), bias (out) or None, A (rank, in), B (out, rank), and the merged weight."""
+    """One layer's tensors: weight (out, in), bias (out) or None, A (rank, in), B (out, rank)."""
 
     weight: Tensor
     bias: Tensor | None
@@ -31,6 +32,18 @@ class Factors:
     B: Tensor
     merged: Tensor | None = None
     """W + s BA, without gradient; needed unless the products are split."""
+
+    scales: Tensor | None = None
+    """Those of a weight that is held as codes (frozen.py), which is made anew for each product."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype in which nn.Linear would multiply."""
+        return self.weight.dtype if self.scales is None else self.A.dtype
+
+    def whole(self, dtype: torch.dtype) -> Tensor:
+        """Return the weight (out, in)."""
+        return dequantize(self.weight, self.scales, (len(self.B), self.A.shape[1]), dtype)
 
 
 def low_rank_linears(
@@ -51,10 +64,10 @@ def low_rank_linears(
     seed: int | Tensor = 0
     if dropout > 0:
         seed = int(torch.randint(2**62, (), device="cpu").numpy()) if mask_seed is None else mask_seed
-    tensors = [t for layer in layers for t in (layer.weight, layer.bias, layer.A, layer.B, layer.merged)]
+    tensors = [getattr(layer, field.name) for layer in layers for field in fields(Factors)]
     device = x.device.type
     autocast = torch.is_autocast_enabled(device)
-    dtype = torch.get_autocast_dtype(device) if autocast else layers[0].weight.dtype
+    dtype = torch.get_autocast_dtype(device) if autocast else layers[0].dtype
     with torch.autocast(device, enabled=False):
         made = _LowRankLinears.apply(x, dtype, products, scaling, dropout, seed, *tensors)  # type: ignore[no-untyped-call]
     # Views are made out here: Falcon writes into one, which torch allows for no view that a function returns.
@@ -82,7 +95,7 @@ class _LowRankLinears(torch.autograd.Function):
             # All A in one product: its short side r costs as much as r + 16 on a CPU, r + 360 on an H100 (products.py).
             low = _read(rows, _kept(rows, dropout, seed)) @ _stacked(layers, dtype).T  # (tokens, layers * rank)
             for layer, part in zip(layers, torch.split(low, [len(layer.A) for layer in layers], dim=1), strict=True):
-                y = F.linear(rows, layer.weight.to(dtype), _cast(layer.bias, dtype))
+                y = F.linear(rows, layer.whole(dtype), _cast(layer.bias, dtype))
                 outputs.append(y.addmm_(part, layer.B.to(dtype).T, alpha=low_rank_scale(scaling, dropout)))
         ctx.save_for_backward(rows, *tensors)  # not x: under autocast that is twice as large
         ctx.x_shape, ctx.x_dtype = x.shape, x.dtype
@@ -108,7 +121,7 @@ class _LowRankLinears(torch.autograd.Function):
         grad_x: Tensor | None = None  # summed over the layers as it is made
         if ctx.needs_input_grad[0]:
             for layer, gradient in zip(layers, grads, strict=True):
-                weight = layer.weight.to(dtype) if products == "split" else _of(layer.merged)
+                weight = layer.whole(dtype) if products == "split" else _of(layer.merged)
                 grad_x = gradient @ weight if grad_x is None else grad_x.addmm_(gradient, weight)
             if products == "split" and kept is None:
                 grad_x = _of(grad_x).addmm_(through_A, thin)
@@ -129,7 +142,7 @@ class _LowRankLinears(torch.autograd.Function):
         found: list[Tensor | None] = []
         for layer, gradient, (grad_A, grad_B) in zip(layers, grads, factor_grads, strict=True):
             grad_bias = None if layer.bias is None else gradient.sum(0, dtype=layer.bias.dtype)
-            found += [None, grad_bias, grad_A.to(layer.A.dtype), grad_B.to(layer.B.dtype), None]
+            found += [None, grad_bias, grad_A.to(layer.A.dtype), grad_B.to(layer.B.dtype), None, None]
         return grad_x, None, None, None, None, None, *found
 
 
@@ -170,7 +183,8 @@ def _random_words(seed: int, size_bytes: int) -> npt.NDArray[np.uint64]:
 
 
 def _layers(tensors: Sequence[Tensor | None]) -> list[Factors]:
-    return [Factors(*tensors[i : i + 5]) for i in range(0, len(tensors), 5)]  # type: ignore[arg-type]
+    size = len(fields(Factors))
+    return [Factors(*tensors[i : i + size]) for i in range(0, len(tensors), size)]  # type: ignore[arg-type]
 
 
 def _stacked(layers: Sequence[Factors], dtype: torch.dtype) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,9 @@ from torch import Tensor, nn
 from relora_train.distributed import full_tensor, local_shard, norm, shard_of
 from relora_train.errors import DivergedError, ModelError
 from relora_train.method.layer import ReLoRALinear, relora_layers, stable_generator
+
+_PROBES = 4
+_SMALLEST = 1e-30
 
 
 def merge_and_reinit(
@@ -33,7 +36,7 @@ def merge(model: nn.Module, *, masters: MutableMapping[str, Tensor] | None = Non
     """W <- W + scaling * B A in float32 (float64 for a float64 weight), then B <- 0; return a report by module name.
 
     `masters` hold the exact weights by parameter name ("<module>.weight"). They are updated in place and assigned back,
-    and each weight of the model becomes its master rounded once to the weight's own dtype. So rounding does not build
+    and each weight of the model becomes its master, rounded once. So rounding does not build
     up over cycles. If any layer is refused, nothing is changed. No layer's full update is ever held in memory. Each
     rank of a sharded model merges its own rows, and its masters hold just these; A and B are gathered layer by layer.
     """
@@ -51,10 +54,14 @@ def merge(model: nn.Module, *, masters: MutableMapping[str, Tensor] | None = Non
             report[name] = _measure(norm(master, layer.weight), A, B, layer.scaling)
             # In float32 or float64: bfloat16 keeps 3 digits, and of a relative update of 1e-4 it would lose 97 %.
             left, right = (A.T, B.T) if layer.transposed else (B, A)
-            master.addmm_(shard_of(left, layer.weight), right, alpha=layer.scaling)
-            if masters is not None:
+            left = shard_of(left, layer.weight)
+            before = None if masters is None else _probe(name, master) + layer.scaling * (left @ _probe(name, right))
+            master.addmm_(left, right, alpha=layer.scaling)
+            if masters is not None and before is not None:
+                change = (_probe(name, master) - before).norm() / before.norm().clamp_min(_SMALLEST)
+                report[name] = replace(report[name], master_change=float(change))
                 masters[f"{name}.weight"] = master
-                weight.copy_(master)
+                layer.hold(master)
             local_shard(layer.lora_B).zero_()
     return report
 
@@ -83,10 +90,20 @@ class LayerMerge:
     effective_rank: float
     """exp of the entropy of the update's singular values: 1 for one direction, rank for all alike, 0 for no update."""
 
+    master_change: float = 0.0
+    """Change of the outputs that the exact weight gives for random inputs, relative to these; 0 if the model itself
+    holds the exact weight: then the change of its own output tells."""
+
     @property
     def relative_update_norm(self) -> float:
         """update_norm / weight_norm; 1 if the weight was zero and all of it is now the update."""
         return self.update_norm / self.weight_norm if self.weight_norm else float(self.update_norm > 0)
+
+
+def _probe(name: str, matrix: Tensor) -> Tensor:
+    """Return the matrix times a few columns of random numbers, the same for each of so many columns."""
+    inputs = torch.randn(matrix.shape[1], _PROBES, generator=stable_generator(0, 0, name))
+    return matrix @ inputs.to(matrix)
 
 
 def _measure(weight_norm: float, A: Tensor, B: Tensor, scaling: float) -> LayerMerge:
@@ -103,6 +120,8 @@ def _check_mergeable(name: str, layer: ReLoRALinear, masters: MutableMapping[str
     if masters is not None and f"{name}.weight" not in masters:
         raise ModelError(f"No master weight is called {name}.weight, so the update of {name} cannot be merged exactly.")
     weight = local_shard(layer.weight)
+    sides = (layer.in_features, layer.out_features) if layer.transposed else (layer.out_features, layer.in_features)
+    shape = weight.shape if layer.scales is None else sides
     holder, master = ("weight", weight) if masters is None else ("master weight", masters[f"{name}.weight"])
     if master.dtype not in (torch.float32, torch.float64):
         raise ModelError(
@@ -110,8 +129,8 @@ def _check_mergeable(name: str, layer: ReLoRALinear, masters: MutableMapping[str
             "for good (bfloat16 keeps 3 digits: of a relative update of 1e-4 it loses 97 %). "
             "Pass `masters`, the float32 weights of the parent checkpoint."
         )
-    if master.shape != weight.shape:
-        raise ModelError(f"{name}.weight is {tuple(weight.shape)} and its master {tuple(master.shape)}.")
+    if master.shape != shape:
+        raise ModelError(f"{name}.weight is {tuple(shape)} and its master {tuple(master.shape)}.")
     if not (local_shard(layer.lora_A).isfinite().all() and local_shard(layer.lora_B).isfinite().all()):
         raise DivergedError(
             f"The low-rank update of {name} is not finite; nothing was merged. Lower the learning rate."

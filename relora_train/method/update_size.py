@@ -46,7 +46,9 @@ class UpdateMeter:
 
     @cached_property  # they are frozen
     def _weight_norm(self) -> float:
-        weights = [layer.weight for layer in self._layers]
+        weights = [
+            layer.weight if layer.scales is None else layer.frozen_matrix(torch.float32) for layer in self._layers
+        ]
         return math.sqrt(sum(norm(local_shard(weight).float(), weight) ** 2 for weight in weights))
 
 

@@ -133,7 +133,7 @@ def low_rank_cost(profile: Profile, shape: ModelShape) -> PhaseCost:
     factors = shape.layers * relora.rank * sum(linear.sides for linear in wrapped)
     sharded = launch.sharding == "full" and launch.world_size != 1
     device = "cuda" if launch.device == "cuda" else "cpu"
-    exact = relora.dropout == 0 and profile.precision.dtype == "float32"
+    exact = relora.dropout == 0 and profile.precision.frozen_as == profile.precision.dtype == "float32"
     merges = exact and not sharded and not launch.compiles_on(device)
     sequences, micro_steps = batch.forward_passes(launch.world_size or 1)
     tokens = sequences * facts_of(profile).rows_per_sequence()
@@ -149,7 +149,6 @@ def low_rank_cost(profile: Profile, shape: ModelShape) -> PhaseCost:
     return _phase_cost(
         profile,
         shape,
-        frozen=shape.layers * sum(linear.weights for linear in wrapped),
         factors=factors,
         wrapped=wrapped,
         merged=shape.layers * merged,
@@ -158,28 +157,36 @@ def low_rank_cost(profile: Profile, shape: ModelShape) -> PhaseCost:
     )
 
 
+def bytes_per_weight(kind: str, in_features: int) -> float:
+    """Return the bytes of a frozen weight with its share of the scales (method/frozen.py)."""
+    return {"float32": 4.0, "bfloat16": 2.0, "int8": 1 + 4 / in_features, "nf4": 0.5 + 4 / 64}[kind]
+
+
 def _phase_cost(
     profile: Profile,
     shape: ModelShape,
     *,
     flops_per_token: int,
-    frozen: int = 0,
     factors: int = 0,
     wrapped: tuple[LinearShape, ...] = (),
     merged: int = 0,
     orders: tuple[LayerOrder, ...] = (),
 ) -> PhaseCost:
-    """Return the cost of training all parameters but the frozen ones, and factors beside them."""
+    """Return the cost of training all parameters but the wrapped ones, and factors beside them."""
+    frozen = shape.layers * sum(linear.weights for linear in wrapped)
+    held = shape.layers * sum(
+        math.ceil(linear.weights * bytes_per_weight(profile.precision.frozen_as, linear.in_features))
+        for linear in wrapped
+    )
     trainable = shape.parameters - frozen + factors
     trained = _FP32_BYTES * trainable
     if profile.precision.trains_in_bfloat16:  # under autocast all that is trained stays fp32
         trained = _BF16_BYTES * trainable + (_FP32_BYTES - _BF16_BYTES) * shape.vector_parameters
-    frozen_bytes = _BF16_BYTES if profile.precision.computes_in_bfloat16 else _FP32_BYTES
     # Ranks that share the model hold a part each. Not covered: the blocks gathered for a moment.
     ranks = (profile.launch.world_size or 1) if profile.launch.sharding == "full" else 1
     micro_batch = activations(profile, shape, wrapped, device="cpu" if profile.launch.device == "cpu" else "cuda")
     sizes = {
-        "weights": frozen_bytes * frozen + trained,
+        "weights": held + trained,
         "gradients": trained,
         "optimizer": _MOMENTS * trained,
         "merged": _FP32_BYTES * merged,

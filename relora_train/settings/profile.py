@@ -124,6 +124,11 @@ class Profile(FrozenConfig):
     def ranks_share_batch_and_model(self) -> Self:
         if self.launch.world_size is not None and (fault := self.fault_of_ranks(self.launch.world_size)):
             raise ValueError(fault)
+        if self.precision.frozen in ("int8", "nf4") and self.launch.sharding == "full":
+            raise ValueError(
+                f"precision.frozen {self.precision.frozen!r} does not go with launch.sharding 'full', which shards "
+                "tensors of one dtype only; leave precision.frozen out"
+            )
         if self.precision.trains_in_bfloat16 and self.launch.sharding == "full":
             raise ValueError(
                 "precision.dtype 'pure-bfloat16' does not go with launch.sharding 'full': FSDP shards tensors of one "
@@ -155,7 +160,7 @@ class Profile(FrozenConfig):
 
 LATER_KEYS = {
     "data": ("validation_paths", "unreadable"),
-    "precision": ("residual",),
+    "precision": ("residual", "frozen"),
     "tokenizer": ("revision",),
     "schedule": ("jagged", "cycle_growth", "horizon"),
     "relora": ("dropout_mask",),

@@ -16,6 +16,9 @@ class PrecisionConfig(FrozenConfig):
     matmul_precision: Literal["auto", "highest", "high", "medium"] = "highest"
     """torch.set_float32_matmul_precision; 'auto': 'medium' where a run's first stage finds it as exact as float32."""
 
+    frozen: Literal["auto", "float32", "bfloat16", "int8", "nf4"] = "auto"
+    """The wrapped weights on a device; 'auto' follows dtype. Rounded ones are merged in float32 and rounded again."""
+
     residual: Literal["float32", "bfloat16"] = "float32"
     """Residual stream between blocks in training; 'bfloat16' halves its memory and traffic, and rounds it."""
 
@@ -29,8 +32,15 @@ class PrecisionConfig(FrozenConfig):
         return self
 
     @property
+    def frozen_as(self) -> Literal["float32", "bfloat16", "int8", "nf4"]:
+        """What the wrapped weights are held in."""
+        if self.frozen != "auto":
+            return self.frozen
+        return "bfloat16" if self.computes_in_bfloat16 else "float32"
+
+    @property
     def computes_in_bfloat16(self) -> bool:
-        """True if forward passes run under autocast and frozen weights are held rounded."""
+        """True if forward passes run under autocast."""
         return self.dtype != "float32"
 
     @property

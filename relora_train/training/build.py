@@ -12,6 +12,7 @@ from relora_train.distributed import Ranks
 from relora_train.errors import ConfigError
 from relora_train.method.bfloat16_adamw import round_trained_matrices
 from relora_train.method.fast_path import HashMasks, share_inputs
+from relora_train.method.frozen import Frozen
 from relora_train.method.layer import relora_layers
 from relora_train.method.merge import reinit
 from relora_train.method.products import Products
@@ -133,8 +134,9 @@ def _whole_model(
     objective.check_fits(model, manifest)
     if request.stage.low_rank:
         _wrap(model, request)
-        if request.profile.precision.computes_in_bfloat16:
-            masters = round_frozen_weights(model, parent, request.output_directory.parent, keeps=ranks.is_first)
+        kind = request.profile.precision.frozen_as
+        if kind != "float32":
+            masters = round_frozen_weights(model, kind, parent, request.output_directory.parent, keeps=ranks.is_first)
     if compiles:
         compile_blocks(model, recompute=request.profile.launch.recompute_elementwise)
     return model, masters
@@ -155,7 +157,7 @@ def _sharded_model(
     rounded: list[str] = []
     if request.stage.low_rank:
         _wrap(model, request)
-        if profile.precision.computes_in_bfloat16:
+        if profile.precision.frozen_as == "bfloat16":
             for name, layer in relora_layers(model):
                 layer.weight.data = layer.weight.data.to(torch.bfloat16)
                 rounded.append(f"{name}.weight")
@@ -190,8 +192,10 @@ def _wrap(model: nn.Module, request: StageRequest) -> None:
     )
 
 
-def round_frozen_weights(model: nn.Module, parent: Path | None, scratch: Path, *, keeps: bool = True) -> MasterWeights:
-    """Round the wrapped weights to bfloat16 in place; the exact ones stay in the parent's files, or else in memory."""
+def round_frozen_weights(
+    model: nn.Module, kind: Frozen, parent: Path | None, scratch: Path, *, keeps: bool = True
+) -> MasterWeights:
+    """Hold the wrapped weights as this kind; the exact ones stay in the parent's files, or else in memory."""
     in_memory: dict[str, Tensor] = {}
     names = []
     for module, layer in relora_layers(model):
@@ -199,7 +203,7 @@ def round_frozen_weights(model: nn.Module, parent: Path | None, scratch: Path, *
         names.append(name)
         if parent is None or read_tensor(parent, name, rows=slice(0, 0)) is None:  # asks only if it is there
             in_memory[name] = layer.weight.detach().clone()
-        layer.weight.data = layer.weight.data.to(torch.bfloat16)
+        layer.hold(layer.weight.detach(), kind)
 
     def read(name: str) -> Tensor:
         return in_memory[name] if name in in_memory else cast(Tensor, read_tensor(cast(Path, parent), name))

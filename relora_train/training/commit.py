@@ -13,6 +13,7 @@ from relora_train.checkpoints.manifest import CheckpointManifest, describe_files
 from relora_train.data.tokenizer_files import TOKENIZER_FILES
 from relora_train.distributed import full_tensor, gather, local_shard
 from relora_train.errors import CheckpointCorruptError, ModelError
+from relora_train.method.frozen import KINDS, quantize
 from relora_train.training.evaluate import evaluation_key
 from relora_train.training.files import (
     ADAPTER_DIRECTORY,
@@ -245,9 +246,16 @@ def check_written(training: StageTraining, directory: Path | None) -> None:
             continue
         found = loaded[name] if loaded else read_tensor(directory, files[name])
         written = exact.float() if exact.is_floating_point() else exact
-        rounded = found is None or exact is trained or _same(found.to(trained.dtype), trained)
+        rounded = found is None or exact is trained or _same(_as_held(found, trained), trained)
         if found is None or not (rounded and _same(found, written)):
             raise _unequal(directory, f"{name} was not read back as it was trained")
+
+
+def _as_held(exact: Tensor, held: Tensor) -> Tensor:
+    """Return the exact weight rounded to what a device holds."""
+    if held.dtype in KINDS:
+        return quantize(exact.to(held.device), KINDS[held.dtype])[0]
+    return exact.to(held.dtype)
 
 
 def _stored_names(directory: Path, files: dict[str, str], skeleton: nn.Module) -> dict[str, str]:

@@ -1,7 +1,6 @@
 """The end of a stage: merge, re-initialise, reset the optimizer, check that the function stayed, evaluate, commit."""
 
 import math
-from dataclasses import asdict
 from typing import Any, cast
 
 import torch
@@ -26,7 +25,7 @@ from relora_train.training.step import StageTraining
 from relora_train.training.torch_settings import autocast
 
 _PROBE_SEQUENCES = 4
-_ROUNDING = {"float32": 1e-4, "bfloat16": 0.1}
+_ROUNDING = {"float32": 1e-4, "bfloat16": 0.1, "int8": 0.1, "nf4": 0.5}
 """Largest change of the output that rounding alone can explain, relative to the largest logit."""
 
 
@@ -129,20 +128,22 @@ def finish_cycle(training: StageTraining, metrics: list[dict[str, Any]], emit: E
         # So much is a fault, unless weights are held rounded or this device's products are: "medium" and TF32 are, on
         # some, whatever the setting says. So that is measured.
         products = products_of(training.model, rows=_PROBE_SEQUENCES * facts_of(profile).rows_per_sequence())
-        exact = profile.precision.dtype == "float32" and keeps_accuracy(
+        frozen = profile.precision.frozen_as
+        exact = frozen == profile.precision.dtype == "float32" and keeps_accuracy(
             products, training.ranks.device, cast(MatmulPrecision, torch.get_float32_matmul_precision())
         )
-        limit = _ROUNDING["float32" if exact else "bfloat16"]
+        limit = _ROUNDING["float32"] if exact else max(_ROUNDING["bfloat16"], _ROUNDING[frozen])
+    masters_change = max(layer.master_change for layer in layers.values())
+    if not masters_change <= _ROUNDING["float32"]:  # these are not rounded: what they give must stay
+        change, limit = masters_change, _ROUNDING["float32"]
     if not change <= limit:  # so also for NaN
         raise TrainingError(
             f"Merging cycle {stage.cycle} changed the model's output by {change:.2g} of its largest logit, more than "
             f"rounding can ({limit:g}). Nothing was committed. This is a fault of the merge: please report it with the "
             "profile; precision.dtype = 'float32' may avoid it."
         )
-    records = {
-        f"{name}.weight": {**asdict(layer), "relative_update_norm": layer.relative_update_norm}
-        for name, layer in layers.items()
-    }
+    told = ("update_norm", "weight_norm", "relative_update_norm", "effective_rank")
+    records = {f"{name}.weight": {key: getattr(layer, key) for key in told} for name, layer in layers.items()}
     return {**summary, "layers": records}
 
 
