@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor
@@ -68,7 +68,8 @@ def reset_optimizer_state(
         state = optimizer.state.get(parameter)
         if not state:
             continue
-        moments = [state[key] for key in MOMENTS]
+        coded = hasattr(optimizer, "read")  # held as codes: eight_bit_adamw.py
+        moments = cast(Any, optimizer).read(parameter) if coded else [state[key] for key in MOMENTS]
         entries += sum(moment.numel() for moment in moments)
         if mode == "zero" or restart_clock:
             state["step"].zero_()
@@ -77,6 +78,8 @@ def reset_optimizer_state(
         for moment, keep in zip(moments, masks, strict=True):
             local_shard(moment).masked_fill_(~shard_of(keep, moment), 0)
             zeroed += int(keep.numel() - keep.count_nonzero())
+        if coded:
+            cast(Any, optimizer).write(parameter, moments)
     return ResetReport(entries=entries, zeroed=zeroed)
 
 

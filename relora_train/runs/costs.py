@@ -13,6 +13,9 @@ from relora_train.training.models.shape import LinearShape, ModelShape, model_fl
 _FP32_BYTES = 4
 _BF16_BYTES = 2
 _MOMENTS = 2
+_CODE_BYTES = 1 + 4 / 256
+"""A moment in 8 bits, with its share of a scale."""
+
 _CARDS = (24 * 10**9, 80 * 10**9)
 _USABLE = 0.9
 """The share of a card that a stage may take: the rest is for the driver, libraries and fragments."""
@@ -188,7 +191,7 @@ def _phase_cost(
     sizes = {
         "weights": held + trained,
         "gradients": trained,
-        "optimizer": _MOMENTS * trained,
+        "optimizer": _MOMENTS * (trained if profile.optimizer.state == "float32" else _CODE_BYTES * trainable),
         "merged": _FP32_BYTES * merged,
     }
     return PhaseCost(

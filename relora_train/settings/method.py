@@ -190,6 +190,9 @@ class OptimizerConfig(FrozenConfig):
     weight_decay: float = Field(0.0, ge=0)
     """Decoupled weight decay on matrices; not on norms and biases."""
 
+    state: Literal["float32", "8bit"] = "float32"
+    """Both moments; '8bit' holds those of large tensors in a quarter of the memory, by bitsandbytes."""
+
     max_grad_norm: float | None = Field(1.0, gt=0)
     """Gradients are clipped to this global norm."""
 

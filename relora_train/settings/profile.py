@@ -129,6 +129,11 @@ class Profile(FrozenConfig):
                 f"precision.frozen {self.precision.frozen!r} does not go with launch.sharding 'full', which shards "
                 "tensors of one dtype only; leave precision.frozen out"
             )
+        if self.optimizer.state == "8bit" and (self.launch.sharding == "full" or self.precision.trains_in_bfloat16):
+            raise ValueError(
+                "optimizer.state '8bit' goes with whole float32 parameters: leave it out, or set launch.sharding to "
+                "'none' and precision.dtype to 'bfloat16' or 'float32'"
+            )
         if self.precision.trains_in_bfloat16 and self.launch.sharding == "full":
             raise ValueError(
                 "precision.dtype 'pure-bfloat16' does not go with launch.sharding 'full': FSDP shards tensors of one "
@@ -164,6 +169,7 @@ LATER_KEYS = {
     "tokenizer": ("revision",),
     "schedule": ("jagged", "cycle_growth", "horizon"),
     "relora": ("dropout_mask",),
+    "optimizer": ("state",),
     "optimizer_reset": ("restart_clock",),
 }
 """Keys that came later, by section: at their defaults in no name and no fingerprint, so that older runs keep theirs."""

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from relora_train.distributed import like_sharded
-from relora_train.errors import ModelError
+from relora_train.errors import ConfigError, ModelError
 from relora_train.method.bfloat16_adamw import BFloat16AdamW
 from relora_train.method.reset import MOMENTS
 from relora_train.settings.method import OptimizerConfig
@@ -32,7 +32,8 @@ def parameter_groups(model: nn.Module, *, weight_decay: float) -> list[dict[str,
 def build_optimizer(model: nn.Module, settings: OptimizerConfig, *, fused: bool | None = None) -> torch.optim.AdamW:
     """Return AdamW over every trainable parameter; fused = None takes the fused kernel where the device has one.
 
-    With parameters in bfloat16 it is a BFloat16AdamW.
+    With parameters in bfloat16 it is a BFloat16AdamW, with state "8bit" an EightBitAdamW.
+    Raises ConfigError if the latter's package is missing.
     """
     groups = parameter_groups(model, weight_decay=settings.weight_decay)
     parameters = [p for group in groups for _, p in group["params"]]
@@ -41,22 +42,36 @@ def build_optimizer(model: nn.Module, settings: OptimizerConfig, *, fused: bool 
     numbers = settings.model_dump(include={"betas", "eps", "weight_decay"}) | {"lr": settings.learning_rate}
     if any(p.dtype == torch.bfloat16 for p in parameters):
         return BFloat16AdamW(groups, **numbers)
+    if settings.state == "8bit":
+        try:
+            from relora_train.method.eight_bit_adamw import EightBitAdamW
+        except ImportError:
+            raise ConfigError(
+                "optimizer.state '8bit' needs the package bitsandbytes here: pip install 'relora-train[bitsandbytes]'."
+            ) from None
+        return EightBitAdamW(groups, **numbers)
     if fused is None:
         fused = all(p.device.type in FUSED_DEVICES for p in parameters)
     # foreach is the default only where fused is refused: it needs as much memory again as the gradients.
     return torch.optim.AdamW(groups, **numbers, fused=fused, foreach=False)
 
 
-def optimizer_state_by_name(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, dict[str, Tensor]]:
+def optimizer_state_by_name(
+    optimizer: torch.optim.Optimizer, model: nn.Module, *, as_held: bool = False
+) -> dict[str, dict[str, Tensor]]:
     """Return each parameter's exp_avg, exp_avg_sq and step by its name in the model, in the model's order.
 
-    The tensors are the optimizer's own, not copies. Parameters that were never updated have no state and are left out.
+    The tensors are the optimizer's own, not copies; moments in 8 bits are given in float32, or as_held with their codes
+    and scales. Parameters that were never updated have no state and are left out.
     """
-    return {
-        name: {key: state[key].detach() for key in (*MOMENTS, "step")}
-        for name, parameter in model.named_parameters()
-        if (state := optimizer.state.get(parameter))
-    }
+    found = {}
+    for name, parameter in model.named_parameters():
+        if state := optimizer.state.get(parameter):
+            found[name] = {key: value.detach() for key, value in state.items()}
+            if hasattr(optimizer, "read") and not as_held:
+                moments = dict(zip(MOMENTS, optimizer.read(parameter), strict=True))
+                found[name] = {"step": state["step"], **moments}
+    return found
 
 
 def load_optimizer_state_by_name(
@@ -82,6 +97,14 @@ def load_optimizer_state_by_name(
     optimizer.state.clear()
     for name, moments in state.items():
         parameter = parameters[name]
+        if moments[MOMENTS[0]].dtype == torch.uint8:  # as held
+            optimizer.state[parameter] = {
+                key: value.to("cpu" if key == "step" else parameter.device, copy=True) for key, value in moments.items()
+            }
+            continue
+        if hasattr(optimizer, "write"):
+            optimizer.write(parameter, [moments[key] for key in MOMENTS], step=moments["step"])
+            continue
         optimizer.state[parameter] = {
             "step": moments["step"].to(parameter.device if id(parameter) in on_device else "cpu", copy=True),
             **{key: like_sharded(moments[key], parameter) for key in MOMENTS},

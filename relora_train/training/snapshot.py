@@ -79,7 +79,7 @@ class SnapshotState(FrozenConfig):
 def moving_tensors(training: StageTraining) -> dict[str, Tensor]:
     """Return the trainable parameters and their Adam state, by name; the training's own tensors, not copies."""
     weights = {f"{_WEIGHT}{name}": p.detach() for name, p in training.model.named_parameters() if p.requires_grad}
-    state = optimizer_state_by_name(training.optimizer, training.model)
+    state = optimizer_state_by_name(training.optimizer, training.model, as_held=True)
     moments = {f"{_OPTIMIZER}{name}.{key}": value for name, entries in state.items() for key, value in entries.items()}
     return weights | moments
 

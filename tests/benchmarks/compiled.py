@@ -21,7 +21,7 @@ from relora_train.training.models.model import attend_without_mask, next_token_l
 KINDS = ("eager", "eager, hashed masks", "compiled", "full rank", "full rank, compiled")
 
 
-def built(kind: str, dropout: float) -> tuple[nn.Module, HashMasks | None]:
+def model_of() -> nn.Module:
     torch.manual_seed(0)
     config = LlamaConfig(
         hidden_size=512, intermediate_size=1376, num_hidden_layers=5, num_attention_heads=8, vocab_size=8192,
@@ -29,6 +29,11 @@ def built(kind: str, dropout: float) -> tuple[nn.Module, HashMasks | None]:
     )  # fmt: skip
     model: nn.Module = LlamaForCausalLM(config).float()
     attend_without_mask(model)
+    return model
+
+
+def built(kind: str, dropout: float) -> tuple[nn.Module, HashMasks | None]:
+    model = model_of()
     if not kind.startswith("full"):
         apply_relora(model, rank=32, alpha=32, dropout=dropout, target_modules=None, seed=0)
     if kind.startswith("eager"):
