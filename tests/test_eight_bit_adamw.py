@@ -1,4 +1,4 @@
-"""Adam's moments in 8 bits: the updates of bitsandbytes, a state that goes on bit for bit, and one for any optimizer."""
+"""Moments in 8 bits: the updates of bitsandbytes, a state that goes on bit for bit, and one for any optimizer."""
 
 import copy
 import sys

@@ -10,6 +10,7 @@ from stage_runs import CPU, ignore, manifest_of, run_all, stage_request, tiny_pr
 from tiny_models import COMPILER_WARNINGS, logits, tiny_llama, token_batch, train
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from relora_train.errors import CheckpointCorruptError, ConfigError, ModelError, TrainingError
 from relora_train.method import merge as merging
@@ -89,7 +90,8 @@ def plain(model: nn.Module) -> nn.Module:
     """The same model with what it holds written out in float32."""
     twin = copy.deepcopy(model)
     for _, layer in relora_layers(twin):
-        weight = layer.frozen_weight(torch.float32)
+        matrix = layer.frozen_matrix(torch.float32)
+        weight = matrix.T.contiguous() if layer.transposed else matrix
         layer.scales, layer.weight = None, nn.Parameter(weight, requires_grad=False)
     return twin
 
@@ -247,3 +249,27 @@ def test_the_bytes_of_a_weight_are_counted_with_its_scales():
         held = codes.numel() * codes.element_size() + scales.numel() * 4  # type: ignore[union-attr]
         assert codes.dtype == dtype and held == round(48 * 128 * bytes_per_weight(kind, 128))  # type: ignore[arg-type]
     assert [bytes_per_weight(kind, 128) for kind in ("float32", "bfloat16")] == [4, 2]
+
+
+@pytest.mark.parametrize("kind", QUANTIZED)
+def test_a_transposed_weight_is_held_merged_and_read_back_alike(kind: Frozen):
+    """GPT-2's Conv1D has its weight as (in, out)."""
+    torch.manual_seed(0)
+    exact = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=64, n_positions=32))
+    model = copy.deepcopy(exact)
+    apply_relora(model, rank=4, alpha=4.0, dropout=0.0, target_modules=None, seed=1)
+    masters = {}
+    for name, layer in relora_layers(model):
+        masters[f"{name}.weight"] = layer.weight.detach().clone()
+        layer.hold(layer.weight.detach(), kind)
+        layer.lora_B.data.copy_(0.1 * normal(*layer.lora_B.shape))
+    found, expected = logits(model), logits(plain(model))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert (found - logits(exact)).abs().max() > 0.01
+    report = merge(model, masters=masters)
+    assert all(each.master_change < 1e-5 for each in report.values())
+    layer = next(layer for name, layer in relora_layers(model) if name.endswith("c_attn"))
+    assert masters["transformer.h.0.attn.c_attn.weight"].shape == (32, 96)
+    torch.testing.assert_close(
+        layer.frozen_matrix(torch.float32), masters["transformer.h.0.attn.c_attn.weight"].T, rtol=0, atol=0.05
+    )

@@ -36,9 +36,9 @@ def merge(model: nn.Module, *, masters: MutableMapping[str, Tensor] | None = Non
     """W <- W + scaling * B A in float32 (float64 for a float64 weight), then B <- 0; return a report by module name.
 
     `masters` hold the exact weights by parameter name ("<module>.weight"). They are updated in place and assigned back,
-    and each weight of the model becomes its master, rounded once. So rounding does not build
-    up over cycles. If any layer is refused, nothing is changed. No layer's full update is ever held in memory. Each
-    rank of a sharded model merges its own rows, and its masters hold just these; A and B are gathered layer by layer.
+    and each weight of the model becomes its master, rounded once. So rounding does not build up over cycles. If any
+    layer is refused, nothing is changed. No layer's full update is ever held in memory. Each rank of a sharded model
+    merges its own rows, and its masters hold just these; A and B are gathered layer by layer.
     """
     layers = dict(relora_layers(model))
     for name, layer in layers.items():

@@ -30,6 +30,13 @@ class ResetReport:
         return self.zeroed / self.entries if self.entries else 0.0
 
 
+def moments_of(optimizer: torch.optim.Optimizer, parameter: Tensor) -> list[Tensor]:
+    """Return exp_avg and exp_avg_sq of a parameter with state; those held as codes (eight_bit_adamw.py) in float32."""
+    if hasattr(optimizer, "read"):
+        return cast(Any, optimizer).read(parameter)  # type: ignore[no-any-return]
+    return [optimizer.state[parameter][key] for key in MOMENTS]
+
+
 @torch.no_grad()
 def reset_optimizer_state(
     optimizer: torch.optim.Optimizer,
@@ -68,8 +75,7 @@ def reset_optimizer_state(
         state = optimizer.state.get(parameter)
         if not state:
             continue
-        coded = hasattr(optimizer, "read")  # held as codes: eight_bit_adamw.py
-        moments = cast(Any, optimizer).read(parameter) if coded else [state[key] for key in MOMENTS]
+        moments = moments_of(optimizer, parameter)
         entries += sum(moment.numel() for moment in moments)
         if mode == "zero" or restart_clock:
             state["step"].zero_()
@@ -78,7 +84,7 @@ def reset_optimizer_state(
         for moment, keep in zip(moments, masks, strict=True):
             local_shard(moment).masked_fill_(~shard_of(keep, moment), 0)
             zeroed += int(keep.numel() - keep.count_nonzero())
-        if coded:
+        if hasattr(optimizer, "write"):
             cast(Any, optimizer).write(parameter, moments)
     return ResetReport(entries=entries, zeroed=zeroed)
 

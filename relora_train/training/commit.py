@@ -13,7 +13,8 @@ from relora_train.checkpoints.manifest import CheckpointManifest, describe_files
 from relora_train.data.tokenizer_files import TOKENIZER_FILES
 from relora_train.distributed import full_tensor, gather, local_shard
 from relora_train.errors import CheckpointCorruptError, ModelError
-from relora_train.method.frozen import KINDS, quantize
+from relora_train.method.frozen import KINDS
+from relora_train.method.layer import ReLoRALinear, relora_layers
 from relora_train.training.evaluate import evaluation_key
 from relora_train.training.files import (
     ADAPTER_DIRECTORY,
@@ -239,6 +240,7 @@ def check_written(training: StageTraining, directory: Path | None) -> None:
         files, loaded = {name: name for name in held}, training.objective.load_model(cast(Path, directory)).state_dict()
     if directory is not None and not loaded:
         files = _stored_names(directory, files, training.objective.load_skeleton(directory))
+    layers = {f"{name}.weight": layer for name, layer in relora_layers(model)}
     for name, tensor in held.items():
         trained = full_tensor(tensor)
         exact = gather(masters[name], tensor) if name in masters else trained
@@ -246,15 +248,15 @@ def check_written(training: StageTraining, directory: Path | None) -> None:
             continue
         found = loaded[name] if loaded else read_tensor(directory, files[name])
         written = exact.float() if exact.is_floating_point() else exact
-        rounded = found is None or exact is trained or _same(_as_held(found, trained), trained)
+        rounded = found is None or exact is trained or _same(_as_held(found, trained, layers.get(name)), trained)
         if found is None or not (rounded and _same(found, written)):
             raise _unequal(directory, f"{name} was not read back as it was trained")
 
 
-def _as_held(exact: Tensor, held: Tensor) -> Tensor:
+def _as_held(exact: Tensor, held: Tensor, layer: ReLoRALinear | None) -> Tensor:
     """Return the exact weight rounded to what a device holds."""
-    if held.dtype in KINDS:
-        return quantize(exact.to(held.device), KINDS[held.dtype])[0]
+    if layer is not None and held.dtype in KINDS:
+        return layer.rounded(exact.to(held.device), KINDS[held.dtype])[0]
     return exact.to(held.dtype)
 
 

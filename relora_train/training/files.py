@@ -29,7 +29,7 @@ ADAPTER_DIRECTORY = "adapter"
 MAX_SHARD_BYTES = 5 * 10**9
 
 _DENSE_ABOVE = 0.5  # share of kept entries from which index and value cost more than the dense tensor
-_PACKAGES = ("relora-train", "torch", "transformers", "tokenizers", "safetensors", "numpy", "prefect")
+_PACKAGES = ("relora-train", "torch", "transformers", "tokenizers", "safetensors", "numpy", "prefect", "bitsandbytes")
 
 V = TypeVar("V")
 OptimizerState = dict[str, dict[str, Tensor]]

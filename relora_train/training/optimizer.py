@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from relora_train.distributed import like_sharded
 from relora_train.errors import ConfigError, ModelError
 from relora_train.method.bfloat16_adamw import BFloat16AdamW
-from relora_train.method.reset import MOMENTS
+from relora_train.method.reset import MOMENTS, moments_of
 from relora_train.settings.method import OptimizerConfig
 
 FUSED_DEVICES = ("cpu", "cuda", "mps", "xpu")
@@ -67,10 +67,9 @@ def optimizer_state_by_name(
     found = {}
     for name, parameter in model.named_parameters():
         if state := optimizer.state.get(parameter):
-            found[name] = {key: value.detach() for key, value in state.items()}
-            if hasattr(optimizer, "read") and not as_held:
-                moments = dict(zip(MOMENTS, optimizer.read(parameter), strict=True))
-                found[name] = {"step": state["step"], **moments}
+            moments = dict(zip(MOMENTS, moments_of(optimizer, parameter), strict=True))
+            held = state if as_held else {**moments, "step": state["step"]}
+            found[name] = {key: value.detach() for key, value in held.items()}
     return found
 
 

@@ -12,6 +12,7 @@ import torch
 from relora_train.distributed import full_tensor, local_shard
 from relora_train.errors import DivergedError, UntrainedLayerError
 from relora_train.method.layer import lora_parameters, relora_layers
+from relora_train.method.reset import moments_of
 from relora_train.training.step import StageTraining
 
 CHECKED_UPDATE = 10
@@ -60,9 +61,11 @@ def check_learning(training: StageTraining, step: int) -> None:
         return
     training.checked_learning = True
     layers = dict(relora_layers(training.model))
-    states = [training.optimizer.state.get(layer.lora_B, {}).get("exp_avg") for layer in layers.values()]
-    none = torch.zeros((), dtype=torch.bool, device=training.ranks.device)
-    moved = torch.stack([none if state is None else local_shard(state).any() for state in states]).float()
+    optimizer, none = training.optimizer, torch.zeros((), dtype=torch.bool, device=training.ranks.device)
+    moved = torch.stack([
+        local_shard(moments_of(optimizer, layer.lora_B)[0]).any() if optimizer.state.get(layer.lora_B) else none
+        for layer in layers.values()
+    ]).float()  # fmt: skip
     learned = training.ranks.sum(moved).tolist()  # the one time that the host waits for the device
     idle = [name for name, moved in zip(layers, learned, strict=True) if not moved]
     dead, unreached = split_idle(layers, idle)
