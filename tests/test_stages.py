@@ -57,6 +57,7 @@ CHANGES = {
     "optimizer.eps": 1e-6,
     "optimizer.weight_decay": 0.01,
     "optimizer.max_grad_norm": None,
+    "optimizer.state": "8bit",
     "optimizer_reset.mode": "zero",
     "optimizer_reset.ratio": 0.9,
     "optimizer_reset.independent_masks": True,
@@ -64,6 +65,7 @@ CHANGES = {
     "precision.dtype": "bfloat16",
     "precision.matmul_precision": "medium",
     "precision.deterministic": False,
+    "precision.frozen": "int8",
 }
 """Settings that change what a ReLoRA run computes, each with another value than its default."""
 
@@ -234,6 +236,7 @@ LATER_ONLY = {
     "relora.dropout_mask": "cycle-1",
     "relora.target_modules": "cycle-1",
     "optimizer_reset.mode": "cycle-1",
+    "precision.frozen": "cycle-1",
     "schedule.restart_warmup_steps": "cycle-2",
     "schedule.jagged": "cycle-2",
     "schedule.cycle_growth": "cycle-1",

@@ -185,14 +185,18 @@ def fingerprint_settings(
     pretrained_content: digest of the files of model.pretrained, when the stage starts from them. dropout_mask: the kind
     that relora.dropout_mask = 'auto' was settled to.
     """
-    optimizer = profile.optimizer.model_dump(mode="json", exclude={"learning_rate", "warm_start_learning_rate"})
+    named_below = {"learning_rate", "warm_start_learning_rate"} | unset_later_keys(profile, "optimizer")
+    optimizer = profile.optimizer.model_dump(mode="json", exclude=named_below)
+    unfrozen = set() if stage.low_rank else {"frozen"}
     settings: dict[str, Any] = {
         "stage": {"kind": stage.kind, "start_step": stage.start_step, "end_step": stage.end_step},
         "dataset_id": dataset_id,
         "seed": profile.seed,
         "model": profile.model.model_dump(mode="json"),
         "batch": profile.batch.model_dump(mode="json"),
-        "precision": profile.precision.model_dump(mode="json", exclude=unset_later_keys(profile, "precision")),
+        "precision": profile.precision.model_dump(
+            mode="json", exclude=unset_later_keys(profile, "precision") | unfrozen
+        ),
         "optimizer": optimizer,
         "schedule": {
             "total_steps": profile.schedule.warm_start_steps + profile.schedule.horizon_steps,
