@@ -17,7 +17,6 @@ from relora_train.checkpoints.series_record import SERIES_PATTERN
 from relora_train.experiments.experiment import list_experiments
 from relora_train.settings.base import WithoutSecrets
 from relora_train.settings.load import list_profiles
-from relora_train.settings.tasks import TASK_SCORE_PATTERN
 
 _SHIPPED = "|".join(re.escape(path.stem) for path in list_profiles())
 
@@ -60,9 +59,6 @@ TaskDirectory = Annotated[str, Field(min_length=1), WithoutSecrets()]
 
 Documents = Annotated[int, Field(ge=1)]
 """So many documents of each task."""
-
-TaskScore = Annotated[str, Field(pattern=TASK_SCORE_PATTERN)]
-"""TASK/METRIC, such as lambada_openai/acc."""
 
 LimitName = Annotated[str, Field(min_length=1)]
 """Name of a global concurrency limit of Prefect."""

@@ -6,7 +6,7 @@ from contextlib import ExitStack, closing
 
 from prefect import flow
 
-from flows.parameters import LimitName, ProfileName, SeriesName, StoreUri
+from flows.parameters import Documents, LimitName, ProfileName, SeriesName, StoreUri, TaskDirectory
 from flows.pretrain import train_stages
 from relora_train.checkpoints.lease import hold_series
 from relora_train.errors import RunInUseError
@@ -21,14 +21,16 @@ from relora_train.runs.retraining.interface import (
     summarize,
 )
 from relora_train.runs.run import line_of, session
+from relora_train.runs.task_scores import check_tasks
 from relora_train.settings.load import load_profile
 from relora_train.settings.overrides import ProfileOverrides
+from relora_train.settings.tasks import TaskScore
 from relora_train.storage.opening import open_store
 from tasks.artifacts import name_flow_run
 from tasks.limits import device_slot, require_limit
 from tasks.observe import done
 from tasks.presence import present
-from tasks.run import check_model, evaluate_checkpoint, write_report
+from tasks.run import check_model, evaluate_checkpoint, measure_by_task, write_report
 from tasks.series import (
     begin_training,
     decide_promotion,
@@ -52,6 +54,9 @@ def retrain(
     old_data_ratio: OldDataRatio = 0.25,
     fresh_warm_start: bool = False,
     retry_refused: bool = False,
+    gate: TaskScore | None = None,
+    gate_include: TaskDirectory | None = None,
+    gate_limit: Documents | None = None,
     gpu_limit: LimitName | None = None,
 ) -> RetrainSummary:
     """Train a series' champion on what its source holds more than last time; promote the result if it is better.
@@ -66,11 +71,14 @@ def retrain(
         overrides: settings over the profile, such as {"data": {"paths": ["s3://bucket/incoming/"]}}
         store: directory, file:// or s3://bucket/prefix; $RELORA_STORE, else ./relora-store, when absent
         cycles: cycles added to the champion's
-        margin: by how much the validation loss must fall
-        margin_kind: relative to the champion's loss, or absolute in nats per token
+        margin: by how much the validation loss must fall, or the gate's score rise
+        margin_kind: relative to the champion's loss or score, or absolute
         old_data_ratio: share of the training text that is old data, mixed in against forgetting
         fresh_warm_start: train the whole plan anew on all data, instead of going on from the champion
         retry_refused: the data of a refused candidate stays new for the next retrain
+        gate: TASK/METRIC of lm-evaluation-harness that decides in place of the loss; higher is better
+        gate_include: directory of the worker's machine with YAML files of tasks of your own
+        gate_limit: documents of the gate's task; all when absent
         gpu_limit: global concurrency limit of which the run holds one slot while it trains; none when absent
     """
     options = retrain_options(
@@ -80,7 +88,12 @@ def retrain(
         old_data_ratio=old_data_ratio,
         fresh_warm_start=fresh_warm_start,
         retry_refused=retry_refused,
+        gate=gate,
+        gate_include=gate_include,
+        gate_limit=gate_limit,
     )
+    if options.measure is not None:
+        check_tasks(options.measure.selection)
     require_limit(gpu_limit)
     settings = load_profile(profile, overrides.model_dump() if overrides else {})
     store_uri = open_run_store(store)
@@ -106,10 +119,15 @@ def retrain(
                 return tell_outcome(summarize(opened, series, "not-enough-data", reason, plan=plan))
             begin_training(plan)
             with device_slot(gpu_limit), closing(run.worker):
+                champion, measure = plan.champion, options.measure
+                # Before the training: what is wrong with the gate is known then.
+                their_score = measure_by_task(champion, measure) if champion and measure else None
                 outcomes = train_stages(run, stages, prepared.dataset, parent)
-                candidate, champion = outcomes[-1].checkpoint, plan.champion
-                ours = done(evaluate_checkpoint(run, candidate, prepared.dataset)).record
+                candidate = outcomes[-1].checkpoint
+                our_score = measure_by_task(candidate, measure) if measure else None
+                ours = done(evaluate_checkpoint(run, candidate, prepared.dataset)).record | {"gate_score": our_score}
                 theirs = done(evaluate_checkpoint(run, champion, prepared.dataset)).record if champion else None
+                theirs = theirs and theirs | {"gate_score": their_score}
             report = write_report(run, line_of(candidate, run=run)[-len(outcomes) - 1 :], [ours])
             decision = done(decide_promotion(plan, candidate, ours, theirs, prepared.dataset))
             made = {"candidate_uri": candidate.uri, "scores": decision.scores, "report_uri": report.html_uri}

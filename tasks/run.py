@@ -18,7 +18,7 @@ from relora_train.runs.evaluations import EvaluationOutcome, evaluate_or_reuse
 from relora_train.runs.model_check import check_run
 from relora_train.runs.run import DatasetRef, Run
 from relora_train.settings.objectives import SCORES
-from relora_train.settings.tasks import TaskSelection
+from relora_train.settings.tasks import TaskMeasure, TaskSelection
 from tasks.artifacts import publish_markdown
 from tasks.observe import forward_events, skipped
 from tasks.policies import STORE_IO
@@ -68,6 +68,12 @@ def score_by_tasks(checkpoint: CheckpointRef, selection: TaskSelection) -> Evalu
     """Score a checkpoint of any run by tasks of lm-evaluation-harness; recorded scores are shown as Skipped."""
     outcome = task_scores.score_by_tasks(checkpoint, selection, on_event=forward_events())
     return skipped(outcome, "the scores") if outcome.reused else outcome
+
+
+@task(**STORE_IO, name="measure", task_run_name="{measure.score}-of-{checkpoint.manifest.stage}")
+def measure_by_task(checkpoint: CheckpointRef, measure: TaskMeasure) -> float:
+    """Return a checkpoint's score by a task of lm-evaluation-harness; a recorded one is reused."""
+    return task_scores.measured(checkpoint, measure, on_event=forward_events())
 
 
 def _announced(outcome: EvaluationOutcome, checkpoint: CheckpointRef) -> EvaluationOutcome:

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from prefect.exceptions import ParameterTypeError
 from prefect_server import PREFECT_WARNS, running_prefect
+from task_files import write_tasks
 
 from relora_train import events
 from relora_train.checkpoints.lease import hold_series, take_lease
@@ -176,7 +177,25 @@ def test_a_doubled_retrain_adopts_what_the_first_one_did(refused: RetrainSummary
 
 
 @pytest.fixture(scope="module")
-def second(refused: RetrainSummary, nights: Nights) -> RetrainSummary:
+def gated(refused: RetrainSummary, nights: Nights, tmp_path_factory: pytest.TempPathFactory) -> RetrainSummary:
+    """The same candidate, judged by a task that both are as bad at."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_HOME", str(tmp_path_factory.mktemp("hf")))
+        gate = {"gate": "echo/exact_match", "gate_include": str(write_tasks(tmp_path_factory.mktemp("tasks")))}
+        summary, state, trained = nights.retrain(retry_refused=True, gate_limit=2, **gate)
+    assert (state, trained) == ("Refused", [])
+    return summary
+
+
+def test_a_gate_decides_whatever_the_loss_is(gated: RetrainSummary, refused: RetrainSummary):
+    assert gated.candidate_uri == refused.candidate_uri
+    assert "echo/exact_match 0.0000 against 0.0000, better by 0.0000; a margin of 0.00%" in gated.reason
+    assert (gated.scores["candidate_score"], gated.scores["champion_score"]) == (0.0, 0.0)
+    assert gated.scores["candidate_loss"] < gated.scores["champion_loss"], "by its loss it would be promoted"
+
+
+@pytest.fixture(scope="module")
+def second(gated: RetrainSummary, nights: Nights) -> RetrainSummary:
     """The same candidate, judged by a margin that it reaches."""
     summary, state, trained = nights.retrain(margin=0.0)
     assert (state, trained) == ("Promoted", [])
@@ -189,7 +208,7 @@ def test_a_candidate_that_is_better_by_the_margin_is_promoted(
     assert second.scores["candidate_loss"] < second.scores["champion_loss"]
     assert nights.champion == second.candidate_uri == refused.candidate_uri
     outcomes = [decision.outcome for decision in read_decisions(nights.store, "nightly")]
-    assert outcomes == ["promoted", "refused", "promoted"]
+    assert outcomes == ["promoted", "refused", "refused", "promoted"]
     assert nights.retrain()[1] == "NoNewData"
 
 
@@ -295,6 +314,10 @@ def test_the_form_knows_the_bounds_of_every_parameter():
 def test_settings_that_would_leak_held_out_documents_are_refused(first: RetrainSummary, nights: Nights):
     with pytest.raises(ConfigError, match=r"holds out 0\.1 of its documents"):
         nights.retrain(overrides={"data.validation_fraction": 0.05})
+    with pytest.raises(ConfigError, match="there is no gate"):
+        nights.retrain(gate_limit=3)
+    with pytest.raises(ConfigError, match="nowhere, where tasks are to be included from, is no directory"):
+        nights.retrain(gate="a/b", gate_include="/nowhere")
     with pytest.raises(ConfigError, match="must be below 1"):
         nights.retrain(margin=2.0)
     with pytest.raises(ParameterTypeError, match="series: String should match pattern"):

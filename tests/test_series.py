@@ -243,6 +243,26 @@ def test_only_a_loss_lower_by_the_margin_is_better(candidate, champion, margin, 
     assert judge(candidate, champion, margin, kind)[0] is better
 
 
+@pytest.mark.parametrize(
+    ("candidate", "champion", "margin", "kind", "better"),
+    [
+        (0.3, None, 0.5, "relative", True),
+        (0.31, 0.3, 0.0, "relative", True),
+        (0.3, 0.3, 0.0, "absolute", False),
+        (0.29, 0.3, 0.0, "relative", False),
+        (0.32, 0.3, 0.1, "relative", False),
+        (0.34, 0.3, 0.1, "relative", True),
+        (0.34, 0.3, 0.1, "absolute", False),
+        (0.1, 0.0, 0.5, "relative", True),
+        (-1.8, -2.0, 0.2, "relative", False),
+        (math.nan, 0.3, 0.0, "relative", False),
+    ],
+)
+def test_only_a_score_higher_by_the_margin_passes_a_gate(candidate, champion, margin, kind, better):
+    passed, reason = judge(candidate, champion, margin, kind, gate="arc/acc")
+    assert passed is better and "arc/acc" in reason and "loss" not in reason
+
+
 def test_new_objects_below_an_s3_prefix_are_found_and_tokenized_with_the_champions_tokenizer(
     s3_store_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

@@ -56,6 +56,24 @@ def test_data_counts_as_seen_when_its_candidate_is_decided_and_not_before(memory
     assert [d.scores["candidate_loss"] for d in read_decisions(memory, "s")] == [3.0, 3.5, "inf"]
 
 
+def test_a_gate_decides_in_place_of_the_loss_and_both_are_kept(memory: ObjectStore, files: Path):
+    one, two, _ = line_of_run(memory, files, 3)
+    dataset = DatasetRef("memory://d", DatasetManifest.model_construct(name="x", dataset_id="d"))
+    decide(plan_for(memory, None), one, 3.0, None)
+    for score, outcome in ((0.2, "refused"), (0.5, "promoted")):
+        plan = plan_for(memory, one, gate="arc/acc", retry_refused=True)
+        ours, theirs = {"val_loss": 2.0, "gate_score": score}, {"val_loss": 3.0, "gate_score": 0.3}
+        made = conclude(plan, two, ours, theirs, dataset, provenance={})
+        assert made.outcome == outcome and f"arc/acc {score:.4f} against 0.3000" in made.reason
+        assert made.scores == {
+            "candidate_loss": 2.0, "champion_loss": 3.0, "dataset_uri": dataset.uri,
+            "gate": "arc/acc", "candidate_score": score, "champion_score": 0.3,
+        }  # fmt: skip
+        assert f"| score of the candidate | {score:.4f} |" in retrain_markdown(
+            summarize(memory, "s", made.outcome, made.reason, scores=made.scores, candidate_uri=two.uri)
+        )
+
+
 def test_the_data_of_a_promotion_taken_back_can_be_trained_on_again(files: Path, tmp_path: Path, relora):
     store = open_store(tmp_path)
     one, two = line_of_run(store, files, 2)

@@ -1,6 +1,7 @@
 """`relora retrain`, `series`, `promote` and `rollback`: models that are retrained as their data grows."""
 
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -13,6 +14,8 @@ from relora_train.checkpoints.series_record import Change, SeriesRecord, champio
 from relora_train.cli.options import (
     AsJson,
     CheckpointName,
+    Include,
+    Limit,
     ProfileName,
     SeriesName,
     Sets,
@@ -27,6 +30,7 @@ from relora_train.cli.output import BLANK, View, facts, place, say, table
 from relora_train.cli.run import run_shown
 from relora_train.runs.retraining.interface import RetrainSummary, retrain_options
 from relora_train.runs.retraining.series_data import forget, read_data, read_decisions
+from relora_train.runs.task_scores import check_tasks
 from relora_train.settings.load import load_profile
 from relora_train.storage.base import ObjectStore
 from relora_train.text import decimal, moment
@@ -37,7 +41,9 @@ def retrain(
     profile: ProfileName,
     sets: Sets = None,
     cycles: Annotated[int, typer.Option(min=1, help="Cycles added to the champion's.")] = 1,
-    margin: Annotated[float, typer.Option(min=0, help="By how much the validation loss must fall.")] = 0.0,
+    margin: Annotated[
+        float, typer.Option(min=0, help="By how much the loss must fall, or the gate's score rise.")
+    ] = 0.0,
     absolute: Annotated[
         bool, typer.Option("--absolute", help="The margin is in nats per token, not a share of the champion's loss.")
     ] = False,
@@ -50,6 +56,12 @@ def retrain(
     retry_refused: Annotated[
         bool, typer.Option("--retry-refused", help="A refused candidate's data stays new for the next retrain.")
     ] = False,
+    gate: Annotated[
+        str | None,
+        typer.Option(metavar="TASK/METRIC", help="Decide by this score of lm-evaluation-harness; higher is better."),
+    ] = None,
+    include: Include = None,
+    limit: Limit = None,
     store: Store = None,
     as_json: AsJson = False,
     verbose: Verbose = False,
@@ -62,10 +74,14 @@ def retrain(
         "old_data_ratio": old_data_ratio,
         "fresh_warm_start": fresh_warm_start,
         "retry_refused": retry_refused,
+        "gate": gate,
+        "gate_include": str(Path(include).absolute()) if include else None,
+        "gate_limit": limit,
     }
     check_series(series)
     load_profile(profile, sets or ())
-    retrain_options(**options)
+    if measure := retrain_options(**options).measure:
+        check_tasks(measure.selection)
     opened = open_named(store)
     opened.preflight()
     where = {"series": series, "profile": profile, "overrides": overrides_of(sets), "store": opened.uri}

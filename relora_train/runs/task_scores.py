@@ -119,10 +119,16 @@ def _record(checkpoint: CheckpointRef, task: str, limit: int | None, scores: obj
 
 
 def _value(record: Mapping[str, Any], measure: TaskMeasure) -> float:
-    values = {score["score"]: float(score["value"]) for score in record["scores"]}
-    if measure.score not in values:
-        raise ConfigError(f"There is no score {measure.score!r}. Its task gives {', '.join(values) or 'none'}.")
-    return values[measure.score]
+    scores = {score["score"]: score for score in record["scores"]}
+    if measure.score not in scores:
+        raise ConfigError(f"There is no score {measure.score!r}. Its task gives {', '.join(scores) or 'none'}.")
+    higher = scores[measure.score]["higher_is_better"]
+    if higher is not None and higher != (measure.better == "higher"):
+        raise ConfigError(
+            f"A {measure.better} {measure.score} would be taken for better, and it is worse. Take another score; in an "
+            "experiment, correct measure.better."
+        )
+    return float(scores[measure.score]["value"])
 
 
 def _keys(checkpoint: CheckpointRef, profile: Profile, selection: TaskSelection) -> dict[str, str]:

@@ -1,13 +1,14 @@
 """Tasks of lm-evaluation-harness, and one score of a task by which models are compared or promoted."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
 from relora_train.settings.base import Address, FrozenConfig
 from relora_train.settings.objectives import Measure
 
-TASK_SCORE_PATTERN = r"^[^/\s]+/[^/\s]+$"
+TaskScore = Annotated[str, Field(pattern=r"^[^/\s]+/[^/\s]+$")]
+"""TASK/METRIC, such as lambada_openai/acc; a metric of a filter is METRIC,FILTER."""
 
 
 class TaskSelection(FrozenConfig):
@@ -26,8 +27,7 @@ class TaskSelection(FrozenConfig):
 class TaskMeasure(FrozenConfig):
     """A score of one task."""
 
-    score: str = Field(pattern=TASK_SCORE_PATTERN)
-    """TASK/METRIC, such as 'lambada_openai/acc'; a metric of a filter is METRIC,FILTER."""
+    score: TaskScore
 
     include: Address | None = None
     """Directory of YAML files, for a task that is not the harness's own."""

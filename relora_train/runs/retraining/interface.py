@@ -8,7 +8,8 @@ from pydantic import Field, ValidationError, model_validator
 from relora_train.checkpoints.series_record import find_series
 from relora_train.errors import ConfigError
 from relora_train.runs.retraining.series_data import Outcome
-from relora_train.settings.base import FrozenConfig
+from relora_train.settings.base import Address, FrozenConfig
+from relora_train.settings.tasks import TaskMeasure, TaskScore
 from relora_train.storage.base import ObjectStore
 
 if TYPE_CHECKING:
@@ -16,10 +17,12 @@ if TYPE_CHECKING:
     from relora_train.runs.run import StageOutcome
 
 Cycles = Annotated[int, Field(ge=1, le=1000, description="Cycles a retrain adds to its champion's")]
-Margin = Annotated[float, Field(ge=0, le=10, description="By how much the validation loss must fall to be promoted")]
+Margin = Annotated[
+    float, Field(ge=0, le=10, description="By how much the loss must fall, or the gate's score rise, to be promoted")
+]
 MarginKind = Annotated[
     Literal["relative", "absolute"],
-    Field(description="relative: share of the champion's loss, below 1; absolute: nats per token"),
+    Field(description="relative: share of the champion's loss or score, below 1; absolute: nats per token, or points"),
 ]
 OldDataRatio = Annotated[
     float, Field(ge=0, lt=1, description="Share of the training text that is old data mixed in, against forgetting")
@@ -35,6 +38,12 @@ class RetrainOptions(FrozenConfig):
     old_data_ratio: OldDataRatio = 0.25
     fresh_warm_start: bool = False
     """Train the whole plan anew on all data, instead of going on from the champion."""
+    gate: TaskScore | None = None
+    """TASK/METRIC of lm-evaluation-harness that decides in place of the loss; higher is better."""
+    gate_include: Address | None = None
+    """Directory of YAML files, for a task of your own."""
+    gate_limit: int | None = Field(None, ge=1)
+    """Documents of the gate's task; all when absent."""
     retry_refused: bool = False
     """A refused candidate's data stays new: the next retrain takes it again, with what has come since."""
 
@@ -43,6 +52,17 @@ class RetrainOptions(FrozenConfig):
         if self.margin_kind == "relative" and self.margin >= 1:
             raise ValueError(f"a relative margin of {self.margin:g} cannot be reached: it must be below 1")
         return self
+
+    @model_validator(mode="after")
+    def there_is_a_gate(self) -> Self:
+        if self.gate is None and (self.gate_include or self.gate_limit):
+            raise ValueError("gate_include and gate_limit say how a gate is scored, and there is no gate")
+        return self
+
+    @property
+    def measure(self) -> TaskMeasure | None:
+        """The score that decides, if that is not the loss."""
+        return TaskMeasure(score=self.gate, include=self.gate_include, limit=self.gate_limit) if self.gate else None
 
 
 def retrain_options(**options: Any) -> RetrainOptions:
@@ -73,7 +93,7 @@ class RetrainSummary(FrozenConfig):
     run_id: str | None = None
     candidate_uri: str | None = None
     scores: dict[str, Any] = Field(default_factory=dict)
-    """candidate_loss, champion_loss in nats per token; dataset_uri."""
+    """candidate_loss, champion_loss in nats per token; dataset_uri; with a gate its name and both scores."""
 
     new_parts: int = 0
     """New source files, or 1 for a hub revision."""

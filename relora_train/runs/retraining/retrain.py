@@ -194,7 +194,12 @@ def conclude(
         champion_loss=champion_evaluation["val_loss"] if champion_evaluation else None,
         dataset_uri=dataset.uri,
     )
-    better, reason = judge(scores.candidate_loss, scores.champion_loss, options.margin, options.margin_kind)
+    gate, ours, theirs = options.gate, scores.candidate_loss, scores.champion_loss
+    shown = scores_record(scores)
+    if gate is not None:
+        ours, theirs = evaluation["gate_score"], (champion_evaluation or {}).get("gate_score")
+        shown |= {"gate": gate, "candidate_score": ours, "champion_score": theirs}
+    better, reason = judge(ours, theirs, options.margin, options.margin_kind, gate=gate)
     outcome: Outcome = "refused"
     if better:
         expected = plan.champion.prefix if plan.champion else None
@@ -210,8 +215,8 @@ def conclude(
         reason=reason,
         candidate_uri=candidate.uri,
         champion_uri=plan.champion.uri if plan.champion else None,
-        scores=scores_record(scores),
-        margin=f"{options.margin:g} {options.margin_kind}",
+        scores=shown,
+        margin=f"{options.margin:g} {options.margin_kind}" + (f" of {gate}" if gate else ""),
         new=plan.new,
         data_is_seen=outcome == "promoted" or (outcome == "refused" and not options.retry_refused),
         by=who(),
@@ -223,21 +228,26 @@ def conclude(
     return decision
 
 
-def judge(candidate: float, champion: float | None, margin: float, kind: MarginKind) -> tuple[bool, str]:
-    """Return True if a candidate's validation loss beats the champion's by the margin, and the reason. Pure.
+def judge(
+    candidate: float, champion: float | None, margin: float, kind: MarginKind, *, gate: str | None = None
+) -> tuple[bool, str]:
+    """Return True if a candidate beats the champion by the margin, and the reason. Pure.
 
-    Without a champion any finite loss is enough. With margin 0 the loss must still be lower, not equal.
+    The validation loss must be lower, or the score of a gate higher. Without a champion any finite number is enough.
+    With margin 0 an equal one is not.
     """
+    what = gate or "validation loss"
     if not math.isfinite(candidate):
-        return False, f"its validation loss is {candidate}"
+        return False, f"its {what} is {candidate}"
     if champion is None:
-        return True, f"first of its series, validation loss {candidate:.4f}"
-    needed = margin * champion if kind == "relative" else margin
-    asked = f"{margin:.2%}" if kind == "relative" else f"{margin:g}"
-    gain = champion - candidate
-    shown = f"validation loss {candidate:.4f} against {champion:.4f}, better by {gain:.4f} ({gain / champion:.2%})"
+        return True, f"first of its series, {what} {candidate:.4f}"
     if not math.isfinite(champion):
-        return True, f"validation loss {candidate:.4f} against {champion}"
+        return True, f"{what} {candidate:.4f} against {champion}"
+    needed = margin * abs(champion) if kind == "relative" else margin
+    asked = f"{margin:.2%}" if kind == "relative" else f"{margin:g}"
+    gain = candidate - champion if gate else champion - candidate
+    share = f" ({gain / champion:.2%})" if champion else ""
+    shown = f"{what} {candidate:.4f} against {champion:.4f}, better by {gain:.4f}{share}"
     return gain > 0 and gain >= needed, f"{shown}; a margin of {asked} is asked for"
 
 
