@@ -107,7 +107,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as directory:
             trial = trial_of(family, Path(directory))
         errors = [each.said if each.error is None else f"{each.error:.1e}" for each in trial.findings]
-        share = f"{trial.wrapped_parameters / trial.parameters:.0%}"
+        share = f"{trial.kinds['wrapped'] / trial.parameters:.0%}"
         sys.stdout.write(f"| {' | '.join([family, str(len(trial.wrapped)), share, *errors[1:]])} |\n")
 
 

@@ -19,18 +19,19 @@ OURS = ProfileOverrides.model_json_schema()
 THEIRS = Profile.model_json_schema()
 
 
-def fields(schema: dict[str, Any], suffix: str) -> dict[str, dict[str, Any]]:
+def fields(
+    schema: dict[str, Any], suffix: str, properties: dict[str, Any] | None = None, prefix: str = ""
+) -> dict[str, dict[str, Any]]:
     """Every field by dotted key, as its schema says; sections as their description alone."""
     found: dict[str, dict[str, Any]] = {}
-    for name, field in schema["properties"].items():
+    for name, field in (properties or schema["properties"]).items():
         if "$ref" not in field:
-            found[name] = {key: value for key, value in field.items() if key != "default"}
+            found[f"{prefix}{name}"] = {key: value for key, value in field.items() if key != "default"}
             continue
         section = schema["$defs"][field["$ref"].rpartition("/")[2]]
         assert section["title"].endswith(suffix) and section["additionalProperties"] is False
-        found[name] = {"description": section["description"]}
-        for inner, value in section["properties"].items():
-            found[f"{name}.{inner}"] = {key: item for key, item in value.items() if key != "default"}
+        found[f"{prefix}{name}"] = {"description": field.get("description", section["description"])}
+        found |= fields(schema, suffix, section["properties"], f"{prefix}{name}.")
     return found
 
 

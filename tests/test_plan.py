@@ -226,8 +226,9 @@ def test_target_modules_are_ends_of_names_in_whole_segments():
     assert "picks blocks" in unknown(relora={"target_modules": ["layers.1.self_attn.q_proj"]})
 
 
-def test_layers_that_are_not_wrapped_stay_trained():
-    planned = plan(paper_profile("60m", relora={"rank": 8, "target_modules": ["q_proj"]}))
+def test_layers_that_are_not_wrapped_stay_trained_where_that_is_asked():
+    narrow = {"rank": 8, "target_modules": ["q_proj"]}
+    planned = plan(paper_profile("60m", relora={**narrow, "train": {"others": True}}))
     frozen = 8 * 512 * 512
     cost = planned.low_rank
     assert cost.trainable_parameters == planned.parameters - frozen + cost.adapter_parameters
@@ -316,7 +317,11 @@ def test_every_row_of_a_table_fills_its_columns(path: Path, method):
 def test_the_tables_of_the_1b_run_show_what_it_takes():
     planned = plan(load_profile("llama_1b"))
     assert re.search(r"^tokens +23\.59B \(786,432 a step\)$", plan_view(planned)[0].plain, re.MULTILINE)
-    stages, cost, products = tables_of(planned).values()
+    stages, cost, kinds, products = tables_of(planned).values()
+    assert [row[0].strip().removeprefix("relora.train.") for row in kinds] == [
+        *("trained", "embeddings", "head", "norms", "A and B", "frozen", "wrapped weights")
+    ]
+    assert [row[1] for row in kinds if row[0] in ("frozen", "  wrapped weights")] == ["1.208B", "1.208B"]
     assert stages[-1] == [
         *("cycle-4", "25,001 to 30,000", "3.932B", "0 → 0.00019 → 8e-05", "2.44e+19"),
         *("5.36 GB", "1.07 GB", "478 MB"),

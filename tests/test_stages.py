@@ -51,6 +51,7 @@ CHANGES = {
     "relora.dropout": 0.0,
     "relora.dropout_mask": "hash",
     "relora.target_modules": ("q_proj",),
+    "relora.train": {"embeddings": False},
     "optimizer.learning_rate": 2e-3,
     "optimizer.warm_start_learning_rate": 3e-4,
     "optimizer.betas": (0.9, 0.95),
@@ -142,7 +143,7 @@ def leaf_settings() -> set[str]:
     def leaves(model: type[BaseModel], prefix: str) -> set[str]:
         found = set()
         for name, field in model.model_fields.items():
-            if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            if not prefix and isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
                 found |= leaves(field.annotation, f"{prefix}{name}.")
             else:
                 found.add(prefix + name)
@@ -235,6 +236,7 @@ LATER_ONLY = {
     "relora.dropout": "cycle-1",
     "relora.dropout_mask": "cycle-1",
     "relora.target_modules": "cycle-1",
+    "relora.train": "cycle-1",
     "optimizer_reset.mode": "cycle-1",
     "precision.frozen": "cycle-1",
     "schedule.restart_warmup_steps": "cycle-2",

@@ -31,8 +31,9 @@ def check(
             kinds[name.rpartition(".")[2]] = kinds.get(name.rpartition(".")[2], 0) + 1
         about = {
             "family": trial.family,
-            "parameters": f"{short_count(trial.parameters)}, {short_count(trial.wrapped_parameters)} in wrapped layers",
+            "parameters": short_count(trial.parameters),
             "wrapped": ", ".join(f"{count} {name}" for name, count in kinds.items()),
+            "by kind": ", ".join(f"{name} {short_count(number)}" for name, number in trial.kinds.items()),
         }
         words = {True: "works", False: "fails", None: "–"}
         rows = [

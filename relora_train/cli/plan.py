@@ -1,15 +1,21 @@
 """`relora plan` and `relora profiles`."""
 
+from collections.abc import Sequence
 from functools import partial
+
+from rich.table import Table
 
 from relora_train.cli.options import AsJson, ProfileName, Sets, answer
 from relora_train.cli.output import BLANK, View, facts, table
-from relora_train.runs.costs import CardFit
+from relora_train.runs.costs import CardFit, ParameterKind
 from relora_train.runs.plan import Plan
 from relora_train.runs.plan import plan as plan_profile
 from relora_train.settings.load import list_profiles, load_profile
 from relora_train.text import short_count
 from relora_train.text import size as size_text
+
+_LARGE_SHARE, _LARGE_NUMBER = 1 / 3, 500_000_000
+"""Parameters in embeddings and head from which on the plan says how to freeze them."""
 
 size = partial(size_text, form=".3g")
 
@@ -45,6 +51,8 @@ def plan_view(plan: Plan) -> View:
         run["FLOPs"] = f"{plan.total_flops:.3g} ({plan.total_flops / plan.full_rank_flops:.0%} of full rank)"
     if plan.disk_bytes:
         run["disk"] = f"{size(plan.disk_bytes)} for all checkpoints and the snapshots beside them"
+    if plan.low_rank and (note := vocabulary_note(plan.low_rank.kinds)):
+        run["note"] = note
     for fit in plan.fits:
         run[f"on {size(fit.card_bytes)}"] = _fit_text(fit)
     if plan.evaluation_bytes and plan.parameters:
@@ -84,6 +92,8 @@ def plan_view(plan: Plan) -> View:
         }
         numbers = [(label, *shown) for label, shown in by_label.items()]
         parts += [BLANK, table(("", *phases), numbers, title="Cost")]
+    if plan.low_rank:
+        parts += [BLANK, _kinds_table(plan.low_rank.kinds)]
     if plan.low_rank and plan.low_rank.orders:
         orders = [
             (", ".join(name.rpartition(".")[2] for name in each.layers), each.order, f"{each.flops_per_token:.3g}")
@@ -92,6 +102,30 @@ def plan_view(plan: Plan) -> View:
         heads = ("low-rank layers of a block", "order of products", "FLOPs a token")
         parts += [BLANK, table(heads, orders, title="Products", left=("order of products",))]
     return parts
+
+
+def _kinds_table(kinds: Sequence[ParameterKind]) -> Table:
+    """Return low-rank stages' parameters as a tree: frozen and trained, and the kinds below each."""
+    rows = []
+    for lot, trained in (("trained", True), ("frozen", False)):
+        below = [kind for kind in kinds if kind.trained is trained]
+        rows.append((lot, short_count(sum(kind.parameters for kind in below))))
+        for kind in below:
+            name = {"wrapped": "wrapped weights", "factors": "A and B"}.get(kind.name, f"relora.train.{kind.name}")
+            rows.append((f"  {name}", short_count(kind.parameters)))
+    return table(("parameters of low-rank stages", "number"), rows, title="Trained and frozen")
+
+
+def vocabulary_note(kinds: Sequence[ParameterKind]) -> str | None:
+    """Return a warning where the vocabulary's matrices are a large part of what low-rank stages train."""
+    trained = {kind.name: kind.parameters for kind in kinds if kind.trained}
+    ends = {name: trained[name] for name in ("embeddings", "head") if name in trained}
+    number, share = sum(ends.values()), sum(ends.values()) / max(1, sum(trained.values()))
+    if share <= _LARGE_SHARE and number <= _LARGE_NUMBER:
+        return None
+    switches = ", ".join(f"relora.train.{name}=false" for name in ends)
+    what = f"{' and '.join(ends)} are {share:.0%} of what low-rank stages train ({short_count(number)})"
+    return f"{what}; to freeze them: {switches}"
 
 
 def _fit_text(fit: CardFit) -> str:

@@ -215,7 +215,9 @@ def fingerprint_settings(
         phase_start = stage.start_step - stage.phase_step
         settings["schedule"]["warm_start_steps"] = phase_start
         settings["schedule"]["total_steps"] = phase_start + profile.schedule.horizon_steps
-        settings["relora"] = profile.relora.model_dump(mode="json", exclude={"dropout_mask"})
+        settings["relora"] = profile.relora.model_dump(mode="json", exclude={"dropout_mask", "train"})
+        if frozen := profile.relora.frozen:  # absent otherwise: everything else was always trained
+            settings["relora"]["train"] = dict.fromkeys(frozen, False)
         if "hash" in (dropout_mask, profile.relora.dropout_mask):  # absent otherwise: masks were once of one kind only
             settings["relora"]["dropout_mask"] = "hash"
     if stage.kind == "relora":

@@ -1,13 +1,13 @@
 """Wrap the linear layers of a model as ReLoRA layers, and unwrap them."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from torch import nn
 
 from relora_train.errors import ModelError
 from relora_train.method.layer import ReLoRALinear, relora_layers
 from relora_train.method.merge import reinit
-from relora_train.method.targets import check_targets, is_transposed
+from relora_train.method.targets import HEADS, check_targets, is_transposed
 
 
 def apply_relora(
@@ -20,13 +20,14 @@ def apply_relora(
     seed: int,
     rank_stabilized: bool = False,
     cycle: int = 1,
+    frozen: Collection[str] = (),
 ) -> list[str]:
     """Wrap the target layers in place, leaving the model's function as it was; return their names in the model's order.
 
-    Only the wrapped weights are frozen. `target_modules` are ends of module names, whole segments ("q_proj",
-    "self_attn.q_proj"); None takes all linear layers inside the repeated blocks. Embeddings and the output head are
-    never wrapped. `cycle` is the one about to start: a run resumed after cycle k draws with cycle = k + 1 what
-    merge_and_reinit drew.
+    The wrapped weights are frozen, and the kinds of `frozen` (parameter_kinds). `target_modules` are ends of module
+    names, whole segments ("q_proj", "self_attn.q_proj"); None takes all linear layers inside the repeated blocks.
+    Embeddings and the output head are never wrapped. `cycle` is the one about to start: a run resumed after cycle k
+    draws with cycle = k + 1 what merge_and_reinit drew.
     """
     if rank < 1 or alpha <= 0 or not 0 <= dropout < 1:
         raise ValueError(f"rank = {rank} must be at least 1, alpha = {alpha} above 0 and dropout = {dropout} in [0, 1)")
@@ -44,12 +45,16 @@ def apply_relora(
             transposed=is_transposed(linear),
         )
         model.set_submodule(name, layer.train(linear.training))
+    kinds = parameter_kinds(model)
+    for name, parameter in model.named_parameters():
+        if kinds[name] in frozen:
+            parameter.requires_grad_(False)
     reinit(model, seed=seed, cycle=cycle)
     return names
 
 
 def unwrap(model: nn.Module) -> list[str]:
-    """Make every wrapped layer the plain one it was, its weight trainable; return their names. Merge first.
+    """Make every wrapped layer the plain one it was, everything trainable; return their names. Merge first.
 
     The model is then the ordinary model it was before apply_relora, with the same parameter names.
     """
@@ -67,4 +72,30 @@ def unwrap(model: nn.Module) -> list[str]:
         linear.weight = nn.Parameter(layer.weight.detach())
         linear.register_parameter("bias", layer.bias)
         model.set_submodule(name, linear.train(layer.training))
+    model.requires_grad_(True)
     return list(layers)
+
+
+def parameter_kinds(model: nn.Module) -> dict[str, str]:
+    """Return the kind of each parameter by name: wrapped, factors, or one of settings.method.TrainConfig.
+
+    A head that is the embedding's matrix is an embedding.
+    """
+    get_head = getattr(model, "get_output_embeddings", None)
+    head = get_head() if callable(get_head) else None
+    kinds: dict[str, str] = {}
+    for path, module in model.named_modules():
+        for own, _ in module.named_parameters(recurse=False):
+            wrapped = isinstance(module, ReLoRALinear)
+            if wrapped and own != "bias":
+                kind = "wrapped" if own == "weight" else "factors"
+            elif module is head or path.rpartition(".")[2] in HEADS:
+                kind = "head"
+            elif "norm" in type(module).__name__.lower():
+                kind = "norms"
+            elif "embed" in path or isinstance(module, nn.Embedding):
+                kind = "embeddings"
+            else:
+                kind = "biases" if own.endswith("bias") else "others"
+            kinds[f"{path}.{own}" if path else own] = kind
+    return kinds

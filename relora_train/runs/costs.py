@@ -1,6 +1,7 @@
 """The cost of training at full rank or low rank, whichever stage does it, and the cards that it fits."""
 
 import math
+from collections.abc import Collection
 from typing import Any
 
 from relora_train.method import products
@@ -58,6 +59,16 @@ class LayerOrder(FrozenConfig):
     flops_per_token: int
 
 
+class ParameterKind(FrozenConfig):
+    """Parameters of a kind, and their lot in training."""
+
+    name: str
+    """wrapped, factors (A and B), or a kind of relora.train."""
+
+    parameters: int
+    trained: bool
+
+
 class PhaseCost(FrozenConfig):
     """The cost of full-rank or low-rank training, whichever stage does it."""
 
@@ -74,6 +85,9 @@ class PhaseCost(FrozenConfig):
 
     orders: tuple[LayerOrder, ...] = ()
     """The low-rank layers of a block, on the kind of device that the profile names; 'auto' counts as a CPU."""
+
+    kinds: tuple[ParameterKind, ...] = ()
+    """All parameters, A and B included, by kind."""
 
 
 class CardFit(FrozenConfig):
@@ -152,10 +166,13 @@ def low_rank_cost(profile: Profile, shape: ModelShape) -> PhaseCost:
     return _phase_cost(
         profile,
         shape,
+        frozen={"wrapped", *relora.frozen},
         factors=factors,
         wrapped=wrapped,
         merged=shape.layers * merged,
-        flops_per_token=model_flops_per_token(shape, sequence_length=batch.sequence_length, wrapped=flops),
+        flops_per_token=model_flops_per_token(
+            shape, sequence_length=batch.sequence_length, wrapped=flops, frozen=relora.frozen
+        ),
         orders=tuple(orders),
     )
 
@@ -170,21 +187,25 @@ def _phase_cost(
     shape: ModelShape,
     *,
     flops_per_token: int,
+    frozen: Collection[str] = (),
     factors: int = 0,
     wrapped: tuple[LinearShape, ...] = (),
     merged: int = 0,
     orders: tuple[LayerOrder, ...] = (),
 ) -> PhaseCost:
-    """Return the cost of training all parameters but the wrapped ones, and factors beside them."""
-    frozen = shape.layers * sum(linear.weights for linear in wrapped)
+    """Return the cost of training all parameters but the frozen kinds, and factors beside them."""
+    counts = {**shape.parameters_by_kind(wrapped), "factors": factors}
+    kinds = tuple(ParameterKind(name=name, parameters=n, trained=name not in frozen) for name, n in counts.items() if n)
     held = shape.layers * sum(
         math.ceil(linear.weights * bytes_per_weight(profile.precision.frozen_as, linear.in_features))
         for linear in wrapped
     )
-    trainable = shape.parameters - frozen + factors
+    held += _FP32_BYTES * (sum(kind.parameters for kind in kinds if not kind.trained) - counts["wrapped"])
+    trainable = sum(kind.parameters for kind in kinds if kind.trained)
     trained = _FP32_BYTES * trainable
     if profile.precision.trains_in_bfloat16:  # under autocast all that is trained stays fp32
-        trained = _BF16_BYTES * trainable + (_FP32_BYTES - _BF16_BYTES) * shape.vector_parameters
+        vectors = shape.vector_parameters - sum(counts[kind] for kind in {"norms", "biases"} & {*frozen})
+        trained = _BF16_BYTES * trainable + (_FP32_BYTES - _BF16_BYTES) * vectors
     # Ranks that share the model hold a part each. Not covered: the blocks gathered for a moment.
     ranks = (profile.launch.world_size or 1) if profile.launch.sharding == "full" else 1
     micro_batch = activations(profile, shape, wrapped, device="cpu" if profile.launch.device == "cpu" else "cuda")
@@ -203,4 +224,5 @@ def _phase_cost(
         adapter_parameters=factors,
         flops_per_token=flops_per_token,
         orders=orders,
+        kinds=kinds,
     )

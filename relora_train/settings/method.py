@@ -149,6 +149,26 @@ class ScheduleConfig(FrozenConfig):
         return self.warm_start_steps + self.phase_steps
 
 
+class TrainConfig(FrozenConfig):
+    """The parameters that low-rank stages train in full beside A and B; the paper's choice is all of them."""
+
+    embeddings: bool = True
+    """Of tokens, positions and patches; a head that is the same matrix goes with them."""
+
+    head: bool = True
+    """The output head."""
+
+    norms: bool = True
+    """Scales and biases of norms."""
+
+    biases: bool = True
+    """Biases of linear layers, wrapped or not."""
+
+    others: bool | Literal["auto"] = "auto"
+    """Whatever else is not wrapped: linear layers, routers, convolutions. 'auto' trains it unless target_modules is
+    set."""
+
+
 class ReLoRAConfig(FrozenConfig):
     """The low-rank update of methods 'relora' and 'lora'."""
 
@@ -170,6 +190,17 @@ class ReLoRAConfig(FrozenConfig):
 
     target_modules: tuple[str, ...] | None = None
     """Name endings of the linear layers to wrap; all those inside the model's repeated blocks when absent."""
+
+    train: TrainConfig = TrainConfig()
+    """The kinds of other parameters that are trained in full; a kind set to false stays as it is in low-rank stages."""
+
+    @property
+    def frozen(self) -> tuple[str, ...]:
+        """The kinds that low-rank stages leave as they are."""
+        trained = self.train.model_dump()
+        if self.train.others == "auto":
+            trained["others"] = self.target_modules is None
+        return tuple(kind for kind, trains in trained.items() if not trains)
 
 
 class OptimizerConfig(FrozenConfig):

@@ -43,7 +43,7 @@ def _overrides_of(config: type[FrozenConfig], name: str) -> type[Overrides]:
         description = field.description
         if section := section_in(kind):
             kind = _overrides_of(section, section.__name__.removesuffix("Config") + "Overrides")
-            description = section.__doc__
+            description = description or section.__doc__
         elif field.metadata:
             kind = Annotated[(kind, *field.metadata)]
         fields[key] = kind, Field(default_factory=_ABSENT, description=description)

@@ -67,7 +67,10 @@ class Profile(FrozenConfig):
     @model_validator(mode="before")
     @classmethod
     def removed_keys_are_refused(cls, given: Any, info: ValidationInfo) -> Any:
-        """Drop removed keys at their defaults; others too where a stored profile is read and nothing trains by it."""
+        """Drop removed keys at their defaults; others too where a stored profile is read and nothing trains by it.
+
+        A stored profile without relora.train is of a version that trained everything beside the wrapped weights.
+        """
         if not isinstance(given, Mapping):
             return given
         kept = dict(given)
@@ -79,6 +82,9 @@ class Profile(FrozenConfig):
                 if settings[key] != defaults[key]:
                     raise ValueError(f"{section}.{key} = {settings[key]!r}: {removed(f'{section}.{key}')}")
             kept[section] = {key: value for key, value in settings.items() if key not in defaults}
+        relora = kept.get("relora")
+        if info.context and isinstance(relora, Mapping) and "train" not in relora:  # of a version that trained all
+            kept["relora"] = {**relora, "train": {"others": True}}
         return kept
 
     @model_validator(mode="after")
@@ -168,7 +174,7 @@ LATER_KEYS = {
     "precision": ("residual", "frozen"),
     "tokenizer": ("revision",),
     "schedule": ("jagged", "cycle_growth", "horizon"),
-    "relora": ("dropout_mask",),
+    "relora": ("dropout_mask", "train"),
     "optimizer": ("state",),
     "optimizer_reset": ("restart_clock",),
 }
@@ -189,6 +195,8 @@ def default_run_id(profile: Profile) -> str:
     """
     harmless = ("name", "divergence", "evaluation", "logging", "snapshots", "launch", "retention")
     unnamed: dict[str, Any] = {section: unset_later_keys(profile, section) for section in LATER_KEYS}
+    if not profile.relora.frozen:  # as before there was a choice
+        unnamed["relora"] |= {"train"}
     unnamed |= unnamed_data_keys(profile) | dict.fromkeys((*harmless, *foreign_keys(profile.objective)), True)
     settings = profile.model_dump(mode="json", exclude=unnamed)
     name = re.sub(r"[^a-z0-9._-]+", "-", profile.name.lower()).strip("-.") or "run"

@@ -187,6 +187,7 @@ def _wrap(model: nn.Module, request: StageRequest) -> None:
         dropout=relora.dropout,
         target_modules=relora.target_modules,
         rank_stabilized=relora.rank_stabilized,
+        frozen=relora.frozen,
         seed=request.profile.seed,
         cycle=request.stage.cycle,
     )

@@ -2,6 +2,7 @@
 
 import json
 import tempfile
+from collections import Counter
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
@@ -14,7 +15,7 @@ from relora_train.errors import ModelError, UntrainedLayerError
 from relora_train.method.fast_path import share_inputs
 from relora_train.method.layer import lora_parameters, relora_layers
 from relora_train.method.merge import merge
-from relora_train.method.wrap import apply_relora, unwrap
+from relora_train.method.wrap import apply_relora, parameter_kinds, unwrap
 from relora_train.settings.base import FrozenConfig
 from relora_train.training.files import save_model
 from relora_train.training.models.causal_lm import NextTokenLoss
@@ -50,7 +51,9 @@ class Trial(FrozenConfig):
     wrapped: tuple[str, ...]
     """Names of the layers."""
 
-    wrapped_parameters: int
+    kinds: dict[str, int]
+    """Parameters by their kind, A and B being factors; see method.wrap.parameter_kinds."""
+
     findings: tuple[Finding, ...]
 
     @property
@@ -69,12 +72,15 @@ def try_model(
     model = load_model(place, revision=revision)
     family, size = cast(Any, model).config.model_type, sum(p.numel() for p in model.parameters())
     names = apply_relora(model, rank=rank, alpha=rank, dropout=0, target_modules=target_modules, seed=0)
+    kinds: Counter[str] = Counter()
+    kind_of = parameter_kinds(model)
+    for name, parameter in model.named_parameters():
+        kinds[kind_of[name]] += parameter.numel()
     findings = [_trained(model)]
     updates, settings = adapter_state(model), adapter_config(model)
     expected = _scores(model)
     merge(model)
     findings.append(_compared("merge", "output unchanged", expected, _scores(model)))
-    wrapped = sum(layer.weight.numel() for _, layer in relora_layers(model))
     unwrap(model)
     with tempfile.TemporaryDirectory() as scratch:
         save_model(model, Path(scratch), weights=model.state_dict())
@@ -85,9 +91,7 @@ def try_model(
     if changed := sorted(key for key, value in _config(model).items() if config.get(key, value) != value):
         export = export.model_copy(update={"works": False, "said": f"config.json changed: {', '.join(changed)}"})
     findings += [export, _adapted(model, load_model(place, revision=revision), updates, settings)]
-    return Trial(
-        family=family, parameters=size, wrapped=tuple(names), wrapped_parameters=wrapped, findings=tuple(findings)
-    )
+    return Trial(family=family, parameters=size, wrapped=tuple(names), kinds=dict(kinds), findings=tuple(findings))
 
 
 def check_layers_are_called(model: nn.Module) -> None:

@@ -37,7 +37,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             bias = torch.cat([bias, weight.new_full((added,), -torch.inf)])
             weight = torch.cat([weight, weight.new_zeros(added, weight.shape[1])])
         grad_hidden = torch.empty_like(hidden)
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32)
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         grad_bias = None if ctx.bias_dtype is None else weight.new_zeros(len(weight), dtype=torch.float32)
         for x, answers, grad_x in zip(*(torch.split(t, rows) for t in (hidden, targets, grad_hidden)), strict=True):
             logs = torch.log_softmax(F.linear(x, weight, bias), dim=1, dtype=torch.float32)
@@ -50,12 +50,16 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 grad_bias += gradient.sum(0)
             gradient = gradient.to(weight.dtype)
             torch.mm(gradient, weight, out=grad_x)
+            if grad_weight is None:
+                continue
             if weight.dtype == torch.float32:
                 grad_weight.addmm_(gradient.T, x)
             else:
                 grad_weight += gradient.T @ x
         grad_bias = None if grad_bias is None else grad_bias.narrow(0, 0, classes)
-        ctx.save_for_backward(grad_hidden, grad_weight.narrow(0, 0, classes).to(weight.dtype), grad_bias)
+        if grad_weight is not None:
+            grad_weight = grad_weight.narrow(0, 0, classes).to(weight.dtype)
+        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
         return total
 
     @staticmethod
@@ -63,4 +67,5 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         grad_hidden, grad_weight, grad_bias = ctx.saved_tensors
         (scale,) = gradients
         bias = None if grad_bias is None else (grad_bias * scale).to(ctx.bias_dtype)
-        return grad_hidden * scale.to(grad_hidden.dtype), grad_weight * scale.to(grad_weight.dtype), bias, None
+        head = None if grad_weight is None else grad_weight * scale.to(grad_weight.dtype)
+        return grad_hidden * scale.to(grad_hidden.dtype), head, bias, None

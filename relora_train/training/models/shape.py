@@ -4,7 +4,7 @@ Counts Llama, GPT-NeoX and ViT, whose blocks have these linear layers and no oth
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,6 +91,23 @@ class ModelShape:
         biases = self.layers * sum(linear.bias * linear.out_features for linear in self.linears)
         return self.norm_parameters + biases + self.other_vectors
 
+    def parameters_by_kind(self, wrapped: Sequence[LinearShape] = ()) -> dict[str, int]:
+        """Return the parameters by the kinds of relora.train; the weights of the wrapped layers of a block are one."""
+        linears, matrix = self.linears, self.vocab_size * self.hidden_size
+        if self.classifies:  # the biases outside blocks are those of patches and head
+            head = matrix + self.vocab_size
+            embeddings = self.other_matrices + self.other_vectors - self.vocab_size
+        else:
+            embeddings, head = matrix + self.other_matrices, 0 if self.tied else matrix
+        return {
+            "wrapped": self.layers * sum(linear.weights for linear in wrapped),
+            "embeddings": embeddings,
+            "head": head,
+            "norms": self.norm_parameters,
+            "biases": self.layers * sum(linear.bias * linear.out_features for linear in linears),
+            "others": self.layers * sum(linear.weights for linear in linears if linear not in wrapped),
+        }
+
     def rows(self, sequence_length: int) -> int:
         """Positions of a sequence of so many tokens in the blocks."""
         return sequence_length + self.extra_rows
@@ -128,20 +145,26 @@ def wrapped_layers(shape: ModelShape, *, target_modules: tuple[str, ...] | None,
 
 
 def model_flops_per_token(
-    shape: ModelShape, *, sequence_length: int, wrapped: Mapping[tuple[LinearShape, ...], float] | None = None
+    shape: ModelShape,
+    *,
+    sequence_length: int,
+    wrapped: Mapping[tuple[LinearShape, ...], float] | None = None,
+    frozen: Collection[str] = (),
 ) -> int:
     """Return the FLOPs of forward and backward for one token: 6 for each weight at full rank, and attention.
 
     wrapped: FLOPs a position of the wrapped layers of a block, whose weights are frozen beside A and B, by the layers
-    that are computed together. Not counted: the merges.
+    that are computed together. frozen: kinds of relora.train, whose weights get no gradient. Not counted: the merges.
     """
     wrapped = wrapped or {}
     low_rank = {linear for layers in wrapped for linear in layers}
-    linears = sum(wrapped.values()) + sum(6 * linear.weights for linear in shape.linears if linear not in low_rank)
+    each = 4 if "others" in frozen else 6
+    linears = sum(wrapped.values()) + sum(each * linear.weights for linear in shape.linears if linear not in low_rank)
     rows = shape.rows(sequence_length)
     attention = (6 if shape.causal else 12) * shape.attention_size * rows  # scores, their product with the values
     blocks = shape.layers * (linears + attention) * rows / sequence_length
-    head = 6 * shape.vocab_size * shape.hidden_size
+    matrix = "embeddings" if shape.tied and not shape.classifies else "head"
+    head = (4 if matrix in frozen else 6) * shape.vocab_size * shape.hidden_size
     return round(blocks + (head / sequence_length if shape.classifies else head) + shape.input_flops)
 
 
