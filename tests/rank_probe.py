@@ -14,6 +14,7 @@ from relora_train.distributed import Ranks, full_tensor
 from relora_train.method import low_rank
 from relora_train.process import Emit, serve_request
 from relora_train.training import end_of_cycle, trainer
+from relora_train.training.models.base import Objective
 from relora_train.training.optimizer import optimizer_state_by_name
 from relora_train.training.requests import StageRequest
 from relora_train.training.step import StageTraining
@@ -25,6 +26,7 @@ def digest(tensor: Tensor) -> str:
 
 def probe(request: StageRequest, emit: Emit) -> None:
     seen: dict[str, Any] = {"dropout_masks": [], "messages": [], "scattered": [], "limits": [], "committed": False}
+    seen["built"] = 0
     kept, all_reduce = low_rank._kept, dist.all_reduce
     update, finish_cycle = StageTraining.update, end_of_cycle.finish_cycle
 
@@ -46,6 +48,13 @@ def probe(request: StageRequest, emit: Emit) -> None:
         return scatter(*args, **kwargs)
 
     dist.reduce_scatter_single = recorded_scatter
+    build_model = Objective.build_model
+
+    def recorded_build(*args: Any) -> Any:
+        seen["built"] += 1
+        return build_model(*args)
+
+    Objective.build_model = recorded_build
 
     def recorded_update(training: StageTraining, step: int) -> tuple[Tensor, Tensor]:
         seen["dropout_masks"].append([])

@@ -141,8 +141,13 @@ def test_gradients_are_sent_once_an_update_and_nothing_else_of_their_size(probed
             assert [size for size in sizes if size > 100] == [seen["gradient_entries"]]  # beside sums, a flag a layer
 
 
-def test_only_the_first_rank_commits(probed: list[dict[str, Any]]):
+def test_only_the_first_rank_makes_the_run_s_first_weights_and_commits(probed: list[dict[str, Any]]):
+    assert [seen["built"] for seen in probed] == [1, 0]
     assert [seen["committed"] for seen in probed] == [True, False]
+
+
+def test_first_weights_are_gone_with_their_stage(together: Path):
+    assert [path.name for path in together.parent.glob("out*")] == ["out"]
 
 
 def test_more_ranks_than_sequences_are_refused_also_when_only_the_start_tells(dataset: Path, tmp_path: Path):

@@ -1,6 +1,7 @@
 """Build a stage: load the parent or make the model, wrap it, and give it optimizer and data."""
 
 import logging
+import shutil
 from pathlib import Path
 from typing import cast
 
@@ -25,6 +26,7 @@ from relora_train.training.files import (
     TrainingState,
     read_tensor,
     read_training_state,
+    save_model,
 )
 from relora_train.training.gradient_sum import GradientSum
 from relora_train.training.models.base import Objective
@@ -34,7 +36,7 @@ from relora_train.training.models.pretrained import dtype_of_files
 from relora_train.training.models.registry import objective_of
 from relora_train.training.optimizer import build_optimizer, load_optimizer_state_by_name
 from relora_train.training.requests import StageRequest
-from relora_train.training.sharding import rows_of_checkpoint, rows_of_first_rank, shard_model
+from relora_train.training.sharding import rows_of_checkpoint, shard_model
 from relora_train.training.step import Prefetcher, StageTraining
 
 _LOGGER = logging.getLogger(__name__)
@@ -60,10 +62,15 @@ def prepare_stage(request: StageRequest, ranks: Ranks) -> StageTraining:
         start = start.model_copy(update=facts)
     compiles = _compiles(request, ranks)
     build = _sharded_model if ranks.sharded else _whole_model
-    model, masters = build(request, objective, train_data.manifest, ranks, compiles)
+    weights = parent or _first_weights(request, objective, train_data.manifest, ranks)
+    model, masters = build(request, objective, train_data.manifest, ranks, compiles, weights)
     objective.prepare_for_training(model)
     with without_compiling():
         loss_function = objective.loss_function(model, train_data.manifest)
+    kind = profile.precision.frozen_as
+    if stage.low_rank and kind != "float32" and not ranks.sharded:
+        scratch = request.output_directory.parent
+        masters = round_frozen_weights(model, kind, weights, scratch, device=ranks.device, keeps=ranks.is_first)
     if profile.precision.trains_in_bfloat16:
         round_trained_matrices(model)
     model.to(ranks.device).train()
@@ -125,34 +132,57 @@ def _compiles(request: StageRequest, ranks: Ranks) -> bool:
     return can_compile(ranks.device, required=launch.compile is True)
 
 
+def first_weights_directory(request: StageRequest) -> Path:
+    """Return the place for the weights with which several ranks begin a run, as long as its first stage needs them."""
+    return request.output_directory.with_name(f"{request.output_directory.name}-first-weights")
+
+
+def _first_weights(request: StageRequest, objective: Objective, manifest: DatasetManifest, ranks: Ranks) -> Path | None:
+    """Return a directory with the weights of a stage without a parent, which the first of several ranks makes.
+
+    The ranks of a machine map its files: no other rank ever has a model of its own in memory. One process makes none.
+    """
+    if ranks.world_size == 1 and not ranks.sharded:
+        return None
+    directory = first_weights_directory(request)
+    if ranks.is_first:
+        shutil.rmtree(directory, ignore_errors=True)
+        model = objective.build_model(manifest)
+        save_model(model, directory, weights=model.state_dict())
+    ranks.barrier()
+    return directory
+
+
 def _whole_model(
-    request: StageRequest, objective: Objective, manifest: DatasetManifest, ranks: Ranks, compiles: bool
+    request: StageRequest,
+    objective: Objective,
+    manifest: DatasetManifest,
+    ranks: Ranks,
+    compiles: bool,
+    weights: Path | None,
 ) -> tuple[nn.Module, MasterWeights | None]:
-    """Return the model, on the CPU, and the exact weights of those held rounded."""
-    parent, masters = request.parent_directory, None
-    model = objective.load_model(parent) if parent is not None else objective.build_model(manifest)
+    """Return the model, on the CPU. Its files are mapped, not read: ranks of one machine have them in memory once."""
+    model = objective.load_model(weights) if weights is not None else objective.build_model(manifest)
     objective.check_fits(model, manifest)
     if request.stage.low_rank:
         _wrap(model, request)
-        kind = request.profile.precision.frozen_as
-        if kind != "float32":
-            masters = round_frozen_weights(model, kind, parent, request.output_directory.parent, keeps=ranks.is_first)
     if compiles:
         compile_blocks(model, recompute=request.profile.launch.recompute_elementwise)
-    return model, masters
+    return model, None
 
 
 def _sharded_model(
-    request: StageRequest, objective: Objective, manifest: DatasetManifest, ranks: Ranks, compiles: bool
+    request: StageRequest,
+    objective: Objective,
+    manifest: DatasetManifest,
+    ranks: Ranks,
+    compiles: bool,
+    weights: Path | None,
 ) -> tuple[nn.Module, MasterWeights | None]:
-    """Return this rank's rows of the same, on its device: read from the parent's files, or made by the first rank."""
-    profile, parent = request.profile, request.parent_directory
-    if parent is not None:
-        model = objective.load_skeleton(parent)
-        rows_of = rows_of_checkpoint(parent, model)
-    else:
-        model = objective.model_skeleton(manifest)
-        rows_of = rows_of_first_rank(objective.build_model(manifest) if ranks.is_first else None, ranks)
+    """Return this rank's rows of the same, read from the files onto its device, and the exact ones of those rounded."""
+    profile, weights = request.profile, cast(Path, weights)
+    model = objective.load_skeleton(weights)
+    rows_of = rows_of_checkpoint(weights, model)
     objective.check_fits(model, manifest)
     rounded: list[str] = []
     if request.stage.low_rank:
@@ -164,8 +194,7 @@ def _sharded_model(
     if compiles:
         # Before fully_shard: a block that is compiled after it runs eagerly, without a word.
         compile_blocks(model, recompute=profile.launch.recompute_elementwise)
-    keep = () if parent is not None else rounded
-    exact = shard_model(model, rows_of, ranks, keep=keep, bfloat16=profile.precision.computes_in_bfloat16)
+    shard_model(model, rows_of, ranks, bfloat16=profile.precision.computes_in_bfloat16)
     if request.stage.low_rank:
         reinit(model, seed=profile.seed, cycle=request.stage.cycle)
     if not rounded:
@@ -173,7 +202,7 @@ def _sharded_model(
     parameters = dict(model.named_parameters())
     return model, MasterWeights(
         rounded,
-        lambda name: exact[name] if exact else rows_of((name,), parameters[name]),
+        lambda name: rows_of((name,), parameters[name]),
         request.output_directory.parent,
     )
 
@@ -194,19 +223,23 @@ def _wrap(model: nn.Module, request: StageRequest) -> None:
 
 
 def round_frozen_weights(
-    model: nn.Module, kind: Frozen, parent: Path | None, scratch: Path, *, keeps: bool = True
+    model: nn.Module, kind: Frozen, files: Path | None, scratch: Path, *, device: torch.device, keeps: bool = True
 ) -> MasterWeights:
-    """Hold the wrapped weights as this kind; the exact ones stay in the parent's files, or else in memory."""
+    """Hold the wrapped weights as this kind, and bring them to the device one at a time.
+
+    The exact ones stay in the files, or else in memory.
+    """
     in_memory: dict[str, Tensor] = {}
     names = []
     for module, layer in relora_layers(model):
         name = f"{module}.weight"
         names.append(name)
-        if parent is None or read_tensor(parent, name, rows=slice(0, 0)) is None:  # asks only if it is there
+        if files is None or read_tensor(files, name, rows=slice(0, 0)) is None:  # asks only if it is there
             in_memory[name] = layer.weight.detach().clone()
         layer.hold(layer.weight.detach(), kind)
+        layer.to(device)
 
     def read(name: str) -> Tensor:
-        return in_memory[name] if name in in_memory else cast(Tensor, read_tensor(cast(Path, parent), name))
+        return in_memory[name] if name in in_memory else cast(Tensor, read_tensor(cast(Path, files), name))
 
     return MasterWeights(names, read, scratch, keeps=keeps)

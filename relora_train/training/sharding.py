@@ -5,16 +5,15 @@ summed over the ranks and scattered by rows in every backward pass. So a rank's 
 gradients and optimizer, one block, and the embedding and head together.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import MethodType
 from typing import Any, cast
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from relora_train.distributed import Ranks, local_shard, own_rows, shard_of
+from relora_train.distributed import Ranks, local_shard, own_rows
 from relora_train.errors import CheckpointCorruptError, ModelError
 from relora_train.training.files import read_tensor, stored_shapes
 from relora_train.training.models.model import blocks, file_name, fused_loss
@@ -47,29 +46,12 @@ def rows_of_checkpoint(directory: Path, model: nn.Module) -> RowsOf:
     return rows
 
 
-def rows_of_first_rank(model: nn.Module | None, ranks: Ranks) -> RowsOf:
-    """Send each tensor of the model that the first rank holds on its CPU to all, one at a time. Others give None."""
-    tensors = {} if model is None else model.state_dict(keep_vars=True)
-
-    def rows(names: Sequence[str], like: Tensor) -> Tensor:
-        full = torch.empty(like.shape, dtype=torch.float32, device=ranks.device)
-        if model is not None:
-            full.copy_(tensors[names[0]])
-        dist.broadcast(full, src=0)
-        return shard_of(full, like)
-
-    return rows
-
-
 @torch.no_grad()
-def shard_model(
-    model: nn.Module, rows_of: RowsOf, ranks: Ranks, *, keep: Iterable[str] = (), bfloat16: bool = False
-) -> dict[str, Tensor]:
+def shard_model(model: nn.Module, rows_of: RowsOf, ranks: Ranks, *, bfloat16: bool = False) -> None:
     """Make a skeleton (all tensors on the meta device) this rank's part of the model; A and B stay undrawn.
 
     bfloat16: blocks are sent rounded, and compute with what was sent. Gradients are summed in float32.
 
-    Returns copies on the CPU of the rows, before any rounding, of the tensors named in `keep`.
     Raises ModelError for a model whose blocks or buffers are unknown.
     """
     names = _names_of_parameters(model)
@@ -91,14 +73,9 @@ def shard_model(
                     f"{type(module).__name__}.{name} cannot be made anew from the configuration of a "
                     f"{type(model).__name__}. Use launch.sharding = 'none'."
                 )
-    kept, wanted = {}, set(keep)
     parameters = dict(model.named_parameters())
     for name, aliases in names.items():
-        rows = rows_of(aliases, parameters[name])
-        local_shard(parameters[name]).copy_(rows)
-        if name in wanted:
-            kept[name] = rows.to("cpu", copy=True)
-    return kept
+        local_shard(parameters[name]).copy_(rows_of(aliases, parameters[name]))
 
 
 def _names_of_parameters(model: nn.Module) -> dict[str, list[str]]:

@@ -6,6 +6,7 @@ it were alone. No orchestrator, no network beyond the ranks', no credentials. Ev
 
 import dataclasses
 import os
+import shutil
 import time
 from collections import Counter
 
@@ -16,7 +17,7 @@ from relora_train.errors import TrainerInterruptedError
 from relora_train.method.update_size import UpdateMeter
 from relora_train.process import Emit, StopRequest, Works, is_asked_to_serve, serve_request, serve_requests
 from relora_train.storage.workspace import trainer_lock
-from relora_train.training.build import prepare_stage
+from relora_train.training.build import first_weights_directory, prepare_stage
 from relora_train.training.end_of_cycle import finish_stage
 from relora_train.training.evaluate import evaluate_checkpoint, evaluate_stage
 from relora_train.training.model_check_worker import check_model
@@ -93,6 +94,8 @@ def run_as_rank(request: StageRequest, ranks: Ranks, stop: StopRequest, emit: Em
         timer.end("steps")
         metrics.append({"kind": "memory", "step": stage.end_step, "peak_bytes": peak_bytes(ranks.device)})
         finish_stage(training, metrics, emit, before=before, timer=timer)
+        if ranks.is_first:
+            shutil.rmtree(first_weights_directory(request), ignore_errors=True)
 
 
 def _train(training: StageTraining, progress: Progress, emit: Emit, stop: StopRequest, timer: Timer) -> None:

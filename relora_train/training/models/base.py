@@ -71,14 +71,6 @@ class Objective(ABC):
             torch.manual_seed(self.profile.seed)
             return self.new_model(manifest).float()
 
-    def model_skeleton(self, manifest: DatasetManifest) -> nn.Module:
-        """Return the same model without values: all its tensors are on torch's meta device."""
-        model = self.profile.model
-        if model.pretrained is not None:
-            return load_skeleton(model.pretrained, revision=model.revision, kind=self.kind)
-        with torch.device("meta"):
-            return self.new_model(manifest).float()
-
     def load_pretrained(self) -> nn.Module:
         """Return the model that model.pretrained names."""
         model = self.profile.model
