@@ -11,10 +11,13 @@ import os
 import signal
 import threading
 import time
+from collections import Counter
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
+from sharded_variants import errors_of_variants
 from torch import Tensor
 
 from relora_train.checkpoints.layout import parse_snapshot_name
@@ -46,6 +49,9 @@ class ManyStages(FrozenConfig):
     evaluations: tuple[EvaluationRequest, ...] = ()
     """Afterwards."""
 
+    variants: Path
+    """A directory for the models of sharded_variants."""
+
 
 def train_all(plan: ManyStages, emit: Emit) -> None:
     held: dict[str, Any] = {}
@@ -64,7 +70,9 @@ def train_all(plan: ManyStages, emit: Emit) -> None:
         return training
 
     def recorded_train(training: StageTraining, *args: Any) -> None:
+        sent.update(gathered=Counter(), scattered=Counter())
         finish(training, *args)
+        held[str(training.request.output_directory)] |= {kind: dict(count) for kind, count in sent.items()}
         states = training.optimizer.state.values()
         held[str(training.request.output_directory)] |= {
             "moments": sum(local_shard(state["exp_avg"]).numel() for state in states),
@@ -89,6 +97,17 @@ def train_all(plan: ManyStages, emit: Emit) -> None:
             held["went_on"] = held.get("went_on", []) + [state.step] * (updated[-1] > state.step)
         return write(root, request, state, *args)
 
+    def recorded_gather(output: Tensor, part: Tensor, **options: Any) -> Any:
+        sent["gathered"][str(part.dtype)] += part.nbytes
+        return gather(output, part, **options)
+
+    def recorded_scatter(*, output: Tensor, input: Tensor, **options: Any) -> Any:
+        sent["scattered"][str(input.dtype)] += input.nbytes
+        return scatter(output=output, input=input, **options)
+
+    sent: dict[str, Counter[str]] = {"gathered": Counter(), "scattered": Counter()}
+    gather, scatter = dist.all_gather_single, dist.reduce_scatter_single
+    dist.all_gather_single, dist.reduce_scatter_single = recorded_gather, recorded_scatter
     write, updated = snapshot.write_snapshot, [0]
     full = {work.request.output_directory for work in plan.stages if work.disk_full}
     snapshot.write_snapshot = write_after_the_next_update
@@ -118,6 +137,7 @@ def train_all(plan: ManyStages, emit: Emit) -> None:
             trainer.run_stage(request, emit)
         for evaluation in plan.evaluations:
             evaluate.evaluate_checkpoint(evaluation, emit)
+        held["variants"] = errors_of_variants(ranks, plan.variants)
     first = plan.stages[0].request.output_directory
     (first.parent / f"rank-{held['rank']}.json").write_text(json.dumps(held))
 

@@ -147,7 +147,7 @@ def sharded(
     evaluations = tuple(evaluations_of(whole, dataset, root).values())
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]))
-        plan = ManyStages(stages=tuple(work), evaluations=evaluations)
+        plan = ManyStages(stages=tuple(work), evaluations=evaluations, variants=root)
         run_worker("many_stages", plan, root / "request.json", on_event=ignore, launch=LaunchConfig(nproc_per_node=2))
     return made
 
@@ -240,6 +240,26 @@ def test_the_low_rank_layers_of_a_sharded_model_are_on_the_fast_path_and_keep_no
     for stage, layers in (("warm-start", 0), ("cycle-1", 14), ("cycle-2", 14)):
         orders = held[str(sharded["relora"][stage])]["orders"]
         assert len(orders) == layers and not any("merged" in order for order in orders), stage
+
+
+def test_blocks_are_sent_rounded_and_gradients_summed_in_float32(sharded: dict[str, dict[str, Path]]):
+    """Embedding, head and last norm are sent in float32; all else at half the bytes of the same stage in float32."""
+    held = json.loads((sharded["relora"]["warm-start"].parent / "rank-0.json").read_text())
+    exact, rounded = (held[str(sharded[kind]["cycle-2"])] for kind in ("relora", "bfloat16"))
+    assert exact["scattered"].keys() == rounded["scattered"].keys() == {"torch.float32"}
+    assert exact["gathered"].keys() == {"torch.float32"}
+    assert rounded["gathered"].keys() == {"torch.float32", "torch.bfloat16"}
+    sent = 2 * rounded["gathered"]["torch.bfloat16"] + rounded["gathered"]["torch.float32"]
+    assert sent == exact["gathered"]["torch.float32"]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_every_sharded_variant_of_the_layer_is_its_formula_in_float64(rank: int, sharded: dict[str, dict[str, Path]]):
+    """Logits, and gradients summed over ranks with masks of their own: compiled or not, recomputed or not."""
+    held = json.loads((sharded["relora"]["warm-start"].parent / f"rank-{rank}.json").read_text())
+    assert len(held["variants"]) == 6
+    for variant, error in held["variants"].items():
+        assert error < 1e-13, variant
 
 
 @pytest.mark.parametrize("step", ["12", "13"])
