@@ -14,10 +14,11 @@ from relora_train.experiments.experiment import Experiment, PlannedRun, load_exp
 from relora_train.experiments.measured import MeasuredSummary, is_measured
 from relora_train.experiments.records import ComparisonSummary, RunResult
 from relora_train.runs.model_check import check_settings
+from relora_train.runs.task_scores import check_tasks
 from relora_train.settings.overrides import ExperimentOverrides
 from tasks.compare import keep_divergence, look_for_result, measure_experiment, read_result, write_comparison
 from tasks.deployed import require_deployment, run_deployed
-from tasks.limits import require_limit
+from tasks.limits import device_slot, require_limit
 from tasks.observe import done
 from tasks.store import open_run_store
 
@@ -51,6 +52,8 @@ def compare(
     planned = load_experiment(experiment, given, seeds)
     require_limit(gpu_limit)
     require_deployment(deployment)
+    if measure := planned.runs[0].measure:
+        check_tasks(measure.selection)
     for run in planned.runs:  # of every arm, before the warm start that they share
         check_settings(run.profile)
     store_uri = open_run_store(store)
@@ -64,7 +67,8 @@ def compare(
             elif message:
                 results[run.run_id] = keep_divergence(planned.name, run, message, store_uri)
             else:
-                results[run.run_id] = read_result(run, store_uri)
+                with device_slot(gpu_limit if run.measure else None):
+                    results[run.run_id] = read_result(run, store_uri)
     found: list[RunResult] = [result for result in results.values() if result is not None]
     return write_comparison(planned, found, store_uri, reused=len(planned.runs) - len(missing))
 

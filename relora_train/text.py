@@ -83,6 +83,11 @@ def moment(when: datetime) -> str:
     return f"{when.astimezone():%Y-%m-%d %H:%M}"
 
 
+def capitalized(name: str) -> str:
+    """Return the name of a score as a title has it; TASK/METRIC stays as it is."""
+    return name if "/" in name else name.capitalize()
+
+
 def counted(number: int, noun: str) -> str:
     """'1 stage', '5 stages'."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

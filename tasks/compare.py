@@ -14,10 +14,11 @@ from relora_train.experiments.experiment import Experiment, PlannedRun
 from relora_train.experiments.measured import MeasuredSummary, load_measured
 from relora_train.experiments.records import ComparisonSummary, RunResult
 from relora_train.experiments.report import measure, measured_markdown, store_comparison, store_measured
+from relora_train.runs import task_scores
 from relora_train.settings.objectives import OBJECTIVES
 from relora_train.storage.opening import open_store
 from tasks.artifacts import publish_markdown
-from tasks.observe import skipped
+from tasks.observe import forward_events, skipped
 from tasks.policies import STORE_IO, TRAINING
 
 
@@ -37,7 +38,10 @@ def look_for_result(experiment: str, run: PlannedRun, store_uri: str) -> RunResu
 
 @task(**STORE_IO, task_run_name="result-of-{run.run_id}")
 def read_result(run: PlannedRun, store_uri: str) -> RunResult:
-    """Return what a run that has just ended well came to."""
+    """Return what a run that has just ended well came to; it is scored first, if the experiment has a measure."""
+    unscored = run_results.find_unscored(open_store(store_uri), run)
+    if unscored is not None and run.measure is not None:
+        task_scores.measured(unscored, run.measure, on_event=forward_events())
     found = run_results.find_result(open_store(store_uri), run)
     if found is None:
         raise TrainerCrashedError(

@@ -32,6 +32,7 @@ from relora_train.experiments.run_results import record_divergence, recorded_div
 from relora_train.method.stages import fingerprint_settings, plan_stages
 from relora_train.runs.plan import plan
 from relora_train.settings.keys import flatten
+from relora_train.settings.tasks import TaskMeasure
 from relora_train.storage.opening import open_store
 
 ALL_SHIPPED = [path.stem for path in list_experiments()]
@@ -331,7 +332,8 @@ def keys_below(heading: str) -> set[str]:
 
 def test_the_readme_explains_every_key():
     arm_keys = {f"arms.NAME.{key}" for key in ArmConfig.model_fields}
-    assert keys_below("Every key") == {*ExperimentConfig.model_fields, *arm_keys}
+    measure_keys = {f"measure.{key}" for key in TaskMeasure.model_fields}
+    assert keys_below("Every key") == {*ExperimentConfig.model_fields, *arm_keys, *measure_keys}
 
 
 def test_the_readme_explains_every_key_of_experiments_without_runs():

@@ -20,16 +20,15 @@ from typing import Any
 
 import pytest
 from prefect_server import PREFECT_WARNS, running_prefect, serving_prefect
+from task_files import write_tasks
 
 from relora_train import events
 from relora_train.checkpoints.upkeep.verify import verify_run
 from relora_train.errors import ConfigError, RunSettingsChangedError
 from relora_train.events import Event
-from relora_train.experiments.comparison import compare_results, comparison_markdown
+from relora_train.experiments.comparison import compare_results
 from relora_train.experiments.experiment import load_experiment
 from relora_train.experiments.records import ComparisonSummary, RunResult
-from relora_train.experiments.report import render_comparison
-from relora_train.experiments.run_results import training_curve
 from relora_train.settings.overrides import ExperimentOverrides
 from relora_train.settings.profile import Profile
 from relora_train.storage.opening import open_store
@@ -283,6 +282,26 @@ def test_one_seed_has_no_errors(finished: tuple[ComparisonSummary, Seen], experi
     assert one.html_uri != finished[0].html_uri  # the whole report is left as it is
 
 
+def test_a_task_can_be_the_measure_of_runs_that_were_trained_before(
+    finished: tuple[ComparisonSummary, Seen], root: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("HF_HOME", str(root / "hf"))
+    write_tasks(root / "tasks")
+    measure = 'measure = { score = "pages/bits_per_byte", include = "tasks", limit = 2, better = "lower" }'
+    path = root / "by-task.toml"
+    path.write_text(f"{measure}\n{EXPERIMENT.partition('[arms.lora]')[0]}")
+    summary, seen = compare_here(str(path), root, seeds=[0])
+    assert seen.trained == [] and summary.comparison.measures.judged.name == "pages/bits_per_byte"
+    for arm, run in zip(summary.comparison.arms, summary.comparison.runs, strict=True):
+        (record,) = root.glob(f"store/runs/{run.run_id}/evaluations/*-task-*.json")
+        scores = {score["score"]: score["value"] for score in json.loads(record.read_text())["scores"]}
+        assert run.task_score == arm.task_score.mean == scores["pages/bits_per_byte"] > 0
+    html = Path(summary.html_uri.removeprefix("file://")).read_text()
+    assert "Lower pages/bits_per_byte is better" in html and "by lm-evaluation-harness" in html
+    again, _ = compare_here(str(path), root, seeds=[0])
+    assert again.reused == 1 and again.comparison == summary.comparison
+
+
 def test_every_run_is_an_ordinary_one(finished: tuple[ComparisonSummary, Seen], root: Path):
     store = open_store(root / "store")
     for run in finished[0].comparison.runs:
@@ -363,38 +382,6 @@ def test_images_are_compared_by_accuracy_from_the_same_runs_and_checkpoints(root
     }  # fmt: skip
     html = Path(summary.html_uri.removeprefix("file://")).read_text()
     assert "Validation accuracy" in html and "Higher accuracy is better" in html and "erplexity" not in html
-
-
-def scored(arm: str, seed: int, accuracy: float) -> RunResult:
-    return RunResult(
-        arm=arm, seed=seed, run_id=f"{arm}-{seed}", outcome="trained", dataset_id="a" * 64, val_loss=accuracy,
-        val_accuracy=accuracy,
-    )  # fmt: skip
-
-
-def test_a_higher_accuracy_is_better_and_a_higher_loss_is_not():
-    """The losses here rise with the accuracy, so that whoever judged by them would say the opposite."""
-    planned = load_experiment("images")
-    found = [
-        scored(arm, seed, base + seed / 1000) for seed in range(5) for arm, base in (("relora", 0.8), ("lora", 0.7))
-    ]
-    found += [scored("full", seed, 0.9 + (seed % 2) / 1000) for seed in range(5)]
-    compared = compare_results(planned, found)
-    assert {each.arm: each.val_accuracy and round(each.val_accuracy.mean, 6) for each in compared.differences} == {
-        "full": pytest.approx(0.0984), "lora": -0.1, "lora-warm": None, "relora": 0.0,
-    }  # fmt: skip
-    html, text = render_comparison(compared, {}), comparison_markdown(compared)
-    assert '<span class="better">+0.0984' in html and '<span class="worse">−0.1' in html
-    assert "Validation accuracy, best first: Full rank 0.90040 ± 0.00024, ReLoRA 0.80200" in text
-    assert "Accuracy less that of ReLoRA, paired by seed:" in text
-
-
-def test_a_training_curve_is_the_mean_of_each_share_of_the_budget():
-    import numpy as np
-
-    tokens, loss = np.array([10.0, 20.0, 30.0, 1200.0]), np.array([4.0, np.nan, 2.0, 1.0])
-    points = training_curve(tokens, loss, budget=1200)  # 120 shares of 10 tokens: (0, 10], (10, 20], …
-    assert [(point.tokens, point.loss) for point in points] == [(5.0, 4.0), (25.0, 2.0), (1195.0, 1.0)]
 
 
 def test_what_a_run_is_started_with_gives_the_planned_settings(experiment: str):

@@ -13,6 +13,7 @@ from relora_train.experiments.experiment import list_experiments, load_experimen
 from relora_train.experiments.measured import MeasuredSummary, is_measured, load_measured
 from relora_train.experiments.records import ComparisonSummary
 from relora_train.runs.model_check import check_settings
+from relora_train.runs.task_scores import check_tasks
 from relora_train.settings.objectives import LOSS
 from relora_train.text import counted, duration
 
@@ -51,6 +52,8 @@ def compare(
     opened = open_named(store)
     opened.preflight()
     if planned is not None:
+        if measure := planned.runs[0].measure:
+            check_tasks(measure.selection)
         for run in planned.runs:
             check_settings(run.profile)
         check_inputs(planned.runs[0].profile)

@@ -10,9 +10,9 @@ from relora_train.experiments.records import ArmResult, Comparison, Difference, 
 from relora_train.reports.statistics import Estimate, estimate, paired_difference
 from relora_train.reports.text import estimate_text, signed_estimate_text
 from relora_train.settings.objectives import SCORES
-from relora_train.text import MISSING, count, decimal, duration, markdown_cell, markdown_table, size
+from relora_train.text import MISSING, capitalized, count, decimal, duration, markdown_cell, markdown_table, size
 
-_AVERAGED = (*SCORES, "tokens_per_second", "tokens_per_second_in_all", "peak_memory_bytes", "seconds")
+_AVERAGED = (*SCORES, "task_score", "tokens_per_second", "tokens_per_second_in_all", "peak_memory_bytes", "seconds")
 _ARMS_IN_HEADLINE = 5
 
 
@@ -45,7 +45,9 @@ def compare_results(experiment: Experiment, results: Sequence[RunResult]) -> Com
         differences=tuple(_difference(name, config.reference, results) for name in config.arms),
         runs=tuple(results),
         **{name: getattr(experiment, name) for name in of_experiment},
-        **config.model_dump(include={"title", "reference", "paper_source", "paper_measure", "base", "search"}),
+        **config.model_dump(
+            include={"title", "reference", "paper_source", "paper_measure", "base", "search", "measure"}
+        ),
     )
 
 
@@ -81,14 +83,14 @@ def _difference(arm: str, reference: str, results: Sequence[RunResult]) -> Diffe
         trained = [result for result in results if result.arm == name and result.outcome == "trained"]
         return {one.seed: getattr(one, field) for one in trained if getattr(one, field) is not None}
 
-    fields = ("val_loss", "val_perplexity", "val_accuracy")
+    fields = ("val_loss", "val_perplexity", "val_accuracy", "task_score")
     return Difference(arm=arm, **{it: paired_difference(by_seed(arm, it), by_seed(reference, it)) for it in fields})
 
 
 def arm_header(data: Comparison) -> tuple[str, ...]:
     """Titles of the columns of arm_cells."""
     paper = ("Paper",) if _has_paper(data) else ()
-    score = data.measures.headline.name.capitalize()
+    score = capitalized(data.measures.headline.name)
     return ("Arm", "Loss", score, *paper, "Trained", "Tokens/s", "in all", "Memory", "Time", "Runs")
 
 
@@ -133,7 +135,7 @@ def headline(data: Comparison) -> str:
     lost = [row.label for row in data.arms if row.diverged and not row.trained]
     if len(parts) > _ARMS_IN_HEADLINE:
         parts = [*parts[: _ARMS_IN_HEADLINE - 1], f"…, last of {len(parts)} {parts[-1]}"]
-    told = f"Validation {headline.name}, best first: {', '.join(parts)}." if parts else "No arm was trained to its end."
+    told = f"{data.headline_name}, best first: {', '.join(parts)}." if parts else "No arm was trained to its end."
     return f"{told} Diverged: {', '.join(lost)}." if lost else told
 
 
@@ -158,5 +160,5 @@ def comparison_markdown(data: Comparison) -> str:
     ]
     if differences:
         less = f"less that of {markdown_cell(data.label(data.reference))}, paired by seed:"
-        lines += ["", f"{judged.name.capitalize()} {less}", "", *differences]
+        lines += ["", f"{capitalized(judged.name)} {less}", "", *differences]
     return "\n".join([*lines, ""])

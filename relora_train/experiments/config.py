@@ -12,6 +12,7 @@ from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from relora_train.errors import ExperimentInvalidError
 from relora_train.settings.base import FrozenConfig
+from relora_train.settings.tasks import TaskMeasure
 from relora_train.text import counted
 
 ArmName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,39}$")]
@@ -47,6 +48,7 @@ class ExperimentConfig(FrozenConfig):
     reference: str
     paper_source: str = ""
     paper_measure: str = ""
+    measure: TaskMeasure | None = None
     search: dict[str, str] = Field(default_factory=dict)
     base: dict[str, Any] = Field(default_factory=dict)
     arms: dict[ArmName, ArmConfig] = Field(min_length=1)

@@ -22,7 +22,9 @@ from relora_train.experiments.config import ExperimentConfig, faults_of, invalid
 from relora_train.method.stages import Stage, fingerprint_settings, plan_stages, until
 from relora_train.settings.keys import flatten, layered, settings_digest
 from relora_train.settings.load import load_profile, profile_directory
+from relora_train.settings.objectives import OBJECTIVES
 from relora_train.settings.profile import Profile, unnamed_data_keys
+from relora_train.settings.tasks import TaskMeasure
 from relora_train.storage.redaction import refuse_secrets
 
 WARM_START = "warm-start"
@@ -43,6 +45,8 @@ class PlannedRun:
 
     is_warm_start: bool = False
     """A run that makes a warm start for others, and nothing else."""
+    measure: TaskMeasure | None = None
+    """The experiment's, with an absolute directory."""
 
     @property
     def stop_after(self) -> str | None:
@@ -84,6 +88,8 @@ class Experiment:
             "runs": {run.run_id: run.profile.evaluation.model_dump(mode="json") for run in self.runs},
             "config": self.config.model_dump(mode="json", exclude={"seeds"}),
         }
+        if self.config.measure is None:  # reports from before there was one keep their places
+            del settings["config"]["measure"]
         return settings_digest(settings)[:8]
 
     @property
@@ -170,6 +176,9 @@ def load_experiment(
         if key in settings
     ]
     runs: list[PlannedRun] = []
+    measure = config.measure
+    if measure is not None and measure.include is not None:
+        measure = measure.model_copy(update={"include": str(path.parent / Path(measure.include).expanduser())})
     for seed, (name, arm) in itertools.product(config.seeds, config.arms.items()):
         try:
             base, named = Path(profile).stem, f"{Path(profile).stem}-{name}-s{seed}"
@@ -178,10 +187,12 @@ def load_experiment(
             first = plan_stages(resolved)[0]
             # Runs whose warm start is the same branch from the same run.
             start = f"{base}-{WARM_START}-s{seed}-{_digest(resolved, [first])}" if first.kind == "warm_start" else None
-            runs.append(PlannedRun(name, seed, f"{named}-{_digest(resolved)}", resolved, own, start))
+            runs.append(PlannedRun(name, seed, f"{named}-{_digest(resolved)}", resolved, own, start, measure=measure))
         except ProfileInvalidError as error:
             if seed == config.seeds[0]:
                 faults += [f"arms.{name}: {fault}" for fault in error.faults or (str(error),)]
+    if measure and runs and not OBJECTIVES[runs[0].profile.objective].has_tasks:
+        faults.append(f"measure: tasks are for language models, and the objective is {runs[0].profile.objective!r}")
     budget = run_tokens(runs[0].profile) if given and runs else config.budget_tokens
     if not faults:
         faults = [

@@ -1,5 +1,6 @@
 """The results of an experiment as records: runs, arms, differences, the whole."""
 
+from dataclasses import replace
 from datetime import datetime
 from typing import Any, Literal, cast
 
@@ -8,6 +9,7 @@ from pydantic import Field
 from relora_train.reports.statistics import Estimate
 from relora_train.settings.base import FrozenConfig
 from relora_train.settings.objectives import DEFAULT_OBJECTIVE, OBJECTIVES, Measure, Objective, ObjectiveName
+from relora_train.settings.tasks import TaskMeasure
 
 
 class CurvePoint(FrozenConfig):
@@ -63,6 +65,8 @@ class RunResult(FrozenConfig):
     val_perplexity: float | None = None
     bits_per_byte: float | None = None
     val_accuracy: float | None = None
+    task_score: float | None = None
+    """The experiment's measure."""
     tokens_per_second: float | None = None
     """Speed of training in the arm's own stages, without a warm start that it branched from."""
 
@@ -113,6 +117,7 @@ class ArmResult(_Estimates):
     val_perplexity: Estimate | None
     bits_per_byte: Estimate | None
     val_accuracy: Estimate | None = None
+    task_score: Estimate | None = None
     tokens_per_second: Estimate | None
     tokens_per_second_in_all: Estimate | None
     peak_memory_bytes: Estimate | None
@@ -134,6 +139,7 @@ class Difference(_Estimates):
     val_loss: Estimate | None
     val_perplexity: Estimate | None
     val_accuracy: Estimate | None = None
+    task_score: Estimate | None = None
 
 
 class Comparison(FrozenConfig):
@@ -143,6 +149,7 @@ class Comparison(FrozenConfig):
     command_name: str = ""
     title: str
     objective: ObjectiveName = DEFAULT_OBJECTIVE
+    measure: TaskMeasure | None = None
     profile: str
     digest: str
     budget_tokens: int
@@ -165,8 +172,19 @@ class Comparison(FrozenConfig):
     runs: tuple[RunResult, ...]
 
     @property
-    def measures(self) -> Objective:
+    def trained_by(self) -> Objective:
+        """The scores of the objective, which the trainer takes after every stage."""
         return OBJECTIVES[self.objective]
+
+    @property
+    def measures(self) -> Objective:
+        """The scores that arms are compared by."""
+        ours = self.measure and self.measure.measure
+        return replace(self.trained_by, headline=ours, judged=ours) if ours else self.trained_by
+
+    @property
+    def headline_name(self) -> str:
+        return self.measure.score if self.measure else f"Validation {self.measures.headline.name}"
 
     def label(self, arm: str) -> str:
         return next(row.label for row in self.arms if row.arm == arm)

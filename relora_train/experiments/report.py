@@ -77,7 +77,7 @@ def render_comparison(data: Comparison, pictures: Mapping[str, bytes]) -> str:
     captions = {
         "training_loss.png": ("Training loss", training),
         "validation_loss.png": ("Validation loss", f"{by_trainer}, on fewer sequences than the table; {band}"),
-        "validation_score.png": (f"Validation {data.measures.headline.name}", f"{by_trainer}; {band}"),
+        "validation_score.png": (f"Validation {data.trained_by.headline.name}", f"{by_trainer}; {band}"),
     }
     return render(
         _TEMPLATES / "comparison.html",
@@ -167,7 +167,7 @@ def _beside_the_paper(data: Comparison) -> list[tuple[str, ...]]:
 def draw_comparison(data: Comparison) -> dict[str, bytes]:
     """PNG bytes by file name, in the order of the report; a plot without data is left out."""
     named = [("training_loss.png", "training", 3.9), ("validation_loss.png", "validation", 3.6)]
-    if data.measures.judged != LOSS:  # else the loss says it all
+    if data.trained_by.judged != LOSS:  # else the loss says it all
         named.append(("validation_score.png", "scored", 3.6))
     return {name: _draw(data, found, which, height) for name, which, height in named if (found := _curves(data, which))}
 
@@ -208,6 +208,6 @@ def _draw(data: Comparison, curves: Curves, which: str, height: float) -> bytes:
     axes.xaxis.set_major_locator(MaxNLocator(10, steps=[1, 2, 5, 10]))
     unit, name = next(((u, n) for u, n in ((1e9, "B"), (1e6, "M"), (1e3, "k")) if data.budget_tokens >= 2 * u), (1, ""))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value / unit:,g}{name if value else ''}"))
-    rises = which == "scored" and data.measures.judged.higher_is_better
+    rises = which == "scored" and data.trained_by.judged.higher_is_better
     legend(axes, columns=2 if len(curves) > 4 else 1, place="lower right" if rises else "upper right")
     return to_png(figure, dpi=160)

@@ -27,6 +27,7 @@ from relora_train.runs.divergence import divergence_text
 from relora_train.runs.evaluations import dataset_of, recorded_evaluation
 from relora_train.runs.plan import plan
 from relora_train.runs.run import line_of
+from relora_train.runs.task_scores import recorded_measure
 from relora_train.settings.objectives import LOSS, SCORES, Measure
 from relora_train.storage.base import ObjectStore, parse_json
 from relora_train.storage.workspace import checkpoint_cache
@@ -45,7 +46,17 @@ def find_result(store: ObjectStore, run: PlannedRun) -> RunResult | None:
         scores = recorded_evaluation(run.profile, latest, dataset_of(latest), store)
     except ObjectNotFoundError:
         return None
+    if scores is not None and run.measure is not None:
+        score = recorded_measure(latest, run.measure)
+        scores = None if score is None else {**scores, "task_score": score}
     return None if scores is None else _result(run, latest, scores)
+
+
+def find_unscored(store: ObjectStore, run: PlannedRun) -> CheckpointRef | None:
+    """Return the last checkpoint of a finished run that its experiment's measure has still to score."""
+    latest = _latest(store, run)
+    finished = latest is not None and latest.step >= run.profile.schedule.total_steps
+    return latest if run.measure and finished and find_result(store, run) is None else None
 
 
 def diverged_result(store: ObjectStore, run: PlannedRun, message: str) -> RunResult:
@@ -124,7 +135,7 @@ def _result(run: PlannedRun, latest: CheckpointRef | None, scores: Mapping[str, 
         **about,
         checkpoint_uri=latest.uri,
         dataset_id=latest.manifest.dataset_id,
-        **{name: scores.get(name) for name in SCORES},
+        **{name: scores.get(name) for name in (*SCORES, "task_score")},
         tokens_per_second=_speed(data, after=own[0].manifest.parent.step if own[0].manifest.parent else 0),
         tokens_per_second_in_all=_speed(data, after=0),
         peak_memory_bytes=max(peaks, default=None),

@@ -40,7 +40,7 @@ def _environment() -> Environment:
         keep_trailing_newline=True,
     )
     environment.filters |= {
-        "capitalized": str.capitalize,
+        "capitalized": text.capitalized,
         "change": report_text.change,
         "count": text.count,
         "data_url": lambda png: f"data:image/png;base64,{base64.b64encode(png).decode('ascii')}",
