@@ -392,6 +392,14 @@ def test_the_1b_run_fits_24_gb_in_pure_bfloat16_and_80_gb_as_it_is():
     assert re.search(r"^evaluation +3\.79 GB; 5\.36 GB of host memory to load$", shown, re.MULTILINE)
 
 
+def test_ranks_that_share_a_model_share_its_evaluation_too():
+    ranks, shared = "launch.nproc_per_node=4", "launch.sharding=full"
+    ways = ([], [ranks], [ranks, shared])
+    alone, one, together = (plan(load_profile("llama_1b", settings)).evaluation_bytes for settings in ways)
+    weights = (alone - together) * 4 / 3
+    assert alone == one and 2.5e9 < weights < 3.2e9  # bfloat16 but for the embedding
+
+
 def test_options_are_taken_only_where_they_are_needed_and_allowed():
     assert plan(load_profile("llama_1b", ["launch.device=cpu"])).fits == ()
     long = ["model.max_position_embeddings=40000", "batch.sequence_length=20000"]

@@ -76,14 +76,19 @@ def activations(profile: Profile, shape: ModelShape, wrapped: Sequence[LinearSha
 
 
 def evaluation_bytes(profile: Profile, shape: ModelShape) -> int:
-    """Count a checkpoint's evaluation: its weights as evaluate.hold_as_computed holds them, and a forward pass."""
+    """Count a checkpoint's evaluation: its weights as evaluate.hold_as_computed holds them, and a forward pass.
+
+    Ranks that share the model hold a part of the weights each. Not covered: a block gathered for a moment.
+    """
     product = _BFLOAT16 if profile.precision.computes_in_bfloat16 else _FLOAT32
     head = 0 if shape.tied else shape.vocab_size * shape.hidden_size
     rounded = head + shape.layers * sum(linear.weights for linear in shape.linears)
     rows = profile.evaluation.batch_sequences * shape.rows(profile.batch.sequence_length)
     row = 2 * _FLOAT32 * shape.hidden_size + 4 * product * _inner(shape)
     logits = 0 if shape.classifies else min(rows, EVALUATION_ROWS) * shape.vocab_size * (product + 2 * _FLOAT32)
-    return _FLOAT32 * (shape.parameters - rounded) + product * rounded + max(rows * row, logits)
+    launch = profile.launch
+    ranks = launch.nproc_per_node if launch.sharding == "full" and launch.nproc_per_node != "gpu" else 1
+    return (_FLOAT32 * (shape.parameters - rounded) + product * rounded) // ranks + max(rows * row, logits)
 
 
 def _kept_by(profile: Profile, device: str) -> dict[str, _Kept]:
