@@ -108,8 +108,9 @@ def next_token_loss(model: nn.Module, tokens: Tensor, *, fused: bool = True) -> 
 
 def fused_loss(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
     """Return the summed loss from token ids (batch, length) and flat targets, without all logits at once."""
-    backbone = cast(Any, model).base_model
-    hidden = backbone(input_ids=inputs, use_cache=False).last_hidden_state.flatten(0, 1)  # (batch * length, hidden)
+    hidden = _backbone(model)(input_ids=inputs, use_cache=False).last_hidden_state.flatten(
+        0, 1
+    )  # (batch * length, hidden)
     weight: Tensor = head(model).weight
     bias: Tensor | None = head(model).bias
     if torch.is_autocast_enabled(hidden.device.type):
@@ -124,10 +125,16 @@ def fused_loss(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
     return total
 
 
+def _backbone(model: nn.Module) -> nn.Module:
+    """Return what lies below the head; the model itself if transformers names no such part."""
+    base = cast(Any, model).base_model
+    return cast(nn.Module, cast(Any, model).get_decoder() if base is model else base)
+
+
 @torch.no_grad()
 def head_is_plain(model: nn.Module) -> bool:
     """Return True if the fused loss equals the model's own on a short probe: no scaled or capped logits."""
-    if not isinstance(head(model), nn.Linear):
+    if not isinstance(head(model), nn.Linear) or _backbone(model) is model:
         return False
     probe = probe_tokens(model, rows=2)
     with evaluating(model):

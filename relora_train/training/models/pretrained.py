@@ -13,7 +13,7 @@ from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import nn
+from torch import Tensor, nn
 
 from relora_train.checkpoints.manifest import Dtype
 from relora_train.errors import ModelNotFoundError, ModelUnsuitableError
@@ -23,6 +23,9 @@ from relora_train.training.models.registry import CAUSAL_LM, LoadedAs, check_con
 
 _BUFFERS = re.compile(r"(inv_freq|masked_bias|attn\.bias|attention\.bias|position_ids)$")
 """Names in old files of what is made from the configuration today, besides those that transformers itself knows."""
+
+_TEXT_PART = re.compile(r"^(model\.)?language_model\.(model\.)?")
+"""What the files of a model that also sees or hears put before the names of its part for text."""
 
 _NAMED = 3
 _LOGGER = logging.getLogger(__name__)
@@ -37,9 +40,12 @@ def load_model(path: str | Path, *, revision: str | None = None, kind: LoadedAs 
     is a ModelNotFoundError.
     """
     with _reading(path):
-        loader, _, attention = _loader(path, revision, kind)
-        model, found = loader.from_pretrained(
-            _place(path),
+        loader, config, attention, is_part = _loader(path, revision, kind)
+        made = loader._model_mapping[type(config)] if is_part else loader
+        model, found = made.from_pretrained(
+            None if is_part else _place(path),
+            config=config,
+            state_dict=_text_part(path, revision) if is_part else None,
             revision=revision,
             dtype=torch.float32,
             attn_implementation=attention,
@@ -65,19 +71,35 @@ def load_model(path: str | Path, *, revision: str | None = None, kind: LoadedAs 
 
 def dtype_of_files(path: str | Path, *, revision: str | None = None) -> Dtype | None:
     """Return the dtype of most values in the files that load_model has read; None where that cannot be told."""
+    values: Counter[Dtype] = Counter()
+    with suppress(OSError, ValueError, KeyError, TypeError, SafetensorError):  # informative: no run ends here
+        for file in _weight_files(path, revision):
+            for tensor in map(file.get_slice, file.keys()):
+                if dtype := _DTYPES.get(tensor.get_dtype()):
+                    values[dtype] += math.prod(tensor.get_shape())
+    return max(values, key=values.__getitem__, default=None)
+
+
+def _weight_files(path: str | Path, revision: str | None) -> Iterator[Any]:
+    """Yield the open safetensors files of a model, in a directory or from the hub."""
     from transformers.utils import cached_file
 
-    values: Counter[Dtype] = Counter()
     find = partial(cached_file, _place(path), revision=revision)
-    with suppress(OSError, ValueError, KeyError, TypeError, SafetensorError):  # informative: no run ends here
-        found = find(MODEL_FILE, _raise_exceptions_for_missing_entries=False)
-        index = {} if found else json.loads(Path(find(f"{MODEL_FILE}.index.json")).read_bytes())["weight_map"]
-        for name in sorted({*index.values()} or {MODEL_FILE}):
-            with safe_open(find(name), framework="pt") as file:
-                for tensor in map(file.get_slice, file.keys()):
-                    if dtype := _DTYPES.get(tensor.get_dtype()):
-                        values[dtype] += math.prod(tensor.get_shape())
-    return max(values, key=values.__getitem__, default=None)
+    found = find(MODEL_FILE, _raise_exceptions_for_missing_entries=False)
+    index = {} if found else json.loads(Path(find(f"{MODEL_FILE}.index.json")).read_bytes())["weight_map"]
+    for name in sorted({*index.values()} or {MODEL_FILE}):
+        with safe_open(find(name), framework="pt") as file:
+            yield file
+
+
+def _text_part(path: str | Path, revision: str | None) -> dict[str, Tensor]:
+    """Return the tensors of a model's part for text, under the names that they have in a model of text alone."""
+    tensors = {}
+    for file in _weight_files(path, revision):
+        for name in file.keys():  # noqa: SIM118 (no dict)
+            if name.startswith("lm_head.") or _TEXT_PART.match(name):
+                tensors[_TEXT_PART.sub("model.", name)] = file.get_tensor(name)
+    return {name.replace("model.lm_head.", "lm_head."): tensor for name, tensor in tensors.items()}
 
 
 def load_skeleton(path: str | Path, *, revision: str | None = None, kind: LoadedAs = CAUSAL_LM) -> nn.Module:
@@ -85,7 +107,7 @@ def load_skeleton(path: str | Path, *, revision: str | None = None, kind: Loaded
     from transformers import GenerationConfig
 
     with _reading(path):
-        loader, config, attention = _loader(path, revision, kind)
+        loader, config, attention, _ = _loader(path, revision, kind)
         with torch.device("meta"):
             model = loader.from_config(
                 config, dtype=torch.float32, attn_implementation=attention, trust_remote_code=False
@@ -114,8 +136,9 @@ def _listed(names: Sequence[str]) -> str:
     return ", ".join(sorted(names)[:_NAMED]) + more
 
 
-def _loader(path: str | Path, revision: str | None, kind: LoadedAs) -> tuple[Any, Any, str]:
-    """Return the auto class, the configuration, and the attention: torch's own, or else transformers' plain code.
+def _loader(path: str | Path, revision: str | None, kind: LoadedAs) -> tuple[Any, Any, str, bool]:
+    """Return the auto class, the configuration, the attention (torch's own, or else transformers' plain code), and
+    True if it is the configuration of a model's part for text, beside which it has others.
 
     By then config.json is known to be of a model that the class can load.
     """
@@ -128,18 +151,25 @@ def _loader(path: str | Path, revision: str | None, kind: LoadedAs) -> tuple[Any
     check_config(raw, path, kind)
     loader = getattr(transformers, kind.auto_class)
     config = AutoConfig.from_pretrained(_place(path), revision=revision, trust_remote_code=False)
+    whole, config = config, config.get_text_config() if kind is CAUSAL_LM else config
     made = loader._model_mapping.get(type(config), None)
     if made is None:
         raise ModelUnsuitableError(
-            f"{str(path)!r} is a model of type {config.model_type!r}, of which transformers has no {kind.auto_class}. "
+            f"{str(path)!r} is a model of type {whole.model_type!r}, of which transformers has no {kind.auto_class}. "
             "Give a model that was made for this objective."
         )
     made = made[0] if isinstance(made, tuple) else made
-    check_config(raw, path, kind, made_as=made.__name__)
+    if config is whole:
+        check_config(raw, path, kind, made_as=made.__name__)
+    else:
+        _LOGGER.warning(
+            "Of %s, a model of type %r, only the part for text is trained and written, as a %s.",
+            path, whole.model_type, made.__name__,
+        )  # fmt: skip
     if made._supports_sdpa:
-        return loader, config, "sdpa"
+        return loader, config, "sdpa", config is not whole
     _LOGGER.info("%s attends by transformers' plain code ('eager'): it has no other for this model.", made.__name__)
-    return loader, config, "eager"
+    return loader, config, "eager", config is not whole
 
 
 def _place(path: str | Path) -> str:

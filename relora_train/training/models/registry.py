@@ -192,7 +192,7 @@ def read_config(directory: Path, kind: LoadedAs, *, key: str) -> int:
         raise ModelNotFoundError(f"{directory / 'config.json'} is not JSON: {error}. Copy the model again.") from None
     try:
         check_config(config, directory, kind)
-        number = int(config[key])
+        number = int({**config, **(config.get("text_config") or {})}[key])  # a part for text, beside others
     except (KeyError, TypeError, ValueError):
         raise ModelNotFoundError(
             f"{place} has a config.json without {key}, so it is no model that transformers loads for this objective. "
