@@ -19,6 +19,10 @@ Sets = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="A setting over the profile, e.g. relora.rank=16. Repeatable."),
 ]
+Model = Annotated[
+    str | None,
+    typer.Option(metavar="DIR_OR_HUB_ID", help="The model to continue from: model.pretrained.", show_default=False),
+]
 Store = Annotated[
     str | None,
     typer.Option(
@@ -54,6 +58,11 @@ def open_named(uri: str | None) -> ObjectStore:
 def resolve(name: str, store: str | None) -> CheckpointRef:
     """Return the checkpoint of this name."""
     return resolve_checkpoint(name, open_named(store))
+
+
+def with_model(sets: list[str] | None, model: str | None) -> list[str]:
+    """Return what --set and --model say, as --set would."""
+    return [*(sets or ()), *([f"model.pretrained={json.dumps(model)}"] if model is not None else ())]
 
 
 def overrides_of(sets: list[str] | None) -> dict[str, Any]:

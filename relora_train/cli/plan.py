@@ -5,7 +5,7 @@ from functools import partial
 
 from rich.table import Table
 
-from relora_train.cli.options import AsJson, ProfileName, Sets, answer
+from relora_train.cli.options import AsJson, Model, ProfileName, Sets, answer, with_model
 from relora_train.cli.output import BLANK, View, facts, table
 from relora_train.runs.costs import CardFit, ParameterKind
 from relora_train.runs.plan import Plan
@@ -20,9 +20,9 @@ _LARGE_SHARE, _LARGE_NUMBER = 1 / 3, 500_000_000
 size = partial(size_text, form=".3g")
 
 
-def plan(profile: ProfileName, sets: Sets = None, as_json: AsJson = False) -> None:
+def plan(profile: ProfileName, sets: Sets = None, model: Model = None, as_json: AsJson = False) -> None:
     """Show what a profile comes to before anything starts: stages, tokens, parameters, memory, FLOPs."""
-    planned = plan_profile(load_profile(profile, sets or ()))
+    planned = plan_profile(load_profile(profile, with_model(sets, model)))
     answer(as_json, planned, lambda: plan_view(planned))
 
 

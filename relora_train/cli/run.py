@@ -15,7 +15,18 @@ from relora_train.checkpoints.layout import check_run_id
 from relora_train.checkpoints.names import resolve_checkpoint
 from relora_train.cli.local_flow import TerminatedError, run_flow
 from relora_train.cli.local_server import users_server
-from relora_train.cli.options import AsJson, ProfileName, Sets, Store, Verbose, echo_json, open_named, overrides_of
+from relora_train.cli.options import (
+    AsJson,
+    Model,
+    ProfileName,
+    Sets,
+    Store,
+    Verbose,
+    echo_json,
+    open_named,
+    overrides_of,
+    with_model,
+)
 from relora_train.cli.output import (
     BLANK,
     View,
@@ -53,6 +64,7 @@ _NOTHING_LEFT = (
 def run(
     profile: ProfileName,
     sets: Sets = None,
+    model: Model = None,
     run_id: Annotated[
         str | None,
         typer.Option(help="Name of the run; the same name continues it. Derived from the settings when absent."),
@@ -66,7 +78,8 @@ def run(
     verbose: Verbose = False,
 ) -> None:
     """Train a profile from wherever its run stands: tokenize, warm start, cycles, evaluation, report."""
-    settings = load_profile(profile, sets or ())
+    sets = with_model(sets, model)
+    settings = load_profile(profile, sets)
     if run_id is not None:
         check_run_id(run_id)
     opened = open_named(store)

@@ -108,9 +108,8 @@ def next_token_loss(model: nn.Module, tokens: Tensor, *, fused: bool = True) -> 
 
 def fused_loss(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
     """Return the summed loss from token ids (batch, length) and flat targets, without all logits at once."""
-    hidden = _backbone(model)(input_ids=inputs, use_cache=False).last_hidden_state.flatten(
-        0, 1
-    )  # (batch * length, hidden)
+    found = _backbone(model)(input_ids=inputs, use_cache=False)
+    hidden = found.last_hidden_state.flatten(0, 1)  # (batch * length, hidden)
     weight: Tensor = head(model).weight
     bias: Tensor | None = head(model).bias
     if torch.is_autocast_enabled(hidden.device.type):

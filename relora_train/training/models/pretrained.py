@@ -19,7 +19,7 @@ from relora_train.checkpoints.manifest import Dtype
 from relora_train.errors import ModelNotFoundError, ModelUnsuitableError
 from relora_train.process import is_out_of_memory
 from relora_train.training.files import MODEL_FILE
-from relora_train.training.models.registry import CAUSAL_LM, LoadedAs, check_config
+from relora_train.training.models.registry import CAUSAL_LM, LoadedAs, check_config, check_place
 
 _BUFFERS = re.compile(r"(inv_freq|masked_bias|attn\.bias|attention\.bias|position_ids)$")
 """Names in old files of what is made from the configuration today, besides those that transformers itself knows."""
@@ -174,14 +174,12 @@ def _loader(path: str | Path, revision: str | None, kind: LoadedAs) -> tuple[Any
 
 def _place(path: str | Path) -> str:
     """Return a directory of this machine, or the hub id that it must be."""
-    directory = Path(path).expanduser()
-    return str(directory if directory.is_dir() else path)
+    return str(check_place(path) or path)
 
 
 @contextmanager
 def _reading(path: str | Path) -> Iterator[None]:
-    if str(path).startswith((".", "/", "~")) and not Path(path).expanduser().is_dir():
-        raise ModelNotFoundError(f"model.pretrained {str(path)!r} is no directory. Correct the path, or give a hub id.")
+    check_place(path)
     try:
         yield
     except (OSError, ValueError, SafetensorError, ImportError, RuntimeError) as error:

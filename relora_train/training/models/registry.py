@@ -62,9 +62,9 @@ class ObjectiveFacts(ABC):
         """Refuse a model.pretrained on this machine that cannot be trained so. Seconds, no network."""
 
     def local_pretrained(self) -> Path | None:
-        """Return the directory of model.pretrained if it is on this machine."""
-        directory = Path(self.profile.model.pretrained).expanduser() if self.profile.model.pretrained else None
-        return directory if directory is not None and directory.exists() else None
+        """Return the directory of model.pretrained if it is on this machine. ModelNotFoundError for what is none."""
+        named = self.profile.model.pretrained
+        return check_place(named) if named is not None else None
 
 
 class CausalLMFacts(ObjectiveFacts):
@@ -131,6 +131,18 @@ class ImageFacts(ObjectiveFacts):
         """Raise unless a local model has a configuration; the model's images are checked when it is loaded."""
         if directory := self.local_pretrained():
             read_config(directory, IMAGE_CLASSIFIER, key="image_size")
+
+
+def check_place(model: str | Path) -> Path | None:
+    """Return what lies at the path; None for what may be a hub id. Raises ModelNotFoundError for a path to nothing."""
+    directory = Path(model).expanduser()
+    if directory.exists():
+        return directory
+    if str(model).startswith((".", "/", "~")):
+        raise ModelNotFoundError(
+            f"model.pretrained {str(model)!r} is no directory. Correct the path, or give a hub id."
+        )
+    return None
 
 
 _FACTS: dict[str, type[ObjectiveFacts]] = {"causal_lm": CausalLMFacts, "image_classification": ImageFacts}
