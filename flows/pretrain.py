@@ -105,4 +105,5 @@ def train_stages(
             raise
         outcomes = [*stored(outcomes), outcome]
         parent = outcome.checkpoint
+    run.worker.dismiss(run.profile)
     return stored(outcomes)

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cache
 from typing import Literal, cast
 
 import torch
@@ -51,13 +52,13 @@ class Ranks:
         return bool(self.sum(torch.tensor(float(flag))).item())  # between the CPUs: no GPU is waited for
 
     def share_text(self, text: str | None = None) -> str:
-        """Return the first rank's text on all; it alone gives one."""
-        data = torch.tensor(list((text or "").encode()), dtype=torch.uint8, device=self.device)
-        size = self.sum(torch.tensor(len(data) if self.is_first else 0, device=self.device))
-        buffer = data if self.is_first else torch.empty(int(size), dtype=torch.uint8, device=self.device)
+        """Return the first rank's text on all; it alone gives one. Between the CPUs: waiting takes no GPU's time."""
+        data = torch.tensor(list((text or "").encode()), dtype=torch.uint8)
+        size = self.sum(torch.tensor(len(data) if self.is_first else 0))
+        buffer = data if self.is_first else torch.empty(int(size), dtype=torch.uint8)
         if self.world_size > 1:
             dist.broadcast(buffer, src=0)
-        return bytes(buffer.cpu().tolist()).decode()
+        return bytes(buffer.tolist()).decode()
 
     def barrier(self) -> None:
         """Wait for all."""
@@ -100,7 +101,7 @@ def _as_ours(error: RuntimeError, rank: int, world_size: int) -> ReLoRAError | N
 
 @contextmanager
 def process_group(device: Literal["auto", "cpu", "cuda"]) -> Iterator[Ranks]:
-    """Join the group that the launcher's environment names; leave it at a good end.
+    """Join the group that the launcher's environment names; leave it at a good end. Inside, it is joined already.
 
     After an error it is not left: that waits for ranks that may sit in a message and never come. The process is to
     tell of the error and exit.
@@ -116,18 +117,26 @@ def process_group(device: Literal["auto", "cpu", "cuda"]) -> Iterator[Ranks]:
     chosen = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
     if on_gpu:
         torch.cuda.set_device(chosen)
-    elif device == "auto" and rank == 0:
+    elif device == "auto" and rank == 0 and not dist.is_initialized():
         warn_of_unused_gpu()
+    joins = world_size > 1 and not dist.is_initialized()
     try:
-        if world_size > 1:
+        if joins:
             dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=SLOW)
         yield Ranks(rank=rank, world_size=world_size, device=chosen)
     except RuntimeError as error:
         if ours := _as_ours(error, rank, world_size):
             raise ours from error
         raise
-    if world_size > 1:
+    if joins:
         dist.destroy_process_group()
+
+
+@cache
+def second_group() -> dist.ProcessGroup:
+    """Return a gloo group of all ranks beside the training's; one a process, because each holds sockets to its end."""
+    group: dist.ProcessGroup = dist.new_group(backend="gloo", timeout=SLOW)
+    return group
 
 
 def full_tensor(tensor: Tensor) -> Tensor:

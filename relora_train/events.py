@@ -6,7 +6,7 @@ Inside a process events travel as log records of the logger `relora_train.events
 
     stage_started    stage kind start_step end_step pid device ranks parameters trainable_parameters products
                      matmul (with matmul_precision 'auto': what it stands for)
-    joined           run_id stage rank ranks last (on a machine beside the flow's)
+    joined           run_id stage ranks (from a machine beside the flow's)
     resumed          stage step snapshot
     snapshot_committed  stage step directory stall_seconds write_seconds size_bytes
     snapshot_failed  stage step message

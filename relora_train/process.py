@@ -10,7 +10,7 @@ import errno
 import json
 import logging
 import os
-import queue
+import select
 import signal
 import sys
 import threading
@@ -44,6 +44,9 @@ SERVE_OPTION = "--serve"
 
 TAKEN, SERVED = "taken", "served"
 """The events with which such a worker begins a request, and ends one that went well."""
+
+NO_MORE = "null"
+"""Named in the place of a request, it ends a run's ranks on all machines."""
 
 STOP_SECONDS = 25.0
 """Seconds that a worker may take to end after SIGTERM; Prefect kills the whole run after 30."""
@@ -96,8 +99,7 @@ def serve_requests(works: Works, *, afterwards: Callable[[], None]) -> None:
     """
     _log_to_parent()
     kinds = {kind.__name__: kind for kind in works}
-    parent = _parent_pipe()
-    while (line := parent.next_line()) is not None:
+    while line := parent_pipe().next_line():
         emit(TAKEN)
         name, path = json.loads(line)
         request, work = kinds[name].model_validate_json(Path(path).read_bytes()), works[kinds[name]]
@@ -201,12 +203,12 @@ class StopRequest:
         for number in (signal.SIGTERM, signal.SIGINT):
             self._previous[number] = signal.signal(number, lambda told, frame: self._set(signal.Signals(told).name))
         if os.environ.get(PARENT_PIPE_VARIABLE):
-            _parent_pipe().on_end(self._parent_ended)
+            parent_pipe().on_end(self._parent_ended)
         return self
 
     def __exit__(self, *exception: object) -> None:
         if os.environ.get(PARENT_PIPE_VARIABLE):
-            _parent_pipe().on_end(None)
+            parent_pipe().on_end(None)
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
@@ -233,18 +235,26 @@ class StopRequest:
 
 
 class _ParentPipe:
-    """Standard input, which the parent holds open as long as it lives: its lines and its end. Read by one thread."""
+    """Standard input, which the parent holds open as long as it lives: its lines and its end.
+
+    Ranks share one. All may watch for its end; only the first may read.
+    """
 
     def __init__(self) -> None:
-        self._lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        self._rest = b""
         self._lock = threading.Lock()
         self._ended = False
         self._listener: Callable[[], None] | None = None
-        threading.Thread(target=self._read, name="parent-pipe", daemon=True).start()
+        threading.Thread(target=self._watch, name="parent-pipe", daemon=True).start()
 
-    def next_line(self) -> str | None:
-        """Wait for a line; None at the end."""
-        return self._lines.get()
+    def next_line(self, seconds: float | None = None) -> str:
+        """Wait for a line; empty at the end, or after so many seconds."""
+        while b"\n" not in self._rest:
+            if not select.select([0], [], [], seconds)[0] or not (data := os.read(0, 65536)):
+                return ""
+            self._rest += data
+        line, _, self._rest = self._rest.partition(b"\n")
+        return line.decode()
 
     def on_end(self, listener: Callable[[], None] | None) -> None:
         """Call this at the end, instead of what was to be called; at once when that has come already."""
@@ -253,17 +263,14 @@ class _ParentPipe:
             if self._ended and listener is not None:
                 listener()
 
-    def _read(self) -> None:
-        rest = b""
-        while data := os.read(0, 65536):
-            *lines, rest = (rest + data).split(b"\n")
-            for line in lines:
-                self._lines.put(line.decode())
+    def _watch(self) -> None:
+        end = select.poll()
+        end.register(0, select.POLLHUP)  # nothing is read, and data does not wake it
+        end.poll()
         with self._lock:
             self._ended = True
             if self._listener is not None:
                 self._listener()
-        self._lines.put(None)
 
 
-_parent_pipe = cache(_ParentPipe)  # one a process, from its first use
+parent_pipe = cache(_ParentPipe)  # one a process, from its first use

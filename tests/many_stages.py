@@ -12,7 +12,7 @@ import signal
 import threading
 import time
 from collections import Counter
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -115,8 +115,6 @@ def train_all(plan: ManyStages, emit: Emit) -> None:
     StageTraining.update = update_and_stop
     launch = plan.stages[0].request.profile.launch
     with process_group(launch.device) as ranks:
-        # A trainer joins once in its life; FSDP does not outlive its process group.
-        trainer.process_group = evaluate.process_group = lambda *_, **__: nullcontext(ranks)
         for work in plan.stages:
             request = work.request
             if work.stop_after is not None:

@@ -22,7 +22,7 @@ from relora_train.errors import (
 )
 from relora_train.events import Event
 from relora_train.runs import worker_process
-from relora_train.runs.workers import run_worker
+from relora_train.runs.workers import Worker, run_worker
 from relora_train.settings.running import LaunchConfig, SnapshotConfig
 from relora_train.storage.workspace import cache_root
 from relora_train.training.requests import StageRequest
@@ -201,15 +201,12 @@ def test_two_ranks_stopped_and_continued_give_what_two_ranks_give(tmp_path: Path
         launch={"nproc_per_node": 2, "threads": 1}, schedule={"warm_start_steps": 200}, evaluation={"sequences": 8}
     )
 
+    worker = Worker(keeps=True)
+
     def run(out: str, on_event: Callable[[Event], None], **update: object) -> None:
         request = stage_request(profile, "warm-start", dataset, tmp_path / out).model_copy(update=update)
-        run_worker(
-            "relora_train.training.trainer",
-            request,
-            tmp_path / "r.json",
-            on_event=on_event,
-            launch=LaunchConfig(nproc_per_node=2),
-        )
+        path, launch = tmp_path / "r.json", profile.launch
+        worker.run("relora_train.training.trainer", request, path, on_event=on_event, launch=launch)
 
     def stop(event: Event) -> None:
         if event["event"] == "progress":
@@ -228,6 +225,7 @@ def test_two_ranks_stopped_and_continued_give_what_two_ranks_give(tmp_path: Path
         snapshot_directory=tmp_path / "snapshots" / name,
     )
     run("undisturbed", lambda event: None)
+    worker.close()
     assert resumed == [int(name.split("-")[1])] and 0 < resumed[0] < 200
     weights = [(tmp_path / out / "model.safetensors").read_bytes() for out in ("out", "undisturbed")]
     assert weights[0] == weights[1]
@@ -246,13 +244,12 @@ def test_a_worker_saves_its_state_and_ends_when_its_parent_is_killed(tmp_path: P
     script = (
         "import sys\n"
         "from pathlib import Path\n"
-        "from relora_train.runs.workers import run_worker\n"
-        "from relora_train.settings.running import LaunchConfig\n"
+        "from relora_train.runs.workers import Worker\n"
         "from relora_train.training.requests import StageRequest\n"
         f"request = StageRequest.model_validate_json(Path({str(tmp_path / 'request-in.json')!r}).read_text())\n"
         "show = lambda event: (sys.stdout.write(f\"{event['event']} {event.get('pid', '')}\\n\"), sys.stdout.flush())\n"
-        f"run_worker('relora_train.training.trainer', request, Path({str(tmp_path / 'request.json')!r}),\n"
-        f"           on_event=show, launch=LaunchConfig(nproc_per_node={ranks}))\n"
+        f"Worker(keeps=True).run('relora_train.training.trainer', request, Path({str(tmp_path / 'request.json')!r}),\n"
+        "                        on_event=show, launch=request.profile.launch)\n"
     )
     with subprocess.Popen(
         [sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}

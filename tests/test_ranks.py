@@ -7,6 +7,8 @@ import socket
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ from relora_train.distributed import SLOW, STEP, Ranks, process_group
 from relora_train.errors import ConfigError, DeviceError, DeviceMemoryError, ReLoRAError, TrainerCrashedError
 from relora_train.events import Event
 from relora_train.process import is_out_of_memory
-from relora_train.runs.workers import run_worker
+from relora_train.runs.workers import Worker, run_worker
 from relora_train.settings.profile import Profile
 from relora_train.settings.running import LaunchConfig, PrecisionConfig
 from relora_train.training.build import prepare_stage
@@ -278,32 +280,55 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-def test_two_machines_give_the_bits_of_two_ranks_on_one_and_meet_again_for_the_next_stage(
-    dataset: Path, together: Path, tmp_path: Path
-):
-    """Two torchrun agents on this machine's loopback; the second is told nothing but where to meet."""
-    endpoint = f"127.0.0.1:{free_port()}"
+@contextmanager
+def machine_that_joins(endpoint: str) -> Iterator[list[str]]:
+    """`relora join` on this machine's loopback, told nothing but where to meet; afterwards what it said."""
     meeting = ["--rdzv-endpoint", endpoint, "--nnodes", "2", "--node-rank", "1", "--device", "cpu"]
-    launch = {"nnodes": 2, "rdzv_endpoint": endpoint, "threads": 1, "device": "cpu"}
+    said: list[str] = []
     with subprocess.Popen(
-        [sys.executable, "-m", "relora_train.cli.app", "join", *meeting, "--wait-seconds", "120"],
+        [sys.executable, "-m", "relora_train.cli.app", "join", *meeting, "--wait-seconds", "3600"],
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
-    ) as other_machine:
+    ) as machine:
         try:
-            for out, sharding, cycles in (("first", "full", 2), ("last", "none", 1)):
-                schedule = {"warm_start_steps": 0, "cycles": cycles, "cycle_length": STEPS, "warmup_steps": 4}
-                batch = {"batch": {"sequences": 8}} if sharding == "full" else {}  # it needs equal shares
-                profile = profile_of(launch=launch | {"sharding": sharding}, schedule=schedule, **batch)
-                request = stage_request(profile, "cycle-1", dataset, tmp_path / out)
-                seen: list[Event] = []
-                path = tmp_path / "request.json"
-                run_worker("relora_train.training.trainer", request, path, on_event=seen.append, launch=profile.launch)
-                assert seen[0]["ranks"] == 2 and seen[-1]["event"] == "stage_committed"
-            said = other_machine.communicate(timeout=90)[1]
+            yield said
+            said.append(machine.communicate(timeout=300)[1])
         finally:
-            other_machine.kill()
-    assert other_machine.returncode == 0 and "took part in 2 " in said, said
+            machine.kill()
+    assert machine.returncode == 0, said
+
+
+def test_two_machines_give_the_bits_of_two_ranks_on_one_until_no_stage_is_left(
+    dataset: Path, together: Path, tmp_path: Path
+):
+    """They meet for all stages with the same settings of ranks, and once more for others."""
+    endpoint = f"127.0.0.1:{free_port()}"
+    launch = {"nnodes": 2, "rdzv_endpoint": endpoint, "threads": 1, "device": "cpu"}
+    pids: list[int] = []
+    with machine_that_joins(endpoint) as said, closing(Worker(keeps=True)) as worker:
+        for out, sharding in (("sharded", "full"), ("first", "none"), ("last", "none")):
+            batch = {"batch": {"sequences": 8}} if sharding == "full" else {}  # it needs equal shares
+            profile = profile_of(launch=launch | {"sharding": sharding}, **batch)
+            request = stage_request(profile, "cycle-1", dataset, tmp_path / out)
+            seen: list[Event] = []
+            path = tmp_path / "request.json"
+            worker.run("relora_train.training.trainer", request, path, on_event=seen.append, launch=profile.launch)
+            assert seen[0]["ranks"] == 2 and seen[-1]["event"] == "stage_committed"
+            pids.append(seen[0]["pid"])
+        worker.dismiss(profile)
+    assert "took part in 3 " in said[0] and pids[0] != pids[1] == pids[2], said
     for name in ("model.safetensors", "optimizer.safetensors", "training_state.json"):
         assert (tmp_path / "last" / name).read_bytes() == (together / name).read_bytes(), name
+
+
+def test_a_machine_that_joins_a_run_with_nothing_left_to_train_is_told_and_need_not_be_there(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    endpoint = f"127.0.0.1:{free_port()}"
+    profile = profile_of(launch={"nnodes": 2, "rdzv_endpoint": endpoint, "threads": 1, "device": "cpu"})
+    with machine_that_joins(endpoint) as said:
+        Worker(keeps=True).dismiss(profile)
+    assert "took part in 0 " in said[0]
+    monkeypatch.setattr("relora_train.runs.workers._DISMISS_SECONDS", 1)
+    Worker(keeps=True).dismiss(profile)

@@ -10,7 +10,7 @@ from schedules import schedules
 
 from relora_train.errors import ConfigError
 from relora_train.method.schedule import learning_rate
-from relora_train.method.stages import fingerprint_settings, is_last, plan_stages, stage_fingerprint, until
+from relora_train.method.stages import fingerprint_settings, plan_stages, stage_fingerprint, until
 from relora_train.settings.keys import differing_settings
 from relora_train.settings.load import profile_directory
 from relora_train.settings.profile import Profile, default_run_id
@@ -130,13 +130,6 @@ OF_ONE_DTYPE = {"precision.residual"}
 
 OF_ONE_OBJECTIVE = {"objective", "images.size", "images.channels", "images.classes", "images.patch_size"}
 """Settings that only another objective than the default knows: tests/test_objectives.py."""
-
-
-@pytest.mark.parametrize("method", ["relora", "lora", "full"])
-def test_only_the_last_stage_of_a_plan_is_the_last(method: str) -> None:
-    profile = Profile.model_validate({"method": method})
-    stages = plan_stages(profile)
-    assert [is_last(profile, stage) for stage in stages] == [False] * (len(stages) - 1) + [True]
 
 
 def leaf_settings() -> set[str]:

@@ -113,7 +113,7 @@ def join(
     ],
     nproc_per_node: Annotated[str, typer.Option(help="Its launch.nproc_per_node: a number, or gpu.")] = "1",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    wait_seconds: Annotated[int, typer.Option(min=1, help="Leave when no stage has begun for so long.")] = 600,
+    wait_seconds: Annotated[int, typer.Option(min=1, help="Leave when no run has begun or resumed for so long.")] = 600,
 ) -> None:
     """Train along on another machine, stage after stage, with a run that was started with launch.nnodes above 1."""
     nodes: dict[str, Any] = {"nnodes": nnodes, "node_rank": node_rank, "nproc_per_node": nproc_per_node}

@@ -161,13 +161,6 @@ def _refuse_another_model(profile: Profile, parent: CheckpointManifest) -> None:
         )
 
 
-def is_last(profile: Profile, stage: Stage) -> bool:
-    """Return True if nothing of the profile's plan follows a stage."""
-    if stage.kind == "full":
-        return stage.end_step >= profile.schedule.total_steps
-    return stage.kind == "lora" or (stage.kind == "relora" and stage.cycle >= profile.schedule.cycles)
-
-
 def fingerprint_settings(
     profile: Profile,
     stage: Stage,

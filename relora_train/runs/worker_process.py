@@ -145,18 +145,20 @@ class WorkerProcess:
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(timeout=max(0.0, deadline - time.monotonic()))
 
-    def close(self) -> None:
-        """Kill the whole session of a worker that is still alive, and close both pipes.
+    def close(self, *, seconds: float = 0.0) -> None:
+        """End the worker's input, kill its whole session if it lives so many seconds longer, and close its output.
 
         A descendant that outlived it may hold the output open, and is not waited for.
         """
+        if self._process.stdin is not None:
+            with contextlib.suppress(BrokenPipeError):
+                self._process.stdin.close()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(timeout=seconds)
         if self.is_alive:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
-        if self._process.stdin is not None:
-            with contextlib.suppress(BrokenPipeError):
-                self._process.stdin.close()
         self._reader.join(timeout=1.0)
         if self._process.stdout is not None and not self._reader.is_alive():
             self._process.stdout.close()

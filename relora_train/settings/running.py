@@ -95,7 +95,7 @@ class LaunchConfig(FrozenConfig):
     """'auto' takes a GPU where there is one."""
 
     nproc_per_node: Annotated[int, Field(ge=1)] | Literal["gpu"] = 1
-    """Ranks on a machine, by torch's elastic launcher; 'gpu' takes as many as there are GPUs when a stage starts."""
+    """Ranks on a machine, by torch's elastic launcher; 'gpu' takes as many as there are GPUs when they start."""
 
     nnodes: int = Field(1, ge=1)
     """Machines; all but the flow's run `relora join` and see its cache and dataset under the same paths."""

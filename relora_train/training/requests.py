@@ -65,8 +65,8 @@ class ModelCheckRequest(FrozenConfig):
     """config.json of the checkpoint that the run starts from; the profile's own model when absent."""
 
 
-class JoinRequest(FrozenConfig):
-    """Train along with another machine: `python -m relora_train.training.joined_trainer --request FILE`."""
+class RanksRequest(FrozenConfig):
+    """Serve requests together with other ranks: `python -m relora_train.training.kept_ranks --request FILE`."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
 

@@ -17,14 +17,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 from pydantic import Field
 from safetensors import safe_open
 from torch import Tensor
 
 from relora_train.checkpoints.layout import snapshot_name
 from relora_train.checkpoints.manifest import MANIFEST_NAME, SnapshotManifest, describe_files
-from relora_train.distributed import SLOW, gather_on_first, local_shard, shard_of
+from relora_train.distributed import SLOW, gather_on_first, local_shard, second_group, shard_of
 from relora_train.errors import CheckpointCorruptError
 from relora_train.process import SNAPSHOT_THREAD, Emit
 from relora_train.settings.base import FrozenConfig
@@ -202,7 +201,7 @@ class Snapshotter:
         self._root: Path | None = training.request.snapshots_directory if takes_part else None
         self._group: Any = None
         if self._root is not None and self._ranks.sharded:
-            self._group = dist.new_group(backend="gloo", timeout=SLOW)
+            self._group = second_group()
         self._buffers = HostBuffers()
         self._writer: threading.Thread | None = None
         self._last = time.monotonic()

@@ -1,7 +1,8 @@
 """Train one stage in a process of its own: `python -m relora_train.training.trainer --request FILE`.
 
-Under torchrun for several ranks; with --serve, stages and evaluations one after the other (workers.py), each as if
-it were alone. No orchestrator, no network beyond the ranks', no credentials. Events go to standard output (events.py).
+Under torchrun for several ranks, which a flow keeps for many stages (kept_ranks.py). With --serve, stages and
+evaluations one after the other (workers.py), each as if it were alone. No orchestrator, no network beyond the ranks',
+no credentials. Events go to standard output (events.py).
 """
 
 import dataclasses
@@ -12,7 +13,7 @@ from collections import Counter
 
 import torch
 
-from relora_train.distributed import SLOW, STEP, Ranks, process_group
+from relora_train.distributed import SLOW, STEP, process_group
 from relora_train.errors import TrainerInterruptedError
 from relora_train.method.update_size import UpdateMeter
 from relora_train.process import Emit, StopRequest, Works, is_asked_to_serve, serve_request, serve_requests
@@ -41,19 +42,14 @@ def run_stage(request: StageRequest, emit: Emit) -> None:
     to stop, and the errors of loading.
     """
     launch = request.profile.launch
-    with StopRequest() as stop, process_group(launch.device) as ranks:
-        if launch.nnodes > 1:
-            ranks.share_text(request.model_dump_json())  # the ranks of other machines know it from here
-        run_as_rank(request, ranks, stop, emit)
-
-
-def run_as_rank(request: StageRequest, ranks: Ranks, stop: StopRequest, emit: Emit) -> None:
-    """Do what each rank does for run_stage, once all have the request."""
-    configure_torch(request.profile)
-    timer = Timer()
-    sharded = request.profile.launch.sharding == "full" and ranks.world_size > 1
-    ranks = dataclasses.replace(ranks, sharded=sharded)
-    with trainer_lock(request.lock_path if ranks.is_first else None):
+    with (
+        StopRequest() as stop,
+        process_group(launch.device) as ranks,
+        trainer_lock(request.lock_path if ranks.is_first else None),
+    ):
+        configure_torch(request.profile)
+        timer = Timer()
+        ranks = dataclasses.replace(ranks, sharded=launch.sharding == "full" and ranks.world_size > 1)
         # Ranks other than the first report nothing but failures.
         emit = stop.on_lost_listener(emit) if ranks.is_first else (lambda event, **fields: None)
         training = prepare_stage(request, ranks)
