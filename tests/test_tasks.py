@@ -141,6 +141,23 @@ def test_records_lie_beside_the_evaluations_and_no_reader_takes_one_for_an_evalu
     assert "choice/acc_norm ↑" in relora("evaluate", "tiny", *given).out
 
 
+def test_a_damaged_record_is_none(workshop, checkpoint, scored, tasks, relora):
+    (key, *_) = [info.key for info in workshop.store.list("runs/tiny/evaluations/")]
+    before, _ = workshop.store.get_bytes(key)
+    record = json.loads(before)
+    for change in (
+        {"scores": [{"score": "x"}]},
+        {"scores": [{**record["scores"][0], "value": "a"}]},
+        {"step": []},
+        {"scores": [{**record["scores"][0], "higher_is_better": [1]}]},
+    ):
+        workshop.store.put_bytes(key, json.dumps(record | change).encode())
+        names = {row["score"] for row in recorded_task_scores(workshop.store, [checkpoint])}
+        assert len(names) < 5 and relora("show", "tiny", "--store", workshop.store_uri).code == 0
+    workshop.store.put_bytes(key, before)
+    assert len(recorded_task_scores(workshop.store, [checkpoint])) == 5
+
+
 def test_a_report_shows_the_scores(workshop, checkpoint, scored):
     data = collect_run_data([checkpoint], files_in_stores(checkpoint_cache("tiny")), spectra=False,
                             task_scores=recorded_task_scores(workshop.store, [checkpoint]))  # fmt: skip

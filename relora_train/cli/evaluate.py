@@ -34,7 +34,9 @@ def evaluate(
     if tasks is None and (include or limit):
         raise ConfigError("--include and --limit are for the tasks of --tasks. Name some, or leave them out.")
     selection = (
-        check_tasks(TaskSelection(tasks=tuple(tasks.split(",")), include=include, limit=limit)) if tasks else None
+        check_tasks(TaskSelection(tasks=tuple(map(str.strip, tasks.split(","))), include=include, limit=limit))
+        if tasks
+        else None
     )
     ref = resolve(checkpoint, store)
     with console_for_people(to_stderr=as_json).status(f"evaluating {ref.manifest.run_id}@{ref.manifest.stage} …"):

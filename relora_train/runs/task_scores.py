@@ -8,7 +8,6 @@ import json
 import logging
 import re
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from relora_train.settings.keys import settings_digest
 from relora_train.settings.objectives import OBJECTIVES
 from relora_train.settings.profile import Profile, unset_later_keys
 from relora_train.settings.tasks import TaskMeasure, TaskSelection
-from relora_train.storage.base import ObjectStore, find_json, parse_json, put_json
+from relora_train.storage.base import ObjectStore, find_json, put_json
 from relora_train.storage.opening import open_store
 from relora_train.storage.workspace import WorkDirectory, short_digest
 from relora_train.training.requests import TasksRequest
@@ -55,7 +54,7 @@ def score_by_tasks(checkpoint: CheckpointRef, selection: TaskSelection, *, on_ev
     with WorkDirectory(
         checkpoint.manifest.run_id, f"tasks-{short_digest(f'{store.uri}/{sorted(keys.values())}')}"
     ) as work:
-        found = {name: record for name, key in keys.items() if (record := find_json(store, key))}
+        found = {name: record for name, key in keys.items() if (record := _sound(find_json(store, key)))}
         missing = tuple(name for name in keys if name not in found)
         if missing:
             request = TasksRequest(
@@ -86,7 +85,7 @@ def recorded_measure(checkpoint: CheckpointRef, measure: TaskMeasure) -> float |
     """Return what `measured` would reuse, or None if it would score."""
     selection = check_tasks(measure.selection)
     (key,) = _keys(checkpoint, profile_of(checkpoint), selection).values()
-    record = find_json(open_store(checkpoint.store_uri), key)
+    record = _sound(find_json(open_store(checkpoint.store_uri), key))
     return None if record is None else _value(record, measure)
 
 
@@ -96,8 +95,7 @@ def recorded_task_scores(store: ObjectStore, line: Sequence[CheckpointRef]) -> l
     for run_id in dict.fromkeys(ref.manifest.run_id for ref in line):
         listed = [info for info in store.list(f"runs/{run_id}/evaluations/") if "-task-" in info.key]
         for info in sorted(listed, key=lambda info: info.modified_at):
-            with suppress(ValueError, KeyError, TypeError):  # one that is damaged is no record
-                record = parse_json(store.get_bytes(info.key)[0])
+            if record := _sound(find_json(store, info.key)):
                 newest[record["fingerprint"], record["task"], record["limit"]] = record
     scores = []
     for ref in line:
@@ -106,6 +104,23 @@ def recorded_task_scores(store: ObjectStore, line: Sequence[CheckpointRef]) -> l
                 about = {name: record[name] for name in ("stage", "step", "limit", "harness")}
                 scores += [about | score for score in record["scores"]]
     return scores
+
+
+def _sound(record: Any) -> dict[str, Any] | None:
+    """Return a record that can be shown, or None for one that is damaged: that is none."""
+    try:
+        named = {name: record[name] for name in ("run_id", "stage", "fingerprint", "task", "harness")}
+        known = {name: None if record[name] is None else int(record[name]) for name in ("step", "limit")}
+        scores = []
+        for score in record["scores"]:
+            numbers = [score["value"], *(score[name] or 0 for name in ("stderr", "shots", "documents"))]
+            direction, _ = score["higher_is_better"], score["version"]
+            if direction not in (True, False, None) or not all(isinstance(number, int | float) for number in numbers):
+                return None
+            scores.append({**score, "score": str(score["score"])})
+        return {**{name: str(value) for name, value in named.items()}, **known, "scores": scores}
+    except (ValueError, KeyError, TypeError):
+        return None
 
 
 def _record(checkpoint: CheckpointRef, task: str, limit: int | None, scores: object) -> dict[str, Any]:
