@@ -20,10 +20,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*tie_word_embeddings.*:UserWarning"),
 ]
 
-_NO_LAYER = re.compile(
-    r"gate\.weight|router(\.layer)?\.weight|shared_expert_gate\.weight|conv(1d)?\.weight|A_log|experts\."
-)
-"""Matrices in blocks that no low-rank update is for: routers, gates of one output, convolutions, states, experts."""
+_NO_LAYER = re.compile(r"gate\.weight|router(\.layer)?\.weight|conv(1d)?\.weight|A_log|_bias")
+"""Matrices in blocks that no low-rank update is for: routers, gates of one output, convolutions, states, biases."""
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -43,7 +41,8 @@ def test_a_family_works_from_wrapping_to_peft(family: str, tmp_path: Path):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_matrix_of_a_block_is_wrapped_by_default(family: str):
     model = family_model(family)
-    wrapped = {f"{name}.weight" for name in check_targets(model, None, rank=2)}
+    names = {name for name, _ in model.named_parameters()}
+    wrapped = {name if name in names else f"{name}.weight" for name in check_targets(model, None, rank=2)}
     inside = {n for n, p in model.named_parameters() if re.search(r"\.\d+\.", n) and p.ndim > 1}
     assert wrapped and not {name for name in inside - wrapped if not _NO_LAYER.search(name)}
     assert wrapped <= inside

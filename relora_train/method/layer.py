@@ -137,9 +137,9 @@ def relora_layers(model: nn.Module) -> Iterator[tuple[str, ReLoRALinear]]:
 
 def lora_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """Yield every A and B with its parameter name (as in model.named_parameters()), in the model's order."""
-    for name, layer in relora_layers(model):
-        yield f"{name}.lora_A", layer.lora_A
-        yield f"{name}.lora_B", layer.lora_B
+    for name, parameter in model.named_parameters():
+        if name.rpartition(".")[2] in ("lora_A", "lora_B"):
+            yield name, parameter
 
 
 def stable_generator(seed: int, cycle: int, name: str) -> torch.Generator:

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from relora_train.distributed import full_tensor, local_shard, norm, shard_of
 from relora_train.errors import DivergedError, ModelError
-from relora_train.method.layer import ReLoRALinear, relora_layers, stable_generator
+from relora_train.method.experts import expert_layers, low_rank_layers
+from relora_train.method.layer import ReLoRALinear, lora_parameters, relora_layers, stable_generator
 
 _PROBES = 4
 _SMALLEST = 1e-30
@@ -43,6 +44,12 @@ def merge(model: nn.Module, *, masters: MutableMapping[str, Tensor] | None = Non
     layers = dict(relora_layers(model))
     for name, layer in layers.items():
         _check_mergeable(name, layer, masters)
+    for name, factor in lora_parameters(model):
+        if not local_shard(factor).isfinite().all():
+            raise DivergedError(
+                f"The low-rank update of {name.rpartition('.')[0]} is not finite; nothing was merged. Lower the "
+                "learning rate."
+            )
     report = {}
     with matmul_precision("highest"):  # TF32, or "medium" on some processors, would round the update to 3 digits
         for name, layer in layers.items():
@@ -55,14 +62,21 @@ def merge(model: nn.Module, *, masters: MutableMapping[str, Tensor] | None = Non
             # In float32 or float64: bfloat16 keeps 3 digits, and of a relative update of 1e-4 it would lose 97 %.
             left, right = (A.T, B.T) if layer.transposed else (B, A)
             left = shard_of(left, layer.weight)
-            before = None if masters is None else _probe(name, master) + layer.scaling * (left @ _probe(name, right))
-            master.addmm_(left, right, alpha=layer.scaling)
-            if masters is not None and before is not None:
-                change = (_probe(name, master) - before).norm() / before.norm().clamp_min(_SMALLEST)
-                report[name] = replace(report[name], master_change=float(change))
+            change = _add(name, master, left, right, layer.scaling)
+            if masters is not None:
                 masters[f"{name}.weight"] = master
                 layer.hold(master)
+            report[name] = replace(report[name], master_change=change)
             local_shard(layer.lora_B).zero_()
+        for name, experts, owner in expert_layers(model):
+            weight, A, B = owner.get_parameter(name.rpartition(".")[2]), experts.lora_A, experts.lora_B
+            merged = _measure_experts(norm(local_shard(weight), weight), A, B, experts.scaling)
+            changes = [0.0]
+            for W, a, b in zip(*map(local_shard, (weight, A, B)), strict=True):  # ranks hold the same experts of all
+                left, right = (a.T, b.T) if experts.transposed else (b, a)
+                changes.append(_add(name, W, left.to(W.dtype), right.to(W.dtype), experts.scaling))
+            report[name] = replace(merged, master_change=max(changes))
+            local_shard(B).zero_()
     return report
 
 
@@ -73,11 +87,12 @@ def reinit(model: nn.Module, *, seed: int, cycle: int) -> None:
     A must not be zero too: with both factors zero no gradient reaches either. All ranks draw the same, however the
     model is sharded.
     """
-    for name, layer in relora_layers(model):
-        drawn = torch.empty(layer.lora_A.shape, dtype=torch.float32)
+    for name, layer in low_rank_layers(model).items():
+        *experts, rank, width = layer.lora_A.shape
+        drawn = torch.empty(math.prod(experts) * rank, width, dtype=torch.float32)
         # On the CPU, from the layer's name: the same numbers on any device and for any number of ranks.
         nn.init.kaiming_uniform_(drawn, a=math.sqrt(5), generator=stable_generator(seed, cycle, name))
-        local_shard(layer.lora_A).copy_(shard_of(drawn, layer.lora_A))
+        local_shard(layer.lora_A).copy_(shard_of(drawn.view(layer.lora_A.shape), layer.lora_A))
         local_shard(layer.lora_B).zero_()
 
 
@@ -91,13 +106,19 @@ class LayerMerge:
     """exp of the entropy of the update's singular values: 1 for one direction, rank for all alike, 0 for no update."""
 
     master_change: float = 0.0
-    """Change of the outputs that the exact weight gives for random inputs, relative to these; 0 if the model itself
-    holds the exact weight: then the change of its own output tells."""
+    """Change of the outputs that the exact weight gives for random inputs, relative to these."""
 
     @property
     def relative_update_norm(self) -> float:
         """update_norm / weight_norm; 1 if the weight was zero and all of it is now the update."""
         return self.update_norm / self.weight_norm if self.weight_norm else float(self.update_norm > 0)
+
+
+def _add(name: str, weight: Tensor, left: Tensor, right: Tensor, scaling: float) -> float:
+    """Add scaling * left @ right to the weight, and return by how much its outputs then differ from the paths' sum."""
+    before = _probe(name, weight) + scaling * (left @ _probe(name, right))
+    weight.addmm_(left, right, alpha=scaling)
+    return float((_probe(name, weight) - before).norm() / before.norm().clamp_min(_SMALLEST))
 
 
 def _probe(name: str, matrix: Tensor) -> Tensor:
@@ -116,6 +137,13 @@ def _measure(weight_norm: float, A: Tensor, B: Tensor, scaling: float) -> LayerM
     return LayerMerge(float(torch.linalg.vector_norm(values)), weight_norm, rank)
 
 
+def _measure_experts(weight_norm: float, A: Tensor, B: Tensor, scaling: float) -> LayerMerge:
+    """Return the numbers of all experts' merge: the norm of all updates, the mean of their effective ranks."""
+    each = [_measure(0.0, a.float(), b.float(), scaling) for a, b in zip(full_tensor(A), full_tensor(B), strict=True)]
+    ranks = sum(merge.effective_rank for merge in each) / len(each)
+    return LayerMerge(math.hypot(*(merge.update_norm for merge in each)), weight_norm, ranks)
+
+
 def _check_mergeable(name: str, layer: ReLoRALinear, masters: MutableMapping[str, Tensor] | None) -> None:
     if masters is not None and f"{name}.weight" not in masters:
         raise ModelError(f"No master weight is called {name}.weight, so the update of {name} cannot be merged exactly.")
@@ -131,10 +159,6 @@ def _check_mergeable(name: str, layer: ReLoRALinear, masters: MutableMapping[str
         )
     if master.shape != shape:
         raise ModelError(f"{name}.weight is {tuple(shape)} and its master {tuple(master.shape)}.")
-    if not (local_shard(layer.lora_A).isfinite().all() and local_shard(layer.lora_B).isfinite().all()):
-        raise DivergedError(
-            f"The low-rank update of {name} is not finite; nothing was merged. Lower the learning rate."
-        )
 
 
 @contextmanager

@@ -95,6 +95,8 @@ def _masks(
     """Return, for each moment, True where it is kept."""
 
     def mask(moment: Tensor) -> Tensor:
+        if moment.ndim == 3:  # a matrix of each expert
+            return torch.stack([mask(each) for each in moment])
         if ratio == 0 and mode != "zero":  # the least entry is not above itself
             return torch.ones_like(moment, dtype=torch.bool)
         if mode == "magnitude":

@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from relora_train.errors import ConfigError, ModelError, NoTargetModulesError
+from relora_train.method.experts import expert_parameters
 
 HEADS = ("lm_head", "embed_out", "classifier")
 _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
@@ -17,23 +18,24 @@ _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_n
 def check_targets(model: nn.Module, target_modules: Sequence[str] | None, *, rank: int) -> list[str]:
     """Return the names of the layers that apply_relora would wrap. The tensors may be on the meta device.
 
-    None takes the linear layers inside the repeated blocks, but no router, no layer of one output, no shared weight.
+    None takes the linear layers and experts inside the repeated blocks, but no router, layer of one output, or shared
+    weight. Experts that one module holds are named by their parameters.
     Raises NoTargetModulesError for a name without a layer, ModelError for a shared weight, and ConfigError for a rank
     above a side.
     """
-    linears = _linear_layers(model)
+    weights = _wrappable(model)
     holders: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         holders.setdefault(id(parameter), []).append(name)
-    shared = {name: held for name, module in linears.items() if len(held := holders[id(module.weight)]) > 1}
+    shared = {name: held for name, weight in weights.items() if len(held := holders[id(weight)]) > 1}
     if target_modules is None:
-        targets = [name for name in _inside_blocks(model, linears) if name not in shared]
+        targets = [name for name in _inside_blocks(model, weights) if name not in shared]
         if not targets:
-            raise _no_targets(f"A {type(model).__name__} has no repeated blocks with linear layers inside", linears)
+            raise _no_targets(f"A {type(model).__name__} has no repeated blocks with linear layers inside", weights)
     else:
-        targets = _named(model, linears, target_modules)
+        targets = _named(model, weights, target_modules)
     for name in targets:
-        smaller = min(cast(torch.Tensor, linears[name].weight).shape)
+        smaller = min(weights[name].shape[-2:])
         if rank > smaller:
             raise ConfigError(
                 f"relora.rank {rank} exceeds {smaller}, the smaller side of {name}. Lower relora.rank, or leave the "
@@ -68,15 +70,20 @@ def is_inside(name: str, modules: Sequence[str]) -> bool:
     return not {".".join(parts[: i + 1]) for i in range(len(parts))}.isdisjoint(modules)
 
 
-def _linear_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the layers that compute W x + b, the output head left out."""
+def _wrappable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the weights of the layers that compute W x + b, the output head left out, and those of experts, by name.
+
+    A layer's name is its module's, that of experts their parameter's.
+    """
     get_head = getattr(model, "get_output_embeddings", None)
     head = get_head() if callable(get_head) else None
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if name and module is not head and name.rpartition(".")[2] not in HEADS and _is_linear(module)
-    }
+    found = {}
+    for name, module in model.named_modules():
+        if name and module is not head and name.rpartition(".")[2] not in HEADS and _is_linear(module):
+            found[name] = module.get_parameter("weight")
+        elif name:
+            found |= {f"{name}.{own}": module.get_parameter(own) for own in expert_parameters(module)}
+    return found
 
 
 def _is_linear(module: nn.Module) -> bool:
@@ -102,37 +109,38 @@ def _multiplies_plainly(kind: Hashable) -> bool:
         return False
 
 
-def _inside_blocks(model: nn.Module, linears: dict[str, nn.Module]) -> list[str]:
+def _inside_blocks(model: nn.Module, weights: dict[str, nn.Parameter]) -> list[str]:
     """Return the default targets, in the model's order."""
-    blocks = set(block_names(model))
+    blocks = block_names(model)
     config: Any = getattr(model, "config", None)
     counts = {getattr(config, key, None) for key in _EXPERT_COUNTS}
     found = []
-    for name, module in linears.items():
-        weight = cast(torch.Tensor, module.weight)
-        outputs = weight.shape[1 if is_transposed(module) else 0]
+    for name, weight in weights.items():
         parent, _, own = name.rpartition(".")
         beside = [child for child, _ in model.get_submodule(parent).named_children()]
+        transposed = own in beside and is_transposed(model.get_submodule(name))
+        outputs = weight.shape[1 if transposed else 0]
         near = (own, parent.rpartition(".")[2], *beside)
         routes = outputs in counts and any(word in each for each in near for word in ("gate", "router", "expert"))
+        narrow = weight.ndim == 2 and (outputs == 1 or routes)
         # Inside a block, and not a block itself: a list of heads is no stack of blocks.
-        if parent and is_inside(parent, tuple(blocks)) and outputs > 1 and not routes:
+        if parent and is_inside(parent, blocks) and not narrow:
             found.append(name)
     return found
 
 
-def _named(model: nn.Module, linears: dict[str, nn.Module], target_modules: Sequence[str]) -> list[str]:
+def _named(model: nn.Module, weights: dict[str, nn.Parameter], target_modules: Sequence[str]) -> list[str]:
     """Return the layers with these ends of names, whole segments, in the model's order."""
     suffixes = [target_modules] if isinstance(target_modules, str) else target_modules
-    found = {suffix: [name for name in linears if f".{name}".endswith(f".{suffix}")] for suffix in suffixes}
+    found = {suffix: [name for name in weights if f".{name}".endswith(f".{suffix}")] for suffix in suffixes}
     if not found or not all(found.values()):
         unfit = [f"{suffix!r} ({_why_not(model, suffix)})" for suffix in suffixes if not found[suffix]]
-        raise _no_targets(f"relora.target_modules names {', '.join(unfit) or 'nothing'}", linears)
-    return [name for name in linears if any(name in names for names in found.values())]
+        raise _no_targets(f"relora.target_modules names {', '.join(unfit) or 'nothing'}", weights)
+    return [name for name in weights if any(name in names for names in found.values())]
 
 
-def _no_targets(what: str, linears: dict[str, nn.Module]) -> NoTargetModulesError:
-    kinds = ", ".join(sorted({name.rpartition(".")[2] for name in linears})) or "(there are none)"
+def _no_targets(what: str, weights: dict[str, nn.Parameter]) -> NoTargetModulesError:
+    kinds = ", ".join(sorted({name.rpartition(".")[2] for name in weights})) or "(there are none)"
     return NoTargetModulesError(
         f"{what}. The linear layers that can be wrapped are called {kinds}: set relora.target_modules to some of these."
     )

@@ -5,7 +5,8 @@ from collections.abc import Collection, Sequence
 from torch import nn
 
 from relora_train.errors import ModelError
-from relora_train.method.layer import ReLoRALinear, relora_layers
+from relora_train.method.experts import expert_layers, low_rank_layers, unwrap_experts, wrap_experts
+from relora_train.method.layer import ReLoRALinear, lora_parameters, relora_layers
 from relora_train.method.merge import reinit
 from relora_train.method.targets import HEADS, check_targets, is_transposed
 
@@ -31,10 +32,14 @@ def apply_relora(
     """
     if rank < 1 or alpha <= 0 or not 0 <= dropout < 1:
         raise ValueError(f"rank = {rank} must be at least 1, alpha = {alpha} above 0 and dropout = {dropout} in [0, 1)")
-    if any(True for _ in relora_layers(model)):
+    if any(True for _ in lora_parameters(model)):
         raise ModelError("The model has ReLoRA layers already: call unwrap() on it before wrapping it again.")
     names = check_targets(model, target_modules, rank=rank)
     for name in names:
+        parent, _, own = name.rpartition(".")
+        if own in (holder := model.get_submodule(parent))._parameters:
+            wrap_experts(holder, own, rank=rank, alpha=alpha, rank_stabilized=rank_stabilized)
+            continue
         linear = model.get_submodule(name)
         layer = ReLoRALinear(
             linear,
@@ -58,13 +63,13 @@ def unwrap(model: nn.Module) -> list[str]:
 
     The model is then the ordinary model it was before apply_relora, with the same parameter names.
     """
-    layers = dict(relora_layers(model))
+    layers = low_rank_layers(model)
     unmerged = [name for name, layer in layers.items() if layer.lora_B.count_nonzero() > 0]
     if unmerged:
         raise ModelError(
             f"{len(unmerged)} layers hold an update that was not merged, first {unmerged[0]}: call merge()."
         )
-    for name, layer in layers.items():
+    for name, layer in dict(relora_layers(model)).items():
         kind, attributes = layer.plain
         linear = kind.__new__(kind)
         nn.Module.__init__(linear)
@@ -72,6 +77,7 @@ def unwrap(model: nn.Module) -> list[str]:
         linear.weight = nn.Parameter(layer.weight.detach())
         linear.register_parameter("bias", layer.bias)
         model.set_submodule(name, linear.train(layer.training))
+    unwrap_experts(model)
     model.requires_grad_(True)
     return list(layers)
 
@@ -84,11 +90,15 @@ def parameter_kinds(model: nn.Module) -> dict[str, str]:
     get_head = getattr(model, "get_output_embeddings", None)
     head = get_head() if callable(get_head) else None
     kinds: dict[str, str] = {}
+    experts: dict[str, list[str]] = {}
+    for name, _, _ in expert_layers(model):
+        experts.setdefault(name.rpartition(".")[0], []).append(name.rpartition(".")[2])
     for path, module in model.named_modules():
         for own, _ in module.named_parameters(recurse=False):
-            wrapped = isinstance(module, ReLoRALinear)
-            if wrapped and own != "bias":
-                kind = "wrapped" if own == "weight" else "factors"
+            if own in ("lora_A", "lora_B"):
+                kind = "factors"
+            elif (isinstance(module, ReLoRALinear) and own == "weight") or own in experts.get(path, ()):
+                kind = "wrapped"
             elif module is head or path.rpartition(".")[2] in HEADS:
                 kind = "head"
             elif "norm" in type(module).__name__.lower():

@@ -12,8 +12,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from relora_train.errors import ModelError, UntrainedLayerError
+from relora_train.method.experts import low_rank_layers
 from relora_train.method.fast_path import share_inputs
-from relora_train.method.layer import lora_parameters, relora_layers
+from relora_train.method.layer import lora_parameters
 from relora_train.method.merge import merge
 from relora_train.method.wrap import apply_relora, parameter_kinds, unwrap
 from relora_train.settings.base import FrozenConfig
@@ -101,7 +102,7 @@ def check_layers_are_called(model: nn.Module) -> None:
     """
     _train_factors_alone(model)
     logits(model, probe_tokens(model, rows=2)).float().sum().backward()  # type: ignore[no-untyped-call]
-    layers = dict(relora_layers(model))
+    layers = low_rank_layers(model)
     dead, _ = split_idle(layers, [name for name, layer in layers.items() if layer.lora_B.grad is None])
     model.zero_grad(set_to_none=True)
     if dead:

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from relora_train.distributed import full_tensor
 from relora_train.errors import ModelError
-from relora_train.method.layer import lora_parameters, relora_layers
+from relora_train.method.experts import low_rank_layers
+from relora_train.method.layer import relora_layers
 from relora_train.method.targets import is_transposed
 from relora_train.settings.profile import profile_to_read
 from relora_train.training.files import ADAPTER_DIRECTORY
@@ -50,10 +51,16 @@ It holds the stage's low-rank updates, and as `modules_to_save` and biases what 
 
 
 def adapter_state(model: nn.Module) -> dict[str, Tensor]:
-    """Return a copy of every A and B on the CPU, under the names that peft's adapter_model.safetensors uses."""
+    """Return a copy of every A and B on the CPU, under the names that peft's adapter_model.safetensors uses.
+
+    Those of experts, (experts, …), have names without ".weight", which peft does not know.
+    """
     return {
-        f"base_model.model.{name}.weight": full_tensor(factor.detach()).to("cpu", copy=True)
-        for name, factor in lora_parameters(model)
+        f"{_PREFIX}{name}.lora_{factor}" + (".weight" if value.ndim == 2 else ""): full_tensor(value.detach()).to(
+            "cpu", copy=True
+        )
+        for name, layer in low_rank_layers(model).items()
+        for factor, value in (("A", layer.lora_A), ("B", layer.lora_B))
     }
 
 
@@ -64,10 +71,10 @@ def adapter_config(
 
     It describes the low-rank updates alone: embeddings, norms, head and biases trained beside them are the base's.
     """
-    layers = dict(relora_layers(model))
+    layers = low_rank_layers(model)
     if not layers:
         raise ModelError("The model has no ReLoRA layers, so it has no adapter.")
-    first = next(iter(layers.values()))
+    linears, first = dict(relora_layers(model)), next(iter(layers.values()))
     return {
         "peft_type": "LORA",
         "task_type": task_type,
@@ -76,9 +83,9 @@ def adapter_config(
         "lora_alpha": first.alpha,
         "lora_dropout": first.dropout,
         "use_rslora": first.rank_stabilized,
-        "target_modules": list(layers),
+        "target_modules": list(linears),
         "bias": "none",
-        "fan_in_fan_out": any(layer.transposed for layer in layers.values()),
+        "fan_in_fan_out": any(layer.transposed for layer in linears.values()),
         "inference_mode": True,
     }
 

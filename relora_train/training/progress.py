@@ -11,7 +11,8 @@ import torch
 
 from relora_train.distributed import full_tensor, local_shard
 from relora_train.errors import DivergedError, UntrainedLayerError
-from relora_train.method.layer import lora_parameters, relora_layers
+from relora_train.method.experts import low_rank_layers
+from relora_train.method.layer import lora_parameters
 from relora_train.method.reset import moments_of
 from relora_train.training.step import StageTraining
 
@@ -60,7 +61,7 @@ def check_learning(training: StageTraining, step: int) -> None:
     if not stage.low_rank or training.checked_learning or step < min(stage.start_step + CHECKED_UPDATE, stage.end_step):
         return
     training.checked_learning = True
-    layers = dict(relora_layers(training.model))
+    layers = low_rank_layers(training.model)
     optimizer, none = training.optimizer, torch.zeros((), dtype=torch.bool, device=training.ranks.device)
     moved = torch.stack([
         local_shard(moments_of(optimizer, layer.lora_B)[0]).any() if optimizer.state.get(layer.lora_B) else none
