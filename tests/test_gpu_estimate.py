@@ -109,6 +109,14 @@ def test_compiled_blocks_take_fewer_kernels_and_bytes_and_save_less(made: dict[s
     assert compiled.total(lambda kernel: kernel.bytes) < eager.total(lambda kernel: kernel.bytes)
 
 
+def test_compiled_siblings_share_products_and_low_rank_outputs_cost_none(made: dict[str, Estimate]):
+    """A product a weight and a pass, two thin ones a weight, three an input that layers read; three for the loss."""
+    inputs, layers = 4, len(SIDES)
+    products = sum(calls(made["compiled"].other, name) for name in ("mm", "addmm"))
+    assert products == LAYERS * (2 * layers + 2 * layers + 3 * inputs) + 3
+    assert calls(made["compiled"].other, "_log_softmax") == 0 < calls(made["eager"].other, "_log_softmax")
+
+
 def test_one_more_multiplication_costs_exactly_its_bytes(made: dict[str, Estimate], monkeypatch: pytest.MonkeyPatch):
     build = gpu_estimate.build
 

@@ -10,7 +10,9 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaFo
 VOCABULARY = 64
 
 COMPILER_WARNINGS = pytest.mark.filterwarnings(
-    "ignore:`torch.jit.:DeprecationWarning", "ignore:The .grad attribute of a Tensor:UserWarning"
+    "ignore:`torch.jit.:DeprecationWarning",
+    "ignore:The .grad attribute of a Tensor:UserWarning",
+    "ignore:.*autograd.function.Function.* should not be instantiated:DeprecationWarning",
 )
 """A mark for tests that compile: torch warns of its own compiler."""
 

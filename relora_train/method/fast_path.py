@@ -90,6 +90,13 @@ def share_inputs(model: nn.Module, *, optimizer: torch.optim.Optimizer | None = 
     return chosen
 
 
+def join_siblings(model: nn.Module) -> None:
+    """Let layers that read one input find each other, for graphs of torch.compile."""
+    for group in _groups(model):
+        for layer in group.values():
+            layer.siblings = tuple(other for other in group.values() if other is not layer)
+
+
 def _groups(model: nn.Module) -> list[dict[str, ReLoRALinear]]:
     """Return the layers by name, together those that read one input and differ in nothing but `out`."""
     named = dict(relora_layers(model))
@@ -114,5 +121,6 @@ class HashMasks:
         numbers = torch.randint(-(2**31), 2**31, (len(self._groups), 4), device="cpu").to(torch.int32)
         numbers = numbers.to(self._groups[0][0].weight.device, non_blocking=True)
         for layers, row in zip(self._groups, numbers, strict=True):
+            seed = row[:2]  # the same tensor for all of them: a graph then makes one mask
             for layer in layers:
-                layer.mask_seed = row[:2]
+                layer.mask_seed = seed

@@ -1,8 +1,11 @@
-"""The layer in plain operations, which torch.compile makes into one graph: forward, backward, dropout mask and all.
+"""Layers in plain operations, which torch.compile makes into one graph: forward, backward, dropout mask and all.
 
-fast_path.py is the form for eager execution. This one keeps no state between layers and reads no number from a tensor,
-so all blocks of a model share one graph; the compiler fuses what the eager form fuses by hand.
+low_rank.py is the form for eager execution. This one reads no number from a tensor, so all blocks of a model share one
+graph; the compiler fuses what the eager form fuses by hand.
 """
+
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,26 +45,43 @@ def hash_mask(rows: Tensor, seed: Tensor, dropout: float) -> Tensor:
     return (x & 0xFFFF) >= dropped_steps(dropout)
 
 
-def low_rank_linear(
+def linears_in_graph(
     x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    A: Tensor,
-    B: Tensor,
+    layers: Sequence[tuple[Tensor, Tensor | None, Tensor, Tensor]],
     scale: float,
     seed: Tensor | None,
     dropout: float,
-) -> Tensor:
-    """Return W x + b + scale * B (A (mask * x)) for x (..., in), in the dtype that nn.Linear would give.
+) -> list[Tensor]:
+    """Return W x + b + scale * B (A (mask * x)), each (..., out), for each (W, b, A, B) and x (..., in).
 
-    scale: low_rank_scale's. seed: hash_mask's; not needed without dropout.
+    The dtype is that of nn.Linear. scale: low_rank_scale's. seed: hash_mask's; not needed without dropout.
     """
     device = x.device.type
     autocast = torch.is_autocast_enabled(device)
-    dtype = torch.get_autocast_dtype(device) if autocast else weight.dtype
+    dtype = torch.get_autocast_dtype(device) if autocast else layers[0][0].dtype
     with torch.autocast(device, enabled=False):
         rows = x.reshape(-1, x.shape[-1]).to(dtype)
         read = rows if seed is None or dropout == 0 else torch.where(hash_mask(rows, seed, dropout), rows, 0.0)
-        y = F.linear(rows, weight.to(dtype), None if bias is None else bias.to(dtype))
-        y = torch.addmm(y, read @ A.to(dtype).T, B.to(dtype).T, alpha=scale)
-    return y.view(*x.shape[:-1], -1).to(dtype if autocast else x.dtype)
+        low = read @ torch.cat([A.to(dtype) for _, _, A, _ in layers]).T  # (tokens, layers * rank)
+        parts = torch.split(low, [len(A) for _, _, A, _ in layers], dim=1)
+        made = []
+        for (weight, bias, _, B), part in zip(layers, parts, strict=True):
+            bias = None if bias is None else bias.to(dtype)
+            made.append(_WithLowRank.apply(rows, part, weight.to(dtype), bias, (scale * B).to(dtype)))  # type: ignore[no-untyped-call]
+    return [y.view(*x.shape[:-1], -1).to(dtype if autocast else x.dtype) for y in made]
+
+
+class _WithLowRank(torch.autograd.Function):
+    """rows @ W.T + low @ B.T + bias as one product, [rows, low] @ [W, B].T: a second one would copy y and read it."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, low: Tensor, weight: Tensor, bias: Tensor | None, B: Tensor) -> Tensor:
+        ctx.save_for_backward(low, weight, B)
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return F.linear(torch.cat([rows, low], dim=1), torch.cat([weight, B], dim=1), bias)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,), (low, weight, B) = gradients, ctx.saved_tensors
+        bias = None if ctx.bias_dtype is None else gradient.sum(0, dtype=ctx.bias_dtype)
+        return gradient @ weight, gradient @ B, None, bias, gradient.T @ low

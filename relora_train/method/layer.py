@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from relora_train.distributed import local_shard
 from relora_train.method.frozen import KINDS, Frozen, dequantize, quantize
-from relora_train.method.graph_path import low_rank_linear, low_rank_scale
+from relora_train.method.graph_path import linears_in_graph, low_rank_scale
 
 
 class ReLoRALinear(nn.Module):
@@ -62,6 +62,11 @@ class ReLoRALinear(nn.Module):
         self.mask_seed: Tensor | None = None
         """Two int32 numbers from which dropout's mask is hashed (graph_path.py); None: torch's generator draws it."""
 
+        self.siblings: tuple[ReLoRALinear, ...] = ()
+        """The others that read the same input: within a graph, the first that is called computes all of them."""
+
+        self._made: tuple[Tensor, Tensor] | None = None  # an input, and the output that a sibling made of it
+
     @property
     def matrix(self) -> Tensor:
         """The weight as (out, in), or its codes."""
@@ -92,8 +97,7 @@ class ReLoRALinear(nn.Module):
         dropout = self.dropout if self.training else 0.0
         # Under compile, plain operations: dynamo breaks 36 times in two layers of the fast path with dropout.
         if torch.compiler.is_compiling() and (dropout == 0 or self.mask_seed is not None):
-            tensors = self._computed_matrix(x), self.bias, self.lora_A, self.lora_B
-            return low_rank_linear(x, *tensors, low_rank_scale(self.scaling, dropout), self.mask_seed, dropout)
+            return self._in_graph(x, dropout)
         if self.shared is not None and not torch.compiler.is_compiling():
             return self.shared(self, x)
         return relora_linear(x, self._computed_matrix(x), self.bias, self.lora_A, self.lora_B, self.scaling, dropout)
@@ -103,6 +107,18 @@ class ReLoRALinear(nn.Module):
             return self.matrix
         autocast = torch.is_autocast_enabled(x.device.type)
         return self.frozen_matrix(torch.get_autocast_dtype(x.device.type) if autocast else self.lora_A.dtype)
+
+    def _in_graph(self, x: Tensor, dropout: float) -> Tensor:
+        made, self._made = self._made, None
+        if made is not None and made[0] is x:
+            return made[1]
+        layers = (self, *self.siblings)
+        factors = [(each._computed_matrix(x), each.bias, each.lora_A, each.lora_B) for each in layers]
+        scale = low_rank_scale(self.scaling, dropout)
+        output, *others = linears_in_graph(x, factors, scale, self.mask_seed, dropout)
+        for sibling, y in zip(self.siblings, others, strict=True):
+            sibling._made = x, y
+        return output
 
     def extra_repr(self) -> str:
         return (

@@ -356,8 +356,9 @@ def _call_directly(graph: fx.GraphModule) -> None:
 def _left_to_others(kernel: Any, values: dict[fx.Node, Any], fake: Any) -> list[Kernel]:
     """Return the kernels of an operation that inductor calls as it is, such as 'extern_kernels.mm'."""
     words = (getattr(kernel, "python_kernel_name", None) or "").split(".")
-    first = kernel.get_origin_node()
-    found = [node for node in ([first] if first else kernel.get_origins()) if _packet(node) in words]
+    # A kernel whose result is only looked at in parts is noted under the name of a part.
+    named = [kernel.get_origin_node()] if _packet(kernel.get_origin_node()) in words else kernel.get_origins()
+    found = [node for node in named if _packet(node) in words]
     if len(found) != 1:
         raise UnknownCostError(f"a compiled graph calls {'.'.join(words)!r}, which cannot be counted, and is not free.")
     arguments = fx.node.map_arg((found[0].args, found[0].kwargs), lambda given: values[given])
@@ -366,9 +367,10 @@ def _left_to_others(kernel: Any, values: dict[fx.Node, Any], fake: Any) -> list[
     return count.kernels
 
 
-def _packet(node: fx.Node) -> str | None:
+def _packet(node: fx.Node | None) -> str | None:
     """Return 'mm' for aten.mm.default."""
-    return node.target._overloadpacket.__name__ if isinstance(node.target, torch._ops.OpOverload) else None
+    target = getattr(node, "target", None)
+    return target._overloadpacket.__name__ if isinstance(target, torch._ops.OpOverload) else None
 
 
 def _name(operations: Sequence[Any]) -> str:

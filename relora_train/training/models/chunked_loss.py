@@ -6,6 +6,7 @@ head; then the logits are gone. Torch's own `linear_cross_entropy` goes over the
 loss in bfloat16, up to 9 % off over the chunks of a batch; here it is float32 on every device.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,20 +16,38 @@ from torch.nn import functional as F
 from relora_train.training.models.activations import added_classes, chunk_rows
 
 
-def chunked_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
+def loss_of_rows(logits: Tensor, targets: Tensor, *, bias: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return the summed cross-entropy of logits (rows, classes), its gradient in their dtype, and that of a bias."""
+    logs = torch.log_softmax(logits, dim=1, dtype=torch.float32)
+    picked = targets.unsqueeze(1)
+    right = logs.gather(1, picked)
+    if torch.compiler.is_compiling():  # one kernel; one that scatters would first write the probabilities in float32
+        answers = torch.arange(logits.shape[1], device=logits.device) == picked
+        gradient = torch.where(answers, logs.exp() - 1, logs.exp())
+    else:
+        gradient = logs.exp_()  # the probabilities, in place
+        gradient.scatter_add_(1, picked, -torch.ones_like(right))
+    return -right.sum(), gradient.to(logits.dtype), gradient.sum(0) if bias else None
+
+
+def chunked_cross_entropy(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, of_rows: Callable[..., Any] = loss_of_rows
+) -> Tensor:
     """Return the sum over rows of the cross-entropy of `hidden @ weight.T + bias` in nats, differentiable once.
 
     hidden: (rows, in). weight: (classes, in) of the same dtype. targets: (rows,) classes. Products are in that dtype;
-    the softmax, the loss and the sums over chunks are in float32.
+    the softmax, the loss and the sums over chunks are in float32. of_rows: loss_of_rows, or it compiled.
     """
     with torch.autocast(hidden.device.type, enabled=False):
-        made: Tensor = _ChunkedCrossEntropy.apply(hidden, weight, bias, targets)  # type: ignore[no-untyped-call]
+        made: Tensor = _ChunkedCrossEntropy.apply(hidden, weight, bias, targets, of_rows)  # type: ignore[no-untyped-call]
     return made
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, of_rows: Callable[..., Any]
+    ) -> Tensor:
         rows = chunk_rows(len(hidden), len(weight), hidden.device.type)
         classes, total = len(weight), torch.zeros((), device=hidden.device)
         ctx.bias_dtype, added = None if bias is None else bias.dtype, added_classes(classes, hidden.device.type)
@@ -40,15 +59,10 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         grad_bias = None if ctx.bias_dtype is None else weight.new_zeros(len(weight), dtype=torch.float32)
         for x, answers, grad_x in zip(*(torch.split(t, rows) for t in (hidden, targets, grad_hidden)), strict=True):
-            logs = torch.log_softmax(F.linear(x, weight, bias), dim=1, dtype=torch.float32)
-            picked = answers.unsqueeze(1)
-            right = logs.gather(1, picked)
-            total -= right.sum()
-            gradient = logs.exp_()  # the probabilities, in place
-            gradient.scatter_add_(1, picked, -torch.ones_like(right))
+            loss, gradient, of_bias = of_rows(F.linear(x, weight, bias), answers, bias=grad_bias is not None)
+            total += loss
             if grad_bias is not None:
-                grad_bias += gradient.sum(0)
-            gradient = gradient.to(weight.dtype)
+                grad_bias += of_bias
             torch.mm(gradient, weight, out=grad_x)
             if grad_weight is None:
                 continue
@@ -68,4 +82,4 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         (scale,) = gradients
         bias = None if grad_bias is None else (grad_bias * scale).to(ctx.bias_dtype)
         head = None if grad_weight is None else grad_weight * scale.to(grad_weight.dtype)
-        return grad_hidden * scale.to(grad_hidden.dtype), head, bias, None
+        return grad_hidden * scale.to(grad_hidden.dtype), head, bias, None, None

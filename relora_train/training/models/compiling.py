@@ -6,10 +6,13 @@ from contextlib import AbstractContextManager
 from typing import Any, cast
 
 import torch
+import torch._dynamo.config as dynamo
 import torch._functorch.config as functorch
 from torch import nn
 
 from relora_train.errors import DeviceError
+from relora_train.method.fast_path import join_siblings
+from relora_train.training.models.chunked_loss import loss_of_rows
 from relora_train.training.models.model import blocks
 
 _LOGGER = logging.getLogger(__name__)
@@ -22,8 +25,12 @@ def compile_blocks(model: nn.Module, *, recompute: bool = True, backend: str | C
     change in place. recompute: keep what products and attention made for the backward pass, and make the rest again.
     """
     functorch.aggressive_recomputation = recompute
+    # Siblings hand each other their outputs, which no graph sees: a checkpointed block need not do so once more.
+    dynamo.skip_fwd_side_effects_in_bwd_under_checkpoint = True
+    join_siblings(model)
     for block in blocks(model) or [cast(Any, model).base_model]:
         block.compile(dynamic=False, backend=backend)
+    cast(Any, model).loss_of_rows = torch.compile(loss_of_rows, dynamic=False, backend=backend)
 
 
 def can_compile(device: torch.device, *, required: bool) -> bool:

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from relora_train.errors import ModelError, ModelUnsuitableError
 from relora_train.training.models.activations import EVALUATION_ROWS
-from relora_train.training.models.chunked_loss import chunked_cross_entropy
+from relora_train.training.models.chunked_loss import chunked_cross_entropy, loss_of_rows
 
 _UNMASKED = "sdpa_without_mask"
 
@@ -117,7 +117,7 @@ def fused_loss(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
         hidden, weight = hidden.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
     if torch.is_grad_enabled():
-        return chunked_cross_entropy(hidden, weight, bias, targets)
+        return chunked_cross_entropy(hidden, weight, bias, targets, getattr(model, "loss_of_rows", loss_of_rows))
     total = torch.zeros((), device=hidden.device)  # in float32, also under autocast
     for rows, answers in zip(*(torch.split(t, EVALUATION_ROWS) for t in (hidden, targets)), strict=True):
         total += F.cross_entropy(F.linear(rows, weight, bias).float(), answers, reduction="sum")
