@@ -289,8 +289,8 @@ def test_a_compiled_stage_has_the_losses_of_an_eager_one_and_one_graph_for_all_c
             losses.setdefault(compiled, []).extend(record["loss"] for record in metrics_of(output))
             losses[compiled].append(manifest_of(output)["evaluation"]["val_loss"])
             if compiled:
-                # The probe's and a block's: two blocks, a merge and batches of 5 and 1 sequences make no other.
-                assert compiler["stats"]["unique_graphs"] == 2, stage
+                # The probe's, a block's, the loss's: two blocks, a merge, batches of 5 and 1 sequences make no other.
+                assert compiler["stats"]["unique_graphs"] == 3, stage
     assert losses[True] == pytest.approx(losses[False], rel=1e-4)  # rounding, grown over 16 steps
     assert losses[True] != losses[False]  # it did compile
     files = [load_file(tmp_path / name / "cycle-2" / "model.safetensors") for name in ("True", "False")]

@@ -16,7 +16,7 @@ from stages import tiny_request, tiny_stage
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from relora_train.method.graph_path import hash_mask, low_rank_linear, low_rank_scale
+from relora_train.method.graph_path import hash_mask, linears_in_graph, low_rank_scale
 from relora_train.method.layer import relora_layers, relora_linear
 from relora_train.method.low_rank import Factors, low_rank_linears
 from relora_train.training.step import StageTraining
@@ -100,8 +100,8 @@ def compare_with_reference(
         return low_rank_linears(case.x, case.layers, "split", SCALING, dropout, seed)
 
     def in_a_graph() -> tuple[Tensor, ...]:
-        scale = low_rank_scale(SCALING, dropout)
-        return tuple(low_rank_linear(case.x, f.weight, None, f.A, f.B, scale, seed, dropout) for f in case.layers)
+        layers = [(f.weight, None, f.A, f.B) for f in case.layers]
+        return tuple(linears_in_graph(case.x, layers, low_rank_scale(SCALING, dropout), seed, dropout))
 
     def reference() -> tuple[Tensor, ...]:
         made = []

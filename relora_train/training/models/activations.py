@@ -42,7 +42,7 @@ class _Kept(NamedTuple):
 
 
 _EAGER = {"llama": _Kept(2, 2, 2, 4, 4), "gpt_neox": _Kept(1, 0, 3, 6, 2), "vit": _Kept(2, 0, 2, 4, 2)}
-_COMPILED = {"llama": _Kept(0, 1, 4, 3, 3), "gpt_neox": _Kept(0, 1, 3, 6, 2), "vit": _Kept(0, 1, 4, 3, 2)}
+_COMPILED = {"llama": _Kept(0, 1, 4, 3, 3), "gpt_neox": _Kept(0, 1, 3, 6, 2), "vit": _Kept(0, 1, 5, 3, 2)}
 _RECOMPUTED = {"llama": _Kept(0, 1, 1, 3, 2), "gpt_neox": _Kept(0, 1, 0, 5, 1), "vit": _Kept(0, 1, 1, 3, 1)}
 
 
@@ -105,14 +105,14 @@ def _block_row(
     kept = multiples[shape.family]
     size = kept.exact * _FLOAT32 * hidden + kept.residual * residual
     size += product * (kept.hidden * hidden + kept.attention * shape.attention_size + kept.inner * _inner(shape))
-    alone = len(shape.linears) - len(sibling_groups([linear.name for linear in shape.linears]))
     if multiples is _EAGER:  # autocast casts the input of each layer, the fast path that of siblings once
+        alone = len(shape.linears) - len(sibling_groups([linear.name for linear in shape.linears]))
         return size + (product * hidden * alone if not wrapped and product == _BFLOAT16 else 0)
     size += product * profile.relora.rank * len(wrapped)
     if multiples is _RECOMPUTED:  # but attention's output only on CPUs
         return size + (product * shape.attention_size if device != "cpu" else 0)
     masked = wrapped and profile.relora.dropout > 0
-    return size + ((product + 1) * hidden * (alone + 1) if masked else 0)  # masks, and inputs under them
+    return size + ((product + 1) * hidden if masked else 0)  # a mask, and the input under it
 
 
 def _loss_working(shape: ModelShape, rows: int, product: int, device: str) -> int:
