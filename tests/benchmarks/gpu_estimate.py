@@ -268,8 +268,8 @@ def build(profile: Profile, count: Count, *, low_rank_stage: bool, compiled: boo
     """Return a stage as training/build.py makes it, around a model without values."""
     stage = next(stage for stage in plan_stages(profile) if stage.low_rank == low_rank_stage)
     objective = objective_of(profile)
-    with unset_fake_temporarily():
-        model = objective.model_skeleton(cast(Any, SimpleNamespace(vocab_size=32_100, eos_id=0)))
+    with unset_fake_temporarily(), torch.device("meta"):
+        model = objective.new_model(cast(Any, SimpleNamespace(vocab_size=32_100, eos_id=0)))
         if low_rank_stage:
             relora = profile.relora
             apply_relora(
