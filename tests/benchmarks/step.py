@@ -5,6 +5,7 @@
 full     eager transformers at full rank, torch's default AdamW, all logits
 paper    ReLoRA as the paper's code writes it
 peft     LoRA of the peft library
+Every arm is eager, or has its blocks compiled: --set launch.compile=true.
 Every arm does one forward pass an update in a process of its own, and the arms take turns.
 """
 
@@ -30,7 +31,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=2)
     options = parser.parse_args()
-    profile = load_profile(options.profile, options.set)
+    profile = load_profile(options.profile, ["launch.compile=false", *options.set])
     requests = arms(step_requests(profile, updates=1 + options.rounds * options.steps))
     worker = (__file__, "--worker")
     results = measure(requests, rounds=options.rounds, steps=options.steps, what=options.profile, worker=worker)
