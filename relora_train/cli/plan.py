@@ -86,7 +86,9 @@ def plan_view(plan: Plan) -> View:
             "memory: gradients": [size(cost.memory.gradients) for cost in costs],
             "memory: optimizer": [size(cost.memory.optimizer) for cost in costs],
             "memory: merged weights": [size(cost.memory.merged) for cost in costs],
-            "memory: activations": [size(cost.memory.activations) for cost in costs],
+            f"memory: activations{' (roughly)' if plan.rough else ''}": [
+                size(cost.memory.activations) for cost in costs
+            ],
             "memory in all": [size(cost.memory.total) for cost in costs],
             "snapshot": [size(cost.snapshot_bytes) for cost in costs],
         }

@@ -161,6 +161,7 @@ def low_rank_cost(profile: Profile, shape: ModelShape) -> PhaseCost:
         sizes = layers[0].in_features, [linear.out_features for linear in layers], relora.rank
         how = products.choose_products(*sizes, merges=merges, device=device)
         flops[layers] = products.flops_per_token(how, *sizes, tokens=tokens, micro_steps=micro_steps)
+        flops[layers] *= float(layers[0].copies * layers[0].used)
         orders.append(LayerOrder(layers=names, order=how, flops_per_token=round(flops[layers])))
         merged += sum(linear.weights for linear in layers) if how != "split" else 0
     return _phase_cost(

@@ -9,7 +9,7 @@ from relora_train.runs.costs import CardFit, PhaseCost, card_fits, full_cost, lo
 from relora_train.settings.base import FrozenConfig
 from relora_train.settings.profile import Profile
 from relora_train.training.models.activations import evaluation_bytes
-from relora_train.training.models.registry import model_shape
+from relora_train.training.models.registry import counted_shape
 from relora_train.training.models.shape import ShapeUnknownError
 
 _FP32_BYTES = 4
@@ -67,6 +67,9 @@ class Plan(FrozenConfig):
     stages: tuple[PlannedStage, ...]
     unknown: str | None = None
     parameters: int | None = None
+    rough: bool = False
+    """True if activations are a guess: weights, gradients and optimizer are counted for any model."""
+
     full: PhaseCost | None = None
     """Full rank: the warm start, the whole run of method 'full', and what the rest is compared with."""
 
@@ -93,12 +96,14 @@ def plan(profile: Profile) -> Plan:
     full: PhaseCost | None = None
     low_rank: PhaseCost | None = None
     unknown = parameters = evaluation = None
+    rough = False
     fits: tuple[CardFit, ...] = ()
     try:
-        shape = model_shape(profile)
+        shape = counted_shape(profile)
         low_rank = None if profile.method == "full" else low_rank_cost(profile, shape)
         full = full_cost(profile, shape)
         fits = card_fits(profile, shape, {stage.low_rank for stage in stages})
+        rough = shape.rough
         parameters, evaluation = shape.parameters, evaluation_bytes(profile, shape)
     except ShapeUnknownError as error:
         unknown = str(error)
@@ -132,6 +137,7 @@ def plan(profile: Profile) -> Plan:
         stages=planned,
         unknown=unknown,
         parameters=parameters,
+        rough=rough,
         full=full,
         low_rank=low_rank,
         fits=fits,

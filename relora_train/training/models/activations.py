@@ -104,7 +104,11 @@ def _block_row(
     multiples, hidden = _kept_by(profile, device), shape.hidden_size
     kept = multiples[shape.family]
     size = kept.exact * _FLOAT32 * hidden + kept.residual * residual
-    size += product * (kept.hidden * hidden + kept.attention * shape.attention_size + kept.inner * _inner(shape))
+    fewer = 0 if shape.key_value_size is None else 2 * (shape.attention_size - shape.key_value_size)  # keys and values
+    attention = kept.attention * shape.attention_size - fewer
+    size += product * (kept.hidden * hidden + attention + kept.inner * _inner(shape))
+    size += shape.extra_norms * (_FLOAT32 + product)
+    size += shape.scores * profile.batch.sequence_length * (_FLOAT32 + 2 * product)
     if multiples is _EAGER:  # autocast casts the input of each layer, the fast path that of siblings once
         alone = len(shape.linears) - len(sibling_groups([linear.name for linear in shape.linears]))
         return size + (product * hidden * alone if not wrapped and product == _BFLOAT16 else 0)
@@ -123,7 +127,7 @@ def _loss_working(shape: ModelShape, rows: int, product: int, device: str) -> in
 
 
 def _inner(shape: ModelShape) -> int:
-    return shape.linears[-1].in_features
+    return shape.linears[-1].in_features if shape.inner_size is None else shape.inner_size
 
 
 def added_classes(classes: int, device: str) -> int:

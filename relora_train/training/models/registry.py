@@ -18,6 +18,7 @@ from relora_train.errors import ModelNotFoundError, ModelUnsuitableError, Vocabu
 from relora_train.settings.data import TokenizerConfig
 from relora_train.settings.profile import Profile
 from relora_train.training.models.shape import ModelShape, ShapeUnknownError, read_json, shape_of_config
+from relora_train.training.models.shape_of_files import shape_of_files
 
 if TYPE_CHECKING:
     from relora_train.training.models.base import Objective
@@ -166,6 +167,18 @@ def model_shape(profile: Profile) -> ModelShape:
         return facts_of(profile).new_model_shape()
     path = Path(pretrained).expanduser() / "config.json"
     return shape_of_config(read_json(path, f"{pretrained!r} is downloaded"), path)
+
+
+def counted_shape(profile: Profile) -> ModelShape:
+    """Return the shape by which a plan counts: model_shape's, or that of any causal model whose files are here."""
+    try:
+        return model_shape(profile)
+    except ShapeUnknownError:
+        if profile.model.pretrained is None or profile.objective != "causal_lm":
+            raise
+        directory = Path(profile.model.pretrained)
+        path = directory.expanduser() / "config.json"
+        return shape_of_files(directory, read_json(path, f"{str(directory)!r} is downloaded"))
 
 
 def _vocabulary(profile: Profile) -> int:

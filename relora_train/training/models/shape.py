@@ -6,6 +6,7 @@ Counts Llama, GPT-NeoX and ViT, whose blocks have these linear layers and no oth
 import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from relora_train.errors import ConfigError, NoTargetModulesError
 
 @dataclass(frozen=True)
 class LinearShape:
-    """A linear layer that every block has once."""
+    """A linear layer of the blocks."""
 
     name: str
     """Its name inside the block, such as 'self_attn.q_proj'."""
@@ -22,15 +23,31 @@ class LinearShape:
     in_features: int
     out_features: int
     bias: bool = False
+    copies: Fraction = Fraction(1)
+    """Layers like this in a block, on average: its experts, or less than one if only some blocks have it."""
+
+    used: Fraction = Fraction(1)
+    """The share of them that a token passes."""
 
     @property
     def weights(self) -> int:
-        return self.in_features * self.out_features
+        """Parameters of a block's copies."""
+        return round(self.in_features * self.out_features * self.copies)
 
     @property
     def sides(self) -> int:
-        """in + out: parameters of A and B at rank 1."""
-        return self.in_features + self.out_features
+        """in + out: parameters of A and B at rank 1, of a block's copies."""
+        return round((self.in_features + self.out_features) * self.copies)
+
+    @property
+    def biases(self) -> int:
+        """Parameters of a block's biases."""
+        return round(self.out_features * self.copies) if self.bias else 0
+
+    @property
+    def passed(self) -> int:
+        """Weights that multiply a token."""
+        return round(self.weights * self.used)
 
 
 @dataclass(frozen=True)
@@ -74,21 +91,39 @@ class ModelShape:
     other_vectors: int = 0
     """Biases outside blocks."""
 
+    block_matrices: int = 0
+    """Parameters inside blocks that are no vectors and in no linear layer that can be wrapped, such as routers."""
+
+    key_value_size: int | None = None
+    """Width of all key heads together; as that of queries when absent."""
+
+    inner_size: int | None = None
+    """Width inside the MLP; the input of a block's last linear layer when absent."""
+
+    extra_norms: int = 0
+    """Norms of a block beyond two, in widths of the hidden size; those of queries and keys count by their widths."""
+
+    scores: int = 0
+    """Heads whose scores are kept: transformers attends by plain code."""
+
+    rough: bool = False
+    """True if activations of this family were never compared with a real step's."""
+
     input_flops: int = 0
     """Forward and backward of whatever stands in an embedding's place, for one token."""
 
     @property
     def parameters(self) -> int:
         """The number of all parameters; a tied matrix counts once."""
-        per_block = sum(linear.weights + linear.bias * linear.out_features for linear in self.linears)
+        per_block = sum(linear.weights + linear.biases for linear in self.linears)
         matrices = 1 if self.tied else 2
         ends = matrices * self.vocab_size * self.hidden_size + self.other_matrices + self.other_vectors
-        return ends + self.layers * per_block + self.norm_parameters
+        return ends + self.layers * per_block + self.norm_parameters + self.block_matrices
 
     @property
     def vector_parameters(self) -> int:
         """The number of those in norms and biases."""
-        biases = self.layers * sum(linear.bias * linear.out_features for linear in self.linears)
+        biases = self.layers * sum(linear.biases for linear in self.linears)
         return self.norm_parameters + biases + self.other_vectors
 
     def parameters_by_kind(self, wrapped: Sequence[LinearShape] = ()) -> dict[str, int]:
@@ -104,8 +139,8 @@ class ModelShape:
             "embeddings": embeddings,
             "head": head,
             "norms": self.norm_parameters,
-            "biases": self.layers * sum(linear.bias * linear.out_features for linear in linears),
-            "others": self.layers * sum(linear.weights for linear in linears if linear not in wrapped),
+            "biases": self.layers * sum(linear.biases for linear in linears),
+            "others": self.layers * sum(li.weights for li in linears if li not in wrapped) + self.block_matrices,
         }
 
     def rows(self, sequence_length: int) -> int:
@@ -159,7 +194,7 @@ def model_flops_per_token(
     wrapped = wrapped or {}
     low_rank = {linear for layers in wrapped for linear in layers}
     each = 4 if "others" in frozen else 6
-    linears = sum(wrapped.values()) + sum(each * linear.weights for linear in shape.linears if linear not in low_rank)
+    linears = sum(wrapped.values()) + sum(each * linear.passed for linear in shape.linears if linear not in low_rank)
     rows = shape.rows(sequence_length)
     attention = (6 if shape.causal else 12) * shape.attention_size * rows  # scores, their product with the values
     blocks = shape.layers * (linears + attention) * rows / sequence_length
