@@ -71,7 +71,11 @@ def test_a_plan_of_someone_s_model_needs_no_torch_and_says_what_is_rough(tmp_pat
         assert planned.unknown is None and planned.rough == rough
         assert planned.low_rank is not None and planned.low_rank.memory.activations > 0
         assert [fit.low_rank for fit in planned.fits] == [16, 16]
-    code = f"import sys; from relora_train.cli.app import main\ntry: main(['plan', 'continue', '--model', {str(tmp_path / 'bloom')!r}, '--set', 'relora.rank=4'])\nexcept SystemExit: print('torch' in sys.modules)"
+    arguments = ["plan", "continue", "--model", str(tmp_path / "bloom"), "--set", "relora.rank=4"]
+    code = (
+        f"import sys; from relora_train.cli.app import main\ntry: main({arguments})\n"
+        "except SystemExit: print('torch' in sys.modules)"
+    )
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert shown.endswith("False\n") and "activations (roughly)" in shown
 

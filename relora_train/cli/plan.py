@@ -79,6 +79,7 @@ def plan_view(plan: Plan) -> View:
     if phases:
         costs, parameters = list(phases.values()), plan.parameters or 1
         trained = [(cost.trainable_parameters, cost.trainable_parameters / parameters) for cost in costs]
+        roughly = " (roughly)" if plan.rough else ""
         by_label = {
             "trained parameters": [f"{short_count(number)} ({share:.0%})" for number, share in trained],
             "FLOPs a token": [f"{cost.flops_per_token:.3g}" for cost in costs],
@@ -86,9 +87,7 @@ def plan_view(plan: Plan) -> View:
             "memory: gradients": [size(cost.memory.gradients) for cost in costs],
             "memory: optimizer": [size(cost.memory.optimizer) for cost in costs],
             "memory: merged weights": [size(cost.memory.merged) for cost in costs],
-            f"memory: activations{' (roughly)' if plan.rough else ''}": [
-                size(cost.memory.activations) for cost in costs
-            ],
+            f"memory: activations{roughly}": [size(cost.memory.activations) for cost in costs],
             "memory in all": [size(cost.memory.total) for cost in costs],
             "snapshot": [size(cost.snapshot_bytes) for cost in costs],
         }

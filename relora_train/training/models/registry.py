@@ -174,11 +174,10 @@ def counted_shape(profile: Profile) -> ModelShape:
     try:
         return model_shape(profile)
     except ShapeUnknownError:
-        if profile.model.pretrained is None or profile.objective != "causal_lm":
+        directory = Path(profile.model.pretrained or "").expanduser()
+        if profile.model.pretrained is None or not any(directory.glob("*.safetensors")):
             raise
-        directory = Path(profile.model.pretrained)
-        path = directory.expanduser() / "config.json"
-        return shape_of_files(directory, read_json(path, f"{str(directory)!r} is downloaded"))
+        return shape_of_files(directory, read_json(directory / "config.json", f"{str(directory)!r} is downloaded"))
 
 
 def _vocabulary(profile: Profile) -> int:

@@ -28,9 +28,8 @@ Shapes = dict[str, tuple[int, ...]]
 def shape_of_files(directory: Path, config: Mapping[str, Any]) -> ModelShape:
     """Return the shape of the model in a directory. ShapeUnknownError if it is not there, or is no stack of blocks."""
     config = {**config, **(config.get("text_config") or {})}
-    tensors = _text_part(
-        {n: s for n, s in sorted(_headers(directory)) if not n.endswith("correction_bias")}
-    )  # a buffer
+    buffers = "correction_bias"
+    tensors = _text_part({name: shape for name, shape in sorted(_headers(directory)) if not name.endswith(buffers)})
     stacks: dict[str, Counter[str]] = defaultdict(Counter)
     sizes: Counter[str] = Counter()
     blocks: dict[str, set[str]] = defaultdict(set)
