@@ -73,8 +73,13 @@ def test_each_bad_record_is_left_out_with_its_reason_and_first_place(with_faults
     assert first == {reason: f"{with_faults}/a.jsonl, line {31 + n}" for n, reason in enumerate(BAD.values())}
 
 
-def test_a_null_is_an_empty_document_and_no_fault(tmp_path):
-    assert read(skipping("jsonl", write_lines(tmp_path / "a.jsonl", [b'{"text": null}', b""]))) == ([""], [])
+@pytest.mark.parametrize("unreadable", ["stop", "skip"])
+def test_a_null_is_an_empty_document_that_is_counted_and_no_fault(tmp_path, unreadable):
+    lines = [GOOD[0], b'{"text": null}', b"", b'{"text": null}', b'{"text": ""}']
+    texts, facts = read(skipping("jsonl", write_lines(tmp_path / "a.jsonl", lines), unreadable=unreadable))
+    assert texts == [made_up_text(0), "", "", ""]
+    first = f"{tmp_path}/a.jsonl, line 2"
+    assert facts == [{"unit": "records", "reason": "text is null", "count": 2, "of": 4, "first": first}]
 
 
 def test_documents_are_counted_to_the_limit_without_what_is_left_out(with_faults):
@@ -124,6 +129,7 @@ def test_parquet_files_that_are_damaged_or_have_no_such_field_are_left_out_whole
     found = {(fact["unit"], fact["reason"], fact["count"], fact["of"], fact["first"][-14:]) for fact in facts}
     assert found == {
         ("records", "no text in 'text'", 1, 4, "parquet, row 1"),
+        ("records", "text is null", 1, 4, "parquet, row 2"),
         ("files", "damaged", 1, 5, str(tmp_path / "a.parquet")[-14:]),
         ("files", "no field 'text'", 1, 5, str(tmp_path / "b.parquet")[-14:]),
         ("files", "no parquet file", 1, 5, str(tmp_path / "c.parquet")[-14:]),

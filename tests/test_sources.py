@@ -259,7 +259,8 @@ FAULTS = {
     "is not UTF-8 text: byte 2 (0xff)": ("text", b"ab\xff"),
     "is no parquet file": ("parquet", b"PAR1 but not really"),
     ".gz cannot be read": ("text", BROKEN_OFF, ".gz"),
-    "use plain files or .gz": ("jsonl", b"", ".zst"),
+    "use plain files, .gz or .zst": ("jsonl", b"", ".bz2"),
+    "use plain files.": ("parquet", b"", ".zst"),
 }
 
 

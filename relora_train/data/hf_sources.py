@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from relora_train.data.fields import field_path, missing_field
 from relora_train.data.left_out import Fault, text_or_fault
 from relora_train.data.source_files import SourceFile
 from relora_train.errors import SourceUnreadableError
 from relora_train.settings.data import DataConfig
 
 if TYPE_CHECKING:
+    import pyarrow
     from datasets import IterableDataset
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -29,19 +31,20 @@ def parquet_rows(
     text_field = data.text_field
     try:
         with parquet.ParquetFile(file.path) as opened:
-            fields = list(opened.schema_arrow.names)
+            fields = _names(opened.schema_arrow)
             rows = max(1, opened.metadata.num_rows)
     except (OSError, ValueError) as error:  # pyarrow's errors derive from these
         if _is_of_this_machine(error):
             raise SourceUnreadableError(f"{file.name} cannot be read: {error}. Let this user read it.") from None
         fault = f"{file.name} is no parquet file: {error}. Leave it out of data.paths."
         raise Fault(fault, "no parquet file", "files") from None
-    if missing := _missing_field(file.name, fields, text_field):
+    if missing := missing_field(fields, text_field, file.name):
         raise Fault(missing, f"no field {text_field!r}", "files")
-    options = {"data_files": [str(file.path)], "columns": [text_field]}
+    path = field_path(fields, text_field)
+    options = {"data_files": [str(file.path)], "columns": [path[0]]}
     stream = _load("parquet", file.name, split="train", streaming=True, **options)
     for number, (where, text) in enumerate(
-        _texts(stream, file.name, text_field, damaged=lambda said: Fault(said, "damaged", "files")), start=1
+        _texts(stream, file.name, path, damaged=lambda said: Fault(said, "damaged", "files")), start=1
     ):
         advance(file.size_bytes * number // rows - file.size_bytes * (number - 1) // rows)
         yield where, text
@@ -51,14 +54,15 @@ def hub_rows(data: DataConfig, revision: str, advance: Callable[[int], None]) ->
     """Yield each row's text of one revision of a hub dataset, streamed: only the rows at hand are kept."""
     name = f"{data.hub_id}@{revision[:12]}"
     stream = _load(data.hub_id, name, data.hub_config, split=data.hub_split, revision=revision, streaming=True)
-    fields = list(stream.features or ())
+    fields: dict[str, Any] = dict(stream.features or {})
     if not fields:
         with _hub_errors(name):
-            fields = list(next(iter(stream), {}))
-    if missing := _missing_field(name, fields, data.text_field):
+            fields = dict(next(iter(stream), {}))
+    if fields and (missing := missing_field(fields, data.text_field, name)):
         raise SourceUnreadableError(missing)
-    stream = stream.select_columns([data.text_field])
-    for where, text in _texts(stream, name, data.text_field, damaged=SourceUnreadableError):
+    path = field_path(fields, data.text_field)
+    stream = stream.select_columns([path[0]])
+    for where, text in _texts(stream, name, path, damaged=SourceUnreadableError):
         advance(len(text) if isinstance(text, str) else 0)
         yield where, text
 
@@ -86,14 +90,19 @@ def _load(path: str | None, name: str, *args: Any, **kwargs: Any) -> IterableDat
 
 
 def _texts(
-    stream: IterableDataset, name: str, text_field: str, *, damaged: Callable[[str], Exception]
+    stream: IterableDataset, name: str, path: Sequence[str], *, damaged: Callable[[str], Exception]
 ) -> Iterator[tuple[str, str | Fault]]:
-    row = 0
+    import pyarrow.compute as compute
+
+    row, text_field = 0, ".".join(path)
     batches = iter(stream.with_format("arrow").iter(batch_size=_ROWS_AT_ONCE))
     while True:
         try:
             table = next(batches, None)
-            values = [] if table is None else table.column(text_field).to_pylist()
+            column = None if table is None else table.column(path[0])
+            if column is not None and path[1:]:
+                column = compute.struct_field(column, list(path[1:]))  # null where what holds it is null
+            values = [] if column is None else column.to_pylist()
         except Exception as error:  # as above; a decoding fault surfaces here
             kind = SourceUnreadableError if _is_of_this_machine(error) else damaged
             raise kind(
@@ -111,11 +120,11 @@ def _is_of_this_machine(error: Exception) -> bool:
     return isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno is not None)
 
 
-def _missing_field(name: str, fields: list[str], text_field: str) -> str | None:
-    if not fields or text_field in fields:
-        return None
-    there = ", ".join(map(repr, fields))
-    return f"{name} has no field {text_field!r}. It has: {there}. Name the one that holds the text in data.text_field."
+def _names(fields: pyarrow.Schema | pyarrow.StructType) -> dict[str, Any]:
+    """Return the names of fields, with those inside structures; '' stands for any other type."""
+    import pyarrow.types
+
+    return {field.name: _names(field.type) if pyarrow.types.is_struct(field.type) else "" for field in fields}
 
 
 @contextmanager

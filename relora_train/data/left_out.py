@@ -1,4 +1,4 @@
-"""Faults that `data.unreadable = "skip"` leaves out of a source, their counts by file, and the line that tells."""
+"""Faults that `data.unreadable = "skip"` leaves out of a source, null texts, their counts, and the line that tells."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -23,18 +23,24 @@ class Fault(Exception):  # noqa: N818  # as often a value as raised
         return SourceUnreadableError(f"{self} {remedy}")
 
 
+NULL = Fault("The record's text is null.", "text is null")
+"""Stands for a null text: counted and left out, and never an error."""
+
+
 def text_or_fault(value: Any, text_field: str, where: str) -> str | Fault:
-    """Return a record's text, which UTF-8 can encode; '' for null."""
-    if value is not None and not isinstance(value, str):
+    """Return a record's text, which UTF-8 can encode; NULL for null."""
+    if value is None:
+        return NULL
+    if not isinstance(value, str):
         what = f"{where}: the field {text_field!r} holds a {type(value).__name__}, not text."
         return Fault(f"{what} Name another field in data.text_field.", f"no text in {text_field!r}")
     try:
-        (value or "").encode()
+        value.encode()
     except UnicodeEncodeError as error:
         half = f"character {error.start} is half of a surrogate pair ({error.object[error.start]!r})"
         what = f"{where}: {half}, which no encoding can hold. Repair or remove that document."
         return Fault(what, "half of a surrogate pair")
-    return value or ""
+    return value
 
 
 @dataclass

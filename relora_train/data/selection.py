@@ -190,7 +190,7 @@ class DatasetInputs:
         return later | {
             "dataset_format": DATASET_FORMAT,
             "source": self.source.identity,
-            "text_field": data.text_field if data.source in ("jsonl", "parquet", "hub") else None,
+            "text_field": data.text_field if data.source in ("jsonl", "csv", "parquet", "hub") else None,
             "max_documents": data.max_documents,
             "tokenizer": {"sha256": self.loaded.sha256} if self.loaded else trained,
             "eos_token": self.eos_token,

@@ -24,11 +24,12 @@ _log = logging.getLogger("relora_train.data.sources")
 # The files that a directory or prefix contributes; one that is named itself, or by a glob, may be called anything.
 _ENDINGS = {
     "text": ("",),
-    "jsonl": (".jsonl", ".json", ".ndjson", ".jsonl.gz", ".json.gz", ".ndjson.gz"),
+    "jsonl": tuple(f"{name}{ending}" for ending in ("", ".gz", ".zst") for name in (".jsonl", ".json", ".ndjson")),
+    "csv": (".csv", ".csv.gz", ".csv.zst"),
     "parquet": (".parquet",),
     "idx": ("-ubyte", "-ubyte.gz"),
 }
-_UNSUPPORTED_COMPRESSION = (".zst", ".bz2", ".xz", ".lz4", ".zip", ".tar")
+_UNSUPPORTED_COMPRESSION = (".bz2", ".xz", ".lz4", ".zip", ".tar")
 
 
 @dataclass(frozen=True)
@@ -113,16 +114,23 @@ def list_files(paths: Iterable[str], kind: str, *, skip: bool = False) -> list[F
         )
     try:
         for name in () if skip else (file.name for file in found.values()):
-            check_compression(name)
+            check_compression(name, kind)
     except Fault as fault:
         raise SourceUnreadableError(str(fault)) if kind == "idx" else fault.as_error() from None
     return list(found.values())
 
 
-def check_compression(name: str) -> None:
+def check_compression(name: str, kind: str) -> None:
     """Return only if this library reads files of such a name. Raises Fault."""
-    if name.endswith(_UNSUPPORTED_COMPRESSION):
-        raise Fault(f"{name} is compressed in a way that is not read; use plain files or .gz.", "compressed", "files")
+    if name.endswith((*_UNSUPPORTED_COMPRESSION, *((".zst",) if kind in ("idx", "parquet") else ()))):
+        read = (
+            "plain files"
+            if kind == "parquet"
+            else "plain files or .gz"
+            if kind == "idx"
+            else "plain files, .gz or .zst"
+        )
+        raise Fault(f"{name} is compressed in a way that is not read; use {read}.", "compressed", "files")
 
 
 def _on_disk(path: str, kind: str, left_out: list[str]) -> list[FoundFile]:

@@ -1,26 +1,30 @@
 """Documents from any source: a stream of texts in a fixed order, and the identity of what they came from.
 
-Identity is content: the SHA-256 of every file in order, or a hub revision; never a path. Text and JSON lines are read
-here, one file or line at a time; parquet and hub datasets through `datasets`, streamed. Memory is bounded by the
-longest document. Light until parquet or the hub is read.
+Identity is content: the SHA-256 of every file in order, or a hub revision; never a path. Text, JSON lines and CSV are
+read here, one file or record at a time; parquet and hub datasets through `datasets`, streamed. Memory is bounded by the
+longest document. Light until parquet, .zst or the hub is read.
 """
 
 import codecs
+import csv
 import gzip
 import hashlib
+import io
 import json
+import sys
 import sysconfig
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
+from relora_train.data.fields import text_of
 from relora_train.data.hf_sources import hub_rows, parquet_rows, resolve_hub_revision
-from relora_train.data.left_out import Fault, LeftOut, text_or_fault
+from relora_train.data.left_out import NULL, Fault, LeftOut, text_or_fault
 from relora_train.data.source_files import SourceFile, check_compression, find_files, warn_once
 from relora_train.errors import SourceUnreadableError
 from relora_train.settings.data import DataConfig
@@ -103,21 +107,25 @@ def identify(kind: str, files: Sequence[SourceFile]) -> dict[str, Any]:
 
 
 def read_documents(source: Source, advance: Advance = lambda size: None) -> Iterator[str]:
-    """Yield the texts of the source in order, at most max_documents of them. A null text is ''.
+    """Yield the texts of the source in order, at most max_documents of them. A null text is '', and counted.
 
-    Every text can be encoded as UTF-8. A fault is counted in source.left_out where data.unreadable is 'skip'. Raises
-    SourceUnreadableError, with the file and the line, row or byte.
+    Every text can be encoded as UTF-8. A fault is counted too where data.unreadable is 'skip', and otherwise
+    raises SourceUnreadableError, with the file and the line, row or byte.
     """
     data, given = source.data, 0
     for name, documents in _parts(source, advance):
         tally = source.left_out.begin(name)
         for where, found in documents:
-            if isinstance(found, Fault):
+            if found is NULL:
+                tally.add(NULL, where)
+                found = ""
+            elif isinstance(found, Fault):
                 if data.unreadable == "stop":
                     raise found.as_error()
                 tally.add(found, where)
                 continue
-            tally.records += 1
+            else:
+                tally.records += 1
             yield found
             given += 1
             if given == data.max_documents:
@@ -140,10 +148,11 @@ def _parts(source: Source, advance: Advance) -> Iterator[tuple[str, Located]]:
 
 def _documents_or_fault(file: SourceFile, data: DataConfig, advance: Advance) -> Located:
     """Yield the documents of a file; if it is no text, the one fault that says so, first or, to stop there, later."""
-    documents = {"jsonl": _json_lines, "parquet": parquet_rows}.get(data.source, _whole_text)
+    documents = {"jsonl": _json_lines, "csv": _csv_rows, "parquet": parquet_rows}.get(data.source, _whole_text)
     try:
-        check_compression(file.name)
-        may_break_off = data.source == "parquet" or (data.source == "jsonl" and file.name.endswith(".gz"))
+        check_compression(file.name, data.source)
+        compressed = file.name.endswith((".gz", ".zst"))
+        may_break_off = data.source in ("parquet", "csv") or (data.source == "jsonl" and compressed)
         if data.unreadable == "skip" and may_break_off:
             # A file that breaks off is left out whole: how much of it can be read depends on sizes of buffers.
             deque(documents(file, data, lambda size: None), maxlen=0)
@@ -207,11 +216,48 @@ def _text_in(line: bytes, text_field: str, where: str) -> str | Fault:
     if not isinstance(row, dict):
         found = f"{where} holds a JSON {type(row).__name__}, not an object with the field {text_field!r}."
         return Fault(f"{found} Write one object a line.", "no JSON object")
-    if text_field not in row:
-        there = ", ".join(map(repr, row)) or "no fields"
-        found = f"{where} has no field {text_field!r}. It has: {there}."
-        return Fault(f"{found} Name the one that holds the text in data.text_field.", f"no field {text_field!r}")
-    return text_or_fault(row[text_field], text_field, where)
+    return text_of(row, text_field, where)
+
+
+def _csv_rows(file: SourceFile, data: DataConfig, advance: Advance) -> Located:
+    """Yield the field of each row below the header; a blank line is no row. Raises Fault if the file is no CSV."""
+    csv.field_size_limit(sys.maxsize)  # the module's own limit is 128 KiB, less than many documents
+    told = number = 0
+    with _opened(file) as (stream, disk):
+        rows = csv.reader(_decoded(stream, file.name), strict=True)
+        try:
+            header = next(rows, [])
+            if data.text_field not in header:
+                there = ", ".join(map(repr, header)) or "no header"
+                what = f"{file.name} has no column {data.text_field!r} in its first row. It has: {there}."
+                remedy = "Name the one that holds the text in data.text_field."
+                raise Fault(f"{what} {remedy}", f"no column {data.text_field!r}", "files")
+            column = header.index(data.text_field)
+            for number, row in enumerate(filter(None, rows), start=1):
+                advance(disk.tell() - told)
+                told = disk.tell()
+                where = f"{file.name}, row {number} (to line {rows.line_num})"
+                if len(row) == len(header):
+                    yield where, text_or_fault(row[column], data.text_field, where)
+                else:
+                    what = f"{where} has {len(row)} fields, and the header has {len(header)}. Repair or remove the row."
+                    yield where, Fault(what, "another number of fields")
+        except csv.Error as error:
+            what = (
+                f"{file.name}, after row {number} (line {rows.line_num}), is not valid CSV: {error}. Repair the file."
+            )
+            raise Fault(what, "not valid CSV", "files") from None
+
+
+def _decoded(stream: Iterable[bytes], name: str) -> Iterator[str]:
+    for number, line in enumerate(stream, start=1):
+        try:
+            yield (line.removeprefix(codecs.BOM_UTF8) if number == 1 else line).decode("utf-8")
+        except UnicodeDecodeError as error:
+            what = (
+                f"{name}, line {number}, is not UTF-8: {error.reason} at byte {error.start}. Convert the file to UTF-8."
+            )
+            raise Fault(what, "not UTF-8 text", "files") from None
 
 
 @contextmanager
@@ -222,9 +268,16 @@ def _opened(file: SourceFile) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
             if file.name.endswith(".gz"):
                 with gzip.GzipFile(fileobj=disk) as stream:
                     yield stream, disk  # type: ignore[misc]  # a GzipFile is read like any binary file
+            elif file.name.endswith(".zst"):
+                import pyarrow
+
+                with io.BufferedReader(pyarrow.CompressedInputStream(disk, "zstd")) as stream:
+                    yield stream, disk
             else:
                 yield disk, disk
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise Fault(f"{file.name} cannot be read: {error}. Repair it.", "damaged", "files") from error
     except OSError as error:
+        if file.name.endswith(".zst") and error.errno is None:  # so pyarrow tells that the content is damaged
+            raise Fault(f"{file.name} cannot be read: {error}. Repair it.", "damaged", "files") from error
         raise SourceUnreadableError(f"{file.name} cannot be read: {error}. Let this user read it.") from error

@@ -7,6 +7,9 @@ from pydantic import Field, model_validator
 
 from relora_train.settings.base import Address, FrozenConfig
 
+FILE_SOURCES = ("text", "jsonl", "csv", "parquet")
+"""Sources of text that lie in files."""
+
 
 class TokenizerConfig(FrozenConfig):
     """The tokenizer: one to load, the model's own, or a byte-level BPE trained on the training part."""
@@ -42,11 +45,11 @@ class DataConfig(FrozenConfig):
     name: str = Field("corpus", pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")
     """Folder of the dataset in the store."""
 
-    source: Literal["python-stdlib", "text", "jsonl", "parquet", "hub", "digits", "idx"] = "python-stdlib"
+    source: Literal["python-stdlib", "text", "jsonl", "csv", "parquet", "hub", "digits", "idx"] = "python-stdlib"
     """'python-stdlib' is the standard library's own source. Images: scikit-learn's 'digits', 'idx' of MNIST's kind."""
 
     paths: tuple[Address, ...] = ()
-    """Files, directories, globs or s3:// prefixes, for text, jsonl, parquet and idx; a file counts once."""
+    """Files, directories, globs or s3:// prefixes, for text, jsonl, csv, parquet and idx; a file counts once."""
 
     validation_paths: tuple[Address, ...] = ()
     """Files to hold out, named like `paths` and read alike; then the rest of `paths` is trained on."""
@@ -64,7 +67,7 @@ class DataConfig(FrozenConfig):
     """Its revision; the newest when absent, recorded with the dataset."""
 
     text_field: str = "text"
-    """Field of a document that holds its text."""
+    """Field of a document, or column of a CSV, that holds its text; inside other fields: 'meta.body.text'."""
 
     unreadable: Literal["stop", "skip"] = "stop"
     """'skip' leaves out, and counts, records without text and files that are no text. 'stop' ends with an error."""
@@ -89,18 +92,18 @@ class DataConfig(FrozenConfig):
 
     @model_validator(mode="after")
     def settings_fit_the_source(self) -> Self:
-        if self.source in ("text", "jsonl", "parquet", "idx") and not self.paths:
+        if self.source in (*FILE_SOURCES, "idx") and not self.paths:
             raise ValueError(f"source {self.source!r} needs paths")
         if self.source == "hub" and not self.hub_id:
             raise ValueError("source 'hub' needs hub_id")
-        if self.validation_paths and self.source not in ("text", "jsonl", "parquet"):
-            raise ValueError(f"source {self.source!r} takes no validation_paths; text, jsonl and parquet do")
-        if self.unreadable == "skip" and self.source not in ("text", "jsonl", "parquet", "hub"):
-            raise ValueError(f"source {self.source!r} takes no unreadable 'skip'; text, jsonl, parquet and hub do")
+        if self.validation_paths and self.source not in FILE_SOURCES:
+            raise ValueError(f"source {self.source!r} takes no validation_paths; {', '.join(FILE_SOURCES)} do")
+        if self.unreadable == "skip" and self.source not in (*FILE_SOURCES, "hub"):
+            raise ValueError(f"source {self.source!r} takes no unreadable 'skip'; {', '.join(FILE_SOURCES)}, hub do")
         if self.paths and self.source in ("python-stdlib", "hub", "digits"):
+            readers = ", ".join((*FILE_SOURCES, "idx"))
             raise ValueError(
-                f"source {self.source!r} does not read paths; set source to one that does (text, jsonl, parquet, idx), "
-                "or paths to []"
+                f"source {self.source!r} does not read paths; set source to one that does ({readers}), or paths to []"
             )
         return self
 

@@ -99,7 +99,7 @@ class Objective:
 
 OBJECTIVES: Mapping[str, Objective] = {
     "causal_lm": Objective(
-        sources=("python-stdlib", "text", "jsonl", "parquet", "hub"),
+        sources=("python-stdlib", "text", "jsonl", "csv", "parquet", "hub"),
         own_keys=(),
         in_series=True,
         headline=PERPLEXITY,
