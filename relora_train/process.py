@@ -122,6 +122,12 @@ def _log_to_parent() -> None:
     """Warnings of this project become events, which people see; everything else is ordinary output."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     logging.getLogger("relora_train").addHandler(_Warnings(logging.WARNING))
+    quiet_libraries()
+
+
+def quiet_libraries() -> None:
+    """Silence what libraries tell of themselves on import: bitsandbytes names a kernel that nothing here uses."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 class _Warnings(logging.Handler):

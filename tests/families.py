@@ -108,7 +108,7 @@ def main() -> None:
             trial = trial_of(family, Path(directory))
         errors = [each.said if each.error is None else f"{each.error:.1e}" for each in trial.findings]
         share = f"{trial.kinds['wrapped'] / trial.parameters:.0%}"
-        sys.stdout.write(f"| {' | '.join([family, str(len(trial.wrapped)), share, *errors[1:]])} |\n")
+        sys.stdout.write(f"| {' | '.join([family, str(len(trial.wrapped)), share, *errors[1:4]])} |\n")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The profile that continues a pretrained model: --model names it, no warm start, the dtype it came in goes out."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -46,3 +47,24 @@ def test_plan_says_of_which_model_it_does_not_know(capsys: pytest.CaptureFixture
     with pytest.raises(SystemExit):
         main(["plan", "continue", "--model", "some/model"])
     assert "'some/model' is downloaded" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"quantization_config": {"quant_method": "gptq"}}, "are quantised"),
+        ({"architectures": ["T5ForConditionalGeneration"]}, "is a T5ForConditionalGeneration"),
+        (None, "pickles can run code"),
+    ],
+)
+def test_a_plan_refuses_what_a_run_refuses(
+    change: dict[str, object] | None, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    tiny_llama().config.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | (change or {})))
+    if change is None:
+        (tmp_path / "pytorch_model.bin").touch()
+    with pytest.raises(SystemExit) as ended:
+        main(["plan", "continue", "--model", str(tmp_path)])
+    assert ended.value.code == 4 and said in capsys.readouterr().err

@@ -24,6 +24,7 @@ from relora_train.errors import ConfigError, SourceUnreadableError
 from relora_train.reports.collect import collect_run_data
 from relora_train.reports.report import render_page, summarize
 from relora_train.runs.evaluations import recorded_evaluations
+from relora_train.runs.run import fetch_parent
 from relora_train.runs.task_scores import (
     check_tasks,
     measured,
@@ -34,6 +35,7 @@ from relora_train.runs.task_scores import (
 from relora_train.settings.tasks import TaskMeasure, TaskSelection
 from relora_train.storage.opening import open_store
 from relora_train.storage.workspace import checkpoint_cache
+from relora_train.training.requests import TasksRequest
 
 NAMES = ("choice", "pages", "echo")
 
@@ -92,6 +94,18 @@ def test_scores_are_those_that_the_harness_gives_the_export(checkpoint, scored, 
         task, metric = name.split("/")
         assert score["value"] == pytest.approx(theirs[task][f"{metric},none"], rel=1e-6)  # batches may differ in size
     assert ours["choice/acc"]["stderr"] == pytest.approx(theirs["choice"]["acc_stderr,none"])
+
+
+def test_a_run_in_bfloat16_is_scored_under_autocast(checkpoint, scored, tasks, tmp_path):
+    from relora_train.training.evaluate_tasks import evaluate_tasks
+
+    profile = tiny_profile(precision={"dtype": "bfloat16"})
+    directory, result = fetch_parent(checkpoint), tmp_path / "scores.json"
+    selection = TaskSelection(tasks=("pages",), include=str(tasks))
+    request = TasksRequest(profile=profile, selection=selection, checkpoint_directory=directory, result_path=result)
+    evaluate_tasks(request, lambda event, **fields: None)
+    score, exact = json.loads(result.read_text())["pages"][0], scores_of(scored)["pages/word_perplexity"]
+    assert score["value"] == pytest.approx(exact["value"], rel=0.05) and score["value"] != exact["value"]
 
 
 def test_a_score_says_what_it_is_and_how_it_was_made(scored):

@@ -2,6 +2,7 @@
 
 import json
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -11,12 +12,12 @@ from test_pretrained import bert, saved
 from torch import nn
 from transformers import BartConfig, BartForCausalLM
 
-from relora_train.errors import ModelUnsuitableError, UntrainedLayerError
+from relora_train.data.tokenizer import train_tokenizer
+from relora_train.errors import ModelNotFoundError, ModelUnsuitableError, UntrainedLayerError
 from relora_train.method.targets import check_targets
 from relora_train.training.model_trial import try_model
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"),  # peft asks for it
     pytest.mark.filterwarnings("ignore:.*tie_word_embeddings.*:UserWarning"),
 ]
 
@@ -29,11 +30,11 @@ def test_a_family_works_from_wrapping_to_peft(family: str, tmp_path: Path):
     trial = trial_of(family, tmp_path)
     assert not trial.faults
     errors = {finding.part: finding.error for finding in trial.findings}
-    assert [*errors] == ["training", "merge", "export", "adapter"]
+    assert [*errors] == ["training", "merge", "export", "adapter", "tokenizer"]
     assert 0 < errors["merge"] <= 1e-6  # zero would mean that nothing was trained
     assert errors["export"] == 0
     if family == "mamba":
-        assert "incompatible with Mamba" in trial.findings[-1].said
+        assert "incompatible with Mamba" in trial.findings[-2].said
     else:
         assert errors["adapter"] <= 1e-5
 
@@ -104,9 +105,27 @@ def test_the_command_prints_a_table_and_fails_by_name(tmp_path: Path, relora):
     directory = str(saved(family_model("gpt2"), tmp_path / "model"))
     done = relora("check", directory, "--rank", "2")
     assert done.code == 0
-    for words in ("gpt2", "2 c_attn, 4 c_proj, 2 c_fc", "training  works", "merge     works", "export    works"):
+    for words in ("gpt2", "2 c_attn, 4 c_proj, 2 c_fc", "training   works", "merge      works", "export     works"):
         assert words in done.out
     record = json.loads(relora("check", directory, "--rank", "2", "--target", "c_fc", "--json").out)
     assert record["wrapped"] == ["transformer.h.0.mlp.c_fc", "transformer.h.1.mlp.c_fc"]
+    assert "tokenizer  –" in done.out and "tokenizer.train = true" in " ".join(done.out.split())
     refused = relora("check", str(tmp_path / "nothing"))
     assert refused.code == 4 and "nothing" in refused.err
+
+
+def test_the_command_says_no_more_than_its_table(tmp_path: Path):
+    directory = saved(family_model("gpt2"), tmp_path / "model")
+    train_tokenizer(["a text"], vocab_size=300).save(directory)
+    done = subprocess.run(
+        ["relora", "check", str(directory), "--rank", "2"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 4 and "tokenizer: 2" in done.stderr and "rows of the embedding" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1  # and not what peft and bitsandbytes tell on import
+
+
+def test_a_model_without_safe_weights_is_refused_as_a_run_refuses_it(tmp_path: Path):
+    directory = saved(family_model("llama"), tmp_path / "model")
+    (directory / "model.safetensors").rename(directory / "pytorch_model.bin")
+    with pytest.raises(ModelNotFoundError, match="pickles can run code"):
+        try_model(directory)

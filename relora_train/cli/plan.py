@@ -13,6 +13,7 @@ from relora_train.runs.plan import plan as plan_profile
 from relora_train.settings.load import list_profiles, load_profile
 from relora_train.text import short_count
 from relora_train.text import size as size_text
+from relora_train.training.models.registry import facts_of
 
 _LARGE_SHARE, _LARGE_NUMBER = 1 / 3, 500_000_000
 """Parameters in embeddings and head from which on the plan says how to freeze them."""
@@ -22,7 +23,9 @@ size = partial(size_text, form=".3g")
 
 def plan(profile: ProfileName, sets: Sets = None, model: Model = None, as_json: AsJson = False) -> None:
     """Show what a profile comes to before anything starts: stages, tokens, parameters, memory, FLOPs."""
-    planned = plan_profile(load_profile(profile, with_model(sets, model)))
+    settings = load_profile(profile, with_model(sets, model))
+    facts_of(settings).check_pretrained(planned=True)
+    planned = plan_profile(settings)
     answer(as_json, planned, lambda: plan_view(planned))
 
 

@@ -14,7 +14,7 @@ from relora_train.settings.tasks import TaskSelection
 from relora_train.training.evaluate import hold_as_computed
 from relora_train.training.models.registry import objective_of
 from relora_train.training.requests import TasksRequest
-from relora_train.training.torch_settings import autocast, configure_torch
+from relora_train.training.torch_settings import configure_torch
 
 
 def evaluate_tasks(request: TasksRequest, emit: Emit) -> None:
@@ -35,13 +35,18 @@ def evaluate_tasks(request: TasksRequest, emit: Emit) -> None:
         end = cast(Any, model).config.eos_token_id
         if tokenizer.eos_token is None and isinstance(end, int):  # a tokenizer.json does not say which one it is
             tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end)
-        harness = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=profile.evaluation.batch_sequences)
+        harness = HFLM(
+            pretrained=model,
+            tokenizer=tokenizer,
+            batch_size=profile.evaluation.batch_sequences,
+            # It enters a context of its own, which without this turns an autocast around it off.
+            mixed_precision_dtype="bfloat16" if profile.precision.computes_in_bfloat16 else None,
+        )
         scores = {}
         for name, known in loaded.items():
-            with autocast(profile.precision, ranks.device):
-                results = simple_evaluate(
-                    harness, tasks=[name], limit=request.selection.limit, log_samples=False, task_manager=known
-                )
+            results = simple_evaluate(
+                harness, tasks=[name], limit=request.selection.limit, log_samples=False, task_manager=known
+            )
             scores[name] = scores_in(results)
             emit("scored", task=name, scores={score["score"]: score["value"] for score in scores[name]})
     request.result_path.write_text(json.dumps(scores))

@@ -2,6 +2,7 @@
 
 import json
 import tempfile
+import warnings
 from collections import Counter
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,17 +12,20 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from relora_train.errors import ModelError, UntrainedLayerError
+from relora_train.data.tokenizer import load_tokenizer
+from relora_train.errors import ModelError, TokenizerError, UntrainedLayerError
 from relora_train.method.experts import low_rank_layers
 from relora_train.method.fast_path import share_inputs
 from relora_train.method.layer import lora_parameters
 from relora_train.method.merge import merge
 from relora_train.method.wrap import apply_relora, parameter_kinds, unwrap
+from relora_train.process import quiet_libraries
 from relora_train.settings.base import FrozenConfig
 from relora_train.training.files import save_model
 from relora_train.training.models.causal_lm import NextTokenLoss
 from relora_train.training.models.model import embedding, evaluating, logits, probe_tokens
 from relora_train.training.models.pretrained import load_model
+from relora_train.training.models.registry import CAUSAL_LM, check_place, read_config
 from relora_train.training.peft_export import adapter_config, adapter_on_base, adapter_state
 from relora_train.training.progress import listed, split_idle
 
@@ -69,8 +73,12 @@ def try_model(
 
     Holds up to two copies of it. Raises what a run raises before its first update, by the same checks.
     """
+    quiet_libraries()
+    if directory := check_place(place):
+        read_config(directory, CAUSAL_LM, key="vocab_size")
     torch.manual_seed(0)
     model = load_model(place, revision=revision)
+    rows = embedding(model).num_embeddings
     family, size = cast(Any, model).config.model_type, sum(p.numel() for p in model.parameters())
     names = apply_relora(model, rank=rank, alpha=rank, dropout=0, target_modules=target_modules, seed=0)
     kinds: Counter[str] = Counter()
@@ -91,7 +99,8 @@ def try_model(
     export = _compared("export", "logits and config.json as before", expected, _scores(model), exactly=True)
     if changed := sorted(key for key, value in _config(model).items() if config.get(key, value) != value):
         export = export.model_copy(update={"works": False, "said": f"config.json changed: {', '.join(changed)}"})
-    findings += [export, _adapted(model, load_model(place, revision=revision), updates, settings)]
+    findings += [export, _adapted(model, load_model(place, revision=revision, tells=False), updates, settings)]
+    findings.append(_tokenizer(place, revision, rows))
     return Trial(family=family, parameters=size, wrapped=tuple(names), kinds=dict(kinds), findings=tuple(findings))
 
 
@@ -146,9 +155,29 @@ def _trained(model: nn.Module) -> Finding:
     return Finding(part="training", works=not dead and losses[-1] < losses[0], said=said)
 
 
+def _tokenizer(place: str | Path, revision: str | None, rows: int) -> Finding:
+    """Look whether the model's own tokenizer can be used, as a run does by default."""
+    try:
+        entries = load_tokenizer(str(place), revision=revision).vocab_size
+    except TokenizerError as error:
+        return Finding(part="tokenizer", works=None, said=str(error))
+    said = f"{entries:,} entries, {rows:,} rows of the embedding"
+    return Finding(part="tokenizer", works=entries <= rows, said=said)
+
+
 def _adapted(model: nn.Module, base: nn.Module, updates: dict[str, Tensor], settings: dict[str, Any]) -> Finding:
     if find_spec("peft") is None:
         return Finding(part="adapter", works=None, said="not tried: peft is not installed")
+    with warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", ".is_gradient_checkpointing. is deprecated", FutureWarning
+        )  # peft asks for it
+        return _adapted_by_peft(model, base, updates, settings)
+
+
+def _adapted_by_peft(
+    model: nn.Module, base: nn.Module, updates: dict[str, Tensor], settings: dict[str, Any]
+) -> Finding:
     from peft import PeftModel
 
     expected = _scores(model)

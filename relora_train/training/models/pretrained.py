@@ -32,15 +32,19 @@ _LOGGER = logging.getLogger(__name__)
 _DTYPES: dict[str, Dtype] = {"F64": "float32", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
-def load_model(path: str | Path, *, revision: str | None = None, kind: LoadedAs = CAUSAL_LM) -> nn.Module:
+def load_model(
+    path: str | Path, *, revision: str | None = None, kind: LoadedAs = CAUSAL_LM, tells: bool = True
+) -> nn.Module:
     """Return any model that this class of transformers knows, from a directory or the hub, in float32.
+
+    tells: warn of what is left out.
 
     Every value comes from the files. If they lack a tensor or hold one more, if it is quantised or was made for another
     task, that is a ModelUnsuitableError. No pickle is ever loaded and no code of a checkpoint is ever run: such a one
     is a ModelNotFoundError.
     """
     with _reading(path):
-        loader, config, attention, is_part = _loader(path, revision, kind)
+        loader, config, attention, is_part = _loader(path, revision, kind, tells)
         made = loader._model_mapping[type(config)] if is_part else loader
         model, found = made.from_pretrained(
             None if is_part else _place(path),
@@ -136,7 +140,7 @@ def _listed(names: Sequence[str]) -> str:
     return ", ".join(sorted(names)[:_NAMED]) + more
 
 
-def _loader(path: str | Path, revision: str | None, kind: LoadedAs) -> tuple[Any, Any, str, bool]:
+def _loader(path: str | Path, revision: str | None, kind: LoadedAs, tells: bool = True) -> tuple[Any, Any, str, bool]:
     """Return the auto class, the configuration, the attention (torch's own, or else transformers' plain code), and
     True if it is the configuration of a model's part for text, beside which it has others.
 
@@ -161,7 +165,7 @@ def _loader(path: str | Path, revision: str | None, kind: LoadedAs) -> tuple[Any
     made = made[0] if isinstance(made, tuple) else made
     if config is whole:
         check_config(raw, path, kind, made_as=made.__name__)
-    else:
+    elif tells:
         _LOGGER.warning(
             "Of %s, a model of type %r, only the part for text is trained and written, as a %s.",
             path, whole.model_type, made.__name__,
@@ -185,8 +189,8 @@ def _reading(path: str | Path) -> Iterator[None]:
     except (OSError, ValueError, SafetensorError, ImportError, RuntimeError) as error:
         if is_out_of_memory(error):
             raise
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         raise ModelNotFoundError(
-            f"model.pretrained {str(path)!r} could not be loaded: {reason} "
+            f"model.pretrained {str(path)!r} could not be loaded: {reason}. "
             "Give a directory with config.json and safetensors weights, or a hub id this machine can reach."
         ) from None

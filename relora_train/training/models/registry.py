@@ -59,8 +59,11 @@ class ObjectiveFacts(ABC):
         return self.profile.tokenizer
 
     @abstractmethod
-    def check_pretrained(self) -> None:
-        """Refuse a model.pretrained on this machine that cannot be trained so. Seconds, no network."""
+    def check_pretrained(self, *, planned: bool = False) -> None:
+        """Refuse a model.pretrained on this machine that cannot be trained so. Seconds, no network.
+
+        planned: for a plan, which needs no tokenizer, and no weights beside config.json.
+        """
 
     def local_pretrained(self) -> Path | None:
         """Return the directory of model.pretrained if it is on this machine. ModelNotFoundError for what is none."""
@@ -88,12 +91,14 @@ class CausalLMFacts(ObjectiveFacts):
             return settings
         return settings.model_copy(update={"path": model.pretrained, "revision": model.revision})
 
-    def check_pretrained(self) -> None:
+    def check_pretrained(self, *, planned: bool = False) -> None:
         """Raise unless a local model has a configuration, and rows for every token of a local tokenizer."""
         directory = self.local_pretrained()
         if directory is None:
             return
-        rows = read_config(directory, CAUSAL_LM, key="vocab_size")
+        rows = read_config(directory, CAUSAL_LM, key="vocab_size", planned=planned)
+        if planned:
+            return
         tokenizer = self.tokenizer()
         entries = tokenizer.vocab_size
         if tokenizer.path is not None:
@@ -128,10 +133,10 @@ class ImageFacts(ObjectiveFacts):
         config |= {"image_size": images.size, "patch_size": images.patch_size, "num_channels": images.channels}
         return shape_of_config(config, "the profile's [model] and [images]")
 
-    def check_pretrained(self) -> None:
+    def check_pretrained(self, *, planned: bool = False) -> None:
         """Raise unless a local model has a configuration; the model's images are checked when it is loaded."""
         if directory := self.local_pretrained():
-            read_config(directory, IMAGE_CLASSIFIER, key="image_size")
+            read_config(directory, IMAGE_CLASSIFIER, key="image_size", planned=planned)
 
 
 def check_place(model: str | Path) -> Path | None:
@@ -199,10 +204,11 @@ def _vocabulary(profile: Profile) -> int:
         raise ShapeUnknownError(f"{path} is not a tokenizer.json with a vocabulary; set model.vocab_size") from None
 
 
-def read_config(directory: Path, kind: LoadedAs, *, key: str) -> int:
+def read_config(directory: Path, kind: LoadedAs, *, key: str, planned: bool = False) -> int:
     """Return the number that the config.json of a local model has under `key`.
 
-    Raises ModelNotFoundError for a directory without such a file or without safetensors, and as check_config.
+    Raises ModelNotFoundError for a directory without such a file or without safetensors, and as check_config. A plan
+    may be made of a config.json alone.
     """
     place = f"model.pretrained {str(directory)!r}"
     try:
@@ -222,7 +228,7 @@ def read_config(directory: Path, kind: LoadedAs, *, key: str) -> int:
             f"{place} has a config.json without {key}, so it is no model that transformers loads for this objective. "
             "Correct the path."
         ) from None
-    if not any(directory.glob("*.safetensors")):
+    if not any(directory.glob("*.safetensors")) and not (planned and not any(directory.glob("*.bin"))):
         raise ModelNotFoundError(
             f"{place} holds no weights in safetensors, and others are never loaded: pickles can run code. Load the "
             "model with transformers where you trust it, and give what save_pretrained writes."
