@@ -128,6 +128,7 @@ def test_a_dry_run_runs_all_code_and_says_what_it_cannot_judge(
         "A9",
         "A10",
         "A11",
+        "A12",
         "B5",
         "B9",
         "B10",

@@ -15,6 +15,8 @@ from torch import Tensor
 
 Frozen = Literal["float32", "bfloat16", "int8", "nf4"]
 
+QUANTIZED: tuple[Frozen, ...] = ("int8", "nf4")
+
 NF4_BLOCK = 64
 """Weights that share a scale, counted through the matrix as it lies in memory."""
 

@@ -74,6 +74,10 @@ CHECKS = (
         "DeviceMemoryError, DeviceError and TrainerCrashedError, in time, and their processes gone",
     ),
     Check(
+        "A12", "frozen weights and moments in few bytes", 8, "right_few_bytes.few_bytes",
+        "codes of a CPU, read within rounding; 5 losses of a stage within 1e-2 of a CPU's",
+    ),
+    Check(
         "B1", "tokens a second of the profiles", 170, "speed.profiles",
         "llama_1b: full rank at least 52,000 tokens a second, low rank 66,000",
     ),
