@@ -24,6 +24,7 @@ from relora_train.method.bfloat16_adamw import round_trained_matrices
 from relora_train.method.fast_path import HashMasks, share_inputs
 from relora_train.method.layer import relora_layers
 from relora_train.method.wrap import apply_relora
+from relora_train.settings.method import TrainConfig
 from relora_train.settings.profile import Profile
 from relora_train.training.models.activations import Activations, activations
 from relora_train.training.models.compiling import compile_blocks
@@ -152,3 +153,23 @@ def test_the_peak_of_a_micro_batch_is_the_counted(monkeypatch, vocabulary, dtype
         before, live.peak = live.now, 0
         case.loss().backward()
     assert sum(case.counted) == pytest.approx(live.peak - before, rel=0.2)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_frozen_head_is_counted_without_a_gradient(monkeypatch, dtype):
+    monkeypatch.setattr(f"{__name__}.VOCABULARY", 5000)
+    case = Case(llama, True, EAGER, dtype=dtype)
+    frozen = {"relora": case.profile.relora.model_copy(update={"train": TrainConfig(embeddings=False, head=False)})}
+    shape = shape_of_config(case.model.config.to_dict(), "the model")
+    wrapped = wrapped_layers(shape, target_modules=None, rank=RANK)
+    counted = activations(case.profile.model_copy(update=frozen), shape, wrapped, device="cpu")
+    for module in (case.model.lm_head, case.model.model.embed_tokens):
+        module.weight.requires_grad_(False)
+        module.weight.data = module.weight.data.to(getattr(torch, dtype))
+    case.model.model.embed_tokens.register_forward_hook(lambda module, inputs, output: output.float())
+    assert counted.kept == pytest.approx(saved_bytes(case.model, case.loss), rel=0.06)
+    with LiveBytes() as live:
+        case.loss().backward()
+        before, live.peak = live.now, 0
+        case.loss().backward()
+    assert sum(counted) == pytest.approx(live.peak - before, rel=0.2)

@@ -14,7 +14,7 @@ from tiny_models import logits, relative_error, token_batch
 from torch import Tensor
 
 from relora_train.errors import ConfigError, DivergedError, ModelError
-from relora_train.method.experts import expert_layers
+from relora_train.method.experts import expert_layers, has_experts, hold_experts, low_rank_layers
 from relora_train.method.layer import lora_parameters
 from relora_train.method.merge import merge, merge_and_reinit
 from relora_train.method.reset import reset_optimizer_state
@@ -26,6 +26,7 @@ from relora_train.training.trainer import run_stage
 
 EXPERTS = ("experts.gate_up_proj", "experts.down_proj")
 LAYOUTS = pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "gpt_oss"])  # the last holds (in, out)
+CODED = ({"frozen": "int8", "dtype": "bfloat16"}, {"frozen": "nf4"})
 TOKENS = token_batch(seed=3) % 128
 
 
@@ -188,8 +189,41 @@ def test_an_updates_size_counts_every_expert():
     assert meter.end()["relative_weight_change"] == pytest.approx(change / weight, rel=1e-4)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "pure-bfloat16"])
-def test_a_stage_trains_merges_and_commits_experts(dtype: str, dataset: Path, tmp_path: Path):
+def test_under_autocast_a_small_update_is_not_rounded_away():
+    model = family_model("mixtral")
+    apply_relora(model, rank=2, alpha=2, dropout=0, target_modules=EXPERTS, seed=0)
+    _, layer, owner = next(expert_layers(model))
+    weight = owner.gate_up_proj.detach()
+    layer.lora_B.data.fill_(1e-4)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        update = layer(weight).detach() - weight
+    torch.testing.assert_close(update, layer.lora_B @ layer.lora_A, rtol=1e-2, atol=1e-7)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+def test_experts_are_held_as_codes_and_eight_merges_are_those_of_float32(family: str, kind: Any):
+    model, exact = wrapped(family, filled=False), wrapped(family, filled=False)
+    masters = {name: exact.get_parameter(name).detach().clone() for name, _, _ in expert_layers(model)}
+    for name in masters:
+        hold_experts(model, name, masters[name], kind)
+        held, layer = model.get_parameter(name), dict(low_rank_layers(model))[name]
+        assert held.numel() * held.element_size() == masters[name].numel() * (1 if kind == "int8" else 0.5)
+        assert (layer.exact(held) - masters[name]).abs().max() < 0.2 * masters[name].abs().max()
+    assert 0 < relative_error(logits(model), logits(exact)) < 0.5 and has_experts(model)
+    for cycle in range(8):
+        for each in (model, exact):
+            fill(each)
+        merge_and_reinit(model, cycle=cycle, seed=0, masters=masters)
+        merge_and_reinit(exact, cycle=cycle, seed=0)
+    for name, master in masters.items():
+        assert torch.equal(master, exact.get_parameter(name))
+        again = dict(low_rank_layers(model))[name].rounded(master, kind)[0]
+        assert torch.equal(model.get_parameter(name), again)
+
+
+@pytest.mark.parametrize("precision", [*({"dtype": d} for d in ("float32", "bfloat16", "pure-bfloat16")), *CODED])
+def test_a_stage_trains_merges_and_commits_experts(precision: dict[str, str], dataset: Path, tmp_path: Path):
     base = family_model("mixtral", vocab_size=300)
     base.save_pretrained(tmp_path / "base")
     profile = tiny_profile(
@@ -197,7 +231,7 @@ def test_a_stage_trains_merges_and_commits_experts(dtype: str, dataset: Path, tm
         schedule={"warm_start_steps": 0, "cycles": 1, "cycle_length": 3, "warmup_steps": 0, "restart_warmup_steps": 0},
         relora={"rank": 2, "dropout": 0.1},
         batch={"sequence_length": 16},
-        precision={"dtype": dtype},
+        precision=precision,
     )
     run_stage(stage_request(profile, "cycle-1", dataset, tmp_path / "out"), ignore)
     trained = dict(load_model(tmp_path / "out").named_parameters())

@@ -2,9 +2,11 @@
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from families import family_model
 from safetensors.torch import load_file
 from stage_runs import CPU, ignore, manifest_of, run_all, stage_request, tiny_profile
 from tiny_models import COMPILER_WARNINGS, logits, tiny_llama, token_batch, train
@@ -14,15 +16,17 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from relora_train.errors import CheckpointCorruptError, ConfigError, ModelError, TrainingError
 from relora_train.method import merge as merging
+from relora_train.method.experts import low_rank_layers
 from relora_train.method.fast_path import HashMasks, share_inputs
 from relora_train.method.frozen import NF4_BLOCK, Frozen, dequantize, quantize
-from relora_train.method.layer import relora_layers
+from relora_train.method.layer import lora_parameters, relora_layers
 from relora_train.method.merge import merge, merge_and_reinit
 from relora_train.method.wrap import apply_relora
 from relora_train.runs.costs import bytes_per_weight
+from relora_train.runs.plan import plan
 from relora_train.settings.load import load_profile
-from relora_train.settings.profile import default_run_id
-from relora_train.training.build import prepare_stage
+from relora_train.settings.profile import Profile, default_run_id
+from relora_train.training.build import prepare_stage, round_frozen_weights
 from relora_train.training.commit import check_written
 from relora_train.training.end_of_cycle import finish_cycle
 from relora_train.training.files import read_tensor
@@ -273,3 +277,86 @@ def test_a_transposed_weight_is_held_merged_and_read_back_alike(kind: Frozen):
     torch.testing.assert_close(
         layer.frozen_matrix(torch.float32), masters["transformer.h.0.attn.c_attn.weight"].T, rtol=0, atol=0.05
     )
+
+
+ENDS = {"train": {"embeddings": False, "head": False}}
+ROUNDED: list[dict[str, str]] = [
+    {"dtype": "float32"}, {"dtype": "bfloat16"}, {"dtype": "bfloat16", "frozen": "int8"},
+    {"dtype": "bfloat16", "frozen": "nf4"}, {"dtype": "bfloat16", "frozen": "float32"}, {"frozen": "nf4"},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("precision", ROUNDED, ids=str)
+@pytest.mark.parametrize(
+    ("family", "relora"),
+    [
+        ("llama", ENDS),
+        ("qwen2", {}),
+        ("gpt2", {**ENDS, "target_modules": ["c_attn"]}),
+        ("mixtral", ENDS),
+        ("qwen3_moe", {}),
+    ],
+)
+def test_the_plan_counts_the_bytes_that_a_stage_holds(
+    family: str, relora: dict[str, Any], precision: dict[str, str], tmp_path: Path
+):
+    model = family_model(family, vocab_size=300)
+    model.save_pretrained(tmp_path)
+    settings = {"model": {"pretrained": str(tmp_path)}, "relora": {"rank": 2, **relora}, "precision": precision}
+    profile = Profile.model_validate({**settings, "batch": {"sequence_length": 16}})
+    apply_relora(
+        model, rank=2, alpha=2, dropout=0, target_modules=profile.relora.target_modules, seed=0,
+        frozen=profile.relora.frozen,
+    )  # fmt: skip
+    if (kind := profile.precision.frozen_as) != "float32":
+        device, others = torch.device("cpu"), profile.precision.rounds_others
+        round_frozen_weights(model, kind, tmp_path, tmp_path, device=device, others=others)
+    tensors = [
+        *model.parameters(),
+        *(each.scales for each in low_rank_layers(model).values() if each.scales is not None),
+    ]
+    held = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    counted = plan(profile).low_rank
+    assert counted is not None and counted.memory.weights == pytest.approx(held, rel=0.01)
+    assert counted.adapter_parameters == sum(factor.numel() for _, factor in lora_parameters(model))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_frozen_embeddings_and_heads_are_held_in_bfloat16_and_written_exactly(
+    tied: bool, dataset: Path, tmp_path: Path
+):
+    base = family_model("llama", vocab_size=300, tie_word_embeddings=tied)
+    base.save_pretrained(tmp_path / "base")
+    changes: dict[str, Any] = {
+        "model": {"pretrained": str(tmp_path / "base")},
+        "schedule": {
+            "warm_start_steps": 0,
+            "cycles": 2,
+            "cycle_length": 4,
+            "warmup_steps": 0,
+            "restart_warmup_steps": 0,
+        },
+        "relora": {"rank": 4, **ENDS, "target_modules": ["q_proj", "v_proj"]},
+        "batch": {"sequence_length": 16},
+    }
+    losses = []
+    for frozen in ("float32", "nf4"):
+        profile = tiny_profile(**changes, precision={"dtype": "bfloat16", "frozen": frozen})
+        if frozen == "nf4":
+            training = prepare_stage(stage_request(profile, "cycle-1", dataset, tmp_path / "out"), CPU)
+            held = training.model
+            for weight in (
+                held.model.embed_tokens.weight,
+                held.lm_head.weight,
+                held.model.layers[0].mlp.up_proj.weight,
+            ):
+                assert weight.dtype == torch.bfloat16 and not weight.requires_grad
+            assert held.model.embed_tokens(torch.tensor([1])).dtype == torch.float32
+        made = run_all(profile, dataset, tmp_path / frozen)
+        losses.append(manifest_of(made["cycle-2"])["evaluation"]["val_loss"])
+        before, after = (load_file(path / "model.safetensors") for path in (tmp_path / "base", made["cycle-2"]))
+        assert before.keys() == after.keys() and ("lm_head.weight" in after) != tied
+        for name in before:
+            moved = "norm" in name or "q_proj" in name or "v_proj" in name
+            assert torch.equal(before[name], after[name]) != moved, name
+    assert losses[0] == pytest.approx(losses[1], rel=0.02) and losses[0] != losses[1]

@@ -20,8 +20,11 @@ def check(
     as_json: AsJson = False,
 ) -> None:
     """Try a model: load, wrap, train a few updates, merge, write, load again, adapter in peft. CPU, float32."""
+    from transformers.utils.logging import set_verbosity_error
+
     from relora_train.training.model_trial import Trial, try_model
 
+    set_verbosity_error()  # it takes a random token for padding
     with console_for_people(to_stderr=True).status(f"trying {model}"):
         trial = try_model(model, revision=revision, rank=rank, target_modules=tuple(targets) if targets else None)
 

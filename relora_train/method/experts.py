@@ -1,17 +1,19 @@
 """Low-rank updates of experts that one module holds as 3-D parameters, (experts, out, in): an A and a B an expert.
 
 The module computes as it always does, from W + scaling * B A in the place of W: so every way that transformers has to
-multiply experts works. For a forward and backward pass this takes a second copy of a layer's experts. It leaves no
-place for dropout, and the experts' weights are held in float32.
+multiply experts works. For a forward and backward pass this takes a second copy of a layer's experts, in float32: added
+to weights in bfloat16, a small update would be rounded away. It leaves no place for dropout. The weights are held in
+float32, or as codes of int8 or nf4 (frozen.py).
 """
 
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from relora_train.method.frozen import KINDS, Frozen, dequantize, quantize
 from relora_train.method.layer import ReLoRALinear, relora_layers
 
 _PREFIX = "relora_"
@@ -30,14 +32,33 @@ class ReLoRAExperts(nn.Module):
         out_features, in_features = (columns, rows) if transposed else (rows, columns)
         self.rank, self.alpha, self.rank_stabilized, self.dropout = rank, alpha, rank_stabilized, 0.0
         self.transposed, self.scaling = transposed, alpha / (math.sqrt(rank) if rank_stabilized else rank)
-        dtype = torch.promote_types(weight.dtype, torch.float32)
+        self.shape, dtype = weight.shape, torch.promote_types(weight.dtype, torch.float32)
+        self.scales: Tensor | None
+        self.register_buffer("scales", None, persistent=False)
         self.lora_A = nn.Parameter(torch.zeros(experts, rank, in_features, device=weight.device, dtype=dtype))
         self.lora_B = nn.Parameter(torch.zeros(experts, out_features, rank, device=weight.device, dtype=dtype))
 
     def forward(self, weight: Tensor) -> Tensor:
-        """Return W + scaling * B A, in the shape and dtype of W."""
+        """Return W + scaling * B A in the shape of W. weight: W, or its codes."""
+        exact = self.exact(weight)
         left, right = (self.lora_A.mT, self.lora_B.mT) if self.transposed else (self.lora_B, self.lora_A)
-        return torch.baddbmm(weight, left.to(weight.dtype), right.to(weight.dtype), alpha=self.scaling)
+        with torch.autocast(weight.device.type, enabled=False):
+            return torch.baddbmm(exact, left.to(exact.dtype), right.to(exact.dtype), alpha=self.scaling)
+
+    def exact(self, weight: Tensor) -> Tensor:
+        """Return the weights, or what their codes stand for."""
+        if self.scales is None:
+            return weight
+        rows = self.shape[:-1].numel(), self.shape[-1]
+        codes = weight.view(-1) if KINDS[weight.dtype] == "nf4" else weight.view(rows)
+        return dequantize(codes, self.scales, rows, torch.float32).view(self.shape)
+
+    def rounded(self, exact: Tensor, kind: Frozen) -> tuple[Tensor, Tensor | None]:
+        """Return codes, with the experts one after the other, and their scales."""
+        codes, scales = quantize(exact.reshape(-1, exact.shape[-1]), kind)
+        return codes.view(
+            len(exact), *((-1,) if kind == "nf4" and exact.shape[-1] % 2 else (exact.shape[1], -1))
+        ), scales
 
 
 def expert_parameters(module: nn.Module) -> list[str]:
@@ -49,7 +70,7 @@ def expert_parameters(module: nn.Module) -> list[str]:
 
 def has_experts(model: nn.Module) -> bool:
     """Return True if a module of the model holds experts in one parameter."""
-    return any(expert_parameters(module) for module in model.modules())
+    return any(expert_parameters(module) for module in model.modules()) or any(True for _ in expert_layers(model))
 
 
 def wrap_experts(module: nn.Module, parameter: str, *, rank: int, alpha: float, rank_stabilized: bool) -> None:
@@ -61,6 +82,15 @@ def wrap_experts(module: nn.Module, parameter: str, *, rank: int, alpha: float, 
         module.register_forward_hook(_put_back, always_call=True)
     module.add_module(f"{_PREFIX}{parameter}", layer.train(module.training))
     weight.requires_grad_(False)
+
+
+def hold_experts(model: nn.Module, name: str, exact: Tensor, kind: Frozen | None = None) -> None:
+    """Hold the exact weights of a parameter of experts as codes of this kind, or of that in which they are held now."""
+    path, _, own = name.rpartition(".")
+    owner = model.get_submodule(path)
+    layer, weight = cast(ReLoRAExperts, owner.get_submodule(f"{_PREFIX}{own}")), owner.get_parameter(own)
+    codes, layer.scales = layer.rounded(exact.to(weight.device), kind or KINDS[weight.dtype])
+    owner.register_parameter(own, nn.Parameter(codes, requires_grad=False))
 
 
 def unwrap_experts(model: nn.Module) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from relora_train.distributed import full_tensor, local_shard, norm, shard_of
 from relora_train.errors import DivergedError, ModelError
-from relora_train.method.experts import expert_layers, low_rank_layers
+from relora_train.method.experts import expert_layers, hold_experts, low_rank_layers
 from relora_train.method.layer import ReLoRALinear, lora_parameters, relora_layers, stable_generator
 
 _PROBES = 4
@@ -68,14 +68,19 @@ def merge(model: nn.Module, *, masters: MutableMapping[str, Tensor] | None = Non
                 layer.hold(master)
             report[name] = replace(report[name], master_change=change)
             local_shard(layer.lora_B).zero_()
-        for name, experts, owner in expert_layers(model):
+        for name, experts, owner in list(expert_layers(model)):
             weight, A, B = owner.get_parameter(name.rpartition(".")[2]), experts.lora_A, experts.lora_B
+            exact = None if masters is None or experts.scales is None else masters[name].to(weight.device)
+            weight = weight if exact is None else nn.Parameter(exact, requires_grad=False)
             merged = _measure_experts(norm(local_shard(weight), weight), A, B, experts.scaling)
             changes = [0.0]
             for W, a, b in zip(*map(local_shard, (weight, A, B)), strict=True):  # ranks hold the same experts of all
                 left, right = (a.T, b.T) if experts.transposed else (b, a)
                 changes.append(_add(name, W, left.to(W.dtype), right.to(W.dtype), experts.scaling))
             report[name] = replace(merged, master_change=max(changes))
+            if masters is not None and exact is not None:
+                masters[name] = exact
+                hold_experts(model, name, exact)
             local_shard(B).zero_()
     return report
 

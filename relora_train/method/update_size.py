@@ -19,7 +19,7 @@ class UpdateMeter:
 
     def __init__(self, model: nn.Module) -> None:
         self._layers = list(low_rank_layers(model).values())
-        self._experts = [owner.get_parameter(name.rpartition(".")[2]) for name, _, owner in expert_layers(model)]
+        self._experts = [(owner.get_parameter(n.rpartition(".")[2]), each) for n, each, owner in expert_layers(model)]
         self._before: list[tuple[Tensor, Tensor]] = []
 
     def begin(self) -> None:
@@ -52,7 +52,7 @@ class UpdateMeter:
     def _weight_norm(self) -> float:
         layers = [layer for layer in self._layers if isinstance(layer, ReLoRALinear)]
         weights = [layer.weight if layer.scales is None else layer.frozen_matrix(torch.float32) for layer in layers]
-        weights += self._experts
+        weights += [layer.exact(weight) for weight, layer in self._experts]
         return math.sqrt(sum(norm(local_shard(weight).float(), weight) ** 2 for weight in weights))
 
 

@@ -109,3 +109,19 @@ def parameter_kinds(model: nn.Module) -> dict[str, str]:
                 kind = "biases" if own.endswith("bias") else "others"
             kinds[f"{path}.{own}" if path else own] = kind
     return kinds
+
+
+def frozen_matrices(model: nn.Module) -> list[tuple[list[str], nn.Module]]:
+    """Return the embeddings and linear layers without a low-rank update whose weights are frozen.
+
+    Each comes with the names of its weight: an embedding that is the head too comes twice, with both names.
+    """
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    found = [
+        module
+        for module in model.modules()
+        if (isinstance(module, nn.Embedding | nn.Linear) or is_transposed(module)) and not module.weight.requires_grad
+    ]
+    return [(names[id(module.weight)], module) for module in found]

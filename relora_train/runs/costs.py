@@ -178,6 +178,12 @@ def low_rank_cost(profile: Profile, shape: ModelShape) -> PhaseCost:
     )
 
 
+def _held_as(profile: Profile, linear: LinearShape) -> str:
+    """Return what a device holds the wrapped weights of a layer in; experts take codes or float32."""
+    kind = profile.precision.frozen_as
+    return "float32" if linear.is_expert and kind == "bfloat16" else kind
+
+
 def bytes_per_weight(kind: str, in_features: int) -> float:
     """Return the bytes of a frozen weight with its share of the scales (method/frozen.py)."""
     return {"float32": 4.0, "bfloat16": 2.0, "int8": 1 + 4 / in_features, "nf4": 0.5 + 4 / 64}[kind]
@@ -198,10 +204,13 @@ def _phase_cost(
     counts = {**shape.parameters_by_kind(wrapped), "factors": factors}
     kinds = tuple(ParameterKind(name=name, parameters=n, trained=name not in frozen) for name, n in counts.items() if n)
     held = shape.layers * sum(
-        math.ceil(linear.weights * bytes_per_weight(profile.precision.frozen_as, linear.in_features))
+        math.ceil(linear.weights * bytes_per_weight(_held_as(profile, linear), linear.in_features))
         for linear in wrapped
     )
     held += _FP32_BYTES * (sum(kind.parameters for kind in kinds if not kind.trained) - counts["wrapped"])
+    if wrapped and profile.precision.rounds_others and profile.launch.sharding == "none":
+        matrices = shape.matrices_by_kind(wrapped)
+        held -= (_FP32_BYTES - _BF16_BYTES) * sum(matrices[kind] for kind in {*matrices} & {*frozen})
     trainable = sum(kind.parameters for kind in kinds if kind.trained)
     trained = _FP32_BYTES * trainable
     if profile.precision.trains_in_bfloat16:  # under autocast all that is trained stays fp32

@@ -39,6 +39,11 @@ class PrecisionConfig(FrozenConfig):
         return "bfloat16" if self.computes_in_bfloat16 else "float32"
 
     @property
+    def rounds_others(self) -> bool:
+        """True if frozen matrices that are not wrapped are held in bfloat16: products round them anyway."""
+        return self.computes_in_bfloat16 and self.frozen_as != "float32"
+
+    @property
     def computes_in_bfloat16(self) -> bool:
         """True if forward passes run under autocast."""
         return self.dtype != "float32"

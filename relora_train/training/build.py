@@ -2,6 +2,7 @@
 
 import logging
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import cast
 
@@ -12,12 +13,13 @@ from relora_train.checkpoints.manifest import DatasetManifest
 from relora_train.distributed import Ranks
 from relora_train.errors import ConfigError
 from relora_train.method.bfloat16_adamw import round_trained_matrices
+from relora_train.method.experts import expert_layers, hold_experts
 from relora_train.method.fast_path import HashMasks, share_inputs
-from relora_train.method.frozen import Frozen
+from relora_train.method.frozen import KINDS, Frozen
 from relora_train.method.layer import relora_layers
 from relora_train.method.merge import reinit
 from relora_train.method.products import Products
-from relora_train.method.wrap import apply_relora
+from relora_train.method.wrap import apply_relora, frozen_matrices
 from relora_train.training.files import (
     OPTIMIZER_FILE,
     LazyMapping,
@@ -70,7 +72,15 @@ def prepare_stage(request: StageRequest, ranks: Ranks) -> StageTraining:
     kind = profile.precision.frozen_as
     if stage.low_rank and kind != "float32" and not ranks.sharded:
         scratch = request.output_directory.parent
-        masters = round_frozen_weights(model, kind, weights, scratch, device=ranks.device, keeps=ranks.is_first)
+        masters = round_frozen_weights(
+            model,
+            kind,
+            weights,
+            scratch,
+            device=ranks.device,
+            keeps=ranks.is_first,
+            others=profile.precision.rounds_others,
+        )
     if profile.precision.trains_in_bfloat16:
         round_trained_matrices(model)
     model.to(ranks.device).train()
@@ -223,23 +233,48 @@ def _wrap(model: nn.Module, request: StageRequest) -> None:
 
 
 def round_frozen_weights(
-    model: nn.Module, kind: Frozen, files: Path | None, scratch: Path, *, device: torch.device, keeps: bool = True
+    model: nn.Module,
+    kind: Frozen,
+    files: Path | None,
+    scratch: Path,
+    *,
+    device: torch.device,
+    keeps: bool = True,
+    others: bool = False,
 ) -> MasterWeights:
     """Hold the wrapped weights as this kind, and bring them to the device one at a time.
 
-    The exact ones stay in the files, or else in memory.
+    The exact ones stay in the files, or else in memory. others: hold the matrices of frozen embeddings, heads and
+    linear layers in bfloat16, as autocast rounds them for each product.
     """
-    in_memory: dict[str, Tensor] = {}
-    names = []
+    places: dict[str, str | Tensor] = {}
+
+    def keep(names: Sequence[str], exact: Tensor) -> None:
+        stored = (
+            name for name in names if files is not None and read_tensor(files, name, rows=slice(0, 0)) is not None
+        )
+        place = next(stored, None) or exact.detach().clone()
+        places.update(dict.fromkeys(names, place))
+
     for module, layer in relora_layers(model):
-        name = f"{module}.weight"
-        names.append(name)
-        if files is None or read_tensor(files, name, rows=slice(0, 0)) is None:  # asks only if it is there
-            in_memory[name] = layer.weight.detach().clone()
+        keep([f"{module}.weight"], layer.weight)
         layer.hold(layer.weight.detach(), kind)
         layer.to(device)
+    for name, _, owner in list(expert_layers(model)) if kind in KINDS.values() else ():
+        exact = owner.get_parameter(name.rpartition(".")[2]).detach()
+        places[name] = exact  # files hold them one by one
+        hold_experts(model, name, exact, kind)
+        owner.to(device)
+    for names, matrix in frozen_matrices(model) if others else ():
+        weight = matrix.get_parameter("weight")
+        if weight.dtype == torch.float32:
+            keep(names, weight)
+            weight.data = weight.data.to(torch.bfloat16).to(device)
+        if isinstance(matrix, nn.Embedding):  # the stream between the blocks stays in float32
+            matrix.register_forward_hook(lambda module, inputs, output: output.float())
 
     def read(name: str) -> Tensor:
-        return in_memory[name] if name in in_memory else cast(Tensor, read_tensor(cast(Path, files), name))
+        place = places[name]
+        return place if isinstance(place, Tensor) else cast(Tensor, read_tensor(cast(Path, files), place))
 
-    return MasterWeights(names, read, scratch, keeps=keeps)
+    return MasterWeights(places, read, scratch, keeps=keeps)

@@ -13,6 +13,7 @@ from relora_train.checkpoints.manifest import CheckpointManifest, describe_files
 from relora_train.data.tokenizer_files import TOKENIZER_FILES
 from relora_train.distributed import full_tensor, gather, local_shard
 from relora_train.errors import CheckpointCorruptError, ModelError
+from relora_train.method.experts import ReLoRAExperts, expert_layers
 from relora_train.method.frozen import KINDS
 from relora_train.method.layer import ReLoRALinear, relora_layers
 from relora_train.training.evaluate import evaluation_key
@@ -139,7 +140,7 @@ def merged_weights(training: StageTraining) -> dict[str, Tensor]:
         if name.rpartition(".")[2] in ("lora_A", "lora_B"):
             continue
         if name in masters:
-            weights[name] = masters[name]
+            weights[name] = exact.setdefault(tensor.data_ptr(), masters[name])
         elif tensor.dtype == torch.bfloat16:
             weights[name] = exact.setdefault(tensor.data_ptr(), tensor.float())
         else:
@@ -240,7 +241,8 @@ def check_written(training: StageTraining, directory: Path | None) -> None:
         files, loaded = {name: name for name in held}, training.objective.load_model(cast(Path, directory)).state_dict()
     if directory is not None and not loaded:
         files = _stored_names(directory, files, training.objective.load_skeleton(directory))
-    layers = {f"{name}.weight": layer for name, layer in relora_layers(model)}
+    layers: dict[str, ReLoRALinear | ReLoRAExperts] = {f"{name}.weight": layer for name, layer in relora_layers(model)}
+    layers |= {name: layer for name, layer, _ in expert_layers(model)}
     for name, tensor in held.items():
         trained = full_tensor(tensor)
         exact = gather(masters[name], tensor) if name in masters else trained
@@ -253,7 +255,7 @@ def check_written(training: StageTraining, directory: Path | None) -> None:
             raise _unequal(directory, f"{name} was not read back as it was trained")
 
 
-def _as_held(exact: Tensor, held: Tensor, layer: ReLoRALinear | None) -> Tensor:
+def _as_held(exact: Tensor, held: Tensor, layer: ReLoRALinear | ReLoRAExperts | None) -> Tensor:
     """Return the exact weight rounded to what a device holds."""
     if layer is not None and held.dtype in KINDS:
         return layer.rounded(exact.to(held.device), KINDS[held.dtype])[0]

@@ -70,8 +70,10 @@ def activations(profile: Profile, shape: ModelShape, wrapped: Sequence[LinearSha
     if precision.dtype == "bfloat16" and not wrapped and _kept_by(profile, device) is not _RECOMPUTED:
         kept += _BFLOAT16 * shape.layers * sum(linear.weights for linear in shape.linears)  # autocast's copies
     if not shape.classifies:
-        kept += product * hidden * (rows + shape.vocab_size)  # gradients of the loss
-        working = max(working, _loss_working(shape, rows, product, device))
+        trains_head = not wrapped or ("embeddings" if shape.tied else "head") not in profile.relora.frozen
+        kept += product * hidden * (rows + shape.vocab_size * trains_head)  # gradients of the loss
+        copied = product == _BFLOAT16 and (trains_head or not precision.rounds_others)
+        working = max(working, _loss_working(shape, rows, product, device, trains_head, copied))
     return Activations(kept, working)
 
 
@@ -119,11 +121,14 @@ def _block_row(
     return size + ((product + 1) * hidden if masked else 0)  # a mask, and the input under it
 
 
-def _loss_working(shape: ModelShape, rows: int, product: int, device: str) -> int:
+def _loss_working(shape: ModelShape, rows: int, product: int, device: str, trains_head: bool, copied: bool) -> int:
     """Return what chunked_loss.py makes: a chunk's logits and their softmax; the head's copies and gradients."""
     classes, rounded = shape.vocab_size + added_classes(shape.vocab_size, device), product == _BFLOAT16
     logits = chunk_rows(rows, classes, device) * classes * (product + _FLOAT32 + _FLOAT32 * rounded)
-    return logits + classes * shape.hidden_size * (product + _FLOAT32 + 2 * product * rounded)
+    entries = classes * shape.hidden_size
+    if not trains_head:
+        return logits + entries * product * (copied + (classes > shape.vocab_size))
+    return logits + entries * (product + _FLOAT32 + 2 * product * rounded)
 
 
 def _inner(shape: ModelShape) -> int:

@@ -45,6 +45,11 @@ class LinearShape:
         return round(self.out_features * self.copies) if self.bias else 0
 
     @property
+    def is_expert(self) -> bool:
+        """True for one of the experts that a module holds as one parameter."""
+        return self.copies > 1 and "expert" in self.name and "shared" not in self.name
+
+    @property
     def passed(self) -> int:
         """Weights that multiply a token."""
         return round(self.weights * self.used)
@@ -141,6 +146,15 @@ class ModelShape:
             "norms": self.norm_parameters,
             "biases": self.layers * sum(linear.biases for linear in linears),
             "others": self.layers * sum(li.weights for li in linears if li not in wrapped) + self.block_matrices,
+        }
+
+    def matrices_by_kind(self, wrapped: Sequence[LinearShape]) -> dict[str, int]:
+        """Return the parameters in embeddings of tokens and in linear layers that are not wrapped, by their kinds."""
+        embeddings = 0 if self.classifies else self.vocab_size * self.hidden_size + self.other_matrices
+        return {
+            "embeddings": embeddings,
+            "head": 0 if self.tied and not self.classifies else self.vocab_size * self.hidden_size,
+            "others": self.layers * sum(li.weights for li in self.linears if li not in wrapped),
         }
 
     def rows(self, sequence_length: int) -> int:

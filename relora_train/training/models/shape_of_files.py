@@ -8,6 +8,7 @@ import json
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from fractions import Fraction
 from math import prod
 from pathlib import Path
@@ -142,7 +143,17 @@ def _linears(inside: Shapes, layers: int, experts: int, used: int) -> tuple[tupl
         if bias is not None:
             for name in [name for name in rest if _INDEX.sub("", name).lstrip(".") == f"{plain}.bias"]:
                 del rest[name]
-    return tuple(linears), rest
+    return tuple(_as_held(linears)), rest
+
+
+def _as_held(linears: list[LinearShape]) -> Iterator[LinearShape]:
+    """Yield experts as transformers holds them: gate and up, which files may hold apart, are one matrix."""
+    for linear in linears:
+        parent, _, own = linear.name.rpartition(".")
+        if linear.is_expert and own in ("gate_proj", "w1"):
+            yield replace(linear, name=f"{parent}.gate_up_proj", out_features=2 * linear.out_features)
+        elif not (linear.is_expert and own in ("up_proj", "w3")):
+            yield replace(linear, name=f"{parent}.down_proj") if linear.is_expert and own == "w2" else linear
 
 
 def _extra_norms(vectors: Shapes, layers: int, hidden: int, queries: int, keys: int) -> int:
