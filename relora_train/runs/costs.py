@@ -178,6 +178,17 @@ def low_rank_cost(profile: Profile, shape: ModelShape) -> PhaseCost:
     )
 
 
+def _plain_matrices(shape: ModelShape, wrapped: tuple[LinearShape, ...], kinds: Collection[str]) -> int:
+    """Return the parameters of these kinds in embeddings of tokens and in linear layers that are not wrapped."""
+    table = shape.vocab_size * shape.hidden_size
+    matrices = {
+        "embeddings": 0 if shape.classifies else table + shape.other_matrices,
+        "head": 0 if shape.tied and not shape.classifies else table,
+        "others": shape.layers * sum(linear.weights for linear in shape.linears if linear not in wrapped),
+    }
+    return sum(number for kind, number in matrices.items() if kind in kinds)
+
+
 def _held_as(profile: Profile, linear: LinearShape) -> str:
     """Return what a device holds the wrapped weights of a layer in; experts take codes or float32."""
     kind = profile.precision.frozen_as
@@ -209,8 +220,7 @@ def _phase_cost(
     )
     held += _FP32_BYTES * (sum(kind.parameters for kind in kinds if not kind.trained) - counts["wrapped"])
     if wrapped and profile.precision.rounds_others and profile.launch.sharding == "none":
-        matrices = shape.matrices_by_kind(wrapped)
-        held -= (_FP32_BYTES - _BF16_BYTES) * sum(matrices[kind] for kind in {*matrices} & {*frozen})
+        held -= (_FP32_BYTES - _BF16_BYTES) * _plain_matrices(shape, wrapped, frozen)
     trainable = sum(kind.parameters for kind in kinds if kind.trained)
     trained = _FP32_BYTES * trainable
     if profile.precision.trains_in_bfloat16:  # under autocast all that is trained stays fp32

@@ -148,15 +148,6 @@ class ModelShape:
             "others": self.layers * sum(li.weights for li in linears if li not in wrapped) + self.block_matrices,
         }
 
-    def matrices_by_kind(self, wrapped: Sequence[LinearShape]) -> dict[str, int]:
-        """Return the parameters in embeddings of tokens and in linear layers that are not wrapped, by their kinds."""
-        embeddings = 0 if self.classifies else self.vocab_size * self.hidden_size + self.other_matrices
-        return {
-            "embeddings": embeddings,
-            "head": 0 if self.tied and not self.classifies else self.vocab_size * self.hidden_size,
-            "others": self.layers * sum(li.weights for li in self.linears if li not in wrapped),
-        }
-
     def rows(self, sequence_length: int) -> int:
         """Positions of a sequence of so many tokens in the blocks."""
         return sequence_length + self.extra_rows
