@@ -139,7 +139,7 @@ def _trained(model: nn.Module) -> Finding:
     share_inputs(model)  # and no optimizer: the update is not in the products yet when the merge is judged
     losses, alive = [], dict.fromkeys((name for name, _ in lora_parameters(model)), False)
     for _ in range(_UPDATES):
-        loss = loss_function.loss(tokens) / tokens[:, 1:].numel()
+        loss = loss_function.loss(tokens) / loss_function.terms(tokens)
         loss.backward()  # type: ignore[no-untyped-call]
         for name, factor in lora_parameters(model):  # A's gradient is zero as long as B is
             alive[name] |= factor.grad is not None and bool(factor.grad.any())

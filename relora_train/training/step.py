@@ -99,10 +99,14 @@ class StageTraining:
         state and `step` alone: batch and dropout follow from the profile's seed.
         """
         profile, ranks = self.profile, self.ranks
-        examples = self.batches.batch(self.samples_seen(step - 1), last=step == self.stage.end_step)
+        rows = self.batches.batch(self.samples_seen(step - 1), last=step == self.stage.end_step)
 
         # Divided by the terms of the whole batch, losses and gradients of all micro-steps and ranks add up to its mean.
-        terms = self.objective.terms(profile.batch.sequences)
+        # Counted and summed between the CPUs, so that no GPU is waited for: numpy() would refuse its tensor. A batch
+        # without terms has loss 0.
+        terms = max(1, int(ranks.sum(self.loss_function.terms(rows)).numpy()))
+        # Out of pinned memory the copy runs beside what the GPU is doing.
+        examples = rows.to(ranks.device, non_blocking=True)
         total = torch.zeros((), device=ranks.device)
         parts = torch.split(examples, profile.batch.micro_sequences or len(examples))
         for micro_step, part in enumerate(parts):
@@ -143,7 +147,7 @@ def draw_seed(seed: int, step: int, micro_step: int, rank: int) -> int:
 
 
 class Prefetcher:
-    """A reader of one rank's rows of the global batches of `sequences`, onto its device.
+    """A reader of one rank's rows of the global batches of `sequences`, into memory that its device copies from.
 
     A batch's examples depend on its position alone, so reading ahead changes no bit and has no state to save.
     The dataset is read on this thread only.
@@ -156,19 +160,19 @@ class Prefetcher:
         self._seconds_waited = 0.0
 
     def batch(self, position: int, *, last: bool = False) -> Tensor:
-        """Examples (rows, row length) of the batch at this position; unless `last`, begins with the next.
+        """Examples (rows, row length) of the batch at this position, on the CPU; unless `last`, begins with the next.
 
-        On a GPU the copy runs beside what the GPU is doing. Raises what reading raises.
+        Raises what reading raises.
         """
         started = time.perf_counter()
         ahead, self._ahead = self._ahead, None
         reading = ahead[1] if ahead is not None and ahead[0] == position else self._reader.submit(self._read, position)
-        tokens = reading.result()
+        rows = reading.result()
         self._seconds_waited += time.perf_counter() - started
         if not last:
             following = position + self._sequences
             self._ahead = following, self._reader.submit(self._read, following)
-        return tokens.to(self._ranks.device, non_blocking=True)
+        return rows
 
     def take_seconds_waited(self) -> float:
         """Return seconds that training has waited for data since this was last asked."""

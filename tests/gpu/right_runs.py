@@ -160,7 +160,7 @@ def prefetch(run: Run) -> None:
     reader = Prefetcher(dataset, sequences=8, ranks=Ranks(rank=0, world_size=1, device=run.device))
     batches, kept = (50 if run.dry else 500), []
     for number in range(batches):
-        rows = reader.batch(8 * number, last=number == batches - 1)
+        rows = reader.batch(8 * number, last=number == batches - 1).to(run.device, non_blocking=True)
         if not run.dry:
             torch.cuda._sleep(200_000)
         kept.append(rows + 0)  # read on the stream, after the sleep

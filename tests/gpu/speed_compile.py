@@ -72,7 +72,7 @@ def compiled_stage(run: Run, *, checkpointing: bool) -> tuple[dict[str, Any], li
         losses.append(float(training.update(step)[0]))
         training.optimizer.zero_grad(set_to_none=True)
     found["graphs after four updates"] = graphs()
-    training.loss_function.loss(training.batches.batch(0, last=True)[:1]).backward()
+    training.loss_function.loss(training.batches.batch(0, last=True)[:1].to(training.ranks.device)).backward()
     found["graphs after a short micro-batch"] = graphs()
     for sequences in (1, 2):  # batches of other shapes
         evaluate_model(

@@ -29,7 +29,13 @@ class Evaluation(BaseModel):
 
 
 class LossFunction(Protocol):
-    """A model in use. Examples are rows as the dataset gives them, on the model's device."""
+    """A model in use. Examples are rows as the dataset gives them, on the model's device.
+
+    A mean is the loss of a whole batch over its terms: the sums over micro-batches and ranks, one divided by the other.
+    """
+
+    def terms(self, examples: Tensor) -> Tensor:
+        """Return the number of cross-entropies in the loss of the examples, an integer where they are: also the CPU."""
 
     def loss(self, examples: Tensor) -> Tensor:
         """Return the sum of the cross-entropies of all terms in nats, differentiable."""
@@ -98,10 +104,6 @@ class Objective(ABC):
     @abstractmethod
     def loss_function(self, model: nn.Module, manifest: DatasetManifest) -> LossFunction:
         """Return the model put to use; it may be wrapped, moved, rounded or sharded before or after."""
-
-    @abstractmethod
-    def terms(self, examples: int) -> int:
-        """Return the cross-entropies in the loss of so many training examples: the terms of its mean."""
 
     @abstractmethod
     def guessing_loss(self, manifest: DatasetManifest) -> float:

@@ -43,6 +43,9 @@ class NextTokenLoss:
         check_causal(model)
         self._model, self._fused = model, head_is_plain(model)
 
+    def terms(self, examples: Tensor) -> Tensor:
+        return torch.tensor(examples[:, 1:].numel(), device=examples.device)
+
     def loss(self, examples: Tensor) -> Tensor:
         return next_token_loss(self._model, examples, fused=self._fused)
 
@@ -51,8 +54,7 @@ class NextTokenLoss:
 
     def sums(self, examples: Tensor) -> Tensor:
         """Return nats and tokens."""
-        nats = self.loss(examples).double()
-        return torch.stack([nats, nats.new_tensor(examples[:, 1:].numel())])
+        return torch.stack([self.loss(examples).double(), self.terms(examples).double()])
 
 
 class CausalLM(Objective):
@@ -109,9 +111,6 @@ class CausalLM(Objective):
 
     def loss_function(self, model: nn.Module, manifest: DatasetManifest) -> NextTokenLoss:
         return NextTokenLoss(model)
-
-    def terms(self, examples: int) -> int:
-        return examples * self.profile.batch.sequence_length
 
     def guessing_loss(self, manifest: DatasetManifest) -> float:
         return math.log(manifest.vocab_size)

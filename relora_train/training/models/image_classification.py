@@ -35,6 +35,9 @@ class ClassLoss:
         self._mean = torch.tensor(images.mean).view(-1, 1, 1)
         self._deviation = torch.tensor(images.deviation).view(-1, 1, 1)
 
+    def terms(self, examples: Tensor) -> Tensor:
+        return torch.tensor(len(examples), device=examples.device)
+
     def loss(self, examples: Tensor) -> Tensor:
         return F.cross_entropy(self.logits(examples).float(), _classes(examples), reduction="sum")
 
@@ -121,9 +124,6 @@ class ImageClassification(Objective):
         if manifest.images is None:
             raise DataError(f"Dataset {manifest.name!r} holds no images.")
         return ClassLoss(model, manifest.images)
-
-    def terms(self, examples: int) -> int:
-        return examples
 
     def guessing_loss(self, manifest: DatasetManifest) -> float:
         return math.log(self.profile.images.classes)
