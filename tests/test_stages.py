@@ -36,6 +36,7 @@ CHANGES = {
     "batch.sequences": 64,
     "batch.sequence_length": 128,
     "batch.micro_sequences": 8,
+    "batch.documents": "mask",
     "schedule.warm_start_steps": 100,
     "schedule.cycles": 5,
     "schedule.cycle_length": 300,

@@ -186,7 +186,7 @@ def fingerprint_settings(
         "dataset_id": dataset_id,
         "seed": profile.seed,
         "model": profile.model.model_dump(mode="json"),
-        "batch": profile.batch.model_dump(mode="json"),
+        "batch": profile.batch.model_dump(mode="json", exclude=unset_later_keys(profile, "batch")),
         "precision": profile.precision.model_dump(
             mode="json", exclude=unset_later_keys(profile, "precision") | unfrozen
         ),

@@ -152,6 +152,9 @@ class BatchConfig(FrozenConfig):
     micro_sequences: int | None = Field(None, ge=1)
     """Sequences in one forward pass of one rank; all of a rank's share when absent."""
 
+    documents: Literal["join", "mask"] = "join"
+    """Documents in a sequence: 'join' reads them on as one text; 'mask' predicts from a token's own document alone."""
+
     @model_validator(mode="after")
     def micro_sequences_divide_sequences(self) -> Self:
         if self.micro_sequences and self.sequences % self.micro_sequences:

@@ -97,6 +97,8 @@ class Profile(FrozenConfig):
             )
         if self.objective != "image_classification":
             return self
+        if self.batch.documents != "join":
+            raise ValueError("batch.documents is of text: images hold none; leave it out")
         images, length = self.images, self.batch.sequence_length
         if length != images.patches:
             raise ValueError(
@@ -171,6 +173,7 @@ class Profile(FrozenConfig):
 
 LATER_KEYS = {
     "data": ("validation_paths", "unreadable"),
+    "batch": ("documents",),
     "precision": ("residual", "frozen"),
     "tokenizer": ("revision",),
     "schedule": ("jagged", "cycle_growth", "horizon"),

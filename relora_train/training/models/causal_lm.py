@@ -13,9 +13,11 @@ from relora_train.data.dataset import ExampleDataset, TokenDataset
 from relora_train.distributed import Ranks
 from relora_train.errors import SequenceTooLongError, VocabularyMismatchError
 from relora_train.training.models.base import Evaluation, Objective
+from relora_train.training.models.documents import UNSCORED, targets_in_documents
 from relora_train.training.models.model import (
     attend_without_mask,
     check_causal,
+    check_documents,
     embedding,
     head_is_plain,
     logits,
@@ -37,17 +39,24 @@ class TextEvaluation(Evaluation):
 
 
 class NextTokenLoss:
-    """The LossFunction of text. Examples are token ids (sequences, length + 1). Refuses a model that looks ahead."""
+    """The LossFunction of text. Examples are token ids (sequences, length + 1). Refuses a model that looks ahead.
 
-    def __init__(self, model: nn.Module) -> None:
+    end: id that ends documents, if a token is to be predicted from its own document alone.
+    """
+
+    def __init__(self, model: nn.Module, end: int | None = None) -> None:
         check_causal(model)
-        self._model, self._fused = model, head_is_plain(model)
+        if end is not None:
+            check_documents(model)
+        self._model, self._fused, self._end = model, head_is_plain(model), end
 
     def terms(self, examples: Tensor) -> Tensor:
+        if self._end is not None:
+            return (targets_in_documents(examples, self._end) != UNSCORED).sum()
         return torch.tensor(examples[:, 1:].numel(), device=examples.device)
 
     def loss(self, examples: Tensor) -> Tensor:
-        return next_token_loss(self._model, examples, fused=self._fused)
+        return next_token_loss(self._model, examples, fused=self._fused, end=self._end)
 
     def logits(self, examples: Tensor) -> Tensor:
         return logits(self._model, examples[:, :_PROBE_TOKENS])
@@ -102,6 +111,12 @@ class CausalLM(Objective):
             )
         if manifest is None:
             check_causal(model)  # else the loss function does
+            if self._apart:
+                check_documents(model)
+
+    @property
+    def _apart(self) -> bool:
+        return self.profile.batch.documents == "mask"
 
     def prepare_for_training(self, model: nn.Module) -> None:
         attend_without_mask(model)
@@ -110,7 +125,7 @@ class CausalLM(Objective):
         return embedding(model)
 
     def loss_function(self, model: nn.Module, manifest: DatasetManifest) -> NextTokenLoss:
-        return NextTokenLoss(model)
+        return NextTokenLoss(model, manifest.eos_id if self._apart else None)
 
     def guessing_loss(self, manifest: DatasetManifest) -> float:
         return math.log(manifest.vocab_size)

@@ -14,12 +14,18 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from relora_train.training.models.activations import added_classes, chunk_rows
+from relora_train.training.models.documents import UNSCORED
 
 
-def loss_of_rows(logits: Tensor, targets: Tensor, *, bias: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return the summed cross-entropy of logits (rows, classes), its gradient in their dtype, and that of a bias."""
+def loss_of_rows(
+    logits: Tensor, targets: Tensor, *, bias: bool, partial: bool = False
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return the summed cross-entropy of logits (rows, classes), its gradient in their dtype, and that of a bias.
+
+    partial: a row whose target is UNSCORED has neither loss nor gradient; else there must be none.
+    """
     logs = torch.log_softmax(logits, dim=1, dtype=torch.float32)
-    picked = targets.unsqueeze(1)
+    picked = (targets.clamp_min(0) if partial else targets).unsqueeze(1)
     right = logs.gather(1, picked)
     if torch.compiler.is_compiling():  # one kernel; one that scatters would first write the probabilities in float32
         answers = torch.arange(logits.shape[1], device=logits.device) == picked
@@ -27,26 +33,42 @@ def loss_of_rows(logits: Tensor, targets: Tensor, *, bias: bool) -> tuple[Tensor
     else:
         gradient = logs.exp_()  # the probabilities, in place
         gradient.scatter_add_(1, picked, -torch.ones_like(right))
+    if partial:
+        unscored = (targets == UNSCORED).unsqueeze(1)
+        right, gradient = right.masked_fill(unscored, 0), gradient.masked_fill_(unscored, 0)
     return -right.sum(), gradient.to(logits.dtype), gradient.sum(0) if bias else None
 
 
 def chunked_cross_entropy(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, of_rows: Callable[..., Any] = loss_of_rows
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    of_rows: Callable[..., Any] = loss_of_rows,
+    *,
+    partial: bool = False,
 ) -> Tensor:
     """Return the sum over rows of the cross-entropy of `hidden @ weight.T + bias` in nats, differentiable once.
 
     hidden: (rows, in). weight: (classes, in) of the same dtype. targets: (rows,) classes. Products are in that dtype;
-    the softmax, the loss and the sums over chunks are in float32. of_rows: loss_of_rows, or it compiled.
+    the softmax, the loss and the sums over chunks are in float32. of_rows: loss_of_rows, or it compiled. partial: some
+    targets may be UNSCORED.
     """
     with torch.autocast(hidden.device.type, enabled=False):
-        made: Tensor = _ChunkedCrossEntropy.apply(hidden, weight, bias, targets, of_rows)  # type: ignore[no-untyped-call]
+        made: Tensor = _ChunkedCrossEntropy.apply(hidden, weight, bias, targets, of_rows, partial)  # type: ignore[no-untyped-call]
     return made
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, of_rows: Callable[..., Any]
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        of_rows: Callable[..., Any],
+        partial: bool,
     ) -> Tensor:
         rows = chunk_rows(len(hidden), len(weight), hidden.device.type)
         classes, total = len(weight), torch.zeros((), device=hidden.device)
@@ -59,7 +81,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         grad_bias = None if ctx.bias_dtype is None else weight.new_zeros(len(weight), dtype=torch.float32)
         for x, answers, grad_x in zip(*(torch.split(t, rows) for t in (hidden, targets, grad_hidden)), strict=True):
-            loss, gradient, of_bias = of_rows(F.linear(x, weight, bias), answers, bias=grad_bias is not None)
+            loss, gradient, of_bias = of_rows(
+                F.linear(x, weight, bias), answers, bias=grad_bias is not None, partial=partial
+            )
             total += loss
             if grad_bias is not None:
                 grad_bias += of_bias
@@ -82,4 +106,4 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         (scale,) = gradients
         bias = None if grad_bias is None else (grad_bias * scale).to(ctx.bias_dtype)
         head = None if grad_weight is None else grad_weight * scale.to(grad_weight.dtype)
-        return grad_hidden * scale.to(grad_hidden.dtype), head, bias, None, None
+        return grad_hidden * scale.to(grad_hidden.dtype), head, bias, None, None, None

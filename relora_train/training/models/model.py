@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from relora_train.errors import ModelError, ModelUnsuitableError
 from relora_train.training.models.activations import EVALUATION_ROWS
 from relora_train.training.models.chunked_loss import chunked_cross_entropy, loss_of_rows
+from relora_train.training.models.documents import places_in_documents, targets_in_documents
 
 _UNMASKED = "sdpa_without_mask"
 
@@ -54,6 +55,8 @@ def blocks(model: nn.Module) -> list[nn.Module]:
 def attend_without_mask(model: nn.Module) -> None:
     """Let a Llama or GPT-NeoX with plain causal attention make no mask: the same bits, and no look at the device.
 
+    It still takes one: that of documents which are apart.
+
     Before making a mask transformers asks, in every forward pass, whether positions are packed: the host would wait
     for all the work it has given to a GPU. Other models and windowed attention stay as they are.
     """
@@ -87,28 +90,46 @@ def checkpoint_activations(model: nn.Module) -> None:
         ) from None
 
 
-def logits(model: nn.Module, inputs: Tensor) -> Tensor:
-    """Return logits (batch, length, vocabulary) of token ids (batch, length)."""
-    return cast(Tensor, model(input_ids=inputs, use_cache=False).logits)
+def logits(model: nn.Module, inputs: Tensor, places: Tensor | None = None) -> Tensor:
+    """Return logits (batch, length, vocabulary) of token ids (batch, length); for `places` see fused_loss."""
+    return cast(Tensor, model(input_ids=inputs, use_cache=False, **_placed(model, places)).logits)
 
 
-def next_token_loss(model: nn.Module, tokens: Tensor, *, fused: bool = True) -> Tensor:
+def next_token_loss(model: nn.Module, tokens: Tensor, *, fused: bool = True, end: int | None = None) -> Tensor:
     """Return the sum of the cross-entropies in nats of tokens[:, 1:], each given the tokens before it.
 
     tokens: ids (batch, length + 1). fused: go from hidden states to the loss in chunks, so that the logits of the
     whole batch never exist; only for models whose head is a plain matrix (see `head_is_plain`).
+    end: id that ends documents, if each is to be predicted from its own tokens alone; its first token then is not.
     """
-    inputs, targets = tokens[:, :-1], tokens[:, 1:].reshape(-1)
+    inputs, targets, places = tokens[:, :-1], tokens[:, 1:], None
+    if end is not None:
+        places, targets = places_in_documents(inputs, end), targets_in_documents(tokens, end)
+    targets = targets.reshape(-1)
     if not fused:
-        scores = logits(model, inputs)
+        scores = logits(model, inputs, places)
         return F.cross_entropy(scores.flatten(0, 1).float(), targets, reduction="sum")
     own = getattr(model, "fused_loss", None)  # a sharded model gathers its weights around its own methods only
-    return cast(Tensor, own(inputs, targets)) if own is not None else fused_loss(model, inputs, targets)
+    return cast(Tensor, own(inputs, targets, places) if own else fused_loss(model, inputs, targets, places))
 
 
-def fused_loss(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
-    """Return the summed loss from token ids (batch, length) and flat targets, without all logits at once."""
-    found = _backbone(model)(input_ids=inputs, use_cache=False)
+def _placed(model: nn.Module, places: Tensor | None) -> dict[str, Tensor]:
+    """Return the arguments that tell the model where documents begin. Others are masked by transformers, or here."""
+    if places is None:
+        return {}
+    if cast(Any, model).config._attn_implementation != _UNMASKED:
+        return {"position_ids": places}
+    document = (places == 0).cumsum(1)
+    mask = (document.unsqueeze(2) == document.unsqueeze(1)).tril().unsqueeze(1)  # (batch, 1, length, length)
+    return {"position_ids": places, "attention_mask": mask}
+
+
+def fused_loss(model: nn.Module, inputs: Tensor, targets: Tensor, places: Tensor | None = None) -> Tensor:
+    """Return the summed loss from token ids (batch, length) and flat targets, without all logits at once.
+
+    places: of the tokens in their documents, (batch, length), if those are apart. Then targets may be UNSCORED.
+    """
+    found = _backbone(model)(input_ids=inputs, use_cache=False, **_placed(model, places))
     hidden = found.last_hidden_state.flatten(0, 1)  # (batch * length, hidden)
     weight: Tensor = head(model).weight
     bias: Tensor | None = head(model).bias
@@ -117,7 +138,8 @@ def fused_loss(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
         hidden, weight = hidden.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
     if torch.is_grad_enabled():
-        return chunked_cross_entropy(hidden, weight, bias, targets, getattr(model, "loss_of_rows", loss_of_rows))
+        of_rows = getattr(model, "loss_of_rows", loss_of_rows)
+        return chunked_cross_entropy(hidden, weight, bias, targets, of_rows, partial=places is not None)
     total = torch.zeros((), device=hidden.device)  # in float32, also under autocast
     for rows, answers in zip(*(torch.split(t, EVALUATION_ROWS) for t in (hidden, targets)), strict=True):
         total += F.cross_entropy(F.linear(rows, weight, bias).float(), answers, reduction="sum")
@@ -157,15 +179,46 @@ def check_causal(model: nn.Module) -> None:
         raise ModelUnsuitableError(
             f"The {type(model).__name__} gives logits that are not finite: its weights are broken."
         )
-    moved = float((before - after).abs().max() / before.abs().max().clamp_min(1e-30))
-    exact = before.device.type == "cpu" and all(parameter.dtype != torch.bfloat16 for parameter in model.parameters())
-    # An untrained BERT moves them by 2e-4, a trained one by 1; experts, which sort their tokens anew, by rounding.
-    if moved > (1e-5 if exact else 1e-2):
+    moved = _moved(after, before)
+    if moved > _rounding(model, before):  # an untrained BERT moves them by 2e-4, a trained one by 1
         raise ModelUnsuitableError(
             f"The logits of this {type(model).__name__} look ahead: other tokens later on change them by {moved:.2g} "
             "of the largest, so it would be trained on what it has to predict. It is an encoder, or its config.json "
             "makes it one (is_decoder = false). Give a model with causal attention."
         )
+
+
+@torch.no_grad()
+def check_documents(model: nn.Module) -> None:
+    """Refuse a model whose logits depend on the document before, though it is told where each begins.
+
+    A short document after another one, after a third one, and alone. Raises ModelUnsuitableError.
+    """
+    tokens = probe_tokens(model, rows=1)
+    half = tokens.shape[1] // 2
+    other = torch.cat([(tokens[:, :half] + 1) % embedding(model).num_embeddings, tokens[:, half:]], dim=1)
+    places = torch.arange(tokens.shape[1], device=tokens.device)
+    places = torch.where(places < half, places, places - half).unsqueeze(0)
+    with evaluating(model):
+        alone = logits(model, tokens[:, half:]).float()
+        moved = max(_moved(logits(model, joined, places)[:, half:].float(), alone) for joined in (tokens, other))
+    if moved > _rounding(model, alone):
+        raise ModelUnsuitableError(
+            f"This {type(model).__name__} does not take documents apart: the one before changes logits by {moved:.2g} "
+            "of the largest. Its attention masks nothing by position_ids, or it is recurrent. Set batch.documents to "
+            "'join'."
+        )
+
+
+def _moved(found: Tensor, expected: Tensor) -> float:
+    """Return the largest deviation, relative to the largest expected value."""
+    return float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
+
+
+def _rounding(model: nn.Module, found: Tensor) -> float:
+    """Return the largest relative change of logits that rounding explains; experts sort their tokens anew."""
+    exact = found.device.type == "cpu" and all(parameter.dtype != torch.bfloat16 for parameter in model.parameters())
+    return 1e-5 if exact else 1e-2
 
 
 def probe_tokens(model: nn.Module, *, rows: int) -> Tensor:
