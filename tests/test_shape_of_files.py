@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import test_activations
 from families import FAMILIES, family_model
+from live_bytes import LiveBytes
 from safetensors.torch import save_file
 from test_activations import Case
 from tiny_models import saved_bytes
@@ -96,3 +97,22 @@ def test_a_model_in_several_files_is_read_whole_and_what_is_no_model_is_told(tmp
     (tmp_path / "flat/model.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0not json" + b"x" * 64)
     with pytest.raises(ShapeUnknownError, match="no safetensors"):
         shape_of_files(tmp_path / "flat", config)
+
+
+@pytest.mark.parametrize("launch", [{}, {"gradient_checkpointing": True}], ids=str)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_updated_weights_of_experts_are_counted(
+    launch: dict[str, bool], dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    sizes = {**LARGER, "intermediate_size": 400, "num_local_experts": 8}
+    shape = shape_in(tmp_path, family_model("mixtral", **sizes))
+    monkeypatch.setattr(test_activations, "shape_of_config", lambda *_: shape)
+    monkeypatch.setattr(test_activations, "SEQUENCES", 2)
+    case = Case(lambda: family_model("mixtral", **sizes), True, launch, dtype=dtype)
+    kept = saved_bytes(case.model, case.loss)
+    with LiveBytes() as live:
+        case.loss().backward()
+        before, live.peak = live.now, 0
+        case.loss().backward()
+    assert case.counted.kept == pytest.approx(kept, rel=0.1)
+    assert sum(case.counted) == pytest.approx(live.peak - before, rel=0.2)

@@ -1,9 +1,9 @@
 """Low-rank updates of experts that one module holds as 3-D parameters, (experts, out, in): an A and a B an expert.
 
 The module computes as it always does, from W + scaling * B A in the place of W: so every way that transformers has to
-multiply experts works. For a forward and backward pass this takes a second copy of a layer's experts, in float32: added
-to weights in bfloat16, a small update would be rounded away. It leaves no place for dropout. The weights are held in
-float32, or as codes of int8 or nf4 (frozen.py).
+multiply experts works. For a forward and backward pass this takes a second copy of a layer's experts. It is summed in
+float32: added to weights in bfloat16, a small update would be rounded away. It leaves no place for dropout. The weights
+are held in float32, or as codes of int8 or nf4 (frozen.py).
 """
 
 import math
@@ -39,11 +39,12 @@ class ReLoRAExperts(nn.Module):
         self.lora_B = nn.Parameter(torch.zeros(experts, out_features, rank, device=weight.device, dtype=dtype))
 
     def forward(self, weight: Tensor) -> Tensor:
-        """Return W + scaling * B A in the shape of W. weight: W, or its codes."""
-        exact = self.exact(weight)
+        """Return W + scaling * B A in the shape of W, rounded as autocast asks. weight: W, or its codes."""
+        exact, device = self.exact(weight), weight.device.type
         left, right = (self.lora_A.mT, self.lora_B.mT) if self.transposed else (self.lora_B, self.lora_A)
-        with torch.autocast(weight.device.type, enabled=False):
-            return torch.baddbmm(exact, left.to(exact.dtype), right.to(exact.dtype), alpha=self.scaling)
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else exact.dtype
+        with torch.autocast(device, enabled=False):
+            return torch.baddbmm(exact, left.to(exact.dtype), right.to(exact.dtype), alpha=self.scaling).to(dtype)
 
     def exact(self, weight: Tensor) -> Tensor:
         """Return the weights, or what their codes stand for."""

@@ -64,8 +64,11 @@ def activations(profile: Profile, shape: ModelShape, wrapped: Sequence[LinearSha
     rounded = precision.residual == "bfloat16" or precision.trains_in_bfloat16
     residual = hidden * (_BFLOAT16 if rounded else _FLOAT32)
     block = rows * _block_row(profile, shape, wrapped, product, residual, device=device)
+    # Of wrapped experts a copy with the update is kept for the backward pass, which frees it when it has its gradient.
+    experts = product * sum(linear.weights for linear in wrapped if linear.is_expert)
     working = block  # its gradients take as much, or what checkpointing makes again
-    kept = shape.layers * (rows * residual if launch.gradient_checkpointing else block)
+    working += experts * 4 // 3 if launch.gradient_checkpointing else 0
+    kept = shape.layers * (rows * residual if launch.gradient_checkpointing else block + experts)
     kept += rows * (_FLOAT32 * hidden + (residual if shape.family == "llama" else 0))  # the last norm
     if precision.dtype == "bfloat16" and not wrapped and _kept_by(profile, device) is not _RECOMPUTED:
         kept += _BFLOAT16 * shape.layers * sum(linear.weights for linear in shape.linears)  # autocast's copies
