@@ -109,6 +109,14 @@ def test_logits_do_not_depend_on_the_document_before(family: str, changes: dict[
     assert not torch.allclose(found[0][:6], found[1][:6], rtol=0.1)
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt_neox"])
+@torch.no_grad()
+def test_a_model_in_training_gives_the_bits_that_transformers_own_mask_gives(family: str):
+    places = places_in_documents(ROWS, END)
+    own, theirs = (logits(made(name, {}), ROWS, places) for name in (f"{family}, as in training", family))
+    assert torch.equal(own, theirs)
+
+
 def test_places_start_anew_after_each_end_and_with_each_row():
     tokens = torch.tensor([[5, END, END, 5, 6, END], [END, 5, 5, 5, 5, 5]])
     assert places_in_documents(tokens, END).tolist() == [[0, 1, 0, 0, 1, 2], [0, 0, 1, 2, 3, 4]]
