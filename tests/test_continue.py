@@ -54,6 +54,7 @@ def test_plan_says_of_which_model_it_does_not_know(capsys: pytest.CaptureFixture
     [
         ({"quantization_config": {"quant_method": "gptq"}}, "are quantised"),
         ({"architectures": ["T5ForConditionalGeneration"]}, "is a T5ForConditionalGeneration"),
+        ({}, "longer than the model's 32 positions"),
         (None, "pickles can run code"),
     ],
 )

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from relora_train.checkpoints.manifest import DatasetManifest
 from relora_train.data.dataset import ExampleDataset, TokenDataset
 from relora_train.distributed import Ranks
-from relora_train.errors import SequenceTooLongError, VocabularyMismatchError
+from relora_train.errors import VocabularyMismatchError
 from relora_train.training.models.base import Evaluation, Objective
 from relora_train.training.models.documents import UNSCORED, targets_in_documents
 from relora_train.training.models.model import (
@@ -23,7 +23,7 @@ from relora_train.training.models.model import (
     logits,
     next_token_loss,
 )
-from relora_train.training.models.registry import CAUSAL_LM
+from relora_train.training.models.registry import CAUSAL_LM, CausalLMFacts
 
 _SAMPLE_TEMPERATURE = 0.8
 _SAMPLE_TOP_K = 40
@@ -102,13 +102,9 @@ class CausalLM(Objective):
                 "Continue a model with its own tokenizer: leave tokenizer.path and tokenizer.train out. For a new "
                 "model, set model.vocab_size to at least that many."
             )
-        length = self.profile.batch.sequence_length
         longest = getattr(cast(Any, model).config, "max_position_embeddings", None)
-        if longest is not None and length > longest:
-            raise SequenceTooLongError(
-                f"batch.sequence_length {length} is longer than the model's {longest} positions. "
-                f"Set batch.sequence_length to {longest} or less."
-            )
+        if longest is not None:
+            CausalLMFacts(self.profile).check_length(longest)
         if manifest is None:
             check_causal(model)  # else the loss function does
             if self._apart:

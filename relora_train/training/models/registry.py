@@ -9,12 +9,18 @@ from __future__ import annotations
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
-from relora_train.errors import ModelNotFoundError, ModelUnsuitableError, VocabularyMismatchError
+from relora_train.errors import (
+    ModelNotFoundError,
+    ModelUnsuitableError,
+    SequenceTooLongError,
+    VocabularyMismatchError,
+)
 from relora_train.settings.data import TokenizerConfig
 from relora_train.settings.profile import Profile
 from relora_train.training.models.shape import ModelShape, ShapeUnknownError, read_json, shape_of_config
@@ -91,12 +97,22 @@ class CausalLMFacts(ObjectiveFacts):
             return settings
         return settings.model_copy(update={"path": model.pretrained, "revision": model.revision})
 
+    def check_length(self, positions: int) -> None:
+        """Refuse sequences that are longer than the model's positions."""
+        if (length := self.profile.batch.sequence_length) > positions:
+            raise SequenceTooLongError(
+                f"batch.sequence_length {length} is longer than the model's {positions} positions. "
+                f"Set batch.sequence_length to {positions} or less."
+            )
+
     def check_pretrained(self, *, planned: bool = False) -> None:
-        """Raise unless a local model has a configuration, and rows for every token of a local tokenizer."""
+        """Raise unless a local model has a configuration, positions for a sequence, and rows for a local tokenizer."""
         directory = self.local_pretrained()
         if directory is None:
             return
         rows = read_config(directory, CAUSAL_LM, key="vocab_size", planned=planned)
+        with suppress(ModelNotFoundError):  # a model without positions of its own
+            self.check_length(read_config(directory, CAUSAL_LM, key="max_position_embeddings", planned=planned))
         if planned:
             return
         tokenizer = self.tokenizer()
