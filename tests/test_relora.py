@@ -9,7 +9,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import save_file
-from tiny_models import logits, relative_error, tiny_gpt_neox, tiny_llama, train
+from tiny_models import COMPILER_WARNINGS, logits, relative_error, tiny_gpt_neox, tiny_llama, train
 from torch import nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
@@ -129,6 +129,7 @@ def test_the_factors_are_at_least_float32_beside_a_weight_of_any_dtype(dtype):
     assert layer.lora_A.dtype == layer.lora_B.dtype == expected
 
 
+@COMPILER_WARNINGS
 def test_a_wrapped_layer_compiles_into_one_graph():
     layer = one_layer(dtype=torch.float32)[0]
     x = torch.randn(5, 20)
