@@ -44,7 +44,8 @@ WITHOUT_CREDENTIALS = [
 
 
 PLAIN_TEXT = {
-    "run_id", "series", "tasks.0", "gate", "stop_after", "gpu_limit", "deployment", "overrides.name", "overrides.model.revision",
+    "run_id", "series", "tasks.0", "gate", "stop_after", "gpu_limit", "deployment", "overrides.name",
+    "overrides.model.revision",
     "overrides.tokenizer.eos_token", "overrides.tokenizer.revision",
     "overrides.data.name", "overrides.data.hub_config", "overrides.data.hub_split",
     "overrides.data.hub_revision", "overrides.data.text_field", "overrides.relora.target_modules.0",
