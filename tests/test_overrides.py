@@ -25,6 +25,8 @@ def fields(
     """Every field by dotted key, as its schema says; sections as their description alone."""
     found: dict[str, dict[str, Any]] = {}
     for name, field in (properties or schema["properties"]).items():
+        if "$ref" in field.get("items", {}):  # a list of sections
+            field = {"$ref": field["items"]["$ref"], "description": field["description"]}
         if "$ref" not in field:
             found[f"{prefix}{name}"] = {key: value for key, value in field.items() if key != "default"}
             continue
@@ -151,3 +153,19 @@ def test_a_key_below_a_value_is_refused():
         ProfileOverrides.model_validate({"seed.x": 1})
     with pytest.raises(ConfigError):
         load_profile("smoke", {"relora.rank.x": 1})
+
+
+def test_several_sources_are_set_as_a_list_whose_items_say_only_what_was_given():
+    sources = [{"name": "a"}, {"name": "b", "weight": 2.0, "source": "text", "paths": ["x"]}]
+    given = ProfileOverrides.model_validate({"data.sources": sources})
+    assert json.loads(given.model_dump_json()) == {"data": {"sources": sources}}
+    from_python = load_profile("quickstart", given.model_dump()).data.sources
+    assert from_python == load_profile("quickstart", [f"data.sources={toml_of(sources)}"]).data.sources
+    with pytest.raises(ProfileInvalidError, match=r"data\.sources\.0\.name: Field required"):
+        load_profile("quickstart", {"data.sources": [{"weight": 2}]})
+
+
+def toml_of(sources: list[dict[str, Any]]) -> str:
+    """JSON's objects as TOML's inline tables."""
+    tables = (", ".join(f"{key}={json.dumps(value)}" for key, value in one.items()) for one in sources)
+    return f"[{', '.join(f'{{{table}}}' for table in tables)}]"

@@ -187,8 +187,22 @@ class ImageFormat(_Frozen):
         return self.channels * self.size * self.size + 1
 
 
+class MixedDataset(_Frozen):
+    """One source of a mixture: its own dataset in the same store."""
+
+    name: str = Field(pattern=_NAME)
+    """Name of the source, and of its dataset."""
+    weight: str = Field(pattern=r"^[0-9]+(/[0-9]+)?$")
+    """Its share of the tokens, as a fraction of one."""
+    dataset_id: str = Field(pattern=r"^[0-9a-f]{64}$")
+    train_tokens: int
+
+
 class DatasetManifest(Manifest):
-    """Manifest of a dataset: token shards of text, or images. Counts of tokens are then counts of images."""
+    """Manifest of a dataset: token shards of text, or images. Counts of tokens are then counts of images.
+
+    A mixture has only a tokenizer of its own, and names the datasets that hold its shards. Counts are sums over them.
+    """
 
     kind: Literal["dataset"] = "dataset"
     name: str = Field(pattern=_NAME)
@@ -209,6 +223,8 @@ class DatasetManifest(Manifest):
     val_bytes: int
     images: ImageFormat | None = None
     """Only for a dataset of images."""
+    mixture: tuple[MixedDataset, ...] = ()
+    """Only for a mixture."""
     statistics: dict[str, Any] = Field(default_factory=dict)
     """Informative: duplicates, what was left out, tokenization speed; how often each class is there."""
 

@@ -130,19 +130,24 @@ def check_inputs(profile: Profile, *, resumed: bool = False) -> str | None:
     resumed: the run starts from a checkpoint, so that the profile's own model is not loaded.
     Raises SourceUnreadableError, TokenizerError, DeviceError, and what check_settings does.
     """
+    from relora_train.data.mixture import inputs_of_sources, resolve_sources
     from relora_train.data.prepare import describe_dataset
     from relora_train.devices import check_devices
 
     check_devices(profile.launch)
     if not resumed:
         check_settings(profile)
-    paths = (*profile.data.paths, *profile.data.validation_paths)
-    if profile.data.source == "hub" or any("://" in path for path in paths):
+    parts = profile.data.parts()
+    paths = [path for part in parts for path in (*part.paths, *part.validation_paths)]
+    if any(part.source == "hub" for part in parts) or any("://" in path for path in paths):
         return None
     tokenizer = profile.tokenizer if resumed else facts_of(profile).tokenizer()  # a checkpoint brings its own
     if tokenizer.path and not Path(tokenizer.path).expanduser().exists():
         return None  # perhaps on a hub
-    dataset_id, _ = describe_dataset(profile.data, tokenizer)
+    if profile.data.sources:
+        dataset_id = inputs_of_sources(profile.data, tokenizer, resolve_sources(profile.data)).dataset_id
+    else:
+        dataset_id, _ = describe_dataset(profile.data, tokenizer)
     return None if resumed else dataset_id
 
 

@@ -53,12 +53,20 @@ class ExampleDataset(ABC):
     dtype: type[np.int64] | type[np.uint8]
 
     def __init__(
-        self, directory: Path, split: Split, manifest: DatasetManifest, *, seed: int, stride: int, width: int
+        self,
+        directory: Path,
+        split: Split,
+        manifest: DatasetManifest,
+        *,
+        seed: int,
+        stride: int,
+        width: int,
+        shards: list[Rows] | None = None,
     ) -> None:
-        """Examples begin `stride` numbers apart in a shard and are `width` numbers long."""
+        """Examples begin `stride` numbers apart in a shard and are `width` long. shards: instead of the directory's."""
         self.manifest, self.directory, self.split, self.seed = manifest, directory, split, seed
         self._stride, self._width = stride, width
-        self._shards = map_shards(directory, split, manifest)
+        self._shards = map_shards(directory, split, manifest) if shards is None else shards
         sizes = (max(0, len(shard) - (width - stride)) // stride for shard in self._shards)
         self._first_block = np.cumsum([0, *sizes])  # of each shard, then the total
         self.blocks = int(self._first_block[-1])
@@ -74,6 +82,17 @@ class ExampleDataset(ABC):
         if self.blocks < count:
             raise CorpusTooSmallError(self._too_small(count))
 
+    def require_batch(self, count: int) -> None:
+        """Return only if no batch of so many examples holds one twice; else CorpusTooSmallError with what to do."""
+        self.require(count)
+
+    def block_at(self, place: int) -> int:
+        """Return the number, in the order of the split, of the example at a place of the shuffled epochs."""
+        epoch, index = divmod(place, self.blocks)
+        if self._order is None or self._order[0] != epoch:
+            self._order = (epoch, sample_order(self.seed, epoch, self.blocks))
+        return int(self._order[1][index])
+
     def read_batch(self, position: int, count: int, *, rank: int = 0, world_size: int = 1) -> Rows:
         """Return this rank's rows of the global batch at `position`, counted in examples since the start of training.
 
@@ -83,14 +102,8 @@ class ExampleDataset(ABC):
         """
         if count < world_size:
             raise ValueError(f"a batch of {count} sequences cannot be shared by {world_size} ranks")
-        self.require(count)
-        blocks = []
-        for place in range(position + rank, position + count, world_size):
-            epoch, index = divmod(place, self.blocks)
-            if self._order is None or self._order[0] != epoch:
-                self._order = (epoch, sample_order(self.seed, epoch, self.blocks))
-            blocks.append(int(self._order[1][index]))
-        return self._gather(blocks)
+        self.require_batch(count)
+        return self._gather([self.block_at(place) for place in range(position + rank, position + count, world_size)])
 
     def read_blocks(self, start: int, count: int) -> Rows:
         """Return examples start … start + count - 1 in the order of the split: (count, row length), for evaluation."""
@@ -133,10 +146,16 @@ class TokenDataset(ExampleDataset):
         sequence_length: int,
         seed: int = 0,
         manifest: DatasetManifest | None = None,
+        shards: list[Rows] | None = None,
     ) -> None:
         self.sequence_length = sequence_length
-        manifest = manifest or read_dataset_manifest(directory)
-        super().__init__(directory, split, manifest, seed=seed, stride=sequence_length, width=sequence_length + 1)
+        manifest, cut = manifest or read_dataset_manifest(directory), {"stride": sequence_length}
+        super().__init__(directory, split, manifest, seed=seed, width=sequence_length + 1, shards=shards, **cut)
+
+    @property
+    def shards(self) -> list[Rows]:
+        """The tokens of each shard."""
+        return self._shards
 
     @property
     def tokens(self) -> int:

@@ -24,7 +24,8 @@ def source_record(kind: str, files: Sequence[SourceFile]) -> dict[str, Any]:
 def dataset_changes(theirs: DatasetManifest, ours: DatasetManifest) -> list[str]:
     """Return lines 'what: theirs -> ours' for what makes two datasets differ."""
     before, after = dict(theirs.inputs), dict(ours.inputs)
-    changed = before.pop("source", {}) != after.pop("source", {})
+    of_one = "source" in before and "source" in after  # a mixture has a key for each source
+    changed = of_one and before.pop("source") != after.pop("source")
     lines = [_source_change(theirs, ours)] if changed else []
     keys = sorted(key for key in {*before, *after} if before.get(key) != after.get(key))
     return lines + [f"{key}: {_shown(before.get(key))} -> {_shown(after.get(key))}" for key in keys]

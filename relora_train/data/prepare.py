@@ -245,10 +245,15 @@ def _training_texts(
             given += size
 
 
-def _serve(request: PrepareRequest, emit: Emit) -> None:
-    os.environ["TOKENIZERS_PARALLELISM"] = "true"  # training may use all cores: this process never forks
+def begin_beside_parent() -> None:
+    """Let a tokenizer be trained on all cores, and end with the process that started this one."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "true"  # this process never forks
     if os.environ.get(PARENT_PIPE_VARIABLE):
         threading.Thread(target=_leave_with_parent, daemon=True).start()
+
+
+def _serve(request: PrepareRequest, emit: Emit) -> None:
+    begin_beside_parent()
     prepared = prepare_dataset(
         request.data,
         request.tokenizer,

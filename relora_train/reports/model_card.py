@@ -123,11 +123,12 @@ def _base_model(profile: Profile | None) -> tuple[str | None, str]:
 def _data_facts(checkpoint: CheckpointRef, profile: Profile | None) -> list[str]:
     facts = []
     if profile is not None:
-        data = profile.data
-        hub = [data.hub_id, data.hub_config, data.hub_split, data.hub_revision] if data.source == "hub" else []
-        names = [PurePosixPath(without_secrets(path)).name for path in data.paths]
-        described = ", ".join(filter(None, [*hub, *names]))
-        facts.append(f"Source: {data.source}{': ' if described else ''}{markdown_cell(described)}")
+        weights = [f" of weight {source.weight:g}" for source in profile.data.sources] or [""]
+        for data, weight in zip(profile.data.parts(), weights, strict=True):
+            hub = [data.hub_id, data.hub_config, data.hub_split, data.hub_revision] if data.source == "hub" else []
+            names = [PurePosixPath(without_secrets(path)).name for path in data.paths]
+            described = ", ".join(filter(None, [*hub, *names]))
+            facts.append(f"Source{weight}: {data.source}{': ' if described else ''}{markdown_cell(described)}")
     facts.append(f"Dataset id: `{checkpoint.manifest.dataset_id}`")
     if dataset := _known(lambda: dataset_of(checkpoint).manifest):
         noun = "image" if dataset.images else "document"

@@ -106,6 +106,18 @@ class Sample:
     text: str
 
 
+@dataclass(frozen=True)
+class SourceRow:
+    """One source of a mixture, up to the run's last checkpoint."""
+
+    name: str
+    weight: str
+    tokens: int
+    share: float
+    """Its part of the tokens trained on."""
+    epochs: float
+
+
 @dataclass(frozen=True, eq=False)
 class RunData:
     """Everything a report shows. Rows are in the order of the line."""
@@ -126,6 +138,8 @@ class RunData:
     """When the last checkpoint was made, in UTC."""
     task_scores: tuple[Mapping[str, Any], ...] = ()
     """Scores by tasks of lm-evaluation-harness, as recorded, with stage and step."""
+    sources: tuple[SourceRow, ...] = ()
+    """The sources of a mixture."""
     spectra: tuple[LayerSpectrum, ...] = ()
     """Spectra of the update between the two stages of `spectra_between`."""
     spectra_between: tuple[str, str] | None = None

@@ -6,26 +6,35 @@ Embeddings belong to ids, so a model that exists keeps its tokenizer: a checkpoi
 
 import itertools
 import logging
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from relora_train.checkpoints.commit import commit_bundle
 from relora_train.checkpoints.fetch import files_in_stores, keep_fetched
 from relora_train.checkpoints.layout import dataset_prefix
 from relora_train.checkpoints.lineage import CheckpointRef
-from relora_train.checkpoints.manifest import find_dataset
+from relora_train.checkpoints.manifest import DatasetManifest, describe_files, find_dataset
 from relora_train.data.images import IMAGE_SOURCES
+from relora_train.data.interleaving import epochs_by_source
 from relora_train.data.left_out import left_out_note
+from relora_train.data.mixture import (
+    MixedTokenizerRequest,
+    MixtureInputs,
+    inputs_of_sources,
+    mixture_manifest,
+    resolve_sources,
+)
 from relora_train.data.prepare import PreparedDataset, PrepareRequest, describe_dataset
-from relora_train.data.selection import DatasetInputs, Selection, contents_of, inputs_of
-from relora_train.data.sources import Source, resolve_source
+from relora_train.data.selection import DatasetInputs, Selection
+from relora_train.data.sources import Source
 from relora_train.data.tokenizer import differing_ids, load_tokenizer
 from relora_train.data.tokenizer_files import TOKENIZER_FILE, TOKENIZER_FILES
 from relora_train.errors import ObjectNotFoundError, RunSettingsChangedError, TokenizerError
 from relora_train.runs.evaluations import dataset_of
-from relora_train.runs.run import DatasetRef, OnEvent, Run
+from relora_train.runs.run import DatasetRef, OnEvent, Run, fetch_dataset, parts_of
 from relora_train.runs.workers import run_worker
 from relora_train.settings.data import DataConfig, TokenizerConfig
 from relora_train.settings.profile import Profile
@@ -33,6 +42,9 @@ from relora_train.storage.workspace import WorkDirectory, checkpoint_cache, data
 from relora_train.training.models.registry import facts_of
 
 _log = logging.getLogger("relora_train.runs.datasets")
+
+MOST_USEFUL_EPOCHS = 4
+"""Readings of a text beyond which another is worth clearly less than new text: arXiv 2305.16264."""
 
 
 @dataclass(frozen=True)
@@ -52,8 +64,8 @@ class TextSettings:
     selection: Selection | None = None
     """The parts of the source to take; all of them when absent."""
 
-    def inputs(self, source: Source) -> DatasetInputs:
-        return inputs_of(replace(source, data=self.data), self.tokenizer, Selection(new=contents_of(source)))
+    def inputs(self, sources: Sequence[Source]) -> DatasetInputs | MixtureInputs:
+        return inputs_of_sources(self.data, self.tokenizer, sources)
 
 
 def prepare_or_reuse(
@@ -64,15 +76,19 @@ def prepare_or_reuse(
     parent: the checkpoint that the run goes on from; see choose_tokenizer. text: what is not simply as the profile has.
     Safe to repeat and to race: the first commit wins, and what a killed attempt finished on this machine is used.
     """
-    store, name = run.store, run.profile.data.name
+    store, name = run.store, (text.data if text else run.profile.data).name
     if text is None and run.profile.data.source not in IMAGE_SOURCES:
         text, dataset_id = choose_tokenizer(run, parent)
     else:
         text = text or TextSettings(run.profile.data, run.profile.tokenizer)
         dataset_id, _ = describe_dataset(text.data, text.tokenizer, selection=text.selection)
     with WorkDirectory("datasets", f"{name}-{dataset_id[:16]}-{short_digest(store.uri)}") as work:
-        if found := find_dataset(store, name, dataset_id):  # maybe by a process that was waited for
+        found = find_dataset(store, name, dataset_id)  # maybe made by a process that was waited for
+        if found is not None and all(parts_of(DatasetRef(store.uri, found)).values()):
+            _tell_epochs(run.profile, found)
             return DatasetOutcome(DatasetRef(store.uri, found), reused=True)
+        if text.data.sources:
+            return DatasetOutcome(_prepare_mixture(run, text, dataset_id, work.path, on_event), reused=False)
         request = PrepareRequest(
             data=text.data,
             tokenizer=text.tokenizer,
@@ -94,6 +110,43 @@ def prepare_or_reuse(
     return DatasetOutcome(DatasetRef(store.uri, manifest), reused=False)
 
 
+def _prepare_mixture(run: Run, text: TextSettings, dataset_id: str, work: Path, on_event: OnEvent) -> DatasetRef:
+    """Prepare each source's dataset or find it, train a tokenizer for all if need be, and commit their mixture."""
+    data, settings = text.data, text.tokenizer
+    if settings.path is None:
+        trained = work / "tokenizer"
+        if not (trained / TOKENIZER_FILE).is_file():
+            request = MixedTokenizerRequest(data=data, tokenizer=settings, directory=trained)
+            path = work / "tokenizer-request.json"
+            run_worker("relora_train.data.mixture", request, path, on_event=on_event, keep_secrets=True)
+        settings = settings.model_copy(update={"path": str(trained), "train": False})
+    parts = [
+        prepare_or_reuse(run, on_event=on_event, text=TextSettings(part, settings)).dataset for part in data.parts()
+    ]
+    directory = work / "mixture"
+    directory.mkdir(exist_ok=True)
+    tokenizer = fetch_dataset(parts[0])
+    for name in (name for name in TOKENIZER_FILES if (tokenizer / name).is_file()):
+        shutil.copyfile(tokenizer / name, directory / name)
+    hashed = text.inputs(resolve_sources(data)).hashed()
+    mixed = mixture_manifest(data, dataset_id, hashed, [part.manifest for part in parts], describe_files(directory))
+    manifest = commit_bundle(run.store, dataset_prefix(data.name, dataset_id), directory, mixed)
+    _tell_epochs(run.profile, manifest)
+    return DatasetRef(run.store.uri, manifest)
+
+
+def _tell_epochs(profile: Profile, manifest: DatasetManifest) -> None:
+    """Say how often training reads each source, and warn of one that it reads too often."""
+    if not manifest.mixture:
+        return
+    examples = profile.schedule.total_steps * profile.batch.sequences
+    for name, (tokens, epochs) in epochs_by_source(manifest, examples, profile.batch.sequence_length).items():
+        say = _log.warning if epochs > MOST_USEFUL_EPOCHS else _log.info
+        say("Source %r gives %s tokens of training: it is read %.2g times.%s", name, f"{tokens:,}", epochs,
+            f" Above {MOST_USEFUL_EPOCHS}, more text or a smaller weight serves better."
+            if epochs > MOST_USEFUL_EPOCHS else "")  # fmt: skip
+
+
 def choose_tokenizer(run: Run, parent: CheckpointRef | None) -> tuple[TextSettings, str]:
     """Return the settings by which a run's text becomes a dataset, and the dataset's id.
 
@@ -101,7 +154,7 @@ def choose_tokenizer(run: Run, parent: CheckpointRef | None) -> tuple[TextSettin
     names others. Other ids than the model's are warned of. Raises RunSettingsChangedError where the run has begun with
     another choice than its settings mean today, and the errors of the source and its tokenizer.
     """
-    source, profile = resolve_source(run.profile.data), run.profile
+    sources, profile = resolve_sources(run.profile.data), run.profile
     chosen, *others = choices = _choices(profile)
     ids: dict[TextSettings, str] = {}
     for choice in choices if parent else others:
@@ -110,11 +163,11 @@ def choose_tokenizer(run: Run, parent: CheckpointRef | None) -> tuple[TextSettin
         )
         if parent is None or not other:  # with a parent, what the profile leaves open
             with suppress(TokenizerError):
-                ids[choice] = choice.inputs(source).dataset_id
+                ids[choice] = choice.inputs(sources).dataset_id
     if parent is not None:
         same = {dataset_id: choice for choice, dataset_id in reversed(ids.items())}
         chosen = same.get(parent.manifest.dataset_id) or as_checkpoint(parent, profile)
-    inputs = chosen.inputs(source)
+    inputs = chosen.inputs(sources)
     _refuse_another_choice(run, inputs.dataset_id, ids)
     if parent is None or parent.manifest.dataset_id != inputs.dataset_id:
         try:
@@ -183,7 +236,7 @@ def _refuse_another_choice(run: Run, dataset_id: str, others: dict[TextSettings,
             )
 
 
-def _warn_of_other_ids(profile: Profile, parent: CheckpointRef | None, inputs: DatasetInputs) -> None:
+def _warn_of_other_ids(profile: Profile, parent: CheckpointRef | None, inputs: DatasetInputs | MixtureInputs) -> None:
     """Warn if the model that training begins with learned other ids than a dataset's."""
     own: Callable[[], tuple[str, str | None]]
     if parent is not None and any(entry.path == TOKENIZER_FILE for entry in parent.manifest.files):

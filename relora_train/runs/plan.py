@@ -7,6 +7,7 @@ from relora_train.method.schedule import learning_rate
 from relora_train.method.stages import Stage, plan_stages
 from relora_train.runs.costs import CardFit, PhaseCost, card_fits, full_cost, low_rank_cost
 from relora_train.settings.base import FrozenConfig
+from relora_train.settings.data import DataConfig
 from relora_train.settings.profile import Profile
 from relora_train.training.models.activations import evaluation_bytes
 from relora_train.training.models.registry import counted_shape
@@ -126,11 +127,10 @@ def plan(profile: Profile) -> Plan:
     if disk_bytes is not None:  # snapshots of one stage at a time
         disk_bytes += _SNAPSHOTS_KEPT * max((cost.snapshot_bytes for cost in costs if cost), default=0)
     total_tokens, data = profile.schedule.total_steps * tokens, profile.data
-    places = (data.hub_id, data.hub_config, data.hub_split) if data.source == "hub" else data.paths
     return Plan(
         profile=profile.name,
         method=profile.method,
-        data_source=" ".join(part for part in (data.source, *places) if part),
+        data_source=_source_shown(data),
         tokens_per_step=tokens,
         total_steps=profile.schedule.total_steps,
         total_tokens=total_tokens,
@@ -146,6 +146,15 @@ def plan(profile: Profile) -> Plan:
         full_rank_flops=full.flops_per_token * total_tokens if full else None,
         disk_bytes=disk_bytes,
     )
+
+
+def _source_shown(data: DataConfig) -> str:
+    """Return a source's kind and places, or each of several with its name and its share of the tokens."""
+    if data.sources:
+        each = zip(data.shares.items(), data.parts(), strict=True)
+        return "; ".join(f"{name} {float(share):.1%}: {_source_shown(part)}" for (name, share), part in each)
+    places = (data.hub_id, data.hub_config, data.hub_split) if data.source == "hub" else data.paths
+    return " ".join(part for part in (data.source, *places) if part)
 
 
 def _milestones(profile: Profile, stage: Stage) -> tuple[LearningRatePoint, ...]:

@@ -4,6 +4,7 @@ Manifests in the store alone say what has been done. `find.py` looks a stage up,
 run is what the command line prints and scripts read.
 """
 
+import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
@@ -18,9 +19,10 @@ from relora_train.checkpoints.fetch import fetch_bundle, fetch_checkpoint
 from relora_train.checkpoints.layout import dataset_prefix, split_checkpoint_uri
 from relora_train.checkpoints.lease import Lease, hold_run
 from relora_train.checkpoints.lineage import CheckpointRef, read_checkpoint, removal_at
-from relora_train.checkpoints.manifest import DatasetManifest
+from relora_train.checkpoints.manifest import MANIFEST_NAME, DatasetManifest, find_dataset
 from relora_train.checkpoints.run import CheckpointStore, RunView
-from relora_train.errors import CheckpointNotFoundError, ReLoRAError
+from relora_train.data.interleaving import PARTS_FILE
+from relora_train.errors import CheckpointNotFoundError, ObjectNotFoundError, ReLoRAError
 from relora_train.events import Event
 from relora_train.runs.publishing import Publisher
 from relora_train.runs.workers import Worker
@@ -28,8 +30,9 @@ from relora_train.settings.base import FrozenConfig
 from relora_train.settings.keys import settings_digest
 from relora_train.settings.profile import Profile, default_run_id
 from relora_train.storage.base import ObjectStore
+from relora_train.storage.durable import write_durably
 from relora_train.storage.opening import open_store
-from relora_train.storage.workspace import checkpoint_cache, dataset_cache
+from relora_train.storage.workspace import checkpoint_cache, dataset_cache, short_digest
 
 if TYPE_CHECKING:
     from relora_train.runs.datasets import DatasetOutcome
@@ -132,10 +135,40 @@ def choose_run_id(profile: Profile, parent: CheckpointRef | None) -> str:
     return f"{profile.name}-{settings_digest({'run': own, 'parent': parent.fingerprint})[:8]}"
 
 
+def parts_of(dataset: DatasetRef) -> dict[str, DatasetRef | None]:
+    """Return the datasets of a mixture's sources, by name, with None for one that is gone; none of another dataset."""
+    found = {
+        part.name: find_dataset(open_store(dataset.store_uri), part.name, part.dataset_id)
+        for part in dataset.manifest.mixture
+    }
+    return {name: DatasetRef(dataset.store_uri, it) if it else None for name, it in found.items()}
+
+
 def fetch_dataset(dataset: DatasetRef) -> Path:
-    """Return a local directory with the dataset's verified files."""
-    store = open_store(dataset.store_uri)
-    return fetch_bundle(store, dataset.prefix, dataset.manifest, dataset_cache(dataset.dataset_id))
+    """Return a local directory with the dataset's verified files; of a mixture, with the places of its sources'.
+
+    Raises ObjectNotFoundError where the dataset of a source is gone.
+    """
+    store, directory = open_store(dataset.store_uri), dataset_cache(dataset.dataset_id)
+    fetched = fetch_bundle(store, dataset.prefix, dataset.manifest, directory)
+    if not dataset.manifest.mixture:
+        return fetched
+    places: dict[str, str] = {}
+    for name, part in parts_of(dataset).items():
+        if part is None:
+            raise ObjectNotFoundError(
+                f"The dataset of source {name!r} of {dataset.uri} is gone. Prepare it again with the profile of the "
+                "run, or copy it back."
+            )
+        places[name] = str(fetch_dataset(part).resolve())
+    # Beside a cache of this machine, as the store's own directory is read-only and may be shared.
+    mixed = directory.with_name(f"{directory.name}-mixed-{short_digest(store.uri)}")
+    mixed.mkdir(parents=True, exist_ok=True)
+    for entry in dataset.manifest.files:
+        write_durably(mixed / entry.path, (fetched / entry.path).read_bytes())
+    write_durably(mixed / PARTS_FILE, json.dumps(places).encode())
+    write_durably(mixed / MANIFEST_NAME, dataset.manifest.model_copy(update={"files_prefix": ""}).to_bytes())
+    return mixed
 
 
 def fetch_parent(parent: CheckpointRef) -> Path:

@@ -1,6 +1,6 @@
 """The base of every section of a profile."""
 
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, GetJsonSchemaHandler
 from pydantic_core import CoreSchema, core_schema
@@ -15,7 +15,9 @@ class FrozenConfig(BaseModel):
 
 
 def section_in(annotation: Any) -> type[FrozenConfig] | None:
-    """Return the section that an annotation such as `LoggingConfig | None` names, or None."""
+    """Return the section that an annotation such as `LoggingConfig | None` names, or None; a list of them is none."""
+    if get_origin(annotation) is tuple:
+        return None
     kinds = (kind for kind in (annotation, *get_args(annotation)) if isinstance(kind, type))
     return next((kind for kind in kinds if issubclass(kind, FrozenConfig)), None)
 

@@ -1,6 +1,7 @@
 """Settings of what is learned from: text or images, tokenizer, batches."""
 
 import math
+from fractions import Fraction
 from typing import Literal, Self
 
 from pydantic import Field, model_validator
@@ -9,6 +10,8 @@ from relora_train.settings.base import Address, FrozenConfig
 
 FILE_SOURCES = ("text", "jsonl", "csv", "parquet")
 """Sources of text that lie in files."""
+
+_NAME = r"^[a-z0-9][a-z0-9._-]{0,63}$"
 
 
 class TokenizerConfig(FrozenConfig):
@@ -39,11 +42,8 @@ class TokenizerConfig(FrozenConfig):
         return self
 
 
-class DataConfig(FrozenConfig):
-    """The source of text or images, and how it becomes shards."""
-
-    name: str = Field("corpus", pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")
-    """Folder of the dataset in the store."""
+class SourceConfig(FrozenConfig):
+    """The place of text or images."""
 
     source: Literal["python-stdlib", "text", "jsonl", "csv", "parquet", "hub", "digits", "idx"] = "python-stdlib"
     """'python-stdlib' is the standard library's own source. Images: scikit-learn's 'digits', 'idx' of MNIST's kind."""
@@ -75,21 +75,6 @@ class DataConfig(FrozenConfig):
     max_documents: int | None = Field(None, ge=1)
     """Stop after so many documents, or training images, of the source."""
 
-    validation_fraction: float = Field(0.05, gt=0, lt=1)
-    """Share of documents or digits held out, chosen by a hash of their content; of idx it is the test files."""
-
-    shard_tokens: int = Field(8_388_608, ge=1024)
-    """Tokens a shard holds at most."""
-
-    workers: int | None = Field(None, ge=1)
-    """Processes that tokenize; one a core when absent. Does not change the result."""
-
-    engine: Literal["auto", "tokenizers", "tiktoken"] = "auto"
-    """Encoder; both give the same bytes."""
-
-    bos: Literal["auto"] | bool = "auto"
-    """Begin each document with the tokenizer's BOS token; 'auto': where the tokenizer does so itself."""
-
     @model_validator(mode="after")
     def settings_fit_the_source(self) -> Self:
         if self.source in (*FILE_SOURCES, "idx") and not self.paths:
@@ -106,6 +91,74 @@ class DataConfig(FrozenConfig):
                 f"source {self.source!r} does not read paths; set source to one that does ({readers}), or paths to []"
             )
         return self
+
+
+class WeightedSourceConfig(SourceConfig):
+    """One of several sources of text, and its share of what is trained on."""
+
+    name: str = Field(pattern=_NAME)
+    """Folder of its dataset in the store, and its name in logs and reports."""
+
+    weight: float = Field(1.0, gt=0)
+    """Its share of the tokens is this over the sum of all weights."""
+
+    @model_validator(mode="after")
+    def it_is_of_text(self) -> Self:
+        if self.source in ("digits", "idx"):
+            raise ValueError(f"source {self.source!r} is of images, and only sources of text are mixed")
+        return self
+
+
+class DataConfig(SourceConfig):
+    """The source of text or images, or several sources, and how they become shards."""
+
+    name: str = Field("corpus", pattern=_NAME)
+    """Folder of the dataset in the store."""
+
+    sources: tuple[WeightedSourceConfig, ...] = ()
+    """Several sources of text as [[data.sources]], each with a name, a weight by tokens, and the keys of one source."""
+
+    validation_fraction: float = Field(0.05, gt=0, lt=1)
+    """Share of documents or digits held out, chosen by a hash of their content; of idx it is the test files."""
+
+    shard_tokens: int = Field(8_388_608, ge=1024)
+    """Tokens a shard holds at most."""
+
+    workers: int | None = Field(None, ge=1)
+    """Processes that tokenize; one a core when absent. Does not change the result."""
+
+    engine: Literal["auto", "tokenizers", "tiktoken"] = "auto"
+    """Encoder; both give the same bytes."""
+
+    bos: Literal["auto"] | bool = "auto"
+    """Begin each document with the tokenizer's BOS token; 'auto': where the tokenizer does so itself."""
+
+    @model_validator(mode="after")
+    def several_sources_replace_the_one(self) -> Self:
+        fields = SourceConfig.model_fields
+        if self.sources and (given := [key for key in fields if getattr(self, key) != fields[key].default]):
+            keys = ", ".join(f"data.{key}" for key in given)
+            raise ValueError(f"{keys} say nothing beside [[data.sources]]; set them in each source that they are for")
+        return self
+
+    @model_validator(mode="after")
+    def names_of_sources_differ(self) -> Self:
+        names = [source.name for source in self.sources]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"two of [[data.sources]] are called {twice[0]!r}; give each a name of its own")
+        return self
+
+    @property
+    def shares(self) -> dict[str, Fraction]:
+        """Each source's share of the tokens, by name: exact, 0.1 as one tenth. Empty where there is one source."""
+        weights = {source.name: Fraction(str(source.weight)) for source in self.sources}
+        return {name: weight / sum(weights.values()) for name, weight in weights.items()}
+
+    def parts(self) -> tuple["DataConfig", ...]:
+        """Return the settings of each source as of one alone; these themselves where there is one."""
+        shared = self.model_dump(exclude={*SourceConfig.model_fields, "name", "sources"})
+        parts = (source.model_dump(exclude={"weight"}) for source in self.sources)
+        return tuple(DataConfig(**part, **shared) for part in parts) if self.sources else (self,)
 
 
 class ImagesConfig(FrozenConfig):

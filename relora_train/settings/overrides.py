@@ -6,7 +6,7 @@ Rules across fields are not here: they hold for the profile and its overrides to
 """
 
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, create_model, model_serializer, model_validator
 
@@ -44,6 +44,8 @@ def _overrides_of(config: type[FrozenConfig], name: str) -> type[Overrides]:
         if section := section_in(kind):
             kind = _overrides_of(section, section.__name__.removesuffix("Config") + "Overrides")
             description = description or section.__doc__
+        elif get_origin(kind) is tuple and (item := section_in(get_args(kind)[0])):  # the profile says what each needs
+            kind = tuple[_overrides_of(item, item.__name__.removesuffix("Config") + "Overrides"), ...]  # type: ignore[misc]
         elif field.metadata:
             kind = Annotated[(kind, *field.metadata)]
         fields[key] = kind, Field(default_factory=_ABSENT, description=description)

@@ -172,7 +172,7 @@ class Profile(FrozenConfig):
 
 
 LATER_KEYS = {
-    "data": ("validation_paths", "unreadable"),
+    "data": ("validation_paths", "unreadable", "sources"),
     "batch": ("documents",),
     "precision": ("residual", "frozen"),
     "tokenizer": ("revision",),

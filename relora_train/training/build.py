@@ -52,7 +52,7 @@ def prepare_stage(request: StageRequest, ranks: Ranks) -> StageTraining:
         raise ConfigError(f"{fault}.")
     train_data = objective.open_data(request.dataset_directory, "train")
     val_data = objective.open_data(request.dataset_directory, "val")
-    train_data.require(profile.batch.sequences)
+    train_data.require_batch(profile.batch.sequences)
     val_data.require(1)
     schedule = profile.schedule.model_dump(mode="json")
     facts = {"dataset_id": request.dataset_id, "seed": profile.seed, "schedule": schedule}

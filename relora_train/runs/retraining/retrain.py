@@ -91,6 +91,11 @@ def plan_retrain(
         )
     finish_promoted(store, series)
     data, _ = read_data(store, series)
+    if settings.data.sources:
+        raise ConfigError(
+            "A series goes on with the new documents of one source, so [[data.sources]] does not go with it. Name one "
+            "source in [data], or train with `relora run`."
+        )
     if settings.data.validation_paths:
         raise ConfigError(
             "A series scores on what the split rule holds out of its new documents, so data.validation_paths does not "

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from relora_train.checkpoints.manifest import DatasetManifest
 from relora_train.data.dataset import ExampleDataset, TokenDataset
+from relora_train.data.mixed_dataset import open_tokens
 from relora_train.distributed import Ranks
 from relora_train.errors import VocabularyMismatchError
 from relora_train.training.models.base import Evaluation, Objective
@@ -76,7 +77,7 @@ class CausalLM(Objective):
 
     def open_data(self, directory: Path, split: Literal["train", "val"]) -> ExampleDataset:
         length, seed = self.profile.batch.sequence_length, self.profile.seed
-        return TokenDataset(directory, split, sequence_length=length, seed=seed)
+        return open_tokens(directory, split, sequence_length=length, seed=seed)
 
     def new_model(self, manifest: DatasetManifest) -> nn.Module:
         from transformers import LlamaConfig, LlamaForCausalLM
