@@ -28,7 +28,8 @@ def compiling(run: Run) -> None:
         short, evaluated = found["graphs after a short micro-batch"], found["graphs after an evaluation"]
         run.require(f"{name}: graph breaks {breaks}", not breaks)
         run.require(f"{name}: {found['graphs']} graphs, {after_four} after four updates", found["graphs"] == after_four)
-        run.require(f"{name}: {short - after_four} graphs for a short micro-batch", short - after_four == 1)
+        more = short - after_four  # one of the blocks, one of the loss's rows
+        run.require(f"{name}: {more} graphs for a short micro-batch", 1 <= more <= 2)
         run.require(f"{name}: {evaluated - short} graphs for an evaluation", evaluated == short)
         worst = max(abs(a - b) / b for a, b in zip(losses, eager, strict=True))
         run.below(f"loss beside eager, {name}", worst, 1e-2)
