@@ -49,7 +49,9 @@ PLAIN_TEXT = {
     "overrides.tokenizer.eos_token", "overrides.tokenizer.revision",
     "overrides.data.name", "overrides.data.hub_config", "overrides.data.hub_split",
     "overrides.data.hub_revision", "overrides.data.text_field", "overrides.relora.target_modules.0",
-    "overrides.evaluation.sample_prompts.0",
+    "overrides.evaluation.sample_prompts.0", "overrides.data.sources.0.name", "overrides.data.sources.0.hub_config",
+    "overrides.data.sources.0.hub_split", "overrides.data.sources.0.hub_revision",
+    "overrides.data.sources.0.text_field",
 }  # fmt: skip
 """Strings that name no place."""
 

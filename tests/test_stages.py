@@ -84,6 +84,7 @@ THROUGH_THE_DATASET = {
     "data.hub_split": "test",
     "data.hub_revision": "v2",
     "data.paths": (),
+    "data.sources": (),
     "data.validation_paths": (),
     "data.text_field": "content",
     "data.unreadable": "stop",  # 'skip' is refused for the default source: tests/test_left_out.py
@@ -213,7 +214,7 @@ def test_another_dataset_changes_every_fingerprint():
     "key",
     sorted(
         {*CHANGES, *THROUGH_THE_DATASET}
-        - {"data.paths", "data.validation_paths", "data.unreadable", "data.source", "tokenizer.train"}
+        - {"data.paths", "data.sources", "data.validation_paths", "data.unreadable", "data.source", "tokenizer.train"}
     ),
 )
 def test_a_setting_that_changes_the_result_makes_another_run(key):

@@ -185,7 +185,8 @@ def test_a_prompt_begins_as_documents_do(tmp_path):
 
 def profile_of(corpus: DataConfig, **sections: Any) -> Profile:
     data = corpus.model_dump(mode="json") | sections.pop("data", {})
-    return Profile.model_validate({"name": "p", "data": data, **sections})
+    batch = {"sequence_length": 32}  # as many positions as a tiny model has
+    return Profile.model_validate({"name": "p", "data": data, "batch": batch, **sections})
 
 
 def pretrained(directory: Path) -> Path:

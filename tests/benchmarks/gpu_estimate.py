@@ -248,6 +248,10 @@ class Watch:
         if self.masks is not None:
             self.masks.draw()
 
+    def terms(self, examples: Tensor) -> Tensor:
+        count = examples[:, 1:].numel()
+        return cast(Any, SimpleNamespace(numpy=lambda: count))  # a number that the CPU knows
+
     def loss(self, examples: Tensor) -> Tensor:
         before = self.count.held_bytes()
         loss = next_token_loss(self.model, examples)
