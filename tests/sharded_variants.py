@@ -47,7 +47,7 @@ def errors_of_variants(ranks: Ranks, directory: Path) -> dict[str, float]:
 
 
 def reference(files: Path, ranks: Ranks) -> tuple[list[Tensor], dict[str, Tensor]]:
-    """What each rank is to get, and the sum of their gradients, by the formula."""
+    """The formula gives what each rank is to get, and the sum of their gradients."""
     model = wrapped(load_model(files))
     fill(model)
     for _, layer in relora_layers(model):

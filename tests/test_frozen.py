@@ -18,7 +18,7 @@ from relora_train.errors import CheckpointCorruptError, ConfigError, ModelError,
 from relora_train.method import merge as merging
 from relora_train.method.experts import low_rank_layers
 from relora_train.method.fast_path import HashMasks, share_inputs
-from relora_train.method.frozen import NF4_BLOCK, Frozen, dequantize, quantize
+from relora_train.method.frozen import NF4_BLOCK, QUANTIZED, Frozen, dequantize, quantize
 from relora_train.method.layer import lora_parameters, relora_layers
 from relora_train.method.merge import merge, merge_and_reinit
 from relora_train.method.wrap import apply_relora
@@ -33,8 +33,6 @@ from relora_train.training.files import read_tensor
 from relora_train.training.models.compiling import compile_blocks
 from relora_train.training.optimizer import build_optimizer
 from relora_train.training.trainer import run_stage
-
-QUANTIZED: tuple[Frozen, ...] = ("int8", "nf4")
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:

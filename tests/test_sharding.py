@@ -95,7 +95,7 @@ def with_snapshots(request: StageRequest, directory: Path, *, every_steps: int) 
 
 
 def evaluations_of(whole: dict[str, dict[str, Path]], dataset: Path, out: Path) -> dict[str, EvaluationRequest]:
-    """Of checkpoints of one process. One has a config.json by which its model would drop out if it were in training."""
+    """One process makes the checkpoints. By its config.json, the model of one would drop out if it were in training."""
     dropping = out / "dropping"
     if not dropping.exists():
         shutil.copytree(whole["from the start, tied"]["cycle-1"], dropping)

@@ -21,7 +21,7 @@ NF4_BLOCK = 64
 """Weights that share a scale, counted through the matrix as it lies in memory."""
 
 KINDS: dict[torch.dtype, Frozen] = {torch.int8: "int8", torch.uint8: "nf4"}
-"""What codes of a dtype are; other tensors are weights themselves."""
+"""The kind of codes by their dtype; tensors of other dtypes are weights themselves."""
 
 _INT8_LIMIT = 127
 _NF4 = (

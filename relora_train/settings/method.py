@@ -153,7 +153,7 @@ class TrainConfig(FrozenConfig):
     """The parameters that low-rank stages train in full beside A and B; the paper's choice is all of them."""
 
     embeddings: bool = True
-    """Of tokens, positions and patches; a head that is the same matrix goes with them."""
+    """Tables of tokens, positions and patches; a head that is the same matrix goes with them."""
 
     head: bool = True
     """The output head."""

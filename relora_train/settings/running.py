@@ -33,7 +33,7 @@ class PrecisionConfig(FrozenConfig):
 
     @property
     def frozen_as(self) -> Literal["float32", "bfloat16", "int8", "nf4"]:
-        """What the wrapped weights are held in."""
+        """The form in which a device holds the wrapped weights."""
         if self.frozen != "auto":
             return self.frozen
         return "bfloat16" if self.computes_in_bfloat16 else "float32"

@@ -49,7 +49,7 @@ class Finding(FrozenConfig):
 
 
 class Trial(FrozenConfig):
-    """What came of a model."""
+    """The findings about one model."""
 
     family: str
     parameters: int

@@ -190,7 +190,7 @@ class Snapshotter:
 
     Each rank that takes part copies what it holds, and training goes on. One thread a rank does the rest, one snapshot
     at a time; one that is due meanwhile is left out. Ranks that hold a whole model hold the same state: the first alone
-    takes part. Of a sharded model all do, together: the others send their rows to the first, which writes whole
+    takes part. Ranks that share a model all do, together: the others send their rows to the first, which writes whole
     tensors. They do so in a gloo group of their own, where no message of the training can get between.
     A snapshot that cannot be written (a full disk) is reported and training goes on.
     """

@@ -64,7 +64,7 @@ def activations(profile: Profile, shape: ModelShape, wrapped: Sequence[LinearSha
     rounded = precision.residual == "bfloat16" or precision.trains_in_bfloat16
     residual = hidden * (_BFLOAT16 if rounded else _FLOAT32)
     block = rows * _block_row(profile, shape, wrapped, product, residual, device=device)
-    # Of wrapped experts a copy with the update is kept for the backward pass, which frees it when it has its gradient.
+    # The backward pass needs a copy of wrapped experts with their update, and frees it when it has its gradient.
     experts = product * sum(linear.weights for linear in wrapped if linear.is_expert)
     working = block  # its gradients take as much, or what checkpointing makes again
     working += experts * 4 // 3 if launch.gradient_checkpointing else 0

@@ -25,7 +25,7 @@ _BUFFERS = re.compile(r"(inv_freq|masked_bias|attn\.bias|attention\.bias|positio
 """Names in old files of what is made from the configuration today, besides those that transformers itself knows."""
 
 _TEXT_PART = re.compile(r"^(model\.)?language_model\.(model\.)?")
-"""What the files of a model that also sees or hears put before the names of its part for text."""
+"""The beginning of the names of the part for text, in the files of a model that also sees or hears."""
 
 _NAMED = 3
 _LOGGER = logging.getLogger(__name__)

@@ -1,6 +1,6 @@
 """The shape of any causal language model, read from config.json and the headers of its safetensors files.
 
-No torch, and no value of a tensor. What blocks have in common is counted as a mean over the blocks.
+This module imports no torch and reads no value of a tensor. Layers are counted as a mean over the blocks.
 """
 
 import importlib.util
@@ -23,14 +23,16 @@ _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_exp
 _COMPARED = ("cohere", "gemma2", "granite", "llama", "mistral", "olmo2", "opt", "qwen2", "qwen3", "smollm3")
 """Families whose activations were counted to within a tenth: tests/test_shape_of_files.py."""
 
+_BUFFER = "correction_bias"
+"""End of the name of a router's tensor that files hold and no optimizer trains."""
+
 Shapes = dict[str, tuple[int, ...]]
 
 
 def shape_of_files(directory: Path, config: Mapping[str, Any]) -> ModelShape:
     """Return the shape of the model in a directory. ShapeUnknownError if it is not there, or is no stack of blocks."""
     config = {**config, **(config.get("text_config") or {})}
-    buffers = "correction_bias"
-    tensors = _text_part({name: shape for name, shape in sorted(_headers(directory)) if not name.endswith(buffers)})
+    tensors = _text_part({name: shape for name, shape in sorted(_headers(directory)) if not name.endswith(_BUFFER)})
     stacks: dict[str, Counter[str]] = defaultdict(Counter)
     sizes: Counter[str] = Counter()
     blocks: dict[str, set[str]] = defaultdict(set)
