@@ -4,7 +4,7 @@ import gc
 import itertools
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 
@@ -199,17 +199,19 @@ def test_ranks_are_kept_for_all_stages_to_the_same_bits_and_started_anew_after_o
 
 
 def test_idle_ranks_hear_from_the_first_until_there_is_no_more(monkeypatch: pytest.MonkeyPatch):
-    """A flow may take hours between two stages; a silent rank is lost after SLOW."""
+    """A flow may take hours between two stages; a silent rank is lost after SLOW. Without its flow one ends at once."""
     shared: list[str | None] = []
+    listeners: list[Callable[[], None] | None] = []
+    exits: list[int] = []
     lines = iter(["", "", NO_MORE])
 
     class Pipe:
         def next_line(self, seconds: float) -> str:
-            assert 2 * seconds < SLOW.total_seconds()
+            assert 2 * seconds < SLOW.total_seconds() and listeners[-1] is not None
             return next(lines)
 
-        def on_end(self, listener: object) -> None:
-            pass
+        def on_end(self, listener: Callable[[], None] | None) -> None:
+            listeners.append(listener)
 
     def shares(self: Ranks, text: str | None) -> str:
         shared.append(text)
@@ -220,3 +222,8 @@ def test_idle_ranks_hear_from_the_first_until_there_is_no_more(monkeypatch: pyte
     told: list[str] = []
     kept_ranks.serve_as_rank(RanksRequest(device="cpu"), lambda event, **fields: told.append(event))
     assert shared == ["", "", NO_MORE] and told == [TAKEN, SERVED]
+    monkeypatch.setattr(kept_ranks.os, "_exit", exits.append)
+    idle, after = listeners
+    assert idle is not None and after is None
+    idle()
+    assert exits == [1]
