@@ -340,14 +340,18 @@ def test_a_run_that_is_never_started_is_found_and_one_that_has_ended_stays_as_it
 
     ended, dead = run("PENDING", "RUNNING", "FAILED"), run("PENDING")
     at_the_pool = {"prefect.resource.id": "prefect.tag.relora", "prefect.resource.role": "tag"}
-    heartbeat = {
-        "id": str(uuid.uuid4()),
-        "occurred": datetime.now(UTC).isoformat(),
-        "event": "prefect.flow-run.heartbeat",
-        "resource": {"prefect.resource.id": f"prefect.flow-run.{ended}"},
-        "related": [at_the_pool],
-    }
-    operator.api("POST", "/events", [heartbeat])
+
+    def heartbeat() -> None:
+        event = {
+            "id": str(uuid.uuid4()),
+            "occurred": datetime.now(UTC).isoformat(),
+            "event": "prefect.flow-run.heartbeat",
+            "resource": {"prefect.resource.id": f"prefect.flow-run.{ended}"},
+            "related": [at_the_pool],
+        }
+        operator.api("POST", "/events", [event])
+
+    heartbeat()
     operator.wait_for_state(dead, "CRASHED", seconds=180)
     assert "the worker that took it is gone" in operator.flow_run(dead)["state"]["message"]
 
@@ -357,7 +361,11 @@ def test_a_run_that_is_never_started_is_found_and_one_that_has_ended_stays_as_it
         asked = {"filter": {"event": {"name": ["prefect.automation.action.failed"]}, "any_resource": about["resource"]}}
         return operator.api("POST", "/events/filter", asked)["total"] > 0
 
-    wait_for(fired, 120, operator.last_words)
+    try:
+        wait_for(fired, 60, operator.last_words)
+    except AssertionError:  # a server on SQLite drops an event when its file is locked; a real heart beats again
+        heartbeat()
+        wait_for(fired, 120, operator.last_words)
     assert operator.state(ended) == "FAILED"
     for automation in installed_automations(operator):
         operator.api("DELETE", f"/automations/{automation['id']}")
