@@ -12,6 +12,7 @@ from stage_runs import CPU, TINY, metrics_of, run_all, stage_request, tiny_profi
 from tiny_data import VOCABULARY, write_tiny_dataset
 from tiny_models import COMPILER_WARNINGS
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 from transformers import PreTrainedModel
 
 from relora_train.data.dataset import TokenDataset
@@ -23,7 +24,7 @@ from relora_train.training.evaluate import evaluation_key
 from relora_train.training.models import model as model_module
 from relora_train.training.models.causal_lm import NextTokenLoss
 from relora_train.training.models.compiling import compile_blocks
-from relora_train.training.models.documents import places_in_documents
+from relora_train.training.models.documents import flex_attention_works, places_in_documents
 from relora_train.training.models.model import attend_without_mask, checkpoint_activations, logits
 from relora_train.training.models.registry import objective_of
 
@@ -168,6 +169,31 @@ def test_compiled_blocks_give_the_same_up_to_rounding(family: str):
         ours = gradients(compiled, found)
         for name, gradient in gradients(plain, expected).items():
             assert (ours[name] - gradient).abs().max() <= 1e-5 * gradient.abs().max(), name
+
+
+@pytest.mark.parametrize("family", ["llama, as in training", "gpt_neox, as in training"])
+@torch.no_grad()
+def test_attention_by_blocks_gives_the_logits_of_the_mask_by_one_graph_for_all_documents(
+    family: str, monkeypatch: pytest.MonkeyPatch
+):
+    """On a GPU it trains so; flex attention has no backward pass on a CPU."""
+    model = made(family, {}).train()
+    expected = [logits(model, rows, places_in_documents(rows, END)) for rows in (ROWS, ROWS.flip(0))]
+    asked: list[torch.device] = []
+    monkeypatch.setattr(model_module, "flex_attention_works", lambda device: asked.append(device) is None)
+    torch.compiler.reset()
+    compiler = CompileCounter()
+    compile_blocks(model, backend=compiler)
+    for rows, exact in zip((ROWS, ROWS.flip(0)), expected, strict=True):
+        found = logits(model, rows, places_in_documents(rows, END))
+        assert (found - exact).abs().max() <= 1e-5 * exact.abs().max()
+    assert compiler.frame_count == 1 and asked == [ROWS.device] * 2
+    logits(model.eval(), ROWS, places_in_documents(ROWS, END))
+    assert len(asked) == 2  # evaluation does not compile, and flex attention alone would keep all scores
+
+
+def test_flex_attention_is_not_tried_on_a_cpu():
+    assert not flex_attention_works(torch.device("cpu"))
 
 
 # --- in a run

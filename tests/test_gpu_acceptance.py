@@ -129,6 +129,7 @@ def test_a_dry_run_runs_all_code_and_says_what_it_cannot_judge(
         "A10",
         "A11",
         "A12",
+        "A13",
         "B5",
         "B9",
         "B10",

@@ -78,6 +78,10 @@ CHECKS = (
         "codes of a CPU, read within rounding; 5 losses of a stage within 1e-2 of a CPU's",
     ),
     Check(
+        "A13", "documents apart", 15, "right_documents.documents_apart",
+        "attention by blocks equal to a mask of all pairs: 1e-4 in float32, 2e-2 in bfloat16; times recorded",
+    ),
+    Check(
         "B1", "tokens a second of the profiles", 170, "speed.profiles",
         "llama_1b: full rank at least 52,000 tokens a second, low rank 66,000",
     ),

@@ -1,7 +1,17 @@
-"""The documents in rows of token ids: each ends with the end-of-text id, and a row's first tokens begin one."""
+"""The documents in rows of token ids: each ends with the end-of-text id, and a row's first tokens begin one.
+
+On a GPU attention skips the blocks between documents (flex attention); elsewhere SDPA reads a mask of all pairs.
+"""
+
+import logging
+from functools import cache
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+
+_log = logging.getLogger(__name__)
 
 UNSCORED = -100
 """The target of a position without a term, as torch's cross_entropy knows it."""
@@ -18,3 +28,50 @@ def places_in_documents(tokens: Tensor, end: int) -> Tensor:
 def targets_in_documents(tokens: Tensor, end: int) -> Tensor:
     """Return the next token of each but the last, (rows, length - 1); UNSCORED where it begins another document."""
     return tokens[:, 1:].masked_fill(tokens[:, :-1] == end, UNSCORED)
+
+
+def mask_of_documents(places: Tensor, *, by_blocks: bool) -> Tensor | BlockMask:
+    """Return the mask of causal attention inside documents, for the tokens' places in theirs, (rows, length).
+
+    by_blocks: for attend_in_documents on a GPU. Otherwise (rows, 1, length, length), True where a token is read.
+    """
+    document = (places == 0).cumsum(1)
+    if not by_blocks:
+        return (document.unsqueeze(2) == document.unsqueeze(1)).tril().unsqueeze(1)
+
+    def is_read(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (query >= key) & (document[row, query] == document[row, key])
+
+    rows, length = places.shape
+    return create_block_mask(is_read, rows, None, length, length, device=str(places.device))
+
+
+def attend_in_documents(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | BlockMask | None,
+    **given: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Attend as transformers' SDPA does, causally where there is no mask, or by the blocks of a BlockMask."""
+    from transformers.integrations.flex_attention import flex_attention_forward
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    attend: Any = flex_attention_forward if isinstance(attention_mask, BlockMask) else sdpa_attention_forward
+    return cast(tuple[Tensor, Tensor | None], attend(module, query, key, value, attention_mask, **given))
+
+
+@cache
+def flex_attention_works(device: torch.device) -> bool:
+    """Return True if flex attention trains on this device, by a try. It needs Triton; no CPU has its backward pass."""
+    if device.type != "cuda":
+        return False
+    try:
+        made = torch.ones(1, 2, 256, 64, device=device, requires_grad=True)
+        torch.compile(flex_attention)(made, made, made).sum().backward()  # type: ignore[no-untyped-call]
+    except Exception as error:  # whatever the tool chain raises
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        _log.warning("Documents are masked pair by pair: flex attention does not work on %s (%s).", device, reason)
+        return False
+    return True

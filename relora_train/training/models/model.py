@@ -11,7 +11,13 @@ from torch.nn import functional as F
 from relora_train.errors import ModelError, ModelUnsuitableError
 from relora_train.training.models.activations import EVALUATION_ROWS
 from relora_train.training.models.chunked_loss import chunked_cross_entropy, loss_of_rows
-from relora_train.training.models.documents import places_in_documents, targets_in_documents
+from relora_train.training.models.documents import (
+    attend_in_documents,
+    flex_attention_works,
+    mask_of_documents,
+    places_in_documents,
+    targets_in_documents,
+)
 
 _UNMASKED = "sdpa_without_mask"
 
@@ -61,12 +67,11 @@ def attend_without_mask(model: nn.Module) -> None:
     for all the work it has given to a GPU. Other models and windowed attention stay as they are.
     """
     from transformers import AttentionInterface
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     config = cast(Any, model).config
     windowed = getattr(config, "sliding_window", None) is not None
     if config.model_type in ("llama", "gpt_neox") and not windowed and config._attn_implementation == "sdpa":
-        AttentionInterface.register(_UNMASKED, sdpa_attention_forward)  # it is causal where it is given no mask
+        AttentionInterface.register(_UNMASKED, attend_in_documents)
         cast(Any, model).set_attn_implementation(_UNMASKED)
 
 
@@ -113,15 +118,16 @@ def next_token_loss(model: nn.Module, tokens: Tensor, *, fused: bool = True, end
     return cast(Tensor, own(inputs, targets, places) if own else fused_loss(model, inputs, targets, places))
 
 
-def _placed(model: nn.Module, places: Tensor | None) -> dict[str, Tensor]:
+def _placed(model: nn.Module, places: Tensor | None) -> dict[str, Any]:
     """Return the arguments that tell the model where documents begin. Others are masked by transformers, or here."""
     if places is None:
         return {}
-    if cast(Any, model).config._attn_implementation != _UNMASKED:
+    config = cast(Any, model).config
+    if config._attn_implementation != _UNMASKED:
         return {"position_ids": places}
-    document = (places == 0).cumsum(1)
-    mask = (document.unsqueeze(2) == document.unsqueeze(1)).tril().unsqueeze(1)  # (batch, 1, length, length)
-    return {"position_ids": places, "attention_mask": mask}
+    # Flex attention is not compiled in evaluation, where it would keep the scores of all pairs, and has no dropout.
+    by_blocks = model.training and not config.attention_dropout and flex_attention_works(places.device)
+    return {"position_ids": places, "attention_mask": mask_of_documents(places, by_blocks=by_blocks)}
 
 
 def fused_loss(model: nn.Module, inputs: Tensor, targets: Tensor, places: Tensor | None = None) -> Tensor:
