@@ -177,7 +177,7 @@ def test_every_command_has_one_line_of_help_and_the_exit_codes_are_documented(re
     commands = command_line().commands
     assert " ".join(commands) == (
         "run retrain compare experiments join plan profiles check runs checkpoints show retry evaluate bench export "
-        "report analyze serve prune verify pin unpin series promote rollback"
+        "report analyze serve deploy prune verify pin unpin series promote rollback"
     )
     for name, command in commands.items():
         assert command.help and "\n" not in command.help.strip() and command.help.endswith("."), name

@@ -262,24 +262,36 @@ serve_deployments(chosen, limit=1, poll_seconds=1, take_over=True, on_start=on_s
     operator.api("PATCH", f"/deployments/{before['id']}", as_before)
 
 
-def test_schedules_make_runs_and_a_worker_starts_them(operator: Operator, worker: subprocess.Popen[bytes]):
+def test_schedules_make_runs_and_a_series_deployed_in_five_steps_trains(
+    operator: Operator, worker: subprocess.Popen[bytes], bucket: str, tmp_path: Path
+):
+    smoke = (ROOT / "profiles" / "smoke.toml").read_text()
+    (tmp_path / "mine.toml").write_text(smoke)
+    sets = ["schedule.cycles=1", "launch.threads=1", "evaluation.sequences=8", "evaluation.final_sequences=8"]
+    asked = ["deploy", "mine.toml", "--cron", "* * * * *", *(part for one in sets for part in ("--set", one))]
+    command = operator.command("relora_train.cli.app", *asked)
+    subprocess.run(command, env=operator.environment, cwd=tmp_path, check=True, timeout=120)
     operator.prefect("--no-prompt", "deploy", "-n", "prune/weekly", "--prefect-file", "deploy/prefect.yaml")
-    operator.prefect("deployment", "schedule", "create", "prune/weekly", "--cron", "* * * * *")
-    deployment = operator.api("GET", "/deployments/name/prune/weekly")
-    schedules = {schedule["id"]: schedule["schedule"]["cron"] for schedule in deployment["schedules"]}
+    operator.prefect("--no-prompt", "deploy", "--all", "--prefect-file", str(tmp_path / "mine.prefect.yaml"))
+    mine, weekly = (operator.api("GET", f"/deployments/name/{name}") for name in ("retrain/mine", "prune/weekly"))
+    assert mine["parameters"]["profile"] == str(tmp_path / "mine.toml")
 
-    def scheduled(*states: str) -> set[str]:
-        """The crons whose runs are in one of these states."""
-        asked = {
-            "deployments": {"id": {"any_": [deployment["id"]]}},
-            "flow_runs": {"state": {"type": {"any_": states}}},
-        }
-        return {schedules[run["created_by"]["id"]] for run in operator.api("POST", "/flow_runs/filter", asked)}
+    def scheduled(deployment: dict[str, Any]) -> list[str]:
+        """The names of the states of the runs that its schedule made."""
+        made_by = [schedule["id"] for schedule in deployment["schedules"]]
+        runs = operator.api("POST", "/flow_runs/filter", {"deployments": {"id": {"any_": [deployment["id"]]}}})
+        return [run["state_name"] for run in runs if run["created_by"]["id"] in made_by]
 
-    wait_for(lambda: scheduled("SCHEDULED") == {"45 4 * * 0", "* * * * *"}, 180, operator.last_words)
-    wait_for(lambda: scheduled("COMPLETED", "FAILED", "CRASHED"), 240, operator.last_words)
-    assert scheduled("COMPLETED") == {"* * * * *"} and not scheduled("FAILED", "CRASHED"), operator.last_words()
-    operator.api("DELETE", f"/deployments/{deployment['id']}")
+    def ended() -> bool:
+        assert not {"Failed", "Crashed"} & set(scheduled(mine)), operator.last_words()
+        return "Promoted" in scheduled(mine)
+
+    wait_for(lambda: "Scheduled" in scheduled(weekly), 180, operator.last_words)
+    wait_for(ended, 300, operator.last_words)
+    champion = resolve_checkpoint("series:mine", open_store(bucket))
+    assert champion.manifest.stage == "cycle-1", "what --set gave is of the deployment"
+    for deployment in (mine, weekly):
+        operator.api("DELETE", f"/deployments/{deployment['id']}")
 
 
 def test_no_night_is_scheduled_unasked_and_a_schedule_outlives_later_deploys(operator: Operator):

@@ -29,7 +29,7 @@ _COMMANDS = {
     "plan": "plan", "profiles": "plan", "check": "check",
     "runs": "runs", "checkpoints": "show", "show": "show",
     "retry": "evaluate", "evaluate": "evaluate", "bench": "bench", "export": "export", "report": "evaluate",
-    "analyze": "analyze", "serve": "serve",
+    "analyze": "analyze", "serve": "serve", "deploy": "deploy",
     "prune": "upkeep", "verify": "upkeep", "pin": "upkeep", "unpin": "upkeep",
     "series": "series", "promote": "series", "rollback": "series",
 }  # fmt: skip
