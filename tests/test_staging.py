@@ -1,17 +1,24 @@
 """Where documents go and where long ones are cut."""
 
+import hashlib
+import json
+import re
+import tracemalloc
 from functools import partial
+from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from made_up_corpus import made_up_text
 
-from relora_train.data import staging
+from relora_train.data import splitting, staging
+from relora_train.data.sources import read_documents, resolve_source
 from relora_train.data.splitting import PIECE_BYTES, cut_into_pieces, split_digest, split_of
 from relora_train.data.staging import read_pieces, stage_documents
 from relora_train.data.tokenizer import train_tokenizer
 from relora_train.errors import DataError
+from relora_train.settings.data import DataConfig
 
 
 @settings(max_examples=100, deadline=None)
@@ -32,6 +39,33 @@ def test_pieces_are_bounded_whole_characters_that_join_to_the_text(text, limit):
     pieces = list(cut_into_pieces(text, limit))
     assert b"".join(pieces) == text.encode()
     assert all(len(piece) <= limit and piece.decode() for piece in pieces if text)
+
+
+@settings(max_examples=300, deadline=None)
+@given(text=st.text(alphabet="aΣ'é漢 \n\u00a0", max_size=40), slice_bytes=st.integers(1, 9))
+def test_a_long_text_is_on_the_side_and_in_the_pieces_that_reading_it_whole_gives(text, slice_bytes):
+    whole = hashlib.blake2b(text.lower().encode().translate(None, b" \t\n\r\v\f"), digest_size=8)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(splitting, "PIECE_BYTES", slice_bytes)
+        assert split_digest(text) == int.from_bytes(whole.digest(), "big")
+    for piece, after in pairwise([*cut_into_pieces(text, 12), b""]):
+        # up to the last single space among the bytes that fit, else up to the last whole character
+        fits = text.encode()[text.encode().index(piece + after) :][:12].decode(errors="ignore")
+        spaces = [match.start() for match in re.finditer(r"(?<=\S) (?=\S)", fits)]
+        assert not after or piece.decode() == fits[: spaces[-1] if spaces else None]
+
+
+def test_a_long_line_is_held_twice_and_not_more(tmp_path):
+    text = "\n".join(f"def line_{number}(x): return x" for number in range(100_000))
+    (tmp_path / "one.jsonl").write_text(json.dumps({"text": text}))
+    source = resolve_source(DataConfig(source="jsonl", paths=(str(tmp_path / "one.jsonl"),)))
+    tracemalloc.start()
+    try:
+        stage_documents(read_documents(source), tmp_path / "s", lambda digest: "train", range_bytes=1 << 23)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 2.6 * len(text)  # the line, and its text, which grows by a quarter at a time
 
 
 def test_a_cut_document_has_the_ids_of_the_whole_one():

@@ -35,7 +35,7 @@ def text_or_fault(value: Any, text_field: str, where: str) -> str | Fault:
         what = f"{where}: the field {text_field!r} holds a {type(value).__name__}, not text."
         return Fault(f"{what} Name another field in data.text_field.", f"no text in {text_field!r}")
     try:
-        value.encode()
+        _ = value.isascii() or value.encode()  # the first needs no copy of a long text
     except UnicodeEncodeError as error:
         half = f"character {error.start} is half of a surrogate pair ({error.object[error.start]!r})"
         what = f"{where}: {half}, which no encoding can hold. Repair or remove that document."

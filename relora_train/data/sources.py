@@ -194,23 +194,27 @@ def _whole_text(file: SourceFile, data: DataConfig, advance: Advance) -> Located
 
 def _json_lines(file: SourceFile, data: DataConfig, advance: Advance) -> Located:
     """Yield one document a line, as `datasets` reads JSON lines, but with the line's number in every error."""
-    told = 0
+    told = number = 0
     with _opened(file) as (stream, disk):
-        for number, line in enumerate(stream, start=1):
+        while line := stream.readline():
+            number += 1
             advance(disk.tell() - told)
             told = disk.tell()
-            content = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
-            if content.strip():
-                where = f"{file.name}, line {number}"
+            where, content = f"{file.name}, line {number}", [line.removeprefix(codecs.BOM_UTF8 if number == 1 else b"")]
+            del line
+            if content[0] and not content[0].isspace():
                 yield where, _text_in(content, data.text_field, where)
 
 
-def _text_in(line: bytes, text_field: str, where: str) -> str | Fault:
+def _text_in(content: list[bytes], text_field: str, where: str) -> str | Fault:
+    """Take the line out of its list, so that no more than two copies of a long one are held at a time."""
     try:
-        row = json.loads(line.decode("utf-8"))
+        decoded = content.pop().decode("utf-8")
     except UnicodeDecodeError as error:
         remedy = "Repair or remove the line."
         return Fault(f"{where} is not UTF-8: {error.reason} at byte {error.start}. {remedy}", "not UTF-8 text")
+    try:
+        row = json.loads(decoded)
     except (ValueError, RecursionError) as error:
         return Fault(f"{where} is not valid JSON: {error}. Repair or remove the line.", "not valid JSON")
     if not isinstance(row, dict):

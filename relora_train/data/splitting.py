@@ -8,7 +8,6 @@ has none, it is between any two characters.
 """
 
 import hashlib
-import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import Literal
 
@@ -19,7 +18,6 @@ DOCUMENT_BYTES = 8192
 SPLIT_RULE = "blake2b-64 of the text in lower case without ASCII white space"
 
 _ASCII_WHITE_SPACE = b" \t\n\r\v\f"
-_SINGLE_SPACE = re.compile(r"(?<=\S) (?=\S)")
 
 Split = Literal["train", "val"]
 Side = Callable[[int], Split]
@@ -28,8 +26,15 @@ Side = Callable[[int], Split]
 
 def split_digest(text: str) -> int:
     """Return 64 bits of the normalised text: the same for documents that differ only in case and white space."""
-    normalised = text.lower().encode().translate(None, _ASCII_WHITE_SPACE)
-    return int.from_bytes(hashlib.blake2b(normalised, digest_size=8).digest(), "big")
+    digest = hashlib.blake2b(digest_size=8)
+    start, is_ascii = 0, text.isascii()
+    while start < len(text):
+        # In slices, so that a long text needs no second copy. The lower case of Greek sigma depends on its word.
+        end = start + PIECE_BYTES if is_ascii else text.find(" ", start + PIECE_BYTES)
+        part = text[start:end] if end >= 0 else text[start:]
+        digest.update(part.lower().encode().translate(None, _ASCII_WHITE_SPACE))
+        start += len(part)
+    return int.from_bytes(digest.digest(), "big")
 
 
 def split_of(digest: int, validation_fraction: float) -> Split:
@@ -51,16 +56,23 @@ def side_for(digests: Iterable[int], validation_fraction: float) -> Side:
 
 
 def cut_into_pieces(text: str, limit_bytes: int) -> Iterator[bytes]:
-    """Yield the text as UTF-8 in pieces of at most `limit_bytes`; joined, they are the text."""
-    encoded = text.encode()
+    """Yield the text as UTF-8 in pieces of at most `limit_bytes`; joined, they are the text.
+
+    A long text is encoded a piece at a time: it needs no second copy.
+    """
     start = 0
-    while len(encoded) - start > limit_bytes:
+    while len(encoded := text[start : start + limit_bytes + 1].encode()) > limit_bytes:
         # without the character that the limit cuts in two
-        window = encoded[start : start + limit_bytes].decode(errors="ignore")
-        spaces: list[int] = []
-        for begin in (max(0, len(window) - 4096), 0):
-            spaces = spaces or [match.start() for match in _SINGLE_SPACE.finditer(window, begin)]
-        end = len(window[: spaces[-1] if spaces else len(window)].encode())
-        yield encoded[start : start + end]
-        start += end
-    yield encoded[start:]
+        window = encoded[:limit_bytes].decode(errors="ignore")
+        piece = window[: _last_single_space(window) or len(window)]
+        yield piece.encode()
+        start += len(piece)
+    yield encoded
+
+
+def _last_single_space(text: str) -> int:
+    """Return the place of the last space between two other characters; 0 where there is none."""
+    place = text.rfind(" ", 0, len(text) - 1)
+    while place > 0 and (text[place - 1].isspace() or text[place + 1].isspace()):
+        place = text.rfind(" ", 0, place)
+    return max(0, place)
