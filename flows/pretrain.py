@@ -66,7 +66,7 @@ def pretrain(
     planned = stages_after(settings, parent.manifest if parent else None)
     stages = until(stop_after, planned)
     identity = Run(run_id, store_uri, settings, branches=parent is not None)
-    with present(), session(identity, depends_on=[parent.uri] if parent else ()) as run:
+    with present(), session(identity, depends_on=[parent.uri] if parent else (), stages=stages) as run:
         check_model(run, planned, parent)
         prepared = done(tokenize(run, parent))
         with device_slot(gpu_limit), closing(run.worker):

@@ -109,9 +109,9 @@ def retrain(
             reason = "the source holds nothing that the series has not been trained on"
             return tell_outcome(summarize(opened, series, "no-new-data", reason))
         name_flow_run(series, plan.run_id)
-        with session(plan.run, depends_on=[plan.champion.uri] if plan.champion else ()) as run:
-            parent = plan.parent
-            stages = stages_after(plan.profile, parent.manifest if parent else None)
+        parent, depends_on = plan.parent, [plan.champion.uri] if plan.champion else ()
+        stages = stages_after(plan.profile, parent.manifest if parent else None)
+        with session(plan.run, depends_on=depends_on, stages=stages) as run:
             check_model(run, stages, parent)
             prepared = done(tokenize_new_data(run, plan))
             if prepared is None:

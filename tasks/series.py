@@ -112,7 +112,7 @@ def retrain_markdown(summary: RetrainSummary) -> str:
             cell = value.replace("|", "\\|")
             lines.append(f"| {name} | {cell} |")
     if summary.outcome == "promoted":
-        lines += ["", f"To take the promotion back: `relora rollback {summary.series}`"]
+        lines += ["", f"To take the promotion back: `relora promote {summary.series} --rollback`"]
     elif summary.candidate_uri:
         lines += ["", f"To promote it all the same: `relora promote {summary.series} {summary.candidate_uri}`"]
     return "\n".join(lines)

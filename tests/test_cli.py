@@ -63,7 +63,7 @@ BAD_INPUT = [
         ["run", "smoke", "--resume-from", "tale@cycle-1"], 2, "holds another model", id="resume with another model"
     ),
     pytest.param(["runs", "--store", "s3://"], 5, "names no bucket", id="no bucket"),
-    pytest.param(["checkpoints", "gone"], 6, "Runs there: tale", id="run not found"),
+    pytest.param(["show", "gone"], 6, "Runs there: tale", id="run not found"),
     pytest.param(["show", "tale@cycle-9"], 6, "It has:", id="checkpoint not found"),
     pytest.param(["show", "not a name"], 2, "names no checkpoint", id="no name of a checkpoint"),
     pytest.param(["show", "/nowhere/at/all"], 6, "is no directory", id="directory not found"),
@@ -110,7 +110,7 @@ def test_an_ambiguous_checkpoint_is_refused_by_name_and_found_by_uri(
     refused = relora("show", "tale@cycle-2")
     assert refused.code == 6 and sibling.uri in refused.err and line[2].uri in refused.err
     assert relora("show", sibling.uri).code == 0
-    listed = relora("checkpoints", "tale", "--json")
+    listed = relora("show", "tale", "--json")
     assert [item["on_line"] for item in json.loads(listed.out)] == [False] * 5
 
 
@@ -134,7 +134,7 @@ def test_a_damaged_checkpoint_does_not_hide_the_others(
     options: list[str], relora: Relora, line: list[CheckpointRef], tmp_path: Path
 ) -> None:
     (tmp_path / "store" / line[1].prefix / "manifest.json").write_text("{")
-    outcome = relora("checkpoints", "tale", *options)
+    outcome = relora("show", "tale", *options)
     assert outcome.code == 6 and line[1].uri in outcome.err and "damaged" in outcome.err
     others = [line[0], line[2], line[3]]
     if options:
@@ -176,8 +176,8 @@ def test_every_command_has_one_line_of_help_and_the_exit_codes_are_documented(re
     assert all(code in shown.out for code in codes)
     commands = command_line().commands
     assert " ".join(commands) == (
-        "run retrain compare experiments join plan profiles check runs checkpoints show retry evaluate bench export "
-        "report analyze serve deploy prune verify pin unpin series promote rollback"
+        "run retrain compare join plan profiles check runs show retry evaluate bench export report analyze serve deploy "
+        "prune verify pin delete series promote"
     )
     for name, command in commands.items():
         assert command.help and "\n" not in command.help.strip() and command.help.endswith("."), name
@@ -185,7 +185,7 @@ def test_every_command_has_one_line_of_help_and_the_exit_codes_are_documented(re
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["plan", "smoke"], ["profiles"], ["experiments"], ["runs"], ["--version"]]
+    "arguments", [["--help"], ["plan", "smoke"], ["profiles"], ["compare"], ["runs"], ["--version"]]
 )
 def test_light_commands_import_no_torch_prefect_or_boto3(arguments: list[str], tmp_path: Path) -> None:
     script = (
@@ -205,7 +205,7 @@ def test_json_is_all_of_standard_output(relora: Relora, line: list[CheckpointRef
             "plan": ["plan", "smoke"],
             "profiles": ["profiles"],
             "runs": ["runs"],
-            "checkpoints": ["checkpoints", "tale"],
+            "show a run": ["show", "tale"],
             "show": ["show", "tale@cycle-1", "--verify"],
             "export": ["export", "tale", "model"],
             "report": ["report", "tale"],
@@ -214,7 +214,7 @@ def test_json_is_all_of_standard_output(relora: Relora, line: list[CheckpointRef
     assert read["plan"]["total_steps"] == 60
     assert "quickstart" in {item["name"] for item in read["profiles"]}
     assert [(run["run_id"], run["latest_step"]) for run in read["runs"]] == [("tale", 160)]
-    assert [item["stage"] for item in read["checkpoints"]] == ["warm-start", "cycle-1", "cycle-2", "cycle-3"]
+    assert [item["stage"] for item in read["show a run"]] == ["warm-start", "cycle-1", "cycle-2", "cycle-3"]
     assert [item["uri"] for item in read["show"]["lineage"]] == [line[0].uri, line[1].uri] and read["show"]["verified"]
     assert read["export"]["checkpoint_uri"] == line[-1].uri
     assert read["report"]["report_uri"] == f"{line[0].store_uri}/runs/tale/report/report.html"
@@ -223,7 +223,7 @@ def test_json_is_all_of_standard_output(relora: Relora, line: list[CheckpointRef
 def test_tables_show_what_was_asked_for(relora: Relora, line: list[CheckpointRef]) -> None:
     shown = relora("show", "tale@cycle-2").out
     assert line[1].uri.rpartition("/")[2] in shown and "model.safetensors" in shown and "effective rank" in shown
-    listed = relora("checkpoints", "tale").out
+    listed = relora("show", "tale").out
     assert listed.count("●") == len(line) + 1 and all(ref.uri.rpartition("/")[2] in listed for ref in line)
     assert "tale" in relora("runs").out
     assert "No run" in relora("runs", "--store", "elsewhere").out
@@ -297,15 +297,15 @@ def test_prune_shows_what_would_go_and_then_removes_it(
     assert planned.code == 0 and "would go" in planned.out and "pinned as best" in planned.out
     sizes = sum(ref.manifest.size_bytes for ref in line[1:3])
     assert f"({sizes:,} bytes)" in planned.out
-    assert len(json.loads(relora("checkpoints", "tale", "--json").out)) == 4
+    assert len(json.loads(relora("show", "tale", "--json").out)) == 4
     done = json.loads(relora("prune", "tale", "--keep-last", "1", "--json").out)
     kept = [each["keep"] for each in done["checkpoints"]]
     assert done["removed_bytes"] == sizes and kept == [True, False, False, True]
-    left = json.loads(relora("checkpoints", "tale", "--json").out)
+    left = json.loads(relora("show", "tale", "--json").out)
     assert [each["stage"] for each in left] == ["warm-start", "cycle-3"]
-    other = relora("unpin", "tale@cycle-3", "--name", "best")
+    other = relora("pin", "tale@cycle-3", "--name", "best", "--remove")
     assert other.code == 2 and f"{line[0].uri} is pinned as 'best'" in other.err
-    assert relora("unpin", "tale", "--name", "best").code == 0
+    assert relora("pin", "tale", "--name", "best", "--remove").code == 0
     assert json.loads(relora("prune", "tale", "--keep-last", "1", "--json").out)["removed_bytes"] > 0
     gone = relora("show", line[0].uri)
     assert gone.code == 6 and "was removed by `relora prune`" in gone.err

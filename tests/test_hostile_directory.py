@@ -45,7 +45,7 @@ def relora(directory: Path, *arguments: str) -> str:
 def test_a_run_by_two_ranks_with_preparation_server_and_trainer(directory: Path):
     sets = ["launch.nproc_per_node=2", "launch.device=cpu", "launch.threads=1", "data.workers=2", "schedule.cycles=1"]
     relora(directory, "run", "smoke", "--run-id", "r", *(word for each in sets for word in ("--set", each)))
-    assert "cycle-1" in relora(directory, "checkpoints", "r")
+    assert "cycle-1" in relora(directory, "show", "r")
 
 
 def test_an_evaluation_and_a_benchmark_whose_workers_are_processes_of_their_own(directory: Path):

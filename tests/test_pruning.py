@@ -331,7 +331,7 @@ def test_a_link_out_of_the_store_is_not_followed(linked, tmp_path, files):
     (inside / linked).symlink_to(outside)
     before = sorted(outside.rglob("*"))
     for dry_run in (True, False):
-        with pytest.raises(StorageError, match=r"symbolic link leads to .*outside.*Nothing was pruned"):
+        with pytest.raises(StorageError, match=r"symbolic link leads to .*outside.*Nothing was removed"):
             prune_run(store, "run", LAST, grace=NOW, dry_run=dry_run)
     assert sorted(outside.rglob("*")) == before
 

@@ -342,7 +342,7 @@ def test_the_commands_promote_show_and_roll_back(files: Path, tmp_path: Path, re
     assert "run@cycle-2" in said("series")
     history = said("series", "s")
     assert "it is the first" in history and two.uri in history
-    assert one.uri in said("rollback", "s", "--reason", "it wrote nonsense")
+    assert one.uri in said("promote", "s", "--rollback", "--reason", "it wrote nonsense")
     assert "run@cycle-1" in said("series")
     shown = json.loads(said("series", "s", "--json"))
     assert shown["champion"] == one.uri and shown["changes"][2]["reason"] == "it wrote nonsense"

@@ -80,11 +80,11 @@ def test_the_data_of_a_promotion_taken_back_can_be_trained_on_again(files: Path,
     decide(plan_for(store, None, ("a" * 64,)), one, 3.0, None)
     plan = dataclasses.replace(plan_for(store, one, ("b" * 64, "c" * 64)), run_id="second")
     decide(plan, two, 2.0, 3.0)
-    again = relora("rollback", "s", "--data-again", "--store", str(tmp_path))
+    again = relora("promote", "s", "--rollback", "--data-again", "--store", str(tmp_path))
     assert "2 parts of the source are new again" in again.out
     assert read_data(store, "s")[0].seen == ("a" * 64,) and promoted(store) == "cycle-1"
     with hold_series(store, "s"):  # a retrain is under way
-        refused = relora("rollback", "s", "--to", "2", "--data-again", "--store", str(tmp_path))
+        refused = relora("promote", "s", "--rollback", "--to", "2", "--data-again", "--store", str(tmp_path))
     assert refused.code == 2 and promoted(store) == "cycle-1"
 
 
@@ -141,7 +141,7 @@ def test_a_decision_killed_anywhere_comes_out_the_same(
 def test_the_report_of_a_decision_says_what_to_do_next(memory: ObjectStore, files: Path):
     one, two = line_of_run(memory, files, 2)
     for plan, ref, losses, advice in (
-        (plan_for(memory, None), one, (3.0, None), "relora rollback s"),
+        (plan_for(memory, None), one, (3.0, None), "relora promote s --rollback"),
         (plan_for(memory, one), two, (3.5, 3.0), f"relora promote s {two.uri}"),
     ):
         decision = decide(plan, ref, *losses)

@@ -145,9 +145,9 @@ def test_records_lie_beside_the_evaluations_and_no_reader_takes_one_for_an_evalu
     assert len(keys) == len(NAMES) and recorded_evaluations(workshop.store, [checkpoint]) == []
     rows = recorded_task_scores(workshop.store, [checkpoint])
     assert {row["score"]: row["value"] for row in rows} == {k: v["value"] for k, v in scores_of(scored).items()}
-    shown = relora("show", "tiny", "--store", workshop.store_uri).out
+    shown = relora("show", "tiny@latest", "--store", workshop.store_uri).out
     assert "choice/acc ↑" in shown and "pages/word_perplexity ↓" in shown
-    told = json.loads(relora("show", "tiny", "--store", workshop.store_uri, "--json").out)
+    told = json.loads(relora("show", "tiny@latest", "--store", workshop.store_uri, "--json").out)
     assert [row["score"] for row in told["task_scores"]] == [row["score"] for row in rows]
     given = ("--tasks", "choice", "--include", str(tasks), "--store", workshop.store_uri)
     answer = json.loads(relora("evaluate", "tiny", *given, "--json").out)
@@ -167,7 +167,7 @@ def test_a_damaged_record_is_none(workshop, checkpoint, scored, tasks, relora):
     ):
         workshop.store.put_bytes(key, json.dumps(record | change).encode())
         names = {row["score"] for row in recorded_task_scores(workshop.store, [checkpoint])}
-        assert len(names) < 5 and relora("show", "tiny", "--store", workshop.store_uri).code == 0
+        assert len(names) < 5 and relora("show", "tiny@latest", "--store", workshop.store_uri).code == 0
     workshop.store.put_bytes(key, before)
     assert len(recorded_task_scores(workshop.store, [checkpoint])) == 5
 

@@ -33,10 +33,10 @@ def steering_characters(text: str) -> list[str]:
 
 
 SHOWN = [
-    ["runs"], ["runs", "--tree"], ["checkpoints", "run"], ["show", "run@latest"], ["verify", "run"],
+    ["runs"], ["runs", "--tree"], ["show", "run"], ["show", "run@latest"], ["verify", "run"],
     ["verify", "run@latest"], ["prune", "run", "--dry-run", "--keep-last", "1"], ["series", "nightly"],
-    ["rollback", "nightly"], ["pin", "run@latest"], ["unpin", "run@latest"], ["retry", "run@latest"],
-    ["evaluate", "run@latest"], ["export", "run@latest", "out"], ["report", "run@latest"],
+    ["promote", "nightly", "--rollback"], ["pin", "run@latest"], ["pin", "run@latest", "--remove"],
+    ["retry", "run@latest"],    ["evaluate", "run@latest"], ["export", "run@latest", "out"], ["report", "run@latest"],
     ["show", "run@no-such-stage"], ["run", "smoke", "--resume-from", "run@latest"],
 ]  # fmt: skip
 
@@ -75,7 +75,7 @@ def test_nothing_in_a_store_steers_the_terminal(command: list[str], steering_sto
     assert steering_characters(said.out + said.err) == []
 
 
-@pytest.mark.parametrize("command", [["runs"], ["checkpoints", "run"], ["show", "run@latest"]], ids=" ".join)
+@pytest.mark.parametrize("command", [["runs"], ["show", "run"], ["show", "run@latest"]], ids=" ".join)
 def test_json_is_printed_as_it_is(command: list[str], steering_store: ObjectStore, relora):
     out = relora(*command, "--json").out
     assert "\x1b" not in out and STEERING in _texts(json.loads(out))

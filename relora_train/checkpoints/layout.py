@@ -6,6 +6,7 @@
 - runs/<run_id>/refs/head.json                     the checkpoint that the run's line ends in
 - runs/<run_id>/refs/<name>.json                   a pin: the checkpoint it names is never pruned
 - runs/<run_id>/lease.json, prune.json             the flow that writes, or prunes (lease.py)
+- runs/<run_id>/status.json                        how far the run is, for people (status.py)
 - runs/<run_id>/diverged/<12 hex of the fingerprint>.json   a stage that diverged with these settings
 - series/<name>/…                                  the promotions of a series (series_record.py)
 - experiments/<name>/…                             reports of comparisons, runs that diverged

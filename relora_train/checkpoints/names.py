@@ -151,7 +151,7 @@ def _at_uri(uri: str) -> CheckpointRef:
         )
     raise (CheckpointIncompleteError if has_files else CheckpointNotFoundError)(
         f"{uri} holds no manifest.json, so it is no complete checkpoint. Give the URI of a checkpoint itself, "
-        "as `relora checkpoints RUN` shows it."
+        "as `relora show RUN` shows it."
     )
 
 

@@ -15,7 +15,7 @@ _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,79}")
 
 
 def pin(store: ObjectStore, ref: CheckpointRef, name: str | None = None, *, note: str = "") -> str:
-    """Keep a checkpoint from every prune until it is unpinned; returns the pin's name. Safe to repeat.
+    """Keep a checkpoint from every prune until `unpin`; returns the pin's name. Safe to repeat.
 
     A name that pins another checkpoint is refused, and so is a checkpoint whose removal has begun.
     """
@@ -35,7 +35,8 @@ def pin(store: ObjectStore, ref: CheckpointRef, name: str | None = None, *, note
         held = (find_json(store, key) or {}).get("checkpoint", f"something that cannot be read ({key})")
         if held != ref.prefix:
             raise ConfigError(
-                f"The pin {name!r} already holds {store.uri}/{held}. Unpin that first, or choose another --name."
+                f"The pin {name!r} already holds {store.uri}/{held}. Remove that pin first, with --remove, or choose "
+                "another --name."
             ) from None
     if removal := removal_at(store, ref.prefix):  # after the pin is written: a prune looks for it after the tombstone
         store.delete(key)
@@ -56,7 +57,7 @@ def unpin(store: ObjectStore, ref: CheckpointRef, name: str | None = None) -> Se
     if not found:
         what = "no pin" if name is None else f"no pin {name!r}"
         other = of_run.get(name or "")
-        elsewhere = f" {store.uri}/{other} is pinned as {name!r}: unpin that one." if other else ""
+        elsewhere = f" {store.uri}/{other} is pinned as {name!r}: name that one." if other else ""
         raise ConfigError(f"{ref.uri} has {what}. It has: {', '.join(its_own) or 'none'}.{elsewhere}")
     for known in found:
         store.delete(f"runs/{_run_of(ref)}/refs/{known}.json")

@@ -190,5 +190,5 @@ def _checkpoint_of(store: ObjectStore, name: str, change: Change) -> CheckpointR
     why = removal_at(store, change.checkpoint) or f"{uri} is not there: it was deleted, or never copied here."
     raise CheckpointNotFoundError(
         f"Change {change.number} of series {name!r} names a checkpoint that cannot be had. {why} Bring it back, or "
-        f"name another champion: relora rollback {name} --to N, or relora promote {name} CHECKPOINT."
+        f"name another champion: relora promote {name} --rollback --to N, or relora promote {name} CHECKPOINT."
     )

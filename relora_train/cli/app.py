@@ -10,7 +10,7 @@ import click
 import typer
 
 from relora_train.cli.output import Warnings, complain, describe_fault, tell, was_interrupted
-from relora_train.errors import ReLoRAError, TrainerInterruptedError
+from relora_train.errors import ConfigError, ReLoRAError, TrainerInterruptedError
 
 _EXIT_CODES = """
 [bold]Exit codes[/bold]
@@ -25,15 +25,21 @@ With --json standard output is JSON alone; progress and messages go to standard 
 """
 
 _COMMANDS = {
-    "run": "run", "retrain": "series", "compare": "compare", "experiments": "compare", "join": "run",
+    "run": "run", "retrain": "series", "compare": "compare", "join": "run",
     "plan": "plan", "profiles": "plan", "check": "check",
-    "runs": "runs", "checkpoints": "show", "show": "show",
+    "runs": "runs", "show": "show",
     "retry": "evaluate", "evaluate": "evaluate", "bench": "bench", "export": "export", "report": "evaluate",
     "analyze": "analyze", "serve": "serve", "deploy": "deploy",
-    "prune": "upkeep", "verify": "upkeep", "pin": "upkeep", "unpin": "upkeep",
-    "series": "series", "promote": "series", "rollback": "series",
+    "prune": "upkeep", "verify": "upkeep", "pin": "upkeep", "delete": "delete",
+    "series": "series", "promote": "series",
 }  # fmt: skip
 """The module of each command, in the order of `relora --help`."""
+
+_RENAMED = {
+    "checkpoints": "show RUN", "experiments": "compare", "unpin": "pin CHECKPOINT --remove",
+    "rollback": "promote SERIES --rollback",
+}  # fmt: skip
+"""Commands of earlier versions, and what does their work now."""
 
 
 def command_line(names: Iterable[str] = _COMMANDS) -> click.Group:
@@ -69,6 +75,9 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the command and exit with a documented code. An error of ours is one message and no traceback."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     logging.lastResort = Warnings(logging.WARNING)
+    if given[:1] and given[0] in _RENAMED:
+        complain(f"`relora {given[0]}` is now `relora {_RENAMED[given[0]]}`.")
+        sys.exit(ConfigError.exit_code)
     try:
         command_line(given[:1] if given[:1] and given[0] in _COMMANDS else _COMMANDS)(given, prog_name="relora")
     except ReLoRAError as error:

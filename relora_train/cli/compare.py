@@ -1,4 +1,4 @@
-"""`relora compare` and `relora experiments`."""
+"""`relora compare`: an experiment, or the list of those that are shipped."""
 
 from typing import Annotated, Any
 
@@ -19,7 +19,9 @@ from relora_train.text import counted, duration
 
 
 def compare(
-    experiment: Annotated[str, typer.Argument(help="Name of a shipped experiment, or path of a TOML file.")],
+    experiment: Annotated[
+        str | None, typer.Argument(help="Name of a shipped experiment, or path of a TOML file; their list when absent.")
+    ] = None,
     sets: Sets = None,
     seeds: Annotated[
         str | None, typer.Option(metavar="0,1,2", help="Instead of the experiment's.", show_default=False)
@@ -36,6 +38,13 @@ def compare(
     verbose: Verbose = False,
 ) -> None:
     """Run an experiment, every arm at every seed, from wherever it stands; table with errors, differences, report."""
+    if experiment is None:
+        if sets or seeds or deployment:
+            raise ConfigError(
+                "--set, --seeds and --deployment are for an experiment. Name one; `relora compare` lists them."
+            )
+        _list_experiments(as_json=as_json)
+        return
     if deployment is not None and not deployment.startswith("pretrain/"):
         raise ConfigError(
             f"--deployment {deployment!r} is no deployment of the flow pretrain: write it as pretrain/NAME."
@@ -75,8 +84,7 @@ def compare(
     run_shown("compare", parameters, view=summary_view, as_json=as_json, verbose=verbose)
 
 
-def experiments(as_json: AsJson = False) -> None:
-    """List the shipped experiments."""
+def _list_experiments(*, as_json: bool) -> None:
     described: list[dict[str, Any]] = []
     for path in list_experiments():
         about: dict[str, Any]

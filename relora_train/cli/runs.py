@@ -1,29 +1,35 @@
 """`relora runs`: the runs of a store, as a list or a tree. The tree serves `relora show` too."""
 
 from collections.abc import Collection, Iterable, Sequence
+from datetime import UTC, datetime
 from typing import Annotated, Any
 
 import typer
 from rich.text import Text
 
 from relora_train.checkpoints.lineage import CheckpointRef, Line, draw_lineage
-from relora_train.checkpoints.names import list_runs, read_checkpoints, read_heads
+from relora_train.checkpoints.names import read_checkpoints, read_heads
 from relora_train.cli.options import AsJson, Store, answer, open_named
-from relora_train.cli.output import View, table
+from relora_train.cli.output import BLANK, View, table
+from relora_train.runs.survey import FAILED, RunOverview, describe, survey_runs
 from relora_train.settings.keys import differing_settings
 from relora_train.settings.objectives import measures_in
 from relora_train.storage.base import ObjectStore
-from relora_train.text import moment
+from relora_train.text import MISSING, count, short_duration
 
 _SHOWN_CHANGES = 3
+_STATES = {"waiting": "waiting to retry", "deleting": "half deleted"}
 
 
 def runs(
     tree: Annotated[bool, typer.Option("--tree", help="Show which run branched from which, and where.")] = False,
+    failed: Annotated[
+        bool, typer.Option("--failed", help="Only those that stand still before their end, with the error.")
+    ] = False,
     store: Store = None,
     as_json: AsJson = False,
 ) -> None:
-    """List the runs of a store, or draw how they descend from each other."""
+    """List the runs of a store with what they do, or draw how they descend from each other."""
     opened = open_named(store)
     if tree:
         refs = read_checkpoints(opened)
@@ -32,22 +38,36 @@ def runs(
         record = [lineage_record(line) for line in lines]
         answer(as_json, record, lambda: _inside(opened, lineage_view(lines, heads) if lines else []))
         return
-    found = list_runs(opened)
-    columns = ("run", "profile", "checkpoints", "latest step", "last commit")
+    found = [each for each in survey_runs(opened) if not failed or each.state in FAILED]
+    columns = ("run", "profile", "state", "step", "of", "score", "age", "held by")
+    now = datetime.now(UTC)
     rows = [
-        (it.run_id, it.profile or "damaged", str(it.checkpoint_count), f"{it.latest_step:,}", moment(it.modified_at))
+        (
+            it.run_id, it.profile or "damaged", _STATES.get(it.state, it.state), count(it.step),
+            count(it.planned_steps), _score(it),
+            short_duration(max(0.0, (now - it.modified_at).total_seconds())), it.holder or "",
+        )
         for it in found
-    ]
-    record = [{**vars(each), "modified_at": each.modified_at.isoformat()} for each in found]
-    answer(as_json, record, lambda: _inside(opened, [table(columns, rows, left=("profile",))] if rows else []))
+    ]  # fmt: skip
+    told = [Text.assemble((f"{it.run_id} {it.state}: ", "bold"), it.message) for it in found if it.message]
+    view: View = [table(columns, rows, left=("profile", "state", "held by")), *([BLANK, *told] if told else [])]
+    answer(as_json, [describe(each) for each in found], lambda: _inside(opened, view if rows else [], failed=failed))
 
 
-def _inside(store: ObjectStore, view: View) -> View:
+def _score(run: RunOverview) -> str:
+    headline = measures_in(run.evaluation).headline
+    value = run.evaluation.get(headline.key)
+    return f"{headline.short} {headline.text(value)}" if value is not None else MISSING
+
+
+def _inside(store: ObjectStore, view: View, *, failed: bool = False) -> View:
     if view:
         return [Text(f"In {store.uri}"), *view]
+    if failed:
+        return [Text(f"No run stands still before its end in {store.uri}.")]
     inside = store.local_path("runs")
     missing = inside is not None and not inside.parent.is_dir()
-    return [Text(f"No run has a checkpoint in {store.uri} yet{': there is no such directory' if missing else ''}.")]
+    return [Text(f"No run has begun in {store.uri} yet{': there is no such directory' if missing else ''}.")]
 
 
 def lineage_record(line: Line) -> dict[str, Any]:

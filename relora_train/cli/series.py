@@ -1,4 +1,4 @@
-"""`relora retrain`, `series`, `promote` and `rollback`: models that are retrained as their data grows."""
+"""`relora retrain`, `series` and `promote`: models that are retrained as their data grows."""
 
 from contextlib import nullcontext
 from pathlib import Path
@@ -13,7 +13,6 @@ from relora_train.checkpoints.series import promote as promote_checkpoint
 from relora_train.checkpoints.series_record import Change, SeriesRecord, champions_in_order, check_series
 from relora_train.cli.options import (
     AsJson,
-    CheckpointName,
     Include,
     Limit,
     ProfileName,
@@ -28,6 +27,7 @@ from relora_train.cli.options import (
 )
 from relora_train.cli.output import BLANK, View, facts, place, say, table
 from relora_train.cli.run import run_shown
+from relora_train.errors import ConfigError
 from relora_train.runs.retraining.interface import RetrainSummary, retrain_options
 from relora_train.runs.retraining.series_data import forget, read_data, read_decisions
 from relora_train.runs.task_scores import check_tasks
@@ -128,31 +128,33 @@ def series(
 
 def promote(
     series: SeriesName,
-    checkpoint: CheckpointName,
-    reason: Annotated[str, typer.Option(help="For the history.")] = "promoted by hand",
-    store: Store = None,
-) -> None:
-    """Make a checkpoint the champion of a series; the next retrain goes on from it."""
-    opened = open_named(store)
-    _say_change(opened, series, promote_checkpoint(opened, series, resolve(checkpoint, opened.uri), reason=reason))
-
-
-def rollback(
-    series: SeriesName,
-    to: Annotated[
-        int | None, typer.Option(min=1, help="Number of the change to go back to; the champion before when absent.")
+    checkpoint: Annotated[
+        str | None, typer.Argument(help="Any name of a checkpoint, as for `relora show`; none with --rollback.")
     ] = None,
-    data_again: Annotated[
-        bool, typer.Option("--data-again", help="What the promotions taken back were trained on is new data again.")
+    rollback: Annotated[
+        bool, typer.Option("--rollback", help="Make the champion before this one the champion again.")
     ] = False,
-    reason: Annotated[str, typer.Option(help="For the history.")] = "rolled back by hand",
+    to: Annotated[int | None, typer.Option(min=1, help="Number of the change that --rollback goes back to.")] = None,
+    data_again: Annotated[
+        bool,
+        typer.Option("--data-again", help="With --rollback: what was taken back was trained on is new data again."),
+    ] = False,
+    reason: Annotated[str | None, typer.Option(help="For the history.")] = None,
     store: Store = None,
 ) -> None:
-    """Make an earlier champion of a series the champion again."""
+    """Make a checkpoint the champion of a series, or go back to an earlier one; the next retrain goes on from it."""
+    if (checkpoint is None) is not rollback:
+        raise ConfigError("Name the CHECKPOINT to promote, or write --rollback to go back to an earlier champion.")
     opened = open_named(store)
+    if checkpoint is not None:
+        if to is not None or data_again:
+            raise ConfigError("--to and --data-again go with --rollback. Leave them out to promote a checkpoint.")
+        ref = resolve(checkpoint, opened.uri)
+        _say_change(opened, series, promote_checkpoint(opened, series, ref, reason=reason or "promoted by hand"))
+        return
     with hold_series(opened, series) if data_again else nullcontext():  # refuses while a retrain is under way
         before = champions_in_order(read_series(opened, series).changes)
-        _say_change(opened, series, roll_back(opened, series, to, reason=reason))
+        _say_change(opened, series, roll_back(opened, series, to, reason=reason or "rolled back by hand"))
         if data_again:
             after = {change.number for change in champions_in_order(read_series(opened, series).changes)}
             taken_back = [change.run_id for change in before if change.run_id and change.number not in after]
@@ -186,7 +188,7 @@ def _show_history(store: ObjectStore, name: str, *, as_json: bool) -> None:
     if data.pending is not None:
         state["under way"] = f"run {data.pending.run_id}; the next retrain goes on with it"
     parts: View = [facts(state), BLANK, table(columns, changes, left=("what", "to", "by", "why"))]
-    parts.append(Text("● champion   ○ `relora rollback` goes back to it", style="dim"))
+    parts.append(Text("● champion   ○ `relora promote --rollback` goes back to it", style="dim"))
     if decisions:
         made = [(it.run_id, it.outcome, moment(it.at), it.reason) for it in decisions]
         parts += [BLANK, table(("run", "outcome", "when", "why"), made, left=("outcome", "why"))]

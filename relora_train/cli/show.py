@@ -1,31 +1,35 @@
-"""`relora checkpoints` and `relora show`: the checkpoints of a run, and all that is known of one."""
+"""`relora show`: the checkpoints of a run, or all that is known of one."""
 
+import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.text import Text
 
 from relora_train.checkpoints.fetch import verify_bundle
+from relora_train.checkpoints.layout import RUN_ID_PATTERN
 from relora_train.checkpoints.lineage import draw_lineage, line_to
 from relora_train.checkpoints.names import read_checkpoints, read_heads, resolve_checkpoint
 from relora_train.checkpoints.run import CheckpointStore
-from relora_train.cli.options import AsJson, CheckpointName, RunName, Store, answer, open_named, resolve
+from relora_train.cli.options import AsJson, Store, answer, open_named, resolve
 from relora_train.cli.output import BLANK, View, common_place, complain, facts, table, task_table
 from relora_train.cli.runs import lineage_record, lineage_view
-from relora_train.errors import CheckpointAmbiguousError, CheckpointCorruptError, CheckpointError
+from relora_train.errors import CheckpointAmbiguousError, CheckpointCorruptError, CheckpointError, ConfigError
 from relora_train.runs.divergence import divergence_text
 from relora_train.runs.run import line_of
 from relora_train.runs.task_scores import recorded_task_scores
 from relora_train.settings.objectives import measures_in
+from relora_train.storage.base import ObjectStore
 from relora_train.text import counted, decimal, duration, moment, size
 
 _MERGE_NUMBERS = (("relative_update_norm", 4), ("effective_rank", 1))
 
 
-def checkpoints(run: RunName, store: Store = None, as_json: AsJson = False) -> None:
+def _show_run(opened: ObjectStore, run: str, *, as_json: bool) -> None:
     """List the committed checkpoints of a run."""
-    held = CheckpointStore(open_named(store), run)
+    held = CheckpointStore(opened, run)
     refs, faults = held.survey()
     if not refs and not faults:
         resolve_checkpoint(f"{run}@latest", held.store)  # raises what is to be said of a run without checkpoints
@@ -61,13 +65,24 @@ def checkpoints(run: RunName, store: Store = None, as_json: AsJson = False) -> N
 
 
 def show(
-    checkpoint: CheckpointName,
-    verify: Annotated[bool, typer.Option("--verify", help="Read every byte and check it first.")] = False,
+    name: Annotated[
+        str, typer.Argument(metavar="RUN|CHECKPOINT", help="A run id, or RUN@latest or any other name of a checkpoint.")
+    ],
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Read every byte of a checkpoint and check it first.")
+    ] = False,
     store: Store = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show all that is known of a checkpoint: scores, lineage, files, merge."""
-    ref = resolve(checkpoint, store)
+    """List the committed checkpoints of a run, or show all that is known of one: scores, lineage, files, merge."""
+    if re.fullmatch(RUN_ID_PATTERN, name) and not Path(name).is_dir():
+        if verify:
+            raise ConfigError(
+                f"--verify reads one checkpoint: {name}@latest. `relora verify {name}` reads the whole run."
+            )
+        _show_run(open_named(store), name, as_json=as_json)
+        return
+    ref = resolve(name, store)
     opened = open_named(ref.store_uri)
     if verify:
         verify_bundle(opened, ref.prefix, ref.manifest)

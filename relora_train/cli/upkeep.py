@@ -1,4 +1,4 @@
-"""`relora prune`, `verify`, `pin` and `unpin`: commands that look after what a store holds."""
+"""`relora prune`, `verify` and `pin`: commands that look after what a store holds."""
 
 import re
 from collections import Counter
@@ -97,19 +97,20 @@ def verify(
 def pin(
     checkpoint: CheckpointName,
     name: Annotated[str | None, typer.Option(help="Name of the pin; made from the checkpoint's when absent.")] = None,
+    remove: Annotated[
+        bool,
+        typer.Option(
+            "--remove",
+            help="Remove its pins and export marks, or that of --name; then a run's id finds the checkpoint too.",
+        ),
+    ] = False,
     store: Store = None,
 ) -> None:
-    """Keep a checkpoint from every prune until it is unpinned."""
-    ref = resolve(checkpoint, store)
-    say(f"{ref.uri} is pinned as {pins.pin(open_named(ref.store_uri), ref, name)}.")
-
-
-def unpin(
-    checkpoint: CheckpointName,
-    name: Annotated[str | None, typer.Option(help="Only this pin; all of the checkpoint's when absent.")] = None,
-    store: Store = None,
-) -> None:
-    """Remove the pins and export marks of a checkpoint; with a run's id and --name, of the one that has that pin."""
+    """Keep a checkpoint from every prune until the pin is removed."""
+    if not remove:
+        ref = resolve(checkpoint, store)
+        say(f"{ref.uri} is pinned as {pins.pin(open_named(ref.store_uri), ref, name)}.")
+        return
     is_run = name is not None and re.fullmatch(RUN_ID_PATTERN, checkpoint)
     found = pins.find_pinned(open_named(store), checkpoint, name) if is_run and name else None
     ref = found or resolve(checkpoint, store)

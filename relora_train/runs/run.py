@@ -24,7 +24,9 @@ from relora_train.checkpoints.run import CheckpointStore, RunView
 from relora_train.data.interleaving import PARTS_FILE
 from relora_train.errors import CheckpointNotFoundError, ObjectNotFoundError, ReLoRAError
 from relora_train.events import Event
+from relora_train.method.stages import Stage
 from relora_train.runs.publishing import Publisher
+from relora_train.runs.reporting import RunReporter
 from relora_train.runs.workers import Worker
 from relora_train.settings.base import FrozenConfig
 from relora_train.settings.keys import settings_digest
@@ -75,16 +77,17 @@ class Run:
 
 
 @contextmanager
-def session(run: Run, *, depends_on: Sequence[str] = ()) -> Iterator[Run]:
+def session(run: Run, *, depends_on: Sequence[str] = (), stages: Sequence[Stage] = ()) -> Iterator[Run]:
     """Be the only flow that trains a run for the length of the block; yield the run with what that takes.
 
-    depends_on, and errors: as for hold_run.
+    depends_on, and errors: as for hold_run. stages: what is to be trained, for those who watch.
     """
     publisher = Publisher()  # for a store on this machine it never starts: nothing is gained
     with (
         hold_run(run.store, run.run_id, depends_on=depends_on) as lease,
         closing(Worker(keeps=True)) as worker,
         publisher if run.store.is_remote else nullcontext(),
+        RunReporter(run.store, run.run_id, run.profile.name, stages, still_ours=lease.raise_if_lost),
     ):
         view = RunView(run.store, run.run_id)
         yield replace(run, lease=lease, worker=worker, publisher=publisher, view=view)

@@ -75,6 +75,16 @@ def prune_run(
     Raises CheckpointNotFoundError for a run of which the store holds nothing, RunInUseError while another prune of the
     run lives. If what may protect a checkpoint cannot be read, raises CheckpointCorruptError.
     """
+    require_run(store, run_id)
+    if dry_run:
+        return _Pruning(store, run_id, grace, None).run(policy)
+    key, what = f"runs/{run_id}/prune.json", f"Pruning of run {run_id!r}"
+    with take_lease(store, key, what, ttl_seconds=_LEASE_SECONDS, purpose="prune") as lease:
+        return _Pruning(store, run_id, grace, lease).run(policy)
+
+
+def require_run(store: ObjectStore, run_id: str) -> None:
+    """Refuse to remove anything of a run that the store does not hold, or that a symbolic link leads away from."""
     if not any(True for _ in store.list(f"runs/{check_run_id(run_id)}/")):
         raise CheckpointNotFoundError(f"{store.uri} has no run {run_id!r}. See `relora runs`.")
     for part in ("checkpoints", "snapshots"):  # below these no listing follows a link
@@ -82,13 +92,8 @@ def prune_run(
         if directory and root and not directory.resolve().is_relative_to(root.parent.resolve()):
             raise StorageError(
                 f"{directory} lies outside the store {store.uri}: a symbolic link leads to {directory.resolve()}. "
-                "Nothing was pruned. Name the store that really holds the run, or move the run into this one."
+                "Nothing was removed. Name the store that really holds the run, or move the run into this one."
             )
-    if dry_run:
-        return _Pruning(store, run_id, grace, None).run(policy)
-    key, what = f"runs/{run_id}/prune.json", f"Pruning of run {run_id!r}"
-    with take_lease(store, key, what, ttl_seconds=_LEASE_SECONDS, purpose="prune") as lease:
-        return _Pruning(store, run_id, grace, lease).run(policy)
 
 
 class _Pruning:

@@ -19,6 +19,7 @@ from relora_train.checkpoints.layout import check_run_id, join_key, parse_checkp
 from relora_train.checkpoints.lease import lease_key, read_lease
 from relora_train.checkpoints.lineage import TOMBSTONE_NAME, CheckpointRef, read_checkpoint, read_tombstone
 from relora_train.checkpoints.manifest import MANIFEST_NAME, DatasetManifest, Manifest, read_manifest
+from relora_train.checkpoints.status import STATUS_NAME
 from relora_train.errors import (
     CheckpointCorruptError,
     CheckpointIncompleteError,
@@ -136,7 +137,7 @@ class _Verifier:
                         self._find("damaged", info.key, "it names no checkpoint")
                     except ObjectNotFoundError:
                         continue  # moved or unpinned since it was listed
-            elif kind not in (*_KNOWN_DIRECTORIES, "lease.json", "prune.json"):
+            elif kind not in (*_KNOWN_DIRECTORIES, "lease.json", "prune.json", STATUS_NAME):
                 self._find("unreferenced", directory, f"nothing that this version knows of; {_amount(found)}")
         for uri, user in datasets.items():
             self.dataset(uri, user)
