@@ -87,8 +87,15 @@ def offered(publisher: Publisher, *publications: Publication) -> list[Checkpoint
     return [publication.checkpoint for publication in publications]
 
 
+class Anything:
+    """A lease of a store that is not there."""
+
+    raise_if_lost = None
+
+
 def test_only_a_store_beyond_this_machine_has_a_publisher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("relora_train.runs.run.hold_run", lambda *_, **__: nullcontext())  # the remote one is not there
+    for name in ("hold_run", "RunReporter"):  # the remote store is not there
+        monkeypatch.setattr(f"relora_train.runs.run.{name}", lambda *_, **__: nullcontext(Anything()))
     for uri, remote in ((tmp_path.as_uri(), False), ("memory://x", False), ("s3://bucket/x", True)):
         with session(Run("run", uri, Profile())) as run:
             assert run.publisher.has_started is remote

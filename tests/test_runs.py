@@ -57,6 +57,7 @@ def reported(store: ObjectStore, *told: dict[str, Any], error: BaseException | N
     return status
 
 
+SCORED = {"event": "evaluation", "val_loss": 1.0}  # of a checkpoint, by the evaluation task
 STARTED = {"event": "stage_started", "stage": "warm-start"}
 
 
@@ -82,7 +83,7 @@ def test_a_status_says_how_a_flow_ended_without_secrets(
 def test_the_records_of_a_stage_are_kept_until_it_is_stored_and_a_resumed_one_goes_on_with_them(memory: ObjectStore):
     merge = {"event": "merge", "stage": "warm-start", "step": 40, "cycle": 0}
     finished = {"event": "stage_finished", "stage": "warm-start", "step": 40, "uri": None}
-    first = reported(memory, STARTED, progress(5, 5.0), progress(6, 5.0), progress(10, 4.0), merge, finished)
+    first = reported(memory, STARTED, progress(5, 5.0), progress(6, 5.0), progress(10, 4.0), merge, SCORED, finished)
     assert [(one["kind"], one["step"]) for one in first.records] == [("train", 5), ("train", 10), ("merge", 40)]
     again = reported(memory, STARTED, {"event": "resumed", "stage": "warm-start", "step": 6}, progress(9, 4.5))
     assert [one["step"] for one in again.records] == [5, 9]

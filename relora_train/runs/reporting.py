@@ -98,7 +98,7 @@ class RunReporter(Background):
             elif name == "resumed":
                 kept = [record for record in self._earlier.get(stage, []) if record["step"] <= event["step"]]
                 self._records[stage] = kept + self._records.get(stage, [])
-            elif name in ("progress", "evaluation", "merge"):
+            elif stage and name in ("progress", "evaluation", "merge"):  # not the evaluation of a checkpoint
                 add_record(self._records.setdefault(stage, []), event)
                 changes |= {"progress": event} if name == "progress" else {}
             elif name in ("retrying", "diverged"):
