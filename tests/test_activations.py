@@ -35,7 +35,8 @@ from relora_train.training.models.model import (
     next_token_loss,
     round_residual,
 )
-from relora_train.training.models.shape import shape_of_config, wrapped_layers
+from relora_train.training.models.shape import wrapped_layers
+from relora_train.training.models.shape_of_config import shape_of_config
 
 pytestmark = COMPILER_WARNINGS
 

@@ -46,7 +46,7 @@ WITHOUT_CREDENTIALS = [
 PLAIN_TEXT = {
     "run_id", "series", "tasks.0", "gate", "stop_after", "gpu_limit", "deployment", "overrides.name",
     "overrides.model.revision",
-    "overrides.tokenizer.eos_token", "overrides.tokenizer.revision",
+    "overrides.tokenizer.eos_token", "overrides.tokenizer.revision", "overrides.tokenizer.mask_token",
     "overrides.data.name", "overrides.data.hub_config", "overrides.data.hub_split",
     "overrides.data.hub_revision", "overrides.data.text_field", "overrides.relora.target_modules.0",
     "overrides.evaluation.sample_prompts.0", "overrides.data.sources.0.name", "overrides.data.sources.0.hub_config",

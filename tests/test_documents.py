@@ -253,7 +253,7 @@ def test_documents_that_go_on_are_read_as_before(dataset: Path, tmp_path: Path, 
 
 
 def test_images_have_no_documents():
-    with pytest.raises(ValueError, match=r"batch\.documents is of text"):
+    with pytest.raises(ValueError, match=r"batch\.documents is of objective 'causal_lm'"):
         Profile.model_validate(
             {
                 "objective": "image_classification",

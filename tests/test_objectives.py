@@ -80,7 +80,7 @@ def test_what_images_are_is_part_of_no_name_of_a_text_run():
             "does not learn from data.source 'python-stdlib'; it takes digits, idx",
         ),
         ({"objective": "causal_lm"}, "objective 'causal_lm' does not learn from data.source 'digits'"),
-        ({"evaluation": {"sample_prompts": ["def "]}}, "sample_prompts are continued by a model of text"),
+        ({"evaluation": {"sample_prompts": ["def "]}}, "sample_prompts are continued by objective 'causal_lm' only"),
         ({"relora": {"rank": 33}}, "relora.rank 33 exceeds 32"),
     ],
 )
@@ -89,9 +89,9 @@ def test_sections_that_do_not_fit_the_objective_are_refused(sections: dict[str, 
         tiny_digits(**sections)
 
 
-def test_every_objective_has_sources_of_its_own():
-    sources = [source for entry in OBJECTIVES.values() for source in entry.sources]
-    assert len(sources) == len(set(sources))
+def test_images_and_text_have_sources_of_their_own_and_scores_tell_the_objective():
+    images = {*OBJECTIVES["image_classification"].sources}
+    assert all(images.isdisjoint(e.sources) for name, e in OBJECTIVES.items() if name != "image_classification")
     assert all(measures_in({e.headline.key: 1.0}) == e for e in OBJECTIVES.values())
 
 

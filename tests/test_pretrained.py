@@ -26,9 +26,10 @@ from transformers import (
 
 from relora_train.errors import ModelNotFoundError, ModelUnsuitableError
 from relora_train.settings.profile import Profile
+from relora_train.training.models.kinds import IMAGE_CLASSIFIER
 from relora_train.training.models.model import check_causal, logits
 from relora_train.training.models.pretrained import load_model, load_skeleton
-from relora_train.training.models.registry import IMAGE_CLASSIFIER, facts_of
+from relora_train.training.models.registry import facts_of
 from relora_train.training.sharding import rows_of_checkpoint
 from relora_train.training.trainer import run_stage
 

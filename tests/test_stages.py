@@ -77,6 +77,7 @@ THROUGH_THE_DATASET = {
     "tokenizer.train": True,
     "tokenizer.vocab_size": 2048,
     "tokenizer.eos_token": "</s>",
+    "tokenizer.mask_token": "[MASK]",
     "tokenizer.training_bytes": 1_000_000,
     "data.source": "hub",
     "data.hub_id": "some/corpus",

@@ -35,9 +35,11 @@ from relora_train.runs.evaluations import profile_of
 from relora_train.runs.hub import check_push, push
 from relora_train.runs.retry import parent_of
 from relora_train.runs.run import fetch_parent
+from relora_train.settings.objectives import DEFAULT_OBJECTIVE
 from relora_train.storage.durable import disk_error
 from relora_train.storage.opening import open_store
 from relora_train.text import counted, size
+from relora_train.training.models.registry import auto_class_of
 
 _HEADER_BYTES = 100_000_000  # safetensors itself reads no larger one
 _TOKENIZER = re.compile("|".join(["tokenizer.*", "chat_template.*", *map(re.escape, TOKENIZER_FILES)]))
@@ -116,7 +118,8 @@ def export(
         base = parent.uri if parent else "the model.pretrained of its run"
         say(f'Load it with PeftModel.from_pretrained(model, "{place}"), model being {base}.')
     else:
-        say(f'Load it with AutoModelForCausalLM.from_pretrained("{place}").')
+        loader = auto_class_of(ref.manifest.fingerprint_settings.get("objective", DEFAULT_OBJECTIVE))
+        say(f'Load it with {loader}.from_pretrained("{place}").')
 
 
 @dataclass(frozen=True)

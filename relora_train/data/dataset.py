@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from relora_train.checkpoints.manifest import MANIFEST_NAME, DatasetManifest, parse_manifest
+from relora_train.data.masking import Masking
 from relora_train.errors import CheckpointCorruptError, CheckpointIncompleteError, CorpusTooSmallError, DataError
 
 Split = Literal["train", "val"]
@@ -72,6 +73,8 @@ class ExampleDataset(ABC):
         self.blocks = int(self._first_block[-1])
         """Examples in an epoch."""
         self._order: tuple[int, NDArray[np.int64]] | None = None
+        self.masking: Masking | None = None
+        """Hides tokens of what is read, by its place in training or its number in evaluation."""
 
     @abstractmethod
     def _too_small(self, needed: int) -> str:
@@ -103,12 +106,15 @@ class ExampleDataset(ABC):
         if count < world_size:
             raise ValueError(f"a batch of {count} sequences cannot be shared by {world_size} ranks")
         self.require_batch(count)
-        return self._gather([self.block_at(place) for place in range(position + rank, position + count, world_size)])
+        places = range(position + rank, position + count, world_size)
+        rows = self._gather([self.block_at(place) for place in places])
+        draws = [(self.seed, place, 1) for place in places]  # two numbers seed an order
+        return self.masking.hide(rows, draws) if self.masking else rows
 
     def read_blocks(self, start: int, count: int) -> Rows:
         """Return examples start … start + count - 1 in the order of the split: (count, row length), for evaluation."""
         self.require(start + count)
-        return self._gather(list(range(start, start + count)))
+        return self._evaluated(list(range(start, start + count)))
 
     def read_spread(self, start: int, count: int, *, of: int) -> Rows:
         """Return samples start … start + count - 1 of `of` examples spread evenly over the split: (count, row length).
@@ -116,7 +122,11 @@ class ExampleDataset(ABC):
         None is among them twice, so a part of the split stands for all of it and nothing is scored twice.
         """
         self.require(of)
-        return self._gather([sample * self.blocks // of for sample in range(start, start + count)])
+        return self._evaluated([sample * self.blocks // of for sample in range(start, start + count)])
+
+    def _evaluated(self, blocks: list[int]) -> Rows:
+        rows = self._gather(blocks)
+        return self.masking.hide(rows, [(block,) for block in blocks]) if self.masking else rows
 
     def _gather(self, blocks: list[int]) -> Rows:
         out: Rows = np.empty((len(blocks), self._width), dtype=self.dtype)

@@ -130,7 +130,10 @@ def train_on_mixture(data: DataConfig, settings: TokenizerConfig) -> DocumentTok
         for name, source in zip(weights, sources, strict=True)
     )
     return train_tokenizer(
-        (text.decode() for text in texts), vocab_size=settings.vocab_size, eos_token=settings.eos_token
+        (text.decode() for text in texts),
+        vocab_size=settings.vocab_size,
+        eos_token=settings.eos_token,
+        mask_token=settings.mask_token,
     )
 
 

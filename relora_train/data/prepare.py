@@ -224,7 +224,9 @@ def _tokenizer(found: DatasetInputs, home: Path, corpus: StagedCorpus, on_progre
         size = min(settings.training_bytes, corpus.text_bytes("train"))
         meter = Meter("train-tokenizer", size, on_progress)
         texts = _training_texts(home / "staged", corpus, size, meter.advance)
-        tokenizer = train_tokenizer(texts, vocab_size=settings.vocab_size, eos_token=eos_token)
+        tokenizer = train_tokenizer(
+            texts, vocab_size=settings.vocab_size, eos_token=eos_token, mask_token=settings.mask_token
+        )
         meter.tell()
     tokenizer.save(directory)
     return tokenizer

@@ -181,6 +181,8 @@ class DatasetInputs:
         """Return all that can change a byte of the dataset, and nothing else: no path, no number of workers."""
         data, settings = self.data, self.settings
         trained = {"trained": "byte-level BPE", **settings.model_dump(include={"vocab_size", "training_bytes"})}
+        if settings.mask_token:
+            trained["mask_token"] = settings.mask_token
         later: dict[str, Any] = {"bos_ids": list(self.bos_ids)} if self.bos_ids else {}
         if data.unreadable == "skip":
             later["unreadable"] = "skip"

@@ -25,7 +25,9 @@ from relora_train.errors import TokenizerError
 from relora_train.storage.durable import write_durably
 
 DEFAULT_EOS_TOKEN = "<|endoftext|>"  # noqa: S105  # a token of text, no secret
+DEFAULT_MASK_TOKEN = "[MASK]"  # noqa: S105
 _USUAL_EOS_TOKENS = (DEFAULT_EOS_TOKEN, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]", "[SEP]")
+_USUAL_MASK_TOKENS = ("[MASK]", "<mask>", "<|mask|>")
 _USUAL_BOS_TOKENS = ("<s>", "<bos>", "<|begin_of_text|>", "<|startoftext|>", "<|bos|>", "[BOS]")
 TRICKY_TEXTS = (
     "it's we'll they'VE don't",
@@ -78,10 +80,13 @@ class DocumentTokenizer:
         return _document_encoder(json.loads(self.json_text), {self.eos_id, *self.bos_ids})
 
 
-def train_tokenizer(texts: Iterable[str], *, vocab_size: int, eos_token: str | None = None) -> DocumentTokenizer:
+def train_tokenizer(
+    texts: Iterable[str], *, vocab_size: int, eos_token: str | None = None, mask_token: str | None = None
+) -> DocumentTokenizer:
     """Train a byte-level BPE with exactly `vocab_size` entries, or fewer where the text has no more pairs to merge.
 
-    The same texts give the same bytes, in any order and with any number of threads. The separator is entry 0.
+    The same texts give the same bytes, in any order and with any number of threads. The separator is entry 0, a mask
+    token, if there is to be one, entry 1.
     """
     eos = eos_token or DEFAULT_EOS_TOKEN
     tokenizer = Tokenizer(models.BPE())
@@ -89,7 +94,7 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int, eos_token: str | N
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=[eos],
+        special_tokens=[eos, *filter(None, [mask_token])],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
@@ -97,7 +102,29 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int, eos_token: str | N
     found = tokenizer.get_vocab_size()
     if found < vocab_size:
         _log.warning("The text gives a tokenizer of %d entries only, not %d; it has no more pairs.", found, vocab_size)
-    return _described(tokenizer.to_str(), _default_config(eos), eos, "the trained tokenizer")
+    return _described(tokenizer.to_str(), _default_config(eos, mask_token), eos, "the trained tokenizer")
+
+
+def find_mask_id(directory: Path, mask_token: str | None) -> int:
+    """Return the id of the mask token of a tokenizer: the one named, its own, or one of the usual names.
+
+    Raises TokenizerError where there is none.
+    """
+    json_text, config_text = find_tokenizer(str(directory), None)
+    return mask_id_of(json_text, config_text, mask_token, str(directory))
+
+
+def mask_id_of(json_text: str, config_text: str | None, mask_token: str | None, name: str) -> int:
+    """Do what find_mask_id does for a tokenizer that was read already."""
+    ids = _parsed(json_text, name).token_to_id
+    tokens = (mask_token,) if mask_token else (_named_token(config_text, "mask_token"), *_USUAL_MASK_TOKENS)
+    found = next((number for token in tokens if token and (number := ids(token)) is not None), None)
+    if found is None:
+        raise TokenizerError(
+            f"The tokenizer {name} has no mask token ({', '.join(filter(None, tokens))}), and objective 'masked_lm' "
+            "hides tokens behind one. Name its own in tokenizer.mask_token, or use another tokenizer."
+        )
+    return found
 
 
 def load_tokenizer(
@@ -217,6 +244,7 @@ def _named_token(config_text: str | None, role: str) -> str | None:
     return named.get("content") if isinstance(named, dict) else named
 
 
-def _default_config(eos_token: str) -> str:
+def _default_config(eos_token: str, mask_token: str | None = None) -> str:
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": eos_token}
+    config |= {"mask_token": mask_token} if mask_token else {}
     return json.dumps({**config, "clean_up_tokenization_spaces": False}, indent=1) + "\n"

@@ -168,6 +168,8 @@ def choose_tokenizer(run: Run, parent: CheckpointRef | None) -> tuple[TextSettin
         same = {dataset_id: choice for choice, dataset_id in reversed(ids.items())}
         chosen = same.get(parent.manifest.dataset_id) or as_checkpoint(parent, profile)
     inputs = chosen.inputs(sources)
+    if inputs.loaded is not None:
+        facts_of(profile).check_tokenizer(inputs.loaded)
     _refuse_another_choice(run, inputs.dataset_id, ids)
     if parent is None or parent.manifest.dataset_id != inputs.dataset_id:
         try:

@@ -13,7 +13,8 @@ from relora_train.settings.profile import Profile
 from relora_train.storage.opening import open_store
 from relora_train.storage.workspace import WorkDirectory, short_digest
 from relora_train.training.models.registry import facts_of, model_shape
-from relora_train.training.models.shape import ModelShape, ShapeUnknownError, shape_of_config, wrapped_layers
+from relora_train.training.models.shape import ModelShape, ShapeUnknownError, wrapped_layers
+from relora_train.training.models.shape_of_config import shape_of_config
 from relora_train.training.requests import ModelCheckRequest
 
 

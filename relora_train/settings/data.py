@@ -32,6 +32,9 @@ class TokenizerConfig(FrozenConfig):
     eos_token: str | None = None
     """The document separator; found by its usual names when absent ('<|endoftext|>' in a trained tokenizer)."""
 
+    mask_token: str | None = None
+    """The token in place of hidden ones, for 'masked_lm'; found by its usual names ('[MASK]' in a trained one)."""
+
     training_bytes: int = Field(200_000_000, ge=10_000)
     """Text a tokenizer is trained on at most."""
 

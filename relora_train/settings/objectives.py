@@ -13,7 +13,9 @@ from relora_train.text import MISSING
 if TYPE_CHECKING:
     from relora_train.settings.profile import Profile
 
-ObjectiveName = Literal["causal_lm", "image_classification"]
+ObjectiveName = Literal["causal_lm", "masked_lm", "image_classification"]
+
+TEXT_SOURCES = ("python-stdlib", "text", "jsonl", "csv", "parquet", "hub")
 
 DEFAULT_OBJECTIVE: ObjectiveName = "causal_lm"
 """The objective of profiles that name none, and of all that was made before there was another."""
@@ -59,6 +61,7 @@ class Measure:
 
 LOSS = Measure("val_loss", "loss", "loss", digits=4, short_digits=4)
 PERPLEXITY = Measure("val_perplexity", "perplexity", "perplexity", digits=2, short_digits=2)
+MASKED_PERPLEXITY = Measure("val_masked_perplexity", "masked perplexity", "perplexity", digits=2, short_digits=2)
 BITS_PER_BYTE = Measure("bits_per_byte", "bits per byte", "bits/byte", digits=3, short_digits=2)
 ACCURACY = Measure("val_accuracy", "accuracy", "accuracy", digits=4, short_digits=4, higher_is_better=True)
 
@@ -99,7 +102,7 @@ class Objective:
 
 OBJECTIVES: Mapping[str, Objective] = {
     "causal_lm": Objective(
-        sources=("python-stdlib", "text", "jsonl", "csv", "parquet", "hub"),
+        sources=TEXT_SOURCES,
         own_keys=(),
         in_series=True,
         headline=PERPLEXITY,
@@ -110,6 +113,19 @@ OBJECTIVES: Mapping[str, Objective] = {
         held_out="text",
         has_tasks=True,
         pipeline_tag="text-generation",
+    ),
+    "masked_lm": Objective(
+        sources=TEXT_SOURCES,
+        own_keys=(),
+        in_series=False,
+        headline=MASKED_PERPLEXITY,
+        second=LOSS,
+        judged=LOSS,
+        unit="token",
+        scored="val_masked_tokens",
+        held_out="text",
+        has_tasks=False,
+        pipeline_tag="fill-mask",
     ),
     "image_classification": Objective(
         sources=("digits", "idx"),

@@ -42,7 +42,8 @@ class Profile(FrozenConfig):
     """'relora': warm start, then merged cycles; 'lora': one update merged at the end; 'full': full rank throughout."""
 
     objective: ObjectiveName = DEFAULT_OBJECTIVE
-    """The thing learned: 'causal_lm', the next token of text; 'image_classification', the class of an image."""
+    """The thing learned: 'causal_lm', the next token of text; 'masked_lm', its hidden tokens; 'image_classification',
+    the class of an image."""
 
     seed: int = Field(0, ge=0, lt=2**31)
     """Seed of weights, data order, dropout and re-initialisation."""
@@ -95,18 +96,20 @@ class Profile(FrozenConfig):
                 f"objective {self.objective!r} does not learn from data.source {self.data.source!r}; it takes "
                 f"{', '.join(sources)}"
             )
-        if self.objective != "image_classification":
+        if self.objective == "causal_lm":
             return self
         if self.batch.documents != "join":
-            raise ValueError("batch.documents is of text: images hold none; leave it out")
+            raise ValueError(f"batch.documents is of objective 'causal_lm', not of {self.objective!r}; leave it out")
+        if self.evaluation.sample_prompts:
+            raise ValueError("evaluation.sample_prompts are continued by objective 'causal_lm' only; leave them out")
+        if self.objective != "image_classification":
+            return self
         images, length = self.images, self.batch.sequence_length
         if length != images.patches:
             raise ValueError(
                 f"batch.sequence_length {length} is not {images.patches}, the patches of {images.patch_size} x "
                 f"{images.patch_size} pixels in an image of {images.size} x {images.size}"
             )
-        if self.evaluation.sample_prompts:
-            raise ValueError("evaluation.sample_prompts are continued by a model of text; leave them out")
         return self
 
     @model_validator(mode="after")
@@ -175,7 +178,7 @@ LATER_KEYS = {
     "data": ("validation_paths", "unreadable", "sources"),
     "batch": ("documents",),
     "precision": ("residual", "frozen"),
-    "tokenizer": ("revision",),
+    "tokenizer": ("revision", "mask_token"),
     "schedule": ("jagged", "cycle_growth", "horizon"),
     "relora": ("dropout_mask", "train"),
     "optimizer": ("state",),

@@ -5,7 +5,8 @@ from relora_train.method.targets import check_targets
 from relora_train.method.wrap import apply_relora
 from relora_train.process import Emit, serve_request
 from relora_train.training.model_trial import check_layers_are_called
-from relora_train.training.models.registry import CAUSAL_LM, objective_of
+from relora_train.training.models.kinds import CAUSAL_LM
+from relora_train.training.models.registry import objective_of
 from relora_train.training.requests import ModelCheckRequest
 
 

@@ -23,9 +23,9 @@ from relora_train.process import quiet_libraries
 from relora_train.settings.base import FrozenConfig
 from relora_train.training.files import save_model
 from relora_train.training.models.causal_lm import NextTokenLoss
+from relora_train.training.models.kinds import CAUSAL_LM, check_place, read_config
 from relora_train.training.models.model import embedding, evaluating, logits, probe_tokens
 from relora_train.training.models.pretrained import load_model
-from relora_train.training.models.registry import CAUSAL_LM, check_place, read_config
 from relora_train.training.peft_export import adapter_config, adapter_on_base, adapter_state
 from relora_train.training.progress import listed, split_idle
 

@@ -18,7 +18,7 @@ from relora_train.data.dataset import ExampleDataset
 from relora_train.distributed import Ranks
 from relora_train.settings.profile import Profile
 from relora_train.training.models.pretrained import load_model, load_skeleton
-from relora_train.training.models.registry import LoadedAs
+from relora_train.training.models.registry import facts_of
 
 
 class Evaluation(BaseModel):
@@ -50,7 +50,6 @@ class LossFunction(Protocol):
 class Objective(ABC):
     """The code that makes, trains and scores the models of one profile."""
 
-    kind: ClassVar[LoadedAs]
     adapter_task: ClassVar[str | None]
     """peft's task_type."""
 
@@ -59,7 +58,7 @@ class Objective(ABC):
     """Length of LossFunction.sums."""
 
     def __init__(self, profile: Profile) -> None:
-        self.profile = profile
+        self.profile, self.kind = profile, facts_of(profile).kind
 
     @abstractmethod
     def open_data(self, directory: Path, split: Literal["train", "val"]) -> ExampleDataset:

@@ -3,28 +3,25 @@
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from relora_train.checkpoints.manifest import DatasetManifest
 from relora_train.data.dataset import ExampleDataset, TokenDataset
-from relora_train.data.mixed_dataset import open_tokens
 from relora_train.distributed import Ranks
-from relora_train.errors import VocabularyMismatchError
-from relora_train.training.models.base import Evaluation, Objective
+from relora_train.training.models.base import Evaluation
 from relora_train.training.models.documents import UNSCORED, targets_in_documents
 from relora_train.training.models.model import (
     attend_without_mask,
     check_causal,
     check_documents,
-    embedding,
     head_is_plain,
     logits,
     next_token_loss,
 )
-from relora_train.training.models.registry import CAUSAL_LM, CausalLMFacts
+from relora_train.training.models.text import TextObjective, perplexity
 
 _SAMPLE_TEMPERATURE = 0.8
 _SAMPLE_TOP_K = 40
@@ -67,17 +64,12 @@ class NextTokenLoss:
         return torch.stack([self.loss(examples).double(), self.terms(examples).double()])
 
 
-class CausalLM(Objective):
+class CausalLM(TextObjective):
     """The Objective of text."""
 
-    kind = CAUSAL_LM
     adapter_task = "CAUSAL_LM"
     evaluation = TextEvaluation
     sums = 2
-
-    def open_data(self, directory: Path, split: Literal["train", "val"]) -> ExampleDataset:
-        length, seed = self.profile.batch.sequence_length, self.profile.seed
-        return open_tokens(directory, split, sequence_length=length, seed=seed)
 
     def new_model(self, manifest: DatasetManifest) -> nn.Module:
         from transformers import LlamaConfig, LlamaForCausalLM
@@ -95,17 +87,8 @@ class CausalLM(Objective):
         return cast(nn.Module, LlamaForCausalLM(llama))
 
     def check_fits(self, model: nn.Module, manifest: DatasetManifest | None) -> None:
-        """Refuse a tokenizer with ids the embedding lacks, and sequences longer than the model's positions."""
-        rows = embedding(model).num_embeddings
-        if manifest is not None and manifest.vocab_size > rows:
-            raise VocabularyMismatchError(
-                f"The tokenizer has {manifest.vocab_size} entries, the model's embedding only {rows} rows. "
-                "Continue a model with its own tokenizer: leave tokenizer.path and tokenizer.train out. For a new "
-                "model, set model.vocab_size to at least that many."
-            )
-        longest = getattr(cast(Any, model).config, "max_position_embeddings", None)
-        if longest is not None:
-            CausalLMFacts(self.profile).check_length(longest)
+        """Refuse what no text fits, and before there is a loss function, a model that looks ahead."""
+        super().check_fits(model, manifest)
         if manifest is None:
             check_causal(model)  # else the loss function does
             if self._apart:
@@ -118,20 +101,14 @@ class CausalLM(Objective):
     def prepare_for_training(self, model: nn.Module) -> None:
         attend_without_mask(model)
 
-    def stem(self, model: nn.Module) -> nn.Module:
-        return embedding(model)
-
     def loss_function(self, model: nn.Module, manifest: DatasetManifest) -> NextTokenLoss:
         return NextTokenLoss(model, manifest.eos_id if self._apart else None)
-
-    def guessing_loss(self, manifest: DatasetManifest) -> float:
-        return math.log(manifest.vocab_size)
 
     def summarize(self, sums: Sequence[float], data: ExampleDataset) -> TextEvaluation:
         loss, tokens = sums[0] / sums[1], int(sums[1])
         return TextEvaluation(
             val_loss=loss,
-            val_perplexity=math.exp(loss) if loss < 700 else math.inf,  # exp overflows from 710
+            val_perplexity=perplexity(loss),
             bits_per_byte=loss / math.log(2) / cast(TokenDataset, data).bytes_per_token,
             val_tokens=tokens,
         )

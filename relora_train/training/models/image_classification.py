@@ -17,7 +17,6 @@ from relora_train.checkpoints.manifest import DatasetManifest, ImageFormat
 from relora_train.data.dataset import ExampleDataset, ImageDataset
 from relora_train.errors import DataError, ModelError
 from relora_train.training.models.base import Evaluation, Objective
-from relora_train.training.models.registry import IMAGE_CLASSIFIER
 
 
 class ImageEvaluation(Evaluation):
@@ -67,7 +66,6 @@ def _classes(examples: Tensor) -> Tensor:
 class ImageClassification(Objective):
     """The Objective of images."""
 
-    kind = IMAGE_CLASSIFIER
     adapter_task = None  # peft has no name for it and wraps any model without one
     evaluation = ImageEvaluation
     sums = 3

@@ -19,7 +19,7 @@ from relora_train.checkpoints.manifest import Dtype
 from relora_train.errors import ModelNotFoundError, ModelUnsuitableError
 from relora_train.process import is_out_of_memory
 from relora_train.training.files import MODEL_FILE
-from relora_train.training.models.registry import CAUSAL_LM, LoadedAs, check_config, check_place
+from relora_train.training.models.kinds import CAUSAL_LM, LoadedAs, check_config, check_place
 
 _BUFFERS = re.compile(r"(inv_freq|masked_bias|attn\.bias|attention\.bias|position_ids)$")
 """Names in old files of what is made from the configuration today, besides those that transformers itself knows."""
@@ -64,6 +64,9 @@ def load_model(
                 "merge_and_unload) and give what that saves."
             )
     unexpected = [name for name in found["unexpected_keys"] if not _BUFFERS.search(name)]
+    if kind.leaves_heads and (others := [name for name in unexpected if _of_a_head(model, name)]):
+        _LOGGER.info("Left out of %s, as they are of heads for other tasks: %s.", path, _listed(others))
+        unexpected = [name for name in unexpected if name not in others]
     check_tensors(path, found["missing_keys"], [str(entry[0]) for entry in found["mismatched_keys"]], unexpected)
     if wrong := [name for name, value in model.named_parameters() if not bool(value.isfinite().all())]:
         raise ModelUnsuitableError(
@@ -133,6 +136,11 @@ def check_tensors(
             "up and nothing is left out. Give a complete model of this architecture; if its head and its embedding "
             "are one matrix, its config.json must say tie_word_embeddings."
         )
+
+
+def _of_a_head(model: nn.Module, name: str) -> bool:
+    """Return True for a tensor of what lies behind the blocks: a head, or the pooler in front of one."""
+    return not name.startswith(f"{cast(Any, model).base_model_prefix}.") or ".pooler." in name
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -6,42 +6,31 @@ patches; the class token, which a vision transformer adds to it, is no token.
 
 from __future__ import annotations
 
-import json
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
-from relora_train.errors import (
-    ModelNotFoundError,
-    ModelUnsuitableError,
-    SequenceTooLongError,
-    VocabularyMismatchError,
-)
+from relora_train.errors import ModelNotFoundError, SequenceTooLongError, VocabularyMismatchError
 from relora_train.settings.data import TokenizerConfig
 from relora_train.settings.profile import Profile
-from relora_train.training.models.shape import ModelShape, ShapeUnknownError, read_json, shape_of_config
+from relora_train.training.models.kinds import (
+    CAUSAL_LM,
+    IMAGE_CLASSIFIER,
+    MASKED_LM,
+    LoadedAs,
+    check_place,
+    read_config,
+)
+from relora_train.training.models.shape import ModelShape, ShapeUnknownError, read_json
+from relora_train.training.models.shape_of_config import shape_of_config
 from relora_train.training.models.shape_of_files import shape_of_files
 
 if TYPE_CHECKING:
+    from relora_train.data.tokenizer import DocumentTokenizer
     from relora_train.training.models.base import Objective
-
-
-@dataclass(frozen=True)
-class LoadedAs:
-    """The kind of model that an objective trains, in the words of transformers."""
-
-    auto_class: str
-
-    architectures: tuple[str, ...]
-    """Part of the names of its classes. A class without a task, such as LlamaModel, has none."""
-
-
-CAUSAL_LM = LoadedAs("AutoModelForCausalLM", ("ForCausalLM", "LMHead"))
-IMAGE_CLASSIFIER = LoadedAs("AutoModelForImageClassification", ("ForImageClassification",))
 
 
 @dataclass(frozen=True)
@@ -51,6 +40,11 @@ class ObjectiveFacts(ABC):
     profile: Profile
     code: ClassVar[str]
     """Module and class of its Objective; imported when it is asked for."""
+
+    kind: ClassVar[LoadedAs]
+
+    family: ClassVar[str]
+    """The model_type of its new models."""
 
     @abstractmethod
     def rows_per_sequence(self) -> int:
@@ -63,6 +57,9 @@ class ObjectiveFacts(ABC):
     def tokenizer(self) -> TokenizerConfig:
         """Return the tokenizer that the profile means; it has a path if it is not to be trained."""
         return self.profile.tokenizer
+
+    def check_tokenizer(self, loaded: DocumentTokenizer) -> None:  # noqa: B027 (most objectives take any)
+        """Refuse a tokenizer that does not serve the objective. Raises TokenizerError."""
 
     @abstractmethod
     def check_pretrained(self, *, planned: bool = False) -> None:
@@ -77,18 +74,19 @@ class ObjectiveFacts(ABC):
         return check_place(named) if named is not None else None
 
 
-class CausalLMFacts(ObjectiveFacts):
-    """Next-token prediction by a Llama."""
-
-    code = "relora_train.training.models.causal_lm:CausalLM"
+class TextFacts(ObjectiveFacts):
+    """The common part of objectives of text."""
 
     def rows_per_sequence(self) -> int:
         return self.profile.batch.sequence_length
 
+    def config(self) -> dict[str, Any]:
+        """Return the config.json of a new model, as far as its shape goes."""
+        # The names of our [model] are those of a Llama's and of a BERT's.
+        return {**self.profile.model.model_dump(), "vocab_size": _vocabulary(self.profile), "model_type": self.family}
+
     def new_model_shape(self) -> ModelShape:
-        # The names of our [model] are those of a Llama's config.json.
-        config = {"model_type": "llama", **self.profile.model.model_dump(), "vocab_size": _vocabulary(self.profile)}
-        return shape_of_config(config, "the profile's [model]")
+        return shape_of_config(self.config(), "the profile's [model]")
 
     def tokenizer(self) -> TokenizerConfig:
         """Return the model's own, unless the profile names one or wants one trained: embeddings belong to ids."""
@@ -110,9 +108,9 @@ class CausalLMFacts(ObjectiveFacts):
         directory = self.local_pretrained()
         if directory is None:
             return
-        rows = read_config(directory, CAUSAL_LM, key="vocab_size", planned=planned)
+        rows = read_config(directory, self.kind, key="vocab_size", planned=planned)
         with suppress(ModelNotFoundError):  # a model without positions of its own
-            self.check_length(read_config(directory, CAUSAL_LM, key="max_position_embeddings", planned=planned))
+            self.check_length(read_config(directory, self.kind, key="max_position_embeddings", planned=planned))
         if planned:
             return
         tokenizer = self.tokenizer()
@@ -135,17 +133,52 @@ class CausalLMFacts(ObjectiveFacts):
             )
 
 
+class CausalLMFacts(TextFacts):
+    """Next-token prediction by a Llama."""
+
+    code = "relora_train.training.models.causal_lm:CausalLM"
+    kind = CAUSAL_LM
+    family = "llama"
+
+
+class MaskedLMFacts(TextFacts):
+    """Prediction of hidden tokens by a BERT."""
+
+    code = "relora_train.training.models.masked_lm:MaskedLM"
+    kind = MASKED_LM
+    family = "bert"
+
+    def config(self) -> dict[str, Any]:
+        return {**super().config(), "tie_word_embeddings": True, "type_vocab_size": 1}
+
+    def tokenizer(self) -> TokenizerConfig:
+        """Return the same, with a mask token if it is to be trained."""
+        from relora_train.data.tokenizer import DEFAULT_MASK_TOKEN
+
+        settings = super().tokenizer()
+        named = settings.path is not None or settings.mask_token is not None
+        return settings if named else settings.model_copy(update={"mask_token": DEFAULT_MASK_TOKEN})
+
+    def check_tokenizer(self, loaded: DocumentTokenizer) -> None:
+        from relora_train.data.tokenizer import mask_id_of
+
+        name = self.tokenizer().path or "of this run"
+        mask_id_of(loaded.json_text, loaded.config_text, self.profile.tokenizer.mask_token, name)
+
+
 class ImageFacts(ObjectiveFacts):
     """Image classification by a vision transformer."""
 
     code = "relora_train.training.models.image_classification:ImageClassification"
+    kind = IMAGE_CLASSIFIER
+    family = "vit"
 
     def rows_per_sequence(self) -> int:
         return self.profile.batch.sequence_length + 1  # the class token
 
     def new_model_shape(self) -> ModelShape:
         images = self.profile.images
-        config = {"model_type": "vit", **self.profile.model.model_dump(), "id2label": range(images.classes)}
+        config = {"model_type": self.family, **self.profile.model.model_dump(), "id2label": range(images.classes)}
         config |= {"image_size": images.size, "patch_size": images.patch_size, "num_channels": images.channels}
         return shape_of_config(config, "the profile's [model] and [images]")
 
@@ -155,24 +188,21 @@ class ImageFacts(ObjectiveFacts):
             read_config(directory, IMAGE_CLASSIFIER, key="image_size", planned=planned)
 
 
-def check_place(model: str | Path) -> Path | None:
-    """Return what lies at the path; None for what may be a hub id. Raises ModelNotFoundError for a path to nothing."""
-    directory = Path(model).expanduser()
-    if directory.exists():
-        return directory
-    if str(model).startswith((".", "/", "~")):
-        raise ModelNotFoundError(
-            f"model.pretrained {str(model)!r} is no directory. Correct the path, or give a hub id."
-        )
-    return None
-
-
-_FACTS: dict[str, type[ObjectiveFacts]] = {"causal_lm": CausalLMFacts, "image_classification": ImageFacts}
+_FACTS: dict[str, type[ObjectiveFacts]] = {
+    "causal_lm": CausalLMFacts,
+    "masked_lm": MaskedLMFacts,
+    "image_classification": ImageFacts,
+}
 
 
 def facts_of(profile: Profile) -> ObjectiveFacts:
     """Return what is known of a profile's objective without torch."""
     return _FACTS[profile.objective](profile)
+
+
+def auto_class_of(objective: str) -> str:
+    """Return the class of transformers that loads an objective's models."""
+    return _FACTS[objective].kind.auto_class
 
 
 def objective_of(profile: Profile) -> Objective:
@@ -218,63 +248,3 @@ def _vocabulary(profile: Profile) -> int:
         return len(entries | {added["content"] for added in content.get("added_tokens") or ()})
     except (KeyError, TypeError, IndexError):
         raise ShapeUnknownError(f"{path} is not a tokenizer.json with a vocabulary; set model.vocab_size") from None
-
-
-def read_config(directory: Path, kind: LoadedAs, *, key: str, planned: bool = False) -> int:
-    """Return the number that the config.json of a local model has under `key`.
-
-    Raises ModelNotFoundError for a directory without such a file or without safetensors, and as check_config. A plan
-    may be made of a config.json alone.
-    """
-    place = f"model.pretrained {str(directory)!r}"
-    try:
-        config = json.loads((directory / "config.json").read_bytes())
-    except OSError:
-        raise ModelNotFoundError(
-            f"{place} has no config.json, so it is no model of transformers. Give a directory that save_pretrained "
-            "wrote; GGUF and other formats are not read."
-        ) from None
-    except ValueError as error:
-        raise ModelNotFoundError(f"{directory / 'config.json'} is not JSON: {error}. Copy the model again.") from None
-    try:
-        check_config(config, directory, kind)
-        number = int({**config, **(config.get("text_config") or {})}[key])  # a part for text, beside others
-    except (KeyError, TypeError, ValueError):
-        raise ModelNotFoundError(
-            f"{place} has a config.json without {key}, so it is no model that transformers loads for this objective. "
-            "Correct the path."
-        ) from None
-    if not any(directory.glob("*.safetensors")) and not (planned and not any(directory.glob("*.bin"))):
-        raise ModelNotFoundError(
-            f"{place} holds no weights in safetensors, and others are never loaded: pickles can run code. Load the "
-            "model with transformers where you trust it, and give what save_pretrained writes."
-        )
-    return number
-
-
-def check_config(config: Mapping[str, Any], where: str | Path, kind: LoadedAs, *, made_as: str | None = None) -> None:
-    """Raise ModelUnsuitableError for quantised weights, and for an architecture made for another task.
-
-    made_as: the class that transformers makes of it. While that is unknown, a model of text and something else passes.
-    """
-    if not isinstance(config, Mapping):
-        raise TypeError(f"{where} is no JSON object")
-    parts = [config, *(part for part in config.values() if isinstance(part, Mapping))]
-    for quantised in (part.get(key) for part in parts for key in ("quantization_config", "compression_config")):
-        if quantised:
-            method = quantised.get("quant_method") if isinstance(quantised, Mapping) else quantised
-            raise ModelUnsuitableError(
-                f"The weights of {str(where)!r} are quantised (quantization_config in its config.json, method "
-                f"{method!r}). A merge into them would lose the update, or write damaged weights. Give the model's "
-                "unquantised weights."
-            )
-    if made_as is None and "text_config" in config:
-        return
-    for name in config.get("architectures") or ():
-        bare = name.endswith("Model") and "Head" not in name
-        if not bare and name != made_as and not any(part in name for part in kind.architectures):
-            raise ModelUnsuitableError(
-                f"{str(where)!r} is a {name} (architectures in its config.json) and would be loaded as "
-                f"{made_as or kind.auto_class}: a part of it would be lost, and what it lacks made up. Give a model "
-                "that was made for this objective, or set `objective` to what this one was made for."
-            )

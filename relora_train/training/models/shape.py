@@ -1,7 +1,4 @@
-"""The parts of a model, counted from its shape alone.
-
-Counts Llama, GPT-NeoX and ViT, whose blocks have these linear layers and no others.
-"""
+"""The parts of a model, counted from its shape alone."""
 
 import json
 from collections.abc import Collection, Mapping, Sequence
@@ -138,7 +135,7 @@ class ModelShape:
             head = matrix + self.vocab_size
             embeddings = self.other_matrices + self.other_vectors - self.vocab_size
         else:
-            embeddings, head = matrix + self.other_matrices, 0 if self.tied else matrix
+            embeddings, head = matrix + self.other_matrices + self.other_vectors, 0 if self.tied else matrix
         return {
             "wrapped": self.layers * sum(linear.weights for linear in wrapped),
             "embeddings": embeddings,
@@ -208,18 +205,6 @@ def model_flops_per_token(
     return round(blocks + (head / sequence_length if shape.classifies else head) + shape.input_flops)
 
 
-def shape_of_config(config: Mapping[str, Any], path: Path | str) -> ModelShape:
-    """Return the shape that a config.json describes; ShapeUnknownError for a family that is not counted."""
-    family = config.get("model_type")
-    readers = {"llama": _llama_of_config, "gpt_neox": _neox_of_config, "vit": _vit_of_config}
-    if family not in readers:
-        raise ShapeUnknownError(f"models of type {family!r} are not counted, only {', '.join(readers)}")
-    try:
-        return readers[family](config)
-    except (KeyError, TypeError, ZeroDivisionError) as error:
-        raise ShapeUnknownError(f"{path} lacks a usable shape ({type(error).__name__}: {error})") from None
-
-
 def read_json(path: Path, until: str) -> dict[str, Any]:
     """Return a JSON object from a local file; ShapeUnknownError, with the event to wait for, if there is none."""
     if not path.is_file():
@@ -231,67 +216,3 @@ def read_json(path: Path, until: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ShapeUnknownError(f"{path} is not a JSON object")
     return content
-
-
-def _llama_of_config(config: Mapping[str, Any]) -> ModelShape:
-    hidden, intermediate, layers = config["hidden_size"], config["intermediate_size"], config["num_hidden_layers"]
-    heads, bias = config["num_attention_heads"], config.get("attention_bias", False)
-    head_size, mlp_bias = config.get("head_dim") or hidden // heads, config.get("mlp_bias", False)
-    attention, key_value = heads * head_size, (config.get("num_key_value_heads") or heads) * head_size
-    linears = (
-        LinearShape("self_attn.q_proj", hidden, attention, bias),
-        LinearShape("self_attn.k_proj", hidden, key_value, bias),
-        LinearShape("self_attn.v_proj", hidden, key_value, bias),
-        LinearShape("self_attn.o_proj", attention, hidden, bias),
-        LinearShape("mlp.gate_proj", hidden, intermediate, mlp_bias),
-        LinearShape("mlp.up_proj", hidden, intermediate, mlp_bias),
-        LinearShape("mlp.down_proj", intermediate, hidden, mlp_bias),
-    )
-    norms = (2 * layers + 1) * hidden  # RMSNorm has no bias
-    tied = config.get("tie_word_embeddings", False)
-    return ModelShape(config["vocab_size"], hidden, layers, linears, norms, attention, tied, "llama")
-
-
-def _neox_of_config(config: Mapping[str, Any]) -> ModelShape:
-    hidden, intermediate, layers = config["hidden_size"], config["intermediate_size"], config["num_hidden_layers"]
-    bias = config.get("attention_bias", True)
-    linears = (
-        LinearShape("attention.query_key_value", hidden, 3 * hidden, bias),
-        LinearShape("attention.dense", hidden, hidden, bias),
-        LinearShape("mlp.dense_h_to_4h", hidden, intermediate, True),
-        LinearShape("mlp.dense_4h_to_h", intermediate, hidden, True),
-    )
-    norms = (2 * layers + 1) * 2 * hidden  # LayerNorm has a bias
-    tied = config.get("tie_word_embeddings", False)
-    return ModelShape(config["vocab_size"], hidden, layers, linears, norms, hidden, tied, "gpt_neox")
-
-
-def _vit_of_config(config: Mapping[str, Any]) -> ModelShape:
-    """Return a vision transformer that classifies by its class token."""
-    hidden, intermediate, layers = config["hidden_size"], config["intermediate_size"], config["num_hidden_layers"]
-    patch_values = config["num_channels"] * config["patch_size"] ** 2
-    patches = (config["image_size"] // config["patch_size"]) ** 2
-    classes = len(config["id2label"]) if "id2label" in config else 2  # transformers leaves its default of 2 out
-    bias = config.get("qkv_bias", True)
-    linears = (
-        *(LinearShape(f"attention.{name}_proj", hidden, hidden, bias) for name in "qkv"),
-        LinearShape("attention.o_proj", hidden, hidden, True),
-        LinearShape("mlp.fc1", hidden, intermediate, True),
-        LinearShape("mlp.fc2", intermediate, hidden, True),
-    )
-    return ModelShape(
-        vocab_size=classes,
-        hidden_size=hidden,
-        layers=layers,
-        linears=linears,
-        norm_parameters=(2 * layers + 1) * 2 * hidden,  # LayerNorm has a bias
-        attention_size=hidden,
-        tied=True,
-        family="vit",
-        causal=False,
-        extra_rows=1,
-        classifies=True,
-        other_matrices=patch_values * hidden + (patches + 2) * hidden,  # positions, also the class token's, and it
-        other_vectors=hidden + classes,
-        input_flops=4 * patch_values * hidden,  # nothing asks for the gradient of pixels
-    )
