@@ -14,7 +14,7 @@ Inside a process events travel as log records of the logger `relora_train.events
     progress         stage step start_step end_step loss learning_rate tokens_per_second data_wait_share
                      eta_seconds
     evaluation       stage step when ('before' | 'after') and the scores: of text val_loss val_perplexity bits_per_byte
-                     val_tokens, of images val_loss val_accuracy val_images
+                     val_tokens, of other objectives those that settings/objectives.py names
     merge            stage step cycle max_relative_output_change relative_update_norm effective_rank
                      optimizer_state_zeroed first_lora_A_grad_norm first_lora_B_grad_norm
     stage_committed  stage step directory seconds (of its parts: load evaluate_before steps merge evaluate_after write)

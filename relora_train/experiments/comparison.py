@@ -83,7 +83,7 @@ def _difference(arm: str, reference: str, results: Sequence[RunResult]) -> Diffe
         trained = [result for result in results if result.arm == name and result.outcome == "trained"]
         return {one.seed: getattr(one, field) for one in trained if getattr(one, field) is not None}
 
-    fields = ("val_loss", "val_perplexity", "val_accuracy", "task_score")
+    fields = [name for name in (*SCORES, "task_score") if name in Difference.model_fields]
     return Difference(arm=arm, **{it: paired_difference(by_seed(arm, it), by_seed(reference, it)) for it in fields})
 
 

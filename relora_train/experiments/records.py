@@ -65,6 +65,9 @@ class RunResult(FrozenConfig):
     val_perplexity: float | None = None
     bits_per_byte: float | None = None
     val_accuracy: float | None = None
+    val_f1: float | None = None
+    val_masked_perplexity: float | None = None
+    val_exact_match: float | None = None
     task_score: float | None = None
     """The experiment's measure."""
     tokens_per_second: float | None = None
@@ -117,6 +120,9 @@ class ArmResult(_Estimates):
     val_perplexity: Estimate | None
     bits_per_byte: Estimate | None
     val_accuracy: Estimate | None = None
+    val_f1: Estimate | None = None
+    val_masked_perplexity: Estimate | None = None
+    val_exact_match: Estimate | None = None
     task_score: Estimate | None = None
     tokens_per_second: Estimate | None
     tokens_per_second_in_all: Estimate | None
@@ -139,6 +145,9 @@ class Difference(_Estimates):
     val_loss: Estimate | None
     val_perplexity: Estimate | None
     val_accuracy: Estimate | None = None
+    val_f1: Estimate | None = None
+    val_masked_perplexity: Estimate | None = None
+    val_exact_match: Estimate | None = None
     task_score: Estimate | None = None
 
 

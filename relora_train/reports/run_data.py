@@ -30,6 +30,9 @@ class Scores:
     val_perplexity: float | None = None
     bits_per_byte: float | None = None
     val_accuracy: float | None = None
+    val_f1: float | None = None
+    val_masked_perplexity: float | None = None
+    val_exact_match: float | None = None
 
     def of(self, measure: Measure) -> float | None:
         """Return the number of this measure."""

@@ -144,8 +144,8 @@ OBJECTIVES: Mapping[str, Objective] = {
 
 
 def measures_in(scores: Mapping[str, Any]) -> Objective:
-    """Return the objective of recorded scores: the one whose first measure is among them, or the default."""
-    found = (entry for entry in OBJECTIVES.values() if entry.headline.key in scores)
+    """Return the objective of recorded scores: the one whose count of what was scored is there, or the default."""
+    found = (entry for entry in OBJECTIVES.values() if entry.scored in scores)
     return next(found, OBJECTIVES[DEFAULT_OBJECTIVE])
 
 
