@@ -51,7 +51,13 @@ PLAIN_TEXT = {
     "overrides.data.hub_revision", "overrides.data.text_field", "overrides.relora.target_modules.0",
     "overrides.evaluation.sample_prompts.0", "overrides.data.sources.0.name", "overrides.data.sources.0.hub_config",
     "overrides.data.sources.0.hub_split", "overrides.data.sources.0.hub_revision",
-    "overrides.data.sources.0.text_field",
+    "overrides.data.sources.0.text_field", "overrides.data.labels.field", "overrides.data.labels.text_pair_field",
+    *(
+        f"overrides.data.{place}{key}"
+        for place in ("instructions.", "sources.0.instructions.")
+        for key in ("messages", "prompt", "completion")
+    ),
+    "overrides.data.sources.0.labels.field", "overrides.data.sources.0.labels.text_pair_field",
 }  # fmt: skip
 """Strings that name no place."""
 

@@ -37,6 +37,8 @@ CHANGES = {
     "batch.sequence_length": 128,
     "batch.micro_sequences": 8,
     "batch.documents": "mask",
+    "batch.too_long": "drop",
+    "batch.target_length": 16,
     "schedule.warm_start_steps": 100,
     "schedule.cycles": 5,
     "schedule.cycle_length": 300,
@@ -88,6 +90,8 @@ THROUGH_THE_DATASET = {
     "data.sources": (),
     "data.validation_paths": (),
     "data.text_field": "content",
+    "data.instructions": None,  # these two are refused for the default source: tests/test_instructions.py
+    "data.labels": None,
     "data.unreadable": "stop",  # 'skip' is refused for the default source: tests/test_left_out.py
     "data.max_documents": 10,
     "data.validation_fraction": 0.1,
@@ -216,6 +220,7 @@ def test_another_dataset_changes_every_fingerprint():
     sorted(
         {*CHANGES, *THROUGH_THE_DATASET}
         - {"data.paths", "data.sources", "data.validation_paths", "data.unreadable", "data.source", "tokenizer.train"}
+        - {"data.instructions", "data.labels"}
     ),
 )
 def test_a_setting_that_changes_the_result_makes_another_run(key):

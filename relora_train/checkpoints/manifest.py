@@ -13,6 +13,7 @@ from typing import Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from relora_train.checkpoints.example_format import ExampleFormat
 from relora_train.checkpoints.layout import RUN_ID_PATTERN, dataset_prefix, join_key
 from relora_train.errors import CheckpointCorruptError
 from relora_train.settings.method import DropoutMask
@@ -225,6 +226,8 @@ class DatasetManifest(Manifest):
     """Only for a dataset of images."""
     mixture: tuple[MixedDataset, ...] = ()
     """Only for a mixture."""
+    examples: ExampleFormat | None = Field(default=None, exclude_if=lambda value: value is None)
+    """Only for instructions and labelled texts; of a mixture, the format of the first such source."""
     statistics: dict[str, Any] = Field(default_factory=dict)
     """Informative: duplicates, what was left out, tokenization speed; how often each class is there."""
 

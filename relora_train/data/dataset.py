@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
 from relora_train.checkpoints.manifest import MANIFEST_NAME, DatasetManifest, parse_manifest
 from relora_train.data.masking import Masking
@@ -225,8 +225,13 @@ class ImageDataset(ExampleDataset):
 
 def map_shards(directory: Path, split: Split, manifest: DatasetManifest) -> list[Rows]:
     """Return the shards of a split in order, memory-mapped, each as one row of numbers."""
-    dtype = np.dtype(manifest.token_dtype).newbyteorder("<")
-    entries = [e for e in manifest.files if e.path.startswith(f"{split}/") and e.path.endswith(".bin")]
+    return map_files(directory, split, manifest, "bin", np.dtype(manifest.token_dtype))
+
+
+def map_files(directory: Path, split: Split, manifest: DatasetManifest, ending: str, kind: DTypeLike) -> list[Rows]:
+    """Return the files of a split that have this ending, in order of the shards, memory-mapped as little-endian."""
+    dtype = np.dtype(kind).newbyteorder("<")
+    entries = [e for e in manifest.files if e.path.startswith(f"{split}/") and e.path.endswith(f".{ending}")]
     shards = []
     for entry in sorted(entries, key=lambda entry: entry.path):
         path = directory / entry.path

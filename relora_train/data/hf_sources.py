@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from relora_train.data.fields import field_path, missing_field
 from relora_train.data.left_out import Fault, text_or_fault
+from relora_train.data.records import RecordReader
 from relora_train.data.source_files import SourceFile
 from relora_train.errors import SourceUnreadableError
 from relora_train.settings.data import DataConfig
@@ -23,12 +24,11 @@ _ROWS_AT_ONCE = 256
 
 
 def parquet_rows(
-    file: SourceFile, data: DataConfig, advance: Callable[[int], None]
+    file: SourceFile, records: RecordReader, advance: Callable[[int], None]
 ) -> Iterator[tuple[str, str | Fault]]:
-    """Yield each row's text with its place, reading only the text column. Raises Fault if the file is no parquet."""
+    """Yield each row's document with its place, reading only its columns. Raises Fault if the file is no parquet."""
     import pyarrow.parquet as parquet
 
-    text_field = data.text_field
     try:
         with parquet.ParquetFile(file.path) as opened:
             fields = _names(opened.schema_arrow)
@@ -38,31 +38,35 @@ def parquet_rows(
             raise SourceUnreadableError(f"{file.name} cannot be read: {error}. Let this user read it.") from None
         fault = f"{file.name} is no parquet file: {error}. Leave it out of data.paths."
         raise Fault(fault, "no parquet file", "files") from None
-    if missing := missing_field(fields, text_field, file.name):
-        raise Fault(missing, f"no field {text_field!r}", "files")
-    path = field_path(fields, text_field)
-    options = {"data_files": [str(file.path)], "columns": [path[0]]}
+    for name, setting in records.fields.items():
+        if missing := missing_field(fields, name, file.name, setting):
+            raise Fault(missing, f"no field {name!r}", "files")
+    paths = [field_path(fields, name) for name in records.fields]
+    options = {"data_files": [str(file.path)], "columns": _columns(paths)}
     stream = _load("parquet", file.name, split="train", streaming=True, **options)
     for number, (where, text) in enumerate(
-        _texts(stream, file.name, path, damaged=lambda said: Fault(said, "damaged", "files")), start=1
+        _documents(stream, file.name, paths, records, damaged=lambda said: Fault(said, "damaged", "files")), start=1
     ):
         advance(file.size_bytes * number // rows - file.size_bytes * (number - 1) // rows)
         yield where, text
 
 
-def hub_rows(data: DataConfig, revision: str, advance: Callable[[int], None]) -> Iterator[tuple[str, str | Fault]]:
-    """Yield each row's text of one revision of a hub dataset, streamed: only the rows at hand are kept."""
+def hub_rows(
+    data: DataConfig, records: RecordReader, revision: str, advance: Callable[[int], None]
+) -> Iterator[tuple[str, str | Fault]]:
+    """Yield each row's document of one revision of a hub dataset, streamed: only the rows at hand are kept."""
     name = f"{data.hub_id}@{revision[:12]}"
     stream = _load(data.hub_id, name, data.hub_config, split=data.hub_split, revision=revision, streaming=True)
     fields: dict[str, Any] = dict(stream.features or {})
     if not fields:
         with _hub_errors(name):
             fields = dict(next(iter(stream), {}))
-    if fields and (missing := missing_field(fields, data.text_field, name)):
-        raise SourceUnreadableError(missing)
-    path = field_path(fields, data.text_field)
-    stream = stream.select_columns([path[0]])
-    for where, text in _texts(stream, name, path, damaged=SourceUnreadableError):
+    for field_name, setting in records.fields.items():
+        if fields and (missing := missing_field(fields, field_name, name, setting)):
+            raise SourceUnreadableError(missing)
+    paths = [field_path(fields, field_name) for field_name in records.fields]
+    stream = stream.select_columns(_columns(paths))
+    for where, text in _documents(stream, name, paths, records, damaged=SourceUnreadableError):
         advance(len(text) if isinstance(text, str) else 0)
         yield where, text
 
@@ -89,20 +93,34 @@ def _load(path: str | None, name: str, *args: Any, **kwargs: Any) -> IterableDat
         return datasets.load_dataset(path, *args, **kwargs)
 
 
-def _texts(
-    stream: IterableDataset, name: str, path: Sequence[str], *, damaged: Callable[[str], Exception]
+def _columns(paths: Sequence[Sequence[str]]) -> list[str]:
+    """Return the outermost fields that hold all others, each once."""
+    return list(dict.fromkeys(path[0] for path in paths))
+
+
+def _documents(
+    stream: IterableDataset,
+    name: str,
+    paths: Sequence[Sequence[str]],
+    records: RecordReader,
+    *,
+    damaged: Callable[[str], Exception],
 ) -> Iterator[tuple[str, str | Fault]]:
     import pyarrow.compute as compute
 
-    row, text_field = 0, ".".join(path)
+    row, path, are_texts = 0, paths[0], records.are_texts
     batches = iter(stream.with_format("arrow").iter(batch_size=_ROWS_AT_ONCE))
     while True:
         try:
             table = next(batches, None)
-            column = None if table is None else table.column(path[0])
-            if column is not None and path[1:]:
-                column = compute.struct_field(column, list(path[1:]))  # null where what holds it is null
-            values = [] if column is None else column.to_pylist()
+            values: list[Any] = []
+            if table is not None and are_texts:  # a column costs less than rows of one field
+                column = table.column(path[0])
+                if path[1:]:
+                    column = compute.struct_field(column, list(path[1:]))  # null where what holds it is null
+                values = column.to_pylist()
+            elif table is not None:
+                values = table.to_pylist()
         except Exception as error:  # as above; a decoding fault surfaces here
             kind = SourceUnreadableError if _is_of_this_machine(error) else damaged
             raise kind(
@@ -112,7 +130,8 @@ def _texts(
             return
         for value in values:
             row += 1
-            yield (where := f"{name}, row {row}"), text_or_fault(value, text_field, where)
+            where = f"{name}, row {row}"
+            yield where, text_or_fault(value, ".".join(path), where) if are_texts else records.read(value, where)
 
 
 def _is_of_this_machine(error: Exception) -> bool:

@@ -27,13 +27,13 @@ NULL = Fault("The record's text is null.", "text is null")
 """Stands for a null text: counted and left out, and never an error."""
 
 
-def text_or_fault(value: Any, text_field: str, where: str) -> str | Fault:
+def text_or_fault(value: Any, text_field: str, where: str, setting: str = "data.text_field") -> str | Fault:
     """Return a record's text, which UTF-8 can encode; NULL for null."""
     if value is None:
         return NULL
     if not isinstance(value, str):
         what = f"{where}: the field {text_field!r} holds a {type(value).__name__}, not text."
-        return Fault(f"{what} Name another field in data.text_field.", f"no text in {text_field!r}")
+        return Fault(f"{what} Name another field in {setting}.", f"no text in {text_field!r}")
     try:
         _ = value.isascii() or value.encode()  # the first needs no copy of a long text
     except UnicodeEncodeError as error:

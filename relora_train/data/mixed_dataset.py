@@ -4,18 +4,36 @@ import hashlib
 import json
 from itertools import accumulate
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from relora_train.checkpoints.manifest import DatasetManifest
-from relora_train.data.dataset import Split, TokenDataset, read_dataset_manifest
+from relora_train.data.dataset import Rows, Split, TokenDataset, read_dataset_manifest
 from relora_train.data.interleaving import PARTS_FILE, interleaving_of
-from relora_train.errors import CorpusTooSmallError
+from relora_train.data.packed_dataset import PackedTokens, TooLong
+from relora_train.errors import CorpusTooSmallError, DataError
 
 
-def open_tokens(directory: Path, split: Split, *, sequence_length: int, seed: int) -> TokenDataset:
-    """Return one split of a dataset of text, or of a mixture whose parts.json names the directories of its sources."""
+def open_tokens(
+    directory: Path, split: Split, *, sequence_length: int, seed: int, too_long: TooLong = "cut"
+) -> TokenDataset:
+    """Return one split of text or instructions, or of a mixture whose parts.json names the directories of its sources.
+
+    too_long: what becomes of an example longer than a row.
+    """
     manifest = read_dataset_manifest(directory)
-    kind = MixedTokens if manifest.mixture else TokenDataset
-    return kind(directory, split, sequence_length=sequence_length, seed=seed, manifest=manifest)
+    if manifest.examples is not None and manifest.examples.kind == "labels":
+        raise DataError(
+            f"Dataset {manifest.name!r} in {directory} holds labelled texts, from which objective 'causal_lm' does not "
+            "learn. Leave [data.labels] out, or set objective to 'sequence_classification'."
+        )
+    opened: dict[str, Any] = {"sequence_length": sequence_length, "seed": seed, "manifest": manifest}
+    if manifest.mixture:
+        return MixedTokens(directory, split, **opened, too_long=too_long)
+    if manifest.examples is not None:
+        return PackedTokens(directory, split, **opened, too_long=too_long)
+    return TokenDataset(directory, split, **opened)
 
 
 class MixedTokens(TokenDataset):
@@ -26,18 +44,30 @@ class MixedTokens(TokenDataset):
     """
 
     def __init__(
-        self, directory: Path, split: Split, *, sequence_length: int, seed: int, manifest: DatasetManifest
+        self,
+        directory: Path,
+        split: Split,
+        *,
+        sequence_length: int,
+        seed: int,
+        manifest: DatasetManifest,
+        too_long: TooLong = "cut",
     ) -> None:
         places = json.loads((directory / PARTS_FILE).read_bytes())
         self._parts = [
-            TokenDataset(
-                Path(places[part.name]), split, sequence_length=sequence_length, seed=source_seed(seed, part.name)
+            open_tokens(
+                Path(places[part.name]),
+                split,
+                sequence_length=sequence_length,
+                seed=source_seed(seed, part.name),
+                too_long=too_long,
             )
             for part in manifest.mixture
         ]
         shards = [shard for part in self._parts for shard in part.shards]
         super().__init__(directory, split, sequence_length=sequence_length, seed=seed, manifest=manifest, shards=shards)
         self._first_of = list(accumulate((part.blocks for part in self._parts), initial=0))
+        self.blocks = self._first_of[-1]
         self.interleaving = interleaving_of(manifest)
 
     def block_at(self, place: int) -> int:
@@ -53,6 +83,14 @@ class MixedTokens(TokenDataset):
                     f"{mixed.weight} of the sum, a batch of {count:,} takes up to {most:,}. Give it more text or a "
                     "smaller weight, or lower batch.sequences or batch.sequence_length."
                 )
+
+    def _gather(self, blocks: list[int]) -> Rows:
+        out: Rows = np.empty((len(blocks), self._width), dtype=self.dtype)
+        sources = np.searchsorted(self._first_of, blocks, side="right") - 1
+        for number, part in enumerate(self._parts):
+            of_part = np.flatnonzero(sources == number)
+            out[of_part] = part._gather([blocks[place] - self._first_of[number] for place in of_part.tolist()])
+        return out
 
 
 def source_seed(seed: int, name: str) -> int:

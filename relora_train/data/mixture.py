@@ -16,7 +16,8 @@ from typing import Any
 from relora_train.checkpoints.manifest import DatasetManifest, FileEntry, MixedDataset
 from relora_train.data.interleaving import INTERLEAVING_RULE
 from relora_train.data.prepare import begin_beside_parent
-from relora_train.data.selection import DATASET_FORMAT, DatasetInputs, Selection, contents_of, inputs_of
+from relora_train.data.records import PART
+from relora_train.data.selection import DATASET_FORMAT, DatasetInputs, Selection, contents_of, inputs_of, template_of
 from relora_train.data.sources import Source, read_documents, resolve_source
 from relora_train.data.splitting import cut_into_pieces, split_digest, split_of
 from relora_train.data.tokenizer import DocumentTokenizer, train_tokenizer
@@ -93,6 +94,7 @@ def mixture_manifest(
         vocab_size=same.vocab_size,
         eos_id=same.eos_id,
         **{count: sum(getattr(part, count) for part in parts) for count in counts},
+        examples=next((part.examples for part in parts if part.examples), None),
         mixture=tuple(
             MixedDataset(name=part.name, weight=str(share), dataset_id=part.dataset_id, train_tokens=part.train_tokens)
             for part, share in zip(parts, data.shares.values(), strict=True)
@@ -116,7 +118,7 @@ def train_on_mixture(data: DataConfig, settings: TokenizerConfig) -> DocumentTok
     less than its share is read again, as in training. Its documents that the split rule holds out are left out, except
     where it holds out all. Raises CorpusEmptyError for a source without text.
     """
-    sources, weights = resolve_sources(data), data.shares
+    sources, weights = tuple(_ready(source, settings) for source in resolve_sources(data)), data.shares
     limits = {name: max(1, int(share * settings.training_bytes)) for name, share in weights.items()}
     there = {name: sum(map(len, _pieces(source, limits[name]))) for name, source in zip(weights, sources, strict=True)}
     if empty := [name for name, size in there.items() if size == 0]:
@@ -137,6 +139,10 @@ def train_on_mixture(data: DataConfig, settings: TokenizerConfig) -> DocumentTok
     )
 
 
+def _ready(source: Source, settings: TokenizerConfig) -> Source:
+    return replace(source, records=replace(source.records, template=template_of(source.data, None, settings)))
+
+
 def _pieces(source: Source, limit_bytes: int) -> Iterator[bytes]:
     """Yield the beginning of a source's training part, in pieces."""
     fraction = source.data.validation_fraction
@@ -147,6 +153,7 @@ def _pieces(source: Source, limit_bytes: int) -> Iterator[bytes]:
     taken = (text for text in read_documents(source) if is_taken(text))
     first = next(taken, None)
     texts = read_documents(source) if first is None else chain([first], taken)
+    texts = (text.replace(PART, "") for text in texts)
     pieces = chain.from_iterable(cut_into_pieces(text, _PIECE_BYTES) for text in texts)
     return _cut(pieces, limit_bytes)
 

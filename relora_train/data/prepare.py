@@ -13,6 +13,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -21,6 +22,7 @@ from typing import Any
 from relora_train.checkpoints.manifest import DatasetManifest, FileEntry, hash_file, parse_manifest
 from relora_train.data.dataset_changes import source_record
 from relora_train.data.engines import choose_engine
+from relora_train.data.example_shards import example_format
 from relora_train.data.images import IMAGE_SOURCES, ImageInputs, resolve_images, write_images
 from relora_train.data.left_out import left_out_note
 from relora_train.data.selection import DatasetInputs, Selection, resolve_inputs
@@ -29,7 +31,7 @@ from relora_train.data.sources import read_held_out
 from relora_train.data.splitting import DOCUMENT_BYTES, Split
 from relora_train.data.staging import StagedCorpus, read_pieces, read_sample, stage_both_sides
 from relora_train.data.tokenizer import DocumentTokenizer, load_tokenizer, train_tokenizer
-from relora_train.data.tokenizer_files import TOKENIZER_FILE, TOKENIZER_FILES
+from relora_train.data.tokenizer_files import CHAT_TEMPLATE_FILE, TOKENIZER_FILE, TOKENIZER_FILES
 from relora_train.errors import CorpusEmptyError, CorpusTooSmallError, TrainerInterruptedError
 from relora_train.process import PARENT_PIPE_VARIABLE, Emit, serve_request
 from relora_train.settings.base import FrozenConfig
@@ -154,12 +156,15 @@ def _prepare_text(found: DatasetInputs, home: Path, on_progress: OnProgress) -> 
         markers=1 + len(found.bos_ids),
         held_out=read_held_out(found.source.new) if data.validation_paths else None,
         left_out=found.source.new.left_out.facts,
+        holds=data.holds,
+        first_of_class=found.source.new.records.first_of_class,
     )
     reading.tell()
     _check_both_splits(corpus, data)
     tokenizer = _tokenizer(found, home, corpus, on_progress)
     engine = choose_engine(tokenizer, data.engine, read_sample(staged_directory))
-    plan = ShardPlan(tokenizer, engine, staged_directory, directory, home / "records")
+    examples = example_format(corpus, data, tokenizer)
+    plan = ShardPlan(tokenizer, engine, staged_directory, directory, home / "records", examples)
     tokenizing = Meter("tokenize", corpus.text_bytes("train") + corpus.text_bytes("val"), on_progress)
     records = write_shards(
         plan, corpus.ranges, workers=data.workers or len(os.sched_getaffinity(0)), on_shard=tokenizing.advance
@@ -184,6 +189,7 @@ def _prepare_text(found: DatasetInputs, home: Path, on_progress: OnProgress) -> 
         **{f"{split}_tokens": tokens[split] for split in splits},
         **{f"{split}_documents": corpus.documents(split) for split in splits},
         **{f"{split}_bytes": corpus.text_bytes(split) for split in splits},
+        examples=examples,
         statistics={
             "empty_documents": corpus.empty_documents,
             "duplicate_documents": corpus.duplicate_documents,
@@ -219,7 +225,7 @@ def _tokenizer(found: DatasetInputs, home: Path, corpus: StagedCorpus, on_progre
     directory, settings, eos_token = home / "dataset", found.settings, found.eos_token
     if (directory / TOKENIZER_FILE).is_file():
         return load_tokenizer(str(directory), eos_token=eos_token, bos=found.data.bos)
-    tokenizer = found.loaded
+    tokenizer, template = found.loaded, found.template
     if tokenizer is None:
         size = min(settings.training_bytes, corpus.text_bytes("train"))
         meter = Meter("train-tokenizer", size, on_progress)
@@ -228,6 +234,8 @@ def _tokenizer(found: DatasetInputs, home: Path, corpus: StagedCorpus, on_progre
             texts, vocab_size=settings.vocab_size, eos_token=eos_token, mask_token=settings.mask_token
         )
         meter.tell()
+    if template is not None:  # goes with the tokenizer into checkpoints and exports
+        tokenizer = replace(tokenizer, others={**tokenizer.others, CHAT_TEMPLATE_FILE: template.text.encode()})
     tokenizer.save(directory)
     return tokenizer
 

@@ -20,6 +20,8 @@ from typing import Any
 import numpy as np
 from pydantic import Field
 
+from relora_train.data.chat import CHAT_RULE, ChatTemplate, find_template
+from relora_train.data.packed_dataset import PACKING_RULE
 from relora_train.data.source_files import SourceFile
 from relora_train.data.sources import Advance, Source, identify, read_documents, resolve_source
 from relora_train.data.splitting import PIECE_BYTES, SPLIT_RULE, split_digest, split_of
@@ -164,6 +166,9 @@ class DatasetInputs:
     loaded: DocumentTokenizer | None
     """None when one is to be trained."""
 
+    template: ChatTemplate | None = None
+    """Only for messages."""
+
     @property
     def dataset_id(self) -> str:
         return settings_digest(self.hashed())
@@ -186,6 +191,15 @@ class DatasetInputs:
         later: dict[str, Any] = {"bos_ids": list(self.bos_ids)} if self.bos_ids else {}
         if data.unreadable == "skip":
             later["unreadable"] = "skip"
+        if self.template is not None:
+            digest = hashlib.sha256(self.template.text.encode()).hexdigest()
+            special = dict(self.template.special_tokens)
+            later["chat"] = {"template_sha256": digest, "special_tokens": special, "rule": CHAT_RULE}
+        for section in ("instructions", "labels"):
+            if (settings_of := getattr(data, section)) is not None:
+                later[section] = settings_of.model_dump(exclude={"chat_template"})
+        if data.instructions is not None:
+            later["packing"] = PACKING_RULE  # a run that goes on packs as it began
         split: dict[str, Any] = {"rule": SPLIT_RULE, "validation_fraction": data.validation_fraction}
         if held_out := self.source.new.held_out:
             split = {"rule": "data.validation_paths", **identify(data.source, held_out)}
@@ -221,4 +235,13 @@ def inputs_of(source: Source, settings: TokenizerConfig, selection: Selection) -
             "data.bos = true asks for a BOS token before each document, and a tokenizer that is trained has none: its "
             "one separator stands between documents. Set data.bos to 'auto', or name a tokenizer in tokenizer.path."
         )
-    return DatasetInputs(source.data, settings, select_source(source, selection), loaded)
+    template = template_of(source.data, loaded, settings)
+    source = replace(source, records=replace(source.records, template=template))
+    return DatasetInputs(source.data, settings, select_source(source, selection), loaded, template)
+
+
+def template_of(data: DataConfig, loaded: DocumentTokenizer | None, settings: TokenizerConfig) -> ChatTemplate | None:
+    """Return the template for a source of messages; None for any other. Raises TokenizerError."""
+    if data.instructions is None or data.instructions.messages is None:
+        return None
+    return find_template(data.instructions.chat_template, loaded, settings.eos_token or DEFAULT_EOS_TOKEN)

@@ -3,6 +3,7 @@
 `shard-00000.bin` holds little-endian uint16 ids (uint32 for more than 65,536 entries). `shard-00000.len` holds the
 uint32 length in tokens of each document in it, separator and BOS included. A document cut by a shard's end counts in
 both.
+The shards of instructions and labelled texts have other files instead of `.len`: see example_shards.py.
 A shard's bytes depend on its range, the tokenizer and nothing else. A shard is there completely or not at all, and a
 record beside the work tells that it is done: a killed preparation redoes only the shards it was making.
 """
@@ -22,6 +23,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from relora_train.checkpoints.example_format import ExampleFormat
 from relora_train.checkpoints.manifest import FileEntry
 from relora_train.data.engines import Encode, Engine, make_encoder
 from relora_train.data.splitting import Split
@@ -55,6 +57,8 @@ class ShardPlan:
     staged_directory: Path
     output_directory: Path
     record_directory: Path
+    examples: ExampleFormat | None = None
+    """None for plain texts."""
 
     @property
     def dtype(self) -> np.dtype[np.uint16] | np.dtype[np.uint32]:
@@ -105,7 +109,7 @@ def _start_worker(plan: ShardPlan) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     threading.Thread(target=_leave_with_parent, daemon=True).start()
-    _write_in_worker = partial(write_shard, plan, make_encoder(plan.tokenizer, plan.engine))
+    _write_in_worker = shard_writer(plan)
 
 
 def _leave_with_parent() -> None:
@@ -117,6 +121,15 @@ def _leave_with_parent() -> None:
 
 def _work(staged: StagedRange) -> ShardRecord:
     return _write_in_worker(staged)
+
+
+def shard_writer(plan: ShardPlan) -> Callable[[StagedRange], ShardRecord]:
+    """Return the function that makes one shard of a range."""
+    if plan.examples is None:
+        return partial(write_shard, plan, make_encoder(plan.tokenizer, plan.engine))
+    from relora_train.data.example_shards import ExampleEncoder, write_example_shard
+
+    return partial(write_example_shard, plan, ExampleEncoder(plan.tokenizer, plan.engine, plan.examples))
 
 
 def write_shard(plan: ShardPlan, encode: Encode, staged: StagedRange) -> ShardRecord:
@@ -156,10 +169,15 @@ def write_shard(plan: ShardPlan, encode: Encode, staged: StagedRange) -> ShardRe
         FileEntry(path=f"{name}.bin", size_bytes=size, sha256=digest.hexdigest()),
         FileEntry(path=f"{name}.len", size_bytes=len(raw_lengths), sha256=hashlib.sha256(raw_lengths).hexdigest()),
     )
+    return record_shard(plan, staged, size // plan.dtype.itemsize, files)
+
+
+def record_shard(plan: ShardPlan, staged: StagedRange, tokens: int, files: tuple[FileEntry, ...]) -> ShardRecord:
+    """Write the record that says a shard is done, and free its text."""
     record = ShardRecord(
         split=staged.split,
         index=staged.index,
-        tokens=size // plan.dtype.itemsize,
+        tokens=tokens,
         documents=staged.documents,
         text_bytes=staged.text_bytes,
         files=files,

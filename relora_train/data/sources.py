@@ -22,9 +22,9 @@ from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
-from relora_train.data.fields import text_of
 from relora_train.data.hf_sources import hub_rows, parquet_rows, resolve_hub_revision
-from relora_train.data.left_out import NULL, Fault, LeftOut, text_or_fault
+from relora_train.data.left_out import NULL, Fault, LeftOut
+from relora_train.data.records import RecordReader
 from relora_train.data.source_files import SourceFile, check_compression, find_files, warn_once
 from relora_train.errors import SourceUnreadableError
 from relora_train.settings.data import DataConfig
@@ -61,6 +61,9 @@ class Source:
     left_out: LeftOut = field(default_factory=LeftOut, compare=False)
     """Filled as the source, or a part of it, is read."""
 
+    records: RecordReader = field(default_factory=lambda: RecordReader(DataConfig()), compare=False)
+    """The way from a record to a document."""
+
     @property
     def size_bytes(self) -> int | None:
         """Bytes that reading will go through; None where that is unknown beforehand."""
@@ -75,7 +78,8 @@ def resolve_source(data: DataConfig) -> Source:
     if data.source == "hub":
         revision = resolve_hub_revision(data)
         names = {"hub_id": data.hub_id, "config": data.hub_config, "split": data.hub_split}
-        return Source(data, {"format": "hub", **names, "revision": revision}, (), revision)
+        identity = {"format": "hub", **names, "revision": revision}
+        return Source(data, identity, (), revision, records=RecordReader(data))
     find = partial(find_files, kind=data.source, skip=data.unreadable == "skip")
     files = _stdlib_files() if data.source == "python-stdlib" else find(data.paths)
     held_out: tuple[SourceFile, ...] = ()
@@ -92,7 +96,7 @@ def resolve_source(data: DataConfig) -> Source:
         if both:
             say = f"{len(both)} files of data.paths are held out by data.validation_paths, not trained on: {both[0]}"
             warn_once(say)
-    return Source(data, identify(data.source, files), tuple(files), held_out=held_out)
+    return Source(data, identify(data.source, files), tuple(files), held_out=held_out, records=RecordReader(data))
 
 
 def identify(kind: str, files: Sequence[SourceFile]) -> dict[str, Any]:
@@ -140,14 +144,16 @@ def read_held_out(source: Source) -> Iterator[str]:
 
 def _parts(source: Source, advance: Advance) -> Iterator[tuple[str, Located]]:
     if source.data.source == "hub":
-        yield f"{source.data.hub_id}@{source.revision}", hub_rows(source.data, source.revision, advance)
+        name = f"{source.data.hub_id}@{source.revision}"
+        yield name, hub_rows(source.data, source.records, source.revision, advance)
     for file in source.files:
         file.check_unchanged()
-        yield file.name, _documents_or_fault(file, source.data, advance)
+        yield file.name, _documents_or_fault(file, source, advance)
 
 
-def _documents_or_fault(file: SourceFile, data: DataConfig, advance: Advance) -> Located:
+def _documents_or_fault(file: SourceFile, source: Source, advance: Advance) -> Located:
     """Yield the documents of a file; if it is no text, the one fault that says so, first or, to stop there, later."""
+    data, records = source.data, source.records
     documents = {"jsonl": _json_lines, "csv": _csv_rows, "parquet": parquet_rows}.get(data.source, _whole_text)
     try:
         check_compression(file.name, data.source)
@@ -155,8 +161,8 @@ def _documents_or_fault(file: SourceFile, data: DataConfig, advance: Advance) ->
         may_break_off = data.source in ("parquet", "csv") or (data.source == "jsonl" and compressed)
         if data.unreadable == "skip" and may_break_off:
             # A file that breaks off is left out whole: how much of it can be read depends on sizes of buffers.
-            deque(documents(file, data, lambda size: None), maxlen=0)
-        yield from documents(file, data, advance)
+            deque(documents(file, records, lambda size: None), maxlen=0)
+        yield from documents(file, records, advance)
     except Fault as fault:
         yield file.name, fault
 
@@ -174,11 +180,11 @@ def _stdlib_files() -> list[SourceFile]:
     return [SourceFile.of(path, str(path)) for path in paths]
 
 
-def _whole_text(file: SourceFile, data: DataConfig, advance: Advance) -> Located:
+def _whole_text(file: SourceFile, records: RecordReader, advance: Advance) -> Located:
     with _opened(file) as (stream, _):
         raw = stream.read()
     # Some modules of the standard library are in another encoding on purpose.
-    errors = "replace" if data.source == "python-stdlib" else "strict"
+    errors = "replace" if records.data.source == "python-stdlib" else "strict"
     try:
         text = raw.decode("utf-8", errors)
     except UnicodeDecodeError as error:
@@ -192,7 +198,7 @@ def _whole_text(file: SourceFile, data: DataConfig, advance: Advance) -> Located
     advance(file.size_bytes)
 
 
-def _json_lines(file: SourceFile, data: DataConfig, advance: Advance) -> Located:
+def _json_lines(file: SourceFile, records: RecordReader, advance: Advance) -> Located:
     """Yield one document a line, as `datasets` reads JSON lines, but with the line's number in every error."""
     told = number = 0
     with _opened(file) as (stream, disk):
@@ -203,10 +209,10 @@ def _json_lines(file: SourceFile, data: DataConfig, advance: Advance) -> Located
             where, content = f"{file.name}, line {number}", [line.removeprefix(codecs.BOM_UTF8 if number == 1 else b"")]
             del line
             if content[0] and not content[0].isspace():
-                yield where, _text_in(content, data.text_field, where)
+                yield where, _document_in(content, records, where)
 
 
-def _text_in(content: list[bytes], text_field: str, where: str) -> str | Fault:
+def _document_in(content: list[bytes], records: RecordReader, where: str) -> str | Fault:
     """Take the line out of its list, so that no more than two copies of a long one are held at a time."""
     try:
         decoded = content.pop().decode("utf-8")
@@ -218,12 +224,13 @@ def _text_in(content: list[bytes], text_field: str, where: str) -> str | Fault:
     except (ValueError, RecursionError) as error:
         return Fault(f"{where} is not valid JSON: {error}. Repair or remove the line.", "not valid JSON")
     if not isinstance(row, dict):
-        found = f"{where} holds a JSON {type(row).__name__}, not an object with the field {text_field!r}."
+        name = next(iter(records.fields))
+        found = f"{where} holds a JSON {type(row).__name__}, not an object with the field {name!r}."
         return Fault(f"{found} Write one object a line.", "no JSON object")
-    return text_of(row, text_field, where)
+    return records.read(row, where)
 
 
-def _csv_rows(file: SourceFile, data: DataConfig, advance: Advance) -> Located:
+def _csv_rows(file: SourceFile, records: RecordReader, advance: Advance) -> Located:
     """Yield the field of each row below the header; a blank line is no row. Raises Fault if the file is no CSV."""
     csv.field_size_limit(sys.maxsize)  # the module's own limit is 128 KiB, less than many documents
     told = number = 0
@@ -231,18 +238,17 @@ def _csv_rows(file: SourceFile, data: DataConfig, advance: Advance) -> Located:
         rows = csv.reader(_decoded(stream, file.name), strict=True)
         try:
             header = next(rows, [])
-            if data.text_field not in header:
-                there = ", ".join(map(repr, header)) or "no header"
-                what = f"{file.name} has no column {data.text_field!r} in its first row. It has: {there}."
-                remedy = "Name the one that holds the text in data.text_field."
-                raise Fault(f"{what} {remedy}", f"no column {data.text_field!r}", "files")
-            column = header.index(data.text_field)
+            for name, setting in records.fields.items():
+                if name not in header:
+                    there = ", ".join(map(repr, header)) or "no header"
+                    what = f"{file.name} has no column {name!r} in its first row. It has: {there}."
+                    raise Fault(f"{what} Name the right one in {setting}.", f"no column {name!r}", "files")
             for number, row in enumerate(filter(None, rows), start=1):
                 advance(disk.tell() - told)
                 told = disk.tell()
                 where = f"{file.name}, row {number} (to line {rows.line_num})"
-                if len(row) == len(header):
-                    yield where, text_or_fault(row[column], data.text_field, where)
+                if len(row) == len(header):  # of two columns with one name, the first is meant
+                    yield where, records.read(dict(zip(header[::-1], row[::-1], strict=True)), where)
                 else:
                     what = f"{where} has {len(row)} fields, and the header has {len(header)}. Repair or remove the row."
                     yield where, Fault(what, "another number of fields")

@@ -18,6 +18,7 @@ DOCUMENT_BYTES = 8192
 SPLIT_RULE = "blake2b-64 of the text in lower case without ASCII white space"
 
 _ASCII_WHITE_SPACE = b" \t\n\r\v\f"
+_COUNTED_DIGESTS = 1 << 18
 
 Split = Literal["train", "val"]
 Side = Callable[[int], Split]
@@ -76,3 +77,23 @@ def _last_single_space(text: str) -> int:
     while place > 0 and (text[place - 1].isspace() or text[place + 1].isspace()):
         place = text.rfind(" ", 0, place)
     return max(0, place)
+
+
+class DuplicateCounter:
+    """Counts digests seen before, in bounded memory: when there are too many, every second one is left out."""
+
+    def __init__(self) -> None:
+        self._seen: dict[int, int] = {}
+        self._mask = 0
+
+    def add(self, digest: int) -> None:
+        if digest & self._mask:
+            return
+        self._seen[digest] = self._seen.get(digest, -1) + 1
+        while len(self._seen) > _COUNTED_DIGESTS:
+            self._mask = self._mask << 1 | 1
+            self._seen = {d: count for d, count in self._seen.items() if not d & self._mask}
+
+    @property
+    def estimate(self) -> int:
+        return sum(self._seen.values()) * (self._mask + 1)

@@ -6,13 +6,15 @@ byte-level token is a byte or more, so the shard never exceeds `shard_tokens` to
 
 A document longer than `PIECE_BYTES` becomes several pieces, which bounds the memory of encoding one. Its pieces follow
 one another and only the last is followed by the separator. splitting.py says which side a document goes to.
+An example's pieces are its parts (records.py), and lie in one range: one that is larger is a range of its own.
 """
 
 import hashlib
 import json
 import shutil
 from array import array
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing
 from functools import partial
 from itertools import chain, pairwise
@@ -22,24 +24,25 @@ from typing import Any
 import numpy as np
 from pydantic import Field
 
+from relora_train.data.records import PART, document_digest
 from relora_train.data.splitting import (
     DOCUMENT_BYTES,
     PIECE_BYTES,
+    DuplicateCounter,
     Side,
     Split,
     cut_into_pieces,
     side_for,
-    split_digest,
     split_of,
 )
 from relora_train.errors import DataError
 from relora_train.settings.base import FrozenConfig
+from relora_train.settings.data import Holds
 from relora_train.storage.durable import write_durably
 
 _INDEX_NAME = "index.json"
 _SAMPLE_NAME = "sample.json"
 _SAMPLE_DOCUMENTS, _SAMPLE_CHARACTERS = 64, 4096
-_COUNTED_DIGESTS = 1 << 18
 
 
 class StagedRange(FrozenConfig):
@@ -62,6 +65,16 @@ class StagedRange(FrozenConfig):
         return f"{self.split}-{self.index:05d}"
 
 
+class StagedClass(FrozenConfig):
+    """The labelled texts of one class."""
+
+    first: str
+    """The place of the first of them."""
+
+    train: int = 0
+    val: int = 0
+
+
 class StagedCorpus(FrozenConfig):
     """The ranges that staging made, in the order of the source within each split."""
 
@@ -75,6 +88,9 @@ class StagedCorpus(FrozenConfig):
 
     left_out: list[dict[str, Any]] = Field(default_factory=list)
     """The faults that data.unreadable = "skip" left out; see left_out.py."""
+
+    classes: dict[str, StagedClass] = Field(default_factory=dict)
+    """Those of labelled texts, by name."""
 
     def documents(self, split: Split) -> int:
         return sum(staged.documents for staged in self.ranges if staged.split == split)
@@ -93,30 +109,36 @@ def stage_documents(
     split_note: str = "",
     held_out: Iterable[str] = (),
     left_out: Callable[[], list[dict[str, Any]]] = list,
+    holds: Holds = "texts",
+    first_of_class: Mapping[str, str] | None = None,
 ) -> StagedCorpus:
     """Write all documents to `directory` as ranges, then its index; empty ones are left out.
 
     markers: tokens around a document that are not its text. split_note: why `side` is not split_of. held_out: documents
-    that go to validation whatever `side` says. left_out: asked when all were read.
+    that go to validation whatever `side` says. left_out: asked when all were read. holds: the kind of documents.
+    first_of_class: filled while they are read.
     A directory whose index is there is complete and used as it is. Staging that was interrupted begins anew.
     """
     if (directory / _INDEX_NAME).is_file():
         return StagedCorpus.model_validate_json((directory / _INDEX_NAME).read_bytes())
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)
-    train = _RangeWriter(directory, "train", range_bytes, markers)
-    val = _RangeWriter(directory, "val", range_bytes, markers)
-    duplicates, empty = _DuplicateCounter(), 0
+    train = _RangeWriter(directory, "train", range_bytes, markers, whole=holds != "texts")
+    val = _RangeWriter(directory, "val", range_bytes, markers, whole=holds != "texts")
+    counts: dict[Split, Counter[str]] = {"train": Counter(), "val": Counter()}
+    duplicates, empty = DuplicateCounter(), 0
     sample: list[str] = []
     with closing(train), closing(val):
         for text, is_held_out in chain(((text, False) for text in documents), ((text, True) for text in held_out)):
             if not text:
                 empty += 1
                 continue
-            digest = split_digest(text)
+            digest = document_digest(text, holds)
             duplicates.add(digest)
-            writer = val if is_held_out or side(digest) == "val" else train
-            writer.add(text)
+            split: Split = "val" if is_held_out else side(digest)
+            (val if split == "val" else train).add(text)
+            if holds == "labels":
+                counts[split][text.rpartition(PART)[2]] += 1
             if len(sample) < _SAMPLE_DOCUMENTS:
                 sample.append(text[:_SAMPLE_CHARACTERS])
     corpus = StagedCorpus(
@@ -125,6 +147,10 @@ def stage_documents(
         duplicate_documents=duplicates.estimate,
         split_note=split_note,
         left_out=left_out(),
+        classes={
+            name: StagedClass(first=first, **{split: counts[split][name] for split in counts})
+            for name, first in sorted((first_of_class or {}).items())
+        },
     )
     write_durably(directory / _SAMPLE_NAME, json.dumps(sample).encode())
     write_durably(directory / _INDEX_NAME, corpus.model_dump_json().encode())
@@ -141,20 +167,29 @@ def stage_both_sides(
     markers: int,
     held_out: Iterable[str] | None = None,
     left_out: Callable[[], list[dict[str, Any]]] = list,
+    holds: Holds = "texts",
+    first_of_class: Mapping[str, str] | None = None,
 ) -> StagedCorpus:
     """Stage by the split rule; if it leaves a side empty, again with one document moved there, cut first where few.
 
     Few are fewer than the rule needs to expect one on each side. A source that the rule splits is staged as ever.
     held_out: the validation part, instead of the rule.
     """
-    stage = partial(stage_documents, range_bytes=range_bytes, markers=markers, left_out=left_out)
+    stage = partial(
+        stage_documents,
+        range_bytes=range_bytes,
+        markers=markers,
+        left_out=left_out,
+        holds=holds,
+        first_of_class=first_of_class,
+    )
     if held_out is not None:
         return stage(documents, directory, lambda digest: "train", held_out=held_out)
     corpus = stage(documents, directory, partial(split_of, validation_fraction=validation_fraction))
     sizes = corpus.documents("train"), corpus.documents("val")
     if sum(sizes) == 0 or 0 not in sizes:
         return corpus
-    few = sum(sizes) * min(validation_fraction, 1 - validation_fraction) < 1
+    few = holds == "texts" and sum(sizes) * min(validation_fraction, 1 - validation_fraction) < 1
     done = f"documents were cut to {DOCUMENT_BYTES:,} bytes" if few else "the document nearest to that side was moved"
     note = f"The split rule leaves a side of {sum(sizes)} documents empty, so {done}"
 
@@ -162,7 +197,7 @@ def stage_both_sides(
         for text in read_again():
             yield from (piece.decode() for piece in cut_into_pieces(text, DOCUMENT_BYTES)) if few else [text]
 
-    side = side_for((split_digest(text) for text in read() if text), validation_fraction)
+    side = side_for((document_digest(text, holds) for text in read() if text), validation_fraction)
     shutil.rmtree(directory)
     return stage(read(), directory, side, split_note=note)
 
@@ -191,15 +226,23 @@ def read_sample(directory: Path) -> list[str]:
 class _RangeWriter:
     """Appends documents of one split, closing a range whenever the next piece would overfill it."""
 
-    def __init__(self, directory: Path, split: Split, range_bytes: int, markers: int) -> None:
+    def __init__(self, directory: Path, split: Split, range_bytes: int, markers: int, *, whole: bool) -> None:
         self.ranges: list[StagedRange] = []
+        self._whole = whole
         self._directory, self._split, self._range_bytes, self._markers = directory, split, range_bytes, markers
         self._inside_document = False
         self._begin()
 
     def add(self, text: str) -> None:
+        if self._whole:
+            parts = [part.encode() for part in text.split(PART)]
+            self._close_if_full(sum(map(len, parts)))
+            for number, part in enumerate(parts, start=1):
+                self._append(part, ends_document=number == len(parts))
+            return
         pieces = cut_into_pieces(text, min(PIECE_BYTES, self._range_bytes - self._markers))
         for piece, following in pairwise(chain(pieces, [b""])):
+            self._close_if_full(len(piece))
             self._append(piece, ends_document=not following)
 
     def close(self) -> None:
@@ -208,12 +251,14 @@ class _RangeWriter:
         else:
             self._stream.close()
 
-    def _append(self, piece: bytes, *, ends_document: bool) -> None:
+    def _close_if_full(self, size_bytes: int) -> None:
         # Separator and BOS are counted for every piece, though only a document's last and first get them.
-        full = self._text_bytes + len(piece) + self._markers * (len(self._codes) + 1) > self._range_bytes
+        full = self._text_bytes + size_bytes + self._markers * (len(self._codes) + 1) > self._range_bytes
         if self._codes and full:
             self._close()
             self._begin()
+
+    def _append(self, piece: bytes, *, ends_document: bool) -> None:
         self._stream.write(piece)
         self._digest.update(piece)
         self._codes.append(len(piece) << 1 | ends_document)
@@ -243,23 +288,3 @@ class _RangeWriter:
 
     def _path(self, ending: str) -> Path:
         return self._directory / f"{self._split}-{len(self.ranges):05d}.{ending}"
-
-
-class _DuplicateCounter:
-    """Counts digests seen before, in bounded memory: when there are too many, every second one is left out."""
-
-    def __init__(self) -> None:
-        self._seen: dict[int, int] = {}
-        self._mask = 0
-
-    def add(self, digest: int) -> None:
-        if digest & self._mask:
-            return
-        self._seen[digest] = self._seen.get(digest, -1) + 1
-        while len(self._seen) > _COUNTED_DIGESTS:
-            self._mask = self._mask << 1 | 1
-            self._seen = {d: count for d, count in self._seen.items() if not d & self._mask}
-
-    @property
-    def estimate(self) -> int:
-        return sum(self._seen.values()) * (self._mask + 1)

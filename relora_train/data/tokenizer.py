@@ -79,6 +79,29 @@ class DocumentTokenizer:
         """
         return _document_encoder(json.loads(self.json_text), {self.eos_id, *self.bos_ids})
 
+    def chat_encoder(self) -> Tokenizer:
+        """Return the same for a text that a chat template wrote, whose special tokens are meant as such."""
+        encoder = self.encoder()
+        encoder.encode_special_tokens = False
+        return encoder
+
+    def frame(self) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+        """Return the ids that stand before a text, between two texts and after them, for a model that reads them whole.
+
+        They are the tokenizer's own ([CLS], [SEP], [SEP]); where it puts nothing between or after, the separator.
+        """
+        tokenizer = Tokenizer.from_str(self.json_text)
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+        plain = tokenizer.encode("a", add_special_tokens=False).ids
+        one, two = tokenizer.encode("a").ids, tokenizer.encode("a", "a").ids
+        size = len(plain)
+        places = [n for n in range(len(two)) if two[n : n + size] == plain]
+        before = next((n for n in range(len(one)) if one[n : n + size] == plain), 0)
+        between = two[places[0] + size : places[-1]] if len(places) > 1 else []
+        separator = (self.eos_id,)
+        return self.bos_ids, tuple(between) or separator, tuple(one[before + size :]) or separator
+
 
 def train_tokenizer(
     texts: Iterable[str], *, vocab_size: int, eos_token: str | None = None, mask_token: str | None = None
@@ -117,7 +140,7 @@ def find_mask_id(directory: Path, mask_token: str | None) -> int:
 def mask_id_of(json_text: str, config_text: str | None, mask_token: str | None, name: str) -> int:
     """Do what find_mask_id does for a tokenizer that was read already."""
     ids = _parsed(json_text, name).token_to_id
-    tokens = (mask_token,) if mask_token else (_named_token(config_text, "mask_token"), *_USUAL_MASK_TOKENS)
+    tokens = (mask_token,) if mask_token else (named_token(config_text, "mask_token"), *_USUAL_MASK_TOKENS)
     found = next((number for token in tokens if token and (number := ids(token)) is not None), None)
     if found is None:
         raise TokenizerError(
@@ -139,7 +162,7 @@ def load_tokenizer(
     eos = eos_token
     if not eos:  # a chat model's own eos may end a turn instead of a document, so it is asked last
         ids = _parsed(json_text, path).token_to_id
-        tokens = (*_USUAL_EOS_TOKENS, _named_token(config_text, "eos_token"))
+        tokens = (*_USUAL_EOS_TOKENS, named_token(config_text, "eos_token"))
         eos = next((str(token) for token in tokens if token and ids(token) is not None), None)
     if not eos:
         raise TokenizerError(
@@ -208,7 +231,7 @@ def _bos_ids(
         return own
     if wanted == "auto":
         return ()
-    for token in filter(None, (_named_token(config_text, "bos_token"), *_USUAL_BOS_TOKENS)):
+    for token in filter(None, (named_token(config_text, "bos_token"), *_USUAL_BOS_TOKENS)):
         if (number := tokenizer.token_to_id(token)) is not None:
             return (number,)
     raise TokenizerError(
@@ -238,7 +261,7 @@ def _parsed(json_text: str, name: str) -> Tokenizer:
         ) from None
 
 
-def _named_token(config_text: str | None, role: str) -> str | None:
+def named_token(config_text: str | None, role: str) -> str | None:
     """Return the token that tokenizer_config.json names for a role."""
     named = json.loads(config_text or "{}").get(role)
     return named.get("content") if isinstance(named, dict) else named

@@ -9,8 +9,9 @@ from relora_train.errors import TokenizerError
 
 TOKENIZER_FILE = "tokenizer.json"
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
+CHAT_TEMPLATE_FILE = "chat_template.jinja"
 _OTHER_FILES = (
-    "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "tokenizer.model", "tekken.json",
+    "special_tokens_map.json", "added_tokens.json", CHAT_TEMPLATE_FILE, "tokenizer.model", "tekken.json",
     "vocab.json", "merges.txt", "vocab.txt", "spiece.model", "sentencepiece.bpe.model",
 )  # fmt: skip
 TOKENIZER_FILES = (TOKENIZER_FILE, TOKENIZER_CONFIG_FILE, *_OTHER_FILES)

@@ -11,6 +11,9 @@ from relora_train.settings.base import Address, FrozenConfig
 FILE_SOURCES = ("text", "jsonl", "csv", "parquet")
 """Sources of text that lie in files."""
 
+RECORD_SOURCES = ("jsonl", "csv", "parquet", "hub")
+"""Sources whose records have fields."""
+
 _NAME = r"^[a-z0-9][a-z0-9._-]{0,63}$"
 
 
@@ -45,6 +48,44 @@ class TokenizerConfig(FrozenConfig):
         return self
 
 
+Holds = Literal["texts", "messages", "prompts", "labels"]
+"""The things that a source's records hold: whole texts (or images), or examples of a kind."""
+
+
+class InstructionsConfig(FrozenConfig):
+    """Conversations, or prompts with completions: only the answers are learned."""
+
+    messages: str | None = None
+    """Field that holds a conversation: a list of {"role": …, "content": …}."""
+
+    prompt: str | None = None
+    """Field of the text that is given."""
+
+    completion: str | None = None
+    """Field of the text that answers it."""
+
+    chat_template: Address | None = None
+    """File of the Jinja template that turns messages into text; the tokenizer's own when absent."""
+
+    @model_validator(mode="after")
+    def it_names_messages_or_a_prompt_with_its_completion(self) -> Self:
+        if (self.prompt is None) != (self.completion is None) or (self.messages is None) == (self.prompt is None):
+            raise ValueError("instructions name messages, or prompt and completion together")
+        if self.chat_template is not None and self.messages is None:
+            raise ValueError("chat_template is for messages; prompt and completion are taken as they are")
+        return self
+
+
+class LabelsConfig(FrozenConfig):
+    """Texts, or pairs of texts, with a class. The text is `data.text_field`."""
+
+    field: str = "label"
+    """Field that holds the class: a whole number or a name."""
+
+    text_pair_field: str | None = None
+    """Field of a second text."""
+
+
 class SourceConfig(FrozenConfig):
     """The place of text or images."""
 
@@ -72,11 +113,24 @@ class SourceConfig(FrozenConfig):
     text_field: str = "text"
     """Field of a document, or column of a CSV, that holds its text; inside other fields: 'meta.body.text'."""
 
+    instructions: InstructionsConfig | None = None
+    """Answers to learn, instead of whole texts."""
+
+    labels: LabelsConfig | None = None
+    """Classes of texts to learn."""
+
     unreadable: Literal["stop", "skip"] = "stop"
     """'skip' leaves out, and counts, records without text and files that are no text. 'stop' ends with an error."""
 
     max_documents: int | None = Field(None, ge=1)
     """Stop after so many documents, or training images, of the source."""
+
+    @property
+    def holds(self) -> Holds:
+        """The kind of examples that the settings ask for; 'texts' where they ask for none."""
+        if self.instructions:
+            return "messages" if self.instructions.messages else "prompts"
+        return "labels" if self.labels else "texts"
 
     @model_validator(mode="after")
     def settings_fit_the_source(self) -> Self:
@@ -88,6 +142,13 @@ class SourceConfig(FrozenConfig):
             raise ValueError(f"source {self.source!r} takes no validation_paths; {', '.join(FILE_SOURCES)} do")
         if self.unreadable == "skip" and self.source not in (*FILE_SOURCES, "hub"):
             raise ValueError(f"source {self.source!r} takes no unreadable 'skip'; {', '.join(FILE_SOURCES)}, hub do")
+        if (self.instructions or self.labels) and self.source not in RECORD_SOURCES:
+            raise ValueError(
+                f"source {self.source!r} has no records with fields, which instructions and labels are read from; "
+                f"{', '.join(RECORD_SOURCES)} do"
+            )
+        if self.instructions and self.labels:
+            raise ValueError("a source has instructions or labels, not both")
         if self.paths and self.source in ("python-stdlib", "hub", "digits"):
             readers = ", ".join((*FILE_SOURCES, "idx"))
             raise ValueError(
@@ -109,6 +170,8 @@ class WeightedSourceConfig(SourceConfig):
     def it_is_of_text(self) -> Self:
         if self.source in ("digits", "idx"):
             raise ValueError(f"source {self.source!r} is of images, and only sources of text are mixed")
+        if self.labels:
+            raise ValueError("labels are of one source: set [data.labels], and leave [[data.sources]] out")
         return self
 
 
@@ -210,6 +273,12 @@ class BatchConfig(FrozenConfig):
 
     documents: Literal["join", "mask"] = "join"
     """Documents in a sequence: 'join' reads them on as one text; 'mask' predicts from a token's own document alone."""
+
+    too_long: Literal["cut", "drop"] = "cut"
+    """Conversations, labelled texts and prompts longer than a sequence: cut to it by a rule, or left out; counted."""
+
+    target_length: int | None = Field(None, ge=2)
+    """Tokens of a target, of an objective from sequence to sequence; sequence_length when absent."""
 
     @model_validator(mode="after")
     def micro_sequences_divide_sequences(self) -> Self:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from relora_train.settings.data import Holds
 from relora_train.text import MISSING
 
 if TYPE_CHECKING:
@@ -73,6 +74,9 @@ class Objective:
     sources: tuple[str, ...]
     """Values of data.source that it can train on."""
 
+    learns_from: tuple[Holds, ...]
+    """What such a source may hold: SourceConfig.holds."""
+
     own_keys: tuple[str, ...]
     """Keys of a profile that mean something to it alone: part of its fingerprints, and of no other objective's."""
 
@@ -103,6 +107,7 @@ class Objective:
 OBJECTIVES: Mapping[str, Objective] = {
     "causal_lm": Objective(
         sources=TEXT_SOURCES,
+        learns_from=("texts", "messages", "prompts"),
         own_keys=(),
         in_series=True,
         headline=PERPLEXITY,
@@ -116,6 +121,7 @@ OBJECTIVES: Mapping[str, Objective] = {
     ),
     "masked_lm": Objective(
         sources=TEXT_SOURCES,
+        learns_from=("texts",),
         own_keys=(),
         in_series=False,
         headline=MASKED_PERPLEXITY,
@@ -129,6 +135,7 @@ OBJECTIVES: Mapping[str, Objective] = {
     ),
     "image_classification": Objective(
         sources=("digits", "idx"),
+        learns_from=("texts",),
         own_keys=("images",),
         in_series=False,
         headline=ACCURACY,

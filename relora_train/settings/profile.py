@@ -113,6 +113,28 @@ class Profile(FrozenConfig):
         return self
 
     @model_validator(mode="after")
+    def records_fit_the_objective(self) -> Self:
+        held = {part.holds for part in self.data.parts()}
+        names = {
+            "texts": "whole texts",
+            "messages": "data.instructions.messages",
+            "prompts": "data.instructions.prompt",
+            "labels": "data.labels",
+        }
+        learns_from = OBJECTIVES[self.objective].learns_from
+        if foreign := sorted(held - {*learns_from}):
+            raise ValueError(
+                f"objective {self.objective!r} does not learn from {names[foreign[0]]}; it takes "
+                f"{' or '.join(names[kind] for kind in learns_from)}"
+            )
+        if self.objective == "causal_lm" and held & {"messages", "prompts"} and self.batch.documents != "mask":
+            raise ValueError(
+                "data.instructions are packed, several into a sequence, and an answer must not depend on the ones "
+                "before it: set batch.documents to 'mask'"
+            )
+        return self
+
+    @model_validator(mode="after")
     def settings_fit_a_new_model(self) -> Self:
         model, length, rows = self.model, self.batch.sequence_length, self.model.vocab_size
         if model.pretrained is not None:
@@ -175,8 +197,8 @@ class Profile(FrozenConfig):
 
 
 LATER_KEYS = {
-    "data": ("validation_paths", "unreadable", "sources"),
-    "batch": ("documents",),
+    "data": ("validation_paths", "unreadable", "sources", "instructions", "labels"),
+    "batch": ("documents", "too_long", "target_length"),
     "precision": ("residual", "frozen"),
     "tokenizer": ("revision", "mask_token"),
     "schedule": ("jagged", "cycle_growth", "horizon"),

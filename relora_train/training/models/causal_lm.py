@@ -12,7 +12,7 @@ from relora_train.checkpoints.manifest import DatasetManifest
 from relora_train.data.dataset import ExampleDataset, TokenDataset
 from relora_train.distributed import Ranks
 from relora_train.training.models.base import Evaluation
-from relora_train.training.models.documents import UNSCORED, targets_in_documents
+from relora_train.training.models.documents import UNSCORED, documents_of_rows, ids_of_rows, targets_in_documents
 from relora_train.training.models.model import (
     attend_without_mask,
     check_causal,
@@ -39,25 +39,29 @@ class TextEvaluation(Evaluation):
 class NextTokenLoss:
     """The LossFunction of text. Examples are token ids (sequences, length + 1). Refuses a model that looks ahead.
 
-    end: id that ends documents, if a token is to be predicted from its own document alone.
+    end: id that ends documents, if a token is to be predicted from its own document alone. packed: rows may be of
+    instructions, and then end is needed.
     """
 
-    def __init__(self, model: nn.Module, end: int | None = None) -> None:
+    def __init__(self, model: nn.Module, end: int | None = None, *, packed: bool = False) -> None:
         check_causal(model)
         if end is not None:
             check_documents(model)
-        self._model, self._fused, self._end = model, head_is_plain(model), end
+        self._model, self._fused, self._end, self._packed = model, head_is_plain(model), end, packed
 
     def terms(self, examples: Tensor) -> Tensor:
+        if self._packed:
+            return (documents_of_rows(examples, cast(int, self._end))[2] != UNSCORED).sum()
         if self._end is not None:
             return (targets_in_documents(examples, self._end) != UNSCORED).sum()
         return torch.tensor(examples[:, 1:].numel(), device=examples.device)
 
     def loss(self, examples: Tensor) -> Tensor:
-        return next_token_loss(self._model, examples, fused=self._fused, end=self._end)
+        return next_token_loss(self._model, examples, fused=self._fused, end=self._end, packed=self._packed)
 
     def logits(self, examples: Tensor) -> Tensor:
-        return logits(self._model, examples[:, :_PROBE_TOKENS])
+        probe = examples[:, :_PROBE_TOKENS]
+        return logits(self._model, ids_of_rows(probe) if self._packed else probe)
 
     def sums(self, examples: Tensor) -> Tensor:
         """Return nats and tokens."""
@@ -102,7 +106,8 @@ class CausalLM(TextObjective):
         attend_without_mask(model)
 
     def loss_function(self, model: nn.Module, manifest: DatasetManifest) -> NextTokenLoss:
-        return NextTokenLoss(model, manifest.eos_id if self._apart else None)
+        packed = manifest.examples is not None
+        return NextTokenLoss(model, manifest.eos_id if self._apart or packed else None, packed=packed)
 
     def summarize(self, sums: Sequence[float], data: ExampleDataset) -> TextEvaluation:
         loss, tokens = sums[0] / sums[1], int(sums[1])

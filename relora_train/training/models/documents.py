@@ -1,5 +1,7 @@
 """The documents in rows of token ids: each ends with the end-of-text id, and a row's first tokens begin one.
 
+Rows of instructions (packed_dataset.py) say themselves where each example begins, and which tokens are to be predicted.
+
 On a GPU attention skips the blocks between documents (flex attention); elsewhere SDPA reads a mask of all pairs.
 """
 
@@ -11,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
+from relora_train.data.packed_dataset import FIRST
+
 _log = logging.getLogger(__name__)
 
 UNSCORED = -100
@@ -19,10 +23,31 @@ UNSCORED = -100
 
 def places_in_documents(tokens: Tensor, end: int) -> Tensor:
     """Return each token's place in its document, from 0, for ids (rows, length)."""
-    places = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-    begins = torch.zeros_like(places)
-    begins[:, 1:] = torch.where(tokens[:, :-1] == end, places[:, 1:], 0)
-    return places - begins.cummax(dim=1).values
+    return _places(tokens[:, :-1] == end)
+
+
+def ids_of_rows(rows: Tensor) -> Tensor:
+    """Return the token ids in rows that may be of instructions."""
+    return torch.where(rows < 0, ~rows, rows) & (FIRST - 1)
+
+
+def documents_of_rows(rows: Tensor, end: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return ids (rows, length), each one's place in its document, and the targets, of rows (rows, length + 1).
+
+    Rows may be of instructions or of plain text, in which all is to be predicted and `end` ends a document.
+    """
+    ids, packed = ids_of_rows(rows), rows[:, :1] < 0  # a row of instructions begins with an example
+    begins = torch.where(packed, rows[:, 1:] < -FIRST, ids[:, :-1] == end)
+    targets = ids[:, 1:].masked_fill(begins | (rows[:, 1:] < 0), UNSCORED)
+    return ids[:, :-1], _places(begins[:, :-1]), targets
+
+
+def _places(begins: Tensor) -> Tensor:
+    """Return each token's place in its document, where a row's tokens but the first are known to begin one or not."""
+    places = torch.arange(begins.shape[1] + 1, device=begins.device).expand(len(begins), -1)
+    first = torch.zeros_like(places)
+    first[:, 1:] = torch.where(begins, places[:, 1:], 0)
+    return places - first.cummax(dim=1).values
 
 
 def targets_in_documents(tokens: Tensor, end: int) -> Tensor:

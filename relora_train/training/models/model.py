@@ -13,6 +13,7 @@ from relora_train.training.models.activations import EVALUATION_ROWS
 from relora_train.training.models.chunked_loss import chunked_cross_entropy, loss_of_rows
 from relora_train.training.models.documents import (
     attend_in_documents,
+    documents_of_rows,
     flex_attention_works,
     mask_of_documents,
     places_in_documents,
@@ -100,15 +101,20 @@ def logits(model: nn.Module, inputs: Tensor, places: Tensor | None = None) -> Te
     return cast(Tensor, model(input_ids=inputs, use_cache=False, **_placed(model, places)).logits)
 
 
-def next_token_loss(model: nn.Module, tokens: Tensor, *, fused: bool = True, end: int | None = None) -> Tensor:
+def next_token_loss(
+    model: nn.Module, tokens: Tensor, *, fused: bool = True, end: int | None = None, packed: bool = False
+) -> Tensor:
     """Return the sum of the cross-entropies in nats of tokens[:, 1:], each given the tokens before it.
 
     tokens: ids (batch, length + 1). fused: go from hidden states to the loss in chunks, so that the logits of the
     whole batch never exist; only for models whose head is a plain matrix (see `head_is_plain`).
     end: id that ends documents, if each is to be predicted from its own tokens alone; its first token then is not.
+    packed: rows may be of instructions; see packed_dataset.py.
     """
     inputs, targets, places = tokens[:, :-1], tokens[:, 1:], None
-    if end is not None:
+    if packed:
+        inputs, places, targets = documents_of_rows(tokens, cast(int, end))
+    elif end is not None:
         places, targets = places_in_documents(inputs, end), targets_in_documents(tokens, end)
     targets = targets.reshape(-1)
     if not fused:

@@ -21,7 +21,7 @@ class TextObjective(Objective):
 
     def open_data(self, directory: Path, split: Literal["train", "val"]) -> ExampleDataset:
         length, seed = self.profile.batch.sequence_length, self.profile.seed
-        return open_tokens(directory, split, sequence_length=length, seed=seed)
+        return open_tokens(directory, split, sequence_length=length, seed=seed, too_long=self.profile.batch.too_long)
 
     def check_fits(self, model: nn.Module, manifest: DatasetManifest | None) -> None:
         """Refuse a tokenizer with ids the embedding lacks, and sequences longer than the model's positions."""

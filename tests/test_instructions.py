@@ -1,0 +1,126 @@
+"""Conversations and prompts become shards that say which tokens are answers; any number of workers, killed or not."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from instructions import CHATML, MARKED, record, write_records
+from pydantic import ValidationError
+from tokenizers import Tokenizer
+from transformers import AutoTokenizer
+
+from relora_train.checkpoints.manifest import hash_file
+from relora_train.data.dataset import map_files, map_shards
+from relora_train.data.packed_dataset import FIRST, PackedTokens
+from relora_train.data.prepare import PreparedDataset, prepare_dataset
+from relora_train.settings.data import DataConfig, TokenizerConfig
+
+TOKENIZER = TokenizerConfig(vocab_size=300)
+RECORDS = [record(seed) for seed in range(200)]
+
+
+def settings(path: Path, **given: Any) -> DataConfig:
+    fixed = {"source": "jsonl", "paths": (str(path),), "shard_tokens": 4_000, "validation_fraction": 0.2, "workers": 1}
+    return DataConfig(**{**fixed, **given})
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("instructions")
+    write_records(directory / "records.jsonl", RECORDS)
+    (directory / "chatml.jinja").write_text(CHATML)
+    (directory / "marked.jinja").write_text(MARKED)
+    return directory
+
+
+def prepare(home: Path, template: str = "chatml", **given: Any) -> PreparedDataset:
+    instructions = {"messages": "messages", "chat_template": str(home / f"{template}.jinja")}
+    data = settings(home / "records.jsonl", **{"instructions": instructions, **given})
+    name = "-".join([template, str(data.workers), str(data.instructions.messages)])
+    return prepare_dataset(data, TOKENIZER, home / name)
+
+
+@pytest.fixture(scope="module")
+def prepared(home) -> PreparedDataset:
+    return prepare(home)
+
+
+def examples_of(prepared: PreparedDataset, split: str) -> list[tuple[list[int], list[int]]]:
+    """The ids of each example of a split, and which of them are learned."""
+    found = []
+    parts = (map_files(prepared.directory, split, prepared.manifest, *of) for of in [("ends", "u8"), ("scored", "u1")])
+    for ids, ends, scored in zip(map_shards(prepared.directory, split, prepared.manifest), *parts, strict=True):
+        assert ends[-1] == len(ids) == len(scored)
+        starts = [0, *ends[:-1].astype(int)]
+        found += [(ids[a:b].tolist(), scored[a:b].tolist()) for a, b in zip(starts, ends.astype(int), strict=True)]
+    return found
+
+
+@pytest.mark.parametrize("template", ["chatml", "marked"])
+def test_ids_are_those_of_apply_chat_template_and_answers_are_what_the_assistant_said(home, template):
+    made = prepare(home, template)
+    tokenizer = AutoTokenizer.from_pretrained(made.directory)
+    assert (made.directory / "chat_template.jinja").read_text() == (CHATML if template == "chatml" else MARKED)
+    expected = {}
+    for one in RECORDS:
+        ids = tokenizer.apply_chat_template(one["messages"])["input_ids"]
+        answers = [m["content"] + "<|im_end|>" for m in one["messages"] if m["role"] == "assistant"]
+        expected[tuple(ids)] = "".join(answers)
+    found = {split: examples_of(made, split) for split in ("train", "val")}
+    assert min(map(len, found.values())) > 20
+    assert {tuple(ids) for split in found for ids, _ in found[split]} == set(expected)
+    for ids, scored in (example for split in found for example in found[split]):
+        assert tokenizer.decode([i for i, learned in zip(ids, scored, strict=True) if learned]) == expected[tuple(ids)]
+
+
+def test_a_prompt_is_given_and_its_completion_learned_with_the_separator(home):
+    made = prepare(home, instructions={"prompt": "prompt", "completion": "completion"})
+    tokenizer = Tokenizer.from_file(str(made.directory / "tokenizer.json"))
+    found = set()
+    for ids, scored in examples_of(made, "train") + examples_of(made, "val"):
+        begin = scored.index(1)
+        assert scored == [0] * begin + [1] * (len(ids) - begin)
+        assert ids[-1] == made.manifest.eos_id
+        found.add((tokenizer.decode(ids[:begin]), tokenizer.decode(ids[begin:-1])))
+    assert found == {(one["prompt"], one["completion"]) for one in RECORDS}
+
+
+def test_any_number_of_workers_gives_the_same_bytes(home, prepared):
+    one, three = ({e.path: e.sha256 for e in made.manifest.files} for made in (prepared, prepare(home, workers=3)))
+    assert one == three
+    for path, digest in one.items():
+        assert hash_file(prepared.directory / path) == digest
+
+
+def test_rows_hold_every_example_once_whole_and_nothing_else(prepared):
+    width = 401
+    data = PackedTokens(prepared.directory, "train", sequence_length=width - 1, manifest=prepared.manifest)
+    assert data.left_out == {"cut": 0, "dropped": 0}
+    rows = data.read_blocks(0, data.blocks)
+    assert rows.shape == (data.blocks, width)
+    found = []
+    for row in rows:
+        begins = np.flatnonzero(row < -FIRST)
+        assert begins[0] == 0
+        for start, end in zip(begins, [*begins[1:], width], strict=True):
+            example = row[start:end]
+            ids = np.where(example < 0, ~example, example) & (FIRST - 1)
+            found.append((ids.tolist(), [0, *(example[1:] >= 0).astype(int).tolist()]))
+    padding = [one for one in found if not any(one[1])]
+    assert {number for ids, _ in padding for number in ids} == {prepared.manifest.eos_id}
+    assert sorted(one for one in found if any(one[1])) == sorted(examples_of(prepared, "train"))
+    assert sum(len(ids) for ids, _ in padding) < 0.1 * rows.size
+
+
+def test_sections_that_say_nothing_together_are_refused(home):
+    for given in (
+        {"instructions": {"prompt": "prompt"}},
+        {"instructions": {"messages": "m", "prompt": "p", "completion": "c"}},
+        {"instructions": {"messages": "m"}, "labels": {}},
+        {"instructions": {"prompt": "p", "completion": "c", "chat_template": "t"}},
+        {"instructions": {"messages": "m"}, "source": "text"},
+        {"labels": {}, "source": "python-stdlib", "paths": ()},
+    ):
+        with pytest.raises(ValidationError):
+            settings(home / "records.jsonl", **given)
