@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from relora_train.errors import ConfigError, ModelError, NoTargetModulesError
 from relora_train.method.experts import expert_parameters
 
-HEADS = ("lm_head", "embed_out", "classifier")
+HEADS = ("lm_head", "embed_out", "classifier", "score")
 _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 

@@ -65,7 +65,7 @@ def model_card(line: Sequence[CheckpointRef], *, license_id: str | None, with_sp
     columns = (
         "Stage",
         "Step",
-        f"{measures.unit.capitalize()}s",
+        measures.budget.capitalize(),
         *(measure.name.capitalize() for measure in scores),
         "Update's rank",
         "Id",
@@ -90,7 +90,7 @@ def model_card(line: Sequence[CheckpointRef], *, license_id: str | None, with_sp
         f"# {name}",
         "A model trained with ReLoRA ([arXiv 2307.05695]"
         "(https://arxiv.org/abs/2307.05695)): a sequence of low-rank updates, each merged into the weights.",
-        f"Step {count(manifest.step)}, {count(manifest.tokens_seen)} {measures.unit}s seen, "
+        f"Step {count(manifest.step)}, {count(manifest.tokens_seen)} {measures.budget} seen, "
         f"{count(manifest.cycle)} merged updates. Fingerprint: `{manifest.fingerprint}`.",
         "## Lineage and scores",
         f"Scores on held-out {measures.held_out}, before → after each stage; the rank of a merged update is its "

@@ -14,7 +14,7 @@ from relora_train.text import MISSING
 if TYPE_CHECKING:
     from relora_train.settings.profile import Profile
 
-ObjectiveName = Literal["causal_lm", "masked_lm", "image_classification"]
+ObjectiveName = Literal["causal_lm", "masked_lm", "sequence_classification", "image_classification"]
 
 TEXT_SOURCES = ("python-stdlib", "text", "jsonl", "csv", "parquet", "hub")
 
@@ -64,6 +64,7 @@ LOSS = Measure("val_loss", "loss", "loss", digits=4, short_digits=4)
 PERPLEXITY = Measure("val_perplexity", "perplexity", "perplexity", digits=2, short_digits=2)
 MASKED_PERPLEXITY = Measure("val_masked_perplexity", "masked perplexity", "perplexity", digits=2, short_digits=2)
 BITS_PER_BYTE = Measure("bits_per_byte", "bits per byte", "bits/byte", digits=3, short_digits=2)
+F1 = Measure("val_f1", "F1", "F1", digits=4, short_digits=4, higher_is_better=True)
 ACCURACY = Measure("val_accuracy", "accuracy", "accuracy", digits=4, short_digits=4, higher_is_better=True)
 
 
@@ -103,6 +104,9 @@ class Objective:
     pipeline_tag: str
     """Its models' task on the hub."""
 
+    budget: str = "tokens"
+    """The parts of an example that a budget is counted in."""
+
 
 OBJECTIVES: Mapping[str, Objective] = {
     "causal_lm": Objective(
@@ -133,6 +137,20 @@ OBJECTIVES: Mapping[str, Objective] = {
         has_tasks=False,
         pipeline_tag="fill-mask",
     ),
+    "sequence_classification": Objective(
+        sources=TEXT_SOURCES,
+        learns_from=("labels",),
+        own_keys=(),
+        in_series=False,
+        headline=ACCURACY,
+        second=F1,
+        judged=ACCURACY,
+        unit="example",
+        scored="val_examples",
+        held_out="examples",
+        has_tasks=False,
+        pipeline_tag="text-classification",
+    ),
     "image_classification": Objective(
         sources=("digits", "idx"),
         learns_from=("texts",),
@@ -146,6 +164,7 @@ OBJECTIVES: Mapping[str, Objective] = {
         held_out="images",
         has_tasks=False,
         pipeline_tag="image-classification",
+        budget="patches",
     ),
 }
 

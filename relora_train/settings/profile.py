@@ -42,8 +42,8 @@ class Profile(FrozenConfig):
     """'relora': warm start, then merged cycles; 'lora': one update merged at the end; 'full': full rank throughout."""
 
     objective: ObjectiveName = DEFAULT_OBJECTIVE
-    """The thing learned: 'causal_lm', the next token of text; 'masked_lm', its hidden tokens; 'image_classification',
-    the class of an image."""
+    """The thing learned: 'causal_lm', the next token of text; 'masked_lm', its hidden tokens;
+    'sequence_classification', the class of a text; 'image_classification', that of an image."""
 
     seed: int = Field(0, ge=0, lt=2**31)
     """Seed of weights, data order, dropout and re-initialisation."""

@@ -36,7 +36,7 @@ def evaluate_model(
 
     Sums in float64, so batches of unequal size weigh by their terms. Leaves the model's mode as it was.
     """
-    sums = torch.zeros(objective.sums, dtype=torch.float64, device=ranks.device)
+    sums = torch.zeros(objective.sums_for(dataset.manifest), dtype=torch.float64, device=ranks.device)
     count, batch_sequences = min(sequences, dataset.blocks), objective.profile.evaluation.batch_sequences
     with evaluating(model), without_compiling():
         for first in range(0, count, ranks.world_size * batch_sequences):

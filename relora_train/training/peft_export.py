@@ -106,7 +106,8 @@ def write_adapter(checkpoint: Path, base: Path, directory: Path, *, base_name: s
     base's plus the update: then no adapter can stand for it.
     """
     objective = objective_of(profile_to_read((checkpoint / "profile.json").read_bytes()))
-    model, origin = objective.load_model(checkpoint), objective.load_model(base)
+    model = objective.load_model(checkpoint)
+    origin = objective.load_base(base, model)
     updates = load_file(checkpoint / ADAPTER_DIRECTORY / "adapter_model.safetensors")
     config = json.loads((checkpoint / ADAPTER_DIRECTORY / "adapter_config.json").read_bytes())
     tensors, changes = adapter_on_base(model, origin, updates, config)

@@ -55,10 +55,14 @@ class Objective(ABC):
 
     evaluation: ClassVar[type[Evaluation]]
     sums: ClassVar[int]
-    """Length of LossFunction.sums."""
+    """Length of LossFunction.sums, unless `sums_for` says otherwise."""
 
     def __init__(self, profile: Profile) -> None:
         self.profile, self.kind = profile, facts_of(profile).kind
+
+    def sums_for(self, manifest: DatasetManifest) -> int:
+        """Return the length of LossFunction.sums for a dataset."""
+        return self.sums
 
     @abstractmethod
     def open_data(self, directory: Path, split: Literal["train", "val"]) -> ExampleDataset:
@@ -71,19 +75,23 @@ class Objective(ABC):
     def build_model(self, manifest: DatasetManifest) -> nn.Module:
         """Return the model of a run without a parent, in float32: random by the profile's seed, or pretrained."""
         if self.profile.model.pretrained is not None:
-            return self.load_pretrained()
+            return self.load_pretrained(manifest)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.profile.seed)
             return self.new_model(manifest).float()
 
-    def load_pretrained(self) -> nn.Module:
-        """Return the model that model.pretrained names."""
+    def load_pretrained(self, manifest: DatasetManifest | None = None) -> nn.Module:
+        """Return the model that model.pretrained names; without a dataset it is to be looked at only."""
         model = self.profile.model
         return load_model(cast(str, model.pretrained), revision=model.revision, kind=self.kind)
 
     def load_model(self, directory: Path) -> nn.Module:
         """Return the model of a checkpoint, as any user of it would load it."""
         return load_model(directory, kind=self.kind)
+
+    def load_base(self, directory: Path, model: nn.Module) -> nn.Module:
+        """Return the model that an adapter of `model` belongs on, a checkpoint's or a pretrained one."""
+        return self.load_model(directory)
 
     def load_skeleton(self, directory: Path) -> nn.Module:
         """Return the same model without values."""

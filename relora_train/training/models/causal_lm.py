@@ -21,7 +21,7 @@ from relora_train.training.models.model import (
     logits,
     next_token_loss,
 )
-from relora_train.training.models.text import TextObjective, perplexity
+from relora_train.training.models.text import TextObjective, new_llama, perplexity
 
 _SAMPLE_TEMPERATURE = 0.8
 _SAMPLE_TOP_K = 40
@@ -76,19 +76,9 @@ class CausalLM(TextObjective):
     sums = 2
 
     def new_model(self, manifest: DatasetManifest) -> nn.Module:
-        from transformers import LlamaConfig, LlamaForCausalLM
+        from transformers import LlamaForCausalLM
 
-        config = self.profile.model
-        llama = LlamaConfig(
-            **config.model_dump(exclude={"pretrained", "revision", "vocab_size", "rope_theta"}),
-            vocab_size=config.vocab_size or manifest.vocab_size,
-            rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
-            bos_token_id=manifest.eos_id,
-            eos_token_id=manifest.eos_id,
-            pad_token_id=None,
-            attn_implementation="sdpa",
-        )
-        return cast(nn.Module, LlamaForCausalLM(llama))
+        return new_llama(self.profile, LlamaForCausalLM, manifest)
 
     def check_fits(self, model: nn.Module, manifest: DatasetManifest | None) -> None:
         """Refuse what no text fits, and before there is a loss function, a model that looks ahead."""

@@ -24,6 +24,7 @@ class LoadedAs:
 
 CAUSAL_LM = LoadedAs("AutoModelForCausalLM", ("ForCausalLM", "LMHead"))
 MASKED_LM = LoadedAs("AutoModelForMaskedLM", ("ForMaskedLM", "ForPreTraining"), leaves_heads=True)
+SEQUENCE_CLASSIFIER = LoadedAs("AutoModelForSequenceClassification", ("For", "LMHead"), leaves_heads=True)
 IMAGE_CLASSIFIER = LoadedAs("AutoModelForImageClassification", ("ForImageClassification",))
 
 

@@ -7,6 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -32,12 +33,37 @@ _LOGGER = logging.getLogger(__name__)
 _DTYPES: dict[str, Dtype] = {"F64": "float32", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
+@dataclass(frozen=True)
+class NewHead:
+    """A head for classes that a pretrained model may lack."""
+
+    seed: int
+    classes: tuple[str, ...] | None
+    """Their names; None: as the model's configuration has them."""
+
+    pad_id: int | None
+    """The id that stands where there is no token, for a model that names none."""
+
+    def describe(self, config: Any) -> None:
+        """Write classes and padding into a model's configuration."""
+        if self.classes is not None:
+            config.id2label = dict(enumerate(self.classes))
+            config.label2id = {name: number for number, name in enumerate(self.classes)}
+        if config.pad_token_id is None:
+            config.pad_token_id = self.pad_id
+
+
 def load_model(
-    path: str | Path, *, revision: str | None = None, kind: LoadedAs = CAUSAL_LM, tells: bool = True
+    path: str | Path,
+    *,
+    revision: str | None = None,
+    kind: LoadedAs = CAUSAL_LM,
+    tells: bool = True,
+    head: NewHead | None = None,
 ) -> nn.Module:
     """Return any model that this class of transformers knows, from a directory or the hub, in float32.
 
-    tells: warn of what is left out.
+    tells: warn of what is left out. head: what to make where the files hold no head, or one of another shape.
 
     Every value comes from the files. If they lack a tensor or hold one more, if it is quantised or was made for another
     task, that is a ModelUnsuitableError. No pickle is ever loaded and no code of a checkpoint is ever run: such a one
@@ -46,18 +72,23 @@ def load_model(
     with _reading(path):
         loader, config, attention, is_part = _loader(path, revision, kind, tells)
         made = loader._model_mapping[type(config)] if is_part else loader
-        model, found = made.from_pretrained(
-            None if is_part else _place(path),
-            config=config,
-            state_dict=_text_part(path, revision) if is_part else None,
-            revision=revision,
-            dtype=torch.float32,
-            attn_implementation=attention,
-            use_safetensors=True,
-            trust_remote_code=False,  # not asked: a worker's standard input never answers
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they are refused here, by name
-        )
+        if head is not None:
+            head.describe(config)
+        with torch.random.fork_rng(devices=[], enabled=head is not None):
+            if head is not None:
+                torch.manual_seed(head.seed)  # nothing else is drawn
+            model, found = made.from_pretrained(
+                None if is_part else _place(path),
+                config=config,
+                state_dict=_text_part(path, revision) if is_part else None,
+                revision=revision,
+                dtype=torch.float32,
+                attn_implementation=attention,
+                use_safetensors=True,
+                trust_remote_code=False,  # not asked: a worker's standard input never answers
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are refused here, by name
+            )
         if getattr(model, "_hf_peft_config_loaded", False):
             raise ModelUnsuitableError(
                 f"{str(path)!r} holds a PEFT adapter beside or instead of a model. Merge it into its base (peft's "
@@ -67,7 +98,11 @@ def load_model(
     if kind.leaves_heads and (others := [name for name in unexpected if _of_a_head(model, name)]):
         _LOGGER.info("Left out of %s, as they are of heads for other tasks: %s.", path, _listed(others))
         unexpected = [name for name in unexpected if name not in others]
-    check_tensors(path, found["missing_keys"], [str(entry[0]) for entry in found["mismatched_keys"]], unexpected)
+    missing, mismatched = list(found["missing_keys"]), [str(entry[0]) for entry in found["mismatched_keys"]]
+    if head is not None and (new := [name for name in (*missing, *mismatched) if _of_a_head(model, name)]):
+        _LOGGER.warning("NEW HEAD: %s has none for this task, so these are drawn by the seed: %s.", path, _listed(new))
+        missing, mismatched = ([name for name in names if name not in new] for names in (missing, mismatched))
+    check_tensors(path, missing, mismatched, unexpected)
     if wrong := [name for name, value in model.named_parameters() if not bool(value.isfinite().all())]:
         raise ModelUnsuitableError(
             f"Not every value is finite in {_listed(wrong)} of {str(path)!r}, so its loss is nan before any update. "

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, cast
@@ -20,6 +20,7 @@ from relora_train.training.models.kinds import (
     CAUSAL_LM,
     IMAGE_CLASSIFIER,
     MASKED_LM,
+    SEQUENCE_CLASSIFIER,
     LoadedAs,
     check_place,
     read_config,
@@ -53,6 +54,10 @@ class ObjectiveFacts(ABC):
     @abstractmethod
     def new_model_shape(self) -> ModelShape:
         """Return the shape of the model that a profile without model.pretrained trains; ShapeUnknownError."""
+
+    def adapted(self, shape: ModelShape) -> ModelShape:
+        """Return the shape of a model with the objective's head instead of its own."""
+        return shape
 
     def tokenizer(self) -> TokenizerConfig:
         """Return the tokenizer that the profile means; it has a path if it is not to be trained."""
@@ -166,6 +171,19 @@ class MaskedLMFacts(TextFacts):
         mask_id_of(loaded.json_text, loaded.config_text, self.profile.tokenizer.mask_token, name)
 
 
+class SequenceClassificationFacts(TextFacts):
+    """The class of a text, by an encoder or a decoder; a new model is a Llama."""
+
+    code = "relora_train.training.models.sequence_classification:SequenceClassification"
+    kind = SEQUENCE_CLASSIFIER
+    family = "llama"
+
+    def adapted(self, shape: ModelShape) -> ModelShape:
+        """Return the shape with a head for two classes: how many there are is not known before the dataset is."""
+        others = shape.other_matrices + shape.vocab_size * shape.hidden_size  # an embedding, and no head of its size
+        return replace(shape, vocab_size=2, tied=True, classifies=True, rough=True, other_matrices=others)
+
+
 class ImageFacts(ObjectiveFacts):
     """Image classification by a vision transformer."""
 
@@ -191,6 +209,7 @@ class ImageFacts(ObjectiveFacts):
 _FACTS: dict[str, type[ObjectiveFacts]] = {
     "causal_lm": CausalLMFacts,
     "masked_lm": MaskedLMFacts,
+    "sequence_classification": SequenceClassificationFacts,
     "image_classification": ImageFacts,
 }
 
@@ -213,11 +232,11 @@ def objective_of(profile: Profile) -> Objective:
 
 def model_shape(profile: Profile) -> ModelShape:
     """Return the shape of the model a profile trains from local files; ShapeUnknownError if they do not suffice."""
-    pretrained = profile.model.pretrained
+    pretrained, facts = profile.model.pretrained, facts_of(profile)
     if pretrained is None:
-        return facts_of(profile).new_model_shape()
+        return facts.adapted(facts.new_model_shape())
     path = Path(pretrained).expanduser() / "config.json"
-    return shape_of_config(read_json(path, f"{pretrained!r} is downloaded"), path)
+    return facts.adapted(shape_of_config(read_json(path, f"{pretrained!r} is downloaded"), path))
 
 
 def counted_shape(profile: Profile) -> ModelShape:
@@ -228,7 +247,8 @@ def counted_shape(profile: Profile) -> ModelShape:
         directory = Path(profile.model.pretrained or "").expanduser()
         if profile.model.pretrained is None or not any(directory.glob("*.safetensors")):
             raise
-        return shape_of_files(directory, read_json(directory / "config.json", f"{str(directory)!r} is downloaded"))
+        config = read_json(directory / "config.json", f"{str(directory)!r} is downloaded")
+        return facts_of(profile).adapted(shape_of_files(directory, config))
 
 
 def _vocabulary(profile: Profile) -> int:

@@ -131,9 +131,9 @@ class ModelShape:
     def parameters_by_kind(self, wrapped: Sequence[LinearShape] = ()) -> dict[str, int]:
         """Return the parameters by the kinds of relora.train; the weights of the wrapped layers of a block are one."""
         linears, matrix = self.linears, self.vocab_size * self.hidden_size
-        if self.classifies:  # the biases outside blocks are those of patches and head
-            head = matrix + self.vocab_size
-            embeddings = self.other_matrices + self.other_vectors - self.vocab_size
+        if self.classifies:  # the biases outside blocks are those of patches, or none, and of the head
+            biases = min(self.vocab_size, self.other_vectors)
+            head, embeddings = matrix + biases, self.other_matrices + self.other_vectors - biases
         else:
             embeddings, head = matrix + self.other_matrices + self.other_vectors, 0 if self.tied else matrix
         return {

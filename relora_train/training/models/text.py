@@ -13,6 +13,7 @@ from relora_train.errors import VocabularyMismatchError
 from relora_train.settings.profile import Profile
 from relora_train.training.models.base import Objective
 from relora_train.training.models.model import embedding
+from relora_train.training.models.pretrained import NewHead
 from relora_train.training.models.registry import TextFacts, facts_of
 
 
@@ -44,6 +45,25 @@ class TextObjective(Objective):
 
     def guessing_loss(self, manifest: DatasetManifest) -> float:
         return math.log(manifest.vocab_size)
+
+
+def new_llama(profile: Profile, made: type, manifest: DatasetManifest, head: NewHead | None = None) -> nn.Module:
+    """Return a Llama of the profile's shape, as the class `made` of transformers, with random weights."""
+    from transformers import LlamaConfig
+
+    model = profile.model
+    config = LlamaConfig(
+        **model.model_dump(exclude={"pretrained", "revision", "vocab_size", "rope_theta"}),
+        vocab_size=model.vocab_size or manifest.vocab_size,
+        rope_parameters={"rope_type": "default", "rope_theta": model.rope_theta},
+        bos_token_id=manifest.eos_id,
+        eos_token_id=manifest.eos_id,
+        pad_token_id=None,
+        attn_implementation="sdpa",
+    )
+    if head is not None:
+        head.describe(config)
+    return cast(nn.Module, made(config))
 
 
 def new_bert(profile: Profile, made: type, manifest: DatasetManifest, **settings: Any) -> nn.Module:
