@@ -4,9 +4,15 @@
 
 The corpus is the Python source in this environment's site-packages. The unit is MB per CPU-second, children included,
 so that other load on the machine matters little; the contestants take turns and the median round counts.
+
+    python tests/benchmarks/tokenization.py --compare --megabytes 100
+
+prepares the same text as one source, as a mixture of two, and as a single line, as a run does: hashing, process and
+commit included.
 """
 
 import argparse
+import json
 import os
 import resource
 import statistics
@@ -25,7 +31,10 @@ from tokenizers import Tokenizer
 from relora_train.data.dataset import TokenDataset
 from relora_train.data.prepare import PreparedDataset, prepare_dataset
 from relora_train.data.tokenizer import train_tokenizer
+from relora_train.runs.datasets import prepare_or_reuse
+from relora_train.runs.run import Run
 from relora_train.settings.data import DataConfig, TokenizerConfig
+from relora_train.settings.load import load_profile
 
 VOCAB_SIZE = 16_384
 
@@ -49,9 +58,9 @@ class WorkerMemory(threading.Thread):
     From /proc, since ru_maxrss of a child begins with the size of the parent it was started from.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, command: bytes = b"spawn_main") -> None:
         super().__init__(daemon=True)
-        self.largest_mb = 0.0
+        self.largest_mb, self._command = 0.0, command
 
     def run(self) -> None:
         children = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children")
@@ -59,7 +68,7 @@ class WorkerMemory(threading.Thread):
             for child in children.read_text().split():
                 with suppress(OSError, IndexError):
                     peak = Path(f"/proc/{child}/status").read_text().split("VmHWM:")[1].split()[0]
-                    is_worker = b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()
+                    is_worker = self._command in Path(f"/proc/{child}/cmdline").read_bytes()
                     self.largest_mb = max(self.largest_mb, int(peak) / 1024) if is_worker else self.largest_mb
             time.sleep(0.05)
 
@@ -102,9 +111,10 @@ def main() -> None:
     parser.add_argument("--megabytes", type=float, default=40)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--compare", action="store_true", help="mixtures and a long line beside plain text")
     chosen = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
-        run(Path(scratch), chosen.megabytes, chosen.rounds, chosen.workers)
+        (compare if chosen.compare else run)(Path(scratch), chosen.megabytes, chosen.rounds, chosen.workers)
 
 
 def run(scratch: Path, megabytes: float, rounds: int, workers: int) -> None:
@@ -147,6 +157,43 @@ def run(scratch: Path, megabytes: float, rounds: int, workers: int) -> None:
         spent, _ = measured(lambda s=shuffled: [read_all(dataset, shuffled=s) for _ in range(5)])
         speed = 5 * dataset.blocks * 513 / 1e6 / spent
         show(f"reader, {'shuffled' if shuffled else 'in order':9}{speed:8.0f} Mtok/CPU-s (target 200)")
+
+
+def compare(scratch: Path, megabytes: float, rounds: int, workers: int) -> None:
+    (scratch / "corpus").mkdir()
+    texts = copy_corpus(scratch / "corpus", megabytes)
+    size = sum(len(text.encode()) for text in texts)
+    train_tokenizer(texts[:2000], vocab_size=VOCAB_SIZE).save(scratch)
+    half = len(texts) // 2
+    for name, part in {"all": texts, "a": texts[:half], "b": texts[half:], "line": ["".join(texts)]}.items():
+        (scratch / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in part))
+
+    def source(name: str) -> dict[str, object]:
+        return {"source": "jsonl", "paths": [str(scratch / f"{name}.jsonl")]}
+
+    contestants: dict[str, dict[str, object]] = {
+        "plain text": source("all"),
+        "mixture of two": {"sources": [{"name": name, "weight": 1, **source(name)} for name in ("a", "b")]},
+        "one line": source("line"),
+    }
+    cpu: dict[str, list[float]] = {name: [] for name in contestants}
+    memory: dict[str, float] = {}
+    os.environ["RELORA_CACHE"] = str(scratch / "cache")
+    for number in range(rounds):
+        for name, data in contestants.items():
+            settings = {"data": {"workers": workers, **data}, "tokenizer": {"path": str(scratch)}}
+            own = load_profile("quickstart", settings)
+            watched = WorkerMemory(b"relora_train.data.prepare")
+            watched.start()
+            store = str(scratch / f"{name}-{number}")
+            spent, _ = measured(lambda o=own, s=store: prepare_or_reuse(Run("run", s, o), on_event=lambda event: None))
+            cpu[name].append(spent)
+            memory[name] = watched.largest_mb
+    plain = statistics.median(cpu["plain text"])
+    show(f"{size / 1e6:.1f} MB\n{'':16}{'MB/CPU-s':>10}{'of plain':>10}{'largest preparing process, MB':>32}")
+    for name, spent in cpu.items():
+        median = statistics.median(spent)
+        show(f"{name:16}{size / 1e6 / median:10.2f}{plain / median:10.2f}{memory[name]:32.0f}")
 
 
 def show(line: str) -> None:
