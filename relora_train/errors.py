@@ -28,6 +28,7 @@ class ProfileInvalidError(ConfigError):
 class ExperimentInvalidError(ConfigError): ...  # an experiment's arms that cannot be compared
 class RunSettingsChangedError(ConfigError): ...  # a run id used again with other settings
 class RunInUseError(ConfigError): ...  # another flow writes this run
+class DatasetInUseError(ConfigError): ...  # something depends on a dataset that is to be deleted
 
 class DataError(ReLoRAError):  # a corpus or a tokenizer
     exit_code = 3

@@ -278,15 +278,15 @@ def test_what_cannot_be_read_may_protect_anything(memory, files):
 class Interfering:
     """A store in which something happens right after a tombstone is written."""
 
-    def __init__(self, store: ObjectStore, action: Any) -> None:
-        self._store, self._action = store, action
+    def __init__(self, store: ObjectStore, action: Any, tombstone: str = "deleted.json") -> None:
+        self._store, self._action, self._tombstone = store, action, tombstone
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._store, name)
 
     def put_bytes(self, key: str, data: bytes, **conditions: Any) -> str:
         etag = self._store.put_bytes(key, data, **conditions)
-        if key.endswith("deleted.json"):
+        if key.endswith(self._tombstone):
             self._action()
         return etag
 

@@ -11,6 +11,7 @@
 - series/<name>/…                                  the promotions of a series (series_record.py)
 - experiments/<name>/…                             reports of comparisons, runs that diverged
 - datasets/<name>/<16 hex of dataset_id>/          one tokenized dataset (a bundle)
+- datasets/<name>/<16 hex of dataset_id>/deleting.json   its removal has begun (upkeep/datasets.py)
 """
 
 import re
@@ -19,6 +20,7 @@ from dataclasses import dataclass
 from relora_train.errors import ConfigError
 
 HEAD_NAME = "head.json"
+DELETING_NAME = "deleting.json"
 EXPORT_NAME = "export-"
 """The beginning of a pin's name that marks an exported checkpoint."""
 

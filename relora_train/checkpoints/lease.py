@@ -34,7 +34,7 @@ from relora_train.storage.opening import open_store
 
 DEFAULT_TTL_SECONDS = 60.0
 _RENEWALS_PER_TTL = 3
-_OBSERVED_TTLS = 1.25  # the clocks of two machines may run at slightly different speed; no more is assumed
+OBSERVED_TTLS = 1.25  # the clocks of two machines may run at slightly different speed; no more is assumed
 
 Purpose = Literal["train", "prune"]
 _log = logging.getLogger("relora_train.checkpoints.lease")
@@ -207,7 +207,7 @@ def take_lease(
                 is_free = held.holder.is_alive() is None and unheard_of()
             else:
                 unchanged_since = watched[1] if watched and watched[0] == etag else math.inf
-                is_free = time.monotonic() - unchanged_since > held.ttl_seconds * _OBSERVED_TTLS
+                is_free = time.monotonic() - unchanged_since > held.ttl_seconds * OBSERVED_TTLS
             if is_free or held is None:
                 # A prune leaves it known what the run's flows started from: see retention.py.
                 depends = held.depends_on if held and purpose == "prune" else ours.depends_on
@@ -228,12 +228,12 @@ def take_lease(
                 raise RunInUseError(
                     f"{what} is in use by {held.holder} since {_when(held.since)} ({store.uri}/{key}), renewed at "
                     f"{_when(held.renewed)} by that machine's clock; without a renewal it is free after "
-                    f"{held.ttl_seconds * _OBSERVED_TTLS:.0f} s. Wait for it or stop it, then run again, or {other}."
+                    f"{held.ttl_seconds * OBSERVED_TTLS:.0f} s. Wait for it or stop it, then run again, or {other}."
                 )
             if watched is None:
                 _log.warning(
                     "%s is held by %s since %s; waiting up to %.0f s to see whether it is alive.",
-                    what, held.holder, _when(held.since), held.ttl_seconds * _OBSERVED_TTLS,
+                    what, held.holder, _when(held.since), held.ttl_seconds * OBSERVED_TTLS,
                 )  # fmt: skip
             if watched is None or was_renewed:
                 watched = etag, time.monotonic()

@@ -77,11 +77,12 @@ class MixedTokens(TokenDataset):
     def require_batch(self, count: int) -> None:
         for part, most, mixed in zip(self._parts, self.interleaving.most(count), self.manifest.mixture, strict=True):
             if part.blocks < most:
+                times = f", {most / part.blocks:.3g} epochs of it," if part.blocks else ""
                 raise CorpusTooSmallError(
                     f"Source {mixed.name!r} of dataset {self.manifest.name!r} has {part.tokens:,} tokens to train on, "
                     f"which makes {part.blocks:,} sequences of {self.sequence_length} tokens; by its weight, "
-                    f"{mixed.weight} of the sum, a batch of {count:,} takes up to {most:,}. Give it more text or a "
-                    "smaller weight, or lower batch.sequences or batch.sequence_length."
+                    f"{mixed.weight} of the sum, a batch of {count:,} takes up to {most:,}{times} and one at most is "
+                    "allowed. Give it more text or a smaller weight, or lower batch.sequences or batch.sequence_length."
                 )
 
     def _gather(self, blocks: list[int]) -> Rows:

@@ -17,6 +17,7 @@ from relora_train.checkpoints.fetch import files_in_stores, keep_fetched
 from relora_train.checkpoints.layout import dataset_prefix
 from relora_train.checkpoints.lineage import CheckpointRef
 from relora_train.checkpoints.manifest import DatasetManifest, describe_files, find_dataset
+from relora_train.checkpoints.upkeep.datasets import check_not_deleting
 from relora_train.data.images import IMAGE_SOURCES
 from relora_train.data.interleaving import epochs_by_source
 from relora_train.data.left_out import left_out_note
@@ -83,6 +84,7 @@ def prepare_or_reuse(
         text = text or TextSettings(run.profile.data, run.profile.tokenizer)
         dataset_id, _ = describe_dataset(text.data, text.tokenizer, selection=text.selection)
     with WorkDirectory("datasets", f"{name}-{dataset_id[:16]}-{short_digest(store.uri)}") as work:
+        check_not_deleting(store, dataset_prefix(name, dataset_id))
         found = find_dataset(store, name, dataset_id)  # maybe made by a process that was waited for
         if found is not None and all(parts_of(DatasetRef(store.uri, found)).values()):
             _tell_epochs(run.profile, found)

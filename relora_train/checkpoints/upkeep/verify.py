@@ -15,7 +15,7 @@ from pydantic import ConfigDict
 
 from relora_train.checkpoints.commit import CLAIM_NAME
 from relora_train.checkpoints.fetch import verify_bundle
-from relora_train.checkpoints.layout import check_run_id, join_key, parse_checkpoint_prefix
+from relora_train.checkpoints.layout import check_run_id, dataset_prefix, join_key, parse_checkpoint_prefix
 from relora_train.checkpoints.lease import lease_key, read_lease
 from relora_train.checkpoints.lineage import TOMBSTONE_NAME, CheckpointRef, read_checkpoint, read_tombstone
 from relora_train.checkpoints.manifest import MANIFEST_NAME, DatasetManifest, Manifest, read_manifest
@@ -170,8 +170,10 @@ class _Verifier:
             return
         if manifest is None:
             self._find("missing", uri, f"the dataset of {user} is not there")
-        else:
-            self.bundle(store, prefix, manifest)
+            return
+        self.bundle(store, prefix, manifest)
+        for part in manifest.mixture:
+            self.dataset(f"{store.uri}/{dataset_prefix(part.name, part.dataset_id)}", f"mixture {uri}")
 
     def neighbours(self, ref: CheckpointRef, objects: Sequence[ObjectInfo]) -> None:
         """Report objects at a checkpoint's prefix that its manifest does not list."""
