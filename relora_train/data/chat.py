@@ -1,8 +1,9 @@
 """Conversations -> text by a chat template, with the parts of it that are answers.
 
 Templates are rendered by transformers, in its sandbox, as `tokenizer.apply_chat_template` renders them. A template that
-marks answers by {% generation %} says itself what is learned. For any other, an answer is what rendering one message
-more adds to the text that asks for it (add_generation_prompt), without white space at its end.
+marks answers by {% generation %} says itself what is learned. For any other, an answer begins where the text that asks
+for it (add_generation_prompt) ends. It goes on as far as rendering the conversation up to it and the whole conversation
+agree, up to a special token or white space at its end.
 
 A template that asks for the date gets a fixed one, so that the same conversations give the same bytes on any day. The
 name of a special token in a message is broken in two by `BROKEN`, so that no message can forge one.
@@ -10,6 +11,7 @@ name of a special token in a message is broken in two by `BROKEN`, so that no me
 
 import json
 import re
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +22,7 @@ from relora_train.data.tokenizer import DocumentTokenizer, named_token
 from relora_train.data.tokenizer_files import CHAT_TEMPLATE_FILE
 from relora_train.errors import TokenizerError
 
-CHAT_RULE = "marked answers, else what a message adds to the text that asks for it, right-stripped; 1"
+CHAT_RULE = "marked answers, else from the text that asks to where the rendered conversations part, right-stripped; 1"
 
 BROKEN = "\ufdd1"
 """Between the two halves of a special token's name in a message; text on both sides is encoded by itself."""
@@ -67,16 +69,30 @@ class ChatTemplate:
             if message["role"] != "assistant":
                 continue
             asked, _ = self._render(chat[:number], where, add_generation_prompt=True)
-            answered = whole if number == len(chat) - 1 else self._render(chat[: number + 1], where)[0]
-            if not (answered.startswith(asked) and whole.startswith(answered)):
+            start = end = len(asked)
+            if whole.startswith(asked):
+                answered = whole if number == len(chat) - 1 else self._render(chat[: number + 1], where)[0]
+                end = self._common_end(answered, whole)
+            answer = whole[start:end].rstrip()
+            if not answer or message.get("content", "").strip() not in answer:
                 raise Fault(
                     f"{where}: the chat template writes message {number + 1}, an answer, differently from what came "
                     "before it, so that no one can tell which tokens are the answer. Mark answers in the template by "
                     "{% generation %} … {% endgeneration %}, and name its file in data.instructions.chat_template.",
                     "answers not to be told apart",
                 )
-            spans.append((len(asked), len(asked) + len(answered[len(asked) :].rstrip())))
+            spans.append((start, start + len(answer)))
         return whole, spans
+
+    def _common_end(self, answered: str, whole: str) -> int:
+        """Return how far two texts agree, without a part of a special token that the second goes on with."""
+        longest = min(len(answered), len(whole))
+        end = bisect_left(range(1, longest + 1), True, key=lambda size: answered[:size] != whole[:size])
+        for token in self.controls:
+            place = whole.find(token, max(0, end - len(token) + 1), end + len(token) - 1)
+            if 0 <= place < end:
+                return place
+        return end
 
     def _render(self, chat: list[dict[str, Any]], where: str, **options: bool) -> tuple[str, Any]:
         from transformers.utils.chat_template_utils import render_jinja_template

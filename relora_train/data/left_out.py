@@ -80,6 +80,13 @@ class LeftOut:
         ]
 
 
+def too_long_note(left_out: Mapping[str, int]) -> str:
+    """Say how many examples are longer than a row, and what became of them; '' if none is."""
+    done = {"cut": "cut to its length", "dropped": "left out"}
+    said = " and ".join(f"{left_out[key]:,} {what}" for key, what in done.items() if left_out.get(key))
+    return said and f"training examples longer than a sequence: {said}"
+
+
 def left_out_note(facts: Iterable[Mapping[str, Any]]) -> str:
     """Say what was left out; '' if nothing was."""
     said = " and ".join("{count:,} of {of:,} {unit} ({reason}; first: {first})".format(**fact) for fact in facts)

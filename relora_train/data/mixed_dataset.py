@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections import Counter
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,7 @@ class MixedTokens(TokenDataset):
         super().__init__(directory, split, sequence_length=sequence_length, seed=seed, manifest=manifest, shards=shards)
         self._first_of = list(accumulate((part.blocks for part in self._parts), initial=0))
         self.blocks = self._first_of[-1]
+        self.left_out = dict(sum((Counter(part.left_out) for part in self._parts), Counter()))
         self.interleaving = interleaving_of(manifest)
 
     def block_at(self, place: int) -> int:

@@ -43,8 +43,6 @@ class PackedTokens(TokenDataset):
         width = sequence_length + 1
         self._scored = map_files(directory, split, manifest, "scored", np.uint8)
         self.left_out = {"cut": 0, "dropped": 0}
-        """Examples longer than a row: those that were cut at their end, and those that are in no row."""
-
         numbers, starts, lengths = list[Rows](), list[Rows](), list[Rows]()
         for number, shard_ends in enumerate(map_files(directory, split, manifest, "ends", np.uint64)):
             ends = shard_ends.astype(np.int64)

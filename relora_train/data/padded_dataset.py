@@ -37,7 +37,6 @@ class _PaddedDataset(ExampleDataset):
         self.format: ExampleFormat = manifest.examples
         super().__init__(directory, split, manifest, seed=seed, stride=1, width=width)
         self.left_out = {"cut": 0, "dropped": 0}
-        """Examples longer than a row: those that were cut, and those that are left out."""
 
     def _place(self, first: list[Rows], second: list[Rows], begins: list[Rows], fits: list[Rows], drop: bool) -> None:
         """Keep where the parts of each example lie."""

@@ -22,7 +22,7 @@ from relora_train.reports.ranks.layers import natural_order
 from relora_train.reports.ranks.measures import PAPER_THRESHOLD, json_value
 from relora_train.reports.render import TEMPLATES, render
 from relora_train.reports.run_data import RunData
-from relora_train.reports.sources import sources_read
+from relora_train.reports.sources import left_out_of, sources_read
 from relora_train.reports.text import change, headline_text, score, scores_change
 from relora_train.runs.task_scores import recorded_task_scores
 from relora_train.settings.objectives import LOSS
@@ -54,7 +54,7 @@ def report_run(
     fetch = files_in_stores(checkpoint_cache(run_id))
     scores = recorded_task_scores(open_store(line[-1].store_uri), line)
     data = collect_run_data(line, fetch, evaluations=evaluations, task_scores=scores)
-    data = replace(data, sources=sources_read(line[-1], fetch))
+    data = replace(data, sources=sources_read(line[-1], fetch), left_out=left_out_of(line[-1], fetch))
     with tempfile.TemporaryDirectory(prefix="relora-report-") as scratch:
         written = write_report(data, Path(scratch))
         for path in written:  # the page last
@@ -93,6 +93,7 @@ def summarize(data: RunData) -> dict[str, Any]:
         **{name: [asdict(row) for row in getattr(data, name)] for name in ("merges", "evaluations", "samples")},
         "task_scores": [dict(score) for score in data.task_scores],
         "sources": [asdict(row) for row in data.sources],
+        "left_out": list(data.left_out),
         "spectra": [spectrum.record() for spectrum in data.spectra],
         "cycle_history": data.history and data.history.record(),
         "train_records": len(data.train),

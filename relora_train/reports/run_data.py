@@ -143,6 +143,8 @@ class RunData:
     """Scores by tasks of lm-evaluation-harness, as recorded, with stage and step."""
     sources: tuple[SourceRow, ...] = ()
     """The sources of a mixture."""
+    left_out: tuple[str, ...] = ()
+    """Sentences that say which records and examples were not trained on, or not whole."""
     spectra: tuple[LayerSpectrum, ...] = ()
     """Spectra of the update between the two stages of `spectra_between`."""
     spectra_between: tuple[str, str] | None = None

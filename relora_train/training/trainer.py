@@ -6,6 +6,7 @@ no credentials. Events go to standard output (events.py).
 """
 
 import dataclasses
+import logging
 import os
 import shutil
 import time
@@ -13,6 +14,7 @@ from collections import Counter
 
 import torch
 
+from relora_train.data.left_out import too_long_note
 from relora_train.distributed import SLOW, STEP, process_group
 from relora_train.errors import TrainerInterruptedError
 from relora_train.method.update_size import UpdateMeter
@@ -29,6 +31,7 @@ from relora_train.training.snapshot import Progress, Snapshotter, read_snapshot_
 from relora_train.training.step import StageTraining
 from relora_train.training.torch_settings import configure_torch, peak_bytes, release_memory, reset_peak
 
+_LOGGER = logging.getLogger(__name__)
 _PROGRESS_SECONDS = 0.5
 _FIRST_STEPS = 5
 """Updates of a stage that are recorded one by one: they show that A and B are alive, and what a reset did to them."""
@@ -81,6 +84,10 @@ def run_stage(request: StageRequest, emit: Emit) -> None:
         else:
             losses = torch.zeros((), dtype=torch.float64, device=ranks.device)
             progress = Progress(step=stage.start_step, metrics=[], losses=losses, summed=0, seconds=0.0)
+            if left_out := training.train_data.left_out:
+                progress.metrics.append({"kind": "data", "step": stage.start_step, **left_out})
+                if request.parent is None and ranks.is_first and (note := too_long_note(left_out)):
+                    _LOGGER.warning("%s. batch.too_long says what becomes of them.", note.capitalize())
         timer.began -= progress.seconds
         metrics = progress.metrics
         before = evaluate_stage(training, metrics, emit, when="before")
