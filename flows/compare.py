@@ -16,6 +16,7 @@ from relora_train.experiments.records import ComparisonSummary, RunResult
 from relora_train.runs.model_check import check_settings
 from relora_train.runs.task_scores import check_tasks
 from relora_train.settings.overrides import ExperimentOverrides
+from tasks.alone import call_flow
 from tasks.compare import keep_divergence, look_for_result, measure_experiment, read_result, write_comparison
 from tasks.deployed import require_deployment, run_deployed
 from tasks.limits import device_slot, require_limit
@@ -95,7 +96,7 @@ def _ends(
         stages = [stage.name for stage in run.stages]
         events.emit("arm_started", arm=run.arm, seed=run.seed, run_id=name, stages=stages)
         try:
-            pretrain(**parameters[name])
+            call_flow(pretrain, parameters[name])
         except DivergedError as error:
             yield run, str(error)
         else:

@@ -29,7 +29,7 @@ from tasks.artifacts import name_flow_run
 from tasks.limits import device_slot, require_limit
 from tasks.observe import done
 from tasks.presence import present
-from tasks.run import check_model, evaluate_checkpoint, tokenize, write_report
+from tasks.run import check_model, evaluate_checkpoint, load_report, tokenize, write_report
 from tasks.store import open_run_store, resolve_parent
 from tasks.train import store_checkpoint, train_cycle, warm_start
 
@@ -70,6 +70,7 @@ def pretrain(
         check_model(run, planned, parent)
         prepared = done(tokenize(run, parent))
         with device_slot(gpu_limit), closing(run.worker):
+            load_report()
             outcomes = train_stages(run, stages, prepared.dataset, parent)
             line = line_of(outcomes[-1].checkpoint if outcomes else parent, run=run)
             evaluations = [done(evaluate_checkpoint(run, ref, prepared.dataset)) for ref in first_and_last(line)]

@@ -48,6 +48,9 @@ TAKEN, SERVED = "taken", "served"
 NO_MORE = "null"
 """Named in the place of a request, it ends a run's ranks on all machines."""
 
+NO_SERVER = "none://"
+"""The PREFECT_API_URL of a run without a Prefect server: whatever asks it fails at once, before it opens a socket."""
+
 STOP_SECONDS = 25.0
 """Seconds that a worker may take to end after SIGTERM; Prefect kills the whole run after 30."""
 

@@ -22,7 +22,6 @@ from prefect.artifacts import (
 )
 from prefect.client.orchestration import get_client
 from prefect.context import FlowRunContext
-from prefect.logging import get_run_logger
 
 from relora_train.checkpoints.lineage import CheckpointRef
 from relora_train.events import Event
@@ -30,6 +29,8 @@ from relora_train.method.stages import Stage
 from relora_train.reports.event_text import checkpoint_markdown, event_line, finished_text, merge_table, merge_text
 from relora_train.runs.background import Background
 from relora_train.runs.run import StageOutcome
+from tasks.alone import has_server
+from tasks.observe import run_logger
 
 PROGRESS_SECONDS = 10.0
 """Between two updates of the same progress artifact."""
@@ -53,10 +54,12 @@ class ArtifactQueue(Background):
         self._wait_seconds = wait_seconds
         self._waiting: dict[str, Callable[[], object]] = {}
         self._failed = False
-        self._logger = get_run_logger()
+        self._logger = run_logger()
 
     def offer(self, name: str, call: Callable[[], object]) -> None:
-        """Make a call soon, instead of one of the same name that still waits. Returns at once."""
+        """Make a call soon, instead of one of the same name that still waits. Returns at once; without a server too."""
+        if not has_server():
+            return
         with self._changed:
             self._waiting[name] = call
             self._changed.notify()

@@ -15,6 +15,7 @@ from prefect.deployments import run_deployment
 from prefect.exceptions import ObjectNotFound
 
 from relora_train.errors import ConfigError, DivergedError, OrchestratorError, TrainerCrashedError
+from tasks.alone import has_server
 
 _POLL_SECONDS = 3.0
 
@@ -42,9 +43,11 @@ def require_deployment(name: str | None) -> None:
     if name is None:
         return
     try:
+        if not has_server():
+            raise ValueError(name)
         with server_errors(), get_client(sync_client=True) as client:
             client.read_deployment_by_name(name)
-    except (ObjectNotFound, ValueError):  # a name without its slash
+    except (ObjectNotFound, ValueError):  # also a name without its slash
         raise ConfigError(
             f"Prefect's server knows no deployment {name!r}. Set PREFECT_API_URL to a server that has it "
             "(`prefect deployment ls`), or leave it out: the runs are then made one after another, here."

@@ -9,6 +9,7 @@ from typing import TypeVar, cast
 
 from prefect.client.schemas.objects import State
 from prefect.context import get_run_context
+from prefect.exceptions import MissingContextError
 from prefect.logging import get_run_logger
 from prefect.states import Completed
 
@@ -38,7 +39,7 @@ for _name in ("prefect.flow_runs", "prefect.task_runs"):
 
 def forward_events(*, clock: Callable[[], float] = time.monotonic) -> Callable[[Event], None]:
     """Return a listener for run_worker that logs progress every ten seconds, and everything else at once."""
-    logger = get_run_logger()
+    logger = run_logger()
     last_logged = clock()
 
     def on_event(event: Event) -> None:
@@ -53,6 +54,14 @@ def forward_events(*, clock: Callable[[], float] = time.monotonic) -> Callable[[
         logger.log(logging.DEBUG if quiet else logging.INFO, describe(event))
 
     return on_event
+
+
+def run_logger() -> logging.Logger | logging.LoggerAdapter[logging.Logger]:
+    """Return the logger of the task or flow run around us; without a server a flow is none."""
+    try:
+        return get_run_logger()
+    except MissingContextError:
+        return logging.getLogger("relora_train.flows")
 
 
 def describe(event: Event) -> str:
@@ -71,7 +80,7 @@ def describe(event: Event) -> str:
 def provenance() -> dict[str, str]:
     """Return the ids of the run around us, for the manifest; informative only."""
     task_run = getattr(get_run_context(), "task_run", None)
-    if task_run is None:
+    if task_run is None or task_run.flow_run_id is None:  # nobody could look it up
         return {}
     return {"prefect_flow_run_id": str(task_run.flow_run_id), "prefect_task_run_id": str(task_run.id)}
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
-from typing import Any
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from prefect import task
 
 from relora_train import events
 from relora_train.checkpoints.lineage import CheckpointRef
 from relora_train.method.stages import Stage
-from relora_train.reports.report import StoredReport, report_run
 from relora_train.runs import evaluations as evaluation_records
 from relora_train.runs import task_scores
 from relora_train.runs.datasets import DatasetOutcome, prepare_or_reuse
@@ -22,6 +23,11 @@ from relora_train.settings.tasks import TaskMeasure, TaskSelection
 from tasks.artifacts import publish_markdown
 from tasks.observe import forward_events, skipped
 from tasks.policies import STORE_IO
+
+if TYPE_CHECKING:
+    from relora_train.reports.report import StoredReport
+
+_REPORT = "relora_train.reports.report"
 
 
 @task(**STORE_IO, name="check-model", task_run_name="check-model-of-{run.run_id}")
@@ -85,7 +91,12 @@ def _announced(outcome: EvaluationOutcome, checkpoint: CheckpointRef) -> Evaluat
 @task(**STORE_IO, task_run_name="report-{run.run_id}")
 def write_report(run: Run, line: Sequence[CheckpointRef], evaluations: Sequence[dict[str, Any]]) -> StoredReport:
     """Write HTML, plots and summary to the store, and table and plot as an artifact; return the StoredReport."""
-    report = report_run(line, evaluations, run.store, run.run_id)
+    report: StoredReport = import_module(_REPORT).report_run(line, evaluations, run.store, run.run_id)
     publish_markdown(f"report-{run.run_id}", report.markdown, f"Report of run {run.run_id}: {report.html_uri}")
     events.emit("report_written", html_uri=report.html_uri)
     return report
+
+
+def load_report() -> None:
+    """Import the report with its plots beside the training, which it would otherwise begin or end later by a second."""
+    threading.Thread(target=import_module, args=(_REPORT,), name="load report", daemon=True).start()

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from prefect import task
-from prefect.logging import get_run_logger
 from prefect.runtime import deployment
 
 from relora_train import events
@@ -26,7 +25,7 @@ from relora_train.runs.run import DatasetRef, Run
 from relora_train.settings.profile import Profile
 from relora_train.storage.opening import open_store
 from tasks.artifacts import publish_markdown
-from tasks.observe import forward_events, named, provenance
+from tasks.observe import forward_events, named, provenance, run_logger
 from tasks.policies import STORE_IO
 from tasks.run import tell_dataset
 
@@ -38,7 +37,7 @@ def look_for_new_data(
     """Return the RetrainPlan, or None when the source holds nothing new."""
     plan = plan_retrain(open_store(store_uri), series, settings, options, lease=lease)
     if plan is not None:
-        get_run_logger().info("%s: %d new parts of the source, run %s", series, len(plan.new), plan.run_id)
+        run_logger().info("%s: %d new parts of the source, run %s", series, len(plan.new), plan.run_id)
     return plan
 
 
@@ -76,14 +75,14 @@ def tell_already_running(series: str, store_uri: str, error: RunInUseError) -> R
     """
     if not deployment.id:
         raise error
-    get_run_logger().info("%s", error)
+    run_logger().info("%s", error)
     summary = summarize(open_store(store_uri), series, "already-running", str(error))
     return named(state_name(summary.outcome), summary, summary.reason)
 
 
 def tell_outcome(summary: RetrainSummary) -> RetrainSummary:
     """Log and show what a retrain came to, and return it as the flow's final state, named for it."""
-    get_run_logger().info("Series %s: %s: %s", summary.series, summary.outcome, summary.reason)
+    run_logger().info("Series %s: %s: %s", summary.series, summary.outcome, summary.reason)
     events.emit("retrained", series=summary.series, outcome=summary.outcome, reason=summary.reason)
     publish_markdown(f"retrain-{summary.series}", retrain_markdown(summary), f"Latest retrain of {summary.series}")
     return named(state_name(summary.outcome), summary, summary.reason)

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +16,11 @@ from prefect_server import server_errors
 FLOWS = """
 import time
 from prefect import flow, task
+from prefect.states import Completed
 from relora_train.errors import StoreUnavailableError
+from tasks.alone import call_flow, has_server
+from tasks.artifacts import publish_markdown
+from tasks.observe import done, provenance, run_logger
 from tasks.policies import STORE_IO
 
 @task(**{**STORE_IO, "retries": 1, "retry_delay_seconds": 0})
@@ -25,6 +30,20 @@ def fragile():
 @flow
 def failing():
     fragile()
+
+@flow
+def inner(number: int):
+    return number + 1
+
+@task
+def state():
+    return Completed(name="Skipped", data=[has_server(), provenance()])
+
+@flow
+def nested(number: int = "3"):
+    run_logger().info("a flow has no logger of its own without a server")
+    publish_markdown("key", "text", "what")
+    return [*done(state()), call_flow(inner, {"number": number})]
 
 @task
 def long_work():
@@ -50,7 +69,7 @@ class Notices(logging.Handler):
 
 events.listen(Notices())
 try:
-    run_flow(sys.argv[1], {})
+    print("result:", run_flow(sys.argv[1], {}, with_pages=print if "--pages" in sys.argv else None))
 except (ReLoRAError, KeyboardInterrupt, TerminatedError) as error:
     print(type(error).__name__, error)
 """
@@ -64,15 +83,15 @@ def flows_environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str
     info = root / "flows_for_tests-1.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: flows-for-tests\nVersion: 1\n")
-    entries = "".join(f"{name} = flows_for_tests:{name}\n" for name in ("failing", "sleepy"))
+    entries = "".join(f"{name} = flows_for_tests:{name}\n" for name in ("failing", "nested", "sleepy"))
     (info / "entry_points.txt").write_text(f"[relora_train.flows]\n{entries}")
     kept = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
     return {**kept, "PYTHONPATH": str(root), "PREFECT_HOME": str(root / "prefect"), "COLUMNS": "100"}
 
 
 @contextmanager
-def driver(flow: str, environment: dict[str, str]) -> Iterator[subprocess.Popen[str]]:
-    command = [sys.executable, "-c", DRIVER, flow]
+def driver(flow: str, environment: dict[str, str], *options: str) -> Iterator[subprocess.Popen[str]]:
+    command = [sys.executable, "-c", DRIVER, flow, *options]
     with subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     ) as process:
@@ -100,12 +119,33 @@ def wait_until_gone(owner: int, *, seconds: float = 30) -> None:
 def test_a_failed_task_is_its_own_error_without_a_traceback(flows_environment: dict[str, str]) -> None:
     with driver("failing", flows_environment) as process:
         out, err = process.communicate(timeout=240)
-        lines = out.splitlines()
-        assert lines[0].startswith("notice: fragile-")
-        assert lines[0].endswith(" failed: It is away. Retry 1 of 1 immediately.")
-        assert lines[1:] == ["StoreUnavailableError It is away. Wait."]
+        retried = "notice: fragile failed: It is away. Retry 1 of 1 immediately."
+        assert out.splitlines() == [retried, "StoreUnavailableError It is away. Wait."]
         assert err == ""
+
+
+def test_without_a_server_flows_of_flows_and_states_give_their_results_and_nothing_is_recorded(
+    flows_environment: dict[str, str], tmp_path: Path
+) -> None:
+    with driver("nested", {**flows_environment, "PREFECT_HOME": str(tmp_path)}) as process:
+        out, err = process.communicate(timeout=240)
+    assert (out, err) == ("result: [False, {}, 4]\n", "")
+    assert not list(tmp_path.rglob("*.db"))
+
+
+@pytest.mark.parametrize(
+    ("number", "said"),
+    [(signal.SIGTERM, "TerminatedError SIGTERM"), (signal.SIGINT, "KeyboardInterrupt")],
+    ids=["SIGTERM", "Ctrl-C"],
+)
+def test_a_run_without_a_server_is_stopped_in_order(flows_environment: dict[str, str], number: int, said: str) -> None:
+    with driver("sleepy", flows_environment) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "working\n"
         assert servers_of(process.pid) == []
+        process.send_signal(number)
+        out, err = process.communicate(timeout=30)
+        assert (out.strip(), err) == (said, "")
 
 
 @pytest.mark.parametrize(
@@ -114,8 +154,10 @@ def test_a_failed_task_is_its_own_error_without_a_traceback(flows_environment: d
     ids=["SIGTERM", "Ctrl-C", "SIGKILL"],
 )
 def test_the_prefect_server_ends_with_the_run(flows_environment: dict[str, str], number: int, said: str) -> None:
-    with driver("sleepy", flows_environment) as process:
+    with driver("sleepy", flows_environment, "--pages") as process:
         assert process.stdout is not None
+        with urllib.request.urlopen(process.stdout.readline().strip(), timeout=60) as page:
+            assert b"<title>Prefect" in page.read()
         assert process.stdout.readline() == "working\n"
         [server] = servers_of(process.pid)
         assert server_errors(Path(f"/proc/{server.split()[0]}/fd/1")) == []  # a file without a name
@@ -127,8 +169,8 @@ def test_the_prefect_server_ends_with_the_run(flows_environment: dict[str, str],
 
 def test_a_prefect_server_that_is_killed_is_started_again(flows_environment: dict[str, str]) -> None:
     """Prefect's client would try for minutes to reach it, and could not be stopped meanwhile."""
-    with driver("sleepy", flows_environment) as process:
-        assert process.stdout is not None
+    with driver("sleepy", flows_environment, "--pages") as process:
+        assert process.stdout is not None and process.stdout.readline().startswith("http://127.0.0.1:")
         assert process.stdout.readline() == "working\n"
         [first] = servers_of(process.pid)
         os.kill(int(first.split()[0]), signal.SIGKILL)

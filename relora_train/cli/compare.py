@@ -5,7 +5,7 @@ from typing import Annotated, Any
 import typer
 from rich.text import Text
 
-from relora_train.cli.options import AsJson, Sets, Store, Verbose, answer, open_named, overrides_of
+from relora_train.cli.options import AsJson, Pages, Sets, Store, Verbose, answer, open_named, overrides_of
 from relora_train.cli.output import BLANK, View, place, table, tell
 from relora_train.cli.run import check_inputs, run_shown
 from relora_train.errors import ConfigError
@@ -34,6 +34,7 @@ def compare(
         ),
     ] = None,
     store: Store = None,
+    pages: Pages = False,
     as_json: AsJson = False,
     verbose: Verbose = False,
 ) -> None:
@@ -81,7 +82,7 @@ def compare(
         "store": opened.uri,
         "deployment": deployment,
     }
-    run_shown("compare", parameters, view=summary_view, as_json=as_json, verbose=verbose)
+    run_shown("compare", parameters, view=summary_view, pages=pages, as_json=as_json, verbose=verbose)
 
 
 def _list_experiments(*, as_json: bool) -> None:

@@ -1,8 +1,7 @@
-"""Run an installed flow in this process with a Prefect server of its own: quiet, offline, nothing to set up or to stop.
+"""Run an installed flow in this process: quiet, offline, nothing to set up or to stop.
 
 Flows are found by name among the entry points of the group `relora_train.flows`; the library imports none of them and
-no Prefect. Prefect logs to its own database. People see events (events.py), warnings of the library, and the error that
-ends a run.
+no Prefect. People see events (events.py), warnings of the library, and the error that ends a run.
 """
 
 import logging
@@ -16,6 +15,7 @@ from typing import Any, cast
 
 from relora_train.cli.local_server import API_URL, LocalServer, check_server, users_server
 from relora_train.errors import ConfigError, OrchestratorError
+from relora_train.process import NO_SERVER
 from relora_train.storage.redaction import without_secrets
 
 _QUIET_AND_OFFLINE = {
@@ -39,13 +39,19 @@ class TerminatedError(BaseException):
 
 
 def run_flow(
-    name: str, parameters: dict[str, Any], *, warnings: logging.Handler | None = None, verbose: bool = False
+    name: str,
+    parameters: dict[str, Any],
+    *,
+    warnings: logging.Handler | None = None,
+    verbose: bool = False,
+    with_pages: Callable[[str], None] | None = None,
 ) -> Any:
     """Run a flow to its end and return its result; raises what the flow raised, KeyboardInterrupt or TerminatedError.
 
-    warnings: gets the warnings of the library.
-    Uses the Prefect server that $PREFECT_API_URL names, else one that is gone when this process is, even after SIGKILL.
-    To be called from the main thread, once a process, before anything has imported Prefect.
+    warnings: gets the warnings of the library. with_pages: start a server of the run's own, and give it the address of
+    its pages; the server is gone when this process is, even after SIGKILL.
+    Uses the Prefect server that $PREFECT_API_URL names; else none, unless asked: then nothing is recorded beside the
+    store. To be called from the main thread, once a process, before anything has imported Prefect.
     """
     set_orchestrator_environment(verbose=verbose)
     logger = logging.getLogger("relora_train")
@@ -54,15 +60,19 @@ def run_flow(
             check_server(named)
             os.environ.setdefault("PREFECT_CLIENT_MAX_RETRIES", "9")  # it may be away for ten minutes
             flow = load_installed(name)
-        else:
+        elif with_pages is not None:
             server = LocalServer()
             os.environ[API_URL] = server.api_url
             flow = load_installed(name)  # imports Prefect: a few seconds in which the server starts
             server.wait_until_ready()
+            with_pages(server.api_url.removesuffix("/api"))
+        else:
+            os.environ |= {API_URL: NO_SERVER, "PREFECT_LOGGING_TO_API_ENABLED": "false"}
+            flow = load_installed(name)
         if warnings is not None:
             logger.addHandler(warnings)  # Prefect's import sets up logging and drops the handlers it finds
         try:
-            return flow(**parameters)
+            return load_installed("call", "relora_train.services")(flow, parameters)
         except Exception as error:
             if not any(kind.__module__ == "httpx" for kind in type(error).__mro__):
                 raise

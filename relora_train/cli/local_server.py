@@ -21,14 +21,12 @@ import urllib.request
 from contextlib import suppress
 
 from relora_train.errors import ConfigError, OrchestratorError, ReLoRAError
-from relora_train.process import SAFE_PATH
+from relora_train.process import NO_SERVER, SAFE_PATH
 from relora_train.storage.redaction import without_secrets
 
 API_URL = "PREFECT_API_URL"
 _HOST = "127.0.0.1"
 _SERVER_SETTINGS = {
-    "PREFECT_UI_ENABLED": "0",
-    "PREFECT__SERVER_EPHEMERAL": "1",  # no schedulers, no web pages
     "PREFECT__SERVER_FINAL": "1",
     "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",  # outlive a kill
 }
@@ -59,7 +57,7 @@ class LocalServer:
     def _start(self) -> None:
         self.process: subprocess.Popen[bytes] = subprocess.Popen(  # noqa: S603 (our own module and interpreter)
             self._command,
-            env={**os.environ, **SAFE_PATH, **_SERVER_SETTINGS},
+            env={**os.environ, **SAFE_PATH, **_SERVER_SETTINGS, "PREFECT_UI_API_URL": self.api_url},
             stdin=subprocess.DEVNULL,
             stdout=self._output,
             stderr=subprocess.STDOUT,
@@ -111,7 +109,8 @@ class LocalServer:
 
 def users_server() -> str | None:
     """Return the address of the Prefect server that the user named."""
-    return os.environ.get(API_URL)
+    named = os.environ.get(API_URL)
+    return None if named == NO_SERVER else named
 
 
 def check_server(api_url: str) -> None:
@@ -136,7 +135,7 @@ def check_server(api_url: str) -> None:
         reason = getattr(error, "reason", error)
         raise ConfigError(
             f"No Prefect server answers at {shown}, which PREFECT_API_URL names: {reason}. Start it, correct the "
-            "variable, or unset it: then a server of the run's own is used."
+            "variable, or unset it: then the run does without."
         ) from None
 
 

@@ -49,6 +49,8 @@ SeriesName = Annotated[str, typer.Argument(help="Name of the series, as `relora 
 RunName = Annotated[str, typer.Argument(help="Run id, as `relora runs` shows it.")]
 Verbose = Annotated[bool, typer.Option("--verbose", help="Show Prefect's log in place of the progress.")]
 
+Pages = Annotated[bool, typer.Option("--ui", help="Start a Prefect server that shows the run until it ends.")]
+
 
 def open_named(uri: str | None) -> ObjectStore:
     """Open the store of this address, or the default one."""

@@ -3,7 +3,7 @@
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path, PurePosixPath
 from types import FrameType
 from typing import Annotated, Any
@@ -18,6 +18,7 @@ from relora_train.cli.local_server import users_server
 from relora_train.cli.options import (
     AsJson,
     Model,
+    Pages,
     ProfileName,
     Sets,
     Store,
@@ -45,14 +46,15 @@ from relora_train.runs import find
 from relora_train.runs.divergence import divergence_text
 from relora_train.runs.model_check import check_settings
 from relora_train.runs.run import Run, RunSummary, StageSummary, choose_run_id
-from relora_train.runs.workers import join_run
+from relora_train.runs.workers import READY_WORKER, Worker, join_run
 from relora_train.settings.load import load_profile
 from relora_train.settings.objectives import measures_in
 from relora_train.settings.profile import Profile
 from relora_train.text import counted, duration, short_count, short_duration
 from relora_train.training.models.registry import facts_of
 
-_STARTING = "starting Prefect, which takes ten to twenty seconds"
+_STARTING = "starting"
+_STARTING_SERVER = "starting Prefect's server, which takes ten to twenty seconds"
 _ASKING = "starting the run on the Prefect server of PREFECT_API_URL"
 _CONTINUE = "Every committed stage is kept; the same command goes on from there."
 _NOTHING_LEFT = (
@@ -74,6 +76,7 @@ def run(
         str | None,
         typer.Option(metavar="CHECKPOINT", help="Start from this checkpoint of any run; other settings make a branch."),
     ] = None,
+    pages: Pages = False,
     as_json: AsJson = False,
     verbose: Verbose = False,
 ) -> None:
@@ -82,22 +85,26 @@ def run(
     settings = load_profile(profile, sets)
     if run_id is not None:
         check_run_id(run_id)
-    opened = open_named(store)
-    opened.preflight()
-    check_inputs(settings, resumed=resume_from is not None)
-    parent = resolve_checkpoint(resume_from, opened).manifest if resume_from else None
-    stages = stages_after(settings, parent)
-    if parent is None:
-        find.check_settings(Run(run_id or choose_run_id(settings, None), opened.uri, settings), stages)
-    parameters = {
-        "profile": profile,
-        "overrides": overrides_of(sets),
-        "run_id": run_id,
-        "store": opened.uri,
-        "resume_from": resume_from,
-    }
-    names = [stage.name for stage in stages]
-    run_shown("pretrain", parameters, names, view=summary_view, as_json=as_json, verbose=verbose)
+    with closing(Worker(keeps=True)) as worker:
+        if not users_server():  # there the worker's warnings belong to a flow run that is yet to begin
+            worker.start(settings)  # imports what training needs beside the checks, and what the flow needs
+            READY_WORKER.set(worker)
+        opened = open_named(store)
+        opened.preflight()
+        check_inputs(settings, resumed=resume_from is not None)
+        parent = resolve_checkpoint(resume_from, opened).manifest if resume_from else None
+        stages = stages_after(settings, parent)
+        if parent is None:
+            find.check_settings(Run(run_id or choose_run_id(settings, None), opened.uri, settings), stages)
+        parameters = {
+            "profile": profile,
+            "overrides": overrides_of(sets),
+            "run_id": run_id,
+            "store": opened.uri,
+            "resume_from": resume_from,
+        }
+        names = [stage.name for stage in stages]
+        run_shown("pretrain", parameters, names, view=summary_view, pages=pages, as_json=as_json, verbose=verbose)
 
 
 def join(
@@ -157,22 +164,25 @@ def run_shown(
     stages: Sequence[str] = (),
     *,
     view: Callable[[Any, float], View],
+    pages: bool,
     as_json: bool,
     verbose: bool,
 ) -> None:
     """Run a flow with its progress shown, and print its result as JSON or by `view`, which gets the seconds it took.
 
+    pages: start a Prefect server with its pages, unless PREFECT_API_URL names one.
     `stages` are announced in this order; with `verbose` nothing is, because Prefect's log tells all.
     Raises what the flow raised, TrainerInterruptedError after Ctrl-C; exits with 143 after SIGTERM.
     """
     started, console = time.monotonic(), console_for_people(to_stderr=as_json)
+    with_pages = (lambda url: tell(f"Prefect shows this run at {url} until it ends.")) if pages else None
     try:
         if verbose:
-            result = run_flow(flow, parameters, verbose=True)
+            result = run_flow(flow, parameters, verbose=True, with_pages=with_pages)
         else:
-            first = _ASKING if users_server() else _STARTING
+            first = _ASKING if users_server() else _STARTING_SERVER if pages else _STARTING
             with shown_progress(console, stages, first=first) as progress, _interrupt_shown_by(progress):
-                result = run_flow(flow, parameters, warnings=progress)
+                result = run_flow(flow, parameters, warnings=progress, with_pages=with_pages)
     except KeyboardInterrupt:
         raise TrainerInterruptedError(f"Stopped by Ctrl-C. {_CONTINUE}") from None
     except TerminatedError as error:

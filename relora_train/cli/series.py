@@ -15,6 +15,7 @@ from relora_train.cli.options import (
     AsJson,
     Include,
     Limit,
+    Pages,
     ProfileName,
     SeriesName,
     Sets,
@@ -63,6 +64,7 @@ def retrain(
     include: Include = None,
     limit: Limit = None,
     store: Store = None,
+    pages: Pages = False,
     as_json: AsJson = False,
     verbose: Verbose = False,
 ) -> None:
@@ -85,7 +87,7 @@ def retrain(
     opened = open_named(store)
     opened.preflight()
     where = {"series": series, "profile": profile, "overrides": overrides_of(sets), "store": opened.uri}
-    run_shown("retrain", where | options, view=_outcome_view, as_json=as_json, verbose=verbose)
+    run_shown("retrain", where | options, view=_outcome_view, pages=pages, as_json=as_json, verbose=verbose)
 
 
 def _outcome_view(summary: RetrainSummary, seconds: float) -> View:

@@ -27,7 +27,7 @@ from relora_train.events import Event
 from relora_train.method.stages import Stage
 from relora_train.runs.publishing import Publisher
 from relora_train.runs.reporting import RunReporter
-from relora_train.runs.workers import Worker
+from relora_train.runs.workers import READY_WORKER, Worker
 from relora_train.settings.base import FrozenConfig
 from relora_train.settings.keys import settings_digest
 from relora_train.settings.profile import Profile, default_run_id
@@ -82,10 +82,12 @@ def session(run: Run, *, depends_on: Sequence[str] = (), stages: Sequence[Stage]
 
     depends_on, and errors: as for hold_run. stages: what is to be trained, for those who watch.
     """
+    ready = READY_WORKER.get()
+    READY_WORKER.set(None)
     publisher = Publisher()  # for a store on this machine it never starts: nothing is gained
     with (
         hold_run(run.store, run.run_id, depends_on=depends_on) as lease,
-        closing(Worker(keeps=True)) as worker,
+        closing(ready or Worker(keeps=True)) as worker,
         publisher if run.store.is_remote else nullcontext(),
         RunReporter(run.store, run.run_id, run.profile.name, stages, still_ours=lease.raise_if_lost),
     ):

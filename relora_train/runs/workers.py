@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextvars import ContextVar
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -41,6 +42,9 @@ _DISMISS_SECONDS = 60
 """The time that other machines have to be there, if all they are to hear is that nothing is left to train."""
 
 ONE_RANK = LaunchConfig()
+READY_WORKER: ContextVar["Worker | None"] = ContextVar("READY_WORKER", default=None)
+"""A worker that was started ahead of a flow, for the first run that it trains."""
+
 _LOGGER = logging.getLogger(__name__)
 
 
