@@ -1,5 +1,6 @@
 """Conversations and prompts become shards that say which tokens are answers; any number of workers, killed or not."""
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 from instructions import CHATML, MARKED, record, write_records
 from pydantic import ValidationError
+from test_prepare import contents, request_for, start, wait_until
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
@@ -103,8 +105,8 @@ def test_rows_hold_every_example_once_whole_and_nothing_else(prepared):
     for row in rows:
         begins = np.flatnonzero(row < -FIRST)
         assert begins[0] == 0
-        for start, end in zip(begins, [*begins[1:], width], strict=True):
-            example = row[start:end]
+        for begin, end in itertools.pairwise([*begins, width]):
+            example = row[begin:end]
             ids = np.where(example < 0, ~example, example) & (FIRST - 1)
             found.append((ids.tolist(), [0, *(example[1:] >= 0).astype(int).tolist()]))
     padding = [one for one in found if not any(one[1])]
@@ -124,3 +126,23 @@ def test_sections_that_say_nothing_together_are_refused(home):
     ):
         with pytest.raises(ValidationError):
             settings(home / "records.jsonl", **given)
+
+
+@pytest.mark.parametrize("kind", ["messages", "labels"])
+def test_killed_between_shards_it_ends_with_the_same_bytes(tmp_path, kind):
+    path = write_records(tmp_path / "a.jsonl", [record(seed) for seed in range(600)])
+    (tmp_path / "chat.jinja").write_text(CHATML)
+    given = {
+        "messages": {"instructions": {"messages": "messages", "chat_template": str(tmp_path / "chat.jinja")}},
+        "labels": {"labels": {"text_pair_field": "pair"}},
+    }[kind]
+    data = settings(path, shard_tokens=4_000, engine="tokenizers", **given)
+    undisturbed = prepare_dataset(data, TOKENIZER, tmp_path / "undisturbed")
+    request = request_for(data, tmp_path)
+    process = start(request, tmp_path)
+    wait_until(lambda: len(list((tmp_path / "work").glob("*/records/train-*.json"))) >= 3)
+    process.kill()
+    process.communicate(timeout=30)
+    assert not request.result_path.exists()
+    assert contents(prepare_dataset(data, TOKENIZER, tmp_path / "work")) == contents(undisturbed)
+    assert len(undisturbed.manifest.files) > 20

@@ -21,7 +21,7 @@ from relora_train.data.selection import DATASET_FORMAT, DatasetInputs, Selection
 from relora_train.data.sources import Source, read_documents, resolve_source
 from relora_train.data.splitting import cut_into_pieces, split_digest, split_of
 from relora_train.data.tokenizer import DocumentTokenizer, train_tokenizer
-from relora_train.errors import CorpusEmptyError
+from relora_train.errors import CorpusEmptyError, TokenizerError
 from relora_train.process import Emit, serve_request
 from relora_train.settings.base import FrozenConfig
 from relora_train.settings.data import DataConfig, TokenizerConfig
@@ -70,6 +70,12 @@ def inputs_of_sources(
         inputs_of(replace(source, data=part), settings, Selection(new=contents_of(source)))
         for part, source in zip(data.parts(), sources, strict=True)
     )
+    templates = {part.template.text: part.data.name for part in parts if part.template}
+    if len(templates) > 1:
+        raise TokenizerError(
+            f"Sources {' and '.join(map(repr, templates.values()))} have different chat templates, and a model is used "
+            "with one. Name the same file in data.instructions.chat_template of each."
+        )
     return MixtureInputs(data, parts) if data.sources else parts[0]
 
 

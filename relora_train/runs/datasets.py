@@ -127,7 +127,8 @@ def _prepare_mixture(run: Run, text: TextSettings, dataset_id: str, work: Path, 
     ]
     directory = work / "mixture"
     directory.mkdir(exist_ok=True)
-    tokenizer = fetch_dataset(parts[0])
+    conversations = [part for part in parts if part.manifest.examples and part.manifest.examples.kind == "messages"]
+    tokenizer = fetch_dataset((conversations or parts)[0])  # theirs has the chat template that they were made by
     for name in (name for name in TOKENIZER_FILES if (tokenizer / name).is_file()):
         shutil.copyfile(tokenizer / name, directory / name)
     hashed = text.inputs(resolve_sources(data)).hashed()
