@@ -176,8 +176,8 @@ def test_every_command_has_one_line_of_help_and_the_exit_codes_are_documented(re
     assert all(code in shown.out for code in codes)
     commands = command_line().commands
     assert " ".join(commands) == (
-        "run retrain compare join plan profiles check runs show datasets retry evaluate bench export report analyze "
-        "serve deploy prune verify pin delete series promote"
+        "run retrain compare join plan profiles check runs show watch metrics datasets retry evaluate bench export "
+        "report analyze serve deploy prune verify pin delete series promote"
     )
     for name, command in commands.items():
         assert command.help and "\n" not in command.help.strip() and command.help.endswith("."), name

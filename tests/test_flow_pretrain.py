@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from relora_train import events
 from relora_train.checkpoints.names import resolve_checkpoint
+from relora_train.checkpoints.status import read_status
 from relora_train.checkpoints.upkeep.verify import verify_run
 from relora_train.cli import run
 from relora_train.cli.run import closing_lines
@@ -30,6 +31,7 @@ from relora_train.errors import (
 )
 from relora_train.events import Event
 from relora_train.runs.run import RunSummary, fetch_parent
+from relora_train.runs.survey import RunOverview, survey_runs
 from relora_train.storage.opening import open_store
 
 pytestmark = PREFECT_WARNS
@@ -140,6 +142,8 @@ def test_s3_gives_the_same_weights_bit_for_bit(finished: tuple[RunSummary, list[
     summary, seen = run_smoke(s3_store_uri, run_id="on-s3")
     assert trained(seen) == ["warm-start", "cycle-1", "cycle-2"]
     assert summary.report_uri.startswith(s3_store_uri)
+    status = read_status(open_store(s3_store_uri), "on-s3")
+    assert status is not None and (status.state, status.records) == ("done", ())  # all are in the store
     assert model_bytes(summary) == model_bytes(finished[0])
     _, seen = run_smoke(s3_store_uri, run_id="on-s3")
     assert trained(seen) == []
@@ -147,8 +151,11 @@ def test_s3_gives_the_same_weights_bit_for_bit(finished: tuple[RunSummary, list[
 
 def test_a_killed_cycle_is_retried_alone(finished: tuple[RunSummary, list[Event]], tmp_path: Path):
     killed: list[int] = []
+    shown: list[RunOverview] = []
 
     def kill_once(event: Event) -> None:
+        if event["event"] == "merge":
+            shown.extend(survey_runs(open_store(tmp_path)))
         if event["event"] == "stage_started" and event["stage"] == "cycle-1" and not killed:
             killed.append(event["pid"])
             os.kill(event["pid"], signal.SIGKILL)
@@ -157,6 +164,9 @@ def test_a_killed_cycle_is_retried_alone(finished: tuple[RunSummary, list[Event]
         summary, seen = run_smoke(tmp_path, run_id="killed")
     assert killed and trained(seen) == ["warm-start", "cycle-1", "cycle-1", "cycle-2"]
     assert model_bytes(summary) == model_bytes(finished[0])
+    assert [(run.state, run.planned_steps) for run in shown] == [("running", 60)] * 2
+    assert all(run.holder == shown[0].holder and f"process {os.getpid()} " in run.holder for run in shown)
+    assert [(run.state, run.step, run.holder) for run in survey_runs(open_store(tmp_path))] == [("done", 60, None)]
 
 
 def test_a_cycle_killed_after_a_snapshot_is_retried_from_it_and_repeats_only_the_steps_since(

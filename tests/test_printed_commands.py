@@ -15,7 +15,7 @@ from relora_train.storage.opening import open_store
 
 PROGRAMS = ("relora", "prefect", "python", "bash", "pip", ".venv/bin/python")
 LOOKING = (
-    "plan", "profiles", "runs", "show", "verify", "prune", "pin", "analyze", "report",
+    "plan", "profiles", "runs", "show", "watch", "metrics", "verify", "prune", "pin", "analyze", "report",
 )  # fmt: skip
 OURS = command_line()
 

@@ -27,7 +27,7 @@ With --json standard output is JSON alone; progress and messages go to standard 
 _COMMANDS = {
     "run": "run", "retrain": "series", "compare": "compare", "join": "run",
     "plan": "plan", "profiles": "plan", "check": "check",
-    "runs": "runs", "show": "show", "datasets": "datasets",
+    "runs": "runs", "show": "show", "watch": "watch", "metrics": "watch", "datasets": "datasets",
     "retry": "evaluate", "evaluate": "evaluate", "bench": "bench", "export": "export", "report": "evaluate",
     "analyze": "analyze", "serve": "serve", "deploy": "deploy",
     "prune": "upkeep", "verify": "upkeep", "pin": "upkeep", "delete": "delete",

@@ -5,7 +5,7 @@ Imports no torch; only the files that are read are fetched, never an optimizer s
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC
 from typing import Any
 
@@ -14,7 +14,7 @@ import numpy as np
 from relora_train.checkpoints.fetch import FetchFiles
 from relora_train.checkpoints.lineage import CheckpointRef
 from relora_train.checkpoints.manifest import CheckpointManifest
-from relora_train.errors import CheckpointCorruptError, CheckpointNotFoundError
+from relora_train.errors import CheckpointNotFoundError
 from relora_train.reports.ranks.analysis import INITIAL, history_for_report, spectra_for_report, start_of_line
 from relora_train.reports.run_data import (
     TRAIN_NUMBERS,
@@ -27,6 +27,7 @@ from relora_train.reports.run_data import (
     StageRow,
     TrainCurve,
 )
+from relora_train.runs.metrics import checkpoint_metrics
 from relora_train.settings.objectives import SCORES, measures_in
 
 _STAGE_FACTS = ("stage", "run_id", "cycle", "fingerprint", "size_bytes", "divergence")
@@ -50,7 +51,7 @@ def collect_run_data(
     if not line:
         raise CheckpointNotFoundError("There is no checkpoint to report on. Run at least one stage first.")
     last = line[-1].manifest
-    records = [record for checkpoint in line for record in _metrics(checkpoint, fetch_files)]
+    records = [record for checkpoint in line for record in checkpoint_metrics(checkpoint, fetch_files)]
     settings = json.loads((fetch_files(line[-1], ["profile.json"]) / "profile.json").read_bytes())
     update = _total_update(line, fetch_files) if spectra else {}
     return RunData(
@@ -104,23 +105,12 @@ def train_curve(records: Sequence[Mapping[str, Any]]) -> TrainCurve:
 
 def stage_peak_bytes(checkpoint: CheckpointRef, fetch_files: FetchFiles) -> int | None:
     """Return the most memory that a stage's training held, on its first rank; None where that was not recorded."""
-    peaks = [record.get("peak_bytes") for record in _metrics(checkpoint, fetch_files) if record.get("kind") == "memory"]
+    peaks = [
+        record.get("peak_bytes")
+        for record in checkpoint_metrics(checkpoint, fetch_files)
+        if record.get("kind") == "memory"
+    ]
     return next((int(peak) for peak in reversed(peaks) if peak is not None), None)
-
-
-def _metrics(checkpoint: CheckpointRef, fetch_files: FetchFiles) -> Iterator[dict[str, Any]]:
-    if not any(entry.path == "metrics.jsonl" for entry in checkpoint.manifest.files):
-        return
-    lines = (fetch_files(checkpoint, ["metrics.jsonl"]) / "metrics.jsonl").read_bytes().split(b"\n")
-    for number, text in enumerate(lines, start=1):
-        try:
-            record = json.loads(text or b"null")
-        except ValueError as error:
-            raise CheckpointCorruptError(
-                f"Line {number} of metrics.jsonl of {checkpoint.uri} is not JSON: {error}. Use another checkpoint."
-            ) from None
-        if isinstance(record, dict):
-            yield record
 
 
 def _stage_rows(line: Sequence[CheckpointRef]) -> tuple[StageRow, ...]:
