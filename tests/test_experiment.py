@@ -84,7 +84,7 @@ def runs_of(name: str, arm: str) -> list[PlannedRun]:
 
 
 def test_the_experiments_that_were_promised_are_shipped():
-    assert {"table1", "table2-tiny", "resets", "restarts", "warm-start", "beyond", *PAPERS_TABLE_2} <= set(SHIPPED)
+    assert {"table1", "table2-tiny", "table5-tiny", "table5-glue", "resets", "restarts", "warm-start", "beyond", *PAPERS_TABLE_2} <= set(SHIPPED)
     assert {"tutorial", "table4"} == {*ALL_SHIPPED} - {*SHIPPED}
 
 
@@ -94,7 +94,8 @@ def test_every_arm_of_a_shipped_experiment_trains_on_the_same_tokens(name: str):
     assert {run_tokens(run.profile) for run in experiment.runs} == {experiment.config.budget_tokens}
     assert len(experiment.runs) == len(experiment.config.arms) * len(experiment.config.seeds)
     for run in experiment.runs[: len(experiment.config.arms)]:
-        assert plan(run.profile).unknown is None
+        unknown = plan(run.profile).unknown  # a pretrained model is not here yet
+        assert unknown is None if run.profile.model.pretrained is None else "is downloaded" in str(unknown)
 
 
 @pytest.mark.parametrize("name", SHIPPED)

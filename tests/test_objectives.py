@@ -92,7 +92,10 @@ def test_sections_that_do_not_fit_the_objective_are_refused(sections: dict[str, 
 def test_images_and_text_have_sources_of_their_own_and_scores_tell_the_objective():
     images = {*OBJECTIVES["image_classification"].sources}
     assert all(images.isdisjoint(e.sources) for name, e in OBJECTIVES.items() if name != "image_classification")
-    assert all(measures_in({e.scored: 1}) == e for e in OBJECTIVES.values())
+    for entry in OBJECTIVES.values():
+        scores = {"val_loss": 1.0, entry.headline.key: 1.0, entry.second.key: 1.0}
+        assert measures_in(scores) == measures_in({**scores, entry.scored: 9}) == entry
+    assert measures_in({"val_loss": 1.0}) == OBJECTIVES["causal_lm"]
 
 
 def test_a_checkpoint_of_text_is_not_continued_with_images_nor_the_other_way_round(

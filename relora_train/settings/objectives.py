@@ -14,7 +14,7 @@ from relora_train.text import MISSING
 if TYPE_CHECKING:
     from relora_train.settings.profile import Profile
 
-ObjectiveName = Literal["causal_lm", "masked_lm", "sequence_classification", "image_classification"]
+ObjectiveName = Literal["causal_lm", "masked_lm", "sequence_classification", "seq2seq", "image_classification"]
 
 TEXT_SOURCES = ("python-stdlib", "text", "jsonl", "csv", "parquet", "hub")
 
@@ -65,6 +65,7 @@ PERPLEXITY = Measure("val_perplexity", "perplexity", "perplexity", digits=2, sho
 MASKED_PERPLEXITY = Measure("val_masked_perplexity", "masked perplexity", "perplexity", digits=2, short_digits=2)
 BITS_PER_BYTE = Measure("bits_per_byte", "bits per byte", "bits/byte", digits=3, short_digits=2)
 F1 = Measure("val_f1", "F1", "F1", digits=4, short_digits=4, higher_is_better=True)
+EXACT_MATCH = Measure("val_exact_match", "exact match", "exact", digits=4, short_digits=4, higher_is_better=True)
 ACCURACY = Measure("val_accuracy", "accuracy", "accuracy", digits=4, short_digits=4, higher_is_better=True)
 
 
@@ -151,6 +152,20 @@ OBJECTIVES: Mapping[str, Objective] = {
         has_tasks=False,
         pipeline_tag="text-classification",
     ),
+    "seq2seq": Objective(
+        sources=TEXT_SOURCES,
+        learns_from=("prompts",),
+        own_keys=(),
+        in_series=False,
+        headline=EXACT_MATCH,
+        second=LOSS,
+        judged=LOSS,
+        unit="token",
+        scored="val_target_tokens",
+        held_out="text",
+        has_tasks=False,
+        pipeline_tag="text2text-generation",
+    ),
     "image_classification": Objective(
         sources=("digits", "idx"),
         learns_from=("texts",),
@@ -170,9 +185,12 @@ OBJECTIVES: Mapping[str, Objective] = {
 
 
 def measures_in(scores: Mapping[str, Any]) -> Objective:
-    """Return the objective of recorded scores: the one whose count of what was scored is there, or the default."""
-    found = (entry for entry in OBJECTIVES.values() if entry.scored in scores)
-    return next(found, OBJECTIVES[DEFAULT_OBJECTIVE])
+    """Return the objective of recorded scores, by its first measure and what stands beside it, or the default.
+
+    Two objectives have accuracy first. A class of texts has F1 beside it, and is asked before images.
+    """
+    found = [entry for entry in OBJECTIVES.values() if entry.headline.key in scores]
+    return max(found, key=lambda e: (e.scored in scores, e.second.key in scores), default=OBJECTIVES[DEFAULT_OBJECTIVE])
 
 
 SCORES = tuple(dict.fromkeys(["val_loss", *(m.key for e in OBJECTIVES.values() for m in (e.headline, e.second))]))

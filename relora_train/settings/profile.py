@@ -43,7 +43,8 @@ class Profile(FrozenConfig):
 
     objective: ObjectiveName = DEFAULT_OBJECTIVE
     """The thing learned: 'causal_lm', the next token of text; 'masked_lm', its hidden tokens;
-    'sequence_classification', the class of a text; 'image_classification', that of an image."""
+    'sequence_classification', the class of a text; 'seq2seq', a text from a text; 'image_classification', the class of
+    an image."""
 
     seed: int = Field(0, ge=0, lt=2**31)
     """Seed of weights, data order, dropout and re-initialisation."""

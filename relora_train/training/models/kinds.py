@@ -25,6 +25,7 @@ class LoadedAs:
 CAUSAL_LM = LoadedAs("AutoModelForCausalLM", ("ForCausalLM", "LMHead"))
 MASKED_LM = LoadedAs("AutoModelForMaskedLM", ("ForMaskedLM", "ForPreTraining"), leaves_heads=True)
 SEQUENCE_CLASSIFIER = LoadedAs("AutoModelForSequenceClassification", ("For", "LMHead"), leaves_heads=True)
+SEQ2SEQ = LoadedAs("AutoModelForSeq2SeqLM", ("ForConditionalGeneration", "ForSeq2Seq"))
 IMAGE_CLASSIFIER = LoadedAs("AutoModelForImageClassification", ("ForImageClassification",))
 
 

@@ -20,6 +20,7 @@ from relora_train.training.models.kinds import (
     CAUSAL_LM,
     IMAGE_CLASSIFIER,
     MASKED_LM,
+    SEQ2SEQ,
     SEQUENCE_CLASSIFIER,
     LoadedAs,
     check_place,
@@ -184,6 +185,30 @@ class SequenceClassificationFacts(TextFacts):
         return replace(shape, vocab_size=2, tied=True, classifies=True, rough=True, other_matrices=others)
 
 
+class Seq2SeqFacts(TextFacts):
+    """A text from a text, by a T5. Sequences are the encoder's; the decoder's are batch.target_length long."""
+
+    code = "relora_train.training.models.seq2seq:Seq2Seq"
+    kind = SEQ2SEQ
+    family = "t5"
+
+    def config(self) -> dict[str, Any]:
+        model = self.profile.model
+        names = {"d_model": "hidden_size", "d_ff": "intermediate_size", "d_kv": "head_size"}
+        names |= {"num_layers": "num_hidden_layers", "num_heads": "num_attention_heads"}
+        own = {theirs: getattr(model, ours) for theirs, ours in names.items()}
+        return {**super().config(), **own, "tie_word_embeddings": True}
+
+    def check_length(self, positions: int) -> None:
+        """Refuse sources and targets that are longer than the model's positions."""
+        super().check_length(positions)
+        if (length := self.profile.batch.target_length or 0) > positions:
+            raise SequenceTooLongError(
+                f"batch.target_length {length} is longer than the model's {positions} positions. "
+                f"Set batch.target_length to {positions} or less."
+            )
+
+
 class ImageFacts(ObjectiveFacts):
     """Image classification by a vision transformer."""
 
@@ -210,6 +235,7 @@ _FACTS: dict[str, type[ObjectiveFacts]] = {
     "causal_lm": CausalLMFacts,
     "masked_lm": MaskedLMFacts,
     "sequence_classification": SequenceClassificationFacts,
+    "seq2seq": Seq2SeqFacts,
     "image_classification": ImageFacts,
 }
 

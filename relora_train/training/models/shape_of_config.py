@@ -1,6 +1,7 @@
 """The shape of a model, read from its config.json: of the families that are counted exactly."""
 
 from collections.abc import Mapping
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,13 @@ from relora_train.training.models.shape import LinearShape, ModelShape, ShapeUnk
 def shape_of_config(config: Mapping[str, Any], path: Path | str) -> ModelShape:
     """Return the shape that a config.json describes; ShapeUnknownError for a family that is not counted."""
     family = config.get("model_type")
-    readers = {"llama": _llama_of_config, "gpt_neox": _neox_of_config, "vit": _vit_of_config, "bert": _bert_of_config}
+    readers = {
+        "llama": _llama_of_config,
+        "gpt_neox": _neox_of_config,
+        "vit": _vit_of_config,
+        "bert": _bert_of_config,
+        "t5": _t5_of_config,
+    }
     if family not in readers:
         raise ShapeUnknownError(f"models of type {family!r} are not counted, only {', '.join(readers)}")
     try:
@@ -105,5 +112,36 @@ def _bert_of_config(config: Mapping[str, Any]) -> ModelShape:
         causal=False,
         other_matrices=(config["max_position_embeddings"] + types + hidden) * hidden,
         other_vectors=hidden + vocabulary,
+        rough=True,
+    )
+
+
+def _t5_of_config(config: Mapping[str, Any]) -> ModelShape:
+    """Return a T5: the blocks of encoder and decoder counted as one stack, of which a token passes its half.
+
+    A batch is counted by the encoder's tokens, so the work is right where targets are as long as sources.
+    """
+    hidden, inner, size = config["d_model"], config["d_ff"], config["d_kv"] * config["num_heads"]
+    encoder = config["num_layers"]
+    decoder = config.get("num_decoder_layers") or encoder
+    layers, vocabulary = encoder + decoder, config["vocab_size"]
+    gated = str(config.get("feed_forward_proj", "relu")).startswith("gated")
+    linears = [
+        LinearShape(f"{name}.{own}", *((size, hidden) if own == "o" else (hidden, size)), copies=copies)
+        for name, copies in (("SelfAttention", Fraction(1)), ("EncDecAttention", Fraction(decoder, layers)))
+        for own in "qkvo"
+    ]
+    first = ("wi_0", "wi_1") if gated else ("wi",)
+    linears += [LinearShape(f"DenseReluDense.{name}", hidden, inner) for name in first]
+    return ModelShape(
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        layers=layers,
+        linears=(*linears, LinearShape("DenseReluDense.wo", inner, hidden)),
+        norm_parameters=(2 * encoder + 3 * decoder + 2) * hidden,
+        attention_size=size,
+        tied=config.get("tie_word_embeddings", True),
+        family="llama" if gated else "gpt_neox",
+        other_matrices=2 * config.get("relative_attention_num_buckets", 32) * config["num_heads"],
         rough=True,
     )

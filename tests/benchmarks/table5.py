@@ -1,0 +1,106 @@
+"""Labelled texts for the experiment table5-tiny, made of this interpreter's standard library, and its search.
+
+    python tests/benchmarks/table5.py DIR        # writes comments.jsonl, packages.jsonl and search.toml into DIR
+
+comments: is a line from a docstring or a comment?  packages: from which of four packages does a line of code come?
+search.toml has each arm of table5-tiny at four learning rates: an equal budget for all.
+"""
+
+import argparse
+import ast
+import hashlib
+import io
+import json
+import sysconfig
+import tokenize
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from relora_train.experiments.experiment import experiment_directory
+
+EXAMPLES = 2400
+"""Of each class of 'comments', and of four classes of 'packages' together."""
+
+CHARACTERS = range(24, 61)
+PACKAGES = ("asyncio", "email", "multiprocessing", "unittest")
+RATES = {"full": (1e-4, 3e-4, 1e-3, 3e-3), "lora": (1e-3, 3e-3, 1e-2, 3e-2), "relora": (1e-3, 3e-3, 1e-2, 3e-2)}
+
+
+def sources() -> Iterator[tuple[str, str]]:
+    """Yield the package and the text of each module that parses."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    for path in sorted(root.rglob("*.py")):
+        inside = path.relative_to(root)
+        if not {"site-packages", "test", "tests", "lib2to3"}.intersection(inside.parts):
+            try:
+                text = path.read_text(encoding="utf-8")
+                ast.parse(text)
+            except (SyntaxError, ValueError):
+                continue
+            yield inside.parts[0], text
+
+
+def comments() -> Iterator[tuple[str, str]]:
+    """Yield lines of docstrings and comments, without the signs that tell them apart."""
+    for _, text in sources():
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                for line in (ast.get_docstring(node) or "").splitlines()[:2]:
+                    yield "docstring", line.strip()
+        for token in tokenize.generate_tokens(io.StringIO(text).readline):
+            if token.type == tokenize.COMMENT:
+                yield "comment", token.string.lstrip("#!: ").strip()
+
+
+def packages() -> Iterator[tuple[str, str]]:
+    """Yield lines of code of four packages."""
+    for package, text in sources():
+        if package in PACKAGES:
+            yield from ((package, line.strip()) for line in text.splitlines() if not line.strip().startswith("#"))
+
+
+def write(path: Path, lines: Iterator[tuple[str, str]], each: int) -> None:
+    """Write so many different lines of each class: those whose digest is lowest, so that none is preferred."""
+    found: dict[str, dict[str, bytes]] = {}
+    for label, text in lines:
+        if len(text) in CHARACTERS:
+            found.setdefault(label, {})[text] = hashlib.blake2b(text.encode()).digest()
+    ambiguous = {text for label in found for text in found[label] if sum(text in other for other in found.values()) > 1}
+    with path.open("w", encoding="utf-8") as file:
+        for label, texts in sorted(found.items()):
+            for text in sorted(texts.keys() - ambiguous, key=texts.__getitem__)[:each]:
+                file.write(json.dumps({"text": text, "label": label}, ensure_ascii=False) + "\n")
+
+
+def search() -> str:
+    """Return an experiment with an arm for each arm of table5-tiny and each learning rate."""
+    experiment = tomllib.loads((experiment_directory() / "table5-tiny.toml").read_text())
+    arms: dict[str, Any] = {}
+    for (name, arm), rate in ((item, rate) for item in experiment["arms"].items() for rate in RATES[item[0]]):
+        own = {**arm["set"], "optimizer": {"learning_rate": rate}}
+        arms[f"{name}-{rate:g}"] = {"label": f"{arm['label']}, {rate:g}", "set": own}
+    settings = {key: experiment[key] for key in ("profile", "budget_tokens", "base")}
+    settings |= {"title": "The search of table5-tiny", "seeds": [100], "reference": next(iter(arms)), "arms": arms}
+    return "".join(f"{key} = {_toml(value)}\n" for key, value in settings.items())
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{json.dumps(key)} = {_toml(one)}" for key, one in value.items()) + "}"
+    return json.dumps(value)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("directory", type=Path)
+    directory: Path = parser.parse_args().directory
+    directory.mkdir(parents=True, exist_ok=True)
+    write(directory / "comments.jsonl", comments(), EXAMPLES)
+    write(directory / "packages.jsonl", packages(), EXAMPLES // len(PACKAGES))
+    (directory / "search.toml").write_text(search())
+
+
+if __name__ == "__main__":
+    main()
