@@ -275,7 +275,9 @@ def test_learning_rates_rise_and_fall_as_in_the_papers_250m_run():
     assert [len(stage.learning_rates) for stage in stages] == [3, 2, 2, 2]
 
 
-@pytest.mark.parametrize("path", [p for p in list_profiles() if p.stem != "continue"], ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", [p for p in list_profiles() if p.stem not in ("chat", "continue")], ids=lambda path: path.stem
+)
 @pytest.mark.parametrize("method", ["full", "lora", "relora"])
 def test_the_totals_are_the_sums_of_the_stages(path: Path, method):
     planned = plan(load_profile(path, [f"method={method}"]))

@@ -178,14 +178,16 @@ def test_an_override_without_a_value_or_below_a_plain_one_is_refused(tmp_path):
 
 
 def test_the_profiles_that_were_promised_are_shipped():
-    assert {"quickstart", "smoke", "text", "continue", *PAPER_SIZES} <= set(SHIPPED)
+    assert {"quickstart", "smoke", "text", "continue", "chat", *PAPER_SIZES} <= set(SHIPPED)
 
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_a_shipped_profile_loads_and_plans_without_network_or_files(name):
     planned = plan(load_profile(name))
     assert planned.profile == name
-    assert (planned.unknown is None) == (planned.disk_bytes is not None) == (name != "continue")  # any model's
+    assert (
+        (planned.unknown is None) == (planned.disk_bytes is not None) == (name not in ("chat", "continue"))
+    )  # any model's
 
 
 @pytest.mark.parametrize("name", SHIPPED)
@@ -275,6 +277,7 @@ def test_a_launch_section_of_the_readme_loads_and_takes_the_largest_micro_batch(
 
 
 NAMED = {
+    "chat": ("chat-253beff1", "bd6292973b3a1405"),
     "continue": ("continue-3da1bd62", "7871f2382b4d2a61"),
     "digits": ("digits-08cb0cd2", "a61180d4db61d922"),
     "fashion": ("fashion-e9a59e36", "a787d4683ffe0f00"),
