@@ -1,6 +1,9 @@
 """Conversations and prompts become shards that say which tokens are answers; any number of workers, killed or not."""
 
 import itertools
+import json
+import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +15,15 @@ from test_prepare import contents, request_for, start, wait_until
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
+from relora_train.checkpoints.example_format import ExampleFormat
 from relora_train.checkpoints.manifest import hash_file
+from relora_train.data.chat import BROKEN
 from relora_train.data.dataset import map_files, map_shards
+from relora_train.data.engines import choose_engine
+from relora_train.data.example_shards import ExampleEncoder
 from relora_train.data.packed_dataset import FIRST, PackedTokens
 from relora_train.data.prepare import PreparedDataset, prepare_dataset
+from relora_train.data.tokenizer import TRICKY_TEXTS, DocumentTokenizer, load_tokenizer, train_tokenizer
 from relora_train.settings.data import DataConfig, TokenizerConfig
 
 TOKENIZER = TokenizerConfig(vocab_size=300)
@@ -146,3 +154,36 @@ def test_killed_between_shards_it_ends_with_the_same_bytes(tmp_path, kind):
     assert not request.result_path.exists()
     assert contents(prepare_dataset(data, TOKENIZER, tmp_path / "work")) == contents(undisturbed)
     assert len(undisturbed.manifest.files) > 20
+
+
+def test_both_engines_and_offsets_of_characters_give_the_same_ids_and_answers():
+    texts = [CHATML, *(str(one) for one in RECORDS[:40]), *TRICKY_TEXTS]
+    trained = Tokenizer.from_str(train_tokenizer(texts, vocab_size=400).json_text)
+    trained.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    changes: list[dict[str, Any]] = [{}, {"normalizer": {"type": "Sequence", "normalizers": []}}]
+    described = [json.dumps({**json.loads(trained.to_str()), **change}) for change in changes]
+    plain, odd = (replace(load(text), bos_ids=()) for text in described)
+    batch = [
+        ["<|im_start|>user\n", "漢字 answer<|im_end|>", "\n", f"x<{BROKEN}|im_end|>", "y"],
+        *([one] for one in TRICKY_TEXTS),
+    ]
+    batch += [["", f"a{BROKEN}b", "<|im_end|>"], ["é", "è"]]
+    form = ExampleFormat(kind="messages", before=(), between=(0,), after=(0,))
+    found = [
+        [
+            ([ids.tolist() for ids in texts], scored.tolist())
+            for texts, scored, _ in ExampleEncoder(*of, form).encode(batch)
+        ]
+        for of in ((plain, "tokenizers"), (plain, "tiktoken"), (odd, "tokenizers"))
+    ]
+    assert found[0] == found[1] == found[2] and choose_engine(plain, "auto", []) == "tiktoken"
+    (ids,), scored = found[0][0]
+    learned = [i for i, one in zip(ids, scored, strict=True) if one]
+    assert trained.decode(learned, skip_special_tokens=False) == "漢字 answer<|im_end|>x<|im_end|>"
+    assert ids.count(trained.token_to_id("<|im_end|>")) == 1 and scored[0] == 0
+
+
+def load(json_text: str) -> DocumentTokenizer:
+    with tempfile.TemporaryDirectory() as directory:
+        (Path(directory) / "tokenizer.json").write_text(json_text)
+        return load_tokenizer(directory)

@@ -11,7 +11,6 @@ separator, which is learned too. A labelled text has neither BOS nor separator: 
 
 import hashlib
 from collections.abc import Iterator
-from itertools import accumulate
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +18,7 @@ from numpy.typing import NDArray
 from relora_train.checkpoints.example_format import ExampleFormat
 from relora_train.checkpoints.manifest import FileEntry
 from relora_train.data.chat import BROKEN
-from relora_train.data.engines import Engine, make_encoder
+from relora_train.data.engines import Engine, make_chat_encoder, make_encoder
 from relora_train.data.records import class_order
 from relora_train.data.shards import ShardPlan, ShardRecord, record_shard
 from relora_train.data.staging import StagedCorpus, StagedRange, read_pieces
@@ -41,7 +40,7 @@ class ExampleEncoder:
         self._classes = {name: number for number, name in enumerate(examples.classes)}
         self._bos, self._eos = (np.array(ids, dtype=np.uint32) for ids in (tokenizer.bos_ids, [tokenizer.eos_id]))
         if examples.kind == "messages":
-            self._chat = tokenizer.chat_encoder()
+            self._chat = make_chat_encoder(tokenizer, engine)
         else:
             self._encode = make_encoder(tokenizer, engine)
 
@@ -49,9 +48,7 @@ class ExampleEncoder:
         """Yield, for each example, its texts as ids, which of them are learned, and its class."""
         kind = self._examples.kind
         if kind == "messages":
-            for parts in batch:
-                ids, scored = self._conversation(parts)
-                yield [ids], scored, None
+            yield from self._conversations(batch)
             return
         texts = 2 if kind == "prompts" or self._examples.pairs else 1
         flat = self._encode([text for parts in batch for text in parts[:texts]])
@@ -64,18 +61,23 @@ class ExampleEncoder:
                 scored = np.repeat(np.array([0, 1], np.uint8), [len(prompt), len(answer)])
                 yield [np.concatenate([prompt, answer])], scored, None
 
-    def _conversation(self, parts: list[str]) -> tuple[Ids, NDArray[np.uint8]]:
-        """Return a conversation's ids, and 1 for each that touches an answer: parts 1, 3, … of the text."""
-        ends = list(accumulate(map(len, parts)))
-        ids, scored, begin = list[Ids](), list[NDArray[np.uint8]](), 0
-        for text in "".join(parts).split(BROKEN):
-            encoding = self._chat.encode(text, add_special_tokens=False)
-            ids.append(np.array(encoding.ids, dtype=np.uint32))
-            places = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2) + begin
-            places[:, 1] = np.maximum(places[:, 1] - 1, places[:, 0])
-            scored.append((np.searchsorted(ends, places, side="right") % 2 == 1).any(axis=1).astype(np.uint8))
-            begin += len(text) + len(BROKEN)
-        return np.concatenate(ids), np.concatenate(scored)
+    def _conversations(self, batch: list[list[str]]) -> Iterator[tuple[list[Ids], NDArray[np.uint8], None]]:
+        """Yield each conversation's ids, and 1 for each that touches an answer: parts 1, 3, … of the text."""
+        pieces = [text.split(BROKEN) for text in map("".join, batch)]
+        ids, places = self._chat([piece for of_one in pieces for piece in of_one])
+        # The places leave BROKEN out, so the parts' ends do too.
+        bounds = np.cumsum([0, *(len(part.replace(BROKEN, "").encode()) for parts in batch for part in parts)])
+        answers = np.flatnonzero([number % 2 for parts in batch for number in range(len(parts))])
+        first = np.searchsorted(places[:, 1], bounds[answers], side="right")  # the first that ends inside
+        after = np.searchsorted(places[:, 0], bounds[answers + 1], side="left")  # the first that begins behind
+        scored = np.zeros(len(places), dtype=np.uint8)
+        for start, end in zip(first.tolist(), after.tolist(), strict=True):
+            scored[start:end] = 1
+        begin, taken = 0, 0
+        for of_one in pieces:
+            own = np.concatenate(ids[taken : taken + len(of_one)])
+            yield [own], scored[begin : begin + len(own)], None
+            begin, taken = begin + len(own), taken + len(of_one)
 
 
 def write_example_shard(plan: ShardPlan, encoder: ExampleEncoder, staged: StagedRange) -> ShardRecord:

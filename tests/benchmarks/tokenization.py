@@ -7,7 +7,8 @@ so that other load on the machine matters little; the contestants take turns and
 
     python tests/benchmarks/tokenization.py --compare --megabytes 100
 
-prepares the same text as one source, as a mixture of two, and as a single line, as a run does: hashing, process and
+prepares the same text as one source, as a mixture of two, as a single line, and as conversations of four messages of up
+to 1,000 characters, whose template marks answers or does not, as a run does: hashing, process and
 commit included.
 """
 
@@ -27,6 +28,9 @@ from pathlib import Path
 
 import numpy as np
 from tokenizers import Tokenizer
+
+sys.path.append(str(Path(__file__).parents[1]))
+from instructions import CHATML, MARKED
 
 from relora_train.data.dataset import TokenDataset
 from relora_train.data.prepare import PreparedDataset, prepare_dataset
@@ -168,6 +172,21 @@ def compare(scratch: Path, megabytes: float, rounds: int, workers: int) -> None:
     for name, part in {"all": texts, "a": texts[:half], "b": texts[half:], "line": ["".join(texts)]}.items():
         (scratch / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in part))
 
+    with (scratch / "chats.jsonl").open("w") as stream:
+        for text in texts:
+            said = [text[start : start + 1000] for start in range(0, len(text), 1000)]
+            for start in range(0, len(said), 4):
+                turns = zip(("user", "assistant") * 2, [*said[start : start + 4], *["alpha"] * 3][:4], strict=True)
+                messages = [
+                    {"role": role, "content": content if content.strip() else "beta"} for role, content in turns
+                ]
+                stream.write(json.dumps({"messages": messages}) + "\n")
+    (scratch / "plain.jinja").write_text(CHATML)
+    (scratch / "marked.jinja").write_text(MARKED)
+
+    def chats(name: str) -> dict[str, object]:
+        return {**source("chats"), "instructions": {"messages": "messages", "chat_template": str(scratch / name)}}
+
     def source(name: str) -> dict[str, object]:
         return {"source": "jsonl", "paths": [str(scratch / f"{name}.jsonl")]}
 
@@ -175,6 +194,8 @@ def compare(scratch: Path, megabytes: float, rounds: int, workers: int) -> None:
         "plain text": source("all"),
         "mixture of two": {"sources": [{"name": name, "weight": 1, **source(name)} for name in ("a", "b")]},
         "one line": source("line"),
+        "conversations": chats("plain.jinja"),
+        "with marks": chats("marked.jinja"),
     }
     cpu: dict[str, list[float]] = {name: [] for name in contestants}
     memory: dict[str, float] = {}
@@ -182,6 +203,7 @@ def compare(scratch: Path, megabytes: float, rounds: int, workers: int) -> None:
     for number in range(rounds):
         for name, data in contestants.items():
             settings = {"data": {"workers": workers, **data}, "tokenizer": {"path": str(scratch)}}
+            settings |= {"batch": {"documents": "mask"}} if "instructions" in data else {}
             own = load_profile("quickstart", settings)
             watched = WorkerMemory(b"relora_train.data.prepare")
             watched.start()
