@@ -27,6 +27,7 @@ from relora_train.method.layer import relora_layers
 from relora_train.method.wrap import apply_relora
 from relora_train.runs.plan import plan
 from relora_train.settings.profile import Profile
+from relora_train.training.evaluate import evaluation_key
 from relora_train.training.files import write_manifest
 from relora_train.training.models.registry import model_shape, objective_of
 from relora_train.training.models.seq2seq import TargetLoss
@@ -182,6 +183,14 @@ def test_a_new_t5_is_the_one_that_is_planned_and_others_are_refused(corpus: Path
 
 
 # --- training
+
+
+def test_scores_of_other_targets_are_not_reused(corpus: Path, dataset: Path, tmp_path: Path):
+    def key(**changes: Any) -> str:
+        profile = seq2seq_profile(corpus, batch={**SHAPE, **changes})
+        return evaluation_key(stage_request(profile, "warm-start", dataset, tmp_path))
+
+    assert len({key(), key(target_length=6), key(too_long="drop"), key(sequence_length=8)}) == 4 and key() == key()
 
 
 def test_training_learns_and_exact_match_is_that_of_greedy_decoding(trained: dict[str, Path], dataset: Path):

@@ -67,7 +67,7 @@ def draw_plots(data: RunData) -> dict[str, bytes]:
 
 def score_plot_name(data: RunData) -> str:
     """Return 'perplexity.png', where that is what the run is scored by."""
-    return f"{data.measures.headline.name}.png"
+    return data.measures.headline.name.replace(" ", "_") + ".png"
 
 
 def overview_png(data: RunData) -> bytes:

@@ -90,10 +90,10 @@ def evaluate_stage(training: StageTraining, metrics: list[dict[str, Any]], emit:
 def evaluation_key(request: StageRequest) -> str:
     """Return a digest of everything a validation loss depends on beside the weights."""
     profile = request.profile
-    documents = profile.batch.documents
+    later = profile.batch.model_dump(include={"documents", "too_long", "target_length"}, exclude_defaults=True)
     return settings_digest(
         {
-            **({"documents": documents} if documents != "join" else {}),  # absent from older keys
+            **later,  # absent from older keys
             "dataset_id": request.dataset_id,
             "sequences": profile.evaluation.sequences,
             "sequence_length": profile.batch.sequence_length,
