@@ -1,8 +1,8 @@
 """Labelled texts, and prompts with completions -> one row each, padded to equal length.
 
 A text is read whole, framed by what its tokenizer puts around it (manifest.examples). What is longer than a row is cut
-inside that frame, or left out, and counted: a text at its end; of two texts the longer one, token by token, until both
-fit (transformers' `longest_first`).
+inside that frame, or left out, and counted: a text at its end; of two texts the longer one until both are as long, then
+both (`longest_first` of tokenizers).
 """
 
 from pathlib import Path
@@ -151,8 +151,8 @@ class PromptPairs(_PaddedDataset):
 
 
 def longest_first(first: int, second: int, room: int) -> tuple[int, int]:
-    """Return how much of two texts fits into so many tokens, where the longer one gives one away at a time."""
+    """Return how much of two texts fits into so many tokens, the longer one cut first; of a rest it has one more."""
     if first + second <= room:
         return first, second
-    kept = min(first, max(room - second, (room + 1) // 2))
-    return kept, min(second, room - kept)
+    shorter = min(first, second, room // 2)
+    return (room - shorter, shorter) if first > second else (shorter, room - shorter)
