@@ -62,6 +62,15 @@ class PackedTokens(TokenDataset):
         self.blocks = int(rows.max(initial=-1)) + 1
         self._first_of_row = np.searchsorted(rows[order], np.arange(self.blocks + 1))
 
+    def _too_small(self, needed: int) -> str:
+        dropped = f", beside {self.left_out['dropped']:,} that are too long" if self.left_out["dropped"] else ""
+        return (
+            f"The {self.split} split of dataset {self.manifest.name!r} has {len(self._starts):,} examples{dropped}, which "
+            f"fill {self.blocks:,} sequences of {self.sequence_length} tokens; {needed:,} are needed. Remedies: give more "
+            "of them, lower batch.sequences or batch.sequence_length, score fewer sequences, or change "
+            "data.validation_fraction."
+        )
+
     def _gather(self, blocks: list[int]) -> Rows:
         out: Rows = np.full((len(blocks), self._width), ~self.manifest.eos_id, dtype=self.dtype)
         for row, block in zip(out, blocks, strict=True):
