@@ -1,7 +1,6 @@
 """Labelled texts and prompts are rows as transformers' own tokenizer makes them: framed, cut by its rule, padded."""
 
 import json
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -138,13 +137,13 @@ def test_a_dataset_of_another_kind_is_refused(prepared: dict[str, PreparedDatase
         PromptPairs(made.directory, "train", sequence_length=LENGTH, target_length=4, manifest=made.manifest)
 
 
-def test_classes_that_are_numbers_stand_in_their_order(
-    tokenizer: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-):
-    caplog.set_level(logging.WARNING)
+def test_classes_are_in_their_order_and_a_text_of_two_classes_is_on_one_side(tokenizer: Path, tmp_path: Path):
     labels = [10, 9, 2]
-    rows = [{"text": one["text"], "label": labels[number % 3]} for number, one in enumerate(RECORDS)]
-    data = DataConfig(source="jsonl", paths=(str(write_records(tmp_path / "a.jsonl", rows)),), workers=1, labels={})
+    rows = [{"text": one["text"], "label": label} for one in RECORDS for label in labels]
+    fixed: dict[str, Any] = {"source": "jsonl", "workers": 1, "validation_fraction": 0.3, "labels": {}}
+    data = DataConfig(paths=(str(write_records(tmp_path / "a.jsonl", rows)),), **fixed)
     made = prepare_dataset(data, TokenizerConfig(path=str(tokenizer)), tmp_path / "work")
     assert made.manifest.examples and made.manifest.examples.classes == ("2", "9", "10")
     assert json.loads(made.manifest.to_bytes())["examples"]["classes"] == ["2", "9", "10"]
+    train, val = ({row[:-1] for row in rows_of(made, split)[0]} for split in ("train", "val"))
+    assert len(train) > 50 and len(val) > 20 and not train & val
