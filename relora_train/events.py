@@ -27,7 +27,7 @@ Inside a process events travel as log records of the logger `relora_train.events
     checkpoint_stored  stage step uri seconds (since it was trained; only after a stage_finished without uri)
     diverged         stage learning_rate message attempt attempts
     retrying         task message retry retries seconds (the pause before, about)
-    evaluated        uri stage reused and the scores
+    evaluated        uri stage reused samples (of prompt and text) and the scores
     report_written   html_uri
     arm_started      arm seed run_id stages (names of what it trains)
     arm_reused       arm seed outcome and the first score

@@ -84,7 +84,8 @@ def measure_by_task(checkpoint: CheckpointRef, measure: TaskMeasure) -> float:
 
 def _announced(outcome: EvaluationOutcome, checkpoint: CheckpointRef) -> EvaluationOutcome:
     scores = {key: value for key, value in outcome.record.items() if key in SCORES}
-    events.emit("evaluated", uri=checkpoint.uri, stage=checkpoint.manifest.stage, reused=outcome.reused, **scores)
+    told = {"samples": outcome.record.get("samples", []), **scores}
+    events.emit("evaluated", uri=checkpoint.uri, stage=checkpoint.manifest.stage, reused=outcome.reused, **told)
     return skipped(outcome, "the scores") if outcome.reused else outcome
 
 

@@ -45,7 +45,7 @@ WITHOUT_CREDENTIALS = [
 
 PLAIN_TEXT = {
     "run_id", "series", "tasks.0", "gate", "stop_after", "gpu_limit", "deployment", "overrides.name",
-    "overrides.model.revision",
+    "overrides.model.revision", "overrides.tracking.project",
     "overrides.tokenizer.eos_token", "overrides.tokenizer.revision", "overrides.tokenizer.mask_token",
     "overrides.data.name", "overrides.data.hub_config", "overrides.data.hub_split",
     "overrides.data.hub_revision", "overrides.data.text_field", "overrides.relora.target_modules.0",

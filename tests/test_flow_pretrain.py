@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from prefect_server import PREFECT_WARNS, running_prefect
+from tracked import of_tensorboard
 from transformers import AutoModelForCausalLM
 
 from relora_train import events
@@ -149,7 +150,10 @@ def test_s3_gives_the_same_weights_bit_for_bit(finished: tuple[RunSummary, list[
     assert trained(seen) == []
 
 
-def test_a_killed_cycle_is_retried_alone(finished: tuple[RunSummary, list[Event]], tmp_path: Path):
+def test_a_killed_cycle_is_retried_alone(
+    finished: tuple[RunSummary, list[Event]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("relora_train.runs.tracking._END_SECONDS", 300.0)  # a machine may be slow
     killed: list[int] = []
     shown: list[RunOverview] = []
 
@@ -160,13 +164,19 @@ def test_a_killed_cycle_is_retried_alone(finished: tuple[RunSummary, list[Event]
             killed.append(event["pid"])
             os.kill(event["pid"], signal.SIGKILL)
 
+    tracking = {"tracking.to": ["tensorboard"], "tracking.directory": str(tmp_path / "tracked")}
     with listening(kill_once):
-        summary, seen = run_smoke(tmp_path, run_id="killed")
+        summary, seen = run_smoke(tmp_path, run_id="killed", overrides=tracking)
     assert killed and trained(seen) == ["warm-start", "cycle-1", "cycle-1", "cycle-2"]
     assert model_bytes(summary) == model_bytes(finished[0])
     assert [(run.state, run.planned_steps) for run in shown] == [("running", 60)] * 2
     assert all(run.holder == shown[0].holder and f"process {os.getpid()} " in run.holder for run in shown)
     assert [(run.state, run.step, run.holder) for run in survey_runs(open_store(tmp_path))] == [("done", 60, None)]
+    told = of_tensorboard(tmp_path / "tracked", "killed")
+    steps = [step for step, _ in told["train/loss"]]
+    assert steps == sorted(set(steps)) and steps[-1] == 60  # also where a cycle was begun again
+    assert [step for step, _ in told["merge/effective_rank"]] == [40, 60]
+    assert {f"samples/{stage}" for stage in ("warm-start", "cycle-2")} <= told.keys()
 
 
 def test_a_cycle_killed_after_a_snapshot_is_retried_from_it_and_repeats_only_the_steps_since(

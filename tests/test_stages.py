@@ -128,9 +128,10 @@ CHANGES_NOTHING = {
     "launch.gradient_checkpointing": True,
     "retention.keep_last": 2,
     "retention.keep_every": 5,
+    "tracking.to": ("trackio",),
+    **dict.fromkeys(("tracking.project", "tracking.directory"), "other"),
 }
 """Settings that change no weight beyond the order of sums."""
-
 
 OF_ONE_DTYPE = {"precision.residual"}
 """A setting that only bfloat16 has."""
@@ -417,10 +418,9 @@ def test_the_readme_marks_what_each_setting_changes():
         elif row := re.match(r"\| `(\w+)` \|[^|]+\|([^|]*)\|", line):
             marks[section + row[1]] = row[2].strip()
     expected = (
-        dict.fromkeys({*CHANGES, *OF_ONE_OBJECTIVE}, "")
+        dict.fromkeys({*CHANGES, *OF_ONE_OBJECTIVE, *OF_ONE_DTYPE}, "")
         | dict.fromkeys(THROUGH_THE_DATASET, "◇")
         | dict.fromkeys(CHANGES_NOTHING, "○")
-        | dict.fromkeys(OF_ONE_DTYPE, "")
     )
     assert marks == expected
 

@@ -46,6 +46,7 @@ from relora_train.runs import find
 from relora_train.runs.divergence import divergence_text
 from relora_train.runs.model_check import check_settings
 from relora_train.runs.run import Run, RunSummary, StageSummary, choose_run_id
+from relora_train.runs.tracking import check_trackers
 from relora_train.runs.workers import READY_WORKER, Worker, join_run
 from relora_train.settings.load import load_profile
 from relora_train.settings.objectives import measures_in
@@ -142,6 +143,7 @@ def check_inputs(profile: Profile, *, resumed: bool = False) -> str | None:
     from relora_train.devices import check_devices
 
     check_devices(profile.launch)
+    check_trackers(profile)
     if not resumed:
         check_settings(profile)
     parts = profile.data.parts()

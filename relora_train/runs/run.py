@@ -1,7 +1,6 @@
 """One run in a store: its identity and settings, the datasets and checkpoints it reads, and the line it is on.
 
-Manifests in the store alone say what has been done. `find.py` looks a stage up, `train.py` trains it. The summary of a
-run is what the command line prints and scripts read.
+Manifests in the store alone say what has been done. `find.py` looks a stage up, `train.py` trains it.
 """
 
 import json
@@ -27,6 +26,7 @@ from relora_train.events import Event
 from relora_train.method.stages import Stage
 from relora_train.runs.publishing import Publisher
 from relora_train.runs.reporting import RunReporter
+from relora_train.runs.tracking import Tracking
 from relora_train.runs.workers import READY_WORKER, Worker
 from relora_train.settings.base import FrozenConfig
 from relora_train.settings.keys import settings_digest
@@ -90,9 +90,9 @@ def session(run: Run, *, depends_on: Sequence[str] = (), stages: Sequence[Stage]
         closing(ready or Worker(keeps=True)) as worker,
         publisher if run.store.is_remote else nullcontext(),
         RunReporter(run.store, run.run_id, run.profile.name, stages, still_ours=lease.raise_if_lost),
+        Tracking(run.run_id, run.profile),
     ):
-        view = RunView(run.store, run.run_id)
-        yield replace(run, lease=lease, worker=worker, publisher=publisher, view=view)
+        yield replace(run, lease=lease, worker=worker, publisher=publisher, view=RunView(run.store, run.run_id))
 
 
 @dataclass(frozen=True)

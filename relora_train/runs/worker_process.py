@@ -20,7 +20,7 @@ from relora_train.process import PARENT_PIPE_VARIABLE, SAFE_PATH, SERVED, STOP_S
 from relora_train.storage.workspace import cache_root
 
 _TAIL_LINES = 20
-_SECRETS = ("AWS_", "PREFECT_API_KEY", "PREFECT_API_AUTH_STRING", "PREFECT_SERVER_API_AUTH_STRING")
+_SECRETS = ("AWS_", "WANDB_API_KEY", "PREFECT_API_KEY", "PREFECT_API_AUTH_STRING", "PREFECT_SERVER_API_AUTH_STRING")
 _LOGGER = logging.getLogger(__name__)
 
 
@@ -80,11 +80,9 @@ class WorkerProcess:
         self.took_request = False
         self._failures.clear()
         try:
-            if line is not None and self._process.stdin is not None:
+            if line is not None:
                 self._tail.clear()
-                with contextlib.suppress(BrokenPipeError):  # it has just died: its status will say how
-                    self._process.stdin.write(f"{line}\n")
-                    self._process.stdin.flush()
+                self.send(line)
             for event in self._events():
                 if event["event"] == "failed":
                     self._failures.append(event)
@@ -103,6 +101,13 @@ class WorkerProcess:
             raise
         self.close()
         return False
+
+    def send(self, line: str) -> None:
+        """Write a line to the worker's input; one that has just died does not read it, and its status will say why."""
+        if self._process.stdin is not None:
+            with contextlib.suppress(BrokenPipeError):
+                self._process.stdin.write(f"{line}\n")
+                self._process.stdin.flush()
 
     def _events(self, *, until: float = math.inf) -> Iterator[Event]:
         """Yield events to the end of the worker's output, or until that time of the monotonic clock."""
@@ -156,12 +161,16 @@ class WorkerProcess:
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(timeout=seconds)
         if self.is_alive:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._process.pid, signal.SIGKILL)
+            self.kill()
             self._process.wait()
         self._reader.join(timeout=1.0)
         if self._process.stdout is not None and not self._reader.is_alive():
             self._process.stdout.close()
+
+    def kill(self) -> None:
+        """Kill the worker's whole session."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
 
     def error(self) -> ReLoRAError:
         """Return the error that the worker's end stands for: its own, else TrainerCrashedError."""

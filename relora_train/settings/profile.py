@@ -30,6 +30,7 @@ from relora_train.settings.running import (
     RetentionConfig,
     SnapshotConfig,
 )
+from relora_train.settings.tracking import TrackingConfig
 
 
 class Profile(FrozenConfig):
@@ -65,6 +66,7 @@ class Profile(FrozenConfig):
     snapshots: SnapshotConfig = SnapshotConfig()
     launch: LaunchConfig = LaunchConfig()
     retention: RetentionConfig = RetentionConfig()
+    tracking: TrackingConfig = TrackingConfig()
 
     @model_validator(mode="before")
     @classmethod
@@ -222,7 +224,7 @@ def default_run_id(profile: Profile) -> str:
 
     Settings that can change no weight (how fast, where, what is reported) make no other run.
     """
-    harmless = ("name", "divergence", "evaluation", "logging", "snapshots", "launch", "retention")
+    harmless = ("name", "divergence", "evaluation", "logging", "snapshots", "launch", "retention", "tracking")
     unnamed: dict[str, Any] = {section: unset_later_keys(profile, section) for section in LATER_KEYS}
     if not profile.relora.frozen:  # as before there was a choice
         unnamed["relora"] |= {"train"}
