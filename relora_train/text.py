@@ -1,5 +1,6 @@
 """Numbers, sizes and times as people read them: thousand separators, units, '–' for what is missing."""
 
+import difflib
 import math
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -91,6 +92,12 @@ def capitalized(name: str) -> str:
 def counted(number: int, noun: str) -> str:
     """'1 stage', '5 stages'."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return " Did you mean 'tale'?" for the known name that is closest, or '' if none is close."""
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f" Did you mean {close[0]!r}?" if close else ""
 
 
 def markdown_cell(text: str, *, code: bool = False) -> str:

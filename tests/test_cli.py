@@ -343,3 +343,42 @@ def test_an_export_keeps_its_checkpoint(relora: Relora, line: list[CheckpointRef
     assert relora("export", "tale@cycle-1", "model").code == 0
     done = json.loads(relora("prune", "tale", "--keep-last", "1", "--json").out)
     assert [each["reasons"] for each in done["checkpoints"]] == [[], ["exported"], [], ["the end of a line"]]
+
+
+# --- what was meant, and what a shell may complete ---
+
+
+@pytest.mark.parametrize("command", ["show", "watch", "metrics", "prune", "verify", "delete"])
+def test_a_run_that_is_not_there_is_answered_with_the_one_that_was_meant(
+    relora: Relora, line: list[CheckpointRef], command: str
+) -> None:
+    said = relora(command, "tail", *(["--yes"] if command == "delete" else []))
+    assert said.code == 6 and "has no run 'tail'. Did you mean 'tale'? Runs there: tale." in said.err
+
+
+def test_a_stage_that_is_not_there_is_answered_with_the_one_that_was_meant(
+    relora: Relora, line: list[CheckpointRef]
+) -> None:
+    for wrong, meant in (("cycle2", "cycle-2"), ("warmstart", "warm-start"), ("lastest", "latest")):
+        assert f"Did you mean {meant!r}?" in relora("show", f"tale@{wrong}").err
+    assert "Did you mean" not in relora("show", "tale@xyz").err
+
+
+@pytest.mark.parametrize(
+    ("typed", "answer"),
+    [
+        ("relora sho", ["show"]),
+        ("relora show ta", ["tale"]),
+        ("relora watch --store STORE ", ["tale"]),
+        ("relora watch --store s3://nowhere/x ", []),
+        ("relora runs --fai", ["--failed"]),
+    ],
+)
+def test_a_shell_completes_commands_options_and_runs(
+    line: list[CheckpointRef], tmp_path: Path, typed: str, answer: list[str]
+) -> None:
+    words = typed.replace("STORE", str(tmp_path / "store"))
+    asked = {"_RELORA_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(len(words.split(" ")) - 1)}
+    command = [sys.executable, "-m", "relora_train.cli.app"]
+    told = subprocess.run(command, env={**os.environ, **asked}, capture_output=True, text=True)
+    assert told.stdout.split() == answer and told.stderr == ""

@@ -45,9 +45,11 @@ from relora_train.errors import (
 from relora_train.storage.base import ObjectStore
 from relora_train.storage.opening import open_store
 from relora_train.storage.redaction import refuse_secrets
+from relora_train.text import did_you_mean
 
 _log = logging.getLogger("relora_train.checkpoints.names")
 
+_NAMED_RUNS = 20
 _SERIES = "series:"
 _NAME = re.compile(rf"(?P<run_id>{RUN_ID_PATTERN})(@(?P<selector>[A-Za-z0-9-]+))?")
 
@@ -86,10 +88,7 @@ def _of_run(run: CheckpointStore, selector: str, places: Sequence[str]) -> Check
     if not refs and places:
         raise _incomplete(run, f"{run.store.uri}/{places[0]}")
     if not refs:
-        known = ", ".join(found.run_id for found in list_runs(run.store)) or "none"
-        raise CheckpointNotFoundError(
-            f"{run.store.uri} has no run {run.run_id!r}. Runs there: {known}. Check the name and the store."
-        )
+        raise unknown_run(run.store, run.run_id)
     if selector == "latest" and (latest := run.latest()):
         return latest
     step = re.fullmatch(r"step-(\d+)", selector)
@@ -103,8 +102,9 @@ def _of_run(run: CheckpointStore, selector: str, places: Sequence[str]) -> Check
             place = parse_checkpoint_prefix(prefix)
             if step and place is not None and place.step == int(step[1]):
                 raise _incomplete(run, f"{run.store.uri}/{prefix}")
+        hint = did_you_mean(selector, ["latest", *(ref.manifest.stage for ref in refs)])
         raise CheckpointNotFoundError(
-            f"Run {run.run_id!r} in {run.store.uri} has no checkpoint {selector!r}. It has:{_names(refs)}"
+            f"Run {run.run_id!r} in {run.store.uri} has no checkpoint {selector!r}.{hint} It has:{_names(refs)}"
         )
 
     # Nothing off the run's line is chosen, not even if it is the only one.
@@ -125,6 +125,16 @@ def _of_run(run: CheckpointStore, selector: str, places: Sequence[str]) -> Check
     raise CheckpointAmbiguousError(
         f"{run.run_id}@{selector} is not on the one line of run {run.run_id!r} that is known to be meant. "
         f"Name the checkpoint by its URI:{_names(candidates)}"
+    )
+
+
+def unknown_run(store: ObjectStore, run_id: str) -> CheckpointNotFoundError:
+    """Return what to say of a run that a store does not hold."""
+    known = sorted({info.key.split("/")[1] for info in store.list("runs/") if info.key.count("/") > 1})
+    there = ", ".join(known[:_NAMED_RUNS]) + (f" and {len(known) - _NAMED_RUNS} more" if known[_NAMED_RUNS:] else "")
+    hint = did_you_mean(run_id, known)
+    return CheckpointNotFoundError(
+        f"{store.uri} has no run {run_id!r}.{hint} Runs there: {there or 'none'}. Check the name and the store."
     )
 
 

@@ -1,6 +1,7 @@
 """The `relora` command. Its start is light: torch, Prefect and boto3 are imported by the commands that need them."""
 
 import logging
+import os
 import sys
 from collections.abc import Iterable, Sequence
 from importlib import import_module
@@ -42,6 +43,10 @@ _RENAMED = {
 """Commands of earlier versions, and what does their work now."""
 
 
+_COMPLETING = "_RELORA_COMPLETE"
+"""Set by a shell that asks what could follow; it gives the words in COMP_WORDS, or elsewhere."""
+
+
 def command_line(names: Iterable[str] = _COMMANDS) -> click.Group:
     """Return the program with these commands. Only their modules are imported."""
     app = typer.Typer(
@@ -50,7 +55,6 @@ def command_line(names: Iterable[str] = _COMMANDS) -> click.Group:
         "weights. Every stage ends in a checkpoint that is complete or absent; the same command goes on from there.",
         epilog=_EXIT_CODES,
         no_args_is_help=True,
-        add_completion=False,
         rich_markup_mode="rich",
         pretty_exceptions_enable=False,
         callback=relora,
@@ -78,8 +82,9 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     if given[:1] and given[0] in _RENAMED:
         complain(f"`relora {given[0]}` is now `relora {_RENAMED[given[0]]}`.")
         sys.exit(ConfigError.exit_code)
+    typed = os.environ.get("COMP_WORDS", "").split()[1:2] if _COMPLETING in os.environ else given[:1]
     try:
-        command_line(given[:1] if given[:1] and given[0] in _COMMANDS else _COMMANDS)(given, prog_name="relora")
+        command_line(typed if typed and typed[0] in _COMMANDS else _COMMANDS)(given, prog_name="relora")
     except ReLoRAError as error:
         show = tell if isinstance(error, TrainerInterruptedError) else complain
         show(str(error))

@@ -2,6 +2,8 @@
 
 import json
 from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -10,10 +12,21 @@ from pydantic import BaseModel
 from relora_train.checkpoints.lineage import CheckpointRef
 from relora_train.checkpoints.names import resolve_checkpoint
 from relora_train.cli.output import View, console_for_people, show
+from relora_train.errors import ReLoRAError
 from relora_train.runs.run import default_store_uri
 from relora_train.settings.load import parse_override
 from relora_train.storage.base import ObjectStore
-from relora_train.storage.opening import open_store
+from relora_train.storage.opening import open_store, uri_to_path
+
+
+def complete_run(context: typer.Context, incomplete: str) -> list[str]:
+    """Return the runs whose names begin so of a store on this machine; of no other, as a shell does not wait."""
+    uri = context.params.get("store") or default_store_uri()
+    with suppress(ReLoRAError):
+        runs = (uri_to_path(uri) if "://" in uri else Path(uri)) / "runs"
+        return sorted(path.name for path in runs.glob("*") if path.name.startswith(incomplete))
+    return []
+
 
 Sets = Annotated[
     list[str] | None,
@@ -37,7 +50,8 @@ CheckpointName = Annotated[
     str,
     typer.Argument(
         help="RUN, RUN@latest, RUN@warm-start, RUN@cycle-2, RUN@step-400, series:NAME, or a checkpoint's URI or "
-        "directory."
+        "directory.",
+        autocompletion=complete_run,
     ),
 ]
 Include = Annotated[
@@ -46,7 +60,7 @@ Include = Annotated[
 ]
 Limit = Annotated[int | None, typer.Option(min=1, help="Documents of each task; all when absent.")]
 SeriesName = Annotated[str, typer.Argument(help="Name of the series, as `relora series` shows it.")]
-RunName = Annotated[str, typer.Argument(help="Run id, as `relora runs` shows it.")]
+RunName = Annotated[str, typer.Argument(help="Run id, as `relora runs` shows it.", autocompletion=complete_run)]
 Verbose = Annotated[bool, typer.Option("--verbose", help="Show Prefect's log in place of the progress.")]
 
 Pages = Annotated[bool, typer.Option("--ui", help="Start a Prefect server that shows the run until it ends.")]

@@ -13,7 +13,7 @@ from relora_train.checkpoints.layout import RUN_ID_PATTERN
 from relora_train.checkpoints.lineage import draw_lineage, line_to
 from relora_train.checkpoints.names import read_checkpoints, read_heads, resolve_checkpoint
 from relora_train.checkpoints.run import CheckpointStore
-from relora_train.cli.options import AsJson, Store, answer, open_named, resolve
+from relora_train.cli.options import AsJson, Store, answer, complete_run, open_named, resolve
 from relora_train.cli.output import BLANK, View, common_place, complain, facts, table, task_table
 from relora_train.cli.runs import lineage_record, lineage_view
 from relora_train.errors import CheckpointAmbiguousError, CheckpointCorruptError, CheckpointError, ConfigError
@@ -66,7 +66,12 @@ def _show_run(opened: ObjectStore, run: str, *, as_json: bool) -> None:
 
 def show(
     name: Annotated[
-        str, typer.Argument(metavar="RUN|CHECKPOINT", help="A run id, or RUN@latest or any other name of a checkpoint.")
+        str,
+        typer.Argument(
+            metavar="RUN|CHECKPOINT",
+            help="A run id, or RUN@latest or any other name of a checkpoint.",
+            autocompletion=complete_run,
+        ),
     ],
     verify: Annotated[
         bool, typer.Option("--verify", help="Read every byte of a checkpoint and check it first.")

@@ -15,7 +15,7 @@ from relora_train.checkpoints.names import resolve_checkpoint
 from relora_train.checkpoints.upkeep.pruning import prune_run
 from relora_train.checkpoints.upkeep.retention import RetentionPolicy, policy_of_run
 from relora_train.checkpoints.upkeep.verify import verify_checkpoint, verify_run
-from relora_train.cli.options import AsJson, CheckpointName, RunName, Store, answer, open_named, resolve
+from relora_train.cli.options import AsJson, CheckpointName, RunName, Store, answer, complete_run, open_named, resolve
 from relora_train.cli.output import BLANK, View, say, table
 from relora_train.errors import CheckpointError
 from relora_train.text import counted, size
@@ -74,7 +74,12 @@ def prune(
 
 
 def verify(
-    name: Annotated[str, typer.Argument(metavar="RUN|CHECKPOINT", help="A run id, or any name of a checkpoint.")],
+    name: Annotated[
+        str,
+        typer.Argument(
+            metavar="RUN|CHECKPOINT", help="A run id, or any name of a checkpoint.", autocompletion=complete_run
+        ),
+    ],
     store: Store = None,
     as_json: AsJson = False,
 ) -> None:

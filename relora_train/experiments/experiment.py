@@ -5,7 +5,6 @@ follows from its settings. It resumes, retries and is reused like any other, by 
 begin with the same warm start branch from one run that makes nothing else.
 """
 
-import difflib
 import itertools
 import re
 import tomllib
@@ -26,6 +25,7 @@ from relora_train.settings.objectives import OBJECTIVES
 from relora_train.settings.profile import Profile, unnamed_data_keys
 from relora_train.settings.tasks import TaskMeasure
 from relora_train.storage.redaction import refuse_secrets
+from relora_train.text import did_you_mean
 
 WARM_START = "warm-start"
 
@@ -232,8 +232,7 @@ def find_experiment(name_or_path: str | Path) -> Path:
                 "digits, '.', '_' and '-', beginning with a letter or a digit, and .toml. Rename it."
             )
         return path.resolve()
-    close = difflib.get_close_matches(str(name_or_path), shipped, n=1)
-    hint = f" Did you mean {close[0]!r}?" if close else ""
+    hint = did_you_mean(str(name_or_path), shipped)
     raise ProfileNotFoundError(
         f"There is no experiment {str(name_or_path)!r}, neither shipped nor as a file.{hint} "
         f"Shipped: {', '.join(shipped)}. Give one of these or the path of a TOML file."

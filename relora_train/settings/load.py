@@ -14,6 +14,7 @@ from relora_train.settings.base import section_in
 from relora_train.settings.keys import layered
 from relora_train.settings.profile import Profile
 from relora_train.storage.redaction import refuse_secrets
+from relora_train.text import did_you_mean
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 
@@ -67,8 +68,7 @@ def _find(name_or_path: str | Path) -> Path:
         if path.suffix != ".toml":
             raise ProfileNotFoundError(f"{path} does not end in .toml, as a profile's file must. Rename it.")
         return path
-    close = difflib.get_close_matches(str(name_or_path), shipped, n=1)
-    hint = f" Did you mean {close[0]!r}?" if close else ""
+    hint = did_you_mean(str(name_or_path), shipped)
     raise ProfileNotFoundError(
         f"There is no profile {str(name_or_path)!r}, neither shipped nor as a file.{hint} "
         f"Shipped: {', '.join(shipped)}. Give one of these or the path of a TOML file."

@@ -15,11 +15,12 @@ from relora_train.checkpoints.layout import check_run_id, parse_checkpoint_prefi
 from relora_train.checkpoints.lease import hold_run, lease_key, read_lease, take_lease
 from relora_train.checkpoints.lineage import TOMBSTONE_NAME, CheckpointRef, Tombstone
 from relora_train.checkpoints.manifest import MANIFEST_NAME
+from relora_train.checkpoints.names import unknown_run
 from relora_train.checkpoints.run import CheckpointStore
 from relora_train.checkpoints.status import RunStatus, status_key
 from relora_train.checkpoints.upkeep.pruning import require_run
 from relora_train.checkpoints.upkeep.retention import Protections
-from relora_train.errors import CheckpointNotFoundError, ConfigError
+from relora_train.errors import ConfigError
 from relora_train.storage.base import ObjectStore
 
 
@@ -41,7 +42,7 @@ def survey_run(store: ObjectStore, run_id: str) -> RunContent:
     require_run(store, run_id)
     objects = [info for info in store.list(f"runs/{check_run_id(run_id)}/") if info.key != lease_key(run_id)]
     if not objects:
-        raise CheckpointNotFoundError(f"{store.uri} has no run {run_id!r}. See `relora runs`.")
+        raise unknown_run(store, run_id)
     readable, _ = CheckpointStore(store, run_id).survey()
     size_bytes = sum(info.size_bytes for info in objects)
     return RunContent(tuple(readable), len(objects), size_bytes, _dependents(store, run_id))

@@ -21,9 +21,10 @@ from relora_train.checkpoints.layout import check_run_id, checkpoints_prefix, pa
 from relora_train.checkpoints.lease import Lease, lease_key, read_lease, take_lease, try_lease
 from relora_train.checkpoints.lineage import TOMBSTONE_NAME, CheckpointRef, Tombstone
 from relora_train.checkpoints.manifest import MANIFEST_NAME
+from relora_train.checkpoints.names import unknown_run
 from relora_train.checkpoints.run import CheckpointStore
 from relora_train.checkpoints.upkeep.retention import Protections, RetentionPolicy, Verdict, plan_pruning
-from relora_train.errors import CheckpointNotFoundError, ObjectNotFoundError, StorageError
+from relora_train.errors import ObjectNotFoundError, StorageError
 from relora_train.storage.base import ObjectInfo, ObjectStore
 
 DEFAULT_GRACE = timedelta(hours=24)
@@ -86,7 +87,7 @@ def prune_run(
 def require_run(store: ObjectStore, run_id: str) -> None:
     """Refuse to remove anything of a run that the store does not hold, or that a symbolic link leads away from."""
     if not any(True for _ in store.list(f"runs/{check_run_id(run_id)}/")):
-        raise CheckpointNotFoundError(f"{store.uri} has no run {run_id!r}. See `relora runs`.")
+        raise unknown_run(store, run_id)
     for part in ("checkpoints", "snapshots"):  # below these no listing follows a link
         directory, root = store.local_path(f"runs/{run_id}/{part}"), store.local_path("runs")
         if directory and root and not directory.resolve().is_relative_to(root.parent.resolve()):

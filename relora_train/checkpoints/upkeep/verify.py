@@ -19,11 +19,11 @@ from relora_train.checkpoints.layout import check_run_id, dataset_prefix, join_k
 from relora_train.checkpoints.lease import lease_key, read_lease
 from relora_train.checkpoints.lineage import TOMBSTONE_NAME, CheckpointRef, read_checkpoint, read_tombstone
 from relora_train.checkpoints.manifest import MANIFEST_NAME, DatasetManifest, Manifest, read_manifest
+from relora_train.checkpoints.names import unknown_run
 from relora_train.checkpoints.status import STATUS_NAME
 from relora_train.errors import (
     CheckpointCorruptError,
     CheckpointIncompleteError,
-    CheckpointNotFoundError,
     ObjectNotFoundError,
 )
 from relora_train.storage.base import ObjectInfo, ObjectStore, parse_json
@@ -76,7 +76,7 @@ def verify_run(store: ObjectStore, run_id: str) -> Verification:
     checked = _Verifier(store)
     objects = list(store.list(f"runs/{check_run_id(run_id)}/"))
     if not objects:
-        raise CheckpointNotFoundError(f"{store.uri} has no run {run_id!r}. See `relora runs`.")
+        raise unknown_run(store, run_id)
     checked.run(run_id, objects)
     return checked.result
 
