@@ -65,9 +65,9 @@ class PackedTokens(TokenDataset):
     def _too_small(self, needed: int) -> str:
         dropped = f", beside {self.left_out['dropped']:,} that are too long" if self.left_out["dropped"] else ""
         return (
-            f"The {self.split} split of dataset {self.manifest.name!r} has {len(self._starts):,} examples{dropped}, which "
-            f"fill {self.blocks:,} sequences of {self.sequence_length} tokens; {needed:,} are needed. Remedies: give more "
-            "of them, lower batch.sequences or batch.sequence_length, score fewer sequences, or change "
+            f"The {self.split} split of dataset {self.manifest.name!r} has {len(self._starts):,} examples{dropped}. "
+            f"They fill {self.blocks:,} sequences of {self.sequence_length} tokens; {needed:,} are needed. Remedies: "
+            "give more of them, lower batch.sequences or batch.sequence_length, score fewer sequences, or change "
             "data.validation_fraction."
         )
 
