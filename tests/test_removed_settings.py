@@ -65,8 +65,8 @@ def test_the_sample_has_every_removed_key(line: list[CheckpointRef], store: Path
 @pytest.mark.parametrize(
     ("command", "words"),
     [
-        ("show removed", "Over all layers: relative update norm 0.7539"),
-        ("checkpoints removed", "cycle-1"),
+        ("show removed@latest", "Over all layers: relative update norm 0.7539"),
+        ("show removed", "cycle-1"),
         ("runs --tree", "removed"),
         ("verify removed", "in 3 bundles"),
         ("export removed OUT", "step 16"),
