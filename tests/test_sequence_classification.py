@@ -21,6 +21,8 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
+    T5Config,
+    T5ForConditionalGeneration,
 )  # fmt: skip
 
 from relora_train.checkpoints.example_format import ExampleFormat
@@ -31,6 +33,8 @@ from relora_train.method.wrap import apply_relora
 from relora_train.runs.plan import plan
 from relora_train.settings.profile import Profile
 from relora_train.training.files import write_manifest
+from relora_train.training.models.kinds import SEQUENCE_CLASSIFIER
+from relora_train.training.models.pretrained import NewHead, load_model
 from relora_train.training.models.registry import model_shape, objective_of
 from relora_train.training.models.sequence_classification import LabelLoss, SequenceClassification
 from relora_train.training.peft_export import write_adapter
@@ -171,6 +175,21 @@ def test_padding_changes_no_loss_and_pairs_have_types(
     assert int(confusion.sum()) == int(function.terms(rows)) == 12
     assert int(confusion.diagonal().sum()) == int((answers == rows[:, -1]).sum())
     assert confusion.sum(1).tolist() == torch.bincount(rows[:, -1], minlength=3).tolist()
+
+
+def test_a_pretrained_t5_tells_classes_too(tmp_path: Path):
+    """Its own class for that reads the last end-of-text token."""
+    torch.manual_seed(0)
+    config = T5Config(vocab_size=280, d_model=32, d_ff=48, d_kv=16, num_layers=2, num_heads=2, decoder_start_token_id=0)
+    T5ForConditionalGeneration(config).save_pretrained(tmp_path)
+    head = NewHead(seed=0, classes=("a", "b", "c"), pad_id=0)
+    model = load_model(tmp_path, kind=SEQUENCE_CLASSIFIER, head=head).eval()
+    form = ExampleFormat(kind="labels", before=(), between=(1,), after=(1,), classes=("a", "b", "c"))
+    rows = torch.tensor([[5, 6, 7, 1, PADDING, PADDING, 2], [5, 6, 9, 10, 11, 1, 0]])
+    with torch.no_grad():
+        alone = F.cross_entropy(model(input_ids=rows[:1, :4]).logits, rows[:1, -1])
+        assert float(LabelLoss(model, form).loss(rows[:1])) == pytest.approx(float(alone), rel=1e-6)
+    assert len(apply_relora(model, rank=4, alpha=4, dropout=0.0, target_modules=None, seed=0)) == 2 * 6 + 2 * 10
 
 
 @pytest.mark.parametrize("family", ["bert", "llama"])
