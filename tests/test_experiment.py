@@ -1,8 +1,11 @@
 """The shipped experiments compare what they claim to compare, and a faulty one says so before anything is trained."""
 
+import json
 import re
 import shlex
+import sys
 import tomllib
+from collections import Counter
 from html import unescape
 from pathlib import Path
 
@@ -34,6 +37,9 @@ from relora_train.runs.plan import plan
 from relora_train.settings.keys import flatten
 from relora_train.settings.tasks import TaskMeasure
 from relora_train.storage.opening import open_store
+
+sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
+import table5
 
 ALL_SHIPPED = [path.stem for path in list_experiments()]
 SHIPPED = [name for name in ALL_SHIPPED if not is_measured(name)]
@@ -97,6 +103,30 @@ def test_every_arm_of_a_shipped_experiment_trains_on_the_same_tokens(name: str):
     for run in experiment.runs[: len(experiment.config.arms)]:
         unknown = plan(run.profile).unknown  # a pretrained model is not here yet
         assert unknown is None if run.profile.model.pretrained is None else "is downloaded" in str(unknown)
+
+
+def test_the_search_of_table_5_tries_as_many_rates_for_each_arm_and_its_tasks_hide_what_tells_them_apart(
+    tmp_path: Path,
+):
+    (tmp_path / "search.toml").write_text(table5.search())
+    tried = load_experiment(tmp_path / "search.toml")
+    shipped = {run.arm: run.profile for run in load_experiment("table5-tiny").runs}
+    assert tried.seeds == (100,) and tried.config.budget_tokens == load_experiment("table5-tiny").config.budget_tokens
+    rates: dict[str, set[float]] = {}
+    for run in tried.runs:
+        arm = run.arm.partition("-")[0]
+        rates.setdefault(arm, set()).add(run.profile.optimizer.learning_rate)
+        own = {"optimizer": shipped[arm].optimizer, "name": shipped[arm].name, "seed": 0}
+        assert run.profile.model_copy(update=own) == shipped[arm].model_copy(update={"seed": 0})
+    assert {len(found) for found in rates.values()} == {4} and rates.keys() == shipped.keys()
+    for arm, profile in shipped.items():  # the best is at no edge
+        assert min(rates[arm]) < profile.optimizer.learning_rate < max(rates[arm])
+    lines = [("comment", f"a comment of some length, number {n}") for n in range(9)]
+    lines += [("docstring", f"another text of some length {n}") for n in range(9)] + [("docstring", lines[0][1])]
+    table5.write(tmp_path / "it.jsonl", iter(lines), each=5)
+    records = [json.loads(line) for line in (tmp_path / "it.jsonl").read_text().splitlines()]
+    assert Counter(record["label"] for record in records) == {"comment": 5, "docstring": 5}
+    assert lines[0][1] not in [record["text"] for record in records]  # it would be of both
 
 
 @pytest.mark.parametrize("name", SHIPPED)
