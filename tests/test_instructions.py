@@ -1,5 +1,6 @@
 """Conversations and prompts become shards that say which tokens are answers; any number of workers, killed or not."""
 
+import csv
 import itertools
 import json
 import tempfile
@@ -8,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from instructions import CHATML, MARKED, record, write_records
 from pydantic import ValidationError
@@ -17,12 +20,13 @@ from transformers import AutoTokenizer
 
 from relora_train.checkpoints.example_format import ExampleFormat
 from relora_train.checkpoints.manifest import hash_file
-from relora_train.data.chat import BROKEN
+from relora_train.data.chat import BROKEN, ChatTemplate
 from relora_train.data.dataset import map_files, map_shards
 from relora_train.data.engines import choose_engine
 from relora_train.data.example_shards import ExampleEncoder
 from relora_train.data.packed_dataset import FIRST, PackedTokens
 from relora_train.data.prepare import PreparedDataset, prepare_dataset
+from relora_train.data.sources import read_documents, resolve_source
 from relora_train.data.tokenizer import TRICKY_TEXTS, DocumentTokenizer, load_tokenizer, train_tokenizer
 from relora_train.settings.data import DataConfig, TokenizerConfig
 
@@ -187,3 +191,24 @@ def load(json_text: str) -> DocumentTokenizer:
     with tempfile.TemporaryDirectory() as directory:
         (Path(directory) / "tokenizer.json").write_text(json_text)
         return load_tokenizer(directory)
+
+
+def test_parquet_and_csv_hold_the_same_examples_as_json_lines(home, tmp_path):
+    pq.write_table(pa.Table.from_pylist(RECORDS), tmp_path / "a.parquet", row_group_size=30)
+    with (tmp_path / "a.csv").open("w") as stream:
+        writer = csv.DictWriter(stream, ["completion", "prompt", "text", "pair", "label"], extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(RECORDS)
+    template = ChatTemplate(CHATML, {}, ())
+    sections: list[dict[str, Any]] = [
+        {"instructions": {"messages": "messages"}},
+        {"instructions": {"prompt": "prompt", "completion": "completion"}},
+        {"labels": {"text_pair_field": "pair"}},
+    ]
+    for given, kinds in zip(sections, (["parquet"], ["parquet", "csv"], ["parquet", "csv"]), strict=True):
+        found = []
+        for path in (home / "records.jsonl", *(tmp_path / f"a.{kind}" for kind in kinds)):
+            source = resolve_source(settings(path, source=path.suffix[1:], **given))
+            reader = replace(source.records, template=template if "messages" in given.get("instructions", {}) else None)
+            found.append(list(read_documents(replace(source, records=reader))))
+        assert len(found[0]) == len(RECORDS) and all(one == found[0] for one in found)

@@ -25,6 +25,7 @@ from relora_train.data.mixed_dataset import open_tokens
 from relora_train.data.packed_dataset import FIRST, pack
 from relora_train.data.prepare import prepare_dataset
 from relora_train.distributed import Ranks, full_tensor
+from relora_train.runs.workers import run_worker
 from relora_train.settings.data import DataConfig, TokenizerConfig
 from relora_train.training.build import prepare_stage
 from relora_train.training.files import write_manifest
@@ -210,3 +211,14 @@ def test_a_run_learns_scores_answers_alone_and_resumes_bit_for_bit(dataset: Path
     for stage in whole:
         ours, theirs = (load_file(tmp_path / root / stage / "model.safetensors") for root in ("again", "whole"))
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_a_process_of_its_own_tells_once_how_many_examples_were_too_long(
+    dataset: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    profile = tiny_profile(**MASK, schedule={"warm_start_steps": 1, "warmup_steps": 1})
+    request = stage_request(profile, "warm-start", dataset, tmp_path / "warm-start")
+    run_worker("relora_train.training.trainer", request, tmp_path / "request.json", on_event=lambda event: None)
+    left_out = open_tokens(dataset, "train", sequence_length=LENGTH, seed=0).left_out
+    told = f"longer than a sequence: {left_out['cut']} cut to its length and {left_out['dropped']} left out"
+    assert sum(told in record.getMessage() for record in caplog.records) == 1

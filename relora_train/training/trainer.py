@@ -31,7 +31,7 @@ from relora_train.training.snapshot import Progress, Snapshotter, read_snapshot_
 from relora_train.training.step import StageTraining
 from relora_train.training.torch_settings import configure_torch, peak_bytes, release_memory, reset_peak
 
-_LOGGER = logging.getLogger(__name__)
+_LOGGER = logging.getLogger("relora_train.training.trainer")  # this module runs as __main__
 _PROGRESS_SECONDS = 0.5
 _FIRST_STEPS = 5
 """Updates of a stage that are recorded one by one: they show that A and B are alive, and what a reset did to them."""
