@@ -85,7 +85,7 @@ def test_the_records_of_a_stage_are_kept_until_it_is_stored_and_a_resumed_one_go
     finished = {"event": "stage_finished", "stage": "warm-start", "step": 40, "uri": None}
     first = reported(memory, STARTED, progress(5, 5.0), progress(6, 5.0), progress(10, 4.0), merge, SCORED, finished)
     assert [(one["kind"], one["step"]) for one in first.records] == [("train", 5), ("train", 10), ("merge", 40)]
-    again = reported(memory, STARTED, {"event": "resumed", "stage": "warm-start", "step": 6}, progress(9, 4.5))
+    again = reported(memory, STARTED, {"event": "resumed", "stage": "warm-start", "step": 5}, progress(9, 4.5))
     assert [one["step"] for one in again.records] == [5, 9]
     anew = reported(memory, STARTED, progress(3, 6.0))
     assert [one["step"] for one in anew.records] == [3]

@@ -21,10 +21,11 @@ from test_runs import STAGES, progress
 from relora_train import events
 from relora_train.checkpoints.lease import hold_run
 from relora_train.checkpoints.lineage import CheckpointRef
+from relora_train.checkpoints.status import read_status
 from relora_train.cli.curves import MARK, axis, curve
 from relora_train.cli.output import show
 from relora_train.cli.watch import run_view
-from relora_train.runs.metrics import run_metrics
+from relora_train.runs.metrics import stored_metrics, with_running
 from relora_train.runs.reporting import RunReporter
 from relora_train.runs.survey import survey_runs
 from relora_train.storage.base import ObjectStore
@@ -72,6 +73,10 @@ def line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[CheckpointRef]
     monkeypatch.setenv("RELORA_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
     return commit_run(open_store(tmp_path / "store"), "tale", synthetic_profile(), tmp_path / "s", stages=STAGES[:2])
+
+
+def run_metrics(store: ObjectStore, run_id: str) -> list[dict[str, Any]]:
+    return with_running(stored_metrics(store, run_id), run_id, read_status(store, run_id))
 
 
 def tell(stage: str = "cycle-2", steps: range = range(81, 91), end_step: int = 120) -> None:

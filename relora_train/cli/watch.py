@@ -17,7 +17,7 @@ from relora_train.cli.curves import axis, curve
 from relora_train.cli.options import RunName, Store, echo_json, open_named
 from relora_train.cli.output import View, console_for_people, show
 from relora_train.reports.event_text import event_line
-from relora_train.runs.metrics import run_metrics
+from relora_train.runs.metrics import stored_metrics, with_running
 from relora_train.runs.survey import RunOverview, survey_runs
 from relora_train.settings.objectives import measures_in
 from relora_train.storage.base import ObjectStore
@@ -44,9 +44,13 @@ def watch(
             _follow(console, opened, run, every=every, once=once)
             return
         with Live(console=console, auto_refresh=False, vertical_overflow="crop") as live:
+            stored: dict[int, list[dict[str, Any]]] = {}  # by the number of checkpoints: read again when there are more
             while True:
                 overview = _look(opened, run)
-                view = run_view(overview, run_metrics(opened, run), width=console.width, height=console.height)
+                if overview.checkpoint_count not in stored:
+                    stored = {overview.checkpoint_count: stored_metrics(opened, run)}
+                records = with_running(stored[overview.checkpoint_count], run, overview.status)
+                view = run_view(overview, records, width=console.width, height=console.height)
                 live.update(Group(*view), refresh=True)
                 if overview.state not in _GOING_ON:
                     return
@@ -62,8 +66,8 @@ def metrics(
 ) -> None:
     """Print the metrics of a run's line, and those of its running stage as far as its flow has told them."""
     opened = open_named(store)
-    _look(opened, run)
-    records = run_metrics(opened, run)
+    status = _look(opened, run).status  # first: a stage that is stored meanwhile is told by the store
+    records = with_running(stored_metrics(opened, run), run, status)
     if not as_csv:
         from relora_train.reports.ranks.measures import json_value
 
@@ -92,7 +96,8 @@ def _follow(console: Console, store: ObjectStore, run: str, *, every: float, onc
     while True:
         overview = _look(store, run)
         if once:
-            show(console, run_view(overview, run_metrics(store, run), width=console.width, height=40))
+            records = with_running(stored_metrics(store, run), run, overview.status)
+            show(console, run_view(overview, records, width=console.width, height=40))
             return
         progress = overview.status.progress if overview.status and overview.state == "running" else {}
         line = f"{_state(overview)}  {event_line(progress) if progress else overview.message}".rstrip()

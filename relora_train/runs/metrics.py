@@ -7,7 +7,7 @@ from typing import Any
 from relora_train.checkpoints.fetch import FetchFiles, files_in_stores
 from relora_train.checkpoints.lineage import CheckpointRef
 from relora_train.checkpoints.run import CheckpointStore
-from relora_train.checkpoints.status import read_status
+from relora_train.checkpoints.status import RunStatus
 from relora_train.errors import CheckpointAmbiguousError, CheckpointCorruptError
 from relora_train.runs.run import line_of
 from relora_train.storage.base import ObjectStore
@@ -30,8 +30,8 @@ def checkpoint_metrics(checkpoint: CheckpointRef, fetch_files: FetchFiles) -> It
             yield record
 
 
-def run_metrics(store: ObjectStore, run_id: str) -> list[dict[str, Any]]:
-    """Return the records of the run's line, each with its stage and run, in order; then those of the running stage.
+def stored_metrics(store: ObjectStore, run_id: str) -> list[dict[str, Any]]:
+    """Return the records of the run's line, in order, each with its run and stage.
 
     A run without one line that is known to be meant is read along the line to its newest checkpoint.
     """
@@ -41,12 +41,16 @@ def run_metrics(store: ObjectStore, run_id: str) -> list[dict[str, Any]]:
     except CheckpointAmbiguousError:
         latest = max(run.list(), key=lambda ref: ref.manifest.created_at, default=None)
     fetch = files_in_stores(checkpoint_cache(run_id))
-    line, status = line_of(latest), read_status(store, run_id)
-    records = [
+    return [
         {"run_id": ref.manifest.run_id, "stage": ref.manifest.stage, **record}
-        for ref in line
+        for ref in line_of(latest)
         for record in checkpoint_metrics(ref, fetch)
     ]
-    stored = {ref.manifest.stage for ref in line if ref.manifest.run_id == run_id}
-    told = status.records if status else ()
-    return records + [{"run_id": run_id, **one} for one in told if one["stage"] not in stored]
+
+
+def with_running(stored: list[dict[str, Any]], run_id: str, status: RunStatus | None) -> list[dict[str, Any]]:
+    """Return the stored records of a run, and what its status tells of stages that are not stored yet."""
+    stages = {one["stage"] for one in stored if one["run_id"] == run_id}
+    return stored + [
+        {"run_id": run_id, **one} for one in (status.records if status else ()) if one["stage"] not in stages
+    ]

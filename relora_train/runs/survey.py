@@ -2,9 +2,11 @@
 
 import logging
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import Any, Literal
 
 from relora_train.checkpoints.layout import join_key, parse_checkpoint_prefix
@@ -17,6 +19,7 @@ from relora_train.method.stages import stages_after
 from relora_train.settings.profile import profile_to_read
 from relora_train.storage.base import ObjectInfo, ObjectStore
 
+_READERS = 8
 _LIVE_TTLS = 1.25  # as for a lease; here by two clocks, which is good enough for a look
 _log = logging.getLogger(__name__)
 
@@ -57,11 +60,13 @@ def survey_runs(store: ObjectStore, run_id: str | None = None) -> Sequence[RunOv
     for info in store.list(f"runs/{run_id}/" if run_id else "runs/"):
         if info.key.count("/") >= 2:
             by_run.setdefault(info.key.split("/")[1], []).append(info)
-    return [
-        _overview(store, run, objects)
+    there = {
+        run: objects
         for run, objects in sorted(by_run.items())
         if any(not info.key.endswith(("/lease.json", "/prune.json")) for info in objects)
-    ]
+    }
+    with ThreadPoolExecutor(_READERS) as pool:  # three small objects a run, which a remote store takes its time for
+        return list(pool.map(partial(_overview, store), there.keys(), there.values()))
 
 
 def _overview(store: ObjectStore, run_id: str, objects: Sequence[ObjectInfo]) -> RunOverview:

@@ -92,7 +92,7 @@ class Tracking(Background):
     def _run(self) -> None:
         module = "relora_train.runs.trackers"
         try:
-            process = self._process = WorkerProcess(module, [sys.executable, "-m", module], keep_secrets=True)
+            process = self._process = WorkerProcess(module, [sys.executable, "-m", module], keep=("WANDB_API_KEY",))
         except OSError as error:
             _log.warning("Trackers are not told of this run: %s", error)
             return

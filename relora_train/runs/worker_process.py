@@ -11,7 +11,7 @@ import subprocess
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 
 from relora_train import events
 from relora_train.errors import ReLoRAError, TrainerCrashedError, TrainerFaultError, error_named
@@ -30,10 +30,17 @@ class WorkerProcess:
     A thread reads what it says: whatever interrupts the listener, the pipe never fills up.
     """
 
-    def __init__(self, module: str, command: list[str], *, keep_secrets: bool = False) -> None:
+    def __init__(
+        self, module: str, command: list[str], *, keep_secrets: bool = False, keep: Collection[str] = ()
+    ) -> None:
+        """keep: names of variables with secrets that the process gets nevertheless."""
         self._module = module
         environment = {
-            **{name: value for name, value in os.environ.items() if keep_secrets or not name.startswith(_SECRETS)},
+            **{
+                name: value
+                for name, value in os.environ.items()
+                if keep_secrets or name in keep or not name.startswith(_SECRETS)
+            },
             **SAFE_PATH,
             PARENT_PIPE_VARIABLE: "1",
             # libgomp's threads spin a millisecond at every barrier: beside any other work that costs a factor of six.
