@@ -21,6 +21,7 @@ from relora_train.runs.run import DatasetRef, Run
 from relora_train.settings.objectives import SCORES
 from relora_train.settings.tasks import TaskMeasure, TaskSelection
 from tasks.artifacts import publish_markdown
+from tasks.dask_ranges import ranges_on
 from tasks.observe import forward_events, skipped
 from tasks.policies import STORE_IO
 
@@ -39,7 +40,8 @@ def check_model(run: Run, stages: Sequence[Stage], parent: CheckpointRef | None)
 @task(**STORE_IO, task_run_name="tokenize-{run.profile.data.name}")
 def tokenize(run: Run, parent: CheckpointRef | None) -> DatasetOutcome:
     """Return the DatasetOutcome of the profile's corpus; one that is committed already is shown as Skipped."""
-    return tell_dataset(prepare_or_reuse(run, parent=parent, on_event=forward_events()))
+    ranges = ranges_on(run.profile.data.dask)
+    return tell_dataset(prepare_or_reuse(run, parent=parent, on_event=forward_events(), map_ranges=ranges))
 
 
 def tell_dataset(outcome: DatasetOutcome) -> DatasetOutcome:

@@ -25,6 +25,7 @@ from relora_train.runs.run import DatasetRef, Run
 from relora_train.settings.profile import Profile
 from relora_train.storage.opening import open_store
 from tasks.artifacts import publish_markdown
+from tasks.dask_ranges import ranges_on
 from tasks.observe import forward_events, named, provenance, run_logger
 from tasks.policies import STORE_IO
 from tasks.run import tell_dataset
@@ -44,7 +45,7 @@ def look_for_new_data(
 @task(**STORE_IO, task_run_name="tokenize-new-data-{plan.series}")
 def tokenize_new_data(run: Run, plan: RetrainPlan) -> DatasetOutcome | None:
     """Return the DatasetOutcome of a plan's documents, or None when they do not fill one update."""
-    outcome = prepare_next(run, plan, on_event=forward_events())
+    outcome = prepare_next(run, plan, on_event=forward_events(), map_ranges=ranges_on(run.profile.data.dask))
     return None if outcome is None else tell_dataset(outcome)
 
 

@@ -105,6 +105,7 @@ CHANGES_NOTHING = {
     "data.name": "other",
     "data.workers": 2,
     "data.engine": "tokenizers",
+    "data.dask": "tcp://head:8786",
     "divergence.on_divergence": "lower_lr",
     "divergence.factor": 0.3,
     "divergence.max_retries": 1,

@@ -11,6 +11,7 @@
 - series/<name>/…                                  the promotions of a series (series_record.py)
 - experiments/<name>/…                             reports of comparisons, runs that diverged
 - datasets/<name>/<16 hex of dataset_id>/          one tokenized dataset (a bundle)
+- preparing/<name>-<16 hex>/<16 hex of an attempt>/   ranges of a dataset on their way to other machines and back
 - datasets/<name>/<16 hex of dataset_id>/deleting.json   its removal has begun (upkeep/datasets.py)
 """
 
@@ -117,3 +118,8 @@ def experiment_prefix(name: str) -> str:
 def dataset_prefix(name: str, dataset_id: str) -> str:
     """Return the prefix of a tokenized dataset, named by everything that decides its bytes."""
     return f"datasets/{check_name(name, 'dataset name')}/{dataset_id[:16]}"
+
+
+def preparing_prefix(work: str, attempt: str) -> str:
+    """Return the prefix below which one attempt at a dataset passes its ranges to other machines."""
+    return f"preparing/{check_name(work, 'dataset name')}/{attempt}"

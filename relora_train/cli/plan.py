@@ -11,7 +11,7 @@ from relora_train.runs.costs import CardFit, ParameterKind
 from relora_train.runs.plan import Plan
 from relora_train.runs.plan import plan as plan_profile
 from relora_train.settings.load import list_profiles, load_profile
-from relora_train.text import short_count
+from relora_train.text import duration, short_count
 from relora_train.text import size as size_text
 from relora_train.training.models.registry import facts_of
 
@@ -54,6 +54,10 @@ def plan_view(plan: Plan) -> View:
         run["FLOPs"] = f"{plan.total_flops:.3g} ({plan.total_flops / plan.full_rank_flops:.0%} of full rank)"
     if plan.disk_bytes:
         run["disk"] = f"{size(plan.disk_bytes)} for all checkpoints and the snapshots beside them"
+    if estimate := plan.tokenization:
+        hours = ", ".join(f"{duration(3600 * each)} by {n}" for n, each in estimate.hours_by_workers.items())
+        told = f"{size(estimate.text_bytes)} of text; {hours} worker(s); up to {size(estimate.disk_bytes)} of disk"
+        run["tokenizing"] = f"{told} (estimate, without transfers)"
     if plan.low_rank and (note := vocabulary_note(plan.low_rank.kinds)):
         run["note"] = note
     for fit in plan.fits:

@@ -11,8 +11,8 @@ import os
 import secrets
 import shutil
 import threading
-import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
@@ -25,6 +25,8 @@ from relora_train.data.engines import choose_engine
 from relora_train.data.example_shards import example_format
 from relora_train.data.images import IMAGE_SOURCES, ImageInputs, resolve_images, write_images
 from relora_train.data.left_out import left_out_note
+from relora_train.data.meter import Meter, OnProgress
+from relora_train.data.remote_shards import ENCODING_FILE, Encoding
 from relora_train.data.selection import DatasetInputs, Selection, resolve_inputs
 from relora_train.data.shards import ShardPlan, write_shards
 from relora_train.data.sources import read_held_out
@@ -37,39 +39,6 @@ from relora_train.process import PARENT_PIPE_VARIABLE, Emit, serve_request
 from relora_train.settings.base import FrozenConfig
 from relora_train.settings.data import DataConfig, TokenizerConfig
 from relora_train.storage.durable import disk_error, locked, write_durably
-
-_PROGRESS_SECONDS = 0.5  # between two reports of how far a phase is
-
-
-OnProgress = Callable[[dict[str, Any]], None]
-"""Is told how far a phase ('read', 'train-tokenizer' or 'tokenize') is: the fields of the event tokenize_progress."""
-
-
-class Meter:
-    """Tells how far a phase is, twice a second at most, and at its end."""
-
-    def __init__(self, phase: str, total_bytes: int | None, on_progress: OnProgress) -> None:
-        self._phase, self._total, self._on_progress = phase, total_bytes, on_progress
-        self._done = self._worked = 0
-        self._started = self._told = time.monotonic()
-
-    def advance(self, size_bytes: int, worked: bool = True) -> None:
-        """Count bytes that are done; with worked=False by an earlier attempt, which says nothing of the speed."""
-        self._done += size_bytes
-        self._worked += size_bytes if worked else 0
-        if time.monotonic() - self._told >= _PROGRESS_SECONDS:
-            self.tell()
-
-    def tell(self) -> None:
-        """Report now."""
-        self._told = time.monotonic()
-        far = {"phase": self._phase, "done_bytes": self._done, "total_bytes": self._total}
-        self._on_progress({**far, "megabytes_per_second": round(self.megabytes_per_second, 2)})
-
-    @property
-    def megabytes_per_second(self) -> float:
-        """Bytes done by this attempt over its time so far."""
-        return self._worked / 1e6 / max(1e-3, time.monotonic() - self._started)
 
 
 class PreparedDataset(FrozenConfig):
@@ -86,6 +55,8 @@ class PrepareRequest(FrozenConfig):
     tokenizer: TokenizerConfig
     selection: Selection | None = None
     """The part of the source to take; all of it when absent."""
+    stage_only: bool = False
+    """Cut ranges for other machines to encode; no result is written."""
     work_directory: Path
     result_path: Path
     """The PreparedDataset as JSON."""
@@ -118,34 +89,64 @@ def prepare_dataset(
     TokenizerError, DataError and the errors of the source's store and of this disk.
     """
     found = _resolve(data, tokenizer, selection)
-    home = work_directory / f"{data.name}-{found.dataset_id[:16]}"
+    with _home(found, work_directory) as home:
+        directory, done = home / "dataset", home / "prepared.json"
+        manifest = parse_manifest(DatasetManifest, done.read_bytes(), uri=done.as_uri()) if done.is_file() else None
+        sizes = {file.relative_to(directory).as_posix(): file.stat().st_size for file in directory.rglob("*")}
+        if manifest is None or any(sizes.get(entry.path) != entry.size_bytes for entry in manifest.files):
+            done.unlink(missing_ok=True)
+            directory.mkdir(exist_ok=True)
+            if isinstance(found, ImageInputs):
+                manifest = write_images(found, directory)
+            else:
+                manifest = _prepare_text(found, home, on_progress or (lambda progress: None))
+            write_durably(done, manifest.to_bytes())
+        for leftover in ("staged", "records"):
+            shutil.rmtree(home / leftover, ignore_errors=True)
+        return PreparedDataset(directory=directory, manifest=manifest)
+
+
+def stage_dataset(
+    data: DataConfig,
+    tokenizer: TokenizerConfig,
+    work_directory: Path,
+    *,
+    on_progress: OnProgress | None = None,
+    selection: Selection | None = None,
+) -> None:
+    """Do what prepare_dataset does until the ranges are cut and their encoding is known; see remote_shards.py."""
+    found = resolve_inputs(data, tokenizer, selection)
+    with _home(found, work_directory) as home:
+        if not (home / "prepared.json").is_file():
+            (home / "dataset").mkdir(exist_ok=True)
+            _, plan = _stage(found, home, on_progress or (lambda progress: None))
+            write_durably(home / ENCODING_FILE, Encoding.of(plan).model_dump_json().encode())
+
+
+@contextmanager
+def _home(found: DatasetInputs | ImageInputs, work_directory: Path) -> Iterator[Path]:
+    """Yield the directory of a dataset's preparation, which no other process has meanwhile."""
+    home = work_directory / home_name(found.data.name, found.dataset_id)
     try:
         home.mkdir(parents=True, exist_ok=True)
         with locked(home / "lock"):
-            directory, done = home / "dataset", home / "prepared.json"
-            manifest = parse_manifest(DatasetManifest, done.read_bytes(), uri=done.as_uri()) if done.is_file() else None
-            sizes = {file.relative_to(directory).as_posix(): file.stat().st_size for file in directory.rglob("*")}
-            if manifest is None or any(sizes.get(entry.path) != entry.size_bytes for entry in manifest.files):
-                done.unlink(missing_ok=True)
-                directory.mkdir(exist_ok=True)
-                if isinstance(found, ImageInputs):
-                    manifest = write_images(found, directory)
-                else:
-                    manifest = _prepare_text(found, home, on_progress or (lambda progress: None))
-                write_durably(done, manifest.to_bytes())
-            for leftover in ("staged", "records"):
-                shutil.rmtree(home / leftover, ignore_errors=True)
-            return PreparedDataset(directory=directory, manifest=manifest)
+            yield home
     except OSError as error:
-        raise disk_error(error, f"prepare dataset {data.name!r} in {error.filename or home}") from error
+        raise disk_error(error, f"prepare dataset {found.data.name!r} in {error.filename or home}") from error
+
+
+def home_name(name: str, dataset_id: str) -> str:
+    """Return the name of the directory in which a dataset is prepared."""
+    return f"{name}-{dataset_id[:16]}"
 
 
 def _resolve(data: DataConfig, tokenizer: TokenizerConfig, selection: Selection | None) -> DatasetInputs | ImageInputs:
     return resolve_images(data) if data.source in IMAGE_SOURCES else resolve_inputs(data, tokenizer, selection)
 
 
-def _prepare_text(found: DatasetInputs, home: Path, on_progress: OnProgress) -> DatasetManifest:
-    data, directory, staged_directory = found.data, home / "dataset", home / "staged"
+def _stage(found: DatasetInputs, home: Path, on_progress: OnProgress) -> tuple[StagedCorpus, ShardPlan]:
+    """Read the source into ranges, and find out how they are encoded."""
+    data, staged_directory = found.data, home / "staged"
     reading = Meter("read", found.source.size_bytes, on_progress)
     corpus = stage_both_sides(
         found.source.read(data.validation_fraction, reading.advance),
@@ -164,7 +165,13 @@ def _prepare_text(found: DatasetInputs, home: Path, on_progress: OnProgress) -> 
     tokenizer = _tokenizer(found, home, corpus, on_progress)
     engine = choose_engine(tokenizer, data.engine, read_sample(staged_directory))
     examples = example_format(corpus, data, tokenizer)
-    plan = ShardPlan(tokenizer, engine, staged_directory, directory, home / "records", examples)
+    return corpus, ShardPlan(tokenizer, engine, staged_directory, home / "dataset", home / "records", examples)
+
+
+def _prepare_text(found: DatasetInputs, home: Path, on_progress: OnProgress) -> DatasetManifest:
+    data, directory = found.data, home / "dataset"
+    corpus, plan = _stage(found, home, on_progress)
+    tokenizer, examples = plan.tokenizer, plan.examples
     tokenizing = Meter("tokenize", corpus.text_bytes("train") + corpus.text_bytes("val"), on_progress)
     records = write_shards(
         plan, corpus.ranges, workers=data.workers or len(os.sched_getaffinity(0)), on_shard=tokenizing.advance
@@ -194,7 +201,7 @@ def _prepare_text(found: DatasetInputs, home: Path, on_progress: OnProgress) -> 
             "empty_documents": corpus.empty_documents,
             "duplicate_documents": corpus.duplicate_documents,
             "tokens_per_byte": round(sum(tokens.values()) / sum(map(corpus.text_bytes, tokens)), 4),
-            "engine": engine,
+            "engine": plan.engine,
             **({"split_note": corpus.split_note} if corpus.split_note else {}),
             **({"left_out": corpus.left_out} if corpus.left_out else {}),
             "megabytes_per_second": speed,
@@ -264,13 +271,14 @@ def begin_beside_parent() -> None:
 
 def _serve(request: PrepareRequest, emit: Emit) -> None:
     begin_beside_parent()
-    prepared = prepare_dataset(
-        request.data,
-        request.tokenizer,
-        request.work_directory,
-        selection=request.selection,
-        on_progress=lambda progress: emit("tokenize_progress", **progress),
-    )
+    options: dict[str, Any] = {
+        "selection": request.selection,
+        "on_progress": lambda progress: emit("tokenize_progress", **progress),
+    }
+    if request.stage_only:
+        stage_dataset(request.data, request.tokenizer, request.work_directory, **options)
+        return
+    prepared = prepare_dataset(request.data, request.tokenizer, request.work_directory, **options)
     write_durably(request.result_path, prepared.model_dump_json().encode())
 
 

@@ -78,7 +78,7 @@ def write_shards(
     """
     for directory in (plan.record_directory, *(plan.output_directory / split for split in ("train", "val"))):
         directory.mkdir(parents=True, exist_ok=True)
-    done = {staged: record for staged in ranges if (record := _finished_record(plan, staged))}
+    done = {staged: record for staged in ranges if (record := finished_record(plan, staged))}
     for record in done.values():
         on_shard(record.text_bytes, False)
     if pending := [staged for staged in ranges if staged not in done]:
@@ -202,7 +202,8 @@ def _batches(pieces: Iterator[tuple[str, bool]]) -> Iterator[list[tuple[str, boo
         yield batch
 
 
-def _finished_record(plan: ShardPlan, staged: StagedRange) -> ShardRecord | None:
+def finished_record(plan: ShardPlan, staged: StagedRange) -> ShardRecord | None:
+    """Return the record of a shard that an earlier attempt finished, if its files are there."""
     path = plan.record_path(staged)
     if not path.is_file():
         return None

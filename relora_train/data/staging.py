@@ -120,7 +120,7 @@ def stage_documents(
     A directory whose index is there is complete and used as it is. Staging that was interrupted begins anew.
     """
     if (directory / _INDEX_NAME).is_file():
-        return StagedCorpus.model_validate_json((directory / _INDEX_NAME).read_bytes())
+        return read_index(directory)
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)
     train = _RangeWriter(directory, "train", range_bytes, markers, whole=holds != "texts")
@@ -216,6 +216,11 @@ def read_pieces(directory: Path, staged: StagedRange) -> Iterator[tuple[str, boo
             yield raw.decode(errors="replace"), bool(code & 1)
     if digest.hexdigest() != staged.sha256:
         raise DataError(f"{directory / staged.name}.text was damaged on this disk. Delete {directory} and run again.")
+
+
+def read_index(directory: Path) -> StagedCorpus:
+    """Return what was staged in a directory."""
+    return StagedCorpus.model_validate_json((directory / _INDEX_NAME).read_bytes())
 
 
 def read_sample(directory: Path) -> list[str]:

@@ -28,12 +28,13 @@ from relora_train.data.mixture import (
     mixture_manifest,
     resolve_sources,
 )
-from relora_train.data.prepare import PreparedDataset, PrepareRequest, describe_dataset
+from relora_train.data.prepare import PreparedDataset, PrepareRequest, describe_dataset, home_name
+from relora_train.data.remote_shards import MapRanges, encode_remotely
 from relora_train.data.selection import DatasetInputs, Selection
 from relora_train.data.sources import Source
 from relora_train.data.tokenizer import differing_ids, load_tokenizer
 from relora_train.data.tokenizer_files import TOKENIZER_FILE, TOKENIZER_FILES
-from relora_train.errors import ObjectNotFoundError, RunSettingsChangedError, TokenizerError
+from relora_train.errors import ConfigError, ObjectNotFoundError, RunSettingsChangedError, TokenizerError
 from relora_train.runs.evaluations import dataset_of
 from relora_train.runs.run import DatasetRef, OnEvent, Run, fetch_dataset, parts_of
 from relora_train.runs.workers import run_worker
@@ -70,11 +71,17 @@ class TextSettings:
 
 
 def prepare_or_reuse(
-    run: Run, *, on_event: OnEvent, parent: CheckpointRef | None = None, text: TextSettings | None = None
+    run: Run,
+    *,
+    on_event: OnEvent,
+    parent: CheckpointRef | None = None,
+    text: TextSettings | None = None,
+    map_ranges: MapRanges | None = None,
 ) -> DatasetOutcome:
     """Return the committed dataset of the run's corpus and tokenizer, tokenizing only what no attempt has yet.
 
     parent: the checkpoint that the run goes on from; see choose_tokenizer. text: what is not simply as the profile has.
+    map_ranges: encodes text on other machines, for a store that they reach; see remote_shards.py.
     Safe to repeat and to race: the first commit wins, and what a killed attempt finished on this machine is used.
     """
     store, name = run.store, (text.data if text else run.profile.data).name
@@ -90,7 +97,8 @@ def prepare_or_reuse(
             _tell_epochs(run.profile, found)
             return DatasetOutcome(DatasetRef(store.uri, found), reused=True)
         if text.data.sources:
-            return DatasetOutcome(_prepare_mixture(run, text, dataset_id, work.path, on_event), reused=False)
+            mixed = _prepare_mixture(run, text, dataset_id, work.path, on_event, map_ranges)
+            return DatasetOutcome(mixed, reused=False)
         request = PrepareRequest(
             data=text.data,
             tokenizer=text.tokenizer,
@@ -100,6 +108,18 @@ def prepare_or_reuse(
         )
         run.worker.start(run.profile)  # it gets ready meanwhile
         path = work.path / "request.json"  # the source may lie in a store or on a hub: this worker keeps credentials
+        if map_ranges is not None and text.data.source not in IMAGE_SOURCES:
+            if not store.is_remote:
+                raise ConfigError(
+                    f"data.dask encodes through the store, and {store.uri} is a directory of this machine, which "
+                    "workers elsewhere do not see. Give a store at s3://bucket/prefix, or leave data.dask out."
+                )
+            staging = request.model_copy(update={"stage_only": True})
+            run_worker("relora_train.data.prepare", staging, path, on_event=on_event, keep_secrets=True)
+            home = work.path / home_name(name, dataset_id)
+            encode_remotely(
+                store, home, map_ranges, lambda progress: on_event({"event": "tokenize_progress", **progress})
+            )
         run_worker("relora_train.data.prepare", request, path, on_event=on_event, keep_secrets=True)
         prepared = PreparedDataset.model_validate_json(request.result_path.read_bytes())
         statistics = prepared.manifest.statistics
@@ -112,7 +132,9 @@ def prepare_or_reuse(
     return DatasetOutcome(DatasetRef(store.uri, manifest), reused=False)
 
 
-def _prepare_mixture(run: Run, text: TextSettings, dataset_id: str, work: Path, on_event: OnEvent) -> DatasetRef:
+def _prepare_mixture(
+    run: Run, text: TextSettings, dataset_id: str, work: Path, on_event: OnEvent, map_ranges: MapRanges | None
+) -> DatasetRef:
     """Prepare each source's dataset or find it, train a tokenizer for all if need be, and commit their mixture."""
     data, settings = text.data, text.tokenizer
     if settings.path is None:
@@ -123,7 +145,8 @@ def _prepare_mixture(run: Run, text: TextSettings, dataset_id: str, work: Path, 
             run_worker("relora_train.data.mixture", request, path, on_event=on_event, keep_secrets=True)
         settings = settings.model_copy(update={"path": str(trained), "train": False})
     parts = [
-        prepare_or_reuse(run, on_event=on_event, text=TextSettings(part, settings)).dataset for part in data.parts()
+        prepare_or_reuse(run, on_event=on_event, text=TextSettings(part, settings), map_ranges=map_ranges).dataset
+        for part in data.parts()
     ]
     directory = work / "mixture"
     directory.mkdir(exist_ok=True)

@@ -6,6 +6,7 @@ Everything is counted from the profile, nothing is measured, and no network is n
 from relora_train.method.schedule import learning_rate
 from relora_train.method.stages import Stage, plan_stages
 from relora_train.runs.costs import CardFit, PhaseCost, card_fits, full_cost, low_rank_cost
+from relora_train.runs.tokenization import TokenizationEstimate, estimate_tokenization
 from relora_train.settings.base import FrozenConfig
 from relora_train.settings.data import DataConfig
 from relora_train.settings.profile import Profile
@@ -90,6 +91,9 @@ class Plan(FrozenConfig):
     disk_bytes: int | None = None
     """All checkpoints of the run and the snapshots that exist beside them; not the dataset."""
 
+    tokenization: TokenizationEstimate | None = None
+    """None where the size of the text is not known beforehand."""
+
 
 def plan(profile: Profile) -> Plan:
     """Count a run. Raise ConfigError or NoTargetModulesError if the profile does not fit its model's layers."""
@@ -145,6 +149,7 @@ def plan(profile: Profile) -> Plan:
         total_flops=_total([stage.flops for stage in planned]),
         full_rank_flops=full.flops_per_token * total_tokens if full else None,
         disk_bytes=disk_bytes,
+        tokenization=estimate_tokenization(data),
     )
 
 

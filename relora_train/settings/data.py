@@ -196,6 +196,9 @@ class DataConfig(SourceConfig):
     engine: Literal["auto", "tokenizers", "tiktoken"] = "auto"
     """Encoder; both give the same bytes."""
 
+    dask: Address | None = None
+    """Scheduler of a Dask cluster whose workers tokenize, such as 'tcp://head:8786'. Does not change the result."""
+
     bos: Literal["auto"] | bool = "auto"
     """Begin each document with the tokenizer's BOS token; 'auto': where the tokenizer does so itself."""
 
@@ -294,5 +297,4 @@ class BatchConfig(FrozenConfig):
     def forward_passes(self, ranks: int) -> tuple[int, int]:
         """Sequences in a forward pass of the rank with the largest share, and its forward passes an update."""
         share = math.ceil(self.sequences / ranks)
-        sequences = min(self.micro_sequences or share, share)
-        return sequences, math.ceil(share / sequences)
+        return (sequences := min(self.micro_sequences or share, share)), math.ceil(share / sequences)

@@ -200,7 +200,7 @@ class Profile(FrozenConfig):
 
 
 LATER_KEYS = {
-    "data": ("validation_paths", "unreadable", "sources", "instructions", "labels"),
+    "data": ("validation_paths", "unreadable", "sources", "instructions", "labels", "dask"),
     "batch": ("documents", "too_long", "target_length"),
     "precision": ("residual", "frozen"),
     "tokenizer": ("revision", "mask_token"),
@@ -242,7 +242,7 @@ def unnamed_data_keys(profile: Profile) -> dict[str, set[str]]:
     """
     bos = {"bos"} if profile.data.bos is not True else set()  # no run before it had one
     return {
-        "data": {"name", "workers", "engine"} | bos | unset_later_keys(profile, "data"),
+        "data": {"name", "workers", "engine", "dask"} | bos | unset_later_keys(profile, "data"),
         "tokenizer": {"train"} | unset_later_keys(profile, "tokenizer"),
     }
 

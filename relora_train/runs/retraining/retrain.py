@@ -20,6 +20,7 @@ from relora_train.checkpoints.lineage import CheckpointRef
 from relora_train.checkpoints.manifest import DatasetManifest
 from relora_train.checkpoints.series import find_champion, promote, who
 from relora_train.checkpoints.series_record import Scores, check_series
+from relora_train.data.remote_shards import MapRanges
 from relora_train.data.selection import Selection, contents_of, inputs_of
 from relora_train.data.sources import resolve_source
 from relora_train.errors import ConfigError, CorpusEmptyError, CorpusTooSmallError, PreconditionFailedError
@@ -146,14 +147,16 @@ def plan_retrain(
     )
 
 
-def prepare_next(run: Run, plan: RetrainPlan, *, on_event: OnEvent) -> DatasetOutcome | None:
+def prepare_next(
+    run: Run, plan: RetrainPlan, *, on_event: OnEvent, map_ranges: MapRanges | None = None
+) -> DatasetOutcome | None:
     """Return the committed dataset of a plan, made if need be, or None if the new documents do not fill one update.
 
     Then they stay new and wait for more. The first dataset of a series, and one for a fresh warm start,
     must suffice: else CorpusTooSmallError.
     """
     try:
-        outcome = prepare_or_reuse(run, on_event=on_event, text=plan.text)
+        outcome = prepare_or_reuse(run, on_event=on_event, text=plan.text, map_ranges=map_ranges)
         manifest, batch = outcome.dataset.manifest, run.profile.batch
         if note := manifest.statistics.get("split_note"):
             raise CorpusTooSmallError(
