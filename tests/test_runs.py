@@ -116,6 +116,20 @@ def test_a_store_that_refuses_a_status_costs_a_run_one_warning(memory: ObjectSto
     assert not reporter._thread.is_alive() and caplog.text.count("may not show how far this run is") == 1
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [b"{", b'{"state": "lost"}', {"progress": {"step": 3}}, {"progress": {**progress(3, 1.0), "loss": "x"}},
+     {"records": [{"kind": "train", "stage": "a", "step": "x"}]}],
+)  # fmt: skip
+def test_a_status_that_makes_no_sense_is_none_and_the_checkpoints_decide(
+    memory: ObjectStore, tmp_path: Path, damage: Any
+):
+    commit_run(memory, "tale", synthetic_profile(), tmp_path / "scratch")
+    data = damage if isinstance(damage, bytes) else json.dumps({"state": "running", **damage}).encode()
+    memory.put_bytes(status_key("tale"), data)
+    assert read_status(memory, "tale") is None and survey_runs(memory)[0].state == "done"
+
+
 def test_a_flow_that_lost_its_lease_leaves_the_status_to_its_successor(memory: ObjectStore):
     reported(memory, STARTED)
 

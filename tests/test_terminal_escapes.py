@@ -17,6 +17,7 @@ from relora_train.checkpoints.manifest import (
 from relora_train.checkpoints.pins import pin
 from relora_train.checkpoints.run import CheckpointStore
 from relora_train.checkpoints.series import promote as promote_checkpoint
+from relora_train.checkpoints.status import RunStatus, status_key
 from relora_train.cli.output import Warnings, harmless, say
 from relora_train.storage.base import ObjectStore
 from relora_train.storage.opening import open_store
@@ -34,6 +35,7 @@ def steering_characters(text: str) -> list[str]:
 
 SHOWN = [
     ["runs"], ["runs", "--tree"], ["show", "run"], ["show", "run@latest"], ["verify", "run"],
+    ["watch", "run"], ["watch", "run", "--once"], ["runs", "--failed"],
     ["verify", "run@latest"], ["prune", "run", "--dry-run", "--keep-last", "1"], ["series", "nightly"],
     ["promote", "nightly", "--rollback"], ["pin", "run@latest"], ["pin", "run@latest", "--remove"],
     ["retry", "run@latest"],    ["evaluate", "run@latest"], ["export", "run@latest", "out"], ["report", "run@latest"],
@@ -65,6 +67,8 @@ def steering_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ObjectSto
     pin(store, ref, "kept", note=STEERING)
     promote_checkpoint(store, "nightly", ref, reason=STEERING)
     store.put_bytes("runs/damaged/checkpoints/step-00000001-0123456789ab/manifest.json", json.dumps(STEERING).encode())
+    status = RunStatus(state="failed", profile=STEERING, stages={STEERING: 600}, stage=STEERING, message=STEERING)
+    store.put_bytes(status_key("run"), status.to_bytes())
     return store
 
 

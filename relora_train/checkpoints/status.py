@@ -7,7 +7,7 @@ flow that wrote it still lives (runs/survey.py).
 from datetime import UTC, datetime
 from typing import Any, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, field_validator
 
 from relora_train.checkpoints.layout import check_run_id
 from relora_train.checkpoints.manifest import StoredRecord
@@ -36,6 +36,24 @@ class RunStatus(StoredRecord):
     """The error that ended the run, or for which it waits."""
     records: tuple[dict[str, Any], ...] = ()
     """Metrics of stages that are not stored yet, as events have told them."""
+
+    @field_validator("progress")
+    @classmethod
+    def progress_is_an_event(cls, value: dict[str, Any]) -> dict[str, Any]:
+        numbers = ("step", "start_step", "end_step", "loss", "learning_rate", "tokens_per_second", "eta_seconds")
+        if value and not (
+            value.get("event") == "progress" and all(isinstance(value.get(n), int | float) for n in numbers)
+        ):
+            raise ValueError("it is no event 'progress'")
+        return value
+
+    @field_validator("records")
+    @classmethod
+    def records_name_kind_stage_and_step(cls, value: tuple[dict[str, Any], ...]) -> tuple[dict[str, Any], ...]:
+        for one in value:
+            if [type(one.get(key)) for key in ("kind", "stage", "step")] != [str, str, int]:
+                raise ValueError(f"a record lacks kind, stage or step: {one}")
+        return value
 
 
 def status_key(run_id: str) -> str:
