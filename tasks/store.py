@@ -11,6 +11,7 @@ from prefect.runtime import deployment
 from relora_train.checkpoints.lineage import CheckpointRef
 from relora_train.checkpoints.names import resolve_checkpoint
 from relora_train.errors import ConfigError
+from relora_train.reports.report import link_hours
 from relora_train.runs.run import STORE_VARIABLE, default_store_uri
 from relora_train.storage.opening import open_store
 from tasks.policies import STORE_IO
@@ -30,6 +31,7 @@ def open_run_store(uri: str | None) -> str:
             f"The store {named!r} is a relative path, and the run of a deployment has a working directory that is "
             "removed after it. Give an absolute directory or s3://bucket/prefix."
         )
+    link_hours()  # a report comes last: what is wrong with its setting is known now
     store = open_store(uri or default_store_uri())
     store.preflight()
     return store.uri

@@ -124,7 +124,8 @@ def test_one_report_holds_the_table_of_stages_and_a_small_picture(artifacts: lis
     encoded = re.search(r"\(data:image/png;base64,([A-Za-z0-9+/=]+)\)", report["data"])[1]
     picture = base64.b64decode(encoded, validate=True)
     assert Image.open(io.BytesIO(picture)).width > 400 and len(encoded) < 60_000
-    assert "report.html" in report["description"]
+    assert "report.html" in report["description"] and "report/report.html`" in report["data"]
+    assert re.search(r"\| cycle-2 \| 60 \| [\d.,]+ \| [\d.]+ \| [\d,]+ \|", report["data"]), "its evaluation"
 
 
 def test_progress_is_logged_and_shown_at_a_bounded_rate(observed: Observed):

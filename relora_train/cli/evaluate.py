@@ -1,11 +1,13 @@
 """`relora evaluate`, `report` and `retry`: what one checkpoint, or one run, comes to when it is looked at again."""
 
-from typing import Annotated
+from collections.abc import Sequence
+from typing import Annotated, Any
 
 import typer
 from rich.text import Text
 
 from relora_train import events
+from relora_train.checkpoints.lineage import CheckpointRef
 from relora_train.cli.options import AsJson, CheckpointName, Include, Limit, RunName, Store, answer, resolve
 from relora_train.cli.output import BLANK, View, console_for_people, facts, place, samples_lines, task_table, tell
 from relora_train.cli.progress import shown_progress
@@ -16,6 +18,7 @@ from relora_train.runs.run import line_of
 from relora_train.runs.task_scores import check_tasks, score_by_tasks
 from relora_train.settings.objectives import LOSS, measures_in
 from relora_train.settings.tasks import TaskSelection
+from relora_train.storage.base import ObjectStore
 from relora_train.storage.opening import open_store
 from relora_train.storage.workspace import cache_root
 
@@ -56,21 +59,37 @@ def evaluate(
     answer(as_json, {**record, "reused": outcome.reused}, lambda: [facts(about), BLANK, *samples_lines(record)])
 
 
-def report(run: RunName, store: Store = None, as_json: AsJson = False) -> None:
-    """Write the report of a run again from its checkpoints and recorded evaluations."""
-    ref = resolve(run, store)
+def report(
+    run: RunName,
+    against: Annotated[
+        str | None, typer.Option(metavar="OTHER", help="Compare with this run instead: results, curves, settings.")
+    ] = None,
+    store: Store = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write the report of a run again from its checkpoints and recorded evaluations, or compare it with another run."""
+    ref, other = resolve(run, store), resolve(against, store) if against is not None else None
     with console_for_people(to_stderr=as_json).status("reading checkpoints and drawing …"):
-        from relora_train.reports.report import report_run  # matplotlib
+        from relora_train.reports.against import StoredReport, report_against, report_run  # matplotlib
 
-        opened, line, run_id = open_store(ref.store_uri), line_of(ref), ref.manifest.run_id
-        evaluations = recorded_evaluations(opened, line)
+        def scored(line: Sequence[CheckpointRef]) -> list[dict[str, Any]]:
+            return recorded_evaluations(open_store(line[-1].store_uri), line)
+
+        line = line_of(ref)
+
+        def write(target: ObjectStore) -> StoredReport:
+            if other is None:
+                return report_run(line, scored(line), target, ref.manifest.run_id)
+            return report_against(line, line_of(other), scored, target)
+
         try:
-            written = report_run(line, evaluations, opened, run_id)
+            written = write(open_store(ref.store_uri))
         except AccessDeniedError as error:  # a store that can only be read
             tell(f"The report is kept on this machine: {error}")
-            written = report_run(line, evaluations, open_store(cache_root() / "reports"), run_id)
+            written = write(open_store(cache_root() / "reports"))
     record = {"report_uri": written.html_uri, "picture_uris": written.picture_uris, "summary": written.summary}
-    answer(as_json, record, lambda: [Text(f"Report: {place(written.html_uri)}")])
+    link = [Text(f"Link:   {written.link}")] if written.link else []
+    answer(as_json, {**record, "link": written.link}, lambda: [Text(f"Report: {place(written.html_uri)}"), *link])
 
 
 def retry(

@@ -27,8 +27,10 @@ from relora_train.reports.run_data import (
     StageRow,
     TrainCurve,
 )
+from relora_train.reports.work import profile_of, rate_curve, stage_of, stage_work
 from relora_train.runs.metrics import checkpoint_metrics
 from relora_train.settings.objectives import SCORES, measures_in
+from relora_train.settings.profile import Profile
 
 _STAGE_FACTS = ("stage", "run_id", "cycle", "fingerprint", "size_bytes", "divergence")
 _MERGE_NUMBERS = ("max_relative_output_change", "relative_update_norm", "effective_rank", "optimizer_state_zeroed")
@@ -44,20 +46,27 @@ def collect_run_data(
 ) -> RunData:
     """Gather a run from its checkpoints, oldest first; the last one is the run's result.
 
-    Reads metrics.jsonl of every checkpoint, profile.json of the last, and with `spectra` the weights of two (that of
+    Reads metrics.jsonl and profile.json of every checkpoint, and with `spectra` the weights of two (that of
     `start_of_line` and the last) and all adapters; of large models neither, and the report says so. Raises
     CheckpointNotFoundError for an empty line.
     """
     if not line:
         raise CheckpointNotFoundError("There is no checkpoint to report on. Run at least one stage first.")
-    last = line[-1].manifest
-    records = [record for checkpoint in line for record in checkpoint_metrics(checkpoint, fetch_files)]
-    settings = json.loads((fetch_files(line[-1], ["profile.json"]) / "profile.json").read_bytes())
+    last, manifests = line[-1].manifest, {ref.fingerprint: ref.manifest for ref in line}
+    metrics = [list(checkpoint_metrics(checkpoint, fetch_files)) for checkpoint in line]
+    train = train_curve([record for records in metrics for record in records])
+    every = [(fetch_files(ref, ["profile.json"]) / "profile.json").read_bytes() for ref in line]
+    settings, profiles = json.loads(every[-1]), [profile_of(one) for one in every]
+    stages = [
+        (stage_of(manifest, _parent(manifest, manifests), profile) if profile else None, profile, manifest)
+        for manifest, profile in zip(manifests.values(), profiles, strict=True)
+    ]
     update = _total_update(line, fetch_files) if spectra else {}
     return RunData(
         method=str(settings.get("method", "")),
-        stages=_stage_rows(line),
-        train=train_curve(records),
+        stages=_stage_rows(line, metrics, profiles),
+        train=train,
+        rates=rate_curve(stages, train),
         merges=tuple(
             MergeRow(
                 stage=manifest.stage,
@@ -103,6 +112,10 @@ def train_curve(records: Sequence[Mapping[str, Any]]) -> TrainCurve:
     return train
 
 
+def _parent(manifest: CheckpointManifest, manifests: Mapping[str, CheckpointManifest]) -> CheckpointManifest | None:
+    return manifests.get(manifest.parent.fingerprint) if manifest.parent else None
+
+
 def stage_peak_bytes(checkpoint: CheckpointRef, fetch_files: FetchFiles) -> int | None:
     """Return the most memory that a stage's training held, on its first rank; None where that was not recorded."""
     peaks = [
@@ -113,10 +126,12 @@ def stage_peak_bytes(checkpoint: CheckpointRef, fetch_files: FetchFiles) -> int 
     return next((int(peak) for peak in reversed(peaks) if peak is not None), None)
 
 
-def _stage_rows(line: Sequence[CheckpointRef]) -> tuple[StageRow, ...]:
+def _stage_rows(
+    line: Sequence[CheckpointRef], metrics: Sequence[list[dict[str, Any]]], profiles: Sequence[Profile | None]
+) -> tuple[StageRow, ...]:
     manifests = {ref.fingerprint: ref.manifest for ref in line}  # not by URI: a store may have been moved
     rows = []
-    for checkpoint in line:
+    for checkpoint, records, profile in zip(line, metrics, profiles, strict=True):
         manifest = checkpoint.manifest
         parent = manifest.parent
         before = {key.removesuffix("_before"): v for key, v in manifest.evaluation.items() if key.endswith("_before")}
@@ -126,11 +141,12 @@ def _stage_rows(line: Sequence[CheckpointRef]) -> tuple[StageRow, ...]:
                 parent_uri=parent.uri if parent else None,
                 start_step=parent.step if parent else 0,
                 end_step=manifest.step,
-                tokens=_stage_tokens(manifest, manifests.get(parent.fingerprint) if parent else None),
+                tokens=_stage_tokens(manifest, _parent(manifest, manifests)),
                 seconds=manifest.stage_seconds,
                 before=_scores(before),
                 after=_scores(manifest.evaluation),
                 rank=manifest.fingerprint_settings.get("relora.rank"),
+                work=stage_work(manifest, records, profile),
                 **{name: getattr(manifest, name) for name in _STAGE_FACTS},
             )
         )

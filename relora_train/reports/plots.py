@@ -42,32 +42,16 @@ _BOUND_FITS = 2.5  # times the highest curve: what the rank can be at most is dr
 
 
 def draw_plots(data: RunData) -> dict[str, bytes]:
-    """Return PNG bytes by file name, in the order of the report; a plot without data is left out."""
-    recorded = len(data.train) > 0
-    low_rank = bool(np.isfinite(data.train["lora_A_grad_norm"]).any())
-    scored = any(points.size for points in _scores(data))
-    by_step: tuple[tuple[str, bool, float, Callable[[Any, RunData], None]], ...] = (
-        ("loss.png", recorded, 3.7, _draw_loss),
-        ("learning_rate.png", recorded, 2.4, _draw_learning_rate),
-        (score_plot_name(data), scored, 3.0, _draw_scores),
-        ("gradient_norm.png", recorded and low_rank, 2.8, _draw_gradient_norm),
-        ("throughput.png", recorded, 2.3, _draw_throughput),
-    )
+    """Return PNG bytes by file name: the loss, and what is known of the ranks; a plot without data is left out."""
     figures = {}
-    for name, wanted, height, draw in by_step:
-        if wanted:
-            figures[name], grid = new_figure(height, titled=draw is _draw_loss)
-            grid[0, 0].set_xlabel("step")
-            draw(grid[0, 0], data)
+    if len(data.train):
+        figures["loss.png"], grid = new_figure(3.7, titled=True)
+        grid[0, 0].set_xlabel("step")
+        _draw_loss(grid[0, 0], data)
     ranks = [row.rank for row in data.stages if row.rank is not None]
     cycle_rank, total_rank = (ranks[-1], sum(ranks)) if ranks else (None, None)
     figures |= rank_figures(data.spectra, data.history, cycle_rank=cycle_rank, total_rank=total_rank)
     return {name: to_png(figure, dpi=_REPORT_DPI) for name, figure in figures.items()}
-
-
-def score_plot_name(data: RunData) -> str:
-    """Return 'perplexity.png', where that is what the run is scored by."""
-    return data.measures.headline.name.replace(" ", "_") + ".png"
 
 
 def overview_png(data: RunData) -> bytes:
@@ -119,32 +103,19 @@ def loss_ceiling(data: RunData) -> float | None:
 
 def _draw_learning_rate(axes: Any, data: RunData) -> None:
     mark_stages(axes, data.stages)
-    curve(axes, data.train.step, data.train["learning_rate"], SERIES[0], width=1.3)
+    curve(axes, data.rates.steps, data.rates.rates, SERIES[0], width=1.3)
     axes.set_ylim(bottom=0)
     axes.yaxis.set_major_formatter(
         FuncFormatter(lambda value, _: f"{value:.1e}".replace("e-0", "e-") if value else "0")
     )
 
 
-def _draw_throughput(axes: Any, data: RunData) -> None:
-    mark_stages(axes, data.stages)
-    smoothed_curve(axes, data.train.step, data.train["tokens_per_second"], data.stages, SERIES[0])
-    axes.set_ylim(bottom=0)
-    compact_numbers(axes.yaxis)
+def score_points(data: RunData) -> tuple[Floats, Floats, Floats]:
+    """Return (points, 2) of step and finite score: before each stage, after each stage, by the evaluation task.
 
-
-def _draw_gradient_norm(axes: Any, data: RunData) -> None:
-    mark_stages(axes, data.stages)
-    named = (("grad_norm", "all"), ("lora_A_grad_norm", "A"), ("lora_B_grad_norm", "B"))
-    for (name, label), colour in zip(named, SERIES, strict=True):
-        values = np.where(data.train[name] > 0, data.train[name], np.nan)
-        smoothed_curve(axes, data.train.step, values, data.stages, colour, label=label)
-    log_scale(axes.yaxis, axes)
-    legend(axes)
-
-
-def _scores(data: RunData) -> tuple[Floats, Floats, Floats]:
-    """Return (points, 2) of step and finite score: before each stage, after each stage, by the evaluation task."""
+    Scores before a stage of more than four times the worst one after a stage are left out: the untrained model's
+    perplexity, about the vocabulary's size, would flatten all that is of interest.
+    """
     measure = data.measures.headline
     before = [(row.start_step, row.before.of(measure)) for row in data.stages]
     after = [(row.end_step, row.after.of(measure)) for row in data.stages]
@@ -154,15 +125,13 @@ def _scores(data: RunData) -> tuple[Floats, Floats, Floats]:
         for points in (before, after, task)
     )
     first, second, third = (np.array(points, dtype=np.float64).reshape(-1, 2) for points in finite)
-    return first, second, third
+    ceiling = 4 * float(np.max(second[:, 1], initial=0.0)) or math.inf
+    return first[first[:, 1] <= ceiling], second, third
 
 
 def _draw_scores(axes: Any, data: RunData) -> None:
     mark_stages(axes, data.stages)
-    before, after, task = _scores(data)
-    # The untrained model's perplexity, about the vocabulary's size, would flatten everything that is of interest.
-    ceiling = 4 * float(np.max(after[:, 1], initial=0.0)) or math.inf
-    before = before[before[:, 1] <= ceiling]
+    before, after, task = score_points(data)
     drawn: tuple[tuple[str, Floats, str, dict[str, Any]], ...] = (
         ("before the stage", before, "o", {"color": SERIES[1], "markersize": 7.5, "markerfacecolor": "none"}),
         ("after the stage", after, "o-", {"color": SERIES[0], "markersize": 4.5, "linewidth": 1.4}),

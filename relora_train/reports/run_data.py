@@ -3,9 +3,10 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from relora_train.reports.ranks.cycles import CycleHistory
 from relora_train.reports.ranks.measures import LayerSpectrum
@@ -17,6 +18,17 @@ TRAIN_NUMBERS = (
 )  # fmt: skip
 TRAIN_RECORD = np.dtype([("step", np.int64), *((name, np.float64) for name in TRAIN_NUMBERS)])
 """The numbers of training records, sorted by step, one per step; a number that a record lacks is NaN."""
+
+
+class RateCurve(NamedTuple):
+    """The learning rate by step, and where it comes from."""
+
+    steps: NDArray[np.int64]
+    rates: NDArray[np.float64]
+    source: str
+
+
+NO_RATES = RateCurve(np.array([], dtype=np.int64), np.array([]), "")
 
 TrainCurve = np.recarray[Any, np.dtype[Any]]
 """The training records of all stages, as TRAIN_RECORD; steps are updates done, from 1."""
@@ -41,6 +53,42 @@ class Scores:
 
 
 @dataclass(frozen=True)
+class StageWork:
+    """How and where a stage was trained. What its checkpoint does not tell is None or empty."""
+
+    began: datetime
+    """In UTC: of the first attempt that is recorded; otherwise the end less the seconds of training."""
+    ended: datetime
+    attempts: tuple[Mapping[str, Any], ...] = ()
+    """Each with `at`, `device`, `ranks` and the `step` that it began or went on from."""
+    peak_bytes: int | None = None
+    """The most memory that training held on its first rank."""
+    tokens_per_second: float | None = None
+    """The median of the training records."""
+    flops_per_token: int | None = None
+    """Forward and backward, counted from the settings."""
+    peak_flops: float | None = None
+    """Dense bfloat16 FLOP/s of all its devices, by their data sheet."""
+    provenance: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def flops(self) -> float | None:
+        """FLOP/s reached while training."""
+        known = self.flops_per_token is not None and self.tokens_per_second is not None
+        return (self.flops_per_token or 0) * (self.tokens_per_second or 0.0) if known else None
+
+    def record(self) -> dict[str, Any]:
+        """Return it as JSON values."""
+        own = {key: value for key, value in vars(self).items() if key not in ("began", "ended")}
+        times = {name: getattr(self, name).isoformat(timespec="seconds") for name in ("began", "ended")}
+        return {**times, **own, "flops": self.flops, "mfu": self.mfu}
+
+    @property
+    def mfu(self) -> float | None:
+        return self.flops / self.peak_flops if self.flops is not None and self.peak_flops else None
+
+
+@dataclass(frozen=True)
 class StageRow:
     """One stage, as its checkpoint tells it."""
 
@@ -62,6 +110,7 @@ class StageRow:
     size_bytes: int
     divergence: Mapping[str, Any] = field(default_factory=dict)
     """The manifest's record: empty unless the stage diverged and was trained at a lower learning rate."""
+    work: StageWork | None = None
 
     @property
     def steps(self) -> int:
@@ -121,6 +170,15 @@ class SourceRow:
     epochs: float
 
 
+@dataclass(frozen=True)
+class RelativeRow:
+    """Another run that is tied to this one by a checkpoint."""
+
+    run_id: str
+    tie: str
+    """Parent, sibling or branch, and at which checkpoint."""
+
+
 @dataclass(frozen=True, eq=False)
 class RunData:
     """Everything a report shows. Rows are in the order of the line."""
@@ -145,6 +203,10 @@ class RunData:
     """The sources of a mixture."""
     left_out: tuple[str, ...] = ()
     """Sentences that say which records and examples were not trained on, or not whole."""
+    data_facts: tuple[tuple[str, str], ...] = ()
+    """What is known of the dataset and of how it was read, as name and value."""
+    relatives: tuple[RelativeRow, ...] = ()
+    rates: RateCurve = NO_RATES
     spectra: tuple[LayerSpectrum, ...] = ()
     """Spectra of the update between the two stages of `spectra_between`."""
     spectra_between: tuple[str, str] | None = None

@@ -1,16 +1,21 @@
-"""The data as a run has read it: a mixture's sources, by tokens, shares and times, and what was left out."""
+"""The data of a run: its dataset, what training has read of it and left out, and each source of a mixture."""
 
 import json
 from contextlib import suppress
+from typing import Any
 
 from relora_train.checkpoints.fetch import FetchFiles
 from relora_train.checkpoints.lineage import CheckpointRef
+from relora_train.checkpoints.manifest import DatasetManifest
 from relora_train.data.interleaving import epochs_by_source
 from relora_train.data.left_out import left_out_note, too_long_note
 from relora_train.errors import ReLoRAError
 from relora_train.reports.run_data import SourceRow
 from relora_train.runs.evaluations import dataset_of
+from relora_train.runs.plan import source_shown
 from relora_train.runs.run import parts_of
+from relora_train.settings.profile import profile_to_read
+from relora_train.text import count, decimal, size
 
 
 def left_out_of(checkpoint: CheckpointRef, fetch_files: FetchFiles) -> tuple[str, ...]:
@@ -31,23 +36,63 @@ def left_out_of(checkpoint: CheckpointRef, fetch_files: FetchFiles) -> tuple[str
     return tuple(f"{note}." for note in notes)
 
 
-def sources_read(checkpoint: CheckpointRef, fetch_files: FetchFiles) -> tuple[SourceRow, ...]:
-    """Return what training has read of each source of the checkpoint's dataset; none where that is no mixture or gone.
+def data_read(checkpoint: CheckpointRef, fetch_files: FetchFiles) -> dict[str, Any]:
+    """Return the fields data_facts and sources of RunData; without the dataset, which may be gone, what is known.
 
-    Read from the position in the data alone, which a run that goes on with another dataset begins anew.
+    What was read is told by the position in the data alone, which a run that goes on with another dataset begins anew.
     """
+    names = {entry.path for entry in checkpoint.manifest.files} & {"training_state.json", "profile.json"}
+    files = fetch_files(checkpoint, sorted(names))
+    facts: list[tuple[str, str]] = []
+    settings: dict[str, Any] = {}
+    if "profile.json" in names:
+        settings = json.loads((files / "profile.json").read_bytes())
+        try:
+            facts.append(("Source", source_shown(profile_to_read((files / "profile.json").read_bytes()).data)))
+        except (ReLoRAError, ValueError):  # settings of another version
+            facts.append(("Source", str(settings.get("data", {}).get("source", ""))))
+    facts.append(("Dataset", checkpoint.manifest.dataset_uri))
     try:
         manifest = dataset_of(checkpoint).manifest
-    except ReLoRAError:  # a report needs no dataset
-        return ()
-    if not manifest.mixture:
-        return ()
-    files = fetch_files(checkpoint, ["training_state.json", "profile.json"])
+    except (ReLoRAError, ValueError):
+        return {"data_facts": (*facts, ("State", "The dataset is not there any more."))}
+    facts += dataset_facts(manifest)
+    if "training_state.json" not in names:
+        return {"data_facts": tuple(facts)}
     examples = json.loads((files / "training_state.json").read_bytes())["samples_seen"]
-    length = json.loads((files / "profile.json").read_bytes())["batch"]["sequence_length"]
-    read = epochs_by_source(manifest, examples, length)
-    total = max(1, examples * length)
+    length = 1 if manifest.images else settings.get("batch", {}).get("sequence_length", 0)
+    read = examples * length
+    if manifest.examples:  # how many rows make an epoch depends on how they were packed
+        facts.append(("Read by training", f"{count(examples)} sequences of examples"))
+    elif read and manifest.train_tokens:
+        epochs = read / manifest.train_tokens
+        facts.append(("Read by training", f"{count(read)} {manifest.unit}, {decimal(epochs, 2)} epochs"))
+    sources = epochs_by_source(manifest, examples, length) if manifest.mixture else {}
     weights = {part.name: part.weight for part in manifest.mixture}
-    return tuple(
-        SourceRow(name, weights[name], tokens, tokens / total, epochs) for name, (tokens, epochs) in read.items()
+    rows = (
+        SourceRow(name, weights[name], tokens, tokens / max(1, read), epochs)
+        for name, (tokens, epochs) in sources.items()
     )
+    return {"data_facts": tuple(facts), "sources": tuple(rows)}
+
+
+def dataset_facts(manifest: DatasetManifest) -> list[tuple[str, str]]:
+    statistics = manifest.statistics
+    noun = "image" if manifest.images else "document"
+    facts = []
+    for part, documents, tokens, of_bytes in (
+        ("Training part", manifest.train_documents, manifest.train_tokens, manifest.train_bytes),
+        ("Held out", manifest.val_documents, manifest.val_tokens, manifest.val_bytes),
+    ):
+        text = "" if manifest.images else f", {count(tokens)} tokens"
+        facts.append((part, f"{count(documents)} {noun}{'' if documents == 1 else 's'}, {size(of_bytes)}{text}"))
+    if not manifest.images:
+        per_token = (manifest.train_bytes + manifest.val_bytes) / max(1, manifest.train_tokens + manifest.val_tokens)
+        facts.append(("Compression", f"{decimal(per_token, 2)} bytes a token, {count(manifest.vocab_size)} entries"))
+    names = {"duplicate_documents": f"duplicate {noun}s", "empty_documents": f"empty {noun}s"}
+    dropped = [f"{count(statistics[key])} {name}" for key, name in names.items() if key in statistics]
+    if dropped:
+        facts.append(("Dropped", ", ".join(dropped)))
+    if "split_note" in statistics:
+        facts.append(("Split", str(statistics["split_note"])))
+    return facts

@@ -2,7 +2,7 @@
 
 import math
 
-from relora_train.reports.run_data import RunData, Scores, StageRow
+from relora_train.reports.run_data import Evaluation, RunData, Scores, StageRow
 from relora_train.reports.statistics import Estimate
 from relora_train.settings.objectives import Measure
 from relora_train.text import MISSING, count, decimal
@@ -27,16 +27,53 @@ def scores_change(row: StageRow, measure: Measure) -> str:
     return after if row.before.of(measure) is None else f"{score(row.before, measure)} → {after}"
 
 
+def final_evaluation(data: RunData) -> Evaluation | None:
+    """Return the evaluation task's scores of the run's last checkpoint, or None if it has not scored it."""
+    scored = [item for item in data.evaluations if item.step == data.stages[-1].end_step]
+    return scored[-1] if scored else None
+
+
 def headline_text(data: RunData) -> str:
-    """Return the run's result in one sentence."""
-    last = data.stages[-1]
+    """Return the run's result in a sentence or two: the final evaluation if there is one, and where it came from."""
+    last, shown, final = data.stages[-1], data.measures.headline, final_evaluation(data)
     first = next((row for row in data.stages if row.stage == "warm-start"), data.stages[0])
-    shown = data.measures.headline
-    end = f"{score(last.after, shown)} after {last.stage} (step {count(last.end_step)})"
+    scores, scored = (
+        (final.scores, f" on {count(final.val_tokens)} held-out {data.measures.unit}s") if final else (last.after, "")
+    )
+    text = (
+        f"Validation {shown.name} is {score(scores, shown)}{scored} after {last.stage} (step {count(last.end_step)})."
+    )
     if first is last:
-        return f"Validation {shown.name} is {end}."
-    start = f"{score(first.after, shown)} after {first.stage}"
-    return f"Validation {shown.name} went from {start} to {end}."
+        return text
+    begun = next((item.scores for item in data.evaluations if item.step == first.end_step), None)
+    before = begun if final and begun else None if final else first.after
+    return text if before is None else f"{text} It was {score(before, shown)} after {first.stage}."
+
+
+def in_training_text(data: RunData) -> str:
+    """Say how the score that training itself took at the end differs from the final one."""
+    last, shown = data.stages[-1], data.measures.headline
+    own = score(last.after, shown)
+    if final_evaluation(data) is None:
+        return (
+            f"The trainer's own check at the end of {last.stage}; the evaluation task has not scored this checkpoint."
+        )
+    sequences = data.settings.get("evaluation", {}).get("sequences")
+    on = f" on {count(sequences)} sequences" if isinstance(sequences, int) else ""
+    return (
+        f"Training's own check at the end of {last.stage}{on} said {own}: it reads less of the held-out part, and is "
+        "what the curve and the table of stages show."
+    )
+
+
+def flops_text(value: float | None) -> str:
+    """Return '13.4 G', '412 T': FLOP/s in thousands of thousands."""
+    if value is None:
+        return MISSING
+    unit, name = next(
+        ((unit, name) for unit, name in ((1e15, "P"), (1e12, "T"), (1e9, "G")) if value >= unit), (1e6, "M")
+    )
+    return f"{value / unit:.3g} {name}"
 
 
 def estimate_text(value: Estimate | None) -> str:

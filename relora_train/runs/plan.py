@@ -134,7 +134,7 @@ def plan(profile: Profile) -> Plan:
     return Plan(
         profile=profile.name,
         method=profile.method,
-        data_source=_source_shown(data),
+        data_source=source_shown(data),
         tokens_per_step=tokens,
         total_steps=profile.schedule.total_steps,
         total_tokens=total_tokens,
@@ -153,11 +153,11 @@ def plan(profile: Profile) -> Plan:
     )
 
 
-def _source_shown(data: DataConfig) -> str:
+def source_shown(data: DataConfig) -> str:
     """Return a source's kind and places, or each of several with its name and its share of the tokens."""
     if data.sources:
         each = zip(data.shares.items(), data.parts(), strict=True)
-        return "; ".join(f"{name} {float(share):.1%}: {_source_shown(part)}" for (name, share), part in each)
+        return "; ".join(f"{name} {float(share):.1%}: {source_shown(part)}" for (name, share), part in each)
     places = (data.hub_id, data.hub_config, data.hub_split) if data.source == "hub" else data.paths
     return " ".join(part for part in (data.source, *places) if part)
 

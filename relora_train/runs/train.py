@@ -26,6 +26,7 @@ from relora_train.events import Event
 from relora_train.method.stages import Stage
 from relora_train.runs.background import SnapshotUploader
 from relora_train.runs.find import StageIdentity, dropout_mask, find_stage, stage_identity
+from relora_train.runs.made_by import made_by
 from relora_train.runs.publishing import Publication
 from relora_train.runs.run import DatasetRef, OnEvent, Run, StageOutcome, fetch_dataset, fetch_parent
 from relora_train.storage.durable import sync_all
@@ -84,7 +85,7 @@ def train_stage(
                 stage.name, parent.manifest.stage,
             )  # fmt: skip
         local = {"snapshots_directory": work.path / "snapshots", "lock_path": work.path / "trainer.lock"}
-        options = {**local, **variant, "provenance": dict(provenance)}
+        options = {**local, **variant, "provenance": {**made_by(), **provenance}}
         request = stage_request(run, stage, identity, dataset, parent, work.path, **options)
         return store_output(run, left_output(request) or _train(run, request, parent, work.path, on_event), work)
     except BaseException:

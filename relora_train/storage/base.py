@@ -106,6 +106,14 @@ class ObjectStore(Protocol):
         check_key(key)
         return None
 
+    def page_link(self, key: str, seconds: int) -> str | None:
+        """Return an address at which any browser opens a page for so long, or None for a store that cannot make one.
+
+        Whoever has the address can read the object. Nothing is asked of the store.
+        """
+        check_key(key)
+        return None
+
     def preflight(self) -> None:
         """Return only if what is written is read back and racing commits have one winner; else raise UnsafeStoreError.
 

@@ -114,6 +114,11 @@ class S3Store(ObjectStore):
                 raise
             raise PreconditionFailedError(f"{self._uri_of(key)} is gone: another writer deleted it.") from error
 
+    def page_link(self, key: str, seconds: int) -> str | None:
+        asked = {"Bucket": self._bucket, "Key": self._root + check_key(key), "ResponseContentType": "text/html"}
+        sign = self._client.generate_presigned_url
+        return self._call(key, lambda: sign("get_object", Params=asked, ExpiresIn=seconds))
+
     def put_file(self, key: str, path: Path) -> None:
         def put() -> bool:
             """Upload as boto3's upload_file does, in a way that cancel_uploads can end."""

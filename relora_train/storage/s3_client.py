@@ -58,6 +58,7 @@ def make_client() -> S3Client:
         read_timeout=60,
         max_pool_connections=_POOL_CONNECTIONS,
         user_agent_extra="relora-train",
+        signature_version="s3v4",  # a link would be signed the old way, which shows the key's id and knows no limit
     )
     invalid = "The S3 settings of this environment are not valid"
     check = "Check AWS_ENDPOINT_URL_S3 and ~/.aws/config."

@@ -5,16 +5,18 @@ import math
 import re
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from datetime import UTC, datetime
 from typing import Any
 
 import torch
 
-from relora_train.distributed import full_tensor, local_shard
+from relora_train.distributed import Ranks, full_tensor, local_shard
 from relora_train.errors import DivergedError, UntrainedLayerError
 from relora_train.method.experts import low_rank_layers
 from relora_train.method.layer import lora_parameters
 from relora_train.method.reset import moments_of
 from relora_train.training.step import StageTraining
+from relora_train.training.torch_settings import device_name
 
 CHECKED_UPDATE = 10
 """The update after which every layer is to have learned: a stage's first has no rate, and a head of zeros passes no
@@ -39,6 +41,17 @@ class Timer:
     def stage_seconds(self) -> float:
         """Return the seconds since the stage began, earlier attempts included once `began` is set back by them."""
         return time.monotonic() - self.began
+
+
+def attempt_record(ranks: Ranks, step: int) -> dict[str, Any]:
+    """Return the record of an attempt at a stage: when, where and from which step; reports read it."""
+    return {
+        "kind": "attempt",
+        "step": step,
+        "at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "device": device_name(ranks.device),
+        "ranks": ranks.world_size,
+    }
 
 
 def low_rank_gradient_norms(training: StageTraining) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 import gc
 import os
+import platform
 import sys
 from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
@@ -57,6 +58,18 @@ def reset_peak(device: torch.device) -> None:
 def peak_bytes(device: torch.device) -> int | None:
     """Return the bytes; None if the system does not tell."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else process_bytes("VmHWM")
+
+
+def device_name(device: torch.device) -> str:
+    """Return 'NVIDIA H200', or a CPU's model and how many cores of it this process may use."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    model = platform.machine()
+    with suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next((line.partition(": ")[2] for line in lines if line.startswith("model name")), model)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{model}, {cores} cores"
 
 
 def process_bytes(field: str) -> int | None:

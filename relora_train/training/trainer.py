@@ -25,7 +25,13 @@ from relora_train.training.end_of_cycle import finish_stage
 from relora_train.training.evaluate import evaluate_checkpoint, evaluate_stage
 from relora_train.training.model_check_worker import check_model
 from relora_train.training.precision import settle_matmul_precision
-from relora_train.training.progress import Timer, check_learning, diverged, low_rank_gradient_norms
+from relora_train.training.progress import (
+    Timer,
+    attempt_record,
+    check_learning,
+    diverged,
+    low_rank_gradient_norms,
+)
 from relora_train.training.requests import EvaluationRequest, ModelCheckRequest, StageRequest
 from relora_train.training.snapshot import Progress, Snapshotter, read_snapshot_state, restore_snapshot
 from relora_train.training.step import StageTraining
@@ -90,6 +96,8 @@ def run_stage(request: StageRequest, emit: Emit) -> None:
                     _LOGGER.warning("%s. batch.too_long says what becomes of them.", note.capitalize())
         timer.began -= progress.seconds
         metrics = progress.metrics
+        attempts = sum(record["kind"] == "attempt" for record in metrics)  # in front: the last record stays the last
+        metrics.insert(attempts, attempt_record(ranks, progress.step))
         before = evaluate_stage(training, metrics, emit, when="before")
         timer.end("evaluate_before")
         reset_peak(ranks.device)
