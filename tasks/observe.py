@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from pathlib import Path
 from typing import TypeVar, cast
 
 from prefect.client.schemas.objects import State
 from prefect.context import get_run_context
+from prefect.events import emit_event
 from prefect.exceptions import MissingContextError
 from prefect.logging import get_run_logger
 from prefect.states import Completed
@@ -17,8 +21,13 @@ from relora_train import events
 from relora_train.errors import ReLoRAError
 from relora_train.events import Event
 from relora_train.reports.event_text import event_line
+from relora_train.text import size
+from tasks.alone import has_server
 
 _LOG_SECONDS = 10.0
+
+CHECKPOINTS_OF_ROOM = 3
+"""Fewer than so many more on a volume are an alarm: one that is written, one that is stored, and their snapshots."""
 
 T = TypeVar("T")
 
@@ -75,6 +84,27 @@ def describe(event: Event) -> str:
         line += "".join(f"; {count} layers: {order}" for order, count in event.get("products", {}).items())
         line += f"; float32 products: {event['matmul']}" if "matmul" in event else ""
     return line
+
+
+def tell_low_disk(run_id: str, directories: Iterable[Path], checkpoint_bytes: int) -> None:
+    """Warn, and emit the event relora.disk.low, for each volume that has no room for three more such checkpoints.
+
+    An automation makes an alarm of it. A directory that cannot be asked is skipped.
+    """
+    volumes = dict[int, Path]()
+    for directory in directories:
+        with suppress(OSError):
+            volumes.setdefault(directory.stat().st_dev, directory)
+    for directory in volumes.values():
+        free_bytes = shutil.disk_usage(directory).free
+        if free_bytes < CHECKPOINTS_OF_ROOM * checkpoint_bytes:
+            told = (
+                f"{directory} has {size(free_bytes)} free, and a checkpoint of {run_id} takes "
+                f"{size(checkpoint_bytes)}: enlarge the volume, or `relora prune`."
+            )
+            run_logger().warning("%s", told)
+            if has_server():
+                emit_event("relora.disk.low", {"prefect.resource.id": f"relora.run.{run_id}"}, payload={"told": told})
 
 
 def provenance() -> dict[str, str]:

@@ -12,8 +12,9 @@ from relora_train.runs.divergence import train_by_policy
 from relora_train.runs.run import DatasetRef, Run, StageOutcome
 from relora_train.runs.train import store_trained
 from relora_train.settings.objectives import measures_in
+from relora_train.storage.workspace import cache_root
 from tasks.artifacts import StageArtifacts, show_checkpoint
-from tasks.observe import forward_events, provenance, skipped
+from tasks.observe import forward_events, provenance, skipped, tell_low_disk
 from tasks.policies import STORE_IO, TRAINING
 
 
@@ -52,6 +53,9 @@ def _train(run: Run, stage: Stage, dataset: DatasetRef, parent: CheckpointRef | 
         outcome = train_by_policy(run, stage, dataset, parent, on_event=on_event, provenance=provenance())
         shown.finished(outcome)
     manifest, uri = outcome.checkpoint.manifest, outcome.checkpoint.uri
+    if not outcome.reused:
+        local = run.store.local_path(outcome.checkpoint.prefix)
+        tell_low_disk(run.run_id, [cache_root(), *([local] if local else [])], manifest.size_bytes)
     headline = measures_in(manifest.evaluation).headline.key
     get_run_logger().info("checkpoint of %s%s: %s", stage.name, "" if outcome.stored else ", being stored", uri)
     events.emit(

@@ -16,7 +16,9 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from threading import Thread
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -163,6 +165,40 @@ def running_operator(directory: Path, **environment: str) -> Iterator[Operator]:
         finally:
             for worker in reversed(operator.workers):
                 stop(worker, signal.SIGKILL if worker is not operator.server else signal.SIGTERM)
+
+
+def install_automations(operator: Operator, *files: str, **environment: str) -> None:
+    """As the runbook says; `python` and `prefect` are found on PATH, as in an activated environment."""
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    command = ["bash", str(ROOT / "deploy" / "automations.sh"), *files]
+    environment = {**operator.environment, "PATH": path, **environment}
+    subprocess.run(command, env=environment, check=True, timeout=180)
+
+
+@contextmanager
+def receiver_of_alarms(operator: Operator) -> Iterator[list[dict[str, str]]]:
+    """Messages that the server's block custom-webhook/alarms has sent so far: subject and body of each."""
+    told: list[dict[str, str]] = []
+
+    class Receiver(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            told.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            self.send_response(204)
+            self.end_headers()
+
+        def log_message(self, *arguments: object) -> None:
+            return
+
+    with HTTPServer(("127.0.0.1", 0), Receiver) as server:
+        program = f"""
+from prefect.blocks.notifications import CustomWebhookNotificationBlock as Block
+told = {{"subject": "{{{{subject}}}}", "body": "{{{{body}}}}"}}
+Block(name="alarms", url="http://127.0.0.1:{server.server_port}/", json_data=told).save("alarms", overwrite=True)
+"""
+        subprocess.run([sys.executable, "-c", program], env=operator.environment, check=True, timeout=180)
+        Thread(target=server.serve_forever, daemon=True).start()
+        yield told
+        server.shutdown()
 
 
 def answers(operator: Operator) -> bool:

@@ -12,14 +12,24 @@ import sys
 import urllib.error
 import uuid
 from collections.abc import Iterator
+from contextlib import ExitStack
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from prefect_operator import POOL, ROOT, Operator, children_of, is_alive, running_operator, wait_for
-from prefect_server import no_server_errors, server_errors
+from prefect_operator import (
+    POOL,
+    ROOT,
+    Operator,
+    children_of,
+    install_automations,
+    is_alive,
+    receiver_of_alarms,
+    running_operator,
+    wait_for,
+)
 from seaweed import Seaweed
 
 from relora_train.checkpoints.layout import parse_snapshot_name
@@ -120,19 +130,6 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"overrides": {"relora": {"rank": 0}}}, "'overrides.relora.rank'"),
     ({"overrides": {"relora": {"rnak": 8}}}, "'rnak' was unexpected"),
 ]
-
-
-def test_an_error_in_a_servers_log_is_an_error_and_a_collision_in_sqlite_is_none(tmp_path: Path):
-    collision = "07:00:00.1 | ERROR   | a - x\nTraceback\n(sqlite3.OperationalError) database is locked\n"
-    error, warning = "07:00:01.2 | ERROR   | b - y\nTraceback\n", "07:00:02.3 | WARNING | c - no ERROR\n"
-    of_uvicorn = "ERROR:    Exception in ASGI application\n"
-    (tmp_path / "server-2.log").write_text(collision + warning)
-    with no_server_errors(tmp_path):
-        pass
-    (tmp_path / "server-2.log").write_text(warning + error + collision + of_uvicorn + warning)
-    assert server_errors(tmp_path / "server-2.log") == [error, of_uvicorn]
-    with pytest.raises(AssertionError, match="2 errors"), no_server_errors(tmp_path):
-        pass
 
 
 def test_a_wrong_parameter_is_refused_when_the_run_is_created(operator: Operator):
@@ -334,23 +331,53 @@ def test_nightly_retrains_promote_what_is_better_and_refuse_the_rest(
     assert night() == "NoNewData"
 
 
+LOW_DISK = """
+from pathlib import Path
+from prefect import flow
+from tasks.observe import tell_low_disk
+
+@flow
+def fills() -> None:
+    for checkpoint_bytes in (1, 10**18):
+        tell_low_disk("full", [Path("/"), Path("/"), Path("/no/such/place")], checkpoint_bytes)
+
+fills()
+"""
+"""A flow whose second checkpoint is larger than any disk."""
+
+
 def installed_automations(operator: Operator) -> list[dict[str, Any]]:
     found = operator.api("POST", "/automations/filter", {})
     return [each for each in found if each["name"].startswith("relora-")]
 
 
-def test_a_run_that_is_never_started_is_found_and_one_that_has_ended_stays_as_it_ended(operator: Operator):
-    """The automations as they are shipped, but for a patience of ten seconds, Prefect's shortest."""
-    for given in yaml.safe_load((ROOT / "deploy" / "automations.yaml").read_text())["automations"]:
-        operator.api("POST", "/automations/", {**given, "trigger": {**given["trigger"], "within": 10}})
+def test_dead_runs_are_found_one_that_has_ended_stays_so_and_each_alarm_reaches_its_receiver(
+    operator: Operator, tmp_path: Path
+):
+    """The automations as they are installed, but for a patience of ten seconds, Prefect's shortest."""
+    shipped = yaml.safe_load((ROOT / "deploy" / "automations.yaml").read_text())["automations"]
+    for given in shipped:
+        given["trigger"]["within"] = min(given["trigger"]["within"], 10)
+    (tmp_path / "hasty.yaml").write_text(yaml.safe_dump({"automations": shipped}))
+    with ExitStack() as stack:
+        told = stack.enter_context(receiver_of_alarms(operator))
+        install_automations(operator, str(tmp_path / "hasty.yaml"), RELORA_ALARM_BLOCK="custom-webhook/alarms")
+        assert len(installed_automations(operator)) == len(shipped) == 8
+        watch_what_automations_do(operator, told)
 
-    def run(*states: str) -> str:
+
+def watch_what_automations_do(operator: Operator, told: list[dict[str, str]]) -> None:
+    def run(*states: str | dict[str, str]) -> str:
         flow_run = operator.run("pretrain/quickstart", run_id="never")
         for state in states:  # as a worker that takes it
-            operator.api("POST", f"/flow_runs/{flow_run}/set_state", {"state": {"type": state}})
+            named = {"type": state} if isinstance(state, str) else state
+            operator.api("POST", f"/flow_runs/{flow_run}/set_state", {"state": named, "force": True})
         return flow_run
 
     ended, dead = run("PENDING", "RUNNING", "FAILED"), run("PENDING")
+    late = run({"type": "SCHEDULED", "name": "Late"})
+    run("PENDING", "RUNNING", {"type": "COMPLETED", "name": "Refused"})
+    subprocess.run([sys.executable, "-c", LOW_DISK], env=operator.environment, check=True, timeout=180)
     at_the_pool = {"prefect.resource.id": "prefect.tag.relora", "prefect.resource.role": "tag"}
 
     def heartbeat() -> None:
@@ -379,6 +406,11 @@ def test_a_run_that_is_never_started_is_found_and_one_that_has_ended_stays_as_it
         heartbeat()
         wait_for(fired, 120, operator.last_words)
     assert operator.state(ended) == "FAILED"
+    alarms = {"relora-failed", "relora-crashed", "relora-late", "relora-refused", "relora-disk-low"}
+    wait_for(lambda: alarms <= {each["subject"] for each in told}, 120, lambda: (told, operator.last_words()))
+    bodies = {each["subject"]: each["body"] for each in told}
+    assert f"/runs/flow-run/{ended}" in bodies["relora-failed"] and f"/runs/flow-run/{late}" in bodies["relora-late"]
+    assert "has room for fewer than three" in bodies["relora-disk-low"] and " free, and a" in bodies["relora-disk-low"]
     for automation in installed_automations(operator):
         operator.api("DELETE", f"/automations/{automation['id']}")
 
@@ -388,10 +420,8 @@ def test_a_worker_that_is_terminated_leaves_a_dead_run_that_the_automation_finds
     operator: Operator, worker: subprocess.Popen[bytes], bucket: str
 ):
     for _ in range(2):
-        subprocess.run(
-            ["bash", str(Path(ROOT, "deploy", "automations.sh"))], env=with_venv(operator), check=True, timeout=120
-        )
-    assert len(installed_automations(operator)) == 3
+        install_automations(operator)
+    assert len(installed_automations(operator)) == 8
 
     flow_run = operator.run("pretrain/quickstart", profile="smoke", run_id="terminated", overrides=LONG)
     wait_until_cycle_1(operator, flow_run)
@@ -414,9 +444,3 @@ def test_a_worker_that_is_terminated_leaves_a_dead_run_that_the_automation_finds
     operator.prefect("flow-run", "cancel", flow_run)
     operator.wait_for_state(flow_run, "CANCELLED", seconds=90)
     again.kill()
-
-
-def with_venv(operator: Operator) -> dict[str, str]:
-    """`prefect` is found on PATH, as in an activated environment."""
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    return {**operator.environment, "PATH": path}

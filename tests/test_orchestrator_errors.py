@@ -11,6 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from prefect_server import no_server_errors, server_errors
 
 from relora_train.errors import ConfigError, OrchestratorError
 from tasks.deployed import require_deployment, run_deployed
@@ -88,3 +89,16 @@ def test_the_command_says_so_and_ends_with_the_code_of_its_kind(
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == code and words in " ".join(done.stderr.split()), (done.returncode, done.stderr)
     assert "Traceback" not in done.stderr
+
+
+def test_an_error_in_a_servers_log_is_an_error_and_a_collision_in_sqlite_is_none(tmp_path: Path):
+    collision = "07:00:00.1 | ERROR   | a - x\nTraceback\n(sqlite3.OperationalError) database is locked\n"
+    error, warning = "07:00:01.2 | ERROR   | b - y\nTraceback\n", "07:00:02.3 | WARNING | c - no ERROR\n"
+    of_uvicorn = "ERROR:    Exception in ASGI application\n"
+    (tmp_path / "server-2.log").write_text(collision + warning)
+    with no_server_errors(tmp_path):
+        pass
+    (tmp_path / "server-2.log").write_text(warning + error + collision + of_uvicorn + warning)
+    assert server_errors(tmp_path / "server-2.log") == [error, of_uvicorn]
+    with pytest.raises(AssertionError, match="2 errors"), no_server_errors(tmp_path):
+        pass

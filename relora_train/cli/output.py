@@ -12,8 +12,8 @@ from typing import Any
 
 import typer
 from rich import box
-from rich.console import Console, ConsoleOptions, RenderableType
-from rich.padding import Padding
+from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
@@ -58,10 +58,54 @@ def console_for_people(*, to_stderr: bool = False) -> Console:
     return console
 
 
+class CellTable(Table):
+    """A table that knows its cells, so that it can be shown as blocks where a name would have to be broken."""
+
+    cells: list[tuple[str, ...]]
+
+    def fits(self, width: int) -> bool:
+        """Return True if every number and every word has room in its column: an id or a URI is one word."""
+        wrapped = [not column.no_wrap for column in self.columns]
+        rows = [tuple(str(column.header) for column in self.columns), *self.cells]
+        longest = [
+            max(cell_len(part) for row in rows for part in (row[i].split() if wraps else [row[i]]) or [""])
+            for i, wraps in enumerate(wrapped)
+        ]
+        return sum(longest) + 2 * (len(longest) - 1) <= width
+
+    def as_blocks(self) -> Text:
+        """Return a block of lines for each row: its first cell, then name and value of the others."""
+        names = [str(column.header) for column in self.columns]
+        width = max(cell_len(name) for name in names[1:]) if len(names) > 1 else 0
+        blocks = [Text(str(self.title), style="bold")] if self.title else []
+        for first, *others in self.cells:
+            lines = [
+                f"  {name:<{width}}  {cell}".rstrip() for name, cell in zip(names[1:], others, strict=True) if cell
+            ]
+            blocks.append(Text("\n").join([Text(first, style="bold"), *map(Text, lines)]))
+        return Text("\n").join(blocks)
+
+
+class Indented:
+    """Text that is wrapped four columns from the left, without spaces at the ends of lines."""
+
+    def __init__(self, text: Text) -> None:
+        self.text = text
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        for line in self.text.wrap(console, max(1, options.max_width - 4), overflow="fold"):
+            line.rstrip()
+            yield Text.assemble("    ", line)
+
+
 def show(console: Console, view: Sequence[RenderableType]) -> None:
-    """Print the parts of a view. Lines of text are wrapped by nobody but the terminal: a URI can be copied."""
+    """Print the parts of a view. Lines of text are wrapped by nobody but the terminal: a URI can be copied.
+
+    A table for which the console is too narrow is printed as blocks.
+    """
     for part in view:
-        console.print(part, soft_wrap=isinstance(part, Text), highlight=False)
+        shown = part.as_blocks() if isinstance(part, CellTable) and not part.fits(console.width) else part
+        console.print(shown, soft_wrap=isinstance(shown, Text), highlight=False)
 
 
 def say(message: str) -> None:
@@ -129,17 +173,18 @@ def place(uri: str) -> str:
 
 def table(
     columns: Sequence[str], rows: Iterable[Sequence[str]], *, title: str | None = None, left: Sequence[str] = ()
-) -> Table:
+) -> CellTable:
     """Return a plain table; all columns but the first and those named in `left` are numbers.
 
     Text is shown as it is: a '[' in a name is no markup.
     """
-    made = Table(box=box.SIMPLE_HEAD, show_edge=False, collapse_padding=True, pad_edge=False)
+    made = CellTable(box=box.SIMPLE_HEAD, show_edge=False, collapse_padding=True, pad_edge=False)
     made.title, made.title_justify, made.title_style = title, "left", "bold"
     for index, column in enumerate(columns):
         is_text = index == 0 or column in left
         made.add_column(Text(column), justify="left" if is_text else "right", no_wrap=not is_text, overflow="fold")
-    for row in rows:
+    made.cells = [tuple(row) for row in rows]
+    for row in made.cells:
         made.add_row(*map(Text, row))
     return made
 
@@ -163,11 +208,11 @@ def samples_lines(record: dict[str, Any]) -> View:
         text = str(sample["text"])
         shown = text if len(text) <= _SAMPLE_CHARACTERS else f"{text[:_SAMPLE_CHARACTERS]}…"
         line = Text.assemble((harmless(str(sample["prompt"])), "underline"), harmless(shown.rstrip()))
-        lines.append(Padding(line, (0, 0, 0, 4)))
+        lines.append(Indented(line))
     return lines
 
 
-def task_table(scores: Iterable[Mapping[str, Any]], *, title: str | None = None) -> Table:
+def task_table(scores: Iterable[Mapping[str, Any]], *, title: str | None = None) -> CellTable:
     """Return scores by tasks; an arrow tells which direction is better, where the harness says so."""
     arrows = {True: " ↑", False: " ↓"}
     rows = [

@@ -202,6 +202,19 @@ class RunProgress(logging.Handler):
         return f"starting {later[0]}" if later else "evaluating and writing the report"
 
 
+class LastSnapshot(logging.Handler):
+    """Remembers the last state that a trainer saved."""
+
+    text = "Every committed stage is kept."
+
+    def emit(self, record: logging.LogRecord) -> None:
+        event = getattr(record, "event", None) or {}
+        if event.get("event") == "snapshot_committed":
+            self.text = f"The state of {event['stage']} at step {event['step']:,} is saved."
+        elif event.get("event") in ("stage_finished", "stage_skipped"):
+            self.text = f"{event['stage']} and what is before it is kept."
+
+
 @contextmanager
 def shown_progress(console: Console, stages: Sequence[str], *, first: str) -> Iterator[RunProgress]:
     """Show the events of this process on a console while the block runs, beginning with the line `first`."""

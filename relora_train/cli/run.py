@@ -1,6 +1,9 @@
 """`relora run`: a profile from wherever its run stands; `relora join`. `run_shown` serves all that run a flow."""
 
+import logging
+import shlex
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -11,6 +14,7 @@ from typing import Annotated, Any
 import typer
 from rich.text import Text
 
+from relora_train import events
 from relora_train.checkpoints.layout import check_run_id
 from relora_train.checkpoints.names import resolve_checkpoint
 from relora_train.cli.local_flow import TerminatedError, run_flow
@@ -31,6 +35,7 @@ from relora_train.cli.options import (
 from relora_train.cli.output import (
     BLANK,
     View,
+    Warnings,
     common_place,
     console_for_people,
     place,
@@ -39,7 +44,7 @@ from relora_train.cli.output import (
     table,
     tell,
 )
-from relora_train.cli.progress import RunProgress, shown_progress
+from relora_train.cli.progress import LastSnapshot, RunProgress, shown_progress
 from relora_train.errors import TrainerInterruptedError
 from relora_train.method.stages import stages_after
 from relora_train.runs import find
@@ -57,7 +62,6 @@ from relora_train.training.models.registry import facts_of
 _STARTING = "starting"
 _STARTING_SERVER = "starting Prefect's server, which takes ten to twenty seconds"
 _ASKING = "starting the run on the Prefect server of PREFECT_API_URL"
-_CONTINUE = "Every committed stage is kept; the same command goes on from there."
 _NOTHING_LEFT = (
     "The checkpoint this run started from has all of the profile's cycles: nothing was left to train. "
     "More cycles: --set schedule.cycles=N, with N the number in all."
@@ -80,6 +84,7 @@ def run(
     pages: Pages = False,
     as_json: AsJson = False,
     verbose: Verbose = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print nothing but warnings and errors, and --json.")] = False,
 ) -> None:
     """Train a profile from wherever its run stands: tokenize, warm start, cycles, evaluation, report."""
     sets = with_model(sets, model)
@@ -105,7 +110,8 @@ def run(
             "resume_from": resume_from,
         }
         names = [stage.name for stage in stages]
-        run_shown("pretrain", parameters, names, view=summary_view, pages=pages, as_json=as_json, verbose=verbose)
+        shown = {"as_json": as_json, "verbose": verbose, "quiet": quiet}
+        run_shown("pretrain", parameters, names, view=summary_view, pages=pages, **shown)
 
 
 def join(
@@ -169,31 +175,42 @@ def run_shown(
     pages: bool,
     as_json: bool,
     verbose: bool,
+    quiet: bool = False,
 ) -> None:
     """Run a flow with its progress shown, and print its result as JSON or by `view`, which gets the seconds it took.
 
     pages: start a Prefect server with its pages, unless PREFECT_API_URL names one.
-    `stages` are announced in this order; with `verbose` nothing is, because Prefect's log tells all.
+    `stages` are announced in this order; with `verbose` nothing is, because Prefect's log tells all. With `quiet`
+    nothing is printed but warnings, errors and JSON.
     Raises what the flow raised, TrainerInterruptedError after Ctrl-C; exits with 143 after SIGTERM.
     """
-    started, console = time.monotonic(), console_for_people(to_stderr=as_json)
+    started, console, kept = time.monotonic(), console_for_people(to_stderr=as_json), LastSnapshot()
     with_pages = (lambda url: tell(f"Prefect shows this run at {url} until it ends.")) if pages else None
+    events.listen(kept)
     try:
-        if verbose:
-            result = run_flow(flow, parameters, verbose=True, with_pages=with_pages)
+        if verbose or quiet:
+            warnings = Warnings(logging.WARNING) if quiet else None
+            result = run_flow(flow, parameters, warnings=warnings, verbose=verbose, with_pages=with_pages)
         else:
             first = _ASKING if users_server() else _STARTING_SERVER if pages else _STARTING
             with shown_progress(console, stages, first=first) as progress, _interrupt_shown_by(progress):
                 result = run_flow(flow, parameters, warnings=progress, with_pages=with_pages)
     except KeyboardInterrupt:
-        raise TrainerInterruptedError(f"Stopped by Ctrl-C. {_CONTINUE}") from None
+        raise TrainerInterruptedError(f"Stopped by Ctrl-C. {kept.text} {_go_on()}") from None
     except TerminatedError as error:
-        tell(f"Stopped by {error}. {_CONTINUE}")
+        tell(f"Stopped by {error}. {kept.text} {_go_on()}")
         raise SystemExit(error.exit_code) from None
+    finally:
+        events.unlisten(kept)
     if as_json:
         echo_json(result)
-    else:
+    elif not quiet:
         show(console, view(result, time.monotonic() - started))
+
+
+def _go_on() -> str:
+    """Say what to type to go on: the command that was given."""
+    return f"To go on, type: {shlex.join(['relora', *sys.argv[1:]])}"
 
 
 @contextmanager
