@@ -235,7 +235,7 @@ def test_the_report_tells_tokens_share_and_epochs_of_each_source(made, directory
     checkpoint = SimpleNamespace(
         uri="x", manifest=checkpoint_manifest(tmp_path).model_copy(update={"dataset_uri": made.uri})
     )
-    rows = report_sources.sources_read(checkpoint, lambda ref, names: tmp_path)  # type: ignore[arg-type]
+    rows = report_sources.data_read(checkpoint, lambda ref, names: tmp_path)["sources"]  # type: ignore[arg-type]
     much, few = made.manifest.mixture
     assert [(row.name, row.weight, row.tokens) for row in rows] == [
         ("much", "1/4", 200 * LENGTH),
@@ -245,7 +245,8 @@ def test_the_report_tells_tokens_share_and_epochs_of_each_source(made, directory
     assert sum(row.share for row in rows) == 1
     assert epochs_by_source(made.manifest, 801, LENGTH)["few"] == (rows[1].tokens, rows[1].epochs)
     gone = SimpleNamespace(uri="x", manifest=checkpoint.manifest.model_copy(update={"dataset_uri": f"{made.uri}0"}))
-    assert report_sources.sources_read(gone, lambda ref, names: tmp_path) == ()  # type: ignore[arg-type]
+    told = report_sources.data_read(gone, lambda ref, names: tmp_path)  # type: ignore[arg-type]
+    assert "sources" not in told and ("State", "The dataset is not there any more.") in told["data_facts"]
 
 
 def test_a_source_that_is_read_often_is_told_and_one_below_a_batch_is_refused(folder, store, tokenizer, made, caplog):

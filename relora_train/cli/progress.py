@@ -26,6 +26,7 @@ PLAIN_SECONDS = 10.0
 """Between two plain lines of the same work."""
 
 _ROOM_FOR_CTRL_C = 4  # a terminal writes ^C where the cursor stands; on the next line it would stay there
+_ROOM_FOR_A_BAR = 80  # columns; below, the numbers alone
 _DONE, _STORED, _REUSED, _MERGED, _NOTICE, _ARM = "✓", "↑", "○", "+", "!", "›"
 _STYLES = {_ARM: "bold", _DONE: "green", _STORED: "dim", _REUSED: "dim", _MERGED: "cyan", _NOTICE: "yellow"}
 _TOLD = {"arm_reused": _REUSED, "arm_diverged": _NOTICE, "resumed": _REUSED, "merge": _MERGED}
@@ -61,7 +62,9 @@ class LiveDisplay:
     def counted(self, name: str, done: float, total: float | None, text: str) -> None:
         """Show that the work `name` has come to `done` of `total`."""
         bar = ProgressBar(total=total, completed=done, pulse=total is None)
-        self._row = (Text(name), bar, *([f"{100 * done / total:3.0f}%"] if total else []), Text(text, no_wrap=True))
+        shown = [bar] if self._console.width >= _ROOM_FOR_A_BAR else []
+        percent = [f"{100 * done / total:3.0f}%"] if total else []
+        self._row = (Text(name), *shown, *percent, Text(text, no_wrap=True))
 
     def _render(self) -> RenderableType:
         grid = Table.grid(padding=(0, 1), expand=len(self._row) > 1)
