@@ -22,7 +22,6 @@ from relora_train.errors import ReLoRAError
 from relora_train.events import Event
 from relora_train.reports.event_text import event_line
 from relora_train.text import size
-from tasks.alone import has_server
 
 _LOG_SECONDS = 10.0
 
@@ -103,8 +102,7 @@ def tell_low_disk(run_id: str, directories: Iterable[Path], checkpoint_bytes: in
                 f"{size(checkpoint_bytes)}: enlarge the volume, or `relora prune`."
             )
             run_logger().warning("%s", told)
-            if has_server():
-                emit_event("relora.disk.low", {"prefect.resource.id": f"relora.run.{run_id}"}, payload={"told": told})
+            emit_event("relora.disk.low", {"prefect.resource.id": f"relora.run.{run_id}"}, payload={"told": told})
 
 
 def provenance() -> dict[str, str]:

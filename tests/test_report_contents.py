@@ -302,19 +302,17 @@ def test_the_data_section_says_what_there_is_what_was_read_and_what_was_dropped(
     assert {"command"} <= line[-1].manifest.provenance.keys()
 
 
-def test_duplicates_and_what_was_left_out_are_counted(run):
+def test_duplicates_and_empty_documents_are_counted(run):
     from relora_train.checkpoints.manifest import DatasetManifest
     from relora_train.reports.sources import dataset_facts
 
-    left_out = [{"unit": "records", "reason": "text is null", "count": 3, "of": 90, "first": "a.jsonl:7"}]
     counts = {f"{split}_{what}": 10 for split in ("train", "val") for what in ("tokens", "documents", "bytes")}
     manifest = DatasetManifest(
         files=(), attempt="a", name="n", dataset_id="d" * 64, inputs={}, token_dtype="uint16", vocab_size=300, eos_id=0,
-        statistics={"duplicate_documents": 1234, "empty_documents": 0, "left_out": left_out}, **counts,
+        statistics={"duplicate_documents": 1234, "empty_documents": 0}, **counts,
     )  # fmt: skip
     facts = dict(dataset_facts(manifest))
     assert facts["Dropped"] == "1,234 duplicate documents, 0 empty documents"
-    assert facts["Left out"] == "3 of 90 records (text is null; first: a.jsonl:7)"
     assert "Dropped" not in dict(dataset_facts(manifest.model_copy(update={"statistics": {}})))
     assert isinstance(run[2], RunData)
 
