@@ -120,7 +120,8 @@ def test_one_report_holds_the_table_of_stages_and_a_small_picture(artifacts: lis
     (report,) = [artifact for artifact in artifacts if artifact["key"] == f"report-{RUN_ID}"]
     lines = report["data"].splitlines()
     assert [line.split("|")[1].strip() for line in lines if line.startswith("| ") and "`step-" in line] == STAGES
-    assert [line.split(": `s3://")[0] for line in lines if line.startswith("- ") and "`s3://" in line] == [f"- {stage}" for stage in STAGES]
+    places = [line for line in lines if line.startswith("- ") and "`s3://" in line]
+    assert [line.split(": `s3://")[0] for line in places] == [f"- {stage}" for stage in STAGES]
     encoded = re.search(r"\(data:image/png;base64,([A-Za-z0-9+/=]+)\)", report["data"])[1]
     picture = base64.b64decode(encoded, validate=True)
     assert Image.open(io.BytesIO(picture)).width > 400 and len(encoded) < 60_000
