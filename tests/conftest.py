@@ -26,6 +26,7 @@ LONGEST = (
     "test_run_snapshots", "test_flow_publishing", "test_ranks", "test_kill_storm", "test_artifacts", "test_security",
     "test_flow_retrain", "test_hostile_directory", "test_kept_worker", "test_sharding", "test_bench",
     "test_chat", "test_slurm", "test_gpu_acceptance", "test_compiled", "test_tasks", "test_gpu_estimate", "test_step",
+    "test_dask",
 )  # fmt: skip
 
 # A table is as wide whatever runs the tests: rich asks for the terminal, and there may be none.
