@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from made_up_corpus import made_up_text
 
-from relora_train.data import splitting, staging
+from relora_train.data import splitting
 from relora_train.data.sources import read_documents, resolve_source
 from relora_train.data.splitting import PIECE_BYTES, cut_into_pieces, split_digest, split_of
 from relora_train.data.staging import read_pieces, stage_documents
@@ -91,7 +91,7 @@ def test_duplicates_land_on_one_side_and_are_counted(tmp_path):
 
 
 def test_duplicates_beyond_the_memory_are_estimated(tmp_path, monkeypatch):
-    monkeypatch.setattr(staging, "_COUNTED_DIGESTS", 1024)
+    monkeypatch.setattr(splitting, "_COUNTED_DIGESTS", 1024)
     texts = [f"document {n}" for n in range(8000)]
     staged = stage_documents([*texts, *texts], tmp_path, side=lambda digest: "train", range_bytes=1 << 20)
     assert abs(staged.duplicate_documents - 8000) < 5 * 8000 / 500**0.5  # from a sample of 500 digests at least
