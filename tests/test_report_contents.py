@@ -271,6 +271,10 @@ def test_parent_siblings_and_branches_of_a_run_are_named(tmp_path):
     ties = {row.run_id: row.tie.partition(":")[0] for row in relatives_of(store, [root, *line], "ours")}
     assert ties == {"root": "parent", "sibling": "sibling", "branch": "branch"}
     assert {row.run_id for row in relatives_of(store, [root], "root")} == {"ours", "sibling"}
+    cousins = relatives_of(store, [root, *line, *commit("later", line[1], cycles[2:], seed=6)], "later")
+    assert {row.run_id: row.tie.partition(":")[0] for row in cousins} == {"ours": "parent"}, (
+        "branches of a parent's past"
+    )
     assert relatives_of(store, commit("alone", None, [warm], seed=5), "alone") == ()
 
 
