@@ -11,6 +11,7 @@ from prefect.context import TaskRunContext
 from relora_train.data.remote_shards import MapRanges, RangeJob, encode_range
 from relora_train.data.shards import ShardRecord
 from relora_train.errors import ClusterUnavailableError, ConfigError
+from tasks.alone import has_server
 from tasks.policies import STORE_IO
 
 _WAIT_SECONDS = 60
@@ -26,6 +27,11 @@ def ranges_on(address: str | None) -> MapRanges | None:
     """Return what has ranges encoded by the cluster whose scheduler is at an address; None without one."""
     if address is None:
         return None
+    if not has_server():
+        raise ConfigError(
+            f"data.dask = {address!r} needs a Prefect server that its workers reach too: set PREFECT_API_URL here and "
+            "where they run, or leave data.dask out to encode on this machine."
+        )
     try:
         import distributed
         from prefect_dask.task_runners import DaskTaskRunner

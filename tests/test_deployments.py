@@ -228,14 +228,18 @@ def test_served_deployments_run_without_a_worker_and_go_back_to_their_pool(opera
 
 def test_serving_that_is_told_to_stop_before_it_began_gives_back_what_is_still_its_own(operator: Operator):
     program = """
-import os, signal, sys, urllib.request
+import contextlib, os, signal, sys, time, urllib.error, urllib.request
 from flows.serving import serve_deployments
 from relora_train.cli.serve import choose_deployments
 
 def deploy_again(pool_and_queue):
-    url = f"{os.environ['PREFECT_API_URL']}/deployments/{sys.argv[1]}"
-    headers = {"Content-Type": "application/json"}
-    urllib.request.urlopen(urllib.request.Request(url, pool_and_queue.encode(), headers, method="PATCH"))
+    url, headers = f"{os.environ['PREFECT_API_URL']}/deployments/{sys.argv[1]}", {"Content-Type": "application/json"}
+    request = urllib.request.Request(url, pool_and_queue.encode(), headers, method="PATCH")
+    for pause in (1, 5, 20):  # a server on SQLite answers 503 while its file is locked
+        with contextlib.suppress(urllib.error.HTTPError):
+            return urllib.request.urlopen(request)
+        time.sleep(pause)
+    urllib.request.urlopen(request)
 
 def on_start():
     for change in sys.argv[2:]:

@@ -2,9 +2,7 @@
 
 import copy
 import math
-import re
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,7 +22,6 @@ from relora_train.method.layer import relora_layers
 from relora_train.method.merge import merge_and_reinit
 from relora_train.method.stages import fingerprint_settings, plan_stages, stage_fingerprint, stages_after
 from relora_train.method.wrap import apply_relora
-from relora_train.reports.plots import score_plot_name
 from relora_train.runs.plan import plan
 from relora_train.runs.retraining.interface import RetrainOptions
 from relora_train.runs.retraining.retrain import plan_retrain
@@ -99,12 +96,6 @@ def test_images_and_text_have_sources_of_their_own_and_scores_tell_the_objective
         scores = {"val_loss": 1.0, entry.headline.key: 1.0, entry.second.key: 1.0}
         assert measures_in(scores) == measures_in({**scores, entry.scored: 9}) == entry
     assert measures_in({"val_loss": 1.0}) == OBJECTIVES["causal_lm"]
-
-
-@pytest.mark.parametrize("objective", OBJECTIVES)
-def test_the_picture_of_the_scores_has_a_name_that_stores_take(objective: str):
-    data: Any = SimpleNamespace(measures=OBJECTIVES[objective])
-    assert re.fullmatch(r"[\w-]+\.png", score_plot_name(data))
 
 
 def test_a_checkpoint_of_text_is_not_continued_with_images_nor_the_other_way_round(

@@ -27,6 +27,8 @@ def fields(
     for name, field in (properties or schema["properties"]).items():
         if "$ref" in field.get("items", {}):  # a list of sections
             field = {"$ref": field["items"]["$ref"], "description": field["description"]}
+        if any("$ref" in choice for choice in field.get("anyOf", ())):  # a section that may be absent
+            field = {"$ref": field["anyOf"][0]["$ref"], "description": field["description"]}
         if "$ref" not in field:
             found[f"{prefix}{name}"] = {key: value for key, value in field.items() if key != "default"}
             continue
