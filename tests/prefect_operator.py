@@ -168,7 +168,7 @@ def running_operator(directory: Path, **environment: str) -> Iterator[Operator]:
 
 
 def install_automations(operator: Operator, *files: str, **environment: str) -> None:
-    """As the runbook says; `python` and `prefect` are found on PATH, as in an activated environment."""
+    """Follow the runbook; `python` and `prefect` are found on PATH, as in an activated environment."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     command = ["bash", str(ROOT / "deploy" / "automations.sh"), *files]
     environment = {**operator.environment, "PATH": path, **environment}

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from made_up_corpus import made_up_text
+from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect_server import PREFECT_WARNS, running_prefect
 from stage_runs import tiny_profile
 
@@ -20,6 +21,7 @@ from relora_train.checkpoints.manifest import DatasetManifest, content_digest
 from relora_train.data import remote_shards
 from relora_train.data.remote_shards import encode_range
 from relora_train.errors import ClusterUnavailableError, ConfigError
+from relora_train.process import NO_SERVER
 from relora_train.runs.datasets import prepare_or_reuse
 from relora_train.runs.run import Run
 from relora_train.settings.profile import Profile
@@ -82,7 +84,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def alone(folder: Path) -> DatasetManifest:
-    """What one machine makes."""
+    """The dataset that one machine makes."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RELORA_CACHE", str(folder / "cache"))
         run = Run("run", str(folder / "store"), profile(folder, workers=1))
@@ -153,6 +155,11 @@ def test_a_worker_with_other_libraries_and_a_store_that_workers_do_not_see_are_r
     with pytest.raises(ConfigError, match=r"is a directory of this machine.*s3://bucket/prefix, or leave data\.dask"):
         local = Run("run", str(tmp_path / "store"), profile(folder))
         prepare_or_reuse(local, on_event=lambda event: None, map_ranges=encode_here)
+
+
+def test_a_cluster_is_refused_where_no_prefect_server_is_for_its_workers_to_reach():
+    with temporary_settings({PREFECT_API_URL: NO_SERVER}), pytest.raises(ConfigError, match="needs a Prefect server"):
+        ranges_on("tcp://127.0.0.1:9")
 
 
 def test_a_cluster_that_does_not_answer_is_an_error_that_may_pass(monkeypatch):

@@ -46,7 +46,7 @@ def progress(step: int, loss: float, stage: str = "warm-start") -> dict[str, Any
 
 
 def reported(store: ObjectStore, *told: dict[str, Any], error: BaseException | None = None) -> RunStatus:
-    """What is stored after a flow of run 'tale' whose events were these."""
+    """The status that is stored after a flow of run 'tale' whose events were these."""
     reporter = RunReporter(store, "tale", "synthetic", STAGES)
     reporter.__enter__()
     for event in told:

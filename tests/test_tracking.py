@@ -28,7 +28,7 @@ def profile(directory: Path, *names: str) -> Profile:
 
 
 def stage(name: str, start: int, steps: range, end: int, *, merged: int | None = None) -> list[Event]:
-    """What a flow hears of a stage that goes on at the first of these steps."""
+    """The events that a flow hears of a stage that goes on at the first of these steps."""
     place = {"stage": name, "start_step": start, "end_step": end}
     told: list[Event] = [{"event": "stage_started", **place, "pid": os.getpid(), "device": "cpu"}]
     if steps[0] > start + 1:

@@ -73,7 +73,7 @@ class ExampleDataset(ABC):
         self.blocks = int(self._first_block[-1])
         """Examples in an epoch."""
         self.left_out: dict[str, int] = {}
-        """Of examples that may be longer than a row: how many were 'cut', and how many are in no row, 'dropped'."""
+        """The examples longer than a row, by fate: 'cut', or 'dropped' into no row. Empty where none can be."""
         self._order: tuple[int, NDArray[np.int64]] | None = None
         self.masking: Masking | None = None
         """Hides tokens of what is read, by its place in training or its number in evaluation."""

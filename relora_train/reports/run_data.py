@@ -204,7 +204,7 @@ class RunData:
     left_out: tuple[str, ...] = ()
     """Sentences that say which records and examples were not trained on, or not whole."""
     data_facts: tuple[tuple[str, str], ...] = ()
-    """What is known of the dataset and of how it was read, as name and value."""
+    """The facts about the dataset and its reading, as name and value."""
     relatives: tuple[RelativeRow, ...] = ()
     rates: RateCurve = NO_RATES
     spectra: tuple[LayerSpectrum, ...] = ()

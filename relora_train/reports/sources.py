@@ -39,7 +39,7 @@ def left_out_of(checkpoint: CheckpointRef, fetch_files: FetchFiles) -> tuple[str
 def data_read(checkpoint: CheckpointRef, fetch_files: FetchFiles) -> dict[str, Any]:
     """Return the fields data_facts and sources of RunData; without the dataset, which may be gone, what is known.
 
-    What was read is told by the position in the data alone, which a run that goes on with another dataset begins anew.
+    The position in the data alone tells how much was read. A run that goes on with another dataset begins it anew.
     """
     names = {entry.path for entry in checkpoint.manifest.files} & {"training_state.json", "profile.json"}
     files = fetch_files(checkpoint, sorted(names))

@@ -21,7 +21,7 @@ _HUB_DOCUMENTS = {("allenai/c4", "en"): (364_868_892, 2_270)}
 
 
 class TokenizationEstimate(FrozenConfig):
-    """What tokenizing all of a source takes, without the transfers to and from a store."""
+    """The cost of tokenizing all of a source, without the transfers to and from a store."""
 
     text_bytes: float
     hours_by_workers: dict[int, float]

@@ -129,7 +129,7 @@ TRACKERS: Mapping[TrackerName, Callable[[Start], Tracker]] = {
 
 
 class Telling:
-    """What one tracker is told, each name at rising steps."""
+    """The messages to one tracker, each name at rising steps."""
 
     def __init__(self, name: TrackerName, start: Start) -> None:
         self._name, self._path = name, start.directory / f"{start.run_id}-{name}.json"

@@ -77,7 +77,7 @@ class Objective:
     """Values of data.source that it can train on."""
 
     learns_from: tuple[Holds, ...]
-    """What such a source may hold: SourceConfig.holds."""
+    """The values of SourceConfig.holds that such a source may have."""
 
     own_keys: tuple[str, ...]
     """Keys of a profile that mean something to it alone: part of its fingerprints, and of no other objective's."""

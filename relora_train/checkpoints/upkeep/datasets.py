@@ -38,7 +38,7 @@ class StoredDataset:
     modified_at: datetime
     """The time of its commit, by the store's clock; of the newest object where there is none."""
     used_by: tuple[str, ...]
-    """What depends on it: 'run R (3 checkpoints)', 'series S', 'mixture N/ID'."""
+    """The dependents: 'run R (3 checkpoints)', 'series S', 'mixture N/ID'."""
 
     @property
     def name(self) -> str:

@@ -27,7 +27,7 @@ class ClassEvaluation(Evaluation):
 
     val_accuracy: float
     val_f1: float
-    """Of the second class where there are two, else the mean over those that are there or answered."""
+    """The second class's F1 where there are two; otherwise the mean over classes that are there or answered."""
 
     val_matthews: float
     """Matthews correlation: 1 is perfect, 0 what a constant answer has."""
