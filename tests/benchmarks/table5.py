@@ -1,9 +1,10 @@
 """Labelled texts for the experiment table5-tiny, made of this interpreter's standard library, and its search.
 
-    python tests/benchmarks/table5.py DIR        # writes comments.jsonl, packages.jsonl and search.toml into DIR
+    python tests/benchmarks/table5.py DIR
 
-comments: is a line from a docstring or a comment?  packages: from which of four packages does a line of code come?
-search.toml has each arm of table5-tiny at four learning rates: an equal budget for all.
+writes into DIR the tasks comments.jsonl (is a line from a docstring or a comment?) and packages.jsonl (from which of
+four packages does a line of code come?); search.toml, each arm of table5-tiny at four learning rates, an equal budget
+for all; and packages.toml, table5-tiny on the second task, each arm at the rate that its search found best there.
 """
 
 import argparse
@@ -26,6 +27,7 @@ EXAMPLES = 2400
 CHARACTERS = range(24, 61)
 PACKAGES = ("asyncio", "email", "multiprocessing", "unittest")
 RATES = {"full": (1e-4, 3e-4, 1e-3, 3e-3), "lora": (1e-3, 3e-3, 1e-2, 3e-2), "relora": (1e-3, 3e-3, 1e-2, 3e-2)}
+BEST_ON_PACKAGES = {"full": 1e-3, "lora": 3e-3, "relora": 3e-3}
 
 
 def sources() -> Iterator[tuple[str, str]]:
@@ -76,13 +78,29 @@ def write(path: Path, lines: Iterator[tuple[str, str]], each: int) -> None:
 
 def search() -> str:
     """Return an experiment with an arm for each arm of table5-tiny and each learning rate."""
-    experiment = tomllib.loads((experiment_directory() / "table5-tiny.toml").read_text())
     arms: dict[str, Any] = {}
-    for (name, arm), rate in ((item, rate) for item in experiment["arms"].items() for rate in RATES[item[0]]):
+    for (name, arm), rate in ((item, rate) for item in _table5()["arms"].items() for rate in RATES[item[0]]):
         own = {**arm["set"], "optimizer": {"learning_rate": rate}}
         arms[f"{name}-{rate:g}"] = {"label": f"{arm['label']}, {rate:g}", "set": own}
-    settings = {key: experiment[key] for key in ("profile", "budget_tokens", "base")}
-    settings |= {"title": "The search of table5-tiny", "seeds": [100], "reference": next(iter(arms)), "arms": arms}
+    return _written(title="The search of table5-tiny", seeds=[100], reference=next(iter(arms)), arms=arms)
+
+
+def second_task() -> str:
+    """Return table5-tiny on packages.jsonl."""
+    own = _table5()
+    own["base"]["data"] |= {"name": "packages", "paths": ["table5/packages.jsonl"]}
+    for name, rate in BEST_ON_PACKAGES.items():
+        own["arms"][name]["set"]["optimizer"]["learning_rate"] = rate
+    del own["search"]
+    return _written(**own | {"title": "Table 5 on a CPU, the second task: the package of a line of code"})
+
+
+def _table5() -> dict[str, Any]:
+    return tomllib.loads((experiment_directory() / "table5-tiny.toml").read_text())
+
+
+def _written(**settings: Any) -> str:
+    settings = {key: _table5()[key] for key in ("profile", "budget_tokens", "base")} | settings
     return "".join(f"{key} = {_toml(value)}\n" for key, value in settings.items())
 
 
@@ -100,6 +118,7 @@ def main() -> None:
     write(directory / "comments.jsonl", comments(), EXAMPLES)
     write(directory / "packages.jsonl", packages(), EXAMPLES // len(PACKAGES))
     (directory / "search.toml").write_text(search())
+    (directory / "packages.toml").write_text(second_task())
 
 
 if __name__ == "__main__":
