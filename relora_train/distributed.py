@@ -199,6 +199,12 @@ def gather_on_first(part: Tensor, like: Tensor, group: dist.ProcessGroup) -> Ten
     return full
 
 
+def send_from_first(tensor: Tensor) -> None:
+    """Give all ranks the first one's values, in place; all must call together."""
+    if dist.is_initialized():
+        dist.broadcast(tensor, src=0)
+
+
 @torch.no_grad()
 def like_sharded(full: Tensor, like: Tensor) -> Tensor:
     """Return a copy of `full` on the device, in the dtype and over the ranks of `like`."""

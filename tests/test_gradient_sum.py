@@ -9,6 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
+
+from relora_train.method.rules import RuledAdamW
+from relora_train.method.subspace import Subspace
 
 RANK = """
 import json, sys
@@ -56,7 +61,24 @@ for p in parameters:
 for step in (0, 1):
     backward(step)  # outside during(): nothing is sent
 own = [None if p.grad is None else p.grad.double().flatten().tolist() for p in parameters]
-json.dump({"found": found, "own": own, "events": sent, "later": len(events)}, open(out, "w"))
+later = len(events)
+
+from relora_train.method.rules import RuledAdamW
+from relora_train.method.subspace import Subspace
+
+if rank == 1:  # another processor, with other roundings
+    svd = torch.linalg.svd
+    torch.linalg.svd = lambda matrix, **options: svd(matrix + 0.1 * matrix.sin(), **options)
+weight = nn.Parameter(torch.zeros(6, 9))
+sums = GradientSum([weight], Ranks(rank, 2, torch.device("cpu")))
+optimizer = RuledAdamW([{"params": [weight], "rule": Subspace(2, 2, 1.0, residual=True)}], lr=0.1)
+for step in range(5):
+    weight.grad = None
+    with sums.during():
+        (weight * torch.randn(2, 6, 9, generator=torch.Generator().manual_seed(step))[rank]).sum().backward()
+    optimizer.step()
+report = {"found": found, "own": own, "events": sent, "later": later, "fira": weight.tolist()}
+json.dump(report, open(out, "w"))
 dist.destroy_process_group()
 """
 
@@ -92,3 +114,13 @@ def test_buckets_leave_in_one_order_while_the_backward_pass_goes_on(ranks: list[
     for rank in ranks:
         last_layer = max(index for index, event in enumerate(rank["events"]) if event[0] == "layer")
         assert any(kind == "sent" for kind, _ in rank["events"][:last_layer])
+
+
+def test_ranks_that_round_otherwise_take_the_first_ones_subspace_and_move_as_one_process(ranks: list[dict[str, Any]]):
+    weight = nn.Parameter(torch.zeros(6, 9))
+    optimizer = RuledAdamW([{"params": [weight], "rule": Subspace(2, 2, 1.0, residual=True)}], lr=0.1)
+    for step in range(5):
+        weight.grad = torch.randn(2, 6, 9, generator=torch.Generator().manual_seed(step)).sum(0)
+        optimizer.step()
+    assert ranks[0]["fira"] == ranks[1]["fira"]
+    torch.testing.assert_close(torch.tensor(ranks[0]["fira"]), weight.detach())

@@ -31,10 +31,14 @@ class ResetReport:
 
 
 def moments_of(optimizer: torch.optim.Optimizer, parameter: Tensor) -> list[Tensor]:
-    """Return exp_avg and exp_avg_sq of a parameter with state; those held as codes (eight_bit_adamw.py) in float32."""
+    """Return exp_avg and exp_avg_sq of a parameter with state; those held as codes (eight_bit_adamw.py) in float32.
+
+    Under a rule (rules.py) it is what that holds in their place.
+    """
     if hasattr(optimizer, "read"):
         return cast(Any, optimizer).read(parameter)  # type: ignore[no-any-return]
-    return [optimizer.state[parameter][key] for key in MOMENTS]
+    state = optimizer.state[parameter]
+    return [state[key] for key in (MOMENTS if MOMENTS[0] in state else state) if key != "step"]
 
 
 @torch.no_grad()
@@ -63,7 +67,8 @@ def reset_optimizer_state(
 
     Adam's step is kept except by zero, as in the paper's code. So bias correction counts an emptied entry's moments as
     full ones. Its first updates are (1 - beta1) / sqrt(1 - beta2) = 3.2 times the rate; with `restart_clock`, which
-    begins each parameter's step anew, 1.0 times.
+    begins each parameter's step anew, 1.0 times. A factored state (factored.py) has no entries of its own to keep: all
+    modes but none empty it, with its step.
     """
     if mode not in get_args(ResetMode):
         raise ValueError(f"mode = {mode!r} is not one of {', '.join(get_args(ResetMode))}")
@@ -76,11 +81,14 @@ def reset_optimizer_state(
         if not state:
             continue
         moments = moments_of(optimizer, parameter)
+        factored = MOMENTS[0] not in state
+        each: ResetMode = "zero" if factored and mode != "none" else mode
         entries += sum(moment.numel() for moment in moments)
-        if mode == "zero" or restart_clock:
+        if each == "zero" or restart_clock:
             state["step"].zero_()
         generator = stable_generator(seed, cycle, name)
-        masks = _masks([full_tensor(moment) for moment in moments], mode, ratio, independent_masks, generator)
+        apart = independent_masks or factored  # whose means differ in shape
+        masks = _masks([full_tensor(moment) for moment in moments], each, ratio, apart, generator)
         for moment, keep in zip(moments, masks, strict=True):
             local_shard(moment).masked_fill_(~shard_of(keep, moment), 0)
             zeroed += int(keep.numel() - keep.count_nonzero())

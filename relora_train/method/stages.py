@@ -179,6 +179,7 @@ def fingerprint_settings(
     that relora.dropout_mask = 'auto' was settled to.
     """
     named_below = {"learning_rate", "warm_start_learning_rate"} | unset_later_keys(profile, "optimizer")
+    named_below |= set() if stage.low_rank else {"low_rank_state"}
     optimizer = profile.optimizer.model_dump(mode="json", exclude=named_below)
     unfrozen = set() if stage.low_rank else {"frozen"}
     settings: dict[str, Any] = {

@@ -15,13 +15,15 @@ HEADS = ("lm_head", "embed_out", "classifier", "score")
 _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 
-def check_targets(model: nn.Module, target_modules: Sequence[str] | None, *, rank: int) -> list[str]:
+def check_targets(
+    model: nn.Module, target_modules: Sequence[str] | None, *, rank: int, setting: str = "relora.rank"
+) -> list[str]:
     """Return the names of the layers that apply_relora would wrap. The tensors may be on the meta device.
 
     None takes the linear layers and experts inside the repeated blocks, but no router, layer of one output, or shared
     weight. Experts that one module holds are named by their parameters.
     Raises NoTargetModulesError for a name without a layer, ModelError for a shared weight, and ConfigError for a rank
-    above a side.
+    above a side, which `setting` names.
     """
     weights = _wrappable(model)
     holders: dict[int, list[str]] = {}
@@ -38,8 +40,8 @@ def check_targets(model: nn.Module, target_modules: Sequence[str] | None, *, ran
         smaller = min(weights[name].shape[-2:])
         if rank > smaller:
             raise ConfigError(
-                f"relora.rank {rank} exceeds {smaller}, the smaller side of {name}. Lower relora.rank, or leave the "
-                "layer out of relora.target_modules."
+                f"{setting} {rank} exceeds {smaller}, the smaller side of {name}. Lower {setting}"
+                f"{', or leave the layer out of relora.target_modules' if setting == 'relora.rank' else ''}."
             )
         if name in shared:
             raise ModelError(

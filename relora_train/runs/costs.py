@@ -5,6 +5,7 @@ from collections.abc import Collection
 from typing import Any
 
 from relora_train.method import products
+from relora_train.runs.optimizer_state import state_numbers
 from relora_train.settings.base import FrozenConfig
 from relora_train.settings.profile import Profile
 from relora_train.training.models.activations import activations
@@ -81,7 +82,13 @@ class PhaseCost(FrozenConfig):
 
     memory: MemoryEstimate
     snapshot_bytes: int
-    """One snapshot inside a stage: all that moves, and its Adam state."""
+    """One snapshot inside a stage: all that moves, and its optimizer state."""
+
+    state_of_factors: int
+    """Numbers that the optimizer holds of A and B."""
+
+    state_of_others: int
+    """Numbers that it holds of all else."""
 
     orders: tuple[LayerOrder, ...] = ()
     """The low-rank layers of a block, on the kind of device that the profile names; 'auto' counts as a CPU."""
@@ -223,16 +230,19 @@ def _phase_cost(
         held -= (_FP32_BYTES - _BF16_BYTES) * _plain_matrices(shape, wrapped, frozen)
     trainable = sum(kind.parameters for kind in kinds if kind.trained)
     trained = _FP32_BYTES * trainable
+    optimizer = profile.optimizer
+    numbers = state_numbers(profile, shape, frozen=frozen, factors=factors, wrapped=wrapped)
     if profile.precision.trains_in_bfloat16:  # under autocast all that is trained stays fp32
         vectors = shape.vector_parameters - sum(counts[kind] for kind in {"norms", "biases"} & {*frozen})
         trained = _BF16_BYTES * trainable + (_FP32_BYTES - _BF16_BYTES) * vectors
     # Ranks that share the model hold a part each. Not covered: the blocks gathered for a moment.
     ranks = (profile.launch.world_size or 1) if profile.launch.sharding == "full" else 1
     micro_batch = activations(profile, shape, wrapped, device="cpu" if profile.launch.device == "cpu" else "cuda")
+    state = _FP32_BYTES * sum(numbers) if optimizer.has_rules else _MOMENTS * trained  # in bfloat16 too
     sizes = {
         "weights": held + trained,
         "gradients": trained,
-        "optimizer": _MOMENTS * (trained if profile.optimizer.state == "float32" else _CODE_BYTES * trainable),
+        "optimizer": state if optimizer.state == "float32" else _MOMENTS * _CODE_BYTES * trainable,
         "merged": _FP32_BYTES * merged,
     }
     return PhaseCost(
@@ -240,7 +250,9 @@ def _phase_cost(
         memory=MemoryEstimate(
             **{name: math.ceil(size / ranks) for name, size in sizes.items()}, activations=sum(micro_batch)
         ),
-        snapshot_bytes=(1 + _MOMENTS) * trained,
+        snapshot_bytes=trained + state,
+        state_of_factors=numbers[0],
+        state_of_others=numbers[1],
         adapter_parameters=factors,
         flops_per_token=flops_per_token,
         orders=orders,

@@ -24,7 +24,7 @@ def check_settings(profile: Profile) -> bool:
     Raises ModelNotFoundError, ModelUnsuitableError, VocabularyMismatchError, NoTargetModulesError, ConfigError.
     """
     facts_of(profile).check_pretrained()
-    if profile.method == "full":
+    if profile.method == "full" and not profile.optimizer.projects:
         return profile.model.pretrained is None
     if profile.model.pretrained is None:  # its layers are the same whatever the tokenizer, which may lie on a hub
         profile = profile.model_copy(update={"model": profile.model.model_copy(update={"vocab_size": 2})})
@@ -62,7 +62,11 @@ def check_run(run: Run, stages: Sequence[Stage], parent: CheckpointRef | None, *
 def _knows_layers(profile: Profile, shape: Callable[[], ModelShape]) -> bool:
     """Check the layers that would be wrapped; return False if their shapes are not known without torch."""
     try:
-        wrapped_layers(shape(), target_modules=profile.relora.target_modules, rank=profile.relora.rank)
+        if profile.optimizer.projects:  # as training/optimizer.py chooses
+            rank, setting = profile.optimizer.subspace_rank, "optimizer.subspace_rank"
+            wrapped_layers(shape(), target_modules=None, rank=rank, setting=setting)
+        else:
+            wrapped_layers(shape(), target_modules=profile.relora.target_modules, rank=profile.relora.rank)
     except ShapeUnknownError:
         return False
     return True

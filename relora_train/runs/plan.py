@@ -15,7 +15,6 @@ from relora_train.training.models.registry import counted_shape
 from relora_train.training.models.shape import ShapeUnknownError
 
 _FP32_BYTES = 4
-_MOMENTS = 2
 _SNAPSHOTS_KEPT = 2
 
 
@@ -174,16 +173,16 @@ def _milestones(profile: Profile, stage: Stage) -> tuple[LearningRatePoint, ...]
 
 def _checkpoint_size(profile: Profile, stage: Stage, cost: PhaseCost, parameters: int) -> CheckpointSize:
     """Return a checkpoint's size. Only cycles and full-rank stages hand their optimizer on."""
-    factors, others = cost.adapter_parameters, cost.trainable_parameters - cost.adapter_parameters
     reset = profile.optimizer_reset
-    kept = {"none": 1.0, "zero": 0.0}.get(reset.mode, 1 - reset.ratio)
+    mode = "zero" if profile.optimizer.low_rank_state == "factored" and reset.mode != "none" else reset.mode
+    kept = {"none": 1.0, "zero": 0.0}.get(mode, 1 - reset.ratio)
     # An entry of a moment of A or B that was kept: index and value, or all entries if that is cheaper.
     kept_bytes = float(_FP32_BYTES) if kept > 0.5 else 2 * _FP32_BYTES * kept
-    moment = _FP32_BYTES * others + kept_bytes * factors
+    optimizer = round(_FP32_BYTES * cost.state_of_others + kept_bytes * cost.state_of_factors)
     return CheckpointSize(
         model=_FP32_BYTES * parameters,
-        optimizer=round(_MOMENTS * moment) if stage.kind in ("relora", "full") else 0,
-        adapter=_FP32_BYTES * factors,
+        optimizer=optimizer if stage.kind in ("relora", "full") else 0,
+        adapter=_FP32_BYTES * cost.adapter_parameters,
     )
 
 

@@ -204,7 +204,23 @@ class ReLoRAConfig(FrozenConfig):
 
 
 class OptimizerConfig(FrozenConfig):
-    """AdamW."""
+    """AdamW, or a rival of it that holds less."""
+
+    kind: Literal["adamw", "factored", "galore", "fira"] = "adamw"
+    """The update of all but A and B. 'factored': second moments of rows and columns, no momentum. 'galore', 'fira':
+    Adam in a subspace of each matrix that ReLoRA would wrap, for method 'full'."""
+
+    low_rank_state: Literal["adam", "factored"] = "adam"
+    """The state of A and B: Adam's, or second moments of rows and columns, without momentum."""
+
+    subspace_rank: int = Field(128, ge=1)
+    """Directions of a gradient that 'galore' and 'fira' keep."""
+
+    subspace_steps: int = Field(200, ge=1)
+    """Steps after which 'galore' and 'fira' take the subspace of a new gradient."""
+
+    subspace_scale: float = Field(0.25, gt=0)
+    """Rate of the matrices that 'galore' and 'fira' project over the learning rate, which is the others'."""
 
     learning_rate: float = Field(1e-3, gt=0)
     """Peak learning rate of the cycles, or of the whole run of method 'full'."""
@@ -232,6 +248,16 @@ class OptimizerConfig(FrozenConfig):
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas {self.betas} must lie in [0, 1)")
         return self
+
+    @property
+    def projects(self) -> bool:
+        """True if matrices are updated in a subspace."""
+        return self.kind in ("galore", "fira")
+
+    @property
+    def has_rules(self) -> bool:
+        """True if anything is updated otherwise than by AdamW (method/rules.py)."""
+        return self.kind != "adamw" or self.low_rank_state != "adam"
 
 
 class OptimizerResetConfig(FrozenConfig):

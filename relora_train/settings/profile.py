@@ -138,6 +138,31 @@ class Profile(FrozenConfig):
         return self
 
     @model_validator(mode="after")
+    def optimizer_fits_method_and_parameters(self) -> Self:
+        optimizer, fields = self.optimizer, OptimizerConfig.model_fields
+        own = ("subspace_rank", "subspace_steps", "subspace_scale")
+        if not optimizer.projects and (foreign := [k for k in own if getattr(optimizer, k) != fields[k].default]):
+            raise ValueError(
+                f"optimizer.{foreign[0]} is of kinds 'galore' and 'fira', not of {optimizer.kind!r}; leave it out"
+            )
+        if optimizer.state == "8bit" and optimizer.has_rules:
+            raise ValueError(
+                "optimizer.state '8bit' is of AdamW alone: leave it out, or optimizer.kind and optimizer.low_rank_state"
+            )
+        if optimizer.projects and self.method != "full":
+            raise ValueError(
+                f"optimizer.kind {optimizer.kind!r} is a rival of low-rank training, not a part of it: set method to "
+                "'full', or optimizer.kind to 'adamw' or 'factored'"
+            )
+        if optimizer.has_rules and (self.launch.sharding == "full" or self.precision.trains_in_bfloat16):
+            changed = "low_rank_state" if optimizer.kind == "adamw" else "kind"
+            raise ValueError(
+                f"optimizer.{changed} {getattr(optimizer, changed)!r} goes with whole float32 parameters: leave it "
+                "out, or set launch.sharding to 'none' and precision.dtype to 'bfloat16' or 'float32'"
+            )
+        return self
+
+    @model_validator(mode="after")
     def settings_fit_a_new_model(self) -> Self:
         model, length, rows = self.model, self.batch.sequence_length, self.model.vocab_size
         if model.pretrained is not None:
@@ -150,6 +175,9 @@ class Profile(FrozenConfig):
         width = min(model.hidden_size, model.intermediate_size)
         if self.relora.target_modules is None:
             width = min(width, model.head_size * (model.num_key_value_heads or model.num_attention_heads))
+        subspace = self.optimizer.subspace_rank
+        if self.optimizer.projects and subspace > width:
+            raise ValueError(f"optimizer.subspace_rank {subspace} exceeds {width}, the smallest side of a layer")
         if self.method != "full" and self.relora.rank > width:
             raise ValueError(f"relora.rank {self.relora.rank} exceeds {width}, the smallest side of a wrapped layer")
         if self.tokenizer.path is None and rows is not None and rows < self.tokenizer.vocab_size:
@@ -206,7 +234,7 @@ LATER_KEYS = {
     "tokenizer": ("revision", "mask_token"),
     "schedule": ("jagged", "cycle_growth", "horizon"),
     "relora": ("dropout_mask", "train"),
-    "optimizer": ("state",),
+    "optimizer": ("state", "kind", "low_rank_state", "subspace_rank", "subspace_steps", "subspace_scale"),
     "optimizer_reset": ("restart_clock",),
 }
 """Keys that came later, by section: at their defaults in no name and no fingerprint, so that older runs keep theirs."""

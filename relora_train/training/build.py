@@ -36,7 +36,7 @@ from relora_train.training.models.compiling import can_compile, compile_blocks, 
 from relora_train.training.models.model import checkpoint_activations, round_residual
 from relora_train.training.models.pretrained import dtype_of_files
 from relora_train.training.models.registry import objective_of
-from relora_train.training.optimizer import build_optimizer, load_optimizer_state_by_name
+from relora_train.training.optimizer import build_optimizer, load_optimizer_state_by_name, state_shapes
 from relora_train.training.requests import StageRequest
 from relora_train.training.sharding import rows_of_checkpoint, shard_model
 from relora_train.training.step import Prefetcher, StageTraining
@@ -91,9 +91,9 @@ def prepare_stage(request: StageRequest, ranks: Ranks) -> StageTraining:
     optimizer = build_optimizer(model, profile.optimizer)
     # The first cycle after a warm start begins with a fresh optimizer and its own warm-up, as in the paper's code.
     if parent is not None and start.stage_kind == stage.kind:
-        shapes = {name: parameter.shape for name, parameter in model.named_parameters() if parameter.requires_grad}
+        shapes = state_shapes(optimizer, model)
         state = SavedOptimizerState(parent / OPTIMIZER_FILE)
-        usable = [name for name in state if shapes.get(name) == state.shape_of(name)]
+        usable = [name for name in state if shapes.get(name) == state.shapes_of(name)]  # a branch may differ in kind
         load_optimizer_state_by_name(optimizer, model, LazyMapping(usable, state.__getitem__))
     products: dict[str, Products] = {}
     masks = None

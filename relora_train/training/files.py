@@ -33,7 +33,7 @@ _PACKAGES = ("relora-train", "torch", "transformers", "tokenizers", "safetensors
 
 V = TypeVar("V")
 OptimizerState = dict[str, dict[str, Tensor]]
-"""Parameter name -> {'step', 'exp_avg', 'exp_avg_sq'}."""
+"""Parameter name -> {'step', 'exp_avg', 'exp_avg_sq'}, or 'step' and what a rule holds (method/rules.py)."""
 
 
 class TrainingState(FrozenConfig):
@@ -215,12 +215,16 @@ class SavedOptimizerState(LazyMapping[dict[str, Tensor]]):
         for name in (*dense, *self._sparse):
             parameter, _, key = name.rpartition(".")
             keys.setdefault(parameter, []).append(key)
+        self._keys = keys
         super().__init__(keys, lambda name: {key: self._tensor(f"{name}.{key}") for key in keys[name]})
 
-    def shape_of(self, parameter: str) -> torch.Size:
-        """Return the shape of its moments, without reading them."""
-        name = f"{parameter}.exp_avg"
-        return torch.Size(self._sparse[name] if name in self._sparse else self._file.get_slice(name).get_shape())
+    def shapes_of(self, parameter: str) -> dict[str, torch.Size]:
+        """Return the shape of each of its tensors, without reading them."""
+        names = {key: f"{parameter}.{key}" for key in self._keys[parameter]}
+        return {
+            key: torch.Size(self._sparse[name] if name in self._sparse else self._file.get_slice(name).get_shape())
+            for key, name in names.items()
+        }
 
     def _tensor(self, name: str) -> Tensor:
         if name not in self._sparse:

@@ -154,11 +154,13 @@ class ShapeUnknownError(Exception):
     """The shape is not on this machine; the text says why. Not for users: plan() states it and goes on."""
 
 
-def wrapped_layers(shape: ModelShape, *, target_modules: tuple[str, ...] | None, rank: int) -> tuple[LinearShape, ...]:
+def wrapped_layers(
+    shape: ModelShape, *, target_modules: tuple[str, ...] | None, rank: int, setting: str = "relora.rank"
+) -> tuple[LinearShape, ...]:
     """Return the layers of a block that get a low-rank update: those named by their ends, whole segments; None: all.
 
-    Raises NoTargetModulesError for a name without a layer, ConfigError where the rank exceeds a side of a layer, and
-    ShapeUnknownError for names of single blocks.
+    Raises NoTargetModulesError for a name without a layer, ConfigError where the rank, which `setting` names, exceeds a
+    side of a layer, and ShapeUnknownError for names of single blocks.
     """
     names = tuple(linear.name for linear in shape.linears)
     suffixes = names if target_modules is None else target_modules
@@ -175,8 +177,9 @@ def wrapped_layers(shape: ModelShape, *, target_modules: tuple[str, ...] | None,
     for linear in wrapped:
         if rank > min(linear.in_features, linear.out_features):
             raise ConfigError(
-                f"relora.rank {rank} exceeds the smaller side of {linear.name} ({linear.in_features} -> "
-                f"{linear.out_features}). Lower relora.rank, or leave the layer out of relora.target_modules."
+                f"{setting} {rank} exceeds the smaller side of {linear.name} ({linear.in_features} -> "
+                f"{linear.out_features}). Lower {setting}"
+                f"{', or leave the layer out of relora.target_modules' if setting == 'relora.rank' else ''}."
             )
     return wrapped
 
