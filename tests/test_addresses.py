@@ -48,6 +48,7 @@ PLAIN_TEXT = {
     "overrides.model.revision", "overrides.tracking.project",
     "overrides.tokenizer.eos_token", "overrides.tokenizer.revision", "overrides.tokenizer.mask_token",
     "overrides.data.name", "overrides.data.hub_config", "overrides.data.hub_split",
+    *(f"overrides.data.{place}{key}" for place in ("", "sources.0.") for key in ("packages.0", "content_sha256")),
     "overrides.data.hub_revision", "overrides.data.text_field", "overrides.relora.target_modules.0",
     "overrides.evaluation.sample_prompts.0", "overrides.data.sources.0.name", "overrides.data.sources.0.hub_config",
     "overrides.data.sources.0.hub_split", "overrides.data.sources.0.hub_revision",

@@ -16,7 +16,7 @@ from relora_train.settings.keys import settings_digest
 def scored(arm: str, seed: int, accuracy: float) -> RunResult:
     return RunResult(
         arm=arm, seed=seed, run_id=f"{arm}-{seed}", outcome="trained", dataset_id="a" * 64, val_loss=accuracy,
-        val_accuracy=accuracy,
+        val_accuracy=accuracy, content="SHA-256 12ab",
     )  # fmt: skip
 
 
@@ -35,6 +35,7 @@ def test_a_higher_accuracy_is_better_and_a_higher_loss_is_not():
     assert '<span class="better">+0.0984' in html and '<span class="worse">−0.1' in html
     assert "Validation accuracy, best first: Full rank 0.90040 ± 0.00024, ReLoRA 0.80200" in text
     assert "Accuracy less that of ReLoRA, paired by seed:" in text
+    assert text.count(" · corpus SHA-256 12ab\n") == html.count(" · corpus SHA-256 12ab") == 1
 
 
 def test_a_training_curve_is_the_mean_of_each_share_of_the_budget():

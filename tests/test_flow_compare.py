@@ -258,7 +258,11 @@ def test_the_report_stands_alone_and_says_what_diverged(finished: tuple[Comparis
         assert words in html
     stored = json.loads(Path(summary.json_uri.removeprefix("file://")).read_text())
     assert stored == json.loads(summary.comparison.model_dump_json())
-    assert all(run["training"] and run["validation"] for run in stored["runs"] if run["outcome"] == "trained")
+    trained = [run for run in stored["runs"] if run["outcome"] == "trained"]
+    assert all(run["training"] and run["validation"] for run in trained)
+    (dataset,) = root.glob("store/datasets/*/*/manifest.json")
+    digest = json.loads(dataset.read_text())["inputs"]["source"]["content_sha256"]
+    assert {run["content"] for run in trained} == {f"SHA-256 {digest}"}
     assert all(Path(uri.removeprefix("file://")).is_file() for uri in summary.picture_uris)
 
 

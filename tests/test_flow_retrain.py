@@ -21,7 +21,7 @@ from relora_train.checkpoints.lease import hold_series, take_lease
 from relora_train.checkpoints.names import resolve_checkpoint
 from relora_train.checkpoints.series import read_series
 from relora_train.checkpoints.upkeep.verify import verify_run
-from relora_train.data.sources import _stdlib_files
+from relora_train.data.python_sources import stdlib_files
 from relora_train.errors import ConfigError, CorpusTooSmallError, RunInUseError
 from relora_train.events import Event
 from relora_train.runs.evaluations import dataset_of
@@ -52,7 +52,7 @@ class Nights:
 
     def arrive(self, night: int, texts: Sequence[str] | None = None) -> None:
         """A file with that night's documents: some modules of the standard library."""
-        paths = [file.path for file in _stdlib_files()][night * MODULES_A_NIGHT :][:MODULES_A_NIGHT]
+        paths = [file.path for file in stdlib_files()][night * MODULES_A_NIGHT :][:MODULES_A_NIGHT]
         texts = [path.read_text(errors="replace")[:8000] for path in paths] if texts is None else texts
         lines = (json.dumps({"text": text}) + "\n" for text in texts)
         (self.incoming / f"night-{night:02d}.jsonl").write_text("".join(lines))

@@ -187,6 +187,7 @@ def test_a_card_names_a_base_of_the_hub_and_hides_a_local_one_and_the_places_of_
     assert header_of(named)["base_model"] == "Lab/base" and "began from Lab/base at revision v2" in named
     assert "Source: text: a.txt, b.txt" in named
     assert not [word for word in ("secret", "bucket", "inner", "s3:") if word in named]
+    assert "Source: packages: alpha==1" in card("Lab/base", source="packages", packages=["alpha==1"])
     local = card("/secret/place/base")
     assert "base_model" not in header_of(local) and "began from a local model" in local and "secret" not in local
     monkeypatch.setattr("relora_train.reports.model_card.profile_of", lambda ref: [][0])

@@ -84,9 +84,7 @@ THROUGH_THE_DATASET = {
     "data.hub_config": "en",
     "data.hub_split": "test",
     "data.hub_revision": "v2",
-    "data.paths": (),
-    "data.sources": (),
-    "data.validation_paths": (),
+    **dict.fromkeys(("data.paths", "data.packages", "data.sources", "data.validation_paths"), ()),
     "data.text_field": "content",
     "data.instructions": None,  # these two are refused for the default source: tests/test_instructions.py
     "data.labels": None,
@@ -104,6 +102,7 @@ CHANGES_NOTHING = {
     "data.workers": 2,
     "data.engine": "tokenizers",
     "data.dask": "tcp://head:8786",
+    "data.content_sha256": "e" * 64,
     "divergence.on_divergence": "lower_lr",
     "divergence.factor": 0.3,
     "divergence.max_retries": 1,
@@ -206,7 +205,7 @@ def test_two_sets_of_changes_have_one_fingerprint_only_when_they_are_equal(ours,
 def test_settings_that_change_no_weight_leave_every_fingerprint_as_it_is(keys):
     changes = {key: value for key, value in {**CHANGES_NOTHING, **THROUGH_THE_DATASET}.items() if key in keys}
     if changes.get("data.source") == "hub":
-        changes["data.hub_id"] = "some/corpus"
+        changes |= {"data.hub_id": "some/corpus", "data.content_sha256": ""}
     if "launch.sharding" in changes:
         changes.pop("launch.compile", None)  # refused together
     assert fingerprints(profile_with(changes)) == fingerprints(Profile())
@@ -222,7 +221,7 @@ def test_another_dataset_changes_every_fingerprint():
     sorted(
         {*CHANGES, *THROUGH_THE_DATASET}
         - {"data.paths", "data.sources", "data.validation_paths", "data.unreadable", "data.source", "tokenizer.train"}
-        - {"data.instructions", "data.labels"}
+        - {"data.instructions", "data.labels", "data.packages"}
     ),
 )
 def test_a_setting_that_changes_the_result_makes_another_run(key):

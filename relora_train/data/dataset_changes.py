@@ -18,7 +18,8 @@ def source_record(kind: str, files: Sequence[SourceFile]) -> dict[str, Any]:
     """Return the part of a source that a manifest keeps beside its identity: names and digests of files, the Python."""
     if kind == "python-stdlib":
         return {"python": platform.python_version()}
-    return {"source_files": {file.name: file.sha256 for file in files}} if 0 < len(files) <= _MOST_FILES else {}
+    few = 0 < len(files) <= _MOST_FILES and kind != "packages"  # whose versions name their files
+    return {"source_files": {file.name: file.sha256 for file in files}} if few else {}
 
 
 def dataset_changes(theirs: DatasetManifest, ours: DatasetManifest) -> list[str]:
@@ -39,7 +40,8 @@ def _source_change(theirs: DatasetManifest, ours: DatasetManifest) -> str:
     if "content_sha256" not in before or "content_sha256" not in after:  # of a hub, or a series' selection
         return f"data: {_shown(before)} -> {_shown(after)}"
     old_files, files = (manifest.statistics.get("source_files") for manifest in (theirs, ours))
-    counts = f"data.paths: {before['files']} files -> {after['files']}"
+    setting = "data.packages" if after["format"] == "packages" else "data.paths"
+    counts = f"{setting}: {before['files']} files -> {after['files']}"
     if not old_files or not files:
         return f"{counts} ({before['size_bytes']:,} bytes -> {after['size_bytes']:,})"
     # Compared by content where a name is new: a corpus may have been moved.

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from relora_train.checkpoints.manifest import DatasetManifest, ImageFormat, describe_files
 from relora_train.data.dataset_changes import source_record
 from relora_train.data.source_files import SourceFile, find_files
-from relora_train.data.sources import identify
+from relora_train.data.sources import check_content, identify
 from relora_train.data.splitting import Split, split_of
 from relora_train.errors import CorpusTooSmallError, SourceUnreadableError
 from relora_train.settings.data import DataConfig
@@ -83,13 +83,17 @@ class ImageInputs:
 
 def resolve_images(data: DataConfig) -> ImageInputs:
     """Find and hash the source's files. Raises SourceUnreadableError."""
-    if data.source == "idx":
-        return ImageInputs(data, tuple(_find_idx(data)))
+    files = tuple(_find_idx(data)) if data.source == "idx" else (_find_digits(),)
+    check_content(data, files)
+    return ImageInputs(data, files)
+
+
+def _find_digits() -> SourceFile:
     package = importlib.util.find_spec("sklearn")
     for place in (package.submodule_search_locations or ()) if package else ():
         path = Path(place) / "datasets" / "data" / "digits.csv.gz"
         if path.is_file():
-            return ImageInputs(data, (SourceFile.of(path, str(path)),))
+            return SourceFile.of(path, str(path))
     raise SourceUnreadableError(
         "Source 'digits' is a file of the package scikit-learn, which is not installed here. Install "
         "relora-train[images], or use source 'idx' with files of your own."

@@ -12,18 +12,17 @@ import hashlib
 import io
 import json
 import sys
-import sysconfig
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
 from typing import IO, Any
 
 from relora_train.data.hf_sources import hub_rows, parquet_rows, resolve_hub_revision
 from relora_train.data.left_out import NULL, Fault, LeftOut
+from relora_train.data.python_sources import package_files, reinstall, stdlib_files
 from relora_train.data.records import RecordReader
 from relora_train.data.source_files import SourceFile, check_compression, find_files, warn_once
 from relora_train.errors import SourceUnreadableError
@@ -34,11 +33,6 @@ Located = Iterator[tuple[str, str | Fault]]
 
 Advance = Callable[[int], None]
 """Told how many bytes of the source were read since the last call."""
-
-_GENERATED_TABLES = {"encodings", "pydoc_data"}  # an eighth of the library, and not how people write Python
-_NOT_TRAINING_TEXT = _GENERATED_TABLES | {
-    "site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -73,7 +67,7 @@ class Source:
 def resolve_source(data: DataConfig) -> Source:
     """Find and hash everything the settings name; files in a store are fetched to the cache first.
 
-    Raises SourceUnreadableError for what is missing, and what the store raises.
+    Raises SourceUnreadableError for what is missing or not data.content_sha256, and what the store raises.
     """
     if data.source == "hub":
         revision = resolve_hub_revision(data)
@@ -81,7 +75,7 @@ def resolve_source(data: DataConfig) -> Source:
         identity = {"format": "hub", **names, "revision": revision}
         return Source(data, identity, (), revision, records=RecordReader(data))
     find = partial(find_files, kind=data.source, skip=data.unreadable == "skip")
-    files = _stdlib_files() if data.source == "python-stdlib" else find(data.paths)
+    files = find(data.paths) if data.paths else package_files(data.packages) if data.packages else stdlib_files()
     held_out: tuple[SourceFile, ...] = ()
     if data.validation_paths:
         try:
@@ -96,6 +90,7 @@ def resolve_source(data: DataConfig) -> Source:
         if both:
             say = f"{len(both)} files of data.paths are held out by data.validation_paths, not trained on: {both[0]}"
             warn_once(say)
+    check_content(data, [*files, *held_out])
     return Source(data, identify(data.source, files), tuple(files), held_out=held_out, records=RecordReader(data))
 
 
@@ -108,6 +103,19 @@ def identify(kind: str, files: Sequence[SourceFile]) -> dict[str, Any]:
         "size_bytes": sum(file.size_bytes for file in files),
         "content_sha256": content.hexdigest(),
     }
+
+
+def check_content(data: DataConfig, files: Sequence[SourceFile]) -> None:
+    """Return only if all files of a source together are what data.content_sha256 pins, where it pins anything."""
+    found = identify(data.source, files)
+    if data.content_sha256 not in ("", found["content_sha256"]):
+        remedy = f"Run: {reinstall(data.packages)}" if data.packages else "Put the pinned files back"
+        raise SourceUnreadableError(
+            f"Dataset {data.name!r} is of other content than it was pinned to: source {data.source!r} has "
+            f"{found['files']:,} files, {found['size_bytes']:,} bytes, SHA-256 {found['content_sha256']}, and "
+            f"data.content_sha256 is {data.content_sha256}. Results would not compare. {remedy}. To train on it "
+            'all the same, set data.content_sha256 to what it has, or to "".'
+        )
 
 
 def read_documents(source: Source, advance: Advance = lambda size: None) -> Iterator[str]:
@@ -167,24 +175,11 @@ def _documents_or_fault(file: SourceFile, source: Source, advance: Advance) -> L
         yield file.name, fault
 
 
-def _stdlib_files() -> list[SourceFile]:
-    """Return the standard library without tests, and without what differs between builds of one Python version."""
-    root = Path(sysconfig.get_paths()["stdlib"])
-
-    def is_training_text(path: Path) -> bool:
-        folders = path.relative_to(root).parts[:-1]
-        generated = path.name.startswith("_sysconfigdata") or any(folder.startswith("config-") for folder in folders)
-        return not generated and _NOT_TRAINING_TEXT.isdisjoint(folders)
-
-    paths = sorted(filter(is_training_text, root.rglob("*.py")), key=lambda path: path.relative_to(root).as_posix())
-    return [SourceFile.of(path, str(path)) for path in paths]
-
-
 def _whole_text(file: SourceFile, records: RecordReader, advance: Advance) -> Located:
     with _opened(file) as (stream, _):
         raw = stream.read()
     # Some modules of the standard library are in another encoding on purpose.
-    errors = "replace" if records.data.source == "python-stdlib" else "strict"
+    errors = "strict" if records.data.source == "text" else "replace"
     try:
         text = raw.decode("utf-8", errors)
     except UnicodeDecodeError as error:

@@ -140,12 +140,13 @@ def headline(data: Comparison) -> str:
 
 
 def facts_line(data: Comparison) -> str:
-    """Base, budget, seeds and when the last run ended."""
+    """Base, budget, seeds, corpus and when the last run ended."""
     ends = [run.finished_at for run in data.runs if run.finished_at]
     end = f" · last run ended {max(ends):%Y-%m-%d %H:%M} UTC" if ends else ""
     seeds = f"seeds {', '.join(map(str, data.seeds))}" if len(data.seeds) > 1 else f"seed {data.seeds[0]}"
     base = data.profile.rpartition("/")[2].removesuffix(".toml")
-    return f"base profile {base} · {count(data.budget_tokens)} tokens a run · {seeds}{end}"
+    corpus = "".join({f" · corpus {run.content}": "" for run in data.runs if run.content})  # one: one dataset
+    return f"base profile {base} · {count(data.budget_tokens)} tokens a run · {seeds}{corpus}{end}"
 
 
 def comparison_markdown(data: Comparison) -> str:

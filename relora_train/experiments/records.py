@@ -59,6 +59,9 @@ class RunResult(FrozenConfig):
 
     checkpoint_uri: str | None = None
     dataset_id: str | None = None
+    content: str = ""
+    """The corpus by its digest, or the revision of a hub's."""
+
     val_loss: float | None = None
     """Nats a token or an image, of what is held out, by the evaluation task."""
 

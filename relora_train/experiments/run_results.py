@@ -23,6 +23,7 @@ from relora_train.experiments.experiment import PlannedRun
 from relora_train.experiments.records import CurvePoint, ResetSize, RunResult, ScorePoint
 from relora_train.reports.collect import collect_run_data, stage_peak_bytes
 from relora_train.reports.run_data import RunData
+from relora_train.reports.sources import content_shown
 from relora_train.runs.divergence import divergence_text
 from relora_train.runs.evaluations import dataset_of, recorded_evaluation
 from relora_train.runs.plan import plan
@@ -118,6 +119,8 @@ def _result(run: PlannedRun, latest: CheckpointRef | None, scores: Mapping[str, 
         about |= {"parameters": planned.parameters, "trainable_parameters": cost.trainable_parameters if cost else None}
     if latest is None:
         return RunResult(**about)
+    with suppress(ReLoRAError, ValueError):  # the dataset may be gone
+        about["content"] = content_shown(dataset_of(latest).manifest)
     line, fetch = line_of(latest), files_in_stores(checkpoint_cache(run.run_id))
     data = collect_run_data(line, fetch, spectra=False)
     own = [ref for ref in line if ref.manifest.run_id == run.run_id]

@@ -127,7 +127,7 @@ def _data_facts(checkpoint: CheckpointRef, profile: Profile | None) -> list[str]
         for data, weight in zip(profile.data.parts(), weights, strict=True):
             hub = [data.hub_id, data.hub_config, data.hub_split, data.hub_revision] if data.source == "hub" else []
             names = [PurePosixPath(without_secrets(path)).name for path in data.paths]
-            described = ", ".join(filter(None, [*hub, *names]))
+            described = ", ".join(filter(None, [*hub, *data.packages, *names]))
             facts.append(f"Source{weight}: {data.source}{': ' if described else ''}{markdown_cell(described)}")
     facts.append(f"Dataset id: `{checkpoint.manifest.dataset_id}`")
     if dataset := _known(lambda: dataset_of(checkpoint).manifest):

@@ -76,10 +76,17 @@ def data_read(checkpoint: CheckpointRef, fetch_files: FetchFiles) -> dict[str, A
     return {"data_facts": tuple(facts), "sources": tuple(rows)}
 
 
+def content_shown(manifest: DatasetManifest) -> str:
+    """Return what names a dataset's corpus anywhere: 'SHA-256 …' or 'revision …'; '' for mixtures and selections."""
+    source = manifest.inputs.get("source", {})
+    names = {"content_sha256": "SHA-256", "revision": "revision"}
+    return next((f"{name} {source[key]}" for key, name in names.items() if key in source), "")
+
+
 def dataset_facts(manifest: DatasetManifest) -> list[tuple[str, str]]:
     statistics = manifest.statistics
     noun = "image" if manifest.images else "document"
-    facts = []
+    facts = [("Content", content)] if (content := content_shown(manifest)) else []
     for part, documents, tokens, of_bytes in (
         ("Training part", manifest.train_documents, manifest.train_tokens, manifest.train_bytes),
         ("Held out", manifest.val_documents, manifest.val_tokens, manifest.val_bytes),

@@ -157,7 +157,7 @@ def source_shown(data: DataConfig) -> str:
     if data.sources:
         each = zip(data.shares.items(), data.parts(), strict=True)
         return "; ".join(f"{name} {float(share):.1%}: {source_shown(part)}" for (name, share), part in each)
-    places = (data.hub_id, data.hub_config, data.hub_split) if data.source == "hub" else data.paths
+    places = (data.hub_id, data.hub_config, data.hub_split) if data.source == "hub" else data.packages or data.paths
     return " ".join(part for part in (data.source, *places) if part)
 
 

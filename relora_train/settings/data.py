@@ -1,8 +1,8 @@
-"""Settings of what is learned from: text or images, tokenizer, batches."""
+"""Settings of what is learned from: sources of text or images, tokenizer, batches."""
 
 import math
 from fractions import Fraction
-from typing import Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -15,6 +15,12 @@ RECORD_SOURCES = ("jsonl", "csv", "parquet", "hub")
 """Sources whose records have fields."""
 
 _NAME = r"^[a-z0-9][a-z0-9._-]{0,63}$"
+_PACKAGE = r"^[A-Za-z0-9][A-Za-z0-9._-]*==[^\s=]+$"
+
+
+def _is_empty(value: Any) -> bool:
+    """Return True for the default of a key that came later: not dumped, it is in no name, also in a list of sources."""
+    return not value
 
 
 class TokenizerConfig(FrozenConfig):
@@ -89,8 +95,16 @@ class LabelsConfig(FrozenConfig):
 class SourceConfig(FrozenConfig):
     """The place of text or images."""
 
-    source: Literal["python-stdlib", "text", "jsonl", "csv", "parquet", "hub", "digits", "idx"] = "python-stdlib"
+    source: Literal["python-stdlib", "packages", "text", "jsonl", "csv", "parquet", "hub", "digits", "idx"] = (
+        "python-stdlib"
+    )
     """'python-stdlib' is the standard library's own source. Images: scikit-learn's 'digits', 'idx' of MNIST's kind."""
+
+    packages: tuple[Annotated[str, Field(pattern=_PACKAGE)], ...] = Field((), exclude_if=_is_empty)
+    """Installed Python packages as NAME==VERSION, whose own source is the text, for source 'packages'."""
+
+    content_sha256: str = Field("", pattern=r"^([0-9a-f]{64})?$", exclude_if=_is_empty)
+    """SHA-256 that the files must have together, as manifests and reports name it; other content is refused."""
 
     paths: tuple[Address, ...] = ()
     """Files, directories, globs or s3:// prefixes, for text, jsonl, csv, parquet and idx; a file counts once."""
@@ -138,6 +152,10 @@ class SourceConfig(FrozenConfig):
             raise ValueError(f"source {self.source!r} needs paths")
         if self.source == "hub" and not self.hub_id:
             raise ValueError("source 'hub' needs hub_id")
+        if self.source == "hub" and self.content_sha256:
+            raise ValueError("source 'hub' takes no content_sha256; hub_revision pins it")
+        if (self.source == "packages") != bool(self.packages):
+            raise ValueError("packages and source 'packages' go together; set both, or packages to []")
         if self.validation_paths and self.source not in FILE_SOURCES:
             raise ValueError(f"source {self.source!r} takes no validation_paths; {', '.join(FILE_SOURCES)} do")
         if self.unreadable == "skip" and self.source not in (*FILE_SOURCES, "hub"):
@@ -149,7 +167,7 @@ class SourceConfig(FrozenConfig):
             )
         if self.instructions and self.labels:
             raise ValueError("a source has instructions or labels, not both")
-        if self.paths and self.source in ("python-stdlib", "hub", "digits"):
+        if self.paths and self.source in ("python-stdlib", "packages", "hub", "digits"):
             readers = ", ".join((*FILE_SOURCES, "idx"))
             raise ValueError(
                 f"source {self.source!r} does not read paths; set source to one that does ({readers}), or paths to []"
@@ -228,38 +246,6 @@ class DataConfig(SourceConfig):
         shared = self.model_dump(exclude={*SourceConfig.model_fields, "name", "sources"})
         parts = (source.model_dump(exclude={"weight"}) for source in self.sources)
         return tuple(DataConfig(**part, **shared) for part in parts) if self.sources else (self,)
-
-
-class ImagesConfig(FrozenConfig):
-    """Objective 'image_classification': what the images are, and how a vision transformer cuts them."""
-
-    size: int = Field(8, ge=1)
-    """Pixels of a side; images are square."""
-
-    channels: int = Field(1, ge=1)
-    """Values of a pixel."""
-
-    classes: int = Field(10, ge=2, le=256)
-    """Classes that an image can have."""
-
-    patch_size: int = Field(2, ge=1)
-    """Pixels of a side of a patch. A patch is a token: batch.sequence_length is how many an image has."""
-
-    @model_validator(mode="after")
-    def patches_fill_the_image(self) -> Self:
-        if self.size % self.patch_size:
-            raise ValueError(f"size {self.size} is not a multiple of patch_size {self.patch_size}")
-        return self
-
-    @property
-    def patches(self) -> int:
-        """Patches of an image."""
-        return (self.size // self.patch_size) ** 2
-
-    @property
-    def patch_values(self) -> int:
-        """Numbers in a patch."""
-        return self.channels * self.patch_size**2
 
 
 class BatchConfig(FrozenConfig):

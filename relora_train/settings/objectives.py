@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 ObjectiveName = Literal["causal_lm", "masked_lm", "sequence_classification", "seq2seq", "image_classification"]
 
-TEXT_SOURCES = ("python-stdlib", "text", "jsonl", "csv", "parquet", "hub")
+TEXT_SOURCES = ("python-stdlib", "packages", "text", "jsonl", "csv", "parquet", "hub")
 
 DEFAULT_OBJECTIVE: ObjectiveName = "causal_lm"
 """The objective of profiles that name none, and of all that was made before there was another."""

@@ -11,7 +11,8 @@ from typing import Any, Literal, Self
 from pydantic import Field, ValidationInfo, model_validator
 
 from relora_train.settings.base import FrozenConfig
-from relora_train.settings.data import BatchConfig, DataConfig, ImagesConfig, TokenizerConfig
+from relora_train.settings.data import BatchConfig, DataConfig, TokenizerConfig
+from relora_train.settings.images import ImagesConfig
 from relora_train.settings.keys import REMOVED_KEYS, removed, settings_digest
 from relora_train.settings.method import (
     DivergenceConfig,
@@ -270,7 +271,7 @@ def unnamed_data_keys(profile: Profile) -> dict[str, set[str]]:
     """
     bos = {"bos"} if profile.data.bos is not True else set()  # no run before it had one
     return {
-        "data": {"name", "workers", "engine", "dask"} | bos | unset_later_keys(profile, "data"),
+        "data": {"name", "workers", "engine", "dask", "content_sha256"} | bos | unset_later_keys(profile, "data"),
         "tokenizer": {"train"} | unset_later_keys(profile, "tokenizer"),
     }
 
