@@ -232,7 +232,8 @@ def real_defaults() -> dict[str, object]:
     found: dict[str, object] = {}
     for name, field in Profile.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            values = field.annotation().model_dump()
+            section = field.annotation()
+            values = dict(section) | section.model_dump()  # which lacks those of exclude_if
             found |= {f"{name}.{key}": list(v) if isinstance(v, tuple) else v for key, v in values.items()}
         else:
             found[name] = field.default
@@ -289,7 +290,7 @@ NAMED = {
     "quickstart": ("quickstart-5907c70e", "f007a72efa35e60f"),
     "smoke": ("smoke-0ae63329", "5e662eb7aa79231f"),
     "text": ("text-a8e49b71", "666c11736ce3fac6"),
-    "tiny": ("tiny-5463560a", "5efc66fc6d3ce6de"),
+    "tiny": ("tiny-6d9ba160", "5efc66fc6d3ce6de"),
 }
 """Default run id, and the last stage's fingerprint, as of 2026-11-28: stores hold runs under these names."""
 
