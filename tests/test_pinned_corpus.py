@@ -134,9 +134,9 @@ FAULTS = {
     ),
     swap_two_files: ("6 files, 34 bytes, SHA-256 {}", f"{REINSTALL} {' '.join(PACKAGES)}"),
     install_another_version: ("names beta==2.1, and {site} has 2.10", "pip install beta==2.1"),
-    remove_a_package: ("names Alpha==1.0.post1, which is not installed here", "pip install Alpha==1.0.post1"),
+    remove_a_package: ("names Alpha==1.0.post1, and it is not installed here", "pip install Alpha==1.0.post1"),
     remove_a_file: ("beta/y.py is not as it was installed", f"{REINSTALL} beta==2.1"),
-    remove_the_list: ("{site} has no list of its Python files", f"{REINSTALL} beta==2.1"),
+    remove_the_list: ("{site} has no list of its files", f"{REINSTALL} beta==2.1"),
     remove_a_digest: ("beta/x.py is not as it was installed", f"{REINSTALL} beta==2.1"),
 }
 WITH_Z = digest_of([*IN_TURN[:5], b"z = 1\n", IN_TURN[5]])

@@ -52,15 +52,14 @@ def reinstall(packages: Sequence[str]) -> str:
 
 def _files_of(name: str, version: str) -> list[SourceFile]:
     pin = f"{name}=={version}"
+    wanted = f"data.packages names {pin}, and"
     try:
         found = distribution(name)
     except PackageNotFoundError:
-        missing = f"data.packages names {pin}, which is not installed here. Run: pip install {pin}"
-        raise SourceUnreadableError(missing) from None
-    wanted, place = f"data.packages names {pin}, and", found.locate_file("")
+        raise SourceUnreadableError(f"{wanted} it is not installed here. Run: pip install {pin}") from None
+    place = found.locate_file("")
     if found.version != version:
-        other = f"{wanted} {place} has {found.version}, which is other text. Run: pip install {pin}"
-        raise SourceUnreadableError(other)
+        raise SourceUnreadableError(f"{wanted} {place} has {found.version}, other text. Run: pip install {pin}")
     files = list[SourceFile]()
     # Not found.files, which leaves out what is gone from Python 3.12 on.
     for entry, recorded, _ in sorted(csv.reader((found.read_text("RECORD") or "").splitlines())):
@@ -73,6 +72,5 @@ def _files_of(name: str, version: str) -> list[SourceFile]:
             raise SourceUnreadableError(f"{wanted} {path} is not as it was installed. Run: {reinstall([pin])}")
         files.append(file)
     if not files:
-        unlisted = f"{wanted} {place} has no list of its Python files, as wheels have. Run: {reinstall([pin])}"
-        raise SourceUnreadableError(unlisted)
+        raise SourceUnreadableError(f"{wanted} {place} has no list of its files. Run: {reinstall([pin])}")
     return files

@@ -2,7 +2,8 @@
 
 import math
 from fractions import Fraction
-from typing import Annotated, Any, Literal, Self
+from operator import not_
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -16,11 +17,6 @@ RECORD_SOURCES = ("jsonl", "csv", "parquet", "hub")
 
 _NAME = r"^[a-z0-9][a-z0-9._-]{0,63}$"
 _PACKAGE = r"^[A-Za-z0-9][A-Za-z0-9._-]*==[^\s=]+$"
-
-
-def _is_empty(value: Any) -> bool:
-    """Return True for the default of a key that came later: not dumped, it is in no name, also in a list of sources."""
-    return not value
 
 
 class TokenizerConfig(FrozenConfig):
@@ -100,10 +96,11 @@ class SourceConfig(FrozenConfig):
     )
     """'python-stdlib' is the standard library's own source. Images: scikit-learn's 'digits', 'idx' of MNIST's kind."""
 
-    packages: tuple[Annotated[str, Field(pattern=_PACKAGE)], ...] = Field((), exclude_if=_is_empty)
+    # Keys that came later: at their defaults they are not dumped, and so in no name, also in a list of sources.
+    packages: tuple[Annotated[str, Field(pattern=_PACKAGE)], ...] = Field((), exclude_if=not_)
     """Installed Python packages as NAME==VERSION, whose own source is the text, for source 'packages'."""
 
-    content_sha256: str = Field("", pattern=r"^([0-9a-f]{64})?$", exclude_if=_is_empty)
+    content_sha256: str = Field("", pattern=r"^([0-9a-f]{64})?$", exclude_if=not_)
     """SHA-256 that the files must have together, as manifests and reports name it; other content is refused."""
 
     paths: tuple[Address, ...] = ()
