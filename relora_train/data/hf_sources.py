@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from relora_train.data.fields import field_path, missing_field
 from relora_train.data.left_out import Fault, text_or_fault
-from relora_train.data.records import RecordReader
+from relora_train.data.records import Document, RecordReader
 from relora_train.data.source_files import SourceFile
 from relora_train.errors import SourceUnreadableError
 from relora_train.settings.data import DataConfig
@@ -25,7 +25,7 @@ _ROWS_AT_ONCE = 256
 
 def parquet_rows(
     file: SourceFile, records: RecordReader, advance: Callable[[int], None]
-) -> Iterator[tuple[str, str | Fault]]:
+) -> Iterator[tuple[str, Document | Fault]]:
     """Yield each row's document with its place, reading only its columns. Raises Fault if the file is no parquet."""
     import pyarrow.parquet as parquet
 
@@ -53,7 +53,7 @@ def parquet_rows(
 
 def hub_rows(
     data: DataConfig, records: RecordReader, revision: str, advance: Callable[[int], None]
-) -> Iterator[tuple[str, str | Fault]]:
+) -> Iterator[tuple[str, Document | Fault]]:
     """Yield each row's document of one revision of a hub dataset, streamed: only the rows at hand are kept."""
     name = f"{data.hub_id}@{revision[:12]}"
     stream = _load(data.hub_id, name, data.hub_config, split=data.hub_split, revision=revision, streaming=True)
@@ -105,7 +105,7 @@ def _documents(
     records: RecordReader,
     *,
     damaged: Callable[[str], Exception],
-) -> Iterator[tuple[str, str | Fault]]:
+) -> Iterator[tuple[str, Document | Fault]]:
     import pyarrow.compute as compute
 
     row, path, are_texts = 0, paths[0], records.are_texts

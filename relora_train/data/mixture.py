@@ -16,7 +16,7 @@ from typing import Any
 from relora_train.checkpoints.manifest import DatasetManifest, FileEntry, MixedDataset
 from relora_train.data.interleaving import INTERLEAVING_RULE
 from relora_train.data.prepare import begin_beside_parent
-from relora_train.data.records import PART
+from relora_train.data.records import Document, text_in
 from relora_train.data.selection import DATASET_FORMAT, DatasetInputs, Selection, contents_of, inputs_of, template_of
 from relora_train.data.sources import Source, read_documents, resolve_source
 from relora_train.data.splitting import cut_into_pieces, split_digest, split_of
@@ -153,14 +153,13 @@ def _pieces(source: Source, limit_bytes: int) -> Iterator[bytes]:
     """Yield the beginning of a source's training part, in pieces."""
     fraction = source.data.validation_fraction
 
-    def is_taken(text: str) -> bool:
-        return bool(text) and (bool(source.held_out) or split_of(split_digest(text), fraction) == "train")
+    def is_taken(document: Document) -> bool:
+        return bool(document) and (bool(source.held_out) or split_of(split_digest(document), fraction) == "train")
 
-    taken = (text for text in read_documents(source) if is_taken(text))
+    taken = (document for document in read_documents(source) if is_taken(document))
     first = next(taken, None)
-    texts = read_documents(source) if first is None else chain([first], taken)
-    texts = (text.replace(PART, "") for text in texts)
-    pieces = chain.from_iterable(cut_into_pieces(text, _PIECE_BYTES) for text in texts)
+    documents = read_documents(source) if first is None else chain([first], taken)
+    pieces = chain.from_iterable(cut_into_pieces(text_in(document), _PIECE_BYTES) for document in documents)
     return _cut(pieces, limit_bytes)
 
 

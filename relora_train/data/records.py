@@ -1,22 +1,22 @@
-"""A record of a source -> its document: a text, or an example in parts that `PART` separates.
+"""A record of a source -> its document: a text, or an example in parts.
 
 Parts of messages and of a prompt with its completion: given text and answers in turn. Parts of a labelled text: the
-text, the second text if there are pairs, and the class. Nothing but a source's records can tell a part's end: `PART` is
-no character of any text.
+text, the second text if there are pairs, and the class.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, cast
 
 from relora_train.data.chat import BROKEN, ROLES, ChatTemplate
 from relora_train.data.fields import text_of, value_of
 from relora_train.data.left_out import NULL, Fault
-from relora_train.data.splitting import split_digest
+from relora_train.data.splitting import PART, split_digest
 from relora_train.settings.data import Holds, InstructionsConfig, LabelsConfig, SourceConfig
 
-PART = "\ufdd0"
-"""Between the parts of an example: one of Unicode's noncharacters."""
+Document = str | tuple[str, ...]
+"""A text, or the parts of an example."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class RecordReader:
         """True if a document is one field's text."""
         return self.data.holds == "texts"
 
-    @property
+    @cached_property
     def fields(self) -> dict[str, str]:
         """The fields that are read, each with the setting that names it."""
         if instructions := self.data.instructions:
@@ -48,7 +48,7 @@ class RecordReader:
             found[labels.field] = "data.labels.field"
         return found
 
-    def read(self, record: Mapping[str, Any], where: str) -> str | Fault:
+    def read(self, record: Mapping[str, Any], where: str) -> Document | Fault:
         """Return a record's document, NULL where its text is null, or its fault."""
         if self.are_texts:
             return text_of(record, self.data.text_field, where)
@@ -63,7 +63,7 @@ class RecordReader:
             return fault.with_traceback(None)  # NULL is one object: it would grow with each raise
         if any(PART in part for part in found):
             return Fault(f"{where} holds U+FDD0, which is no character. Remove it.", "a noncharacter")
-        return PART.join(found)
+        return tuple(found)
 
     def _answered(self, record: Mapping[str, Any], instructions: InstructionsConfig, where: str) -> list[str]:
         names = {"prompt": instructions.prompt, "completion": instructions.completion}
@@ -141,9 +141,14 @@ class RecordReader:
         return [*parts, str(label)]
 
 
-def document_digest(document: str, holds: Holds) -> int:
+def document_digest(document: Document, holds: Holds) -> int:
     """Return the digest that says which side a document goes to; a labelled text's is of the text, not its class."""
-    return split_digest(document.rpartition(PART)[0] if holds == "labels" else document)
+    return split_digest(document[:-1] if holds == "labels" else document)
+
+
+def text_in(document: Document) -> str:
+    """Return a document as one text."""
+    return document if isinstance(document, str) else "".join(document)
 
 
 def class_order(names: Mapping[str, Any]) -> tuple[str, ...]:

@@ -22,6 +22,7 @@ from pydantic import Field
 
 from relora_train.data.chat import CHAT_RULE, ChatTemplate, find_template
 from relora_train.data.packed_dataset import PACKING_RULE
+from relora_train.data.records import Document
 from relora_train.data.source_files import SourceFile
 from relora_train.data.sources import Advance, Source, identify, read_documents, resolve_source
 from relora_train.data.splitting import PIECE_BYTES, SPLIT_RULE, split_digest, split_of
@@ -85,7 +86,7 @@ class SelectedSource:
         sizes = [source.size_bytes for source in (self.new, self.old) if source is not None]
         return None if None in sizes else sum(size for size in sizes if size is not None)
 
-    def read(self, validation_fraction: float, advance: Advance = lambda size: None) -> Iterator[str]:
+    def read(self, validation_fraction: float, advance: Advance = lambda size: None) -> Iterator[Document]:
         """Yield the texts: new ones in the order of the source, then the chosen old ones. Raises as read_documents."""
         if self.old is None:
             yield from read_documents(self.new, advance)

@@ -23,12 +23,12 @@ from typing import IO, Any
 from relora_train.data.hf_sources import hub_rows, parquet_rows, resolve_hub_revision
 from relora_train.data.left_out import NULL, Fault, LeftOut
 from relora_train.data.python_sources import package_files, reinstall, stdlib_files
-from relora_train.data.records import RecordReader
+from relora_train.data.records import Document, RecordReader
 from relora_train.data.source_files import SourceFile, check_compression, find_files, warn_once
 from relora_train.errors import SourceUnreadableError
 from relora_train.settings.data import DataConfig
 
-Located = Iterator[tuple[str, str | Fault]]
+Located = Iterator[tuple[str, Document | Fault]]
 """Documents, each with its place, and what is found in place of one."""
 
 Advance = Callable[[int], None]
@@ -118,7 +118,7 @@ def check_content(data: DataConfig, files: Sequence[SourceFile]) -> None:
         )
 
 
-def read_documents(source: Source, advance: Advance = lambda size: None) -> Iterator[str]:
+def read_documents(source: Source, advance: Advance = lambda size: None) -> Iterator[Document]:
     """Yield the texts of the source in order, at most max_documents of them. A null text is '', and counted.
 
     Every text can be encoded as UTF-8. A fault is counted too where data.unreadable is 'skip', and otherwise
@@ -144,7 +144,7 @@ def read_documents(source: Source, advance: Advance = lambda size: None) -> Iter
                 return
 
 
-def read_held_out(source: Source) -> Iterator[str]:
+def read_held_out(source: Source) -> Iterator[Document]:
     """Return the texts of data.validation_paths, all of them, as read_documents."""
     data = source.data.model_copy(update={"max_documents": None})
     return read_documents(replace(source, data=data, files=source.held_out))
@@ -207,7 +207,7 @@ def _json_lines(file: SourceFile, records: RecordReader, advance: Advance) -> Lo
                 yield where, _document_in(content, records, where)
 
 
-def _document_in(content: list[bytes], records: RecordReader, where: str) -> str | Fault:
+def _document_in(content: list[bytes], records: RecordReader, where: str) -> Document | Fault:
     """Take the line out of its list, so that no more than two copies of a long one are held at a time."""
     try:
         decoded = content.pop().decode("utf-8")

@@ -1,14 +1,15 @@
 """The side a document goes to, training or validation, and the places at which a long one is cut.
 
 A hash of its normalised text decides: lower case, ASCII white space removed. Documents that differ in nothing else land
-on the same side. If that leaves a side empty, `side_for` moves the nearest one there.
+on the same side. If that leaves a side empty, `side_for` moves the nearest one there. An example counts as its parts
+with `PART` between them.
 
 The cut is before a single space between two other characters, where no byte-level BPE has a token across. If the text
 has none, it is between any two characters.
 """
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Literal
 
 PIECE_BYTES = 1 << 18
@@ -16,6 +17,9 @@ DOCUMENT_BYTES = 8192
 """Size of the documents that long ones are cut into, where there are too few to hold some out."""
 
 SPLIT_RULE = "blake2b-64 of the text in lower case without ASCII white space"
+
+PART = "\ufdd0"
+"""Between the parts of an example where its digest is made: one of Unicode's noncharacters, which no part may hold."""
 
 _ASCII_WHITE_SPACE = b" \t\n\r\v\f"
 _COUNTED_DIGESTS = 1 << 18
@@ -25,16 +29,19 @@ Side = Callable[[int], Split]
 """The side a document's digest puts it on."""
 
 
-def split_digest(text: str) -> int:
+def split_digest(parts: str | Sequence[str]) -> int:
     """Return 64 bits of the normalised text: the same for documents that differ only in case and white space."""
     digest = hashlib.blake2b(digest_size=8)
-    start, is_ascii = 0, text.isascii()
-    while start < len(text):
-        # In slices, so that a long text needs no second copy. The lower case of Greek sigma depends on its word.
-        end = start + PIECE_BYTES if is_ascii else text.find(" ", start + PIECE_BYTES)
-        part = text[start:end] if end >= 0 else text[start:]
-        digest.update(part.lower().encode().translate(None, _ASCII_WHITE_SPACE))
-        start += len(part)
+    for number, text in enumerate([parts] if isinstance(parts, str) else parts):
+        # Never joined: PART in it would make an ASCII text twice as large, and all that is done with it slower.
+        digest.update(PART.encode() if number else b"")
+        start, is_ascii = 0, text.isascii()
+        while start < len(text):
+            # In slices, so that a long text needs no second copy. The lower case of Greek sigma depends on its word.
+            end = start + PIECE_BYTES if is_ascii else text.find(" ", start + PIECE_BYTES)
+            part = text[start:end] if end >= 0 else text[start:]
+            digest.update(part.lower().encode().translate(None, _ASCII_WHITE_SPACE))
+            start += len(part)
     return int.from_bytes(digest.digest(), "big")
 
 

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from pydantic import Field
 
-from relora_train.data.records import PART, document_digest
+from relora_train.data.records import Document, document_digest, text_in
 from relora_train.data.splitting import (
     DOCUMENT_BYTES,
     PIECE_BYTES,
@@ -100,14 +100,14 @@ class StagedCorpus(FrozenConfig):
 
 
 def stage_documents(
-    documents: Iterable[str],
+    documents: Iterable[Document],
     directory: Path,
     side: Side,
     *,
     range_bytes: int,
     markers: int = 1,
     split_note: str = "",
-    held_out: Iterable[str] = (),
+    held_out: Iterable[Document] = (),
     left_out: Callable[[], list[dict[str, Any]]] = list,
     holds: Holds = "texts",
     first_of_class: Mapping[str, str] | None = None,
@@ -123,24 +123,24 @@ def stage_documents(
         return read_index(directory)
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)
-    train = _RangeWriter(directory, "train", range_bytes, markers, whole=holds != "texts")
-    val = _RangeWriter(directory, "val", range_bytes, markers, whole=holds != "texts")
+    train = _RangeWriter(directory, "train", range_bytes, markers)
+    val = _RangeWriter(directory, "val", range_bytes, markers)
     counts: dict[Split, Counter[str]] = {"train": Counter(), "val": Counter()}
     duplicates, empty = DuplicateCounter(), 0
     sample: list[str] = []
     with closing(train), closing(val):
-        for text, is_held_out in chain(((text, False) for text in documents), ((text, True) for text in held_out)):
-            if not text:
+        for document, is_held_out in chain(((one, False) for one in documents), ((one, True) for one in held_out)):
+            if not document:
                 empty += 1
                 continue
-            digest = document_digest(text, holds)
+            digest = document_digest(document, holds)
             duplicates.add(digest)
             split: Split = "val" if is_held_out else side(digest)
-            (val if split == "val" else train).add(text)
+            (val if split == "val" else train).add(document)
             if holds == "labels":
-                counts[split][text.rpartition(PART)[2]] += 1
+                counts[split][document[-1]] += 1
             if len(sample) < _SAMPLE_DOCUMENTS:
-                sample.append(text[:_SAMPLE_CHARACTERS])
+                sample.append(text_in(document)[:_SAMPLE_CHARACTERS])
     corpus = StagedCorpus(
         ranges=(*train.ranges, *val.ranges),
         empty_documents=empty,
@@ -158,14 +158,14 @@ def stage_documents(
 
 
 def stage_both_sides(
-    documents: Iterable[str],
-    read_again: Callable[[], Iterable[str]],
+    documents: Iterable[Document],
+    read_again: Callable[[], Iterable[Document]],
     directory: Path,
     *,
     validation_fraction: float,
     range_bytes: int,
     markers: int,
-    held_out: Iterable[str] | None = None,
+    held_out: Iterable[Document] | None = None,
     left_out: Callable[[], list[dict[str, Any]]] = list,
     holds: Holds = "texts",
     first_of_class: Mapping[str, str] | None = None,
@@ -193,11 +193,14 @@ def stage_both_sides(
     done = f"documents were cut to {DOCUMENT_BYTES:,} bytes" if few else "the document nearest to that side was moved"
     note = f"The split rule leaves a side of {sum(sizes)} documents empty, so {done}"
 
-    def read() -> Iterable[str]:
-        for text in read_again():
-            yield from (piece.decode() for piece in cut_into_pieces(text, DOCUMENT_BYTES)) if few else [text]
+    def read() -> Iterable[Document]:
+        for one in read_again():
+            if few and isinstance(one, str):
+                yield from (piece.decode() for piece in cut_into_pieces(one, DOCUMENT_BYTES))
+            else:
+                yield one
 
-    side = side_for((document_digest(text, holds) for text in read() if text), validation_fraction)
+    side = side_for((document_digest(one, holds) for one in read() if one), validation_fraction)
     shutil.rmtree(directory)
     return stage(read(), directory, side, split_note=note)
 
@@ -231,24 +234,19 @@ def read_sample(directory: Path) -> list[str]:
 class _RangeWriter:
     """Appends documents of one split, closing a range whenever the next piece would overfill it."""
 
-    def __init__(self, directory: Path, split: Split, range_bytes: int, markers: int, *, whole: bool) -> None:
+    def __init__(self, directory: Path, split: Split, range_bytes: int, markers: int) -> None:
         self.ranges: list[StagedRange] = []
-        self._whole = whole
         self._directory, self._split, self._range_bytes, self._markers = directory, split, range_bytes, markers
         self._inside_document = False
         self._begin()
 
-    def add(self, text: str) -> None:
-        if self._whole:
-            parts = [part.encode() for part in text.split(PART)]
-            self._close_if_full(sum(map(len, parts)))
-            for number, part in enumerate(parts, start=1):
-                self._append(part, ends_document=number == len(parts))
+    def add(self, document: Document) -> None:
+        if not isinstance(document, str):
+            self._append([part.encode() for part in document], ends_document=True)
             return
-        pieces = cut_into_pieces(text, min(PIECE_BYTES, self._range_bytes - self._markers))
+        pieces = cut_into_pieces(document, min(PIECE_BYTES, self._range_bytes - self._markers))
         for piece, following in pairwise(chain(pieces, [b""])):
-            self._close_if_full(len(piece))
-            self._append(piece, ends_document=not following)
+            self._append([piece], ends_document=not following)
 
     def close(self) -> None:
         if self._codes:
@@ -263,11 +261,14 @@ class _RangeWriter:
             self._close()
             self._begin()
 
-    def _append(self, piece: bytes, *, ends_document: bool) -> None:
-        self._stream.write(piece)
-        self._digest.update(piece)
-        self._codes.append(len(piece) << 1 | ends_document)
-        self._text_bytes += len(piece)
+    def _append(self, pieces: list[bytes], *, ends_document: bool) -> None:
+        raw = b"".join(pieces)
+        self._close_if_full(len(raw))
+        self._stream.write(raw)
+        self._digest.update(raw)
+        self._codes.extend(len(piece) << 1 for piece in pieces)
+        self._codes[-1] |= ends_document
+        self._text_bytes += len(raw)
         self._documents += ends_document
         self._inside_document = not ends_document
 

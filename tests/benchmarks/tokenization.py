@@ -7,9 +7,10 @@ so that other load on the machine matters little; the contestants take turns and
 
     python tests/benchmarks/tokenization.py --compare --megabytes 100
 
-prepares the same text as one source, as a mixture of two, as a single line, and as conversations of four messages of up
-to 1,000 characters, whose template marks answers or does not, as a run does: hashing, process and
-commit included.
+prepares the same text as a run does, with hashing, process and commit: as one source, as a mixture of two, as a single
+line, as prompts and completions of up to 1,000 characters, and as conversations of four messages of up to 1,000
+characters, whose template marks answers or does not. The megabytes are those that were encoded, of every contestant: a
+template's own words are encoded too, and add a twentieth to conversations.
 """
 
 import argparse
@@ -35,8 +36,8 @@ from instructions import CHATML, MARKED
 from relora_train.data.dataset import TokenDataset
 from relora_train.data.prepare import PreparedDataset, prepare_dataset
 from relora_train.data.tokenizer import train_tokenizer
-from relora_train.runs.datasets import prepare_or_reuse
-from relora_train.runs.run import Run
+from relora_train.runs.datasets import DatasetOutcome, prepare_or_reuse
+from relora_train.runs.run import Run, parts_of
 from relora_train.settings.data import DataConfig, TokenizerConfig
 from relora_train.settings.load import load_profile
 
@@ -166,7 +167,6 @@ def run(scratch: Path, megabytes: float, rounds: int, workers: int) -> None:
 def compare(scratch: Path, megabytes: float, rounds: int, workers: int) -> None:
     (scratch / "corpus").mkdir()
     texts = copy_corpus(scratch / "corpus", megabytes)
-    size = sum(len(text.encode()) for text in texts)
     train_tokenizer(texts[:2000], vocab_size=VOCAB_SIZE).save(scratch)
     half = len(texts) // 2
     for name, part in {"all": texts, "a": texts[:half], "b": texts[half:], "line": ["".join(texts)]}.items():
@@ -181,6 +181,12 @@ def compare(scratch: Path, megabytes: float, rounds: int, workers: int) -> None:
                     {"role": role, "content": content if content.strip() else "beta"} for role, content in turns
                 ]
                 stream.write(json.dumps({"messages": messages}) + "\n")
+    with (scratch / "prompts.jsonl").open("w") as stream:
+        for text in texts:
+            for start in range(0, len(text), 2000):
+                prompt, completion = text[start : start + 1000], text[start + 1000 : start + 2000]
+                pair = {"prompt": prompt, "completion": completion if completion.strip() else "alpha"}
+                stream.write(json.dumps(pair) + "\n")
     (scratch / "plain.jinja").write_text(CHATML)
     (scratch / "marked.jinja").write_text(MARKED)
 
@@ -194,11 +200,13 @@ def compare(scratch: Path, megabytes: float, rounds: int, workers: int) -> None:
         "plain text": source("all"),
         "mixture of two": {"sources": [{"name": name, "weight": 1, **source(name)} for name in ("a", "b")]},
         "one line": source("line"),
+        "prompts": {**source("prompts"), "instructions": {"prompt": "prompt", "completion": "completion"}},
         "conversations": chats("plain.jinja"),
         "with marks": chats("marked.jinja"),
     }
     cpu: dict[str, list[float]] = {name: [] for name in contestants}
     memory: dict[str, float] = {}
+    encoded: dict[str, float] = {}
     os.environ["RELORA_CACHE"] = str(scratch / "cache")
     for number in range(rounds):
         for name, data in contestants.items():
@@ -207,15 +215,19 @@ def compare(scratch: Path, megabytes: float, rounds: int, workers: int) -> None:
             own = load_profile("quickstart", settings)
             watched = WorkerMemory(b"relora_train.data.prepare")
             watched.start()
-            store = str(scratch / f"{name}-{number}")
-            spent, _ = measured(lambda o=own, s=store: prepare_or_reuse(Run("run", s, o), on_event=lambda event: None))
+            store, made = str(scratch / f"{name}-{number}"), list[DatasetOutcome]()
+            spent, _ = measured(
+                lambda o=own, s=store, m=made: m.append(prepare_or_reuse(Run("run", s, o), on_event=lambda event: None))
+            )
+            parts = [part for part in parts_of(made[0].dataset).values() if part] or [made[0].dataset]
+            encoded[name] = sum(part.manifest.train_bytes + part.manifest.val_bytes for part in parts) / 1e6
             cpu[name].append(spent)
             memory[name] = watched.largest_mb
-    plain = statistics.median(cpu["plain text"])
-    show(f"{size / 1e6:.1f} MB\n{'':16}{'MB/CPU-s':>10}{'of plain':>10}{'largest preparing process, MB':>32}")
-    for name, spent in cpu.items():
-        median = statistics.median(spent)
-        show(f"{name:16}{size / 1e6 / median:10.2f}{plain / median:10.2f}{memory[name]:32.0f}")
+    speeds = {name: encoded[name] / statistics.median(spent) for name, spent in cpu.items()}
+    show(f"{'':16}{'MB':>10}{'MB/CPU-s':>10}{'of plain':>10}{'largest preparing process, MB':>32}")
+    for name, speed in speeds.items():
+        of_plain = speed / speeds["plain text"]
+        show(f"{name:16}{encoded[name]:10.1f}{speed:10.2f}{of_plain:10.2f}{memory[name]:32.0f}")
 
 
 def show(line: str) -> None:
