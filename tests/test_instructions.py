@@ -88,6 +88,23 @@ def test_ids_are_those_of_apply_chat_template_and_answers_are_what_the_assistant
         assert tokenizer.decode([i for i, learned in zip(ids, scored, strict=True) if learned]) == expected[tuple(ids)]
 
 
+@pytest.mark.parametrize("marks", [False, True])
+def test_messages_that_jinja_renders_directly_are_those_of_transformers(marks):
+    known = "{{ bos_token }}{{ tools is none }}{{ documents is none }}{{ strftime_now('%Y-%m-%d') }}"
+    text = known + (MARKED if marks else CHATML).replace("{{ m.content }}", "{{ m.reasoning_content }}{{ m.content }}")
+    direct = ChatTemplate(text, {"bos_token": "<s>"}, ("<s>", "<|im_end|>"))
+    through = replace(direct)
+    vars(through)["_compiled"] = None
+    assert direct._compiled is not None, "transformers has renamed what makes rendering twice as fast"
+    for one in RECORDS[:20]:
+        parts = direct.parts(one["messages"], "here")
+        assert parts == through.parts(one["messages"], "here")
+        assert parts[0].startswith("<s>TrueTrue2024-07-26<|im_start|>")
+    thought = [{"role": "user", "content": "a<s>"}, {"role": "assistant", "content": "b", "thinking": "why"}]
+    assert direct.parts(thought, "here") == through.parts(thought, "here")
+    assert "whyb" in direct.parts(thought, "here")[1]
+
+
 def test_a_prompt_is_given_and_its_completion_learned_with_the_separator(home):
     made = prepare(home, instructions={"prompt": "prompt", "completion": "completion"})
     tokenizer = Tokenizer.from_file(str(made.directory / "tokenizer.json"))

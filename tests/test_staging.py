@@ -5,7 +5,7 @@ import json
 import re
 import tracemalloc
 from functools import partial
-from itertools import pairwise
+from itertools import chain, pairwise
 
 import pytest
 from hypothesis import given, settings
@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from made_up_corpus import made_up_text
 
 from relora_train.data import splitting
+from relora_train.data.records import document_digest
 from relora_train.data.sources import read_documents, resolve_source
 from relora_train.data.splitting import PIECE_BYTES, cut_into_pieces, split_digest, split_of
 from relora_train.data.staging import read_pieces, stage_documents
@@ -53,6 +54,24 @@ def test_a_long_text_is_on_the_side_and_in_the_pieces_that_reading_it_whole_give
         fits = text.encode()[text.encode().index(piece + after) :][:12].decode(errors="ignore")
         spaces = [match.start() for match in re.finditer(r"(?<=\S) (?=\S)", fits)]
         assert not after or piece.decode() == fits[: spaces[-1] if spaces else None]
+
+
+@settings(max_examples=300, deadline=None)
+@given(parts=st.lists(st.text(alphabet="aΣİ'\u00ad漢 \n", max_size=9), min_size=1, max_size=4))
+def test_an_example_is_on_the_side_of_its_parts_with_a_noncharacter_between(parts):
+    assert split_digest(tuple(parts)) == split_digest("\ufdd0".join(parts))
+    assert document_digest((*parts, "class"), "labels") == split_digest("\ufdd0".join(parts))
+
+
+def test_an_example_is_staged_whole_and_in_parts(tmp_path):
+    examples = [("ab", "", "漢"), ("d",), ("", "efghijk")]
+    pieces = [[(part, n == len(one) - 1) for n, part in enumerate(one)] for one in examples]
+    # 6 bytes of text in four parts, each counted with a separator, are 10
+    for range_bytes, ranges in ((9, [(1, 5), (1, 1), (1, 7)]), (10, [(2, 6), (1, 7)])):
+        place = tmp_path / str(range_bytes)
+        staged = stage_documents(examples, place, lambda digest: "train", range_bytes=range_bytes, holds="messages")
+        assert [(part.documents, part.text_bytes) for part in staged.ranges] == ranges
+        assert [piece for part in staged.ranges for piece in read_pieces(place, part)] == [*chain.from_iterable(pieces)]
 
 
 def test_a_long_line_is_held_twice_and_not_more(tmp_path):
