@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, cast
 from uuid import UUID
 
@@ -42,16 +42,14 @@ def require_deployment(name: str | None) -> None:
     """Raise ConfigError for a deployment that Prefect's server does not know."""
     if name is None:
         return
-    try:
-        if not has_server():
-            raise ValueError(name)
-        with server_errors(), get_client(sync_client=True) as client:
-            client.read_deployment_by_name(name)
-    except (ObjectNotFound, ValueError):  # also a name without its slash
-        raise ConfigError(
-            f"Prefect's server knows no deployment {name!r}. Set PREFECT_API_URL to a server that has it "
-            "(`prefect deployment ls`), or leave it out: the runs are then made one after another, here."
-        ) from None
+    if has_server():
+        with suppress(ObjectNotFound, ValueError), server_errors(), get_client(sync_client=True) as client:
+            client.read_deployment_by_name(name)  # ValueError: a name without its slash
+            return
+    raise ConfigError(
+        f"Prefect's server knows no deployment {name!r}. Set PREFECT_API_URL to a server that has it "
+        "(`prefect deployment ls`), or leave it out: the runs are then made one after another, here."
+    )
 
 
 def run_deployed(deployment: str, runs: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, DivergedError | None]]:

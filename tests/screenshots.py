@@ -15,6 +15,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from browser import CHROMIUM, chromium
 from prefect_server import serving_prefect
 from rich.console import Console
 from rich.text import Text
@@ -32,7 +33,7 @@ _LOOK = "font:15px/1.25 DejaVu Sans Mono,monospace;color:#d0d0d0;margin:0"
 def main() -> None:
     directory = Path((sys.argv[1:] or [ROOT / "tests" / "screenshots"])[0]).resolve()
     directory.mkdir(parents=True, exist_ok=True)
-    missing = [name for name in ("chromium", "tmux") if shutil.which(name) is None]
+    missing = [name for name, there in (("Chromium", CHROMIUM), ("tmux", shutil.which("tmux"))) if there is None]
     if missing:
         sys.exit(f"This needs {' and '.join(missing)} in the path.")
     with tempfile.TemporaryDirectory(prefix="relora-screenshots-") as scratch:
@@ -84,12 +85,8 @@ def screen_after(command: list[str], work: Path, environment: dict[str, str]) ->
 
 def take(path: Path, url: str, *, width: int, height: int) -> None:
     """Save a picture of a page."""
-    options = ["--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--force-color-profile=srgb"]
-    options += [f"--window-size={width},{height}", f"--virtual-time-budget={_RENDER_MILLISECONDS}"]
-    with tempfile.TemporaryDirectory() as profile:
-        options += [f"--user-data-dir={profile}", f"--screenshot={path}"]
-        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "stdin": subprocess.DEVNULL}
-        subprocess.run(["chromium", *options, url], check=True, timeout=180, **quiet)
+    size = f"--window-size={width},{height}"
+    chromium(url, size, f"--virtual-time-budget={_RENDER_MILLISECONDS}", f"--screenshot={path}")
     sys.stdout.write(f"{path}\n")
 
 

@@ -1,5 +1,6 @@
 """The `relora` command: its messages and exit codes, what it shows, and the processes it must not leave behind."""
 
+import contextvars
 import json
 import os
 import signal
@@ -16,10 +17,12 @@ from safetensors.numpy import load_file
 from synthetic_run import commit_run, evaluation_of, synthetic_profile
 
 from relora_train.checkpoints.lineage import CheckpointRef
-from relora_train.cli.app import command_line
+from relora_train.cli.app import _COMMANDS, command_line
 from relora_train.cli.local_flow import TerminatedError, _termination_raises
 from relora_train.cli.output import describe_fault
 from relora_train.errors import AccessDeniedError
+from relora_train.runs.worker_process import WorkerProcess
+from relora_train.runs.workers import READY_WORKER
 from relora_train.storage.local import LocalStore
 from relora_train.storage.opening import open_store
 
@@ -101,6 +104,41 @@ def test_bad_input_is_one_message_and_a_documented_exit_code(
     assert outcome.err.startswith("Error: ") and words in outcome.err
     assert outcome.err.count("Error") == 1 and "Traceback" not in outcome.err
     assert sorted(tmp_path.rglob("*")) == before, "it lost or left something"
+
+
+def test_a_current_directory_that_was_deleted_is_one_message_of_every_command(
+    relora: Relora, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    for command in (*_COMMANDS, "--help"):
+        outcome = relora(command)
+        assert (outcome.code, outcome.out) == (2, ""), command
+        assert outcome.err.startswith("Error: The directory that you are in was deleted."), command
+    assert not (tmp_path / "cache").exists()  # a fault of ours would lie there
+
+
+@pytest.mark.parametrize("url", [None, "http://127.0.0.1:9/api"], ids=["without a server", "with one"])
+def test_a_run_has_its_worker_started_ahead_unless_a_server_is_to_hear_its_warnings(
+    url: str | None, relora: Relora, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    met: list[WorkerProcess | None] = []
+
+    def meet(*arguments: Any, **options: Any) -> None:
+        ready = READY_WORKER.get()
+        met.append(ready and ready._worker)
+        assert ready is None or (ready._worker is not None and ready._worker.is_alive)
+
+    monkeypatch.setattr("relora_train.cli.run.run_shown", meet)
+    monkeypatch.delenv("PREFECT_API_URL", raising=False)
+    if url is not None:
+        monkeypatch.setenv("PREFECT_API_URL", url)
+    outcome = contextvars.copy_context().run(relora, "run", "smoke")
+    assert outcome.code == 0, outcome.err
+    (worker,) = met
+    assert (worker is None) == (url is not None)
+    assert worker is None or not worker.is_alive  # it ends with the command
 
 
 def test_an_ambiguous_checkpoint_is_refused_by_name_and_found_by_uri(

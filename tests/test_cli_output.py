@@ -54,6 +54,13 @@ def test_samples_are_indented_wrapped_and_without_spaces_at_the_ends_of_lines():
     assert all(line == line.rstrip() and len(line) <= 60 for line in lines)
 
 
+def workers_of(parent: int) -> list[str]:
+    """Command lines of the worker processes that a process started and that still run."""
+    listed = subprocess.run(["ps", "-ewwo", "ppid=,args="], check=True, capture_output=True, text=True).stdout
+    found = [line.split(maxsplit=1) for line in listed.splitlines()]
+    return [command for owner, command in found if int(owner) == parent and "-m relora_train.worker " in command]
+
+
 def test_ctrl_c_says_that_the_state_was_saved_and_what_to_type_and_quiet_says_nothing_else(tmp_path: Path):
     sets = (
         "schedule.warm_start_steps=0",
@@ -81,6 +88,7 @@ def test_ctrl_c_says_that_the_state_was_saved_and_what_to_type_and_quiet_says_no
     ) as process:  # fmt: skip
         try:
             wait_for(lambda: saved() or process.poll() is not None, 240, lambda: "no snapshot")
+            assert len(workers_of(process.pid)) == 1  # the one that was started ahead trains
             os.killpg(process.pid, signal.SIGINT)  # as a terminal does
             out, err = process.communicate(timeout=120)
         finally:

@@ -75,8 +75,10 @@ def test_stages_in_one_process_give_the_bits_of_a_process_each(worker: Worker, d
     """With dropout, whose draws would show any state that one stage leaves to the next."""
     profile, course = tiny_profile(relora={"dropout": 0.2}, batch={"micro_sequences": 4}), Course()
     worker.start(profile)
+    started = worker._worker
     for stage in STAGES:
         train(worker, profile, stage, dataset, tmp_path / "kept", course)
+    assert worker._worker is started
     (pid,) = set(course.pids)
     for parent, stage in itertools.pairwise(STAGES):  # the first had its process to itself, as it were
         alone = tmp_path / "alone" / stage

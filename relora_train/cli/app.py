@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Iterable, Sequence
 from importlib import import_module
+from pathlib import Path
 from typing import Annotated, NoReturn, cast
 
 import click
@@ -81,6 +82,11 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     logging.lastResort = Warnings(logging.WARNING)
     if given[:1] and given[0] in _RENAMED:
         complain(f"`relora {given[0]}` is now `relora {_RENAMED[given[0]]}`.")
+        sys.exit(ConfigError.exit_code)
+    try:
+        Path.cwd()
+    except FileNotFoundError:
+        complain("The directory that you are in was deleted. Change to one that exists (`cd` alone goes home).")
         sys.exit(ConfigError.exit_code)
     typed = os.environ.get("COMP_WORDS", "").split()[1:2] if _COMPLETING in os.environ else given[:1]
     try:
