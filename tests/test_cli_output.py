@@ -36,15 +36,30 @@ def test_names_and_numbers_are_whole_at_any_width(width: int):
     lines = printed(stages(), width=width)
     assert sum(line.rstrip().endswith(NAME) for line in lines) == 3 and max(map(len, lines)) <= width
     assert all("\n".join(lines).count(cell) >= 3 for cell in ROW)
-    assert stages().fits(width) == (width >= 89) == (lines[0].split() == list(COLUMNS))
+    assert stages().fit(width) == (width >= 89) == (lines[0].split() == list(COLUMNS))
 
 
 def test_prose_in_a_column_may_be_wrapped_and_a_long_address_may_not():
     prose = table(("what", "why"), [("a", "the data of that night were short of text " * 3)], left=("why",))
-    assert prose.fits(60) and len(printed(prose, width=60)) > 4
+    assert prose.fit(60) and len(printed(prose, width=60)) > 4
     uri = "s3://bucket/prefix/runs/" + "r" * 80
     address = table(("what", "where"), [("a", uri)], left=("where",), title="Places")
     assert printed(address, width=60) == ["Places", "a", f"  where  {uri}"]
+
+
+def test_no_word_is_broken_at_the_widths_at_which_columns_wrap():
+    columns, row = (
+        ("run", "profile", "score", "held by", "why"),
+        ("one", "mine", "loss 4.86", "vm", "short of text that night"),
+    )
+    made = table(columns, [row], left=("profile", "held by", "why"))
+    words = {word for cell in (*columns[1:], *row) for word in cell.split()}
+    wrapped = 0
+    for width in range(35, 70):
+        lines = printed(made, width=width)
+        assert words <= set(" ".join(lines).split()) and max(map(len, lines)) <= width, (width, lines)
+        wrapped += made.fit(width) and len(lines) > 3
+    assert wrapped == 22  # from 36, the longest words side by side, to 57, one less than the longest cells
 
 
 def test_samples_are_indented_wrapped_and_without_spaces_at_the_ends_of_lines():

@@ -8,7 +8,7 @@ from zoneinfo import ZoneInfo
 import typer
 import yaml
 
-from relora_train.checkpoints.layout import check_run_id
+from relora_train.checkpoints.layout import check_name
 from relora_train.checkpoints.series_record import check_series
 from relora_train.cli.options import Sets, overrides_of
 from relora_train.cli.output import require_writable, say
@@ -89,7 +89,7 @@ def deployment_of(
         series = settings.name
     if series is None:
         (like,) = choose_deployments(["pretrain/quickstart"])
-        name, description = check_run_id(settings.name), f"Train the profile {settings.name}."
+        name, description = check_name(settings.name, "name of a deployment"), f"Train the profile {settings.name}."
     else:
         (like,) = choose_deployments(["retrain/nightly"])
         name, description = (

@@ -63,15 +63,21 @@ class CellTable(Table):
 
     cells: list[tuple[str, ...]]
 
-    def fits(self, width: int) -> bool:
-        """Return True if every number and every word has room in its column: an id or a URI is one word."""
-        wrapped = [not column.no_wrap for column in self.columns]
+    def fit(self, width: int) -> bool:
+        """Give every number and every word room in its column: an id or a URI is one word. False: there is no room.
+
+        rich takes from the widest columns that wrap until they are equal, and breaks words for it.
+        """
         rows = [tuple(str(column.header) for column in self.columns), *self.cells]
-        longest = [
-            max(cell_len(part) for row in rows for part in (row[i].split() if wraps else [row[i]]) or [""])
-            for i, wraps in enumerate(wrapped)
-        ]
-        return sum(longest) + 2 * (len(longest) - 1) <= width
+        spare = width - 2 * (len(self.columns) - 1)
+        for i, column in enumerate(self.columns):
+            parts = [part for row in rows for part in ([row[i]] if column.no_wrap else row[i].split())]
+            column.width = max(map(cell_len, parts), default=0)
+            spare -= column.width
+        for i, column in enumerate(self.columns):
+            more = max(0, min(spare, max(cell_len(row[i]) for row in rows) - (column.width or 0)))
+            column.width, spare = (column.width or 0) + more, spare - more
+        return spare >= 0
 
     def as_blocks(self) -> Text:
         """Return a block of lines for each row: its first cell, then name and value of the others."""
@@ -104,7 +110,7 @@ def show(console: Console, view: Sequence[RenderableType]) -> None:
     A table for which the console is too narrow is printed as blocks.
     """
     for part in view:
-        shown = part.as_blocks() if isinstance(part, CellTable) and not part.fits(console.width) else part
+        shown = part.as_blocks() if isinstance(part, CellTable) and not part.fit(console.width) else part
         console.print(shown, soft_wrap=isinstance(shown, Text), highlight=False)
 
 
