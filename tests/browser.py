@@ -37,7 +37,7 @@ const seen = given.map(([chart, ...events]) => {
     points: charts.map((svg) => [...svg.querySelectorAll(".curves > [data-xs]")].flatMap(places)),
     pieces: [...charts[chart].querySelectorAll(".curves > path")].map(
       (path) => path.getAttribute("d").match(/M/g).length),
-    steps: words(charts[chart].querySelectorAll(".x text")).map((text) => +text.replaceAll(",", "")),
+    steps: words(charts[chart].querySelectorAll(".x text")), values: words(charts[chart].querySelectorAll(".y text")),
     merges: [...charts[chart].querySelectorAll("line.merge")].map((line) => +line.getAttribute("x1")),
     bands: [...charts[chart].querySelectorAll("rect")].filter((rect) => rect.style.display !== "none").map(
       (rect) => [+rect.getAttribute("x"), +rect.getAttribute("width")]),

@@ -313,10 +313,10 @@ def test_duplicates_and_empty_documents_are_counted(run):
     counts = {f"{split}_{what}": 10 for split in ("train", "val") for what in ("tokens", "documents", "bytes")}
     manifest = DatasetManifest(
         files=(), attempt="a", name="n", dataset_id="d" * 64, inputs={}, token_dtype="uint16", vocab_size=300, eos_id=0,
-        statistics={"duplicate_documents": 1234, "empty_documents": 0}, **counts,
+        statistics={"duplicate_documents": 1234, "empty_documents": 1}, **counts,
     )  # fmt: skip
     facts = dict(dataset_facts(manifest))
-    assert facts["Dropped"] == "1,234 duplicate documents, 0 empty documents"
+    assert facts["Dropped"] == "1,234 duplicate documents, 1 empty document"
     assert "Dropped" not in dict(dataset_facts(manifest.model_copy(update={"statistics": {}})))
     assert isinstance(run[2], RunData)
 

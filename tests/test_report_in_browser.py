@@ -13,7 +13,7 @@ from browser import CHROMIUM, pointed
 from synthetic_run import commit_run, evaluation_of, synthetic_profile
 
 from relora_train.checkpoints.fetch import files_in_stores
-from relora_train.reports.charts import Chart, Curve
+from relora_train.reports.charts import Chart, Curve, logarithmic_ticks, ticks
 from relora_train.reports.collect import collect_run_data
 from relora_train.reports.report import render_page
 from relora_train.reports.training_charts import training_charts
@@ -43,18 +43,24 @@ def told(chart: Chart, at: float, first: int = 0, last: int = STEPS) -> tuple[in
     return nearest, "\n".join([f"step {nearest}", *lines])
 
 
-def places(chart: Chart, first: int, last: int) -> list[list[float]]:
-    """Return where the points of a chart lie that shows these steps, enlarged: its values there fill the height."""
-    scaled = math.log10 if chart.logarithmic else float
-    drawn = [point for curve in chart.curves for point in points(curve).items()]
-    inside = [y for x, y in drawn if first <= x <= last]
+def limits(chart: Chart, first: int, last: int) -> tuple[float, float]:
+    """Return where the y axis of a chart ends that shows these steps, enlarged: its values there fill the height."""
+    inside = [y for curve in chart.curves for x, y in points(curve).items() if first <= x <= last]
+    if chart.logarithmic:
+        return min(inside) / 1.1, max(inside) * 1.1
     room = 0.06 * (max(inside) - min(inside)) or 0.1 * max(inside)
-    limits = (min(inside) / 1.1, max(inside) * 1.1) if chart.logarithmic else (min(inside) - room, max(inside) + room)
-    low, high = map(scaled, limits)
+    return min(inside) - room, max(inside) + room
+
+
+def places(chart: Chart, first: int, last: int) -> list[list[float]]:
+    """Return where the points of a chart lie that shows these steps, enlarged."""
+    scaled = math.log10 if chart.logarithmic else float
+    low, high = map(scaled, limits(chart, first, last))
     foot, top = chart.height - 26, 24
     return [
         [LEFT + (x - first) / (last - first) * WIDTH, foot - (scaled(y) - low) / (high - low) * (foot - top)]
-        for x, y in drawn
+        for curve in chart.curves
+        for x, y in points(curve).items()
     ]
 
 
@@ -100,14 +106,18 @@ def test_the_box_tells_the_nearest_point_and_a_drag_enlarges_its_steps_in_all_ch
     for chart, found in zip(charts, drawn["points"], strict=True):
         np.testing.assert_allclose(found, places(chart, 50, 100), atol=ROUNDED, err_msg=chart.title)
     assert seen[0]["pieces"] == drawn["pieces"] == [1, 4]  # each record, and the mean of each stage
-    assert drawn["steps"] == list(range(50, 101, 5))
+    assert drawn["steps"] == [str(step) for step in range(50, 101, 5)]
     half = WIDTH / 50
     assert drawn["merges"] == pytest.approx([LEFT + (step - 50) * half for step in (80, 120, 160)])
     np.testing.assert_allclose(drawn["bands"], [[LEFT, 30 * half], [LEFT + 30 * half, 20 * half]])
     at_each(seen[13:20], near, 50, 100)
 
+    for number, between in ((loss, ticks), (norms, logarithmic_ticks)):
+        values = seen[13 + [chart for chart, _ in near].index(number)]["values"]
+        assert [float(value) for value in values] == pytest.approx(between(*limits(charts[number], 50, 100), 5))
+
     for chart, found, before in zip(charts, seen[20]["points"], seen[0]["points"], strict=True):
-        np.testing.assert_allclose(
-            found, before, atol=2 * ROUNDED, err_msg=chart.title
-        )  # the page's own, and the script's
+        np.testing.assert_allclose(found, before, atol=2 * ROUNDED, err_msg=chart.title)  # what the page came with
     at_each(seen[21:], over, 0, STEPS)
+    for again, before in zip(seen[21:], seen, strict=False):
+        assert (again["steps"], again["values"]) == (before["steps"], before["values"])

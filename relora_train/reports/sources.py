@@ -96,8 +96,10 @@ def dataset_facts(manifest: DatasetManifest) -> list[tuple[str, str]]:
     if not manifest.images:
         per_token = (manifest.train_bytes + manifest.val_bytes) / max(1, manifest.train_tokens + manifest.val_tokens)
         facts.append(("Compression", f"{decimal(per_token, 2)} bytes a token, {count(manifest.vocab_size)} entries"))
-    names = {"duplicate_documents": f"duplicate {noun}s", "empty_documents": f"empty {noun}s"}
-    dropped = [f"{count(statistics[key])} {name}" for key, name in names.items() if key in statistics]
+    counts = {
+        kind: statistics[f"{kind}_documents"] for kind in ("duplicate", "empty") if f"{kind}_documents" in statistics
+    }
+    dropped = [f"{count(number)} {kind} {noun}{'' if number == 1 else 's'}" for kind, number in counts.items()]
     if dropped:
         facts.append(("Dropped", ", ".join(dropped)))
     if "split_note" in statistics:

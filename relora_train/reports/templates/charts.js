@@ -10,8 +10,15 @@
     const raw = (high - low) / about, power = 10 ** Math.floor(Math.log10(raw));
     const step = power * [1, 2, 5, 10].find((factor) => factor * power >= 0.999 * raw);
     const found = [];
-    for (let i = Math.ceil(low / step - 1e-9); i * step <= high + 1e-9 * step; i++) found.push(i * step);
+    for (let i = Math.ceil(low / step - 1e-9); i * step <= high + 1e-9 * step; i++) found.push(i * step + 0);  // no -0
     return found;
+  };
+  const decades = (low, high, about) => {
+    const first = Math.floor(Math.log10(low)), count = Math.ceil(Math.log10(high)) - first + 1;
+    const factors = count < about ? [1, 2, 5] : [1];
+    const found = [...Array(count).keys()].flatMap((i) => factors.map((factor) => factor * 10 ** (first + i)));
+    const inside = found.filter((y) => low <= y && y <= high);
+    return inside.length > 1 ? inside : round(low, high, about);
   };
   const shown = (value) => Number(value.toPrecision(4)).toLocaleString("en-US", { maximumSignificantDigits: 5 });
   const element = (name, attributes, content = "") => {
@@ -72,7 +79,7 @@
       svg.querySelector(".x").replaceChildren(
         ...round(...view.x, 10).filter(Number.isInteger).map(
           (x) => element("text", { x: across(x), y: foot + 18 }, x.toLocaleString("en-US"))));
-      const few = log ? round(...view.y.map(scaled), 5).map((y) => 10 ** y) : round(...view.y, 5);
+      const few = (log ? decades : round)(...view.y, 5);
       svg.querySelector(".y").replaceChildren(...few.flatMap((y) => [
         element("line", { x1: left, x2: right, y1: up(y), y2: up(y) }), element("text", { x: left - 8, y: up(y) + 4 }, shown(y)),
       ]));
