@@ -301,11 +301,11 @@ def test_twelve_thousand_records_are_thinned_and_the_overview_stays_small(collec
     schedule = ScheduleConfig(warm_start_steps=3000, cycles=9, cycle_length=1000, warmup_steps=100)
     data = collected(synthetic_profile(schedule=schedule), spectra=False)
     assert len(data.train) == 12_000
-    assert len(overview_png(data)) <= OVERVIEW_BYTES
-    files = write_report(data, tmp_path / "out")
+    overview, files = overview_png(data), write_report(data, tmp_path / "out")
+    assert len(overview) <= OVERVIEW_BYTES
     assert "Of 12,000 records at most 2,000 are drawn" in files[-1].read_text("utf-8")
     assert files[-1].stat().st_size < 1_000_000
-    assert len(overview_markdown(data)) < 63_000
+    assert len(overview_markdown(data, overview)) < 63_000
 
 
 def test_downsampling_keeps_extremes_gaps_and_order():
@@ -339,7 +339,7 @@ def test_samples_after_the_warm_start_and_after_the_last_cycle_stand_side_by_sid
 
 
 def test_the_markdown_overview_holds_figure_and_table(data):
-    markdown = overview_markdown(data)
+    markdown = overview_markdown(data, overview_png(data))
     encoded = markdown.partition("data:image/png;base64,")[2].partition(")")[0]
     assert base64.b64decode(encoded, validate=True) == overview_png(data)
     assert stage_table_markdown(data) in markdown

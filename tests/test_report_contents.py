@@ -1,5 +1,6 @@
 """What a report says of a run beside its stages: the answer, the curves, the data, the work, the relatives."""
 
+import base64
 import json
 import math
 import re
@@ -326,7 +327,7 @@ def test_the_overview_shows_evaluations_and_what_the_last_model_writes_as_text(r
         Sample(stage, step, "def f(`x`):", text)
         for stage, step, text in (("cycle-3", 160, "\n```\n# no heading <b>\x1b[31m"), ("warm-start", 40, "earlier"))
     )
-    markdown = overview_markdown(replace(run[2], samples=samples), "place\n\n")
+    markdown = overview_markdown(replace(run[2], samples=samples), b"png", "place\n\n")
     assert markdown.index("place") < markdown.index("data:image/png")
     final = run[2].evaluations[-1].scores
     assert f"| cycle-3 | 160 | {final.val_perplexity:,.2f} | {final.bits_per_byte:,.3f} | 262,144 |" in markdown
@@ -340,6 +341,8 @@ def test_a_report_in_s3_is_opened_by_its_link_and_by_nobody_without(
     store = open_store(s3_store_uri)
     line = commit_run(store, "linked", PROFILE, tmp_path / "scratch", stages=plan_stages(PROFILE)[:1])
     plain = report_run(line, [], store, "linked")
+    overview = base64.b64encode(store.get_bytes("runs/linked/report/overview.png")[0]).decode()
+    assert f"(data:image/png;base64,{overview})" in plain.markdown
     assert plain.link is None and "Open the report" not in plain.markdown and f"`{plain.html_uri}`" in plain.markdown
     monkeypatch.setenv("RELORA_REPORT_LINK_HOURS", "0.5")
     written = report_run(line, [], store, "linked")

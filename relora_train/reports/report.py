@@ -67,6 +67,7 @@ def report_run(
         written = write_report(data, Path(scratch))
         for path in written:  # the page last
             store.put_file(f"{prefix}/{path.name}", path)
+        overview = (Path(scratch) / OVERVIEW_NAME).read_bytes()
     hours = link_hours()
     link = store.page_link(f"{prefix}/{HTML_NAME}", round(hours * 3600)) if hours else None
     opens = (
@@ -78,7 +79,7 @@ def report_run(
         html_uri=html_uri,
         picture_uris=tuple(f"{store.uri}/{prefix}/{path.name}" for path in written if path.suffix == ".png"),
         summary=summarize(data),
-        markdown=overview_markdown(data, place),
+        markdown=overview_markdown(data, overview, place),
         link=link,
     )
 
@@ -182,9 +183,9 @@ def stage_table_markdown(data: RunData) -> str:
     return "\n".join([*lines, "", *places]) + "\n"
 
 
-def overview_markdown(data: RunData, place: str = "") -> str:
+def overview_markdown(data: RunData, overview: bytes, place: str = "") -> str:
     """Return heading, result, place, one figure as a data URL (below 60 kB), stages, evaluations and samples."""
-    image = base64.b64encode(overview_png(data)).decode("ascii")
+    image = base64.b64encode(overview).decode("ascii")
     alt = f"Training loss, learning rate and validation {data.measures.headline.name} by step"
     return (
         f"# {markdown_cell(data.run_id)}\n\n{markdown_cell(headline_text(data))}\n\n{place}"
