@@ -153,7 +153,8 @@ def test_a_curve_is_interrupted_where_it_has_no_value_and_a_step_without_one_is_
 
 def test_axes_have_round_numbers():
     assert ticks(0, 160, 10) == [0, 20, 40, 60, 80, 100, 120, 140, 160]
-    assert ticks(0.0021, 0.0049, 5) == [0.003, 0.004]
+    assert ticks(0.0021, 0.0049, 5) == [0.0025, 0.003, 0.0035, 0.004, 0.0045]
+    assert ticks(4.13, 6.87, 5) == [4.5, 5.0, 5.5, 6.0, 6.5]
     assert logarithmic_ticks(0.3, 30, 5) == [0.5, 1, 2, 5, 10, 20]
     assert logarithmic_ticks(1e-6, 1, 5) == [10.0**power for power in range(-6, 1)]
 

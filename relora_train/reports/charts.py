@@ -135,10 +135,10 @@ class PlacedChart:
 
 
 def ticks(low: float, high: float, about: int) -> list[float]:
-    """Return round numbers in an interval, `about` so many: multiples of 1, 2 or 5 times a power of ten."""
+    """Return round numbers in an interval, 0.5 to 1.5 times `about`: multiples of 1, 2 or 5 times a power of ten."""
     raw = (high - low) / about
     power = 10.0 ** math.floor(math.log10(raw))
-    step = power * next(factor for factor in (1, 2, 5, 10) if factor * power >= 0.999 * raw)
+    step = power * next(factor for factor in (1, 2, 5, 10) if factor * power >= 0.7 * raw)
     return [round(i * step, 12) for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
 
 

@@ -8,7 +8,7 @@
 
   const round = (low, high, about) => {
     const raw = (high - low) / about, power = 10 ** Math.floor(Math.log10(raw));
-    const step = power * [1, 2, 5, 10].find((factor) => factor * power >= 0.999 * raw);
+    const step = power * [1, 2, 5, 10].find((factor) => factor * power >= 0.7 * raw);
     const found = [];
     for (let i = Math.ceil(low / step - 1e-9); i * step <= high + 1e-9 * step; i++) found.push(i * step + 0);  // no -0
     return found;
