@@ -134,7 +134,7 @@ def test_a_run_has_its_worker_started_ahead_unless_a_server_is_to_hear_its_warni
     monkeypatch.delenv("PREFECT_API_URL", raising=False)
     if url is not None:
         monkeypatch.setenv("PREFECT_API_URL", url)
-    outcome = contextvars.copy_context().run(relora, "run", "smoke")
+    outcome = contextvars.Context().run(relora, "run", "smoke")
     assert outcome.code == 0, outcome.err
     (worker,) = met
     assert (worker is None) == (url is not None)

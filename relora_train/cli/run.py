@@ -60,7 +60,7 @@ from relora_train.text import counted, duration, short_count, short_duration
 from relora_train.training.models.registry import facts_of
 
 _STARTING = "starting"
-_STARTING_SERVER = "starting Prefect's server, which takes ten to twenty seconds"
+_STARTING_SERVER = "starting Prefect's server, which takes some seconds"
 _ASKING = "starting the run on the Prefect server of PREFECT_API_URL"
 _NOTHING_LEFT = (
     "The checkpoint this run started from has all of the profile's cycles: nothing was left to train. "
