@@ -100,7 +100,7 @@ def test_the_file_is_the_one_printed_and_one_changed_by_hand_is_kept(deploy: Dep
         (("mine.toml", "--cron", "15 2 * *"), "has 4 parts and needs five"),
         (("mine.toml", "--cron", "15 2 * * *", "--timezone", "Mars"), "no zone"),
         (("mine.toml", "--series", "a/b"), "not a valid name of a series"),
-        (("mine.toml", "--set", "name=../up"), "not a valid run id"),
+        (("mine.toml", "--set", "name=../up"), "not a valid name of a deployment"),
         (("mine.toml", "--set", "relora.rnak=4"), "no such setting"),
         (("mine.toml", "--set", "data.source=text", "--set", "data.paths=['a.txt']"), "'a.txt', relative to this"),
         (("mine.toml", "--set", "tokenizer.path=mine.toml"), "'mine.toml', relative to this"),
