@@ -144,7 +144,7 @@ def test_a_shipped_experiment_begins_with_source_time_and_hardware(name: str):
     assert re.findall(r"^# (\w+): ", header, flags=re.MULTILINE) == ["Source", "Time", "Verified"]
 
 
-@pytest.mark.parametrize("name", [*PAPERS_TABLE_2, "table2-tiny"])
+@pytest.mark.parametrize("name", [*PAPERS_TABLE_2, "table2-tiny", "table2-small"])
 def test_the_control_has_as_many_parameters_as_relora_trains(name: str):
     planned = {run.arm: plan(run.profile) for run in runs_of(name, "control")[:1]}
     relora = plan(runs_of(name, "relora")[0].profile)
@@ -152,7 +152,7 @@ def test_the_control_has_as_many_parameters_as_relora_trains(name: str):
     assert planned["control"].parameters == pytest.approx(relora.low_rank.trainable_parameters, rel=0.005)
 
 
-@pytest.mark.parametrize("name", [*PAPERS_TABLE_2, "table2-tiny"])
+@pytest.mark.parametrize("name", [*PAPERS_TABLE_2, "table2-tiny", "table2-small"])
 def test_the_arms_of_table_2_are_what_the_paper_compares(name: str):
     profiles = {run.arm: run.profile for run in load_experiment(name).runs}
     assert (profiles["full"].method, profiles["relora"].method) == ("full", "relora")

@@ -289,6 +289,7 @@ NAMED = {
     "llama_60m": ("llama_60m-65c40f7b", "0dd92bf3ae210554"),
     "quickstart": ("quickstart-5907c70e", "f007a72efa35e60f"),
     "smoke": ("smoke-0ae63329", "5e662eb7aa79231f"),
+    "small": ("small-b0f2f9cd", "f345419cfd167d1c"),
     "text": ("text-a8e49b71", "666c11736ce3fac6"),
     "tiny": ("tiny-6d9ba160", "5efc66fc6d3ce6de"),
 }
