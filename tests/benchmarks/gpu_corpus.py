@@ -2,8 +2,8 @@
 
     python tests/benchmarks/gpu_corpus.py           # writes gpu-corpus.jsonl, which git ignores
 
-The Python files of packages that this project installs anyway, at the versions of deploy/constraints.txt. The experiment
-pins what comes out by data.content_sha256.
+The Python files of packages that this project installs anyway, at the versions of deploy/constraints.txt. The
+experiment pins what comes out by data.content_sha256.
 """
 
 import json
