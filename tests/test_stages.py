@@ -106,8 +106,7 @@ CHANGES_NOTHING = {
     "divergence.on_divergence": "lower_lr",
     "divergence.factor": 0.3,
     "divergence.max_retries": 1,
-    "evaluation.sequences": 64,
-    "evaluation.final_sequences": 64,
+    **dict.fromkeys(("evaluation.sequences", "evaluation.final_sequences"), 64),
     "evaluation.batch_sequences": 8,
     "evaluation.sample_prompts": ("def ",),
     "evaluation.sample_tokens": 8,
@@ -131,8 +130,9 @@ CHANGES_NOTHING = {
 }
 """Settings that change no weight beyond the order of sums."""
 
-OF_ONE_KIND = {"precision.residual", *(f"optimizer.subspace_{key}" for key in ("rank", "steps", "scale"))}
-"""Settings that only bfloat16 has, and that only two optimizers have: tests/test_rules.py."""
+OF_ONE_KIND = {"precision.residual", "optimizer.in_backward"}
+OF_ONE_KIND |= {f"optimizer.subspace_{key}" for key in ("rank", "steps", "scale")}
+"""Settings that only bfloat16, two optimizers and full rank have: tests/test_rules_runs.py, test_early_updates.py."""
 
 OF_ONE_OBJECTIVE = {"objective", "images.size", "images.channels", "images.classes", "images.patch_size"}
 """Settings that only another objective than the default knows: tests/test_objectives.py."""

@@ -239,9 +239,10 @@ def _phase_cost(
     ranks = (profile.launch.world_size or 1) if profile.launch.sharding == "full" else 1
     micro_batch = activations(profile, shape, wrapped, device="cpu" if profile.launch.device == "cpu" else "cuda")
     state = _FP32_BYTES * sum(numbers) if optimizer.has_rules else _MOMENTS * trained  # in bfloat16 too
+    largest = max(shape.vocab_size * shape.hidden_size, *(linear.weights for linear in shape.linears))
     sizes = {
         "weights": held + trained,
-        "gradients": trained,
+        "gradients": _FP32_BYTES * largest if optimizer.in_backward else trained,
         "optimizer": state if optimizer.state == "float32" else _MOMENTS * _CODE_BYTES * trainable,
         "merged": _FP32_BYTES * merged,
     }

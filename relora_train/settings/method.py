@@ -2,9 +2,9 @@
 
 import itertools
 import math
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from relora_train.settings.base import Address, FrozenConfig
 
@@ -240,8 +240,11 @@ class OptimizerConfig(FrozenConfig):
     state: Literal["float32", "8bit"] = "float32"
     """Both moments; '8bit' holds those of large tensors in a quarter of the memory, by bitsandbytes."""
 
-    max_grad_norm: float | None = Field(1.0, gt=0)
-    """Gradients are clipped to this global norm."""
+    max_grad_norm: Annotated[float | None, BeforeValidator(lambda n: None if n == "off" else n)] = Field(1.0, gt=0)
+    """Gradients are clipped to this global norm; 'off' clips none."""
+
+    in_backward: bool = False
+    """A parameter moves within the backward pass, and its gradient is freed: for method 'full', without clipping."""
 
     @model_validator(mode="after")
     def betas_are_below_one(self) -> Self:

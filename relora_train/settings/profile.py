@@ -33,6 +33,8 @@ from relora_train.settings.running import (
 )
 from relora_train.settings.tracking import TrackingConfig
 
+_SUBSPACE = ("subspace_rank", "subspace_steps", "subspace_scale")
+
 
 class Profile(FrozenConfig):
     """All settings of a run."""
@@ -141,10 +143,21 @@ class Profile(FrozenConfig):
     @model_validator(mode="after")
     def optimizer_fits_method_and_parameters(self) -> Self:
         optimizer, fields = self.optimizer, OptimizerConfig.model_fields
-        own = ("subspace_rank", "subspace_steps", "subspace_scale")
-        if not optimizer.projects and (foreign := [k for k in own if getattr(optimizer, k) != fields[k].default]):
+        if not optimizer.projects and (foreign := [k for k in _SUBSPACE if getattr(optimizer, k) != fields[k].default]):
             raise ValueError(
                 f"optimizer.{foreign[0]} is of kinds 'galore' and 'fira', not of {optimizer.kind!r}; leave it out"
+            )
+        alone = self.launch.world_size == 1 and self.batch.forward_passes(1)[1] == 1
+        if optimizer.in_backward and not (
+            self.method == "full"
+            and optimizer.max_grad_norm is None
+            and alone
+            and not self.precision.trains_in_bfloat16
+        ):
+            raise ValueError(
+                "optimizer.in_backward moves each parameter once its gradient is made: set method to 'full', "
+                "optimizer.max_grad_norm to 'off', launch for one rank, and leave out batch.micro_sequences and "
+                "precision.dtype 'pure-bfloat16'"
             )
         if optimizer.state == "8bit" and optimizer.has_rules:
             raise ValueError(
@@ -235,7 +248,7 @@ LATER_KEYS = {
     "tokenizer": ("revision", "mask_token"),
     "schedule": ("jagged", "cycle_growth", "horizon"),
     "relora": ("dropout_mask", "train"),
-    "optimizer": ("state", "kind", "low_rank_state", "subspace_rank", "subspace_steps", "subspace_scale"),
+    "optimizer": ("state", "kind", "low_rank_state", "in_backward", *_SUBSPACE),
     "optimizer_reset": ("restart_clock",),
 }
 """Keys that came later, by section: at their defaults in no name and no fingerprint, so that older runs keep theirs."""

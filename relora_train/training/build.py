@@ -20,6 +20,7 @@ from relora_train.method.layer import relora_layers
 from relora_train.method.merge import reinit
 from relora_train.method.products import Products
 from relora_train.method.wrap import apply_relora, frozen_matrices
+from relora_train.training.early_updates import EarlyUpdates
 from relora_train.training.files import (
     OPTIMIZER_FILE,
     LazyMapping,
@@ -121,6 +122,7 @@ def prepare_stage(request: StageRequest, ranks: Ranks) -> StageTraining:
         masks=masks,
         gradient_sum=GradientSum((p for group in optimizer.param_groups for p in group["params"]), ranks),
         products=products,
+        early_updates=EarlyUpdates(optimizer) if profile.optimizer.in_backward else None,
         source_dtype=source_dtype,
     )
 

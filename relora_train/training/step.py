@@ -22,6 +22,7 @@ from relora_train.method.products import Products
 from relora_train.method.schedule import learning_rate
 from relora_train.method.stages import Stage
 from relora_train.settings.profile import Profile
+from relora_train.training.early_updates import EarlyUpdates
 from relora_train.training.files import MasterWeights, TrainingState
 from relora_train.training.gradient_sum import GradientSum
 from relora_train.training.models.base import LossFunction, Objective
@@ -62,6 +63,9 @@ class StageTraining:
 
     products: Mapping[str, Products]
     """The products of each low-rank layer, by module name; empty if all follow the reference."""
+
+    early_updates: EarlyUpdates | None = None
+    """Those of the backward pass, where optimizer.in_backward asks for them."""
 
     checked_learning: bool = False
     """True once this process has asked if every low-rank layer learns."""
@@ -108,6 +112,8 @@ class StageTraining:
         # Out of pinned memory the copy runs beside what the GPU is doing.
         examples = rows.to(ranks.device, non_blocking=True)
         total = torch.zeros((), device=ranks.device)
+        for group in self.optimizer.param_groups:  # a number, not a scheduler: resuming restores nothing
+            group["lr"] = self.learning_rate(step)
         parts = torch.split(examples, profile.batch.micro_sequences or len(examples))
         for micro_step, part in enumerate(parts):
             # Dropout's masks follow from the place, so a snapshot holds no random state and a resumed stage has the
@@ -126,13 +132,14 @@ class StageTraining:
                 loss.backward()  # type: ignore[no-untyped-call]
             total += loss.detach()
 
+        if self.early_updates is not None:
+            return total, self.early_updates.take_norm()
+
         trained = self.trainable
         # No item() and no float() from here on: on a GPU each would wait for all that was given to it.
         limit = profile.optimizer.max_grad_norm
         norm = full_tensor(nn.utils.clip_grad_norm_(trained, limit if limit is not None else float("inf")))
 
-        for group in self.optimizer.param_groups:  # a number, not a scheduler: resuming restores nothing
-            group["lr"] = self.learning_rate(step)
         if isinstance(self.optimizer, BFloat16AdamW):
             # The same on all ranks, which round the same sums: else their weights would part.
             self.optimizer.rounding_seed = draw_seed(profile.seed, step, -1, 0)
