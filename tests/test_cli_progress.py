@@ -2,6 +2,7 @@
 
 import io
 import logging
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -97,6 +98,23 @@ def test_the_live_display_keeps_what_is_done_and_removes_its_bar() -> None:
         display.close()
     assert "205/210" in written.getvalue()
     assert written.getvalue().rstrip().endswith("\x1b[2K"), "the last line was not erased"
+
+
+@pytest.mark.parametrize("width", [60, 79, 80, 100])
+def test_the_live_display_names_its_stage_at_any_width(width: int) -> None:
+    written = io.StringIO()
+    console = Console(file=written, width=width, force_terminal=True, force_interactive=True, color_system=None)
+    display = LiveDisplay(console)
+    try:
+        display.counted("cycle-12", 469, 20_000, "469/20,000  loss 3.222  17,741 tok/s  16 min 57 s left")
+        display.refresh()
+    finally:
+        display.close()
+    shown = written.getvalue()
+    assert "cycle-12" in shown and "469/20,000  loss 3.222  17,741 tok/s" in shown
+    assert (" 2% " in shown) == (width >= 80)
+    for line in re.sub(r"\x1b\[[0-9?]*[A-Za-z]", "\r", shown).splitlines():
+        assert len(line) <= width - 4  # where a terminal writes ^C
 
 
 def test_warnings_and_announced_retries_are_shown_and_what_is_told_otherwise_is_not() -> None:

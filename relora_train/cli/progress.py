@@ -61,10 +61,13 @@ class LiveDisplay:
 
     def counted(self, name: str, done: float, total: float | None, text: str) -> None:
         """Show that the work `name` has come to `done` of `total`."""
-        bar = ProgressBar(total=total, completed=done, pulse=total is None)
-        shown = [bar] if self._console.width >= _ROOM_FOR_A_BAR else []
         percent = [f"{100 * done / total:3.0f}%"] if total else []
-        self._row = (Text(name), *shown, *percent, Text(text, no_wrap=True))
+        if self._console.width < _ROOM_FOR_A_BAR:  # as one text, or a grid would cut the name first
+            told = [name, text] if text else [name, *percent]
+            self._row = (Text("  ".join(told), overflow="ellipsis", no_wrap=True),)
+            return
+        bar = ProgressBar(total=total, completed=done, pulse=total is None)
+        self._row = (Text(name), bar, *percent, Text(text, no_wrap=True))
 
     def _render(self) -> RenderableType:
         grid = Table.grid(padding=(0, 1), expand=len(self._row) > 1)
