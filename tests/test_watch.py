@@ -117,6 +117,22 @@ def test_metrics_and_watch_of_a_run_that_is_not_there_name_those_that_are(line: 
         assert said.code == 6 and "tale" in said.err
 
 
+def test_a_name_that_is_no_run_id_is_refused_and_a_run_without_a_checkpoint_said_to_have_none_yet(
+    line: list[CheckpointRef], tmp_path: Path, relora: Any
+):
+    for command in ("metrics", "watch"):
+        for name in ("tale@latest", "", "../tale"):
+            said = relora(command, name)
+            assert said.code == 2 and f"'{name}' is not a valid run id" in said.err
+    with RunReporter(open_store(tmp_path / "store"), "fresh", "synthetic", STAGES, every_seconds=0):
+        tell("warm-start", range(1, 11), 40)
+    assert relora("metrics", "fresh").code == 0
+    for command in ("show", "report"):
+        said = relora(command, "fresh")
+        assert said.code == 6 and "Run 'fresh'" in said.err
+        assert "has no checkpoint yet. `relora watch fresh` shows how far it is." in " ".join(said.err.split())
+
+
 @pytest.mark.parametrize("width", [60, 80, 100, 200])
 @pytest.mark.parametrize("height", [18, 24, 50])
 def test_the_picture_fits_a_terminal_and_has_no_control_codes(

@@ -129,8 +129,12 @@ def _of_run(run: CheckpointStore, selector: str, places: Sequence[str]) -> Check
 
 
 def unknown_run(store: ObjectStore, run_id: str) -> CheckpointNotFoundError:
-    """Return what to say of a run that a store does not hold."""
+    """Return what to say of a run that a store does not hold, or holds without a checkpoint."""
     known = sorted({info.key.split("/")[1] for info in store.list("runs/") if info.key.count("/") > 1})
+    if run_id in known:
+        return CheckpointNotFoundError(
+            f"Run {run_id!r} in {store.uri} has no checkpoint yet. `relora watch {run_id}` shows how far it is."
+        )
     there = ", ".join(known[:_NAMED_RUNS]) + (f" and {len(known) - _NAMED_RUNS} more" if known[_NAMED_RUNS:] else "")
     hint = did_you_mean(run_id, known)
     return CheckpointNotFoundError(

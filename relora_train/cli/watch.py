@@ -12,6 +12,7 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
+from relora_train.checkpoints.layout import check_run_id
 from relora_train.checkpoints.names import resolve_checkpoint
 from relora_train.cli.curves import axis, curve
 from relora_train.cli.options import RunName, Store, echo_json, open_named
@@ -85,7 +86,7 @@ def metrics(
 
 def _look(store: ObjectStore, run: str) -> RunOverview:
     """Return how a run stands. Raise what is to be said of one that is not there."""
-    found = survey_runs(store, run)
+    found = survey_runs(store, check_run_id(run))
     if not found:
         resolve_checkpoint(f"{run}@latest", store)
     return found[0]
