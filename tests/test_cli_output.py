@@ -47,6 +47,15 @@ def test_prose_in_a_column_may_be_wrapped_and_a_long_address_may_not():
     assert printed(address, width=60) == ["Places", "a", f"  where  {uri}"]
 
 
+def test_a_mark_stands_before_the_name_of_its_block():
+    marked = table(("", "stage", "checkpoint"), [("●", "cycle-1", NAME), (" ", "cycle-2", NAME)], left=("stage",))
+    assert printed(marked, width=30) == [
+        "● cycle-1", f"  checkpoint  {NAME}", "  cycle-2", f"  checkpoint  {NAME}",
+    ]  # fmt: skip
+    unmarked = table(("", "warm start", "cycle"), [("parameters", "1" * 20, "2" * 20)])
+    assert printed(unmarked, width=30) == ["parameters", f"  warm start  {'1' * 20}", f"  cycle       {'2' * 20}"]
+
+
 def test_no_word_is_broken_at_the_widths_at_which_columns_wrap():
     columns, row = (
         ("run", "profile", "score", "held by", "why"),

@@ -80,15 +80,18 @@ class CellTable(Table):
         return spare >= 0
 
     def as_blocks(self) -> Text:
-        """Return a block of lines for each row: its first cell, then name and value of the others."""
-        names = [str(column.header) for column in self.columns]
-        width = max(cell_len(name) for name in names[1:]) if len(names) > 1 else 0
+        """Return a block of lines for each row: its first cell, then name and value of the others.
+
+        Marks of one character stand before the cells of the second column.
+        """
+        titles = 2 if all(len(row[0]) == 1 for row in self.cells) and not str(self.columns[0].header) else 1
+        names = [str(column.header) for column in self.columns][titles:]
+        width = max(map(cell_len, names), default=0)
         blocks = [Text(str(self.title), style="bold")] if self.title else []
-        for first, *others in self.cells:
-            lines = [
-                f"  {name:<{width}}  {cell}".rstrip() for name, cell in zip(names[1:], others, strict=True) if cell
-            ]
-            blocks.append(Text("\n").join([Text(first, style="bold"), *map(Text, lines)]))
+        for row in self.cells:
+            named = zip(names, row[titles:], strict=True)
+            lines = [f"  {name:<{width}}  {cell}".rstrip() for name, cell in named if cell]
+            blocks.append(Text("\n").join([Text(" ".join(row[:titles]), style="bold"), *map(Text, lines)]))
         return Text("\n").join(blocks)
 
 
