@@ -98,6 +98,8 @@ def test_the_file_is_the_one_printed_and_one_changed_by_hand_is_kept(deploy: Dep
     ("arguments", "said"),
     [
         (("mine.toml", "--cron", "15 2 * *"), "has 4 parts and needs five"),
+        (("mine.toml", "--cron", "60 2 * * *"), "has '60' as its minute, which is 59 at most"),
+        (("mine.toml", "--cron", "15 2 * * 1-8"), "has '1-8' as its weekday, which is 7 at most"),
         (("mine.toml", "--cron", "15 2 * * *", "--timezone", "Mars"), "no zone"),
         (("mine.toml", "--series", "a/b"), "not a valid name of a series"),
         (("mine.toml", "--set", "name=../up"), "not a valid name of a deployment"),

@@ -1,5 +1,6 @@
 """`relora deploy`: a deployment of one's own profile as a file for `prefect deploy`, and the shipped files."""
 
+import re
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -24,6 +25,7 @@ SHIPPED = (
 )  # fmt: skip
 """The files of deploy/ that a machine without a checkout needs; the wheel brings them."""
 
+_CRON = (("minute", 59), ("hour", 23), ("day", 31), ("month", 12), ("weekday", 7))
 _PROGRAMS = "/opt/relora/bin"  # of the shipped units
 
 
@@ -121,6 +123,9 @@ def _checked(cron: str, timezone: str) -> dict[str, str]:
             f"--cron {cron!r} has {len(cron.split())} parts and needs five: minute, hour, day, month, weekday. "
             "Each night at a quarter past two is '15 2 * * *'."
         )
+    for part, (name, most) in zip(cron.split(), _CRON, strict=True):
+        if any(int(number) > most for number in re.findall(r"\d+", part)):
+            raise ConfigError(f"--cron {cron!r} has {part!r} as its {name}, which is {most} at most.")
     try:
         ZoneInfo(timezone)
     except (KeyError, ValueError):  # ZoneInfoNotFoundError is a KeyError
