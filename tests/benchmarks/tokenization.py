@@ -10,8 +10,8 @@ so that other load on the machine matters little; the contestants take turns and
 prepares the same text as a run does, with hashing, process and commit: as one source, cut into texts of up to 4,000
 characters (those of C4 have 2,200 on average), as a mixture of two, as a single line, as prompts and completions of up
 to 1,000 characters, and as conversations of four messages of up to 1,000 characters, whose template marks answers or
-does not. The megabytes are those that were encoded, of every contestant: a template's own words are encoded too, and add
-a twentieth to conversations.
+does not. The megabytes are those that were encoded, of every contestant: a template's own words are encoded too, and
+add a twentieth to conversations.
 """
 
 import argparse
