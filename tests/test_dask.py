@@ -17,10 +17,13 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect_server import PREFECT_WARNS, running_prefect
 from stage_runs import tiny_profile
 
+from relora_train.checkpoints.example_format import ExampleFormat
 from relora_train.checkpoints.manifest import DatasetManifest, content_digest
 from relora_train.data import remote_shards
-from relora_train.data.remote_shards import encode_range
-from relora_train.errors import ClusterUnavailableError, ConfigError
+from relora_train.data.remote_shards import Encoding, encode_range
+from relora_train.data.shards import ShardPlan
+from relora_train.data.tokenizer import DocumentTokenizer
+from relora_train.errors import CheckpointCorruptError, ClusterUnavailableError, ConfigError
 from relora_train.process import NO_SERVER
 from relora_train.runs.datasets import prepare_or_reuse
 from relora_train.runs.run import Run
@@ -121,26 +124,47 @@ def test_a_cluster_of_which_a_worker_is_killed_makes_the_dataset_of_one_machine(
 
 
 def test_a_lost_attempt_goes_on_with_the_ranges_that_came_back_and_leaves_nothing(folder, alone, s3_store_uri):
-    """Without a cluster: ranges are encoded here, in another order, and the first attempt ends early."""
-    store, encoded = open_store(s3_store_uri), []
+    """Without a cluster: ranges are encoded here, in another order. Two attempts end early, the second by a shard that
+    was damaged on its way.
+    """
+    store, encoded, prefixes, told = open_store(s3_store_uri), [], [], []
 
-    def encode_here(jobs, limit=None):
+    def encode_here(jobs, limit=None, damages=False):
         for number, job in enumerate(reversed(list(jobs))):
             if number == limit:
                 raise ClusterUnavailableError("as if the cluster had gone")
             assert "relora-test-secret" not in job.model_dump_json()
-            encoded.append(job.staged.name)
-            yield job, encode_range(job)
+            record = encode_range(job)
+            prefixes.append(job.prefix)
+            if damages:
+                key = f"{job.prefix}/{record.files[0].path}"
+                store.put_bytes(key, b"\xff" + store.get_bytes(key)[0][1:])
+            else:
+                encoded.append(job.staged.name)
+            yield job, record
 
     run = Run("run", s3_store_uri, profile(folder))
     with pytest.raises(ClusterUnavailableError):
         prepare_or_reuse(run, on_event=lambda event: None, map_ranges=lambda jobs: encode_here(jobs, limit=4))
     assert len(encoded) == 4 and not [*store.list("preparing/"), *store.list("datasets/")]
-    spread = prepare_or_reuse(run, on_event=lambda event: None, map_ranges=encode_here)
+    store.put_bytes(f"{prefixes[-1]}/left", b"by a process that was killed")
+    with pytest.raises(CheckpointCorruptError, match="is damaged"):
+        prepare_or_reuse(run, on_event=told.append, map_ranges=lambda jobs: encode_here(jobs, damages=True))
+    spread = prepare_or_reuse(run, on_event=told.append, map_ranges=encode_here)
+    far = [event["done_bytes"] / event["total_bytes"] for event in told if event.get("phase") == "tokenize"]
+    assert far == sorted(far) and far[-2:] == [1, 1], "told by what collects the shards, then by what commits them"
     assert len(encoded) == len(set(encoded)) > 15, "no range is encoded twice"
     assert content_digest(spread.dataset.manifest) == content_digest(alone)
     assert not list(store.list("preparing/"))
     assert prepare_or_reuse(run, on_event=lambda event: None, map_ranges=encode_here).reused
+
+
+def test_a_worker_is_told_all_that_the_flow_encodes_by(tmp_path):
+    tokenizer = DocumentTokenizer("{}", "", "<e>", 3, 9, (1, 2))
+    examples = ExampleFormat(kind="labels", before=(1,), between=(4,), after=(2,), pairs=True, classes=("no", "yes"))
+    plan = ShardPlan(tokenizer, "tiktoken", tmp_path, tmp_path, tmp_path, examples)
+    sent = Encoding.model_validate_json(Encoding.of(plan).model_dump_json()).plan(tmp_path)
+    assert (sent.tokenizer, sent.engine, sent.examples) == (tokenizer, "tiktoken", examples)
 
 
 def test_a_worker_with_other_libraries_and_a_store_that_workers_do_not_see_are_refused(folder, tmp_path, s3_store_uri):
