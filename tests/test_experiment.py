@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from relora_train.data.sources import resolve_source
 from relora_train.errors import ConfigError, ExperimentInvalidError, ProfileNotFoundError
 from relora_train.experiments.comparison import compare_results
 from relora_train.experiments.config import (
@@ -39,6 +40,8 @@ from relora_train.settings.tasks import TaskMeasure
 from relora_train.storage.opening import open_store
 
 sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
+import downstream
+import gpu_corpus
 import table5
 
 ALL_SHIPPED = [path.stem for path in list_experiments()]
@@ -127,6 +130,29 @@ def test_the_search_of_table_5_tries_as_many_rates_for_each_arm_and_its_tasks_hi
     records = [json.loads(line) for line in (tmp_path / "it.jsonl").read_text().splitlines()]
     assert Counter(record["label"] for record in records) == {"comment": 5, "docstring": 5}
     assert lines[0][1] not in [record["text"] for record in records]  # it would be of both
+
+
+def test_the_file_that_is_carried_to_a_gpu_is_the_one_its_experiment_pins(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["gpu_corpus.py", str(tmp_path)])
+    gpu_corpus.main()
+    data = load_experiment("table2-60m-short").runs[0].profile.data
+    assert data.paths == (gpu_corpus.NAME,)
+    resolve_source(data.model_copy(update={"paths": (str(tmp_path / gpu_corpus.NAME),)}))  # refuses any other content
+
+
+def test_tasks_made_of_code_are_answered_by_what_the_code_goes_on_with():
+    text = "".join(
+        f"def reverse_{n}(things, owner):\n    longest = measure(things[{n}], owner)\n    return longest, things\n"
+        for n in range(30)
+    )
+    found = downstream.make_tasks([text], count=20)
+    assert Counter(example["answer"] for example in found["brackets"]) == {0: 10, 1: 10}
+    assert len(found["identifiers"]) == 20 and {len(example["choices"]) for example in found["identifiers"]} == {4}
+    for example in (*found["brackets"], *found["identifiers"]):
+        context, choices = example["context"], example["choices"]
+        assert context + choices[example["answer"]] in text and len(context) <= downstream.CONTEXT_CHARACTERS
+        assert len({choice[0] for choice in choices}) == len(choices)
+    assert all(name in each["context"] for each in found["identifiers"] for name in each["choices"])
 
 
 @pytest.mark.parametrize("name", SHIPPED)

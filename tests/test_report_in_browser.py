@@ -1,4 +1,4 @@
-"""What the report's own script does in a browser: the numbers under the pointer, and the steps that are enlarged.
+"""The report's own script in a browser tells the numbers under the pointer, and enlarges the steps that are chosen.
 
 Nothing here runs JavaScript without Chromium, and nothing of the script is then proven: the file is skipped.
 """

@@ -59,7 +59,7 @@ def descend(start: Array, updates: list[Array]) -> Array:
 
 
 def factored_updates(given: list[Array]) -> list[Array]:
-    """Of matrices: R, C, d as they are written down, the floor inside the means and the product whole."""
+    """Matrices have R, C, d as they are written down, the floor inside the means and the product whole."""
     beta, updates = NUMBERS["betas"][1], []
     R, C = np.zeros(given[0].shape[0]), np.zeros(given[0].shape[1])
     for t, g in enumerate(given, start=1):
@@ -123,7 +123,7 @@ def test_gradients_at_the_floor_neither_vanish_nor_explode_in_float32():
 
 
 def subspace_updates(given: list[Array], *, rank: int, every: int, scale: float, fira: bool, like: list[Array]) -> Any:
-    """As published, for wide matrices. like: subspaces whose signs are taken, as SVD has none."""
+    """The published update, for wide matrices. like: subspaces whose signs are taken, for SVD has none."""
     (b1, b2), eps = NUMBERS["betas"], NUMBERS["eps"]
     M = V = np.zeros((rank, given[0].shape[1]))
     updates, limited, last = [], [], 0.0
@@ -241,7 +241,7 @@ def test_each_kind_rules_what_it_says_and_goes_on_bit_for_bit(kind: str):
 
 
 def test_beside_a_rule_adamw_is_as_it_was():
-    """Of the same gradients the parameters without a rule take the very update of a plain AdamW."""
+    """Parameters without a rule take the very update of a plain AdamW from the same gradients."""
     plain, ruled = wrapped_llama(), wrapped_llama()
     optimizers = build_optimizer(plain, settings()), build_optimizer(ruled, settings(low_rank_state="factored"))
     for seed in range(3):

@@ -118,7 +118,7 @@ def test_a_checkpoint_is_planned_without_the_state_that_its_merge_empties():
 
 
 def test_twice_the_rank_with_a_factored_state_takes_the_memory_of_adam():
-    """Of A and B: Adam takes 16 bytes a number, weights and gradients 8 of them; rows and columns next to nothing."""
+    """Adam takes 16 bytes a number of A and B, weights and gradients 8 of them; rows and columns next to nothing."""
     adam = plan(load_profile("llama_1b")).low_rank
     factored = plan(load_profile("llama_1b", ["relora.rank=256", "optimizer.low_rank_state=factored"])).low_rank
     assert adam is not None and factored is not None

@@ -78,11 +78,14 @@ def write(path: Path, lines: Iterator[tuple[str, str]], each: int) -> None:
 
 def search() -> str:
     """Return an experiment with an arm for each arm of table5-tiny and each learning rate."""
-    arms: dict[str, Any] = {}
-    for (name, arm), rate in ((item, rate) for item in _table5()["arms"].items() for rate in RATES[item[0]]):
+    shipped, arms = _table5(), dict[str, Any]()
+    for (name, arm), rate in ((item, rate) for item in shipped["arms"].items() for rate in RATES[item[0]]):
         own = {**arm["set"], "optimizer": {"learning_rate": rate}}
         arms[f"{name}-{rate:g}"] = {"label": f"{arm['label']}, {rate:g}", "set": own}
-    return _written(title="The search of table5-tiny", seeds=[100], reference=next(iter(arms)), arms=arms)
+    kept = {key: shipped[key] for key in ("profile", "budget_tokens", "base")}
+    return _written(
+        {**kept, "title": "The search of table5-tiny", "seeds": [100], "reference": next(iter(arms)), "arms": arms}
+    )
 
 
 def second_task() -> str:
@@ -92,15 +95,14 @@ def second_task() -> str:
     for name, rate in BEST_ON_PACKAGES.items():
         own["arms"][name]["set"]["optimizer"]["learning_rate"] = rate
     del own["search"]
-    return _written(**own | {"title": "Table 5 on a CPU, the second task: the package of a line of code"})
+    return _written(own | {"title": "Table 5 on a CPU, the second task: the package of a line of code"})
 
 
 def _table5() -> dict[str, Any]:
     return tomllib.loads((experiment_directory() / "table5-tiny.toml").read_text())
 
 
-def _written(**settings: Any) -> str:
-    settings = {key: _table5()[key] for key in ("profile", "budget_tokens", "base")} | settings
+def _written(settings: dict[str, Any]) -> str:
     return "".join(f"{key} = {_toml(value)}\n" for key, value in settings.items())
 
 
